@@ -1,0 +1,1 @@
+"""Data, models and the training loop of LucidPrune. Knows neither explainers nor pruning."""

@@ -1,0 +1,295 @@
+"""Checkpoints: written atomically, rotated, and complete enough to continue bit for bit.
+
+A checkpoint is a dictionary of tensors and plain data, so that it loads with `weights_only=True`:
+
+    format, version         "lucidprune", 1
+    arch, structure         what the network is (`models.structure`), widths of a pruned one included
+    state_dict, ema         weights; averaged weights or None
+    optimizer, scaler       their states
+    epoch, iteration        position in the schedule (the learning rate is a function of the iteration)
+    loader                  position in the data
+    best_prec1              best validation figure so far, or None
+    rng                     random states of every rank
+    callbacks               states of the callbacks by name
+    config                  the resolved configuration
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+
+from image_classification.config import ConfigError, check, flag
+from image_classification.distributed import Distributed
+
+FORMAT = "lucidprune"
+VERSION = 1
+BEST_FILENAME = "model_best.pth.tar"
+
+
+@dataclasses.dataclass(kw_only=True)
+class CheckpointConfig:
+    """Checkpoints"""
+
+    workspace: Path = flag(
+        Path("./"), "--workspace", help="Folder of everything a run writes.", metavar="DIR"
+    )
+    resume: str | None = flag(
+        None,
+        "--resume",
+        metavar="FILE|auto",
+        help="Continue from a checkpoint; auto: from the workspace's, if there is one.",
+    )
+    checkpoint_filename: str = flag(
+        "checkpoint.pth.tar", "--checkpoint-filename", help="Name of the latest checkpoint."
+    )
+    gather_checkpoints: int = flag(
+        0,
+        "--gather-checkpoints",
+        nargs="?",
+        const=-1,
+        metavar="N",
+        help="Keep checkpoint-EPOCH.pth.tar of every epoch (no number) or of the last N epochs.",
+    )
+    checkpoint_interval: int = flag(
+        0,
+        "--checkpoint-interval",
+        metavar="N",
+        help="Save every N iterations too; 0: at the end of epochs only.",
+    )
+    checkpoints: bool = flag(True, "--checkpoints", help="Write checkpoints.")
+
+    def __post_init__(self) -> None:
+        check(
+            self.gather_checkpoints >= -1, f"--gather-checkpoints: {self.gather_checkpoints} is not a count"
+        )
+        check(self.checkpoint_interval >= 0, f"--checkpoint-interval: {self.checkpoint_interval} is negative")
+        check(
+            Path(self.checkpoint_filename).name == self.checkpoint_filename,
+            f"--checkpoint-filename: {self.checkpoint_filename!r} is a path; the folder is given by --workspace",
+        )
+        if not self.checkpoints:
+            check(
+                self.checkpoint_interval == 0, "--checkpoint-interval and --no-checkpoints exclude each other"
+            )
+            check(
+                self.gather_checkpoints == 0, "--gather-checkpoints and --no-checkpoints exclude each other"
+            )
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that appears under its name only when it is whole and on disk.
+
+    Raises:
+        OSError: Naming the file and the flag, when the disk is full or the folder is not writable; what stood
+            under the name before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot write {path} ({error.strerror or error}): free space or choose another --workspace; "
+            "the previous file is untouched",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename durable; file systems without directory handles are left alone."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class _ErrnoWriter:
+    """File for `torch.save` that remembers the operating system's error.
+
+    torch reports a full disk as a bare RuntimeError of its zip writer ("unexpected pos"); the reason is kept here.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def save_atomically(payload: dict[str, Any], path: Path) -> None:
+    """`torch.save` through `atomic_file`."""
+    with atomic_file(path) as file:
+        writer = _ErrnoWriter(file)
+        try:
+            torch.save(payload, cast(IO[bytes], writer))
+        except RuntimeError as error:
+            if writer.error is not None:
+                raise writer.error from error
+            raise
+
+
+def capture_rng() -> dict[str, Any]:
+    """Random states of this process (torch, CUDA, NumPy, Python) as JSON-able data."""
+    version, internal, gauss = random.getstate()
+    legacy = np.random.get_state(legacy=False)
+    assert isinstance(legacy, dict)
+    return {
+        "torch": _to_hex(torch.get_rng_state()),
+        "cuda": _to_hex(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+        "numpy": [
+            legacy["state"]["key"].tolist(),
+            int(legacy["state"]["pos"]),
+            int(legacy["has_gauss"]),
+            float(legacy["gauss"]),
+        ],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def _to_hex(state: torch.Tensor) -> str:
+    return bytes(state.numpy()).hex()
+
+
+def _from_hex(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Undo of `capture_rng`. A CUDA state is left out on machines without CUDA."""
+    torch.set_rng_state(_from_hex(state["torch"]))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_from_hex(state["cuda"]))
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+class Checkpointer:
+    """Writes a run's checkpoints on rank 0 and keeps as many as asked for.
+
+    Args:
+        config: What to keep.
+        distributed: Only the main process writes.
+        say: Where remarks go (a previous run's checkpoint that was set aside).
+    """
+
+    def __init__(
+        self, config: CheckpointConfig, distributed: Distributed, say: Callable[[str], None]
+    ) -> None:
+        self.config = config
+        self.distributed = distributed
+        self.path = config.workspace / config.checkpoint_filename
+        self._say = say
+
+    def prepare(self, resumed: Path | None) -> None:
+        """Make sure the workspace can be written and that a fresh run destroys no older one.
+
+        Raises:
+            ConfigError: When the workspace cannot be written, before hours are spent.
+        """
+        if not self.config.checkpoints or not self.distributed.is_main:
+            return
+        probe = self.config.workspace / f".write-test-{os.getpid()}"
+        try:
+            self.config.workspace.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"--workspace: {self.config.workspace} cannot be written ({error.strerror}); "
+                "choose another folder, or --no-checkpoints"
+            ) from None
+        if resumed is None:
+            numbered = sorted(path for _, path in self._numbered())
+            for path in (self.path, self.config.workspace / BEST_FILENAME, *numbered):
+                self._set_aside(path)
+
+    def _set_aside(self, path: Path) -> None:
+        if not path.exists():
+            return
+        number = 1
+        while (kept := path.with_name(f"{path.name}.previous-{number}")).exists():
+            number += 1
+        path.rename(kept)
+        self._say(f"{path} of an earlier run was kept as {kept.name}; --resume auto would have continued it")
+
+    def save(self, payload: dict[str, Any], *, is_best: bool = False, end_of_epoch: bool = False) -> None:
+        """Write the latest checkpoint, and the best and the epoch's own where they apply."""
+        if not self.config.checkpoints or not self.distributed.is_main:
+            return
+        save_atomically({"format": FORMAT, "version": VERSION, **payload}, self.path)
+        if is_best:
+            self._copy(self.config.workspace / BEST_FILENAME)
+        if end_of_epoch and self.config.gather_checkpoints:
+            # `epoch` is the one to come; the file is named after the one that ended, counted from 0.
+            self._copy(self.config.workspace / f"checkpoint-{payload['epoch'] - 1}.pth.tar")
+            self._rotate()
+
+    def _copy(self, target: Path) -> None:
+        with self.path.open("rb") as source, atomic_file(target) as file:
+            shutil.copyfileobj(source, file, length=16 << 20)
+
+    def _rotate(self) -> None:
+        if self.config.gather_checkpoints < 0:
+            return
+        for _, path in self._numbered()[: -self.config.gather_checkpoints]:
+            path.unlink()
+
+    def _numbered(self) -> list[tuple[int, Path]]:
+        """The gathered checkpoints in the workspace by rising epoch."""
+        matches = [
+            (re.fullmatch(r"checkpoint-(\d+)\.pth\.tar", path.name), path)
+            for path in self.config.workspace.glob("checkpoint-*.pth.tar")
+        ]
+        return sorted((int(match[1]), path) for match, path in matches if match)
+
+    def resume_path(self) -> Path | None:
+        """The checkpoint to continue from, or None for a fresh start.
+
+        A job that the launcher restarted after a failure continues from its own last checkpoint.
+
+        Raises:
+            ConfigError: When a named file does not exist: training from scratch instead would be a surprise.
+        """
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        if self.config.resume is None or self.config.resume == "auto":
+            automatic = self.config.resume == "auto" or (restarted and self.config.checkpoints)
+            return self.path if automatic and self.path.is_file() else None
+        path = Path(self.config.resume)
+        check(
+            path.is_file(),
+            f"--resume: no such file: {path}; leave the flag out (or say auto) to start afresh",
+        )
+        if restarted and self.path.is_file():
+            return self.path
+        return path

@@ -1,0 +1,156 @@
+"""Exact evaluation over ranks: every picture counts once, sums are reduced before they are divided."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from image_classification.data.loader import Loader
+from image_classification.distributed import Distributed
+from image_classification.log import Logger
+from image_classification.losses import LossConfig, build_loss
+from image_classification.meters import latency_figures
+from image_classification.metrics import ClassificationMetrics, Metrics, MultiLabelMetrics
+from image_classification.models import main_and_auxiliary_logits
+from image_classification.precision import Precision
+
+
+class _BatchClock:
+    """Seconds of each forward pass: CUDA events where there is a GPU, so that nothing waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._marks: list[tuple[Any, Any]] = []
+
+    def mark(self) -> Any:
+        """A point in time, on the device's own clock where it has one."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        return time.perf_counter()
+
+    def add(self, start: Any, end: Any) -> None:
+        self._marks.append((start, end))
+
+    def seconds(self) -> list[float]:
+        """All durations; waits for the device once."""
+        if self.device.type != "cuda":
+            return [end - start for start, end in self._marks]
+        torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(end) / 1000 for start, end in self._marks]
+
+
+class Evaluator:
+    """Measures a network on a loader.
+
+    Args:
+        loader: Evaluation loader; ranks may get different numbers of batches, or none.
+        precision: Autocast of the forward pass.
+        distributed: Ranks to reduce over.
+        multi_label: mAP and F1 instead of top-1 and top-5.
+        max_batches: Stop after so many batches on each rank (`--prof`), None for all.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        precision: Precision,
+        distributed: Distributed,
+        *,
+        multi_label: bool = False,
+        max_batches: int | None = None,
+    ) -> None:
+        self.loader = loader
+        self.precision = precision
+        self.distributed = distributed
+        self.multi_label = multi_label
+        self.max_batches = max_batches
+        # Label smoothing and mixup shape training; the validation loss is the plain one, comparable between runs.
+        self._criterion = build_loss(LossConfig(multi_label=multi_label))
+        self._latencies: list[float] = []
+
+    @property
+    def headline(self) -> str:
+        """The figure that decides which checkpoint is best; larger is better."""
+        return "map" if self.multi_label else "top1"
+
+    def __call__(
+        self,
+        model: nn.Module,
+        logger: Logger,
+        *,
+        prefix: str = "val",
+        forward: Callable[..., Any] | None = None,
+    ) -> dict[str, float]:
+        """Evaluate; collective over ranks.
+
+        Args:
+            model: The network itself (not wrapped by DDP, which would wait for ranks without a batch).
+            logger: Shows progress.
+            prefix: Of the keys: `val`, or `val_ema` for averaged weights.
+            forward: Callable to use in place of `model`: its compiled form.
+
+        Returns:
+            Under the prefix: `loss`, the metrics in percent, `samples`, `total_ips`, `compute_ips` (images/s over
+            all ranks), `data_time` (mean seconds a batch) and `compute_latency…` (seconds a batch on this rank).
+        """
+        training = model.training
+        model.eval()
+        try:
+            figures = self._run(forward or model, logger)
+        finally:
+            model.train(training)
+        latencies = latency_figures(self._latencies, prefix)
+        return {f"{prefix}.{name}": value for name, value in figures.items()} | latencies
+
+    @torch.inference_mode()
+    def _run(self, forward: Callable[..., Any], logger: Logger) -> dict[str, float]:
+        metrics: Metrics = MultiLabelMetrics() if self.multi_label else ClassificationMetrics()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.distributed.device)
+        clock, data_seconds, begin = _BatchClock(self.distributed.device), 0.0, time.perf_counter()
+        self.loader.set_epoch(0)
+        num_batches = min(len(self.loader), self.max_batches or len(self.loader))
+        batches = iter(self.loader)
+        with logger.progress(num_batches, "validation") as bar:
+            for _ in range(num_batches):
+                asked = time.perf_counter()
+                batch = next(batches)
+                data_seconds += time.perf_counter() - asked
+                if len(batch):  # the last batch of an uneven split may leave nothing to this rank
+                    start = clock.mark()
+                    with self.precision.autocast():
+                        logits, _ = main_and_auxiliary_logits(forward(batch.images))
+                    clock.add(start, clock.mark())
+                    self._add(sums, metrics, logits.float(), batch.targets)
+                bar.update()
+        figures = self._figures(sums, metrics)
+        self._latencies = clock.seconds()
+        return figures | self._speed(figures["samples"], data_seconds, time.perf_counter() - begin)
+
+    def _add(self, sums: Tensor, metrics: Metrics, logits: Tensor, targets: Tensor) -> None:
+        count = len(logits)
+        loss = self._criterion(logits, targets).double()
+        sums += torch.stack([loss * count, loss.new_full((), count)])
+        metrics.update(logits, targets)
+
+    def _figures(self, sums: Tensor, metrics: Metrics) -> dict[str, float]:
+        (total,) = self.distributed.all_reduce_sum(sums)
+        loss, samples = total.tolist()
+        return {
+            "loss": loss / samples if samples else float("nan"),
+            **metrics.compute(self.distributed),
+            "samples": samples,
+        }
+
+    def _speed(self, samples: float, data_seconds: float, wall: float) -> dict[str, float]:
+        compute = sum(self._latencies)
+        return {
+            "total_ips": samples / wall,
+            "compute_ips": samples / compute if compute else 0.0,
+            "data_time": data_seconds / max(len(self._latencies), 1),
+        }

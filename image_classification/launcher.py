@@ -1,0 +1,206 @@
+"""The elastic agent behind `multiproc.py`: one log file per rank, forwarded signals, explained stops.
+
+A thin layer over `torch.distributed.elastic`, through its documented extension points: `LogsSpecs` decides
+where the output of a rank goes, a subclass of `LocalElasticAgent` decides when the ranks of a node are
+stopped or restarted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest, SignalException
+
+from image_classification.distributed import EXIT_SAVED
+from image_classification.report import unused_path
+
+PEER_SECONDS = 10  # for the healthy ranks when one died: they hang in a collective and have nothing to save
+TAIL_LINES = 30
+FAILED_KEY = "lucidprune/failed"  # in the store that the agents of all nodes share
+# Started through a shell, so that one file takes both streams in their order; `exec` keeps the process id, so
+# that signals reach Python itself.
+SHELL = ("-c", 'if [ "$RANK_ON_TERMINAL" ]; then exec "$@"; else exec "$@" >>"$RANK_LOG" 2>&1; fi', "sh")
+
+
+def describe_exit(code: int) -> str:
+    """A process's exit code (negative: the signal that killed it) in words."""
+    if code >= 0:
+        return (
+            "saved its state and asks to be started again"
+            if code == EXIT_SAVED
+            else f"ended with exit code {code}"
+        )
+    name = signal.Signals(-code).name if -code in signal.valid_signals() else "unknown"
+    hint = (
+        "; when nobody sent it, the machine ran out of memory: see dmesg" if -code == signal.SIGKILL else ""
+    )
+    return f"was killed by signal {-code} ({name}{hint})"
+
+
+class RankLogs(DefaultLogsSpecs):
+    """One log file per rank: `rank_3.log`, after a restart `rank_3.1.log`.
+
+    Rank 0 is shown on the screen too. A terminal is given to rank 0 itself, for its live display; its log
+    file is then written by `log.Logger`, which finds the path in the variable RANK_LOG.
+
+    Args:
+        directory: Where the logs go; a new temporary directory when None.
+    """
+
+    def __init__(self, directory: str | None) -> None:
+        super().__init__(log_dir=tempfile.mkdtemp(prefix="lucidprune_ranks_"))  # torch's own error files
+        self.directory = Path(directory or self.root_log_dir)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.files: dict[int, Path] = {}  # by local rank
+        self._screen: threading.Thread | None = None
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Choose the files of this attempt; called by the agent before each start of the ranks."""
+        self.close()
+        for local_rank, env in envs.items():
+            log = unused_path(self.directory / f"rank_{env['RANK']}.log")
+            log.touch()
+            self.files[local_rank] = log
+            shown = env["RANK"] == "0"
+            env["RANK_LOG"] = str(log)
+            env["RANK_ON_TERMINAL"] = "1" if shown and sys.stdout.isatty() else ""
+            if shown and not sys.stdout.isatty():
+                self._screen = threading.Thread(target=self._show, args=(log,), daemon=True)
+                self._screen.start()
+        return dataclasses.replace(super().reify(envs), tee_stdouts={}, tee_stderrs={})
+
+    def close(self) -> None:
+        """Show what is left of rank 0's log and forget this attempt's files."""
+        self.files = {}
+        if self._screen is not None:
+            self._screen.join()
+            self._screen = None
+
+    def _show(self, path: Path) -> None:
+        """Copy what a growing log gets to the screen, until `close`."""
+        with path.open("rb") as log:
+            while True:
+                last = (
+                    path not in self.files.values()
+                )  # looked up before reading: nothing is missed at the end
+                sys.stdout.buffer.write(log.read())
+                sys.stdout.flush()
+                if last:
+                    return
+                time.sleep(0.05)
+
+
+class Agent(LocalElasticAgent):
+    """The elastic agent of one node, with the stopping rules that `multiproc.py` describes.
+
+    Args:
+        spec: What to run; its entry point is `/bin/sh` with `SHELL` before the command.
+        logs: Where the ranks write.
+        grace: Seconds that ranks have to save and leave after a signal.
+
+    Attributes:
+        reason: The job's exit code and why it ended; (0, "") while nothing failed.
+    """
+
+    _pcontext: Any  # SubprocessContext while ranks run
+
+    def __init__(self, spec: WorkerSpec, logs: RankLogs, grace: float) -> None:
+        super().__init__(spec, logs)
+        self.logs = logs
+        self.grace = grace
+        self.reason = (0, "")
+        self.stop_signal: signal.Signals | None = None
+        self.exits: dict[
+            int, int
+        ] = {}  # local rank → code other than 0, in the order in which they were seen
+        self.deadline: float | None = None
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self.exits, self.deadline = {}, None
+        pids = super()._start_workers(
+            worker_group
+        )  # registers torch's signal handlers; ours take their place
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(signum, self._forward)
+        return pids
+
+    def _forward(self, signum: int, frame: Any) -> None:
+        """Send a signal on to the ranks (torch would signal their process groups, data workers included)."""
+        if signum == self.stop_signal == signal.SIGINT:
+            raise SignalException("interrupted twice", signal.SIGINT)
+        self.stop_signal, self._remaining_restarts = signal.Signals(signum), 0
+        self.deadline = self.deadline or time.monotonic() + self.grace
+        for handler in self._pcontext.subprocess_handlers.values():
+            handler.proc.send_signal(signum)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        codes = {rank: handler.proc.poll() for rank, handler in self._pcontext.subprocess_handlers.items()}
+        self.exits.update({rank: code for rank, code in codes.items() if code and rank not in self.exits})
+        elsewhere = self._failure_elsewhere(worker_group)
+        failures = {*self.exits.values(), *(elsewhere[:1] if elsewhere else ())}
+        saved = failures == {EXIT_SAVED}
+        if self.deadline is None and (self.exits or elsewhere):
+            # Ranks that saved wait for the others, which may still be writing; after a crash nothing is worth
+            # a wait.
+            self.deadline = time.monotonic() + (self.grace if saved else 0)
+        running = None in codes.values()
+        crashed = bool(failures - {EXIT_SAVED, -(self.stop_signal or 0)})
+        if self.deadline is not None and (running or self.exits):
+            if running and not crashed and time.monotonic() < self.deadline:
+                return RunResult(state=WorkerState.HEALTHY)
+            self._explain(worker_group, elsewhere)
+            self._pcontext.close(signal.SIGTERM, PEER_SECONDS)
+        return super()._monitor_workers(worker_group)
+
+    def _failure_elsewhere(self, group: WorkerGroup) -> tuple[int, str] | None:
+        """Exit code and reason of a failure on another node, None when there is none."""
+        if group.group_world_size == 1 or group.store is None:
+            return None
+        try:
+            if not group.store.check([FAILED_KEY]):
+                return None
+            code, text = group.store.get(FAILED_KEY).decode().split(" ", 1)
+        except RuntimeError as error:
+            return 1, f"lost the node that hosts the rendezvous: {error}"
+        return int(code), text
+
+    def _explain(self, group: WorkerGroup, elsewhere: tuple[int, str] | None) -> None:
+        """Find the reason, say it, and let the agents of the other nodes know."""
+        if self.exits:
+            # The first that failed; one that saved is the reason only when none failed.
+            local_rank = min(self.exits, key=lambda rank: self.exits[rank] == EXIT_SAVED)
+            self.reason = self._describe_rank(group, local_rank)
+            if elsewhere is None and group.store is not None and (group.group_world_size or 1) > 1:
+                group.store.set(FAILED_KEY, f"{self.reason[0]} {self.reason[1]}")
+                time.sleep(1)  # the store may live in this process: let the others read it
+        elif elsewhere is not None:
+            self.reason = elsewhere
+        else:
+            stop_signal = self.stop_signal or signal.SIGTERM
+            self.reason = (128 + stop_signal, f"ranks still ran {self.grace} s after {stop_signal.name}")
+        if self.reason[0] == EXIT_SAVED:
+            self._remaining_restarts = 0
+        total, left = self._worker_group.spec.max_restarts, int(self._remaining_restarts)
+        what = f"starting all ranks again (restart {total - left + 1} of {total})" if left else "stopping"
+        print(f"multiproc: {self.reason[1]}; {what}", file=sys.stderr, flush=True)
+
+    def _describe_rank(self, group: WorkerGroup, local_rank: int) -> tuple[int, str]:
+        """Exit code for the job and why, from a rank that ended; after a failure shows how its log ends."""
+        code, log = self.exits[local_rank], self.logs.files[local_rank]
+        if code != EXIT_SAVED:
+            lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+            print("\n  ".join([f"multiproc: {log} ends with", *lines]), file=sys.stderr)
+        rank = group.workers[local_rank].global_rank
+        return (
+            code if code > 0 else 128 - code
+        ), f"rank {rank} on {os.uname().nodename} {describe_exit(code)}"

@@ -1,0 +1,149 @@
+"""Prediction figures as exact sums: counts per rank are added over ranks before anything is divided.
+
+A rank may have seen no picture at all (the last validation batch of an uneven split).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from image_classification.distributed import Distributed
+
+
+class Metrics(Protocol):
+    """Collects predictions batch by batch; `compute` is a collective call over all ranks."""
+
+    def update(self, logits: Tensor, targets: Tensor) -> None: ...
+
+    def compute(self, distributed: Distributed) -> dict[str, float]: ...
+
+
+def topk_correct(logits: Tensor, targets: Tensor, k: int) -> Tensor:
+    """Number of rows whose target is among the `k` largest logits.
+
+    Args:
+        logits: (N, L).
+        targets: (N,) class indices, or (N, L) soft targets, whose largest entry counts.
+        k: Clamped to the number of classes.
+
+    Returns:
+        Scalar float64 tensor on the device of `logits`.
+    """
+    if targets.ndim == 2:
+        targets = targets.argmax(dim=1)
+    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return (top == targets[:, None]).any(dim=1).sum(dtype=torch.float64)
+
+
+class ClassificationMetrics:
+    """Top-1 and top-5 accuracy in percent. Sums stay on the device until `compute`."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Add one batch; `logits` (N, L), `targets` (N,) or (N, L)."""
+        count = torch.full((), float(len(logits)), dtype=torch.float64, device=logits.device)
+        sums = torch.stack([topk_correct(logits, targets, 1), topk_correct(logits, targets, 5), count])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def compute(self, distributed: Distributed) -> dict[str, float]:
+        """`{"top1", "top5"}` in percent over all ranks; NaN when no rank saw a picture."""
+        sums = (
+            self._sums
+            if self._sums is not None
+            else torch.zeros(3, dtype=torch.float64, device=distributed.device)
+        )
+        (total,) = distributed.all_reduce_sum(sums)
+        top1, top5, count = total.tolist()
+        if count == 0:
+            return {"top1": float("nan"), "top5": float("nan")}
+        return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
+
+
+class MultiLabelMetrics:
+    """Mean average precision over classes and micro-averaged F1 (threshold: logit 0), in percent.
+
+    Average precision is scikit-learn's, over the predictions of all ranks together. Classes without a positive
+    picture have none and are left out of the mean.
+    """
+
+    def __init__(self) -> None:
+        self._scores: list[Tensor] = []
+        self._targets: list[Tensor] = []
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Add one batch; `logits` and `targets` (N, L)."""
+        self._scores.append(logits.float())
+        self._targets.append(targets.float())
+
+    def compute(self, distributed: Distributed) -> dict[str, float]:
+        """`{"map", "f1"}` in percent over all ranks."""
+        from sklearn.metrics import average_precision_score
+
+        empty = torch.zeros(0, 0, device=distributed.device)
+        local_scores = torch.cat(self._scores) if self._scores else empty
+        local_targets = torch.cat(self._targets) if self._targets else empty
+        scores = distributed.gather_rows(local_scores).cpu().numpy()
+        targets = distributed.gather_rows(local_targets).cpu().numpy() > 0.5
+        if targets.size == 0:
+            return {"map": float("nan"), "f1": float("nan")}
+        present = np.flatnonzero(targets.any(axis=0))
+        precisions = [average_precision_score(targets[:, c], scores[:, c]) for c in present]
+        predicted = scores > 0
+        hits = float((predicted & targets).sum())
+        size = float(predicted.sum() + targets.sum())
+        mean_precision = float(np.mean(precisions)) if precisions else float("nan")
+        return {"map": 100 * mean_precision, "f1": 100 * 2 * hits / size if size else 0.0}
+
+
+class TrainingSums:
+    """Loss and accuracy of training, summed on the device and read at logging steps only.
+
+    Attributes:
+        window: Sums since the last logging step: loss·samples, correct, samples.
+        epoch: The same since the start of the epoch; kept in checkpoints, so that a resumed epoch reports all of it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.window = torch.zeros(3, dtype=torch.float64, device=device)
+        self.epoch = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def update(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Add one batch without reading anything back.
+
+        Args:
+            loss: Scalar mean loss of the batch.
+            logits: (N, L).
+            targets: (N,) or (N, L); of soft and multi-hot targets the largest entry counts as the class.
+        """
+        count = len(logits)
+        correct = topk_correct(logits, targets, 1)
+        sums = torch.stack([loss.detach().double() * count, correct, correct.new_full((), count)])
+        self.window += sums
+
+    def flush(self, distributed: Distributed) -> dict[str, float]:
+        """`train.loss` and `train.top1` (percent) of the window over all ranks; the window starts anew. Collective."""
+        self.epoch += self.window
+        figures = self._figures(*distributed.all_reduce_sum(self.window))
+        self.window.zero_()
+        return figures
+
+    def finish_epoch(self, distributed: Distributed) -> dict[str, float]:
+        """Figures of the epoch over all ranks; both sums start anew. Collective."""
+        self.epoch += self.window
+        figures = self._figures(*distributed.all_reduce_sum(self.epoch))
+        self.window.zero_()
+        self.epoch.zero_()
+        return figures
+
+    @staticmethod
+    def _figures(sums: Tensor) -> dict[str, float]:
+        loss, correct, samples = sums.tolist()
+        if not samples:
+            return {}
+        return {"train.loss": loss / samples, "train.top1": 100 * correct / samples}

@@ -1,0 +1,95 @@
+"""What happens when the loss is not finite: stop and name the pictures, or skip the update, up to a budget.
+
+Stopping costs nothing per step: the first bad iteration is remembered on the device and read at logging steps and
+before every checkpoint, so no checkpoint ever holds poisoned weights. Skipping must know before the update and
+therefore reads one number from the device in every step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from image_classification.distributed import Distributed
+
+_NEVER = 2**62
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+class NanGuard:
+    """Watches the loss of one rank.
+
+    Args:
+        policy: `stop` or `skip`.
+        budget: Most updates that `skip` may leave out over the whole run.
+        distributed: All ranks decide alike.
+    """
+
+    def __init__(self, policy: str, budget: int, distributed: Distributed) -> None:
+        self.policy = policy
+        self.budget = budget
+        self.distributed = distributed
+        self.num_skipped = 0
+        self._first_bad = torch.full((), _NEVER, dtype=torch.int64, device=distributed.device)
+        self._recent: dict[int, list[Tensor]] = {}
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+
+    def before_step(self, model: nn.Module) -> None:
+        """Keep BN statistics, which a poisoned forward pass would spoil (policy `skip` only)."""
+        if self.policy == "skip":
+            self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def observe(self, loss: Tensor, iteration: int, sample_ids: Tensor) -> None:
+        """Remember whether this micro-batch's loss is finite, and which pictures it held."""
+        bad = torch.where(torch.isfinite(loss.detach()), _NEVER, iteration)
+        self._first_bad = torch.minimum(self._first_bad, bad)
+        self._recent.setdefault(iteration, []).append(sample_ids)
+
+    def must_skip(self, iteration: int) -> bool:
+        """Whether this iteration's update is to be left out. Reads the device with policy `skip`, never else.
+
+        Raises:
+            NonFiniteLossError: When the budget is used up.
+        """
+        if self.policy != "skip":
+            return False
+        (num_bad,) = self.distributed.all_reduce_sum(self._first_bad < _NEVER)
+        skipped = bool(num_bad)
+        if skipped:
+            for buffer, kept in self._buffers:
+                buffer.copy_(kept)
+            self.num_skipped += 1
+            if self.num_skipped > self.budget:
+                self._raise(f"--nan-budget {self.budget} is used up")
+            self._first_bad.fill_(_NEVER)
+        self._buffers = []
+        self._recent.clear()
+        return skipped
+
+    def check(self) -> None:
+        """Raise if any rank saw a bad loss since the last check. Collective; reads the device.
+
+        Raises:
+            NonFiniteLossError: On all ranks, with iteration and sample ids from the rank that saw it first.
+        """
+        (num_bad,) = self.distributed.all_reduce_sum(self._first_bad < _NEVER)
+        if num_bad:
+            self._raise("--on-nan skip --nan-budget N would leave such updates out")
+        self._recent.clear()
+
+    def _raise(self, advice: str) -> None:
+        iteration = int(self._first_bad.item())
+        mine = None
+        if iteration < _NEVER:
+            ids = torch.cat(self._recent[iteration]).tolist() if iteration in self._recent else []
+            mine = {"iteration": iteration, "rank": self.distributed.rank, "sample_ids": ids}
+        reports = [report for report in self.distributed.gather_objects(mine) if report is not None]
+        first = min(reports, key=lambda report: report["iteration"])
+        raise NonFiniteLossError(
+            f"the loss is not finite at iteration {first['iteration']} on rank {first['rank']}; sample ids of that "
+            f"batch: {first['sample_ids']}. Weights since then are unusable; the last checkpoint is from before. "
+            f"Usual remedies: a lower --lr, --warmup, --clip-grad-norm, bf16 instead of fp16; {advice}."
+        )

@@ -1,0 +1,129 @@
+"""Optimizers: SGD, RMSprop and AdamW from torch, apex's fused ones where apex is installed.
+
+Which parameters decay is decided by the type of the module that owns them, never by their name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from image_classification.config import ConfigError, check, flag
+
+OPTIMIZERS = ("sgd", "rmsprop", "adamw", "apex-sgd", "apex-adam")
+
+# Everything torch calls a normalisation layer; their scale and shift are not decayed. timm's norms subclass these.
+_NORMALIZATIONS: tuple[type[nn.Module], ...] = (
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.LocalResponseNorm,
+    nn.RMSNorm,
+)
+
+
+@dataclasses.dataclass(kw_only=True)
+class OptimConfig:
+    """Optimizer"""
+
+    optimizer: str = flag(
+        "sgd", "--optimizer", help="Update rule; the apex ones need NVIDIA apex.", choices=OPTIMIZERS
+    )
+    momentum: float = flag(
+        0.9, "--momentum", "--mom", help="Momentum of SGD and RMSprop, first beta of AdamW."
+    )
+    nesterov: bool = flag(False, "--nesterov", help="Nesterov momentum (SGD).")
+    weight_decay: float = flag(
+        1e-4, "--weight-decay", "--wd", help="Weight decay of weights; biases and norms have none."
+    )
+    bn_weight_decay: bool = flag(
+        False, "--bn-weight-decay", help="Decay normalisation parameters and biases too."
+    )
+    rmsprop_alpha: float = flag(0.9, "--rmsprop-alpha", help="Smoothing constant of RMSprop.")
+    optimizer_eps: float | None = flag(
+        None, "--optimizer-eps", help="Epsilon; 1e-3 for RMSprop, 1e-8 for AdamW."
+    )
+    clip_grad_norm: float | None = flag(
+        None, "--clip-grad-norm", help="Largest gradient norm; longer gradients are scaled."
+    )
+
+    def __post_init__(self) -> None:
+        check(0 <= self.momentum < 1, f"--momentum: {self.momentum} is outside [0, 1)")
+        check(self.weight_decay >= 0, f"--weight-decay: {self.weight_decay} is negative")
+        check(0 < self.rmsprop_alpha < 1, f"--rmsprop-alpha: {self.rmsprop_alpha} is outside (0, 1)")
+        check(
+            self.optimizer_eps is None or self.optimizer_eps > 0,
+            f"--optimizer-eps: {self.optimizer_eps} is not positive",
+        )
+        check(
+            self.clip_grad_norm is None or self.clip_grad_norm > 0,
+            f"--clip-grad-norm: {self.clip_grad_norm} is not positive; leave the flag out to clip nothing",
+        )
+        if self.nesterov:
+            check(
+                self.optimizer in ("sgd", "apex-sgd"),
+                f"--nesterov: {self.optimizer} has no Nesterov momentum",
+            )
+            check(self.momentum > 0, "--nesterov needs --momentum above 0")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool = False) -> list[dict[str, Any]]:
+    """Split the parameters into decayed and undecayed ones.
+
+    Args:
+        model: The network.
+        weight_decay: Decay of the first group.
+        decay_all: Put every parameter into the first group.
+
+    Returns:
+        Two parameter groups (the second is left out when empty). Normalisation layers of any kind, biases and
+        other one-dimensional parameters (layer scales, for instance) are not decayed.
+    """
+    undecayed: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, _NORMALIZATIONS) or name == "bias" or parameter.ndim <= 1:
+                undecayed.add(id(parameter))
+    parameters = list(model.parameters())
+    decayed = [p for p in parameters if decay_all or id(p) not in undecayed]
+    rest = [p for p in parameters if not decay_all and id(p) in undecayed]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Build the optimizer over all parameters of `model`.
+
+    On CUDA the fused kernels are used: one launch per update, and with AMP no host synchronisation to find out
+    whether gradients overflowed.
+    """
+    groups = parameter_groups(model, config.weight_decay, config.bn_weight_decay)
+    fused = all(p.is_cuda and p.is_floating_point() for p in model.parameters())
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    if config.optimizer == "rmsprop":
+        eps = config.optimizer_eps or 1e-3
+        return torch.optim.RMSprop(
+            groups, lr=lr, alpha=config.rmsprop_alpha, momentum=config.momentum, eps=eps
+        )
+    if config.optimizer == "adamw":
+        eps = config.optimizer_eps or 1e-8
+        return torch.optim.AdamW(groups, lr=lr, betas=(config.momentum, 0.999), eps=eps, fused=fused)
+    return _apex_optimizer(config, groups, lr)
+
+
+def _apex_optimizer(config: OptimConfig, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    try:
+        from apex import optimizers as apex_optimizers
+    except ImportError:
+        raise ConfigError(
+            f"--optimizer {config.optimizer}: NVIDIA apex is not installed. It comes with NVIDIA's PyTorch "
+            "container (see Dockerfile); elsewhere use --optimizer sgd or adamw, which are fused on CUDA too."
+        ) from None
+    if config.optimizer == "apex-sgd":
+        return apex_optimizers.FusedSGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
+    eps = config.optimizer_eps or 1e-8
+    return apex_optimizers.FusedAdam(groups, lr=lr, betas=(config.momentum, 0.999), eps=eps, adam_w_mode=True)

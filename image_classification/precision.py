@@ -1,0 +1,164 @@
+"""Numeric precision of training: autocast in fp16 or bf16, loss scaling, TF32, memory format, compilation."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from image_classification.config import check, flag
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_MEMORY_FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+@dataclasses.dataclass(kw_only=True)
+class PrecisionConfig:
+    """Precision and speed"""
+
+    amp: bool = flag(False, "--amp", help="Automatic mixed precision.")
+    amp_dtype: str | None = flag(
+        None,
+        "--amp-dtype",
+        help="Type of --amp; fp16 on GPUs and bf16 on CPUs by default.",
+        choices=tuple(_DTYPES),
+    )
+    static_loss_scale: float | None = flag(
+        None, "--static-loss-scale", help="Constant factor on the loss, against underflow of fp16 gradients."
+    )
+    dynamic_loss_scale: bool = flag(
+        False, "--dynamic-loss-scale", help="Adapt the factor on the loss; the default of fp16 --amp."
+    )
+    tf32: bool = flag(True, "--tf32", help="TensorFloat-32 in float32 products on GPUs that have it.")
+    memory_format: str = flag(
+        "nchw",
+        "--memory-format",
+        help="Layout of pictures and weights; nhwc is channels-last.",
+        choices=tuple(_MEMORY_FORMATS),
+    )
+    compile: bool = flag(False, "--compile", help="Compile the network with torch.compile.")
+    compile_mode: str = flag(
+        "default",
+        "--compile-mode",
+        help="Mode of --compile.",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
+
+    def __post_init__(self) -> None:
+        scales = self.static_loss_scale is not None and self.dynamic_loss_scale
+        check(not scales, "--static-loss-scale and --dynamic-loss-scale exclude each other: leave one out")
+        check(
+            self.static_loss_scale is None or self.static_loss_scale > 0,
+            f"--static-loss-scale: {self.static_loss_scale} is not positive",
+        )
+        scaled = self.static_loss_scale is not None or self.dynamic_loss_scale
+        check(
+            self.amp or not scaled,
+            "--static-loss-scale and --dynamic-loss-scale scale the loss of --amp: add --amp",
+        )
+        check(self.amp or self.amp_dtype is None, "--amp-dtype names the type of --amp: add --amp")
+        check(self.compile or self.compile_mode == "default", "--compile-mode needs --compile")
+
+
+class Precision:
+    """Applies a `PrecisionConfig` on one device.
+
+    Attributes:
+        amp_dtype: The autocast type, None without AMP.
+        memory_format: `torch.contiguous_format` or `torch.channels_last`.
+        scaler: Gradient scaler, or None where the loss is not scaled. State belongs into checkpoints.
+        notes: What was decided where the configuration left it open; to be logged once.
+    """
+
+    def __init__(self, config: PrecisionConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.memory_format = _MEMORY_FORMATS[config.memory_format]
+        self.notes: list[str] = []
+        self.amp_dtype = self._choose_amp_dtype()
+        self.scaler = self._build_scaler()
+        if device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = config.tf32
+            torch.backends.cudnn.allow_tf32 = config.tf32
+
+    def _choose_amp_dtype(self) -> torch.dtype | None:
+        if not self.config.amp:
+            return None
+        if self.config.amp_dtype is not None:
+            return _DTYPES[self.config.amp_dtype]
+        if self.device.type == "cuda":
+            return torch.float16
+        self.notes.append(
+            "--amp on a CPU computes in bf16 (CPUs have no fast fp16); --amp-dtype fp16 insists"
+        )
+        return torch.bfloat16
+
+    def _build_scaler(self) -> torch.amp.GradScaler | None:
+        config = self.config
+        if self.amp_dtype is None:
+            return None
+        if config.static_loss_scale is not None:
+            # Growth never sets in; the back-off after an overflow is undone in `update_scale`.
+            return torch.amp.GradScaler(
+                self.device.type, init_scale=config.static_loss_scale, growth_interval=2**31 - 1
+            )
+        if config.dynamic_loss_scale or self.amp_dtype is torch.float16:
+            return torch.amp.GradScaler(self.device.type)
+        return None
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The autocast context of a forward pass and its loss; does nothing without AMP."""
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate the loss, scaled where a scaler is used."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip_norm: float | None
+    ) -> None:
+        """Update the weights: unscale and clip as needed; an overflowing fp16 step is skipped by the scaler."""
+        if clip_norm is not None:
+            if self.scaler is not None:
+                self.scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+        if self.scaler is None:
+            optimizer.step()
+            return
+        self.scaler.step(optimizer)
+        if self.config.static_loss_scale is not None:
+            self.scaler.update(new_scale=self.config.static_loss_scale)
+        else:
+            self.scaler.update()
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move a network to the device in the chosen memory format; the same object is returned."""
+        return model.to(device=self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        """The network (or its DDP wrapper) as it is to be called: compiled if asked."""
+        if not self.config.compile:
+            return model
+        return torch.compile(model, mode=self.config.compile_mode)  # type: ignore[return-value]
+
+    def forget_compiled(self) -> None:
+        """Drop compiled graphs: their shapes are stale once a network was rewritten."""
+        if self.config.compile:
+            torch.compiler.reset()
+
+    @property
+    def scale(self) -> float:
+        """Present loss scale, 1 without scaling. Synchronises with the device: for logging steps."""
+        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the gradient scaler, empty without one."""
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the scaler where a checkpoint left it; a checkpoint without scaler starts it anew."""
+        if self.scaler is not None and state:
+            self.scaler.load_state_dict(state)

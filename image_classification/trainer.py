@@ -1,0 +1,418 @@
+"""The training loop. Reads from top to bottom: fit → train epoch → train step → log, save, evaluate."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from image_classification.callbacks import Callback, TrainState
+from image_classification.checkpoint import Checkpointer, capture_rng, restore_rng
+from image_classification.config import check, flag
+from image_classification.data.loader import Batch, Loader
+from image_classification.distributed import Distributed
+from image_classification.evaluation import Evaluator
+from image_classification.interrupts import StopRequested, StopSignals
+from image_classification.log import Logger
+from image_classification.meters import StepClock
+from image_classification.metrics import TrainingSums
+from image_classification.models.structure import capture_structure
+from image_classification.nan_guard import NanGuard
+from image_classification.objective import Objective
+from image_classification.precision import Precision
+
+#: First iterations that no speed of an epoch includes: compilation and the choice of kernels happen there.
+WARMUP_STEPS = 2
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainConfig:
+    """Training"""
+
+    epochs: int = flag(90, "--epochs", help="Length of the training in epochs.")
+    run_epochs: int = flag(-1, "--run-epochs", help="Epochs of this invocation, then save and end; -1: all.")
+    optimizer_batch_size: int = flag(
+        -1,
+        "--optimizer-batch-size",
+        help="Pictures per optimizer step over all processes, by accumulation; -1: no accumulation.",
+    )
+    seed: int = flag(0, "--seed", help="Seed of weights, data order, augmentation and dropout.")
+    use_ema: float | None = flag(
+        None, "--use-ema", metavar="DECAY", help="Average the weights with this decay (0.9999); judged too."
+    )
+    on_nan: str = flag("stop", "--on-nan", help="When the loss is not finite.", choices=("stop", "skip"))
+    nan_budget: int = flag(0, "--nan-budget", help="Most updates that --on-nan skip may leave out.")
+    evaluate: bool = flag(False, "--evaluate", help="Only measure the network on the validation set.")
+    training_only: bool = flag(False, "--training-only", help="Do not validate.")
+    prof: int = flag(
+        -1,
+        "--prof",
+        metavar="N",
+        help="Run only N iterations of each epoch and validation, to measure speed.",
+    )
+
+    def __post_init__(self) -> None:
+        check(self.epochs >= 1, f"--epochs: {self.epochs} is not a positive count")
+        check(
+            self.run_epochs == -1 or self.run_epochs >= 1,
+            f"--run-epochs: {self.run_epochs} is not a positive count",
+        )
+        check(self.use_ema is None or 0 <= self.use_ema < 1, f"--use-ema: {self.use_ema} is outside [0, 1)")
+        check(self.nan_budget >= 0, f"--nan-budget: {self.nan_budget} is negative")
+        check(
+            (self.on_nan == "skip") == (self.nan_budget > 0),
+            "--on-nan skip and --nan-budget N (N ≥ 1) belong together: give both or neither",
+        )
+        check(not (self.evaluate and self.training_only), "--evaluate and --training-only exclude each other")
+        check(self.prof == -1 or self.prof >= 1, f"--prof: {self.prof} is not a positive count")
+
+    def accumulation_steps(self, batch_size: int, world_size: int) -> int:
+        """Micro-batches per optimizer step.
+
+        Raises:
+            ConfigError: When `--optimizer-batch-size` is no multiple of the pictures of one pass.
+        """
+        if self.optimizer_batch_size == -1:
+            return 1
+        at_once = batch_size * world_size
+        check(
+            self.optimizer_batch_size >= at_once and self.optimizer_batch_size % at_once == 0,
+            f"--optimizer-batch-size: {self.optimizer_batch_size} is no multiple of --batch-size {batch_size} × "
+            f"{world_size} process(es) = {at_once}; change one of them",
+        )
+        return self.optimizer_batch_size // at_once
+
+
+class Trainer:
+    """Trains `state.model` on a loader, possibly over several ranks.
+
+    The loop, and where the events of `Callback` fire:
+
+        restore a checkpoint                                       (`restore`)
+        on_fit_start
+        for every epoch:
+            on_epoch_start
+            for every optimizer step:
+                set the learning rate
+                for every micro-batch:
+                    on_batch_start
+                    forward, loss, backward                        (gradients meet other ranks in the last one)
+                on_backward_end
+                clip, update, zero gradients, average (EMA)
+                iteration += 1
+                on_step_end                                        (rewrites happen here; then `rebind`)
+                every --print-freq: on_log; check for NaN
+                every --checkpoint-interval: save
+                if asked to stop: save, raise StopRequested
+            validate; on_evaluate_end
+            on_epoch_end
+            save
+        on_fit_end
+
+    The host waits for the device at logging steps, saves and validations only.
+
+    Args:
+        config: Length, accumulation, guard.
+        state: Network (already on its device), optimizer, schedule, average.
+        objective: Loss of a micro-batch.
+        precision: Autocast and scaling.
+        distributed: Ranks.
+        logger: Console, report, TensorBoard.
+        checkpointer: Where checkpoints go.
+        train_loader: Micro-batches of this rank.
+        evaluator: Validation, None to leave it out.
+        callbacks: Take part in the loop.
+        clip_norm: Largest gradient norm.
+        print_freq: Iterations between logging steps.
+        saved_config: Resolved configuration, stored in checkpoints.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        state: TrainState,
+        *,
+        objective: Objective,
+        precision: Precision,
+        distributed: Distributed,
+        logger: Logger,
+        checkpointer: Checkpointer,
+        train_loader: Loader,
+        evaluator: Evaluator | None = None,
+        callbacks: Sequence[Callback] = (),
+        clip_norm: float | None = None,
+        print_freq: int = 10,
+        saved_config: dict[str, Any] | None = None,
+    ) -> None:
+        self.config = config
+        self.state = state
+        self.objective = objective
+        self.precision = precision
+        self.distributed = distributed
+        self.logger = logger
+        self.checkpointer = checkpointer
+        self.train_loader = train_loader
+        self.evaluator = evaluator
+        self.callbacks = list(callbacks)
+        self.clip_norm = clip_norm
+        self.print_freq = print_freq
+        self.saved_config = saved_config or {}
+        self.accumulation = config.accumulation_steps(train_loader.batch_size, distributed.world_size)
+        self.steps_per_epoch = len(train_loader) // self.accumulation
+        self.sums = TrainingSums(distributed.device)
+        self.guard = NanGuard(config.on_nan, config.nan_budget, distributed)
+        self.clock = StepClock(distributed.world_size, num_warmup=WARMUP_STEPS)
+        self.rebind()
+
+    # ------------------------------------------------------------------ the network as it is called
+
+    def rebind(self) -> None:
+        """Wrap the network anew: after construction and after every rewrite of `state.model`."""
+        self.precision.forget_compiled()
+        model = self.state.model
+        wrapped: nn.Module = model
+        if self.distributed.world_size > 1:
+            device_ids = [self.distributed.device] if self.distributed.device.type == "cuda" else None
+            wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        self._wrapped = wrapped
+        self._forward = self.precision.compiled(wrapped)
+        self._eval_forward = self.precision.compiled(model) if wrapped is not model else self._forward
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._structure: dict[str, Any] | None = None
+
+    def release(self) -> None:
+        """Drop the wrappers, and with them every reference into the old graph: before a rewrite."""
+        del self._wrapped, self._forward, self._eval_forward
+        self._parameters = []
+
+    # ------------------------------------------------------------------ fit
+
+    def fit(self) -> dict[str, float]:
+        """Train to the end of the training, or of this invocation (`--run-epochs`).
+
+        Returns:
+            Figures of the last validation, empty without one.
+
+        Raises:
+            StopRequested: After a signal, once the state is saved.
+            NonFiniteLossError: When the loss is not finite and the policy does not skip.
+        """
+        state, figures = self.state, dict[str, float]()
+        last_epoch = self.config.epochs
+        if self.config.run_epochs > 0:
+            last_epoch = min(last_epoch, state.epoch + self.config.run_epochs)
+        with StopSignals(self.distributed) as stop:
+            self._emit("on_fit_start")
+            while state.epoch < last_epoch:
+                self._emit("on_epoch_start")
+                self._train_epoch(stop)
+                figures = self._validate()
+                self._emit("on_epoch_end")
+                self._finish_epoch(figures)
+            if state.epoch == self.config.epochs:
+                self._emit("on_fit_end")
+        return figures
+
+    def _train_epoch(self, stop: StopSignals) -> None:
+        state = self.state
+        self.train_loader.set_epoch(state.epoch)
+        done = state.iteration - state.epoch * self.steps_per_epoch
+        last = (
+            self.steps_per_epoch
+            if self.config.prof < 0
+            else min(done + self.config.prof, self.steps_per_epoch)
+        )
+        state.model.train()
+        batches = iter(self.train_loader)
+        begin = time.perf_counter()
+        self.clock.start()
+        with self.logger.progress(self.steps_per_epoch, f"epoch {state.epoch}") as bar:
+            bar.update(advance=done)
+            for step in range(done, last):
+                self._train_step(batches)
+                logging = (step + 1) % self.print_freq == 0 or step + 1 == last
+                bar.update(self._log_window(step) if logging else None)
+                self._save_or_stop(stop)
+        self._log_epoch(time.perf_counter() - begin)
+        # A shortened epoch (--prof) counts as a whole one: iterations keep their place in the schedule.
+        state.iteration = (state.epoch + 1) * self.steps_per_epoch
+
+    def _train_step(self, batches: Iterator[Batch]) -> None:
+        state, num_images = self.state, 0
+        state.schedule.apply(state.optimizer, state.iteration, state.lr_factor)
+        self.guard.before_step(state.model)
+        for index in range(self.accumulation):
+            batch = next(batches)
+            self.clock.data_ready()
+            num_images += len(batch)
+            self._emit("on_batch_start", batch)
+            with self._synchronised(index == self.accumulation - 1):
+                self._forward_backward(batch)
+        self._emit("on_backward_end")
+        if not self.guard.must_skip(state.iteration):
+            self.precision.step(state.optimizer, self._parameters, self.clip_norm)
+            if state.ema is not None:
+                state.ema.update(state.model)
+        state.optimizer.zero_grad(set_to_none=True)
+        state.iteration += 1
+        self._emit("on_step_end")
+        self.clock.step_done(num_images)
+
+    def _synchronised(self, synchronise: bool) -> contextlib.AbstractContextManager[Any]:
+        """Gradients are exchanged between ranks in the last micro-batch of a step only."""
+        if synchronise or not isinstance(self._wrapped, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self._wrapped.no_sync()
+
+    def _forward_backward(self, batch: Batch) -> None:
+        with self.precision.autocast():
+            loss, logits = self.objective(self._forward, batch.images, batch.targets)
+        self.precision.backward(loss / self.accumulation)
+        self.sums.update(loss, logits.detach(), batch.targets)
+        self.guard.observe(loss, self.state.iteration, batch.sample_ids)
+
+    # ------------------------------------------------------------------ log
+
+    def _log_window(self, step: int) -> dict[str, float]:
+        """Read the sums of the last window from the device and log them; collective."""
+        self.guard.check()
+        figures = self.sums.flush(self.distributed)
+        figures |= self.clock.read("train")  # after the reading above, so that the device's work is included
+        figures |= {
+            "train.lr": self.state.optimizer.param_groups[0]["lr"],
+            "train.grad_scale": self.precision.scale,
+        }
+        if self.config.on_nan == "skip":
+            figures["train.skipped_updates"] = float(self.guard.num_skipped)
+        if self.train_loader.num_substituted:
+            figures["train.substituted_samples"] = float(self.train_loader.num_substituted)
+        self._emit("on_log", figures)
+        self.logger.log((self.state.epoch, step), figures, iteration=self.state.iteration)
+        return figures
+
+    def _log_epoch(self, seconds: float) -> None:
+        figures = self.sums.finish_epoch(self.distributed) | self.clock.read_epoch("train")
+        figures["train.epoch_seconds"] = seconds
+        self.logger.log((self.state.epoch,), figures, iteration=self.state.iteration)
+
+    # ------------------------------------------------------------------ validate
+
+    def _validate(self) -> dict[str, float]:
+        if self.evaluator is None:
+            return {}
+        self._share_buffers()
+        figures = self.evaluator(self.state.model, self.logger, forward=self._eval_forward)
+        if self.state.ema is not None:
+            figures |= self.evaluator(self.state.ema.module, self.logger, prefix="val_ema")
+        self.logger.log((self.state.epoch,), figures, iteration=self.state.iteration)
+        self._emit("on_evaluate_end", figures)
+        return figures
+
+    def _share_buffers(self) -> None:
+        """Give all ranks rank 0's BN statistics, as DDP does before its next forward pass."""
+        if self.distributed.world_size > 1:
+            for buffer in self.state.model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+    def _finish_epoch(self, figures: dict[str, float]) -> None:
+        state = self.state
+        state.epoch += 1
+        self.train_loader.set_epoch(state.epoch)
+        is_best = False
+        if figures and self.evaluator is not None:
+            headline = self.evaluator.headline
+            figure = figures.get(f"val_ema.{headline}", figures[f"val.{headline}"])
+            is_best = state.best is None or figure > state.best
+            state.best = figure if is_best else state.best
+        self.save(is_best=is_best, end_of_epoch=True)
+
+    # ------------------------------------------------------------------ save and restore
+
+    def _save_or_stop(self, stop: StopSignals) -> None:
+        interval = self.checkpointer.config.checkpoint_interval
+        stopping = stop.poll(self.state.iteration)
+        if stopping or (interval and self.state.iteration % interval == 0):
+            self.save()
+        if stopping:
+            raise StopRequested(
+                f"stopped by {stop.received or 'a signal to another rank'} after iteration {self.state.iteration}"
+            )
+
+    def save(self, *, is_best: bool = False, end_of_epoch: bool = False) -> None:
+        """Write a checkpoint; collective. A poisoned network is refused (`NonFiniteLossError`)."""
+        if not self.checkpointer.config.checkpoints:
+            return
+        self.guard.check()
+        rng = self.distributed.gather_objects(capture_rng())
+        (sums,) = self.distributed.all_reduce_sum(torch.stack([self.sums.window, self.sums.epoch]))
+        if self.distributed.is_main:
+            payload = {**self._payload(), "rng": rng, "training_sums": sums.cpu()}
+            self.checkpointer.save(payload, is_best=is_best, end_of_epoch=end_of_epoch)
+
+    def _payload(self) -> dict[str, Any]:
+        state = self.state
+        if self._structure is None:
+            self._structure = capture_structure(state.model).to_plain()
+        return {
+            "arch": self._structure["arch"],
+            "structure": self._structure,
+            "state_dict": state.model.state_dict(),
+            "ema": None if state.ema is None else state.ema.module.state_dict(),
+            "optimizer": state.optimizer.state_dict(),
+            "scaler": self.precision.state_dict(),
+            "epoch": state.epoch,
+            "iteration": state.iteration,
+            "best_prec1": state.best,
+            "lr_factor": state.lr_factor,
+            "num_skipped": self.guard.num_skipped,
+            "loader": self.train_loader.state_dict(),
+            "callbacks": {
+                callback.name: callback.state_dict() for callback in self.callbacks if callback.name
+            },
+            "world_size": self.distributed.world_size,
+            "config": self.saved_config,
+        }
+
+    def restore(self, payload: dict[str, Any]) -> None:
+        """Continue where a checkpoint stopped. The network was already built with the checkpoint's structure.
+
+        The random states of all ranks are restored when the number of ranks is the same; with another number the
+        data goes on exactly, dropout draws anew (and it is said).
+        """
+        state = self.state
+        state.model.load_state_dict(payload["state_dict"])
+        state.optimizer.load_state_dict(payload["optimizer"])
+        if state.ema is not None:
+            # A run that only now starts to average begins with the weights it resumes from.
+            state.ema.module.load_state_dict(payload["ema"] or payload["state_dict"])
+        self.precision.load_state_dict(payload["scaler"])
+        state.epoch, state.iteration, state.best = (
+            payload["epoch"],
+            payload["iteration"],
+            payload["best_prec1"],
+        )
+        state.lr_factor = payload["lr_factor"]
+        self.guard.num_skipped = payload["num_skipped"]
+        if self.distributed.is_main:  # the stored sums are over all ranks; reductions add them once
+            self.sums.window, self.sums.epoch = payload["training_sums"].to(self.distributed.device).unbind()
+        self.train_loader.load_state_dict(payload["loader"])
+        for callback in self.callbacks:
+            if callback.name in payload["callbacks"]:
+                callback.load_state_dict(payload["callbacks"][callback.name])
+        if payload["world_size"] == self.distributed.world_size:
+            restore_rng(payload["rng"][self.distributed.rank])
+        else:
+            self.logger.message(
+                f"the checkpoint was written by {payload['world_size']} process(es), now there are "
+                f"{self.distributed.world_size}: data continues exactly, dropout draws anew"
+            )
+
+    def _emit(self, event: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *arguments)

@@ -1,0 +1,145 @@
+"""Optimizers, who decays, and learning rates as pure functions of the iteration."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from image_classification.config import ConfigError
+from image_classification.optim import OptimConfig, build_optimizer, parameter_groups
+from image_classification.schedules import Schedule, ScheduleConfig
+
+
+class Odd(nn.Module):
+    """Normalisation under a name without 'bn', and a layer scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.downsample = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4))
+        self.norm = nn.GroupNorm(2, 4)
+        self.gamma = nn.Parameter(torch.ones(4))
+        self.bn_like_name = nn.Linear(4, 2)
+
+
+def test_decay_is_decided_by_module_type() -> None:
+    model = Odd()
+    decayed, rest = parameter_groups(model, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in decayed["params"]} == {
+        "conv.weight",
+        "downsample.0.weight",
+        "bn_like_name.weight",
+    }
+    assert decayed["weight_decay"] == 0.1
+    assert rest["weight_decay"] == 0.0
+    assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
+
+
+def test_bn_weight_decay_decays_everything() -> None:
+    (group,) = parameter_groups(Odd(), 0.1, decay_all=True)
+    assert len(group["params"]) == len(list(Odd().parameters()))
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "expected"),
+    [
+        (OptimConfig(momentum=0.8, nesterov=True), torch.optim.SGD, {"momentum": 0.8, "nesterov": True}),
+        (
+            OptimConfig(optimizer="rmsprop", rmsprop_alpha=0.7),
+            torch.optim.RMSprop,
+            {"alpha": 0.7, "eps": 1e-3},
+        ),
+        (
+            OptimConfig(optimizer="adamw", optimizer_eps=1e-5),
+            torch.optim.AdamW,
+            {"betas": (0.9, 0.999), "eps": 1e-5},
+        ),
+    ],
+)
+def test_every_optimizer_gets_its_settings(
+    config: OptimConfig, kind: type, expected: dict[str, object]
+) -> None:
+    optimizer = build_optimizer(config, Odd(), lr=0.25)
+    assert type(optimizer) is kind
+    for key, value in expected.items():
+        assert optimizer.param_groups[0][key] == value
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_apex_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "apex", None)
+    with pytest.raises(ConfigError, match=r"--optimizer apex-sgd: NVIDIA apex is not installed"):
+        build_optimizer(OptimConfig(optimizer="apex-sgd"), Odd(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"momentum": 1.0}, "--momentum"),
+        ({"weight_decay": -1.0}, "--weight-decay"),
+        ({"clip_grad_norm": 0.0}, "--clip-grad-norm"),
+        ({"optimizer": "adamw", "nesterov": True}, "--nesterov"),
+        ({"nesterov": True, "momentum": 0.0}, "--nesterov needs"),
+        ({"rmsprop_alpha": 1.0}, "--rmsprop-alpha"),
+        ({"optimizer_eps": 0.0}, "--optimizer-eps"),
+    ],
+)
+def test_bad_optimizer_settings(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        OptimConfig(**settings)
+
+
+def schedule(name: str, epochs: int = 10, steps: int = 7, **settings: object) -> Schedule:
+    return Schedule(ScheduleConfig(lr=0.8, lr_schedule=name, **settings), steps, epochs)
+
+
+def test_warmup_is_linear_per_iteration_and_reaches_the_rate() -> None:
+    course = schedule("constant", warmup=2)
+    rates = [course.lr_at(i) for i in range(20)]
+    assert rates[:14] == pytest.approx([0.8 * (i + 1) / 14 for i in range(14)])
+    assert set(rates[14:]) == {0.8}
+
+
+def test_curves_against_closed_forms() -> None:
+    cosine = schedule("cosine", warmup=1, end_lr=0.1)
+    linear = schedule("linear", end_lr=0.2)
+    exponential = schedule("exponential", lr_exponential_factor=0.01)
+    step = schedule("step", lr_step_epochs=[2.0, 4.0], lr_step_factor=0.5)
+    for i in range(70):
+        if i >= 7:
+            expected = 0.1 + 0.7 * 0.5 * (1 + math.cos(math.pi * (i - 7) / 63))
+            assert cosine.lr_at(i) == pytest.approx(expected)
+        assert linear.lr_at(i) == pytest.approx(0.2 + 0.6 * (1 - i / 70))
+        assert exponential.lr_at(i) == pytest.approx(0.8 * 0.01 ** (i / 70))
+        assert step.lr_at(i) == pytest.approx(0.8 * 0.5 ** ((i >= 14) + (i >= 28)))
+
+
+def test_apply_sets_every_group_with_factor() -> None:
+    optimizer = build_optimizer(OptimConfig(), Odd(), lr=9.0)
+    assert schedule("constant").apply(optimizer, 0, factor=0.5) == 0.4
+    assert {group["lr"] for group in optimizer.param_groups} == {0.4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 0.0}, "--lr"),
+        ({"warmup": -1.0}, "--warmup"),
+        ({"end_lr": 0.9}, "--end-lr"),
+        ({"lr_step_factor": 0.0}, "--lr-step-factor"),
+        ({"lr_exponential_factor": 2.0}, "--lr-exponential-factor"),
+    ],
+)
+def test_bad_schedules(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ScheduleConfig(**{"lr": 0.8, **settings})
+
+
+def test_warmup_longer_than_training() -> None:
+    with pytest.raises(ConfigError, match="do not fit into --epochs 10"):
+        schedule("cosine", warmup=10)

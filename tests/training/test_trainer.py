@@ -1,0 +1,281 @@
+"""The loop: events, accumulation, resume, interruption, guards. A miniature job, everything real but the data."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from support.training import MakeTrainer, Recorder, toy_data
+
+from image_classification.callbacks import Callback
+from image_classification.config import ConfigError
+from image_classification.interrupts import StopRequested
+from image_classification.models import read_safely
+from image_classification.nan_guard import NonFiniteLossError
+from image_classification.trainer import TrainConfig, Trainer
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.state.model.state_dict().items()}
+
+
+def assert_identical(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_events_fire_as_documented(make_trainer: MakeTrainer, recorder: Recorder) -> None:
+    trainer = make_trainer(callbacks=(recorder,), optimizer_batch_size=8, epochs=1)
+    trainer.fit()
+    step = ["batch_start", "batch_start", "backward_end", "step_end"]
+    expected = [
+        "fit_start",
+        "epoch_start",
+        *step * 5,
+        "log",
+        *step,
+        "log",
+        "evaluate_end",
+        "epoch_end",
+        "fit_end",
+    ]
+    assert recorder.events == expected
+
+
+def test_callback_entries_reach_the_log(
+    make_trainer: MakeTrainer, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[dict[str, float]] = []
+    trainer = make_trainer(callbacks=(recorder,), epochs=1)
+    monkeypatch.setattr(trainer.logger, "log", lambda step, data, iteration=None: logged.append(dict(data)))
+    trainer.fit()
+    windows = [entry for entry in logged if "recorder.seen" in entry]
+    assert len(windows) == 3  # after 5, 10 and 12 iterations
+    for key in (
+        "train.loss",
+        "train.top1",
+        "train.total_ips",
+        "train.data_time",
+        "train.lr",
+        "train.grad_scale",
+    ):
+        assert key in windows[0]
+    assert {"val.loss", "val.top1", "val.top5", "val.compute_latency_at99"} <= logged[-1].keys()
+
+
+def test_accumulation_equals_the_large_batch(make_trainer: MakeTrainer) -> None:
+    """Without BN (whose statistics are those of the micro-batch) the gradients are the same."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
+    import copy
+
+    results = []
+    for batch_size in (12, 4):
+        trainer = make_trainer(
+            model=copy.deepcopy(model),
+            batch_size=batch_size,
+            optimizer_batch_size=12,
+            epochs=1,
+            training_only=True,
+            checkpoint={"checkpoints": False},
+        )
+        trainer.fit()
+        results.append(weights(trainer))
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_optimizer_batch_size_must_divide() -> None:
+    with pytest.raises(
+        ConfigError, match=r"--optimizer-batch-size: 100 is no multiple of --batch-size 32 × 2"
+    ):
+        TrainConfig(optimizer_batch_size=100).accumulation_steps(32, 2)
+    assert TrainConfig(optimizer_batch_size=256).accumulation_steps(32, 2) == 4
+    assert TrainConfig().accumulation_steps(32, 2) == 1
+
+
+def resume(make_trainer: MakeTrainer, workspace: Path, **settings: object) -> Trainer:
+    trainer = make_trainer(workspace=workspace, **settings)
+    trainer.restore(read_safely(workspace / "checkpoint.pth.tar"))
+    return trainer
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_resume_at_a_random_iteration_changes_nothing(
+    make_trainer: MakeTrainer, tmp_path: Path, seed: int
+) -> None:
+    settings = {
+        "dropout": True,
+        "ema": 0.9,
+        "amp": seed % 2 == 1,
+        "clip_norm": 1.0 if seed % 3 == 0 else None,
+    }
+    whole = make_trainer(workspace=tmp_path / "whole", **settings)
+    whole.fit()
+    stop_at = random.Random(seed).randrange(1, 24)
+    workspace = tmp_path / "cut"
+    cut = make_trainer(
+        workspace=workspace,
+        callbacks=(Recorder(stop_at=stop_at + 1 if stop_at < 23 else 23),),
+        checkpoint={"checkpoint_interval": 1},
+        **settings,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit()
+    recorder = Recorder()
+    resumed = resume(make_trainer, workspace, callbacks=(recorder,), **settings)
+    assert resumed.state.iteration in (stop_at, 22)
+    resumed.fit()
+    assert_identical(weights(whole), weights(resumed))
+    assert whole.state.ema is not None
+    assert resumed.state.ema is not None
+    assert_identical(whole.state.ema.module.state_dict(), resumed.state.ema.module.state_dict())
+    assert whole.state.best == resumed.state.best
+    assert recorder.events[0].startswith("restored")
+
+
+def test_resumed_epoch_reports_all_of_it(
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs: list[float] = []
+
+    def listen(trainer: Trainer) -> None:
+        def log(step: tuple[int, ...], data: dict[str, float], iteration: int | None = None) -> None:
+            if len(step) == 1 and "train.loss" in data:
+                epochs.append(data["train.loss"])
+
+        monkeypatch.setattr(trainer.logger, "log", log)
+
+    whole = make_trainer(workspace=tmp_path / "a", epochs=1)
+    listen(whole)
+    whole.fit()
+    cut = make_trainer(
+        workspace=tmp_path / "b",
+        epochs=1,
+        callbacks=(Recorder(stop_at=8),),
+        checkpoint={"checkpoint_interval": 7},
+    )
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit()
+    resumed = resume(make_trainer, tmp_path / "b", epochs=1)
+    listen(resumed)
+    resumed.fit()
+    assert epochs[0] == pytest.approx(epochs[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_stops(make_trainer: MakeTrainer, tmp_path: Path, number: signal.Signals) -> None:
+    class Interrupt(Callback):
+        def on_step_end(self, trainer: Trainer) -> None:
+            if trainer.state.iteration == 7:
+                os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    trainer = make_trainer(callbacks=(Interrupt(),))
+    with pytest.raises(StopRequested, match=f"stopped by {number.name} after iteration 7"):
+        trainer.fit()
+    assert signal.getsignal(number) is before
+    assert read_safely(tmp_path / "checkpoint.pth.tar")["iteration"] == 7
+    resumed = resume(make_trainer, tmp_path)
+    resumed.fit()
+    whole = make_trainer(workspace=tmp_path / "whole")
+    whole.fit()
+    assert_identical(weights(whole), weights(resumed))
+
+
+def poisoned_data(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    images, targets = toy_data()
+    images[index] = float("nan")
+    return images, targets
+
+
+def test_nan_stops_with_iteration_and_sample_ids(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer(data=poisoned_data(17), training_only=True, checkpoint={"checkpoint_interval": 1})
+    with pytest.raises(
+        NonFiniteLossError,
+        match=r"not finite at iteration (\d+) on rank 0; sample ids of that batch: \[.*\b17\b.*\]",
+    ):
+        trainer.fit()
+    checkpoint = tmp_path / "checkpoint.pth.tar"
+    if checkpoint.exists():  # the guard looks before every save
+        assert all(value.isfinite().all() for value in read_safely(checkpoint)["state_dict"].values())
+
+
+def test_nan_skip_leaves_weights_and_statistics_alone(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(data=poisoned_data(17), training_only=True, on_nan="skip", nan_budget=2, epochs=2)
+    trainer.fit()
+    assert trainer.guard.num_skipped == 2
+    assert all(value.isfinite().all() for value in weights(trainer).values())
+
+
+def test_nan_budget_is_a_limit(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(data=poisoned_data(17), training_only=True, on_nan="skip", nan_budget=1, epochs=2)
+    with pytest.raises(NonFiniteLossError, match="--nan-budget 1 is used up"):
+        trainer.fit()
+
+
+def test_run_epochs_then_resume_is_the_whole_training(
+    make_trainer: MakeTrainer, tmp_path: Path, recorder: Recorder
+) -> None:
+    first = make_trainer(run_epochs=1, callbacks=(recorder,))
+    first.fit()
+    assert first.state.epoch == 1
+    assert "fit_end" not in recorder.events
+    second = resume(make_trainer, tmp_path)
+    second.fit()
+    whole = make_trainer(workspace=tmp_path / "whole")
+    whole.fit()
+    assert_identical(weights(whole), weights(second))
+
+
+def test_prof_shortens_epochs_and_validation(make_trainer: MakeTrainer, recorder: Recorder) -> None:
+    trainer = make_trainer(prof=3, callbacks=(recorder,))
+    trainer.fit()
+    assert recorder.events.count("step_end") == 6
+    assert trainer.state.iteration == 24
+
+
+def test_learning_rate_follows_iteration_and_factor(make_trainer: MakeTrainer) -> None:
+    rates: list[float] = []
+
+    class Watch(Callback):
+        def on_backward_end(self, trainer: Trainer) -> None:
+            rates.append(trainer.state.optimizer.param_groups[0]["lr"])
+
+        def on_step_end(self, trainer: Trainer) -> None:
+            trainer.state.lr_factor = 0.5
+
+    trainer = make_trainer(callbacks=(Watch(),), epochs=1, training_only=True)
+    trainer.fit()
+    schedule = trainer.state.schedule
+    assert rates == [schedule.lr_at(i) * (1.0 if i == 0 else 0.5) for i in range(12)]
+
+
+def test_best_checkpoint_is_the_averaged_network_where_there_is_one(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    trainer = make_trainer(ema=0.5, epochs=1)
+    figures = trainer.fit()
+    assert trainer.state.best == figures["val_ema.top1"]
+    assert (tmp_path / "model_best.pth.tar").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "--epochs"),
+        ({"run_epochs": 0}, "--run-epochs"),
+        ({"use_ema": 1.0}, "--use-ema"),
+        ({"nan_budget": 3}, "--on-nan skip and --nan-budget"),
+        ({"on_nan": "skip"}, "--on-nan skip and --nan-budget"),
+        ({"evaluate": True, "training_only": True}, "exclude each other"),
+        ({"prof": 0}, "--prof"),
+    ],
+)
+def test_bad_training_settings(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**settings)
