@@ -1,7 +1,7 @@
 """`python -m image_classification VERB …`: jobs on data sets beside training.
 
-    verify DIR                            decode every picture, name what is broken
-    prepare DIR OUT --short-side 256      write a copy with smaller pictures
+verify DIR                            decode every picture, name what is broken
+prepare DIR OUT --short-side 256      write a copy with smaller pictures
 """
 
 from __future__ import annotations
@@ -29,14 +29,19 @@ class Verb(NamedTuple):
 def _declare_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, help="directory of pictures, any folders in it included")
     parser.add_argument(
-        "--workers", type=int, default=None, help="processes; one per core by default, 0 for none beside this one"
+        "--workers",
+        type=int,
+        default=None,
+        help="processes; one per core by default, 0 for none beside this one",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def _declare_verify(parser: argparse.ArgumentParser) -> None:
     _declare_common(parser)
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the report there as well")
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="FILE", help="write the report there as well"
+    )
 
 
 def _run_verify(arguments: argparse.Namespace) -> int:
@@ -53,10 +58,17 @@ def _declare_prepare(parser: argparse.ArgumentParser) -> None:
     _declare_common(parser)
     parser.add_argument("output", type=Path, help="directory of the copy")
     parser.add_argument(
-        "--short-side", type=int, default=PrepareConfig.short_side, metavar="PIXELS", help="default: %(default)s"
+        "--short-side",
+        type=int,
+        default=PrepareConfig.short_side,
+        metavar="PIXELS",
+        help="default: %(default)s",
     )
     parser.add_argument(
-        "--quality", type=int, default=PrepareConfig.quality, help="JPEG quality, 1 to 100; default: %(default)s"
+        "--quality",
+        type=int,
+        default=PrepareConfig.quality,
+        help="JPEG quality, 1 to 100; default: %(default)s",
     )
 
 

@@ -80,7 +80,7 @@ class Console:
         """Print a line, above the progress display if there is one."""
         printer = self._rich if self._display is None else self._display.console
         printer.print(escape(text), highlight=False, soft_wrap=True)
-        self._to_log(text)
+        self.to_log(text)
 
     @contextlib.contextmanager
     def progress(self, total: int, description: str) -> Iterator[ProgressTask]:
@@ -119,7 +119,8 @@ class Console:
         )
         return Progress(*columns, console=self._rich, refresh_per_second=4)
 
-    def _to_log(self, text: str) -> None:
+    def to_log(self, text: str) -> None:
+        """Write a line to the log file, if there is one, and not to the screen."""
         if self._log is not None:
             print(text, file=self._log, flush=True)
 
@@ -201,4 +202,4 @@ class LiveTask(ProgressTask):
             self._task, completed=self._done, fields=escape("  ".join(self._fields.values()))
         )
         if self.due(before):
-            self._console._to_log(self.line())
+            self._console.to_log(self.line())

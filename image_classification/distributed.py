@@ -148,6 +148,28 @@ class Distributed:
         """
         return [_decode(payload, rank) for rank, payload in enumerate(self._all_gather_bytes(_encode(value)))]
 
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Concatenate a tensor's rows over all ranks, in the order of ranks.
+
+        Args:
+            rows: (n, …) on any device; n may differ between ranks and be 0, the other dimensions are equal (a rank
+                without rows may have any).
+
+        Returns:
+            (Σ n, …) on this rank's device, equal on all ranks.
+        """
+        if not self.is_distributed:
+            return rows
+        shapes = self.gather_objects(list(rows.shape))
+        lengths = [shape[0] for shape in shapes]
+        trailing = next((shape[1:] for shape in shapes if shape[0]), shapes[0][1:])
+        padded = torch.zeros(max(lengths), *trailing, dtype=rows.dtype, device=self.device)
+        if len(rows):
+            padded[: len(rows)] = rows
+        buffers = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(buffers, padded)
+        return torch.cat([buffer[:length] for buffer, length in zip(buffers, lengths, strict=True)])
+
     def _broadcast_bytes(self, payload: bytes, source: int) -> bytes:
         """One rank's byte string, of any length, for all ranks."""
         if not self.is_distributed:

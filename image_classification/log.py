@@ -26,11 +26,13 @@ METRICS: dict[str, tuple[str | None, str]] = {
     "train.top1": ("%", ".2f"),
     "train.lr": (None, ".5g"),
     "train.grad_scale": (None, ".1f"),
-    "train.grad_norm": (None, ".4g"),
     "train.compute_ips": ("img/s", ".2f"),
     "train.total_ips": ("img/s", ".2f"),
     "train.data_time": ("s", ".5f"),
     "train.compute_time": ("s", ".5f"),
+    "train.epoch_seconds": ("s", ".1f"),
+    "train.skipped_updates": (None, ".0f"),
+    "train.substituted_samples": (None, ".0f"),
     "train.joules_per_image": ("J", ".4f"),
     "gpu.util": ("%", ".1f"),
     "gpu.memory_gib": ("GiB", ".2f"),
@@ -46,6 +48,8 @@ VALIDATION_METRICS: dict[str, tuple[str | None, str]] = {
     "top1": ("%", ".2f"),
     "top5": ("%", ".2f"),
     "map": ("%", ".2f"),
+    "f1": ("%", ".2f"),
+    "samples": (None, ".0f"),
     "compute_ips": ("img/s", ".2f"),
     "total_ips": ("img/s", ".2f"),
     "data_time": ("s", ".5f"),
@@ -169,7 +173,7 @@ class Logger:
 
         Args:
             step: (epoch, iteration within the epoch), (epoch,) for a whole epoch, () for the run.
-            data: Key → value on the host. Figures that live on a device are first read through `Meters`.
+            data: Key → value on the host. Figures that live on a device are read before, all together.
             iteration: Number of optimizer steps of the run, TensorBoard's axis; the last one given when None.
         """
         for output in self._outputs:

@@ -1,0 +1,50 @@
+# LucidPrune: what a newcomer needs. `make install` is what the others do first; it does nothing when it is done.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install test demo lint benchmarks clean
+
+help:
+	@echo 'make install     .venv with everything, the needs of the tests included'
+	@echo 'make test        install, then the fast tests, then the slow ones'
+	@echo 'make demo        install, then train and evaluate a small network on the embedded dataset'
+	@echo 'make lint        install, then ruff and mypy'
+	@echo 'make benchmarks  install, then every script of benchmarks/'
+	@echo 'make clean       remove .venv and what tools left behind'
+	@echo 'PYTHON=python3.12 chooses the interpreter (3.11 or newer)'
+
+install: $(STAMP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or newer is needed: make install PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo 'No venv module; on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
+
+$(STAMP): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --editable '.[dev]'
+	touch $@
+
+test: install
+	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m slow
+
+demo: install
+	$(BIN)/python main.py shapes --arch resnet20 --epochs 5 --workspace runs/demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p image_classification -p explainers -p pruning
+	$(BIN)/mypy main.py multiproc.py
+
+benchmarks: install
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis ./*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,54 @@
+"""Networks: our own by name, torchvision's and timm's by prefix; structure as data; weights from files."""
+
+from image_classification.models.config import ModelConfig, build_model
+from image_classification.models.external import main_and_auxiliary_logits
+from image_classification.models.factory import (
+    ModelIdentity,
+    arch_info,
+    create_model,
+    identity_of,
+    model_names,
+    unwrap,
+)
+from image_classification.models.registry import ArchInfo, ModelError, register
+from image_classification.models.structure import (
+    Structure,
+    StructureError,
+    build_from_structure,
+    capture_structure,
+)
+from image_classification.models.weights import (
+    LoadedWeights,
+    WeightsError,
+    apply_weights,
+    head_tensors,
+    load_weights,
+    model_for_weights,
+    read_safely,
+)
+
+__all__ = [
+    "ArchInfo",
+    "LoadedWeights",
+    "ModelConfig",
+    "ModelError",
+    "ModelIdentity",
+    "Structure",
+    "StructureError",
+    "WeightsError",
+    "apply_weights",
+    "arch_info",
+    "build_from_structure",
+    "build_model",
+    "capture_structure",
+    "create_model",
+    "head_tensors",
+    "identity_of",
+    "load_weights",
+    "main_and_auxiliary_logits",
+    "model_for_weights",
+    "model_names",
+    "read_safely",
+    "register",
+    "unwrap",
+]

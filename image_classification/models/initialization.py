@@ -1,0 +1,93 @@
+"""Model configurations: how the weights of our own networks start (`-c/--model-config`).
+
+`classic` and `grp-fanout` draw convolutions from N(0, 2 / fan_out), `fanin` and `grp-fanin` from
+N(0, 2 / fan_in) (He et al. 2015); batch norms start at scale 1, shift 0. The names are those of NVIDIA
+DeepLearningExamples (PyTorch/Classification/ConvNets, `resnet_configs`).
+
+Note:
+    There, `grp-…` is meant to start the last batch norm of each residual block at zero (Goyal et al. 2017,
+    section 5.1), but the published table has `last_bn_0_init: False` in all four entries, so that
+    `grp-fanin` equals `fanin`. Here `grp-…` does what it stands for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Literal
+
+from torch import nn
+
+from image_classification.models.registry import ModelError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """How weights start."""
+
+    fan: Literal["fan_in", "fan_out"]
+    zero_last_bn: bool
+
+
+MODEL_CONFIGS: dict[str, InitConfig] = {
+    "classic": InitConfig("fan_out", zero_last_bn=False),
+    "fanin": InitConfig("fan_in", zero_last_bn=False),
+    "grp-fanin": InitConfig("fan_in", zero_last_bn=True),
+    "grp-fanout": InitConfig("fan_out", zero_last_bn=True),
+}
+DEFAULT_MODEL_CONFIG = "classic"
+
+
+def init_config(model_config: str | None) -> InitConfig:
+    """The configuration called `model_config` (None: classic)."""
+    name = DEFAULT_MODEL_CONFIG if model_config is None else model_config
+    if name not in MODEL_CONFIGS:
+        raise ModelError(
+            f"-c/--model-config {name!r} is unknown{nearest(name, MODEL_CONFIGS)} "
+            f"Choose from {', '.join(MODEL_CONFIGS)}."
+        )
+    return MODEL_CONFIGS[name]
+
+
+def initialise(
+    model: nn.Module,
+    model_config: str | None,
+    *,
+    last_bns: Iterable[nn.Module] = (),
+    linear_std: float | None = None,
+) -> None:
+    """Draw all weights of `model` anew.
+
+    Args:
+        model: Network made of convolutions, batch norms and linear layers.
+        model_config: One of `MODEL_CONFIGS`.
+        last_bns: The last batch norm of each residual branch.
+        linear_std: Standard deviation of linear layers, their biases then start at zero; None keeps
+        PyTorch's own.
+
+    Raises:
+        ModelError: An unknown configuration, or `grp-…` for a network without residual blocks.
+    """
+    config = init_config(model_config)
+    last_bns = list(last_bns)
+    if config.zero_last_bn and not last_bns:
+        raise ModelError(
+            f"-c/--model-config {model_config} starts the last batch norm of each residual block at zero, "
+            "and this "
+            "architecture has none: use classic or fanin"
+        )
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode=config.fan, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear) and linear_std is not None:
+            nn.init.normal_(module.weight, 0.0, linear_std)
+            nn.init.zeros_(module.bias)
+    if config.zero_last_bn:
+        for bn in last_bns:
+            assert isinstance(bn, nn.BatchNorm2d)
+            nn.init.zeros_(bn.weight)

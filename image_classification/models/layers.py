@@ -1,0 +1,118 @@
+"""Building blocks that our own networks share: the residual sum, the zero-padded shortcut, and free widths.
+
+Every operation of our networks is a module, so that hooks, attribution rules and the pruning engine see it;
+no module serves two places, and nothing works in place, so that a feature map caught by a hook stays as it
+was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from image_classification.models.registry import ModelError, nearest
+
+
+class Add(nn.Module):
+    """The sum of a residual branch and its shortcut."""
+
+    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
+        """Element-wise sum; both (N, C, H, W)."""
+        return torch.add(branch, shortcut)
+
+
+class ZeroPadShortcut(nn.Module):
+    """Parameter-free shortcut between stages (option A of He et al. 2015, section 4.2).
+
+    Takes every `stride`-th pixel and adds `pad_front` channels of zeros before the input's channels and
+    `pad_back` behind them. The paper leaves open where the zeros go; half on each side is the custom of
+    CIFAR ResNets. Differentiable; the zeros carry no gradient.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.pad_front = (out_channels - in_channels) // 2
+        self.pad_back = out_channels - in_channels - self.pad_front
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, pad_front + C + pad_back, ⌈H/stride⌉, ⌈W/stride⌉)."""
+        thinned = images[:, :, :: self.stride, :: self.stride]
+        return F.pad(thinned, (0, 0, 0, 0, self.pad_front, self.pad_back))
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, pad_front={self.pad_front}, pad_back={self.pad_back}"
+
+
+class Widths:
+    """Numbers of output channels by module name, asked for while a network is built.
+
+    A layer that nobody named follows its default, or the layer that it is coupled with; a given width that
+    contradicts a coupling is an error that names the module.
+    """
+
+    def __init__(self, widths: Mapping[str, int] | None) -> None:
+        self._given = dict(widths or {})
+        self._known: set[str] = set()
+        for name, width in self._given.items():
+            if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+                raise ModelError(f"widths: {name!r} needs a whole number of channels ≥ 1, not {width!r}")
+
+    def free(self, name: str, default: int, multiple_of: int = 1) -> int:
+        """Width of a layer that nothing else ties."""
+        self._known.add(name)
+        width = self._given.get(name, default)
+        if width % multiple_of:
+            raise ModelError(
+                f"widths: {name!r} has {multiple_of} groups, so its number of channels must be a multiple of "
+                f"{multiple_of}, not {width}"
+            )
+        return width
+
+    def tied(self, name: str, width: int, to: str) -> int:
+        """Width of a layer that must have `width` channels because it is coupled with the layer `to`."""
+        self._known.add(name)
+        given = self._given.get(name, width)
+        if given != width:
+            raise ModelError(
+                f"widths: {name!r} is given {given} channels but is coupled with {to!r}, which has {width}: "
+                "give both the same number"
+            )
+        return width
+
+    def given(self, name: str) -> int | None:
+        """The width that was asked for by name, if any."""
+        self._known.add(name)
+        return self._given.get(name)
+
+    def check_all_used(self) -> None:
+        """Raise `ModelError` for a name that is no layer of free width."""
+        for name in self._given:
+            if name not in self._known:
+                raise ModelError(
+                    f"widths: {name!r} is no layer of this network whose width can be chosen"
+                    f"{nearest(name, self._known)}"
+                )
+
+
+def residual_width(
+    widths: Widths, last_conv: str, shortcut_conv: str | None, default: int, stream: int, stream_name: str
+) -> int:
+    """Width of a residual block's output, from whichever of its coupled layers was given.
+
+    Args:
+        widths: The widths asked for.
+        last_conv: Name of the branch's last convolution.
+        shortcut_conv: Name of the shortcut's convolution, or None when the shortcut is the block's input.
+        default: Width of the architecture.
+        stream: Width of the block's input.
+        stream_name: Name of the layer that last determined it, for messages.
+    """
+    if shortcut_conv is None:
+        return widths.tied(last_conv, stream, stream_name)
+    given = widths.given(shortcut_conv)
+    width = widths.free(last_conv, default if given is None else given)
+    return widths.tied(shortcut_conv, width, last_conv)

@@ -1,0 +1,434 @@
+"""What a network is, as plain data: a pruned network is saved and rebuilt without pickled modules.
+
+A rewritten network differs from the one that its architecture's name builds in two ways only: in whole-number
+attributes of modules (`out_channels`, `groups`, `normalized_shape`, a width that a forward uses) and in the
+shapes of tensors. A `Structure` holds exactly these. Building from it makes the fresh network, sets the
+attributes and cuts the tensors down. Nothing may grow beyond the fresh network, unknown names are refused,
+and the first module that does not fit is named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from image_classification.models.factory import ModelIdentity, create_model, identity_of, unwrap
+from image_classification.models.registry import ModelError
+
+IntegerValue = int | list[int]
+Factory = Callable[[], nn.Module]
+# Of a structure's head and options: keeps a forged file from asking for absurd networks.
+_LARGEST_INTEGER = 1 << 20
+
+
+class StructureError(ModelError):
+    """A structure that cannot be taken or rebuilt. The message names the first module that does not fit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """A network's architecture as JSON-able data.
+
+    Attributes:
+        arch: Name for `create_model`; None for a class of the user's own, which a factory builds.
+        model_config, num_classes, image_size, options: The other arguments of `create_model`.
+        attributes: Module name to attribute to value, where it differs from the fresh network's.
+        shapes: Name to shape of every parameter and buffer.
+    """
+
+    arch: str | None
+    model_config: str | None
+    num_classes: int | None
+    image_size: int | None
+    attributes: dict[str, dict[str, IntegerValue]]
+    shapes: dict[str, list[int]]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_plain(self) -> dict[str, Any]:
+        """As dicts, lists, strings and integers, for JSON or `torch.save`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: Any) -> Structure:
+        """Read what `to_plain` wrote.
+
+        Raises:
+            StructureError: It is not of that form.
+        """
+        _check_plain(plain)
+        return cls(**plain)
+
+    def fresh(self, factory: Factory | None = None) -> nn.Module:
+        """The architecture as its name (or the factory) builds it, unpruned."""
+        if (self.arch is None) != (factory is not None):
+            raise StructureError(
+                "this structure belongs to a class of your own: give the factory that builds it"
+                if self.arch is None
+                else f"this structure is of --arch {self.arch}, which needs no factory: leave it out"
+            )
+        if factory is not None:
+            return factory()
+        assert self.arch is not None
+        try:
+            return create_model(
+                self.arch,
+                num_classes=1000 if self.num_classes is None else self.num_classes,
+                model_config=self.model_config,
+                image_size=self.image_size,
+                **self.options,
+            )
+        except TypeError as error:  # options of the wrong type reach our own constructors
+            raise StructureError(f"options {self.options} do not fit --arch {self.arch}: {error}") from error
+
+    def with_num_classes(self, num_classes: int) -> Structure:
+        """The same network with another number of classes: the layers that hold one row per class change."""
+        if num_classes == self.num_classes:
+            return self
+        changed = dataclasses.replace(self, num_classes=num_classes)
+        before, after = on_meta(self.fresh), on_meta(changed.fresh)
+        shapes = dict(self.shapes)
+        for (name, old), (_, new) in zip(named_tensors(before), named_tensors(after), strict=True):
+            pairs = zip(old.shape, new.shape, self.shapes.get(name, old.shape), strict=True)
+            shapes[name] = [kept if size == other else other for size, other, kept in pairs]
+        attributes = {name: dict(values) for name, values in self.attributes.items()}
+        new_modules = dict(after.named_modules())
+        for name, module in before.named_modules():
+            now = integer_attributes(new_modules[name])
+            for attribute, value in integer_attributes(module).items():
+                if value != now[attribute]:
+                    attributes.get(name, {}).pop(attribute, None)
+        return dataclasses.replace(changed, shapes=shapes, attributes=attributes)
+
+
+def capture_structure(model: nn.Module, *, factory: Factory | None = None) -> Structure:
+    """Take the structure of a network, pruned or not.
+
+    Args:
+        model: A network of `create_model` in any state, bare or inside DDP, EMA or `torch.compile` wrappers.
+        factory: Builds the fresh network, for a class of the user's own.
+
+    Raises:
+        StructureError: The network cannot be rebuilt from such data; the first module in the way is named.
+    """
+    model = unwrap(model)
+    identity = identity_of(model)
+    if factory is None and identity is None:
+        raise StructureError(
+            f"{type(model).__name__} was not built by create_model: give factory=, a function that builds it "
+            "unpruned"
+        )
+    build = identity.build if factory is None and identity is not None else factory
+    assert build is not None
+    fresh = on_meta(build)
+    _check_same_modules(model, fresh)
+    head = ModelIdentity("") if factory is not None or identity is None else identity
+    structure = Structure(
+        arch=head.arch or None,
+        model_config=head.model_config,
+        num_classes=head.num_classes if head.arch else None,
+        image_size=head.image_size,
+        attributes=_differing_attributes(model, fresh),
+        shapes={name: list(tensor.shape) for name, tensor in named_tensors(model)},
+        options=_plain_options(head.options),
+    )
+    _check_fits(structure, fresh)
+    _check_known_modules(model)
+    _check_unsaved_buffers(model, fresh, build)
+    return structure
+
+
+def build_from_structure(
+    structure: Structure, *, factory: Factory | None = None, device: torch.device | str | None = None
+) -> nn.Module:
+    """Build the network that a structure describes, with fresh weights.
+
+    Args:
+        structure: From `capture_structure` or `Structure.from_plain`.
+        factory: Builds the fresh network where the structure has no architecture's name.
+        device: Where to build it (default: PyTorch's default device).
+
+    Returns:
+        The network. Cut tensors keep the leading part of the fresh values, their `Parameter` object, its
+        attributes, and what it is shared with.
+
+    Raises:
+        StructureError: The structure does not fit the architecture; the first module that differs is named.
+    """
+    _check_fits(structure, on_meta(lambda: structure.fresh(factory)))  # before anything large is allocated
+    with building_on(device):
+        model = structure.fresh(factory)
+    modules = dict(model.named_modules())
+    for name, attributes in structure.attributes.items():
+        for attribute, value in attributes.items():
+            before = getattr(modules[name], attribute)
+            setattr(modules[name], attribute, type(before)(value) if isinstance(value, list) else value)
+    for name, tensor in named_tensors(model):
+        shape = structure.shapes[name]
+        if list(tensor.shape) != shape:
+            tensor.data = tensor.data[tuple(slice(size) for size in shape)].clone()
+    _check_known_modules(model)
+    return model
+
+
+def building_on(device: torch.device | str | None) -> AbstractContextManager[Any]:
+    """Context in which new tensors lie on `device`; None leaves PyTorch's default."""
+    return nullcontext() if device is None else torch.device(device)
+
+
+def on_meta(build: Factory) -> nn.Module:
+    """Run `build` without memory for its tensors and without touching the random state.
+
+    A builder that must look at values (torchvision's RegNet does) cannot run on PyTorch's meta device; it
+    runs on the CPU then, and what is truly wrong with it shows there.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return build()
+        except (NotImplementedError, RuntimeError, ModelError):
+            with torch.device("cpu"):
+                return build()
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers under each of their names, shared ones repeatedly."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def integer_attributes(module: nn.Module) -> dict[str, int | list[int] | tuple[int, ...]]:
+    """Attributes that are whole numbers, or lists or tuples of them; booleans are none."""
+    return {name: value for name, value in vars(module).items() if _is_integer_value(value)}
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_integer_value(value: Any) -> bool:
+    if type(value) in (list, tuple, torch.Size):
+        return len(value) > 0 and all(_is_integer(item) for item in value)
+    return _is_integer(value)
+
+
+def _as_list(value: Any) -> list[int]:
+    return [value] if _is_integer(value) else list(value)
+
+
+def _called(module_name: str) -> str:
+    return repr(module_name) if module_name else "the network itself"
+
+
+def _differing_attributes(model: nn.Module, fresh: nn.Module) -> dict[str, dict[str, IntegerValue]]:
+    modules, found = dict(model.named_modules()), {}
+    for name, fresh_module in fresh.named_modules():
+        changed: dict[str, IntegerValue] = {}
+        for attribute, before in integer_attributes(fresh_module).items():
+            value = getattr(modules[name], attribute, None)
+            if not _is_integer_value(value):
+                raise StructureError(
+                    f"module {_called(name)}: attribute {attribute!r} is {before} in a fresh network and "
+                    f"{value!r} here"
+                )
+            if _as_list(value) != _as_list(before):
+                changed[attribute] = value if isinstance(value, int) else _as_list(value)
+        if changed:
+            found[name] = changed
+    return found
+
+
+def _check_same_modules(model: nn.Module, fresh: nn.Module) -> None:
+    ours, theirs = dict(model.named_modules()), dict(fresh.named_modules())
+    for name, module in theirs.items():
+        if type(ours.get(name)) is not type(module):
+            here = type(ours[name]).__name__ if name in ours else "missing"
+            raise StructureError(
+                f"module {_called(name)} is {type(module).__name__} in a fresh network and {here} here: "
+                "only widths may differ"
+            )
+    for name, module in ours.items():
+        if name not in theirs:
+            raise StructureError(
+                f"module {_called(name)} ({type(module).__name__}) is not in a fresh network"
+            )
+
+
+def _check_fits(structure: Structure, fresh: nn.Module) -> None:
+    """Names are the fresh network's own, and nothing is larger than there."""
+    modules = dict(fresh.named_modules())
+    for name, attributes in structure.attributes.items():
+        if name not in modules:
+            raise StructureError(
+                f"the structure has a module {_called(name)}, which the architecture has not"
+            )
+        for attribute, value in attributes.items():
+            _check_attribute(name, attribute, value, integer_attributes(modules[name]))
+    tensors: dict[str, Tensor] = dict(named_tensors(fresh))
+    for name, tensor in tensors.items():
+        shape = structure.shapes.get(name)
+        if shape is None:
+            raise StructureError(
+                f"module {_called(name.rpartition('.')[0])}: the structure lacks its tensor {name!r}"
+            )
+        within = len(shape) == tensor.dim() and all(
+            0 < size <= most or size == most for size, most in zip(shape, tensor.shape, strict=True)
+        )
+        if not within:
+            raise StructureError(
+                f"module {_called(name.rpartition('.')[0])}: tensor {name!r} would have shape {shape}, which "
+                "does not "
+                f"fit into the architecture's {list(tensor.shape)}"
+            )
+    for name in structure.shapes:
+        if name not in tensors:
+            raise StructureError(
+                f"module {_called(name.rpartition('.')[0])}: the architecture has no tensor {name!r}, the "
+                "structure has"
+            )
+    _check_shared(structure, fresh)
+
+
+def _check_attribute(module: str, attribute: str, value: IntegerValue, fresh: Mapping[str, Any]) -> None:
+    if attribute not in fresh:
+        raise StructureError(f"module {_called(module)} has no whole-number attribute {attribute!r}")
+    before = fresh[attribute]
+    same_kind = _is_integer(value) == _is_integer(before) and len(_as_list(value)) == len(_as_list(before))
+    if not same_kind or not all(
+        0 <= new <= old or new == old for new, old in zip(_as_list(value), _as_list(before), strict=True)
+    ):
+        raise StructureError(
+            f"module {_called(module)}: attribute {attribute!r} would be {value}, which does not fit into "
+            "the "
+            f"architecture's {before}"
+        )
+
+
+def _check_shared(structure: Structure, fresh: nn.Module) -> None:
+    """A tensor with several names has one shape."""
+    first_name: dict[int, str] = {}
+    for name, tensor in named_tensors(fresh):
+        first = first_name.setdefault(id(tensor), name)
+        if structure.shapes[name] != structure.shapes[first]:
+            raise StructureError(
+                f"module {_called(name.rpartition('.')[0])}: tensor {name!r} is shared with {first!r}, "
+                f"but their shapes are {structure.shapes[name]} and {structure.shapes[first]}"
+            )
+
+
+def _check_known_modules(model: nn.Module) -> None:
+    """The attributes of the usual layers agree with their tensors."""
+    for name, module in model.named_modules():
+        expected: list[int] | None = None
+        weight = getattr(module, "weight", None)
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            groups = module.groups
+            if groups < 1 or module.in_channels % groups or module.out_channels % groups:
+                raise StructureError(
+                    f"module {_called(name)}: {module.in_channels} input and {module.out_channels} output "
+                    "channels "
+                    f"cannot be divided into {groups} groups"
+                )
+            expected = [module.out_channels, module.in_channels // groups, *module.kernel_size]
+        elif isinstance(module, nn.Linear):
+            expected = [module.out_features, module.in_features]
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            expected, weight = [module.num_features], weight if weight is not None else module.running_mean
+        elif isinstance(module, nn.GroupNorm):
+            expected = [module.num_channels]
+        elif isinstance(module, nn.LayerNorm):
+            expected = list(module.normalized_shape)
+        if expected is not None and isinstance(weight, Tensor) and list(weight.shape) != expected:
+            raise StructureError(
+                f"module {_called(name)} ({type(module).__name__}): its attributes ask for a tensor of shape "
+                f"{expected}, "
+                f"but it has {list(weight.shape)}"
+            )
+
+
+def _check_unsaved_buffers(model: nn.Module, fresh: nn.Module, build: Factory) -> None:
+    """A buffer that no state dict keeps must follow from the fresh network: be its leading part."""
+    saved = set(model.state_dict())
+    fresh_shapes = {name: tensor.shape for name, tensor in fresh.named_buffers(remove_duplicate=False)}
+    cut = {
+        name: buffer
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if name not in saved and buffer.shape != fresh_shapes[name]
+    }
+    if not cut:
+        return
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        originals = dict(build().named_buffers(remove_duplicate=False))
+    for name, buffer in cut.items():
+        leading = originals[name][tuple(slice(size) for size in buffer.shape)]
+        if not torch.equal(leading.to(buffer.dtype), buffer.cpu()):
+            raise StructureError(
+                f"module {_called(name.rpartition('.')[0])}: buffer {name!r} was cut, is in no state dict, "
+                "and is not "
+                "the leading part of a fresh one: it could not be restored"
+            )
+
+
+def _plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in options.items():
+        if not _is_plain(value):
+            raise StructureError(
+                f"option {name}={value!r} cannot be saved as plain data: use numbers, strings, lists and "
+                "dicts of "
+                "them, or build the network by a factory"
+            )
+    return {name: _copied(value) for name, value in options.items()}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    if _is_integer(value):
+        return abs(value) <= _LARGEST_INTEGER
+    return value is None or isinstance(value, (bool, float, str))
+
+
+def _check_plain(plain: Any) -> None:
+    """Raise `StructureError` unless `plain` has the form that `to_plain` writes."""
+    names = {field.name for field in dataclasses.fields(Structure)}
+    if not isinstance(plain, dict) or set(plain) != names:
+        raise StructureError(f"not a structure: expected the keys {', '.join(sorted(names))}")
+    head_checks = {
+        "arch": lambda value: value is None or isinstance(value, str),
+        "model_config": lambda value: value is None or isinstance(value, str),
+        "num_classes": lambda value: value is None or (_is_integer(value) and 0 < value <= _LARGEST_INTEGER),
+        "image_size": lambda value: value is None or (_is_integer(value) and 0 < value <= _LARGEST_INTEGER),
+        "options": lambda value: isinstance(value, dict) and _is_plain(value),
+        "attributes": lambda value: isinstance(value, dict),
+        "shapes": lambda value: isinstance(value, dict),
+    }
+    for name, holds in head_checks.items():
+        if not holds(plain[name]):
+            raise StructureError(f"not a structure: {name} is {str(plain[name])[:80]!r}")
+    for module, attributes in plain["attributes"].items():
+        if not isinstance(module, str) or not isinstance(attributes, dict):
+            raise StructureError(f"not a structure: attributes of {module!r} are no table")
+        for attribute, value in attributes.items():
+            if not isinstance(attribute, str) or not (_is_integer(value) or _is_integer_list(value)):
+                raise StructureError(
+                    f"not a structure: attribute {attribute!r} of module {module!r} is {value!r}"
+                )
+    for tensor, shape in plain["shapes"].items():
+        if not isinstance(tensor, str) or not (shape == [] or _is_integer_list(shape)):
+            raise StructureError(f"not a structure: the shape of tensor {tensor!r} is {shape!r}")
+
+
+def _is_integer_list(value: Any) -> bool:
+    return isinstance(value, list) and _is_integer_value(value)

@@ -1,0 +1,422 @@
+"""Weights from files: our checkpoints, plain state dicts, torchvision's and DataParallel-prefixed ones.
+
+Files are read with `weights_only=True`: tensors and plain values, never code. PyTorch switches off the zip
+check sums when it reads, so that a flipped bit would load as a wrong number; here they are verified first.
+(Files of the format before PyTorch 1.6 have none.) What does not fit a network is an error that names the
+first module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from image_classification.models.factory import create_model, identity_of, unwrap
+from image_classification.models.registry import ModelError
+from image_classification.models.structure import (
+    Factory,
+    Structure,
+    StructureError,
+    build_from_structure,
+    building_on,
+    named_tensors,
+    on_meta,
+)
+
+FORMAT = "lucidprune"
+_STATE_KEYS = ("state_dict", "model", "model_state_dict", "net")
+_EMA_KEYS = ("ema", "ema_state_dict", "state_dict_ema", "model_ema")
+_ZIP_START = b"PK\x03\x04"
+_CHUNK = 1 << 20
+
+
+class WeightsError(ModelError):
+    """A weights file that cannot be used. The message names the file, what is wrong and the way out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedWeights:
+    """What a weights file holds.
+
+    Attributes:
+        state: Tensor by name, on the CPU, without wrapper prefixes.
+        path: Where it was read.
+        arch: The architecture that the file names, if any.
+        structure: Present in our own checkpoints; says the widths of a pruned network.
+    """
+
+    state: dict[str, Tensor]
+    path: Path
+    arch: str | None = None
+    structure: Structure | None = None
+
+
+def load_weights(path: str | Path, *, ema: bool = False) -> LoadedWeights:
+    """Read a weights file of any of the usual kinds.
+
+    Args:
+        path: A checkpoint of ours, a plain state dict, or a dict with one under `state_dict`, `model` and the
+            like; prefixes of DataParallel, DDP (`module.`) and `torch.compile` (`_orig_mod.`) are taken off.
+        ema: Take the averaged weights (exponential moving average) instead of the last ones.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        WeightsError: The file is damaged, foreign, holds code, or lacks what was asked for.
+    """
+    path = Path(path)
+    content = read_safely(path)
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path} holds a {type(content).__name__}, not a state dict or a checkpoint")
+    arch = content.get("arch")
+    raw_structure = content.get("structure")
+    structure = None
+    if content.get("format") == FORMAT and raw_structure is not None:
+        try:
+            structure = Structure.from_plain(raw_structure)
+        except StructureError as error:
+            raise WeightsError(f"{path}: {error}") from error
+    state = _clean_names(_find_state(content, path, ema))
+    return LoadedWeights(state, path, arch if isinstance(arch, str) else None, structure)
+
+
+def read_safely(path: str | Path) -> Any:
+    """What `torch.save` put into a file: tensors (on the CPU) and plain values.
+
+    Verifies the check sums of every record, and runs no code from the file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        WeightsError: Truncated, altered, not written by `torch.save`, or not only tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"weights file {path} {what}: check the path (--pretrained-weights, --resume)"
+        )
+    with path.open("rb") as file:
+        start = file.read(len(_ZIP_START))
+    if not start:
+        raise WeightsError(f"{path} is empty: it was not written to its end; take another copy")
+    if start == _ZIP_START:
+        _verify_records(path)
+    try:
+        # An argparse namespace is a bag of values; many training programs of the field save theirs.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler meets arbitrary bytes here and raises nearly anything
+        raise WeightsError(_unreadable(path, error)) from error
+
+
+def _verify_records(path: Path) -> None:
+    """Check every record of the zip file that `torch.save` writes against its CRC-32."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise WeightsError(f"{path} is a compressed zip file, which torch.save does not write")
+                if record.CRC == 0:  # written without check sums (torch's save.compute_crc32 = False)
+                    continue
+                with archive.open(record) as file:
+                    while file.read(_CHUNK):
+                        pass
+    except WeightsError:
+        raise
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise WeightsError(
+            f"{path} is truncated or damaged ({error}): take another copy of the file"
+        ) from error
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    wanted = re.search(r"(?:GLOBAL|global|Unsupported class) ([\w.]+)", str(error))
+    if wanted:
+        return (
+            f"{path} holds more than tensors and plain values (it asks for {wanted.group(1)}), and was not "
+            "opened: it could run code. Save state_dict() of the network instead of the whole object"
+        )
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    return f"{path} is damaged, or no file of torch.save ({reason}): give a checkpoint or a saved state dict"
+
+
+def _find_state(content: Mapping[Any, Any], path: Path, ema: bool) -> dict[str, Tensor]:
+    """The state dict within a file's content."""
+    state: Any = None
+    if ema:
+        state = next((content[key] for key in _EMA_KEYS if isinstance(content.get(key), Mapping)), None)
+        if state is None:
+            raise WeightsError(f"{path} carries no averaged weights (EMA): leave --pretrained-ema out")
+    if state is None:
+        state = next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), Mapping)), content)
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise WeightsError(
+                f"{path} holds no state dict: entry {str(name)[:80]!r} is no plain tensor but "
+                f"{type(value).__name__} "
+                f"(its entries: {', '.join(str(key)[:40] for key in list(state)[:8])})"
+            )
+    if not state:
+        raise WeightsError(f"{path} holds an empty state dict")
+    return dict(state)
+
+
+def _clean_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take off what wrappers add to names: `_orig_mod.` anywhere, `module.` where all names begin with it."""
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    while True:
+        # Averaged models count their updates beside the network they wrap.
+        names = [name for name in state if name != "n_averaged"]
+        if not names or not all(name.startswith("module.") for name in names):
+            return state
+        state = {name.removeprefix("module."): state[name] for name in names}
+
+
+def head_tensors(model: nn.Module) -> set[str]:
+    """Names of the tensors of `model` that hold something per class (its classifier, and auxiliary ones).
+
+    Found by building the architecture for two numbers of classes and comparing shapes.
+
+    Raises:
+        ModelError: The network was not built by `create_model`.
+    """
+    identity = identity_of(model)
+    if identity is None:
+        raise ModelError(
+            "--new-head works for networks that create_model built; load yours with its own head instead"
+        )
+    other = dataclasses.replace(identity, num_classes=identity.num_classes + 1)
+    pairs = zip(named_tensors(on_meta(identity.build)), named_tensors(on_meta(other.build)), strict=True)
+    return {name for (name, tensor), (_, changed) in pairs if tensor.shape != changed.shape}
+
+
+def apply_weights(
+    model: nn.Module, weights: LoadedWeights | Mapping[str, Tensor], *, new_head: bool = False
+) -> list[str]:
+    """Copy weights into a network, in place. All or nothing: a misfit changes no tensor.
+
+    Args:
+        model: Network, bare or wrapped.
+        weights: From `load_weights`, or a state dict.
+        new_head: The classifier keeps its fresh weights; within it, names and shapes may differ.
+
+    Returns:
+        Names of the tensors that kept their fresh values.
+
+    Raises:
+        WeightsError: Something is missing, has another shape or is unexpected; names the first such module.
+    """
+    model = unwrap(model)
+    if isinstance(weights, Mapping):
+        weights = LoadedWeights(dict(weights), Path("the given state dict"))
+    targets = model.state_dict(keep_vars=True)
+    per_class = head_tensors(model) if new_head else set()
+    state = _without_wrapper(weights.state, targets)
+    if any(name not in targets for name in state):
+        state = _translated(model, {name: value for name, value in state.items() if name not in per_class})
+    given = dataclasses.replace(weights, state=state)
+    head_parts = {name.partition(".")[0] for name in per_class}
+    copies, fresh = [], []
+    for name, target in targets.items():
+        value = given.state.get(name)
+        if name in per_class:
+            fresh.append(name)
+        elif value is not None and _fits(value, target):
+            copies.append((target, value))
+        elif name.partition(".")[0] in head_parts or _optional(name, value):
+            fresh.append(name)
+        else:
+            raise WeightsError(_misfit(model, given, name, target, value))
+    for name in given.state:
+        if name not in targets and name.partition(".")[0] not in head_parts:
+            raise WeightsError(
+                f"{given.path} has {name!r}, and the network has no such tensor in a module "
+                f"{name.rpartition('.')[0]!r}{_arch_hint(model, given)}"
+            )
+    with torch.no_grad():
+        for target, value in copies:
+            target.copy_(value)
+    return fresh
+
+
+def _optional(name: str, value: Tensor | None) -> bool:
+    """Files from before PyTorch 0.4.1 lack the batch norms' counters."""
+    return value is None and name.endswith("num_batches_tracked")
+
+
+def _translated(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of older files as the network has them today.
+
+    Classes that were renamed inside since translate their old names themselves while a state dict is loaded
+    (the MLPs of torchvision's vision transformers); a copy without memory takes the tensors over to show the
+    outcome. DenseNet's old names (`norm.1`) are translated by torchvision's download function only, hence here too.
+    """
+    state = {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name): tensor
+        for name, tensor in state.items()
+    }
+    no_memory: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        no_memory[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    probe = copy.deepcopy(model, no_memory)
+    try:
+        outcome = probe.load_state_dict(state, strict=False, assign=True)
+        rest = outcome.unexpected_keys
+    except (RuntimeError, ValueError):  # other shapes: the comparison will say which
+        rest = list(probe.state_dict())
+    taken = {name: tensor for name, tensor in probe.state_dict().items() if not tensor.is_meta}
+    return {**{name: state[name] for name in rest if name in state}, **taken}
+
+
+def _fits(value: Tensor, target: Tensor) -> bool:
+    return value.shape == target.shape and value.is_floating_point() == target.is_floating_point()
+
+
+def _without_wrapper(state: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take off a first part that all names share and the network lacks (`model.` of a wrapping class)."""
+    first_parts = {name.partition(".")[0] for name in state}
+    if len(first_parts) != 1 or first_parts & {name.partition(".")[0] for name in targets}:
+        return dict(state)
+    return {name.partition(".")[2]: tensor for name, tensor in state.items()}
+
+
+def _misfit(model: nn.Module, given: LoadedWeights, name: str, target: Tensor, value: Tensor | None) -> str:
+    """Why the weights do not fit, beginning with the module, and what to do."""
+    module = f"{given.path} does not fit the network at module {name.rpartition('.')[0]!r}"
+    if value is None:
+        return f"{module}: it has no {name!r}{_arch_hint(model, given)}"
+    if value.is_floating_point() != target.is_floating_point():
+        return f"{module}: {name!r} is {value.dtype} there and {target.dtype} in the network"
+    shapes = f"{module}: {name!r} has shape {list(value.shape)} there and {list(target.shape)} in the network"
+    per_class = identity_of(model) is not None and name in head_tensors(model)
+    if per_class and not _other_arch(model, given) and value.dim() == target.dim():
+        return (
+            f"{shapes}: other classes. Give --num-classes {value.shape[0]} to keep its classifier, or "
+            "--new-head to start a new one"
+        )
+    return f"{shapes}: a network of other widths{_arch_hint(model, given)}"
+
+
+def _other_arch(model: nn.Module, given: LoadedWeights) -> bool:
+    """The file says that it holds another architecture; libraries' prefixes do not count."""
+    identity = identity_of(model)
+    if given.arch is None or identity is None:
+        return False
+    return given.arch.rpartition("/")[2] != identity.arch.rpartition("/")[2]
+
+
+def _arch_hint(model: nn.Module, given: LoadedWeights) -> str:
+    if _other_arch(model, given):
+        return f". The file says that it holds {given.arch}: give --arch {given.arch}"
+    if given.structure is not None:
+        return ". The file describes a pruned network: build it by model_for_weights"
+    return ". Give the --arch that the weights were trained with"
+
+
+def model_for_weights(
+    arch: str | None,
+    path: str | Path,
+    *,
+    num_classes: int | None = None,
+    model_config: str | None = None,
+    image_size: int | None = None,
+    ema: bool = False,
+    new_head: bool = False,
+    factory: Factory | None = None,
+    device: torch.device | str | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build the network that a weights file belongs to, pruned or not, and load it.
+
+    Args:
+        arch: Architecture; None takes the one that a checkpoint of ours names.
+        path: Weights file, see `load_weights`.
+        num_classes: Number of classes; None takes the file's (1000 where it does not say).
+        model_config, image_size, kwargs: As in `create_model`; where a checkpoint of ours says otherwise
+        than None or
+            nothing, its own values hold.
+        ema: Take the averaged weights.
+        new_head: Start a new classifier, for other classes.
+        factory: Builds the unpruned network of a class of the user's own (with arch None).
+        device: Where to build it.
+
+    Raises:
+        FileNotFoundError, WeightsError, ModelError: The file, or what does not fit.
+    """
+    weights = load_weights(path, ema=ema)
+    structure = weights.structure
+    if structure is None:
+        if factory is None and arch is None and weights.arch is None:
+            raise WeightsError(f"{weights.path} does not say its architecture: give --arch")
+        with building_on(device):
+            model = (
+                factory()
+                if factory is not None
+                else create_model(
+                    arch or str(weights.arch),
+                    num_classes=1000 if num_classes is None else num_classes,
+                    model_config=model_config,
+                    image_size=image_size,
+                    **kwargs,
+                )
+            )
+    else:
+        structure = _asked_structure(structure, weights.path, arch, num_classes, new_head, kwargs)
+        if model_config is not None and structure.arch is not None:
+            structure = dataclasses.replace(structure, model_config=model_config)
+        if image_size is not None and structure.arch is not None:
+            structure = dataclasses.replace(structure, image_size=image_size)
+        _check_large_enough(weights.state, structure, weights.path, new_head)
+        model = build_from_structure(structure, factory=factory, device=device)
+    apply_weights(model, weights, new_head=new_head)
+    return model
+
+
+def _asked_structure(
+    structure: Structure,
+    path: Path,
+    arch: str | None,
+    num_classes: int | None,
+    new_head: bool,
+    options: dict[str, Any],
+) -> Structure:
+    """The file's structure, if it is what was asked for; with a new head, for other classes."""
+    if arch is not None and structure.arch != arch:
+        held = structure.arch or "a class of your own (give its factory)"
+        raise WeightsError(f"{path} holds {held}, not --arch {arch}: give --arch {structure.arch}")
+    for name, value in options.items():
+        if structure.options.get(name) != value:
+            raise WeightsError(
+                f"{path} was built with {name}={structure.options.get(name)!r}, not {value!r}: leave the "
+                "option out"
+            )
+    if num_classes is None or structure.num_classes in (None, num_classes):
+        return structure
+    if not new_head:
+        raise WeightsError(
+            f"{path} was trained for {structure.num_classes} classes, not {num_classes}: give --num-classes "
+            f"{structure.num_classes} to keep its classifier, or --new-head to start a new one"
+        )
+    return structure.with_num_classes(num_classes)
+
+
+def _check_large_enough(
+    state: Mapping[str, Tensor], structure: Structure, path: Path, new_head: bool
+) -> None:
+    """Structure and tensors of one file agree, before anything is allocated by the structure's word."""
+    for name, tensor in state.items():
+        if not new_head and structure.shapes.get(name) != list(tensor.shape):
+            raise WeightsError(
+                f"{path} contradicts itself at module {name.rpartition('.')[0]!r}: its structure gives "
+                f"{name!r} shape "
+                f"{structure.shapes.get(name)}, its tensors {list(tensor.shape)}"
+            )

@@ -1,0 +1,84 @@
+"""Each flag that chooses a network has its effect."""
+
+import copy
+
+import pytest
+import torch
+
+from image_classification.config import ConfigError, flag_fields
+from image_classification.models import (
+    ModelConfig,
+    ModelError,
+    build_model,
+    capture_structure,
+    create_model,
+    identity_of,
+)
+
+
+def test_every_field_is_a_flag_and_the_default_is_resnet50():
+    spellings = {name for _, spec in flag_fields(ModelConfig) for name in spec.names}
+    assert {"--arch", "-a", "--model-config", "-c", "--num-classes", "--pretrained-weights"} <= spellings
+    assert len(flag_fields(ModelConfig)) == len(ModelConfig.__dataclass_fields__)
+    assert ModelConfig().arch == "resnet50"
+
+
+def test_arch_config_classes_options_and_image_size():
+    config = ModelConfig(
+        arch="resnet20", model_config="grp-fanin", num_classes=12, arch_option=["shortcut=B"]
+    )
+    model = build_model(config, num_classes=10, image_size=40)
+    assert model.fc.out_features == 12
+    assert not model.layer1[0].bn2.weight.any()
+    assert model.layer2[0].downsample[0].out_channels == 32
+    assert identity_of(model).image_size == 40
+    assert build_model(ModelConfig(arch="resnet20"), num_classes=10).fc.out_features == 10
+    assert build_model(ModelConfig(arch="resnet20"), num_classes=10, device="meta").fc.weight.is_meta
+
+
+def test_pretrained_weights_ema_and_new_head(tmp_path):
+    model, average = create_model("resnet20", num_classes=10), create_model("resnet20", num_classes=10)
+    path = str(tmp_path / "c.pth")
+    structure = capture_structure(model).to_plain()
+    content = {"format": "lucidprune", "structure": structure, "state_dict": model.state_dict()}
+    torch.save({**content, "ema": average.state_dict()}, path)
+
+    def built(num_classes=10, **kwargs):
+        return build_model(
+            ModelConfig(arch="resnet20", pretrained_weights=path, **kwargs), num_classes=num_classes
+        )
+
+    assert torch.equal(built().fc.weight, model.fc.weight)
+    assert torch.equal(built(pretrained_ema=True).fc.weight, average.fc.weight)
+    with pytest.raises(ModelError, match="--new-head"):
+        built(num_classes=4)
+    other = built(num_classes=4, new_head=True)
+    assert other.fc.out_features == 4
+    assert torch.equal(other.conv1.weight, model.conv1.weight)
+    torch.save(copy.deepcopy(model).state_dict(), path)
+    assert torch.equal(built(model_config="fanin").conv1.weight, model.conv1.weight)
+    with pytest.raises(FileNotFoundError, match="--pretrained-weights"):
+        build_model(ModelConfig(arch="resnet20", pretrained_weights=path + "x"), num_classes=10)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"arch": ""}, "--arch"),
+        ({"model_config": "fan"}, "--model-config fan"),
+        ({"num_classes": 0}, "--num-classes 0"),
+        ({"new_head": True}, "--new-head has no effect without --pretrained-weights"),
+        ({"pretrained_ema": True}, "--pretrained-ema has no effect"),
+        ({"arch_option": ["shortcut"]}, "KEY=VALUE"),
+        ({"arch_option": ["a=1", "a=2"]}, "twice"),
+        ({"arch_option": ["a=[1"]}, "cannot be read"),
+    ],
+)
+def test_settings_that_cannot_apply(kwargs, words):
+    with pytest.raises(ConfigError, match=words):
+        ModelConfig(**kwargs)
+
+
+def test_fewer_classes_than_the_data_has():
+    with pytest.raises(ConfigError, match="--num-classes 5, but the data has 10"):
+        build_model(ModelConfig(arch="resnet20", num_classes=5), num_classes=10)

@@ -1,0 +1,193 @@
+"""Checkpoints: atomic, rotated, never destroying an older run, and clear errors for files that cannot be continued."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.training import MakeTrainer
+
+from image_classification import checkpoint as checkpoints
+from image_classification.checkpoint import (
+    CheckpointConfig,
+    Checkpointer,
+    atomic_file,
+    capture_rng,
+    restore_rng,
+    save_atomically,
+)
+from image_classification.config import ConfigError
+from image_classification.distributed import Distributed
+from image_classification.job import read_resumable
+from image_classification.models import WeightsError, read_safely
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def checkpointer(folder: Path, **settings: object) -> Checkpointer:
+    return Checkpointer(CheckpointConfig(workspace=folder, **settings), Distributed(), lambda text: None)
+
+
+def test_gathering_without_a_number_keeps_all(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    make_trainer(epochs=3, checkpoint={"gather_checkpoints": -1}).fit()
+    gathered = {name for name in names(tmp_path) if name.startswith("checkpoint-")}
+    assert gathered == {f"checkpoint-{epoch}.pth.tar" for epoch in range(3)}
+    assert read_safely(tmp_path / "checkpoint-1.pth.tar")["epoch"] == 2
+
+
+def test_gathering_with_a_number_keeps_the_last(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    make_trainer(epochs=4, checkpoint={"gather_checkpoints": 2}).fit()
+    gathered = {name for name in names(tmp_path) if name.startswith("checkpoint-")}
+    assert gathered == {"checkpoint-2.pth.tar", "checkpoint-3.pth.tar"}
+
+
+def test_names_and_switch(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    make_trainer(epochs=1, workspace=tmp_path / "a", checkpoint={"checkpoint_filename": "mine.pth"}).fit()
+    assert {"mine.pth", "model_best.pth.tar"} <= names(tmp_path / "a")
+    make_trainer(epochs=1, workspace=tmp_path / "b", checkpoint={"checkpoints": False}).fit()
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_fresh_run_keeps_the_files_of_an_older_one(tmp_path: Path) -> None:
+    for name in ("checkpoint.pth.tar", "model_best.pth.tar", "checkpoint-7.pth.tar"):
+        (tmp_path / name).write_bytes(b"precious")
+    said: list[str] = []
+    Checkpointer(CheckpointConfig(workspace=tmp_path), Distributed(), said.append).prepare(None)
+    assert names(tmp_path) == {
+        f"{name}.previous-1" for name in ("checkpoint.pth.tar", "model_best.pth.tar", "checkpoint-7.pth.tar")
+    }
+    assert "checkpoint.pth.tar.previous-1" in said[0]
+    (tmp_path / "checkpoint.pth.tar").write_bytes(b"again")
+    checkpointer(tmp_path).prepare(None)
+    assert (tmp_path / "checkpoint.pth.tar.previous-2").read_bytes() == b"again"
+    (tmp_path / "checkpoint.pth.tar").write_bytes(b"resumed")
+    checkpointer(tmp_path).prepare(tmp_path / "checkpoint.pth.tar")
+    assert (tmp_path / "checkpoint.pth.tar").read_bytes() == b"resumed"
+
+
+def test_unwritable_workspace_is_named_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--workspace: .*cannot be written"):
+        checkpointer(tmp_path / "file" / "below").prepare(None)
+
+
+class FullDisk(io.RawIOBase):
+    """A file that takes some bytes and then reports a full disk."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        if len(data) > self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.room -= len(data)
+        return len(data)
+
+
+@pytest.mark.parametrize("room", [0, 100, 5000])
+def test_a_full_disk_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    path = tmp_path / "checkpoint.pth.tar"
+    save_atomically({"weights": torch.ones(3)}, path)
+    real_open = Path.open
+
+    def open_full(self: Path, mode: str = "r", *args: object, **kwargs: object) -> object:
+        return FullDisk(room) if self.name.endswith(".tmp") else real_open(self, mode, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_full)
+        with pytest.raises(
+            OSError, match=r"No space left on device.*free space or choose another --workspace"
+        ):
+            save_atomically({"weights": torch.zeros(3000)}, path)
+    assert torch.equal(read_safely(path)["weights"], torch.ones(3))
+    assert names(tmp_path) == {"checkpoint.pth.tar"}
+
+
+def test_a_crash_while_writing_leaves_the_previous_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="crash"), atomic_file(path) as file:
+        file.write(b"half of the n")
+        raise RuntimeError("crash")
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == {"file"}
+
+
+def test_rng_round_trip() -> None:
+    state = capture_rng()
+    drawn = (torch.rand(3), np.random.rand(3), random.random(), random.gauss(0, 1))
+    restore_rng(state)
+    again = (torch.rand(3), np.random.rand(3), random.random(), random.gauss(0, 1))
+    assert torch.equal(drawn[0], again[0])
+    assert np.array_equal(drawn[1], again[1])
+    assert drawn[2:] == again[2:]
+
+
+def test_resume_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checkpointer(tmp_path).resume_path() is None
+    assert checkpointer(tmp_path, resume="auto").resume_path() is None
+    with pytest.raises(ConfigError, match=r"--resume: no such file: absent.pth"):
+        checkpointer(tmp_path, resume="absent.pth").resume_path()
+    own = tmp_path / "checkpoint.pth.tar"
+    own.touch()
+    assert checkpointer(tmp_path).resume_path() is None
+    assert checkpointer(tmp_path, resume="auto").resume_path() == own
+    other = tmp_path / "other.pth"
+    other.touch()
+    assert checkpointer(tmp_path, resume=str(other)).resume_path() == other
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert checkpointer(tmp_path).resume_path() == own
+    assert checkpointer(tmp_path, resume=str(other)).resume_path() == own
+
+
+def test_foreign_and_mismatched_files_are_refused(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "foreign.pth")
+    with pytest.raises(ConfigError, match=r"holds no training state; .* use --pretrained-weights"):
+        read_resumable(tmp_path / "foreign.pth", "resnet20")
+    make_trainer(epochs=1).fit()
+    path = tmp_path / "checkpoint.pth.tar"
+    assert read_resumable(path, "resnet20")["epoch"] == 1
+    with pytest.raises(ConfigError, match="is of --arch resnet20, not resnet56"):
+        read_resumable(path, "resnet56")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(WeightsError):
+        read_resumable(path, "resnet20")
+    path.write_bytes(bytes(data[: len(data) // 2]))
+    with pytest.raises(WeightsError):
+        read_resumable(path, "resnet20")
+
+
+def test_format_constants_agree_with_the_weights_reader() -> None:
+    from image_classification.models import weights
+
+    assert checkpoints.FORMAT == weights.FORMAT
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gather_checkpoints": -2}, "--gather-checkpoints"),
+        ({"checkpoint_interval": -1}, "--checkpoint-interval"),
+        ({"checkpoint_filename": "a/b"}, "--checkpoint-filename"),
+        ({"checkpoints": False, "checkpoint_interval": 5}, "exclude each other"),
+        ({"checkpoints": False, "gather_checkpoints": 5}, "exclude each other"),
+    ],
+)
+def test_bad_checkpoint_settings(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CheckpointConfig(**settings)
