@@ -12,8 +12,10 @@ from typing import Any
 from image_classification import job as jobs
 from image_classification.cli import parse_config
 from image_classification.distributed import Distributed
+from pruning.callback import PruningCallback
+from pruning.config import PruningConfig
 
-SECTIONS: dict[str, type] = {**jobs.SECTIONS}
+SECTIONS: dict[str, type] = {**jobs.SECTIONS, "pruning": PruningConfig}
 
 DESCRIPTION = (
     "Train, prune, fine-tune and evaluate image classifiers on folders, CIFAR, VOC or the embedded shapes."
@@ -22,13 +24,20 @@ DESCRIPTION = (
 
 def run(configs: Mapping[str, Any], distributed: Distributed) -> None:
     """One process's share of the job."""
-    job = jobs.prepare(configs, distributed)
+    pruning: PruningConfig = configs["pruning"]
+    batches = pruning.calibration_batches if pruning.active else 0
+    job = jobs.prepare(configs, distributed, batches * configs["data"].batch_size * distributed.world_size)
     try:
         model = jobs.make_model(job)
         if configs["train"].evaluate:
             jobs.evaluate(job, model)
             return
-        jobs.make_trainer(job, model).fit()
+        callbacks = []
+        if pruning.active:
+            assert job.loaders.calibration is not None
+            size = job.loaders.preset.image_size
+            callbacks.append(PruningCallback(pruning, job.loaders.calibration, size, job.multi_label))
+        jobs.make_trainer(job, model, callbacks=callbacks).fit()
     finally:
         job.close()
 

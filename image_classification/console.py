@@ -29,6 +29,13 @@ from rich.progress import (
 _PARAMETERS = "PARAMETER"
 
 
+#: Figures (behind their prefix) that epochs and iterations show on the screen; all are in the report.
+STEERING = frozenset(
+    ["loss", "top1", "top5", "map", "f1", "total_ips", "data_time", "lr", "epoch_seconds", "skipped_updates"]
+    + ["substituted_samples", "macs_share", "params_share", "memory_share", "latency_share"]
+)
+
+
 class Console:
     """Prints messages, figures of epochs, and progress.
 
@@ -65,8 +72,12 @@ class Console:
         """Print the figures of an epoch or of the run; those of an iteration belong to the progress."""
         if step == _PARAMETERS or len(step) > 1:
             return
-        head = f"Epoch {step[0]}" if len(step) == 1 else "Summary"
-        self.message("  ".join([f"{head}:", *(self.format(key, value) for key, value in data.items())]))
+        shown = dict(data)
+        head = "Summary"
+        if step:  # an epoch's details are in the report; the screen keeps what one steers by
+            head = f"Epoch {step[0]}"
+            shown = {key: value for key, value in data.items() if key.rpartition(".")[2] in STEERING}
+        self.message("  ".join([f"{head}:", *(self.format(key, value) for key, value in shown.items())]))
 
     def format(self, key: str, value: Any) -> str:
         """A figure with its name and unit, as its metadata has them."""

@@ -99,8 +99,14 @@ class Job:
         self.logger.close()
 
 
-def prepare(configs: Mapping[str, Any], distributed: Distributed) -> Job:
+def prepare(configs: Mapping[str, Any], distributed: Distributed, calibration_size: int = 0) -> Job:
     """Open everything that can fail before hours are spent: checkpoint to resume, outputs, data.
+
+    Args:
+        configs: Configuration by section.
+        distributed: This process among the ranks.
+        calibration_size: Calibration pictures that the job wants where `--calibration-size` leaves it open; at
+            most a twentieth of the training set is taken.
 
     Raises:
         ConfigError, ModelError, OSError: With the flag to change.
@@ -115,11 +121,14 @@ def prepare(configs: Mapping[str, Any], distributed: Distributed) -> Job:
     if distributed.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     precision = Precision(configs["precision"], distributed.device)
-    loaders = open_loaders(configs, distributed, precision)
+    loaders = open_loaders(configs, distributed, precision, calibration_size)
     if distributed.is_main and configs["checkpoint"].checkpoints:
         save_yaml(configs, workspace / "config.yaml")
     logger.log_parameters(to_plain(configs))
-    for note in (f"data backend: {loaders.backend}", *precision.notes):
+    notes = [f"data backend: {loaders.backend}", *precision.notes]
+    if loaders.calibration is not None:
+        notes.append(f"{loaders.calibration.num_samples} training pictures are kept aside for calibration")
+    for note in notes:
         logger.message(note)
     if resume_path is not None:
         logger.message(f"continuing from {resume_path}")
@@ -128,7 +137,9 @@ def prepare(configs: Mapping[str, Any], distributed: Distributed) -> Job:
     )
 
 
-def open_loaders(configs: Mapping[str, Any], distributed: Distributed, precision: Precision) -> Loaders:
+def open_loaders(
+    configs: Mapping[str, Any], distributed: Distributed, precision: Precision, calibration_size: int = 0
+) -> Loaders:
     """Open the data set (rank 0 first: it may unpack or generate it) and build this rank's loaders."""
     config: DataConfig = configs["data"]
     dataset = None
@@ -137,6 +148,10 @@ def open_loaders(configs: Mapping[str, Any], distributed: Distributed, precision
             dataset = open_dataset(
                 config.data, multi_label=configs["loss"].multi_label, progress=distributed.is_main
             )
+    if calibration_size and not config.calibration_size:
+        if dataset is not None:
+            calibration_size = max(min(calibration_size, len(dataset.train) // 20), dataset.num_classes)
+        config = dataclasses.replace(config, calibration_size=calibration_size)
     with naming_the_flag("DATA"):
         return build_loaders(
             config,

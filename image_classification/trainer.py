@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from image_classification.callbacks import Callback, TrainState
 from image_classification.checkpoint import Checkpointer, capture_rng, restore_rng
 from image_classification.config import check, flag
+from image_classification.console import STEERING
 from image_classification.data.loader import Batch, Loader
 from image_classification.distributed import Distributed
 from image_classification.evaluation import Evaluator
@@ -237,7 +238,8 @@ class Trainer:
             for step in range(done, last):
                 self._train_step(batches)
                 logging = (step + 1) % self.print_freq == 0 or step + 1 == last
-                bar.update(self._log_window(step) if logging else None)
+                figures = self._log_window(step) if logging else {}
+                bar.update({key: value for key, value in figures.items() if key.rpartition(".")[2] in STEERING})
                 self._save_or_stop(stop)
         self._log_epoch(time.perf_counter() - begin)
         # A shortened epoch (--prof) counts as a whole one: iterations keep their place in the schedule.

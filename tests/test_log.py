@@ -181,7 +181,7 @@ class TestConsole:
         plain.log((3,), {"val.top1": 76.123, "pruning.num_groups": 36, "name": "resnet50"})
         plain.log((), {"val.top1": 77.0})
         assert screen.getvalue().splitlines() == [
-            "Epoch 3:  val.top1 76.12 %  pruning.num_groups 36  name resnet50",
+            "Epoch 3:  val.top1 76.12 %",
             "Summary:  val.top1 77.00 %",
         ]
 

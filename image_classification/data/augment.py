@@ -1,0 +1,260 @@
+"""Automatic augmentation: AutoAugment, RandAugment, TrivialAugmentWide, chosen by the plan, executed on the batch.
+
+Cubuk et al., AutoAugment (CVPR 2019) and RandAugment (NeurIPS 2020); Müller, Hutter, TrivialAugment (ICCV 2021).
+A policy turns the uniform numbers of a sample into operations and magnitudes, on the host; `apply_operations` runs
+them on uint8 pictures wherever these are, so that every backend gets the same pixels. Magnitudes and operators are
+those of `torchvision.transforms.v2` (nearest-neighbour geometry, black fill).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision import transforms as torchvision_transforms
+from torchvision.transforms.v2 import functional as F
+
+KINDS = (
+    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
+    "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert",
+)  # fmt: skip
+"""Names of the operations; an operation is stored as its index here."""
+
+GEOMETRIC = frozenset({"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"})
+_SIGNED = GEOMETRIC | {"Brightness", "Color", "Contrast", "Sharpness"}
+_WIDE_KINDS = tuple(
+    name for name in KINDS if name != "Invert"
+)  # what RandAugment and TrivialAugment draw from
+_NUM_WIDE_BINS = 31
+_NUM_AUTOAUGMENT_BINS = 10
+
+POLICY_NAMES = ("none", "autoaugment", "randaugment", "trivialaugment")
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What is to be done to each picture of a batch, one column after the other.
+
+    Attributes:
+        kinds: (N, K) int64 index into `KINDS`.
+        magnitudes: (N, K) float64, signed; degrees for Rotate, pixels for Translate, slope for Shear, bits for
+            Posterize, fraction of white for Solarize, change of the factor 1 for colour operations.
+    """
+
+    kinds: NDArray[np.int64]
+    magnitudes: NDArray[np.float64]
+
+    def rows(self, index: slice | NDArray[np.int64]) -> Operations:
+        """The operations of some of the pictures."""
+        return Operations(self.kinds[index], self.magnitudes[index])
+
+
+class Policy(Protocol):
+    """Turns uniform numbers into operations."""
+
+    @property
+    def name(self) -> str:
+        """Policy and its parameters, for a loader's fingerprint."""
+        ...
+
+    @property
+    def num_uniforms(self) -> int:
+        """Uniform numbers that a sample needs."""
+        ...
+
+    def choose(self, numbers: NDArray[np.float64]) -> Operations:
+        """Operations of N samples from (N, num_uniforms) numbers in [0, 1)."""
+        ...
+
+
+def magnitude_table(
+    num_bins: int, *, shear: float, shift: tuple[float, float], degrees: float, colour: float,
+    posterize: float,
+) -> dict[str, NDArray[np.float64]]:  # fmt: skip
+    """Magnitude by strength (0 … num_bins − 1) for every kind, unsigned.
+
+    Args:
+        num_bins: Number of strengths.
+        shear, degrees, colour: Largest slope, rotation and change of a colour factor.
+        shift: Largest vertical and horizontal translation in pixels.
+        posterize: Bits taken away at full strength.
+    """
+    strength = np.linspace(0.0, 1.0, num_bins)
+    table = dict.fromkeys(KINDS, np.zeros(num_bins))
+    table |= dict.fromkeys(("ShearX", "ShearY"), shear * strength)
+    table |= {
+        "TranslateY": shift[0] * strength,
+        "TranslateX": shift[1] * strength,
+        "Rotate": degrees * strength,
+    }
+    table |= dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), colour * strength)
+    # numpy and torch both round halves to even
+    table |= {"Posterize": 8 - np.round(posterize * strength), "Solarize": 1.0 - strength}
+    return table
+
+
+def _usual_table(num_bins: int, size: tuple[int, int]) -> dict[str, NDArray[np.float64]]:
+    """The ranges that AutoAugment and RandAugment share."""
+    shift = (150.0 / 331.0 * size[0], 150.0 / 331.0 * size[1])
+    return magnitude_table(num_bins, shear=0.3, shift=shift, degrees=30.0, colour=0.9, posterize=4.0)
+
+
+def _signs(kinds: NDArray[np.int64], numbers: NDArray[np.float64]) -> NDArray[np.float64]:
+    """−1 or 1 for kinds whose magnitude has a direction, 1 for the others."""
+    signed = np.array([name in _SIGNED for name in KINDS])
+    return np.where(signed[kinds] & (numbers < 0.5), -1.0, 1.0)
+
+
+class RandAugment:
+    """`num_ops` operations drawn uniformly with repetition, all at one strength (RandAugment, algorithm 1)."""
+
+    def __init__(self, size: tuple[int, int], num_ops: int = 2, magnitude: int = 9) -> None:
+        if not 0 <= magnitude < _NUM_WIDE_BINS:
+            raise ValueError(f"the magnitude of RandAugment is 0 to {_NUM_WIDE_BINS - 1}, not {magnitude}")
+        if num_ops < 1:
+            raise ValueError(f"RandAugment needs at least one operation, not {num_ops}")
+        table = _usual_table(_NUM_WIDE_BINS, size)
+        self._magnitudes = np.array([table[name][magnitude] for name in KINDS])
+        self._drawn = np.array([KINDS.index(name) for name in _WIDE_KINDS])
+        self.name, self.num_ops = f"randaugment({num_ops}, {magnitude})", num_ops
+        self.num_uniforms = 2 * num_ops
+
+    def choose(self, numbers: NDArray[np.float64]) -> Operations:
+        """See `Policy.choose`."""
+        which, sign = numbers[:, : self.num_ops], numbers[:, self.num_ops :]
+        kinds = self._drawn[(which * len(self._drawn)).astype(np.int64)]
+        return Operations(kinds, self._magnitudes[kinds] * _signs(kinds, sign))
+
+
+class TrivialAugmentWide:
+    """One operation at one strength, both drawn uniformly, from the wide ranges (TrivialAugment, table 6)."""
+
+    name = "trivialaugment"
+    num_uniforms = 3
+
+    def __init__(self) -> None:
+        table = magnitude_table(
+            _NUM_WIDE_BINS, shear=0.99, shift=(32.0, 32.0), degrees=135.0, colour=0.99, posterize=6.0
+        )
+        self._magnitudes = np.stack([table[name] for name in KINDS])
+        self._drawn = np.array([KINDS.index(name) for name in _WIDE_KINDS])
+
+    def choose(self, numbers: NDArray[np.float64]) -> Operations:
+        """See `Policy.choose`."""
+        kinds = self._drawn[(numbers[:, :1] * len(self._drawn)).astype(np.int64)]
+        strength = (numbers[:, 1:2] * _NUM_WIDE_BINS).astype(np.int64)
+        return Operations(kinds, self._magnitudes[kinds, strength] * _signs(kinds, numbers[:, 2:3]))
+
+
+class AutoAugment:
+    """One of 25 learned pairs of operations, each applied with its own probability (AutoAugment, tables 7 and 9).
+
+    The pairs are read from torchvision, for "imagenet" or "cifar10".
+    """
+
+    num_uniforms = 5
+
+    def __init__(self, size: tuple[int, int], learned_on: str = "imagenet") -> None:
+        self.name = f"autoaugment({learned_on})"
+        chosen = torchvision_transforms.AutoAugmentPolicy(learned_on)
+        pairs = torchvision_transforms.AutoAugment(chosen).policies
+        table = _usual_table(_NUM_AUTOAUGMENT_BINS, size)
+        self._kinds = np.array([[KINDS.index(name) for name, _, _ in pair] for pair in pairs])
+        self._probabilities = np.array([[probability for _, probability, _ in pair] for pair in pairs])
+        self._magnitudes = np.array(
+            [[table[name][strength or 0] for name, _, strength in pair] for pair in pairs]
+        )
+
+    def choose(self, numbers: NDArray[np.float64]) -> Operations:
+        """See `Policy.choose`."""
+        pair = (numbers[:, 0] * len(self._kinds)).astype(np.int64)
+        applied = numbers[:, 1:3] < self._probabilities[pair]
+        kinds = np.where(applied, self._kinds[pair], KINDS.index("Identity"))
+        magnitudes = np.where(applied, self._magnitudes[pair], 0.0)
+        return Operations(kinds, magnitudes * _signs(kinds, numbers[:, 3:5]))
+
+
+def make_policy(
+    name: str, size: tuple[int, int], *, learned_on: str = "imagenet", num_ops: int = 2, magnitude: int = 9
+) -> Policy | None:
+    """A policy by its name in `POLICY_NAMES`; None for "none".
+
+    Args:
+        name: Which policy.
+        size: Output height and width in pixels.
+        learned_on: Data set of AutoAugment's pairs: "imagenet" or "cifar10".
+        num_ops, magnitude: Of RandAugment.
+    """
+    if name == "none":
+        return None
+    if name == "autoaugment":
+        return AutoAugment(size, learned_on)
+    if name == "randaugment":
+        return RandAugment(size, num_ops, magnitude)
+    if name == "trivialaugment":
+        return TrivialAugmentWide()
+    raise ValueError(f"--auto-augment {name} is none of {', '.join(POLICY_NAMES)}")
+
+
+def apply_operations(pictures: Tensor, operations: Operations) -> Tensor:
+    """Run each picture's operations; pictures that share operation and magnitude go through in one call.
+
+    Args:
+        pictures: (N, 3, H, W) uint8, on any device; left as they are.
+        operations: For N pictures.
+
+    Returns:
+        (N, 3, H, W) uint8.
+    """
+    result = pictures.clone()
+    for column in range(operations.kinds.shape[1]):
+        rows = np.stack([operations.kinds[:, column], operations.magnitudes[:, column]], axis=1)
+        groups, members = np.unique(rows, axis=0, return_inverse=True)
+        members = members.reshape(-1)
+        for group, (kind, magnitude) in enumerate(groups):
+            if KINDS[int(kind)] == "Identity":
+                continue
+            index = torch.from_numpy(np.flatnonzero(members == group)).to(result.device, non_blocking=True)
+            result[index] = apply_operation(result[index], KINDS[int(kind)], float(magnitude))
+    return result
+
+
+def apply_operation(pictures: Tensor, name: str, magnitude: float) -> Tensor:
+    """One operation on (…, 3, H, W) uint8 pictures, with torchvision's operators and conventions."""
+    if name in ("ShearX", "ShearY"):
+        degrees = math.degrees(math.atan(magnitude))
+        shear = [degrees, 0.0] if name == "ShearX" else [0.0, degrees]
+        # sheared about the top-left corner, as in the original implementation
+        return F.affine(pictures, angle=0.0, translate=[0, 0], scale=1.0, shear=shear, center=[0, 0])
+    if name in ("TranslateX", "TranslateY"):
+        pixels = int(magnitude)
+        shift = [pixels, 0] if name == "TranslateX" else [0, pixels]
+        return F.affine(pictures, angle=0.0, translate=shift, scale=1.0, shear=[0.0, 0.0])
+    if name == "Rotate":
+        return F.rotate(pictures, angle=magnitude)
+    if name == "Brightness":
+        return F.adjust_brightness(pictures, brightness_factor=1.0 + magnitude)
+    if name == "Color":
+        return F.adjust_saturation(pictures, saturation_factor=1.0 + magnitude)
+    if name == "Contrast":
+        return F.adjust_contrast(pictures, contrast_factor=1.0 + magnitude)
+    if name == "Sharpness":
+        return F.adjust_sharpness(pictures, sharpness_factor=1.0 + magnitude)
+    if name == "Posterize":
+        return F.posterize(pictures, bits=int(magnitude))
+    if name == "Solarize":
+        return F.solarize(pictures, threshold=255.0 * magnitude)
+    if name == "AutoContrast":
+        return F.autocontrast(pictures)
+    if name == "Equalize":
+        return F.equalize(pictures)
+    if name == "Invert":
+        return F.invert(pictures)
+    if name == "Identity":
+        return pictures
+    raise ValueError(f"unknown operation {name}; known are {', '.join(KINDS)}")

@@ -1,0 +1,72 @@
+"""A calibration split: pictures taken out of train for choosing what to prune, never trained on.
+
+Selecting channels on validation pictures would leak them into the result, and selecting on pictures that are also
+trained on favours what was memorised; so a stratified part of train is set aside before the first epoch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from image_classification.data.dataset import Dataset
+from image_classification.data.manifest import Manifest
+from image_classification.data.targets import TargetTable
+
+
+def split_calibration(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, Manifest]:
+    """Set `size` training samples aside; a pure function of the data set, `size` and `seed`.
+
+    Every class gives in proportion to its size (largest remainders first, ties by class index). Multi-label samples
+    count for the rarest class that they show, so that rare classes are represented too.
+
+    Args:
+        dataset: The set to take from; it is not changed.
+        size: Number of samples, `--calibration-size`.
+        seed: Decides which samples of each class are taken.
+
+    Returns:
+        The data set with the smaller train split (in its old order), and the calibration manifest in a random
+        order, so that each of its batches mixes the classes.
+
+    Raises:
+        ValueError: `size` is below 1 or more than half of train.
+    """
+    available = len(dataset.train)
+    if not 1 <= size <= available // 2:
+        raise ValueError(
+            f"--calibration-size {size} does not fit: train has {available:,} pictures, and between 1 and half of "
+            f"them ({available // 2:,}) can be set aside for calibration"
+        )
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    strata = _strata(dataset.train.targets)
+    groups = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
+    quotas = _proportional(np.array([len(group) for group in groups]), size)
+    chosen = [generator.permutation(group)[:quota] for group, quota in zip(groups, quotas, strict=True)]
+    calibration_ids = generator.permutation(np.concatenate(chosen))
+    remaining = np.setdiff1d(np.arange(available), calibration_ids)
+    reduced = dataclasses.replace(dataset, train=dataset.train.subset(remaining))
+    return reduced, dataset.train.subset(calibration_ids, split="calibration")
+
+
+def _strata(targets: TargetTable) -> np.ndarray:
+    """The class that each sample counts for: (N,) int64, -1 for a multi-label sample without any."""
+    labels = targets.labels
+    if labels.ndim == 1:
+        return labels
+    if not targets.multi_label:
+        return labels.argmax(axis=1)
+    present = labels > 0
+    frequency = np.where(present, present.sum(axis=0), len(labels) + 1)
+    return np.where(present.any(axis=1), frequency.argmin(axis=1), -1)
+
+
+def _proportional(counts: np.ndarray, total: int) -> np.ndarray:
+    """Whole numbers that sum to `total`, in proportion to `counts`, by largest remainder."""
+    exact_numerators = counts * total
+    quotas = exact_numerators // counts.sum()
+    remainders = exact_numerators % counts.sum()
+    short = total - int(quotas.sum())
+    quotas[np.argsort(-remainders, kind="stable")[:short]] += 1
+    return quotas

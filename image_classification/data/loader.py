@@ -1,0 +1,315 @@
+"""What a loader is: the protocol, its batch, and the cursor that all backends share.
+
+A cursor is (epoch, step) of the *consumer*: while batch k is being processed it says k + 1, however far the backend
+has read ahead. Training goes on from the cursor, so that leaving the loop in the middle of an epoch and entering it
+again, or loading a state into a new process, continues with the next sample. Evaluation starts anew every time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from image_classification.data.bad_samples import BadSamples
+from image_classification.data.decode import Decoded
+from image_classification.data.device_stage import DeviceStage
+from image_classification.data.manifest import Manifest
+from image_classification.data.mixup import Mixup
+from image_classification.data.plan import BatchPlan, Planner
+
+
+@dataclass
+class Batch:
+    """A batch on the training device; unpacks as `images, targets = batch`.
+
+    Attributes:
+        images: (N, 3, H, W) float32, normalised. N may be less than the batch size, or 0, in evaluation.
+        targets: (N,) int64 class indices, or (N, L) float32 multi-hot or soft.
+        sample_ids: (N,) int64 on the host, rows of the manifest.
+        boxes: Per sample (k, 4) and (k,) classes in crop pixels, on the host, if the loader was made with them.
+        masks: (N, H, W) uint8 on the host, if the loader was made with them.
+    """
+
+    images: Tensor
+    targets: Tensor
+    sample_ids: Tensor
+    boxes: list[tuple[Tensor, Tensor]] | None = None
+    masks: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield self.images
+        yield self.targets
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+
+@runtime_checkable
+class Loader(Protocol):
+    """Yields batches of one split to one rank.
+
+    Attributes:
+        num_samples: Of the split, over all ranks.
+        num_classes: Number of classes.
+        batch_size: Per rank.
+        num_substituted: Samples so far that another one stood in for.
+    """
+
+    num_samples: int
+    num_classes: int
+    batch_size: int
+    num_substituted: int
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What is loaded; None for synthetic data."""
+        ...
+
+    def __len__(self) -> int:
+        """Steps of an epoch, equal on all ranks."""
+        ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch. The one that the cursor is already in keeps its step."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches to the epoch's end: in training from the cursor, else from the start."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor, and what it is only valid for."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where a state says; ValueError if data or batch are not the same."""
+        ...
+
+    def close(self) -> None:
+        """End processes and threads, free buffers. The loader can be iterated again."""
+        ...
+
+
+class CursorLoader(ABC):
+    """Cursor, state and resources of a loader, independent of where its batches come from."""
+
+    def __init__(
+        self, *, num_samples: int, num_classes: int, batch_size: int, num_steps: int, training: bool, seed: int,
+        world_size: int, fingerprint: str,
+    ) -> None:  # fmt: skip
+        self.num_samples, self.num_classes, self.batch_size = num_samples, num_classes, batch_size
+        self.training, self.num_substituted = training, 0
+        self._num_steps = num_steps
+        self._epoch, self._step, self._resumed = 0, 0, False
+        self._identity = {"seed": seed, "global_batch": batch_size * world_size, "fingerprint": fingerprint}
+        self._stream: Generator[Batch, None, None] | None = None
+        self._stream_at = (0, 0)
+        self._turn = 0
+
+    @abstractmethod
+    def _batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
+        """Batches from a position on: to the epoch's end, or, in training, on through all later epochs."""
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def set_epoch(self, epoch: int) -> None:
+        """See `Loader.set_epoch`."""
+        if epoch != self._epoch:
+            self._epoch, self._step = epoch, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """See `Loader.__iter__`."""
+        self._turn += 1
+        turn, epoch = self._turn, self._epoch
+        if not self.training and not self._resumed:
+            self._step = 0
+        self._resumed = False
+        for step in range(self._step, self._num_steps):
+            try:
+                batch = next(self._stream_from(epoch, step))
+            except BaseException:  # whatever it was, a stream that raised cannot go on
+                self._end_stream()
+                raise
+            self._step = step + 1
+            at_end = self.training and step + 1 == self._num_steps
+            self._stream_at = (epoch + 1, 0) if at_end else (epoch, step + 1)
+            yield batch
+            if turn != self._turn:
+                raise RuntimeError("this loader was iterated anew: an older loop over it cannot go on")
+        self._step = 0
+        if self.training:
+            self._epoch = epoch + 1
+        else:
+            self._end_stream()
+
+    def _stream_from(self, epoch: int, step: int) -> Generator[Batch, None, None]:
+        """The running stream if it is there already, else a new one."""
+        if self._stream is None or self._stream_at != (epoch, step):
+            self._end_stream()
+            self._stream = self._batches(epoch, step)
+        return self._stream
+
+    def _end_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Loader.state_dict`: plain numbers and strings."""
+        return {"epoch": self._epoch, "step": self._step, **self._identity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Loader.load_state_dict`.
+
+        Raises:
+            ValueError: Other data, augmentation, seed or global batch than the state's.
+        """
+        hints = {
+            "seed": "pass the same --seed",
+            "global_batch": "choose --batch-size so that ranks × --batch-size is the same",
+            "fingerprint": "the files, their targets, or the image size and augmentation flags were changed",
+        }
+        missing = {"epoch", "step", *hints} - state.keys()
+        if missing:
+            raise ValueError(f"this is no loader state: {', '.join(sorted(missing))} missing")
+        for name, hint in hints.items():
+            if state[name] != self._identity[name]:
+                raise ValueError(
+                    f"cannot resume in the middle of the data: {name} was {state[name]}, is {self._identity[name]} "
+                    f"({hint}, or start with --pretrained-weights instead of --resume)"
+                )
+        self._epoch, self._step = int(state["epoch"]), int(state["step"])
+        self._resumed = True
+
+    def close(self) -> None:
+        """See `Loader.close`."""
+        self._end_stream()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class PlannedLoader(CursorLoader):
+    """A loader of pictures that executes a plan. A backend implements `_decoded`.
+
+    Args:
+        manifest: The split.
+        planner: Its plan on this rank.
+        stage: What makes float images of uint8 pictures.
+        on_bad_sample: "stop" or "substitute".
+        mixup: Mixing of batches, or None.
+        with_boxes, with_masks: Whether batches carry them.
+        prefetch: Batches to be ready ahead of the consumer.
+        workers: Processes or threads that decode.
+
+    Raises:
+        ValueError: Boxes or masks together with automatic augmentation, which they do not follow.
+    """
+
+    def __init__(
+        self, manifest: Manifest, planner: Planner, stage: DeviceStage, *, on_bad_sample: str = "stop",
+        mixup: Mixup | None = None, with_boxes: bool = False, with_masks: bool = False, prefetch: int = 2,
+        workers: int = 2,
+    ) -> None:  # fmt: skip
+        if (with_boxes or with_masks) and (planner.policy is not None or mixup is not None):
+            raise ValueError(
+                "boxes and masks do not follow --auto-augment, --mixup and --cutmix: switch these off"
+            )
+        policy = "none" if planner.policy is None else planner.policy.name
+        mixing = "none" if mixup is None else f"{mixup.mixup:g},{mixup.cutmix:g}"
+        fingerprint = f"{manifest.fingerprint} {planner.geometry} auto-augment={policy} mixup={mixing}"
+        super().__init__(
+            num_samples=len(manifest), num_classes=len(manifest.class_names), batch_size=planner.batch_size,
+            num_steps=planner.num_steps, training=planner.training, seed=planner.seed,
+            world_size=planner.world_size, fingerprint=fingerprint,
+        )  # fmt: skip
+        self.manifest, self.planner, self.stage, self.mixup = manifest, planner, stage, mixup
+        self.samples = BadSamples(manifest, on_bad_sample)
+        self.with_boxes, self.with_masks = with_boxes, with_masks
+        self.prefetch, self.workers = prefetch, workers
+
+    @abstractmethod
+    def _decoded(self, plans: Iterator[BatchPlan]) -> Generator[Decoded, None, None]:
+        """Execute plans, none of which is empty, in order."""
+
+    def _plans(self, epoch: int, step: int) -> Iterator[BatchPlan]:
+        """The rank's plans from a position on, known bad samples replaced, empty ones left out."""
+        for at_epoch, at_step in self.planner.positions(epoch, step):
+            ids = self.samples.resolve(self.planner.ids(at_epoch, at_step))
+            if ids.size:
+                yield self.planner.plan(at_epoch, at_step, ids)
+
+    def _batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
+        """See `CursorLoader._batches`."""
+        on_host = self._on_host(epoch, step)
+        if self.stage.device.type != "cuda":
+            return on_host
+        return _on_side_stream(on_host, self.stage.device)
+
+    def _on_host(self, epoch: int, step: int) -> Generator[Batch, None, None]:
+        """Batches in order; a rank without samples in a step gets an empty one."""
+        decoded = self._decoded(self._plans(epoch, step))
+        try:
+            for at_epoch, at_step in self.planner.positions(epoch, step):
+                planned = self.planner.ids(at_epoch, at_step)
+                if planned.size == 0:
+                    empty = torch.empty((0, *self.planner.geometry.size, 3), dtype=torch.uint8)
+                    yield self._finish(Decoded(self.planner.plan(at_epoch, at_step, planned), empty))
+                    continue
+                result = next(decoded)
+                self.samples.report(result.bad)
+                self.num_substituted += int((result.plan.sample_ids != planned).sum())
+                yield self._finish(result)
+        finally:
+            decoded.close()
+
+    def _finish(self, decoded: Decoded) -> Batch:
+        """Device stage, targets, mixing."""
+        plan, table = decoded.plan, self.manifest.targets
+        images = self.stage(decoded.pictures, plan.operations)
+        targets = table.lookup(plan.sample_ids)
+        if images.device.type == "cuda":
+            targets = targets.pin_memory().to(images.device, non_blocking=True)
+        batch = Batch(images, targets, torch.from_numpy(plan.sample_ids))
+        if self.mixup is not None:
+            batch.images, batch.targets = self.mixup(images, targets, plan)
+        if self.with_boxes:
+            batch.boxes = table.boxes_in(plan.sample_ids, plan.windows, plan.flips, plan.size)
+        if self.with_masks:
+            batch.masks = table.masks_in(
+                self.manifest.root, plan.sample_ids, plan.windows, plan.flips, plan.size
+            )
+        return batch
+
+
+def _on_side_stream(
+    batches: Generator[Batch, None, None], device: torch.device
+) -> Generator[Batch, None, None]:
+    """Copy and finish batches on a stream of their own: the next one overlaps with the consumer's computation."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))  # constants and resident pictures were made there
+    try:
+        while True:
+            with torch.cuda.stream(side):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            consumer = torch.cuda.current_stream(device)
+            consumer.wait_stream(side)
+            for tensor in (batch.images, batch.targets):
+                tensor.record_stream(consumer)
+            yield batch
+    finally:
+        batches.close()

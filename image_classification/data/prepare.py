@@ -1,0 +1,229 @@
+"""`prepare`: a copy of a data set with pictures resized once to a short side, which makes every later epoch cheaper.
+
+Random-resized crops rarely need more than 256 pixels, while most of the decoding time of a full-size photograph goes
+into pixels that are thrown away. The copy keeps splits, class folders and file names.
+
+Only plain folders of pictures are prepared: boxes and masks are given in pixels of the original pictures and would
+no longer fit, so a set that has them is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from image_classification.data.cache import atomic_path
+from image_classification.data.progress import progress_bar
+from image_classification.data.verify import Broken, find_pictures
+from image_classification.data.workers import map_in_processes
+
+_SETTINGS_FILE = "prepare.json"
+_JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """How pictures are written.
+
+    Attributes:
+        short_side: Pixels of the shorter side, `--short-side`.
+        quality: JPEG quality, `--quality`.
+    """
+
+    short_side: int = 256
+    quality: int = 92
+
+    def __post_init__(self) -> None:
+        if self.short_side < 1:
+            raise ValueError(f"--short-side {self.short_side}: give a number of pixels, at least 1")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"--quality {self.quality}: JPEG quality goes from 1 to 100")
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What was done.
+
+    Attributes:
+        num_resized: Written smaller than they were.
+        num_converted: Written as RGB at their own size.
+        num_copied: Already small, copied byte by byte.
+        num_kept: Outputs of an earlier run.
+        broken: Sources that cannot be decoded; they have no output.
+    """
+
+    num_resized: int
+    num_converted: int
+    num_copied: int
+    num_kept: int
+    broken: tuple[Broken, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 if all is well, 1 if anything is broken."""
+        return 1 if self.broken else 0
+
+
+class Task(NamedTuple):
+    """One picture: source and target directory, relative path, how to write it, name if it has to become a JPEG."""
+
+    source: str
+    target: str
+    path: str
+    jpeg_path: str
+    config: PrepareConfig
+
+
+class Outcome(NamedTuple):
+    """What became of a picture: "resized", "converted", "copied", "kept" or "broken", and why it is broken."""
+
+    path: str
+    action: str
+    reason: str
+
+
+def prepare(
+    source: Path,
+    target: Path,
+    config: PrepareConfig | None = None,
+    *,
+    num_workers: int | None = None,
+    progress: bool = True,
+) -> PrepareReport:
+    """Write a resized copy of every picture of a directory.
+
+    A run that was interrupted goes on where it stopped: outputs appear under their name only when they are whole.
+
+    Args:
+        source: Directory of pictures, with any folders in it.
+        target: Directory of the copy; created if needed.
+        config: Size and quality.
+        num_workers: Processes; one per available core by default, 0 for none beside this one.
+        progress: Show a bar.
+
+    Raises:
+        FileNotFoundError: There is no such source.
+        ValueError: No pictures, a set with boxes or masks, a target inside of the source (or the reverse), or a
+            target that was prepared with other settings.
+    """
+    config = config or PrepareConfig()
+    paths = find_pictures(source)
+    _check_plain(source)
+    if source.resolve().is_relative_to(target.resolve()) or target.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{source} and {target} lie within each other: choose a separate output directory")
+    _check_settings(target, config)
+    tasks = [
+        Task(str(source), str(target), path, jpeg_path, config)
+        for path, jpeg_path in zip(paths, jpeg_names(paths), strict=True)
+    ]
+    outcomes: list[Outcome] = []
+    with progress_bar(f"preparing {target}", len(tasks), progress) as advance:
+        for outcome in map_in_processes(prepare_one, tasks, num_workers):
+            outcomes.append(outcome)
+            advance(1)
+    count = Counter(outcome.action for outcome in outcomes)
+    broken = tuple(Broken(outcome.path, outcome.reason) for outcome in outcomes if outcome.action == "broken")
+    return PrepareReport(count["resized"], count["converted"], count["copied"], count["kept"], broken)
+
+
+def jpeg_names(paths: list[str]) -> list[str]:
+    """The name that each picture has if it is written as JPEG.
+
+    JPEG files keep theirs; `x.png` becomes `x.jpg`, or `x.png.jpg` where the folder has another picture called `x`.
+    """
+    stems = Counter(str(PurePosixPath(path).with_suffix("")).lower() for path in paths)
+    names = []
+    for path in paths:
+        pure = PurePosixPath(path)
+        if pure.suffix.lower() in _JPEG_SUFFIXES:
+            names.append(path)
+        elif stems[str(pure.with_suffix("")).lower()] == 1:
+            names.append(str(pure.with_suffix(".jpg")))
+        else:
+            names.append(f"{path}.jpg")
+    return names
+
+
+def prepare_one(task: Task) -> Outcome:
+    """Write the copy of one picture, unless it is there."""
+    source = Path(task.source, task.path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks about odd metadata
+            with Image.open(source) as picture:
+                action = _action(picture, task.config.short_side)
+                output = Path(task.target, task.path if action == "copied" else task.jpeg_path)
+                if output.is_file():
+                    return Outcome(task.path, "kept", "")
+                picture.load()  # a small picture is copied only if it is whole, too
+                rgb = None if action == "copied" else resize(to_rgb(picture), task.config.short_side)
+    except Exception as error:  # Pillow's decoders raise many kinds; each of them is the answer here
+        return Outcome(task.path, "broken", str(error) or type(error).__name__)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(output) as unfinished:
+        if rgb is None:
+            shutil.copyfile(source, unfinished)
+        else:
+            rgb.save(unfinished, "JPEG", quality=task.config.quality)
+    return Outcome(task.path, action, "")
+
+
+def _action(picture: Image.Image, short_side: int) -> str:
+    """What has to be done with a picture, by its header."""
+    if min(picture.size) > short_side:
+        return "resized"
+    return "copied" if picture.mode == "RGB" else "converted"
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Any decoded picture as 8-bit RGB. 16-bit grey keeps its upper byte; an alpha channel is dropped."""
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture).astype(np.int64)
+        return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    return picture.convert("RGB")
+
+
+def resize(picture: Image.Image, short_side: int) -> Image.Image:
+    """Shrink to a short side, antialiased; smaller pictures stay as they are. Pixels as stored: EXIF is not applied."""
+    width, height = picture.size
+    if min(width, height) <= short_side:
+        return picture
+    scale = short_side / min(width, height)
+    size = (max(round(width * scale), short_side), max(round(height * scale), short_side))
+    return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def _check_plain(source: Path) -> None:
+    """Refuse sets whose boxes or masks would no longer fit."""
+    names = ("ImageSets", "SegmentationClass", "Annotations", "masks")
+    for pattern in [above + name for above in ("", "*/", "*/*/") for name in names]:
+        found = next((path for path in source.glob(pattern) if path.is_dir()), None)
+        if found is not None:
+            raise ValueError(
+                f"{source} has boxes or masks ({found}), which would not fit resized pictures: "
+                "prepare is for plain folders of pictures"
+            )
+
+
+def _check_settings(target: Path, config: PrepareConfig) -> None:
+    """Remember the settings beside the pictures, and refuse to mix two."""
+    path = target / _SETTINGS_FILE
+    settings = asdict(config)
+    if path.is_file():
+        earlier = json.loads(path.read_text())
+        if earlier != settings:
+            raise ValueError(
+                f"{target} was prepared with {earlier}, now {settings} is asked for: choose another directory"
+            )
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as unfinished:
+        unfinished.write_text(json.dumps(settings) + "\n")

@@ -1,0 +1,179 @@
+"""The flags of pruning."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from image_classification.config import ConfigError, check, flag
+from pruning.channel_graph import Constraints
+from pruning.criteria import FEATURE_CHOICES, NORMALISATIONS, Criterion, create_criterion, criterion_names
+from pruning.criteria.base import FeatureCriterion
+from pruning.search import SEARCHES
+
+DEFAULT_BUDGET = ("macs=0.5",)
+
+
+@dataclasses.dataclass(kw_only=True)
+class PruningConfig:
+    """Pruning"""
+
+    iterative_pruning: bool = flag(
+        False, "--iterative-pruning", help="Rewrite the network smaller while it trains."
+    )
+    one_shot_pruning: float | None = flag(
+        None,
+        "--one-shot-pruning",
+        metavar="SHARE",
+        help="Take this share of the MACs away at once, before training.",
+    )
+    budget: list[str] = flag(
+        [], "--budget", metavar="METRIC=SHARE", repeatable=True,
+        help="Share of a cost (macs, params, memory, latency) that may remain; may be repeated; macs=0.5 if none.",
+    )  # fmt: skip
+    pruning_step: int = flag(50, "--pruning-step", help="Iterations between two rewrites.")
+    pruning_delta: float = flag(
+        5e-3, "--pruning-delta", help="Share of the original cost that one rewrite removes."
+    )
+    pruning_start: int = flag(0, "--pruning-start", help="Iteration from which the intervals are counted.")
+    pruning_warmup: int = flag(
+        0,
+        "--pruning-warmup",
+        help="Iterations in which the learning rate comes back linearly after a rewrite.",
+    )
+    pruning_criterion: str = flag(
+        "discriminant", "--pruning-criterion", help="What makes a channel important."
+    )
+    pruning_search: str | None = flag(
+        None, "--pruning-search", choices=SEARCHES,
+        help="Which channels give way; greedy by default, global with --one-shot-pruning.",
+    )  # fmt: skip
+    pruning_shortlist: int = flag(
+        4,
+        "--pruning-shortlist",
+        help="Candidates that greedy measures after estimating all; 0: all, 1: trust the estimate.",
+    )
+    score_features: str = flag(
+        "post", "--score-features", choices=FEATURE_CHOICES,
+        help="Feature maps that criteria look at: the layer's own (pre, as published) or the next one's input (post).",
+    )  # fmt: skip
+    score_normalisation: str = flag(
+        "mean",
+        "--score-normalisation",
+        choices=NORMALISATIONS,
+        help="How global compares scores of different groups.",
+    )
+    calibration_batches: int = flag(
+        10, "--calibration-batches", help="Batches per process that scores are made of."
+    )
+    round_to: int = flag(
+        1, "--round-to", help="Keep channel counts multiples of this; 8 suits most hardware."
+    )
+    min_width: float = flag(
+        0.1, "--min-width", help="Least share (below 1) or count of channels that a group keeps."
+    )
+    prune_ignore: list[str] = flag(
+        [],
+        "--prune-ignore",
+        metavar="PATTERN",
+        repeatable=True,
+        help="Modules that are left alone, such as 'layer4.*'.",
+    )
+    prune_limit: list[str] = flag(
+        [], "--prune-limit", metavar="PATTERN=LEAST", repeatable=True,
+        help="Least share or count of channels that matching groups keep, such as 'layer1.*=0.5'.",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        both = self.iterative_pruning and self.one_shot_pruning is not None
+        check(not both, "--iterative-pruning and --one-shot-pruning exclude each other: leave one out")
+        share = self.one_shot_pruning
+        check(
+            share is None or 0 < share < 1,
+            f"--one-shot-pruning {share}: give the share to remove, between 0 and 1",
+        )
+        check(share is None or not self.budget, "--one-shot-pruning sets the budget: leave --budget out")
+        check(self.pruning_step >= 1, f"--pruning-step {self.pruning_step}: must be at least 1 iteration")
+        check(self.pruning_start >= 0, f"--pruning-start {self.pruning_start} is negative")
+        check(self.pruning_warmup >= 0, f"--pruning-warmup {self.pruning_warmup} is negative")
+        check(
+            self.pruning_warmup <= self.pruning_step,
+            f"--pruning-warmup {self.pruning_warmup} is longer than --pruning-step {self.pruning_step}",
+        )
+        check(self.pruning_shortlist >= 0, f"--pruning-shortlist {self.pruning_shortlist} is negative")
+        check(
+            self.calibration_batches >= 1,
+            f"--calibration-batches {self.calibration_batches}: at least 1 is needed",
+        )
+        try:
+            self.constraints()
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if not self.active:
+            self._check_unused()
+
+    def _check_unused(self) -> None:
+        """Flags that mean nothing without pruning are refused rather than ignored."""
+        for field in dataclasses.fields(self):
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            name = "--" + field.name.replace("_", "-")
+            check(
+                getattr(self, field.name) == default,
+                f"{name} has no effect without --iterative-pruning or --one-shot-pruning: add one, or leave {name} out",
+            )
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is pruned."""
+        return self.iterative_pruning or self.one_shot_pruning is not None
+
+    def budget_words(self) -> list[str]:
+        """The budget as METRIC=SHARE, the default one included."""
+        if self.one_shot_pruning is not None:
+            return [f"macs={1 - self.one_shot_pruning:.12g}"]
+        return self.budget or list(DEFAULT_BUDGET)
+
+    def search_name(self) -> str:
+        """The search, default included."""
+        return self.pruning_search or ("greedy" if self.iterative_pruning else "global")
+
+    def constraints(self) -> Constraints:
+        """What the flags demand of the widths.
+
+        Raises:
+            ConfigError, ValueError: A limit that cannot be read or is out of range.
+        """
+        limits: dict[str, float] = {}
+        for word in self.prune_limit:
+            pattern, equals, least = word.rpartition("=")
+            try:
+                limits[pattern] = float(least)
+            except ValueError:
+                equals = ""
+            check(
+                bool(equals and pattern),
+                f"--prune-limit {word!r}: write PATTERN=LEAST, such as 'layer1.*=0.5'",
+            )
+        return Constraints(self.round_to, self.min_width, tuple(self.prune_ignore), limits)
+
+
+def make_criterion(name: str, features: str = "post") -> Criterion:
+    """A criterion by name, looking at the chosen feature maps where it looks at any.
+
+    Raises:
+        ConfigError: There is no such criterion.
+    """
+    check(name in criterion_names(), _unknown(name))
+    criterion = create_criterion(name)
+    if isinstance(criterion, FeatureCriterion):
+        criterion.features = features
+    return criterion
+
+
+def _unknown(name: str) -> str:
+    try:
+        create_criterion(name)
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,313 @@
+"""Search: which channels give way at a rewrite. Calibration data decides; validation data is never seen.
+
+Three ways to reach the next target of the budget's course:
+
+- `greedy` (Kung & Hou 2020): for every group the candidate "this group alone pays", losing its lowest-scored units. A
+  shortlist by estimated loss change is then measured, and the best candidate is taken.
+- `global`: one ranking over all groups by normalised score; units go from the bottom until the target is met.
+- `uniform`: every group keeps the same share, its highest-scored units.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pruning.channel_graph import ChannelGraph
+from pruning.cost import CostModel
+from pruning.criteria.combine import DEFAULT_NORMALISATION, normalise_scores
+from pruning.groups import Group
+from pruning.loss_change import LossChange
+
+Scores = Mapping[int, np.ndarray]
+SEARCHES = ("greedy", "global", "uniform")
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to pay: a group that loses units, with what it would cost in loss."""
+
+    group: str
+    num_units: int
+    estimated: float
+    measured: float | None = None
+
+
+@dataclasses.dataclass
+class Decision:
+    """What a search chose.
+
+    Attributes:
+        keep: Group index → positions that stay, ascending; only groups that change.
+        candidates: What was weighed, best estimate first (greedy only).
+    """
+
+    keep: dict[int, np.ndarray]
+    candidates: list[Candidate] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Situation:
+    """Everything a search may look at.
+
+    Attributes:
+        graph: Groups with their constraints.
+        costs: Cost of any mask.
+        scores: Group index → (width,) importance, larger is better; comparable within a group.
+        targets: Metric → cost to end at.
+        loss_change: Judges candidates on calibration data; None where no data is at hand (global and uniform).
+    """
+
+    graph: ChannelGraph
+    costs: CostModel
+    scores: Scores
+    targets: Mapping[str, float]
+    loss_change: LossChange | None = None
+
+    def __post_init__(self) -> None:
+        self.mask = np.ones(self.graph.num_units, dtype=bool)
+        # A group that the criterion had nothing to go by stays as it is.
+        self.groups = [group for group in self.graph.prunable if group.index in self.scores]
+
+    def most_behind(self) -> str | None:
+        """The metric that is furthest above its target, relative to the baseline; None when all are met."""
+        excess = {
+            metric: (self.costs.cost(metric, self.mask) - target) / self.costs.baseline(metric)
+            for metric, target in self.targets.items()
+        }
+        metric = max(excess, key=lambda name: excess[name])
+        return metric if excess[metric] > 1e-9 else None
+
+    def width(self, group: Group) -> int:
+        """Units of a group that are still there."""
+        return int(self.mask[group.units].sum())
+
+    def widths_below(self, group: Group) -> list[int]:
+        """Allowed widths below the present one, ascending."""
+        return [width for width in self.graph.allowed_widths(group) if width < self.width(group)]
+
+    def lowest(self, group: Group, width: int) -> np.ndarray:
+        """Unit ids that leave when the group shrinks to `width`: the lowest-scored ones still there."""
+        units = group.units[self.mask[group.units]]
+        scores = self.scores[group.index][self.mask[group.units]]
+        # A stable order makes ties, and with them the choice, the same on every machine.
+        return units[np.argsort(scores, kind="stable")[: len(units) - width]]
+
+    def without(self, units: np.ndarray) -> np.ndarray:
+        """The present mask less these units."""
+        mask = self.mask.copy()
+        mask[units] = False
+        return mask
+
+    def keep(self, mask: np.ndarray) -> dict[int, np.ndarray]:
+        """A mask as positions per changed group."""
+        kept = {group.index: np.flatnonzero(mask[group.units]) for group in self.groups}
+        return {
+            index: positions
+            for index, positions in kept.items()
+            if len(positions) < self.graph.groups[index].width
+        }
+
+
+class Search(Protocol):
+    """Chooses what leaves, so that every metric ends at or below its target."""
+
+    def choose(self, situation: Situation) -> Decision: ...
+
+
+@dataclasses.dataclass
+class GreedySearch:
+    """Kung and Hou's search: the group whose payment hurts least pays.
+
+    Args:
+        shortlist: Candidates that are measured after the estimate has sorted them; 0 measures all, 1 trusts the
+            estimate.
+    """
+
+    shortlist: int = 4
+
+    def choose(self, situation: Situation) -> Decision:
+        """See `Search`. When no single group can pay, the one that hurts least goes to its least width first."""
+        weighed: list[Candidate] = []
+        while (metric := situation.most_behind()) is not None:
+            options = self._options(situation, metric)
+            if not options:
+                break
+            best, candidates = self._best(situation, options)
+            weighed = weighed or candidates
+            situation.mask = situation.without(options[best])
+        return Decision(situation.keep(situation.mask), weighed)
+
+    def _options(self, situation: Situation, metric: str) -> dict[int, np.ndarray]:
+        """Group index → units that it would lose to meet the target alone, or to its least width if it cannot."""
+        whole: dict[int, np.ndarray] = {}
+        partial: dict[int, np.ndarray] = {}
+        for group in situation.groups:
+            widths = situation.widths_below(group)
+            if not widths:
+                continue
+            enough = _largest_paying_width(situation, group, widths, metric)
+            if enough is not None:
+                whole[group.index] = situation.lowest(group, enough)
+            else:
+                partial[group.index] = situation.lowest(group, widths[0])
+        return whole or partial
+
+    def _best(self, situation: Situation, options: Mapping[int, np.ndarray]) -> tuple[int, list[Candidate]]:
+        judge = situation.loss_change
+        assert judge is not None, "the greedy search judges by calibration data"
+        indices = list(options)
+        estimated = judge.estimate(list(options.values()))
+        order = np.argsort(estimated, kind="stable")
+        if self.shortlist == 1:
+            chosen, measured = order[:1], estimated[order[:1]]
+        else:
+            chosen = order[: self.shortlist] if self.shortlist else order
+            measured = judge.measure([situation.keep(situation.without(options[indices[i]])) for i in chosen])
+        truth = dict(zip(chosen.tolist(), measured.tolist(), strict=True))
+        candidates = [
+            Candidate(
+                situation.graph.groups[indices[i]].name,
+                len(options[indices[i]]),
+                float(estimated[i]),
+                truth.get(i),
+            )
+            for i in order.tolist()
+        ]
+        return indices[min(truth, key=lambda i: truth[i])], candidates
+
+
+def _largest_paying_width(situation: Situation, group: Group, widths: list[int], metric: str) -> int | None:
+    """The largest of these widths at which the metric's target is met; None if even the smallest misses it.
+
+    Costs fall with the width, so the answer is found by bisection.
+    """
+    target = situation.targets[metric] + 1e-9 * situation.costs.baseline(metric)
+
+    def meets(width: int) -> bool:
+        return situation.costs.cost(metric, situation.without(situation.lowest(group, width))) <= target
+
+    if not meets(widths[0]):
+        return None
+    low, high = 0, len(widths) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if meets(widths[middle]) else (low, middle - 1)
+    return widths[low]
+
+
+@dataclasses.dataclass
+class GlobalSearch:
+    """One ranking over all groups; units go from the bottom until the target is met.
+
+    Args:
+        normalisation: How scores of different groups are made comparable (`criteria.combine`); with `macs` the
+            ranking is by score per cost saved.
+    """
+
+    normalisation: str = DEFAULT_NORMALISATION
+
+    def choose(self, situation: Situation) -> Decision:
+        """See `Search`."""
+        while (metric := situation.most_behind()) is not None:
+            steps = self._ranking(situation, metric)
+            if not steps:
+                break
+            self._remove(situation, metric, steps)
+        return Decision(situation.keep(situation.mask))
+
+    def _ranking(self, situation: Situation, metric: str) -> list[np.ndarray]:
+        """Steps to the next smaller allowed width of some group, the least valuable first."""
+        savings = {group.index: self._saving(situation, metric, group) for group in situation.groups}
+        raw = {
+            index: torch.from_numpy(scores) for index, scores in situation.scores.items() if index in savings
+        }
+        values = normalise_scores(raw, self.normalisation, savings)
+        steps: list[tuple[float, np.ndarray]] = []
+        for group in situation.groups:
+            worth, num_gone = -np.inf, 0
+            for width in reversed(situation.widths_below(group)):
+                units = situation.lowest(group, width)
+                step = units[num_gone:]
+                # Never cheaper than the step before it, or a group would lose its better units first.
+                mean = float(values[group.index][situation.graph.position_of_unit[step]].mean())
+                worth, num_gone = max(worth, mean), len(units)
+                steps.append((worth, step))
+        steps.sort(key=lambda step: step[0])
+        return [units for _, units in steps]
+
+    @staticmethod
+    def _saving(situation: Situation, metric: str, group: Group) -> float:
+        """Cost that the group's lowest unit saves."""
+        if situation.width(group) < 2:
+            return 0.0
+        without = situation.without(situation.lowest(group, situation.width(group) - 1))
+        return situation.costs.cost(metric, situation.mask) - situation.costs.cost(metric, without)
+
+    @staticmethod
+    def _remove(situation: Situation, metric: str, steps: list[np.ndarray]) -> None:
+        """Take the shortest beginning of the ranking that meets the target, by bisection."""
+        target = situation.targets[metric] + 1e-9 * situation.costs.baseline(metric)
+
+        def mask_after(count: int) -> np.ndarray:
+            return situation.without(np.concatenate(steps[:count]))
+
+        low, high = 1, len(steps)
+        while low < high:
+            middle = (low + high) // 2
+            met = situation.costs.cost(metric, mask_after(middle)) <= target
+            low, high = (low, middle) if met else (middle + 1, high)
+        situation.mask = mask_after(low)
+
+
+@dataclasses.dataclass
+class UniformSearch:
+    """Every group keeps the same share of its present units; the share is the largest that meets the targets."""
+
+    def choose(self, situation: Situation) -> Decision:
+        """See `Search`."""
+        start = situation.mask
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            situation.mask = self._mask(situation, start, middle)
+            low, high = (middle, high) if situation.most_behind() is None else (low, middle)
+        situation.mask = self._mask(situation, start, low)
+        return Decision(situation.keep(situation.mask))
+
+    @staticmethod
+    def _mask(situation: Situation, start: np.ndarray, share: float) -> np.ndarray:
+        """The mask in which every group keeps at most `share` of its units, or its least width."""
+        situation.mask = start
+        mask = start.copy()
+        for group in situation.groups:
+            below = situation.widths_below(group)
+            if share < 1 and below:
+                fitting = [width for width in below if width <= share * situation.width(group)]
+                mask[situation.lowest(group, fitting[-1] if fitting else below[0])] = False
+        return mask
+
+
+def build_search(name: str, shortlist: int = 4, normalisation: str = DEFAULT_NORMALISATION) -> Search:
+    """The search called `name`, one of `SEARCHES`.
+
+    Args:
+        name: Its name.
+        shortlist: Of the greedy search.
+        normalisation: Of the global search.
+
+    Raises:
+        ValueError: There is no such search.
+    """
+    searches: dict[str, Search] = {
+        "greedy": GreedySearch(shortlist),
+        "global": GlobalSearch(normalisation),
+        "uniform": UniformSearch(),
+    }
+    if name not in searches:
+        raise ValueError(f"--pruning-search {name}: choose one of {', '.join(SEARCHES)}")
+    return searches[name]

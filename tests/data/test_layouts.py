@@ -1,0 +1,537 @@
+"""Layouts on disk: class folders, the published CIFAR files, Pascal VOC, archives, and what is wrong with others."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import shutil
+import struct
+import tarfile
+import threading
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from image_classification.data.cache import build_directory
+from image_classification.data.dataset import CIFAR10_PRESET, CIFAR100_PRESET, IMAGENET_PRESET
+from image_classification.data.layouts import open_dataset
+from image_classification.data.layouts.annotations import read_annotation, read_imagenet_boxes
+from image_classification.data.layouts.voc import CLASS_NAMES, open_voc
+
+# ------------------------------------------------------------------ class folders
+
+
+def test_class_folders(class_folders: Path) -> None:
+    dataset = open_dataset(str(class_folders), progress=False)
+    assert dataset.name == "insects"
+    assert dataset.class_names == ("ant", "bee", "cat")
+    assert dataset.num_classes == 3
+    assert not dataset.multi_label
+    assert dataset.preset == IMAGENET_PRESET
+    assert dataset.train.paths[:2] == ("train/ant/0.JPEG", "train/ant/1.JPEG")
+    assert dataset.train.targets.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2]
+    assert dataset.train.widths.tolist() == [20, 21, 22, 23, 20, 21, 22, 20, 21]
+    assert (dataset.train.heights == 30).all()
+    assert dataset.val.split == "val"
+    assert dataset.val.targets.labels.tolist() == [0, 1, 2]
+
+
+def test_same_classes_and_order_as_torchvision(class_folders: Path) -> None:
+    from torchvision.datasets import ImageFolder
+
+    for name in ("Zebra", "n01", "ant2"):
+        for split in ("train", "val"):
+            shutil.copytree(class_folders / split / "ant", class_folders / split / name)
+    reference = ImageFolder(str(class_folders / "train"))
+    dataset = open_dataset(str(class_folders), progress=False)
+    assert list(dataset.class_names) == reference.classes
+    ours = {(str(dataset.train.path(i)), int(label)) for i, label in enumerate(dataset.train.targets.labels)}
+    assert ours == {(path, label) for path, label in reference.samples}
+
+
+def test_multi_label_form_of_class_indices(class_folders: Path) -> None:
+    dataset = open_dataset(str(class_folders), multi_label=True, progress=False)
+    assert dataset.multi_label
+    assert dataset.val.targets.labels.tolist() == np.eye(3).tolist()
+
+
+@pytest.mark.parametrize("folder", ["validation", "valid", "test"])
+def test_other_names_of_validation(class_folders: Path, folder: str) -> None:
+    (class_folders / "val").rename(class_folders / folder)
+    assert open_dataset(str(class_folders), progress=False).val.paths[0] == f"{folder}/ant/0.JPEG"
+
+
+def test_pictures_of_32_pixels_are_cifar(tmp_path: Path, write_picture) -> None:
+    for count, preset in ((10, CIFAR10_PRESET), (12, CIFAR100_PRESET)):
+        for split in ("train", "test"):
+            for number in range(count):
+                write_picture(tmp_path / str(count) / split / f"c{number:02d}" / "1.png", width=32, height=32)
+        assert open_dataset(str(tmp_path / str(count)), progress=False).preset == preset
+
+
+def test_missing_validation(class_folders: Path) -> None:
+    shutil.rmtree(class_folders / "val")
+    with pytest.raises(ValueError, match="no validation split: expected one of val/"):
+        open_dataset(str(class_folders), progress=False)
+    dataset = open_dataset(str(class_folders), progress=False, require_val=False)
+    assert len(dataset.val) == 0
+    assert len(dataset.train) == 9
+
+
+def _remove_train(root: Path) -> None:
+    shutil.rmtree(root / "train")
+
+
+def _only_class_folders(root: Path) -> None:
+    shutil.rmtree(root / "val")
+    for path in list((root / "train").iterdir()):
+        path.rename(root / path.name)
+    (root / "train").rmdir()
+
+
+def _flat(root: Path) -> None:
+    _remove_train(root)
+    shutil.rmtree(root / "val")
+    for name in "ab":
+        Image.new("RGB", (4, 4)).save(root / f"{name}.jpg")
+
+
+def _flat_val(root: Path) -> None:
+    for path in list((root / "val").iterdir()):
+        (path / "0.JPEG").rename(root / "val" / f"{path.name}.JPEG")
+        path.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_remove_train, "has a validation split but no train/"),
+        (_only_class_folders, r"class folders \(ant/ …\) but no splits.*known layouts"),
+        (_flat, "2 pictures but neither splits nor class folders"),
+        (_flat_val, r"val has 3 pictures but no class folders"),
+        (
+            lambda root: (root / "train" / "empty").mkdir(),
+            r"1 of 4 class folders in .*train have no pictures: empty",
+        ),
+        (
+            lambda root: shutil.rmtree(root / "val" / "bee"),
+            r"different classes \(3 and 2\).*only in train/: bee",
+        ),
+        (
+            lambda root: (root / "val" / "bee").rename(root / "val" / "fly"),
+            "only in train/: bee; only in val/: fly",
+        ),
+        (lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()], "train is empty"),
+    ],
+)
+def test_incomplete_folders_are_named(class_folders: Path, damage: Callable, message: str) -> None:
+    damage(class_folders)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_dataset(str(class_folders), progress=False)
+    assert str(class_folders) in str(caught.value)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"'/no/such/place' does not exist.*known layouts"):
+        open_dataset("/no/such/place")
+    with pytest.raises(ValueError, match="holds no data set that is known here"):
+        open_dataset(str(tmp_path))
+
+
+def test_cache_that_cannot_be_written(class_folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="LUCIDPRUNE_CACHE"):
+        open_dataset(str(class_folders), cache_dir=tmp_path / "file" / "cache")
+
+
+# ------------------------------------------------------------------ archives
+
+
+def test_archives_of_class_folders(class_folders: Path, tmp_path: Path) -> None:
+    plain = open_dataset(str(class_folders), progress=False)
+    for suffix, mode in ((".tar", "w"), (".tar.gz", "w:gz"), (".tar.xz", "w:xz")):
+        archive = tmp_path / f"set{suffix}"
+        with tarfile.open(archive, mode) as members:
+            members.add(class_folders, "above")
+        opened = open_dataset(str(archive), progress=False)
+        assert opened.name == "set"
+        assert opened.train.fingerprint == plain.train.fingerprint
+        archive_again = open_dataset(str(archive), progress=False)
+        assert archive_again.train.root == opened.train.root
+    zipped = Path(shutil.make_archive(str(tmp_path / "zipped"), "zip", class_folders))
+    assert open_dataset(str(zipped), progress=False).val.fingerprint == plain.val.fingerprint
+
+
+def _tar_with(path: Path, info: tarfile.TarInfo, content: bytes = b"") -> Path:
+    info.size = len(content)
+    with tarfile.open(path, "w") as members:
+        members.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_hostile_tar_members_are_refused(tmp_path: Path, private_cache: Path) -> None:
+    outside = _tar_with(tmp_path / "a.tar", tarfile.TarInfo("../../../evil.txt"), b"x")
+    link = tarfile.TarInfo("link")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc"
+    linked = _tar_with(tmp_path / "b.tar", link)
+    device = tarfile.TarInfo("device")
+    device.type = tarfile.CHRTYPE
+    special = _tar_with(tmp_path / "c.tar", device)
+    for archive in (outside, linked, special):
+        with pytest.raises(ValueError, match=r"not safe to unpack"):
+            open_dataset(str(archive), progress=False)
+    assert not list(private_cache.rglob("evil.txt"))
+    assert not [path for path in (private_cache / "archives").iterdir() if path.is_dir()]
+
+
+def test_hostile_zip_members_are_refused(tmp_path: Path, private_cache: Path) -> None:
+    for name in ("../evil.txt", "/evil.txt", "..\\evil.txt", "C:/evil.txt"):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as members:
+            members.writestr(name, "x")
+        with pytest.raises(ValueError, match="not safe to unpack"):
+            open_dataset(str(tmp_path / "a.zip"), progress=False)
+    assert not [path for path in (private_cache / "archives").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("name", ["set.tar.gz", "set.tar.xz", "set.tar", "set.zip"])
+def test_damaged_archives(class_folders: Path, tmp_path: Path, private_cache: Path, name: str) -> None:
+    form = {"set.tar.gz": "gztar", "set.tar.xz": "xztar", "set.tar": "tar", "set.zip": "zip"}[name]
+    whole = Path(shutil.make_archive(str(tmp_path / "set"), form, class_folders)).read_bytes()
+    for content in (whole[: len(whole) // 2], b"junk", b""):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is damaged or incomplete"):
+            open_dataset(str(tmp_path / name), progress=False)
+    assert not [path for path in (private_cache / "archives").iterdir() if path.is_dir()]
+
+
+def test_file_that_is_no_archive(tmp_path: Path) -> None:
+    (tmp_path / "picture.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="no archive"):
+        open_dataset(str(tmp_path / "picture.jpg"))
+
+
+def test_directories_are_built_once_by_concurrent_callers(tmp_path: Path) -> None:
+    built = []
+
+    def build(directory: Path) -> None:
+        built.append(directory)
+        (directory / "content").write_text("whole")
+
+    threads = [threading.Thread(target=build_directory, args=(tmp_path / "entry", build)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1
+    assert (tmp_path / "entry" / "content").read_text() == "whole"
+
+
+def test_failed_and_killed_builds_leave_nothing(tmp_path: Path) -> None:
+    (tmp_path / "entry.building-old").mkdir()
+
+    def fail(directory: Path) -> None:
+        (directory / "half").write_text("x")
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        build_directory(tmp_path / "entry", fail)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+# ------------------------------------------------------------------ CIFAR as published
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes byte strings as Python 2 wrote its strings, which is how the published files are."""
+
+    dispatch = pickle._Pickler.dispatch.copy()
+
+    def save_bytes(self, value: bytes) -> None:
+        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+
+    dispatch[bytes] = save_bytes
+
+
+def python2_dump(content: object, path: Path) -> None:
+    stream = io.BytesIO()
+    Python2Pickler(stream, protocol=2).dump(content)
+    path.write_bytes(stream.getvalue().replace(b"cnumpy._core.multiarray", b"cnumpy.core.multiarray"))
+
+
+def cifar_pictures(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 3072), dtype=np.uint8)
+
+
+def write_cifar10_python(root: Path, dump: Callable = python2_dump, key: Callable = str.encode) -> np.ndarray:
+    root.mkdir()
+    names = [f"data_batch_{number}" for number in range(1, 6)]
+    for seed, name in enumerate([*names, "test_batch"]):
+        rows = cifar_pictures(10, seed)
+        labels = list(range(10)) if name == "test_batch" else [(3 * i) % 10 for i in range(10)]
+        dump({key("data"): rows, key("labels"): labels, key("batch_label"): key("x")}, root / name)
+    dump({key("label_names"): [key(f"kind{number}") for number in range(10)]}, root / "batches.meta")
+    return np.concatenate([cifar_pictures(10, seed) for seed in range(5)])
+
+
+def write_cifar10_binary(root: Path) -> None:
+    root.mkdir()
+    for seed, name in enumerate([*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]):
+        labels = np.array([(i if seed == 5 else 3 * i) % 10 for i in range(10)], np.uint8)[:, None]
+        (root / name).write_bytes(np.concatenate([labels, cifar_pictures(10, seed)], axis=1).tobytes())
+    (root / "batches.meta.txt").write_text("\n".join(f"kind{number}" for number in range(10)) + "\n\n")
+
+
+def check_cifar10(root: Path, rows: np.ndarray) -> None:
+    dataset = open_dataset(str(root), progress=False)
+    assert dataset.name == "cifar10"
+    assert dataset.preset == CIFAR10_PRESET
+    assert dataset.class_names == tuple(f"kind{number}" for number in range(10))
+    assert (len(dataset.train), len(dataset.val)) == (50, 10)
+    for sample in range(50):
+        number = int(dataset.train.path(sample).stem)
+        pixels = np.asarray(Image.open(dataset.train.path(sample)))
+        assert (pixels == rows[number].reshape(3, 32, 32).transpose(1, 2, 0)).all()
+        assert dataset.train.targets.labels[sample] == 3 * number % 10
+
+
+def test_cifar10_python(tmp_path: Path) -> None:
+    rows = write_cifar10_python(tmp_path / "cifar-10-batches-py")
+    check_cifar10(tmp_path / "cifar-10-batches-py", rows)
+    check_cifar10(tmp_path, rows)  # the directory above it, as the archive has it
+
+
+def test_cifar10_written_by_python_3(tmp_path: Path) -> None:
+    def dump(content: object, path: Path) -> None:
+        path.write_bytes(pickle.dumps(content, protocol=2))
+
+    check_cifar10(tmp_path / "a", write_cifar10_python(tmp_path / "a", dump))
+    check_cifar10(tmp_path / "b", write_cifar10_python(tmp_path / "b", dump, key=str))
+
+
+def test_cifar10_binary_and_archive(tmp_path: Path) -> None:
+    write_cifar10_binary(tmp_path / "cifar-10-batches-bin")
+    rows = np.concatenate([cifar_pictures(10, seed) for seed in range(5)])
+    check_cifar10(tmp_path / "cifar-10-batches-bin", rows)
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as members:
+        members.add(tmp_path / "cifar-10-batches-bin", "cifar-10-batches-bin")
+    check_cifar10(tmp_path / "cifar-10-binary.tar.gz", rows)
+
+
+def test_cifar100_both_versions(tmp_path: Path) -> None:
+    python, binary = tmp_path / "cifar-100-python", tmp_path / "cifar-100-binary"
+    python.mkdir()
+    binary.mkdir()
+    names = [f"kind{number:02d}" for number in range(100)]
+    for seed, split in enumerate(("train", "test")):
+        rows = cifar_pictures(100, seed)
+        labels = np.random.default_rng(seed).permutation(100)
+        content = {b"data": rows, b"fine_labels": labels.tolist(), b"coarse_labels": [0] * 100}
+        python2_dump(content, python / split)
+        record = np.concatenate([np.full((100, 1), 7), labels[:, None], rows], axis=1).astype(np.uint8)
+        (binary / f"{split}.bin").write_bytes(record.tobytes())
+    python2_dump({b"fine_label_names": [name.encode() for name in names]}, python / "meta")
+    (binary / "fine_label_names.txt").write_text("\n".join(names))
+    first, second = (open_dataset(str(root), progress=False) for root in (python, binary))
+    assert first.name == second.name == "cifar100"
+    assert first.class_names == tuple(names)
+    assert first.preset == CIFAR100_PRESET
+    assert first.train.fingerprint == second.train.fingerprint
+    assert first.val.fingerprint == second.val.fingerprint
+
+
+class Hostile:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.marker,))
+
+
+def test_cifar_pickles_cannot_run_code(tmp_path: Path) -> None:
+    root = tmp_path / "cifar"
+    write_cifar10_python(root)
+    marker = tmp_path / "ran"
+    (root / "data_batch_3").write_bytes(pickle.dumps({b"data": Hostile(marker)}, protocol=2))
+    with pytest.raises(ValueError, match=r"data_batch_3 cannot be read as a CIFAR file.*no CIFAR file does"):
+        open_dataset(str(root), progress=False)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be read"),
+        (b"garbage", "cannot be read"),
+        (pickle.dumps([1, 2]), "holds a list"),
+        (pickle.dumps({"labels": [1]}), "holds no .* array of bytes"),
+        (
+            pickle.dumps({"data": np.zeros((2, 3072), np.float32), "labels": [0, 1]}, 2),
+            "holds no .* array of bytes",
+        ),
+        (pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}, 2), "no list of 2 labels"),
+        (pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 11]}, 2), "labels from 0 to 11"),
+    ],
+)
+def test_damaged_cifar_files(tmp_path: Path, content: bytes, message: str) -> None:
+    root = tmp_path / "cifar"
+    write_cifar10_python(root)
+    (root / "data_batch_2").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_dataset(str(root), progress=False)
+
+
+def test_truncated_cifar_binary(tmp_path: Path) -> None:
+    root = tmp_path / "cifar"
+    write_cifar10_binary(root)
+    (root / "test_batch.bin").write_bytes((root / "test_batch.bin").read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"test_batch\.bin is truncated"):
+        open_dataset(str(root), progress=False)
+
+
+# ------------------------------------------------------------------ Pascal VOC
+
+
+def annotation_xml(
+    objects: list[tuple[str, tuple[float, ...], int]], width: int = 40, height: int = 30
+) -> str:
+    boxes = "".join(
+        f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmax>{x1}</xmax><xmin>{x0}</xmin>"
+        f"<ymax>{y1}</ymax><ymin>{y0}</ymin></bndbox><part><name>head</name></part></object>"
+        for name, (x0, y0, x1, y1), difficult in objects
+    )
+    return f"<annotation><size><width>{width}</width><height>{height}</height></size>{boxes}</annotation>"
+
+
+@pytest.fixture
+def devkit(tmp_path: Path, write_picture) -> Path:
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    for folder in ("ImageSets/Main", "Annotations", "SegmentationClass"):
+        (root / folder).mkdir(parents=True)
+    objects = {
+        "2008_01": [("person", (1, 1, 40, 30), 0), ("dog", (5, 6, 20, 21), 0), ("person", (3, 3, 4, 4), 0)],
+        "2008_02": [("aeroplane", (2, 2, 9, 9), 0), ("tvmonitor", (2, 2, 9, 9), 1)],
+        "2008_03": [("cat", (2, 2, 9, 9), 1)],
+    }
+    for number, (name, found) in enumerate(objects.items()):
+        write_picture(root / "JPEGImages" / f"{name}.jpg", seed=number)
+        (root / "Annotations" / f"{name}.xml").write_text(annotation_xml(found))
+    (root / "ImageSets" / "Main" / "train.txt").write_text("2008_01\n2008_02\n")
+    (root / "ImageSets" / "Main" / "val.txt").write_text("2008_03\n")
+    mask = np.zeros((30, 40), np.uint8)
+    mask[0:10, 0:20], mask[10] = 15, 255
+    Image.fromarray(mask).save(root / "SegmentationClass" / "2008_01.png")
+    return root
+
+
+def test_voc(devkit: Path) -> None:
+    for path in (devkit, devkit.parent, devkit.parent.parent):
+        dataset = open_dataset(str(path), progress=False)
+        assert dataset.name == "voc2012"
+    assert dataset.multi_label
+    assert dataset.class_names == CLASS_NAMES == tuple(sorted(CLASS_NAMES))
+    targets = dataset.train.targets
+    assert [np.flatnonzero(row).tolist() for row in targets.labels] == [[11, 14], [0]]
+    assert targets.boxes is not None
+    assert targets.box_classes is not None
+    assert targets.boxes[0].tolist() == [[0, 0, 40, 30], [4, 5, 20, 21], [2, 2, 4, 4]]
+    assert targets.box_classes[0].tolist() == [14, 11, 14]
+    assert targets.box_classes[1].tolist() == [0]  # the difficult one is left out
+    assert targets.mask_paths == ("SegmentationClass/2008_01.png", "")
+    assert dataset.val.targets.labels.sum() == 0
+    whole = np.array([[0.0, 0.0, 30.0, 40.0]])
+    mask = targets.masks_in(dataset.train.root, [0], whole, np.array([False]), (30, 40))[0]
+    assert mask[5, 5] == CLASS_NAMES.index("person") + 1
+    assert mask[10, 30] == 255
+    assert mask[20, 30] == 0
+
+
+def test_voc_trainval(devkit: Path, tmp_path: Path) -> None:
+    (devkit / "ImageSets" / "Main" / "trainval.txt").write_text("2008_01\n2008_02\n2008_03\n")
+    dataset = open_voc(
+        devkit, cache_dir=tmp_path / "cache", train_set="trainval", val_set="test", require_val=False
+    )
+    assert (len(dataset.train), len(dataset.val)) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda root: (root / "Annotations/2008_02.xml").unlink(), FileNotFoundError, r"2008_02\.xml is missing"),
+        (lambda root: (root / "JPEGImages/2008_02.jpg").unlink(), FileNotFoundError, r"2008_02\.jpg is missing"),
+        (lambda root: (root / "ImageSets/Main/val.txt").unlink(), FileNotFoundError, r"val\.txt is missing"),
+        (lambda root: (root / "ImageSets/Main/val.txt").write_text(""), ValueError, r"val\.txt is empty"),
+        (lambda root: (root / "ImageSets/Main/val.txt").write_text("../x"), ValueError, r"val\.txt is no plain list"),
+        (
+            lambda root: (root / "Annotations/2008_02.xml").write_text(annotation_xml([])),
+            ValueError, r"2008_02\.xml annotates no object",
+        ),
+        (
+            lambda root: (root / "Annotations/2008_02.xml").write_text(annotation_xml([("gnu", (1, 1, 2, 2), 0)])),
+            ValueError, r"2008_02\.xml has objects of unknown classes: gnu",
+        ),
+        (
+            lambda root: (root / "Annotations/2008_02.xml").write_text(annotation_xml([("cat", (9, 1, 2, 2), 0)])),
+            ValueError, r"2008_02\.xml has a box without area",
+        ),
+        (
+            lambda root: (root / "Annotations/2008_02.xml").write_text(annotation_xml([("cat", ("a", 1, 2, 2), 0)])),
+            ValueError, r"2008_02\.xml: <xmin> is 'a', not a number",
+        ),
+        (
+            lambda root: (root / "Annotations/2008_02.xml").write_text("<annotation><size>"),
+            ValueError, r"2008_02\.xml is not well-formed",
+        ),
+        (
+            lambda root: (root / "Annotations/2008_02.xml").write_text("<!DOCTYPE a [<!ENTITY b 'c'>]><a/>"),
+            ValueError, r"2008_02\.xml declares a document type",
+        ),
+        (
+            lambda root: Image.new("L", (30, 40)).save(root / "SegmentationClass/2008_01.png"),
+            ValueError, r"2008_01\.png is 30 × 40 pixels, its picture 40 × 30",
+        ),
+    ],
+)  # fmt: skip
+def test_damaged_devkit(devkit: Path, damage: Callable, error: type[Exception], message: str) -> None:
+    damage(devkit)
+    with pytest.raises(error, match=message):
+        open_dataset(str(devkit), progress=False)
+
+
+def test_imagenet_boxes(tmp_path: Path) -> None:
+    (tmp_path / "n02").mkdir()
+    (tmp_path / "v_1.xml").write_text(annotation_xml([("n01", (3, 4, 10, 12), 0), ("n02", (0, 0, 5, 5), 0)]))
+    (tmp_path / "n02" / "n02_7.xml").write_text(annotation_xml([("n02", (1, 2, 3, 4), 0)]))
+    boxes, classes = read_imagenet_boxes(
+        tmp_path, ["val/n01/v_1.JPEG", "train/n02/n02_7.JPEG"], ["n01", "n02"]
+    )
+    assert boxes[0].tolist() == [[3, 4, 10, 12], [0, 0, 5, 5]]
+    assert classes[0].tolist() == [0, 1]
+    assert boxes[1].tolist() == [[1, 2, 3, 4]]
+    assert read_annotation(tmp_path / "v_1.xml", one_based=False).width == 40
+    with pytest.raises(FileNotFoundError, match=r"v_9\.xml is missing"):
+        read_imagenet_boxes(tmp_path, ["val/n01/v_9.JPEG"], ["n01"])
+    with pytest.raises(ValueError, match="unknown classes: n02"):
+        read_imagenet_boxes(tmp_path, ["val/n01/v_1.JPEG"], ["n01"])
+
+
+def test_tar_members_behind_a_link(tmp_path: Path, private_cache: Path) -> None:
+    """Links within the archive work; none leads a later member out of it."""
+    archive = tmp_path / "links.tar"
+    with tarfile.open(archive, "w") as members:
+        for name, target in (("real", None), ("alias", "real"), ("up", "real/../..")):
+            info = tarfile.TarInfo(name)
+            info.type = tarfile.DIRTYPE if target is None else tarfile.SYMTYPE
+            info.linkname = target or ""
+            info.mode = 0o755
+            members.addfile(info)
+        for name in ("alias/fine.txt", "up/evil.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            members.addfile(info, io.BytesIO(b"x"))
+    with pytest.raises(ValueError, match="not safe to unpack"):
+        open_dataset(str(archive), progress=False)
+    assert not list(private_cache.rglob("evil.txt"))

@@ -1,0 +1,241 @@
+"""Headers, listings, manifests and their cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from image_classification.data import manifest as manifest_module
+from image_classification.data.calibration import split_calibration
+from image_classification.data.dataset import IMAGENET_PRESET, Dataset
+from image_classification.data.imagefile import read_header
+from image_classification.data.layouts import open_dataset
+from image_classification.data.listing import list_pictures
+from image_classification.data.manifest import Manifest, read_headers
+from image_classification.data.targets import TargetTable
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("plain.JPEG", {}),
+        ("progressive.jpg", {"progressive": True}),
+        ("grey.jpg", {"mode": "L"}),
+        ("cmyk.jpg", {"mode": "CMYK"}),
+        ("long_comment.jpg", {"comment": b"x" * 60_000}),
+        ("a.png", {}),
+        ("a.webp", {}),
+        ("a.BMP", {}),
+    ],
+)  # fmt: skip
+def test_header_agrees_with_pillow(tmp_path: Path, write_picture, name: str, options: dict) -> None:
+    path = write_picture(tmp_path / name, width=53, height=31, **options)
+    header = read_header(path)
+    assert (header.height, header.width) == (31, 53)
+    assert header.digest != 0
+
+
+def test_exif_orientation_is_ignored(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90°
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_header(tmp_path / "a.jpg")[:2] == (20, 30)
+
+
+def test_content_decides_the_format(tmp_path: Path, write_picture) -> None:
+    write_picture(tmp_path / "a.png", width=9, height=7).rename(tmp_path / "a.JPEG")
+    assert read_header(tmp_path / "a.JPEG")[:2] == (7, 9)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"text",
+        b"\xff\xd8\xff",
+        b"\xff\xd8" + b"\xff" * 20_000,
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff\xe0\0\x10",
+    ],
+)
+def test_unreadable_headers_have_no_size(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "bad.jpg").write_bytes(content)
+    assert read_header(tmp_path / "bad.jpg")[:2] == (0, 0)
+    assert read_header(tmp_path / "absent.jpg") == (0, 0, 0)
+
+
+def test_every_truncation_of_a_header_is_survived(tmp_path: Path, write_picture) -> None:
+    whole = write_picture(tmp_path / "a.jpg", width=21, height=13).read_bytes()
+    for length in range(0, 800, 7):
+        (tmp_path / "cut.jpg").write_bytes(whole[:length])
+        assert read_header(tmp_path / "cut.jpg")[:2] in ((0, 0), (13, 21))
+
+
+def test_listing(tmp_path: Path, write_picture) -> None:
+    for name in ("b/2.JPG", "b/1.png", "b/deep/3.webp", "b/._1.png", "b/notes.txt", "b/.hidden/4.jpg"):
+        write_picture(tmp_path / name, format="PNG")
+    (tmp_path / "b" / "loop").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "linked.jpg").symlink_to(tmp_path / "b" / "2.JPG")
+    (tmp_path / "b" / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    paths = [entry.path for entry in list_pictures(tmp_path, "b")]
+    assert paths == ["b/1.png", "b/2.JPG", "b/dangling.jpg", "b/deep/3.webp", "b/linked.jpg"]
+
+
+def test_scan_is_cached_until_something_changes(
+    class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_picture
+) -> None:
+    scans = []
+    scan = manifest_module._scan
+    monkeypatch.setattr(manifest_module, "_scan", lambda *arguments: scans.append(1) or scan(*arguments))
+
+    def read() -> np.ndarray:
+        entries = list_pictures(class_folders, "train")
+        return read_headers(class_folders, entries, cache_dir=tmp_path / "cache", label="train").widths
+
+    first = read()
+    assert (read() == first).all()
+    assert len(scans) == 1
+    write_picture(class_folders / "train" / "ant" / "0.JPEG", width=99)
+    assert read()[0] == 99
+    assert len(scans) == 2
+    (class_folders / "train" / "ant" / "1.JPEG").unlink()
+    assert len(read()) == len(first) - 1
+    status = os.stat(class_folders / "train" / "ant" / "2.JPEG")
+    os.utime(class_folders / "train" / "ant" / "2.JPEG", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    read()
+    assert len(scans) == 4
+    for cached in (tmp_path / "cache" / "headers").glob("*.npz"):
+        cached.write_bytes(cached.read_bytes()[:100])
+    read()
+    assert len(scans) == 5
+
+
+def test_unreadable_files_stay_and_are_listed(class_folders: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (class_folders / "train" / "bee" / "1.JPEG").write_bytes(b"broken")
+    dataset = open_dataset(str(class_folders), progress=False)
+    assert dataset.train.unreadable == ("train/bee/1.JPEG",)
+    assert len(dataset.train) == 9
+    assert dataset.train.heights[5] == dataset.train.widths[5] == 0
+    assert "train/bee/1.JPEG" in caplog.text
+    assert dataset.val.unreadable == ()
+
+
+def sample_manifest(root: Path) -> Manifest:
+    targets = TargetTable(
+        labels=np.array([0, 1, 1]),
+        boxes=tuple(np.full((n, 4), n, np.float32) for n in (1, 0, 2)),
+        box_classes=tuple(np.full(n, n, np.int64) for n in (1, 0, 2)),
+        mask_paths=("m/a.png", "", "m/ü.png"),
+    )
+    sizes = np.array([5, 6, 7], np.int32)
+    digests = np.array([1, 2, 2**64 - 1], np.uint64)
+    return Manifest(
+        root, "train", ("a.jpg", "b/ü.jpg", "c.jpg"), sizes, sizes + 1, digests, targets, ("x", "y")
+    )
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    manifest = sample_manifest(tmp_path)
+    manifest.save(tmp_path / "m.npz")
+    again = Manifest.load(tmp_path / "m.npz")
+    assert again.fingerprint == manifest.fingerprint
+    assert (again.root, again.split, again.paths) == (tmp_path, "train", manifest.paths)
+    assert again.digests.dtype == np.uint64
+    assert (again.digests == manifest.digests).all()
+    assert again.class_names == ("x", "y")
+    assert Manifest.load(tmp_path / "m.npz", tmp_path / "moved").path(1) == tmp_path / "moved" / "b" / "ü.jpg"
+    assert list(tmp_path.iterdir()) == [tmp_path / "m.npz"]
+
+
+def test_damaged_manifest_is_an_error(tmp_path: Path) -> None:
+    sample_manifest(tmp_path).save(tmp_path / "m.npz")
+    content = (tmp_path / "m.npz").read_bytes()
+    for damaged in (b"", content[:50], b"\x80\x04text", content[: len(content) // 2]):
+        (tmp_path / "m.npz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"m\.npz"):
+            Manifest.load(tmp_path / "m.npz")
+    np.savez(tmp_path / "m.npz", anything=np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match=r"m\.npz"):
+        Manifest.load(tmp_path / "m.npz")
+    with pytest.raises(FileNotFoundError):
+        Manifest.load(tmp_path / "absent.npz")
+
+
+def test_fingerprint_sees_every_column(tmp_path: Path) -> None:
+    manifest = sample_manifest(tmp_path)
+    prints = {manifest.fingerprint}
+    for change in (
+        {"paths": ("a.jpg", "b.jpg", "c.jpg")},
+        {"widths": manifest.widths + 1},
+        {"heights": manifest.heights + 1},
+        {"digests": manifest.digests[::-1].copy()},
+        {"class_names": ("x", "z")},
+        {"targets": dataclasses.replace(manifest.targets, labels=np.array([0, 1, 0]))},
+        {"targets": dataclasses.replace(manifest.targets, mask_paths=("", "", ""))},
+        {"targets": dataclasses.replace(manifest.targets, boxes=None, box_classes=None)},
+    ):
+        prints.add(dataclasses.replace(manifest, **change).fingerprint)
+    assert len(prints) == 9
+    assert dataclasses.replace(manifest, root=tmp_path / "elsewhere").fingerprint == manifest.fingerprint
+
+
+def test_columns_must_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lengths"):
+        dataclasses.replace(sample_manifest(tmp_path), heights=np.zeros(2, np.int32))
+
+
+def labelled(labels: np.ndarray, multi_label: bool = False) -> Dataset:
+    count = len(labels)
+    num_classes = int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
+    names = tuple(f"c{number}" for number in range(num_classes))
+    sizes = np.full(count, 8, np.int32)
+    manifest = Manifest(
+        Path("/nowhere"), "train", tuple(f"{number}.jpg" for number in range(count)), sizes, sizes,
+        np.arange(count, dtype=np.uint64), TargetTable(labels, multi_label=multi_label), names,
+    )  # fmt: skip
+    return Dataset("made", manifest, manifest.subset([0], "val"), names, multi_label, IMAGENET_PRESET)
+
+
+def test_calibration_is_stratified_and_disjoint() -> None:
+    dataset = labelled(np.repeat([0, 1, 2], [60, 30, 10]))
+    reduced, calibration = split_calibration(dataset, 20, seed=5)
+    assert calibration.split == "calibration"
+    assert np.bincount(calibration.targets.labels).tolist() == [12, 6, 2]
+    assert set(reduced.train.paths) | set(calibration.paths) == set(dataset.train.paths)
+    assert len(reduced.train) + len(calibration) == 100
+    assert list(reduced.train.digests) == sorted(reduced.train.digests)
+    assert len(dataset.train) == 100
+    assert len(set(calibration.targets.labels[:8].tolist())) > 1  # its batches mix the classes
+
+
+def test_calibration_depends_on_the_seed_only() -> None:
+    dataset = labelled(np.repeat([0, 1, 2], [60, 30, 10]))
+    again = split_calibration(dataset, 20, seed=5)[1].paths
+    assert split_calibration(dataset, 20, seed=5)[1].paths == again
+    assert split_calibration(dataset, 20, seed=6)[1].paths != again
+
+
+def test_calibration_quotas_sum_up() -> None:
+    dataset = labelled(np.repeat(np.arange(7), [3, 5, 9, 11, 2, 30, 41]))
+    for size in (1, 2, 13, 37, 50):
+        assert len(split_calibration(dataset, size, seed=0)[1]) == size
+
+
+def test_calibration_of_multi_label_sets_has_rare_classes() -> None:
+    labels = np.zeros((200, 3), np.float32)
+    labels[:, 0] = 1
+    labels[::2, 1] = 1
+    labels[:20, 2] = 1
+    _, calibration = split_calibration(labelled(labels, multi_label=True), 50, seed=0)
+    assert calibration.targets.labels[:, 2].sum() == 5
+
+
+@pytest.mark.parametrize("size", [-1, 0, 51, 1000])
+def test_calibration_size_must_be_sensible(size: int) -> None:
+    with pytest.raises(ValueError, match=f"--calibration-size {size} .*100"):
+        split_calibration(labelled(np.repeat([0, 1], 50)), size, seed=0)

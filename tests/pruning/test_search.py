@@ -1,0 +1,228 @@
+"""Budgets, loss changes and searches on small real networks; estimates against the truth measured through gates."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from image_classification.config import ConfigError
+from image_classification.models import create_model
+from pruning.budget import Budget, BudgetCourse, as_budget
+from pruning.channel_graph import ChannelGraph, Constraints
+from pruning.cost import CostModel
+from pruning.graph import trace_groups
+from pruning.loss_change import LossChange, multi_label_sample_losses, sample_losses
+from pruning.search import GlobalSearch, GreedySearch, Situation, UniformSearch, build_search
+from pruning.surgery import prune_channels
+
+
+def network(constraints: Constraints | None = None) -> tuple[nn.Module, ChannelGraph, CostModel, Tensor]:
+    """ResNet-20 on 16-pixel pictures, with lively BN statistics."""
+    torch.manual_seed(0)
+    model = create_model("resnet20", num_classes=10)
+    images = torch.randn(8, 3, 16, 16)
+    model.train()(images)
+    graph = trace_groups(model, images[:2], constraints=constraints or Constraints())
+    return model, graph, CostModel(graph, model, images[:2], ("macs", "params")), images
+
+
+def data(images: Tensor, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(0, 10, (len(images),), generator=generator)
+    return [(images[:5], targets[:5]), (images[5:], targets[5:])]
+
+
+def random_scores(graph: ChannelGraph, seed: int = 0) -> dict[int, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {group.index: rng.random(group.width) for group in graph.prunable}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give at least one"),
+        (["mac=0.5"], "unknown cost; did you mean 'macs'"),
+        (["macs"], "write METRIC=SHARE"),
+        (["macs=half"], "write METRIC=SHARE"),
+        (["macs=1.5"], "between 0 and 1"),
+        (["macs=0"], "between 0 and 1"),
+        (["macs=0.5", "macs=0.4"], "given twice"),
+    ],
+)
+def test_unusable_budgets_are_named(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Budget.parse(words)
+
+
+def test_budgets_from_python() -> None:
+    assert as_budget(0.4).shares == {"macs": 0.4}
+    assert as_budget({"params": 0.3}).shares == {"params": 0.3}
+    with pytest.raises(TypeError, match="mapping"):
+        as_budget("macs=0.5")
+
+
+def test_the_course_is_known_before_and_ends_at_the_budget() -> None:
+    _, _, costs, _ = network()
+    course = BudgetCourse(Budget({"macs": 0.5, "params": 0.8}), costs, 0.005)
+    assert course.num_rewrites == 100
+    last = course.targets(100)
+    assert last["macs"] == pytest.approx(0.5 * costs.baseline("macs"))
+    assert last["params"] == pytest.approx(0.8 * costs.baseline("params"))
+    assert course.targets(50)["macs"] == pytest.approx(0.75 * costs.baseline("macs"))
+    assert BudgetCourse(Budget({"macs": 0.5}), costs, 1.0).num_rewrites == 1
+    with pytest.raises(ConfigError, match="--pruning_delta"):
+        BudgetCourse(Budget({"macs": 0.5}), costs, 0.0)
+
+
+def test_an_unreachable_budget_is_refused() -> None:
+    _, _, costs, _ = network(Constraints(min_width=0.9))
+    with pytest.raises(ConfigError, match=r"--budget macs=0.1 cannot be reached"):
+        BudgetCourse(Budget({"macs": 0.1}), costs, 0.1).check_reachable()
+
+
+def test_estimate_is_the_taylor_expansion_of_the_gated_loss() -> None:
+    """For a gate moved a little the first-order term is exact; the whole estimate is its definition in float64."""
+    model, graph, _, images = network()
+    batches = data(images)
+    judge = LossChange(model, graph, batches)
+    units = [
+        graph.prunable[0].units[:3],
+        graph.prunable[4].units[::2],
+        np.concatenate([g.units[:1] for g in graph.prunable]),
+    ]
+    estimated = judge.estimate(units)
+    from pruning.gates import Gates
+
+    model.eval()
+    expected = np.zeros(len(units))
+    for inputs, targets in batches:
+        with Gates(model, graph, per_sample=len(inputs)) as gates:
+            gates.values = gates.values.clone().requires_grad_(True)
+            losses = sample_losses(model(inputs), targets)
+            (gradient,) = torch.autograd.grad(losses.sum(), gates.values)
+        for number, chosen in enumerate(units):
+            total = gradient[:, torch.from_numpy(chosen)].double().sum(1)
+            expected[number] += (0.5 * total**2 - total).sum().item() / len(images)
+    np.testing.assert_allclose(estimated, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_measured_loss_is_that_of_the_rewritten_network() -> None:
+    model, graph, _, images = network()
+    batches = data(images)
+    judge = LossChange(model, graph, batches)
+    group = graph.prunable[2]
+    keep = {group.index: np.arange(0, group.width, 2)}
+    before, gated = judge.measure([{}, keep])
+    assert before == pytest.approx(judge.loss_as_it_is(), rel=1e-6)
+    smaller = copy.deepcopy(model)
+    prune_channels(smaller, copy.deepcopy(graph), keep)
+    smaller.eval()
+    expected = sum(sample_losses(smaller(x), y).double().sum().item() for x, y in batches) / len(images)
+    assert gated == pytest.approx(expected, rel=1e-5)
+    assert model.training
+
+
+def test_losses_of_samples_against_float64() -> None:
+    torch.manual_seed(0)
+    logits, targets = torch.randn(6, 4), torch.randint(0, 4, (6,))
+    expected = -logits.double().log_softmax(1)[torch.arange(6), targets]
+    torch.testing.assert_close(sample_losses(logits, targets).double(), expected, rtol=1e-5, atol=1e-6)
+    several = torch.randint(0, 2, (6, 4)).float()
+    p = torch.sigmoid(logits.double())
+    expected = -(several * p.log() + (1 - several) * (1 - p).log()).mean(1)
+    torch.testing.assert_close(
+        multi_label_sample_losses(logits, several).double(), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["greedy", "global", "uniform"])
+@pytest.mark.parametrize("targets", [{"macs": 0.9}, {"macs": 0.5, "params": 0.6}])
+def test_every_search_meets_its_targets(name: str, targets: dict[str, float]) -> None:
+    model, graph, costs, images = network()
+    goals = {metric: share * costs.baseline(metric) for metric, share in targets.items()}
+    judge = LossChange(model, graph, data(images))
+    situation = Situation(graph, costs, random_scores(graph), goals, judge)
+    decision = build_search(name, shortlist=2).choose(situation)
+    prune_channels(model, graph, decision.keep)
+    costs.refresh()
+    for metric, goal in goals.items():
+        assert costs.current(metric) <= goal * (1 + 1e-6)
+        assert costs.current(metric) >= goal - 0.12 * costs.baseline(metric)  # and not much beyond
+    model(images)
+
+
+def test_lowest_scores_leave_and_ties_break_by_position() -> None:
+    _, graph, costs, _ = network()
+    group = graph.prunable[0]
+    scores = {g.index: np.ones(g.width) for g in graph.prunable}
+    scores[group.index][[2, 5]] = 0.0
+    situation = Situation(graph, costs, scores, {"macs": 1.0})
+    assert situation.lowest(group, group.width - 3).tolist() == group.units[[2, 5, 0]].tolist()
+
+
+def test_greedy_takes_the_measured_best_of_all() -> None:
+    """With a shortlist of everything the choice is the exhaustive one."""
+    model, graph, costs, images = network()
+    judge = LossChange(model, graph, data(images))
+    goals = {"macs": 0.95 * costs.baseline("macs")}
+    situation = Situation(graph, costs, random_scores(graph), goals, judge)
+    options = GreedySearch()._options(situation, "macs")
+    losses = {i: judge.measure([situation.keep(situation.without(u))])[0] for i, u in options.items()}
+    decision = GreedySearch(shortlist=0).choose(situation)
+    assert list(decision.keep) == [min(losses, key=lambda i: losses[i])]
+    assert [c.measured is not None for c in decision.candidates] == [True] * len(options)
+
+
+def test_constraints_hold_in_every_search() -> None:
+    constraints = Constraints(
+        round_to=4, min_width=0.5, ignored=("layer2.*",), limits={"layer3.0.conv1": 0.75}
+    )
+    model, graph, costs, images = network(constraints)
+    goals = {"macs": 0.75 * costs.baseline("macs")}
+    for name in ("greedy", "global", "uniform"):
+        situation = Situation(
+            graph, costs, random_scores(graph), goals, LossChange(model, graph, data(images))
+        )
+        build_search(name, 2).choose(situation)
+        for group in graph.prunable:
+            width = situation.width(group)
+            assert width == group.width or (width % 4 == 0 and width >= group.width / 2)
+            assert not group.name.startswith("layer2") or width == group.width
+            assert group.name != "layer3.0.conv1" or width >= 48
+
+
+def test_global_ranking_prefers_low_normalised_scores() -> None:
+    _, graph, costs, _ = network()
+    scores = {g.index: np.full(g.width, 1.0) for g in graph.prunable}
+    cheap = graph.prunable[3]
+    scores[cheap.index] = np.linspace(0.0, 2.0, cheap.width)  # mean 1, but the lower half is of little worth
+    goals = {"macs": 0.99 * costs.baseline("macs")}
+    decision = GlobalSearch().choose(Situation(graph, costs, scores, goals))
+    assert list(decision.keep) == [cheap.index]
+
+
+def test_uniform_keeps_the_same_share() -> None:
+    _, graph, costs, _ = network()
+    situation = Situation(graph, costs, random_scores(graph), {"macs": 0.5 * costs.baseline("macs")})
+    UniformSearch().choose(situation)
+    shares = [situation.width(group) / group.width for group in graph.prunable]
+    assert max(shares) - min(shares) < 0.07
+
+
+def test_groups_without_scores_stay() -> None:
+    _, graph, costs, _ = network()
+    scores = random_scores(graph)
+    left_out = graph.prunable[1]
+    del scores[left_out.index]
+    situation = Situation(graph, costs, scores, {"macs": 0.6 * costs.baseline("macs")})
+    UniformSearch().choose(situation)
+    assert situation.width(left_out) == left_out.width
+
+
+def test_unknown_search() -> None:
+    with pytest.raises(ValueError, match="--pruning-search best"):
+        build_search("best")

@@ -1,0 +1,79 @@
+"""Runs documented commands at a small size: the words of the document, plus flags that shorten the job."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Appended to every training or evaluation command. Later flags win over those of the document.
+SHORT = {
+    "--prof": "2",
+    "--run-epochs": "1",
+    "--batch-size": "4",
+    "--optimizer-batch-size": "8",
+    "--image-size": "32",
+    "--workers": "1",
+    "--device": "cpu",
+}
+
+
+def commands_in(text: str, start: str = "python") -> list[str]:
+    """Commands of a document's fenced blocks that begin with a word, continuation lines joined.
+
+    Args:
+        text: Markdown.
+        start: First word; comments after two blanks and a # are left out.
+    """
+    commands: list[str] = []
+    inside = False
+    pending = ""
+    for line in text.splitlines():
+        if line.lstrip().startswith("```"):
+            inside, pending = not inside, ""
+            continue
+        if not inside:
+            continue
+        line = pending + line.split("  #")[0].strip()
+        if line.endswith("\\"):
+            pending = line[:-1] + " "
+            continue
+        pending = ""
+        if line.split(" ")[0] == start or " ".join(line.split(" ")[1:2]) == start:
+            commands.append(line)
+    return commands
+
+
+def shortened(command: str, replaced: Mapping[str, str], workspace: Path) -> list[str]:
+    """The words of a command with paths replaced and the short settings added.
+
+    Args:
+        command: As documented.
+        replaced: Word (or part of one) → what stands for it here: data folders, checkpoints.
+        workspace: Where the run writes.
+    """
+    for old, new in replaced.items():
+        command = command.replace(old, new)
+    words = [word for word in shlex.split(command) if not word.startswith("CUDA_VISIBLE_DEVICES=")]
+    if "--nproc_per_node" in words:
+        words[words.index("--nproc_per_node") + 1] = "2"
+    if any(word.endswith("main.py") for word in words):
+        words += [word for flag in (SHORT | {"--workspace": str(workspace)}).items() for word in flag]
+    return [sys.executable if word == "python" else word for word in words]
+
+
+def run(
+    words: list[str], cache: Path | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run a command from the repository's root and return what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if cache is not None:
+        environment["LUCIDPRUNE_CACHE"] = str(cache)
+    return subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
