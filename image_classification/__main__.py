@@ -1,7 +1,8 @@
-"""`python -m image_classification VERB …`: jobs on data sets beside training.
+"""`python -m image_classification VERB …`: jobs on data sets and networks beside training.
 
 verify DIR                            decode every picture, name what is broken
 prepare DIR OUT --short-side 256      write a copy with smaller pictures
+benchmark --arch NAME                 latency and throughput of inference over batch sizes
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from image_classification import inference_speed
 from image_classification.data.prepare import PrepareConfig, prepare
 from image_classification.data.verify import Broken, verify
 
@@ -98,12 +100,17 @@ def _print_broken(broken: Sequence[Broken]) -> None:
 VERBS = {
     "verify": Verb("decode every picture and name what is broken", _declare_verify, _run_verify),
     "prepare": Verb("write a copy with pictures resized to a short side", _declare_prepare, _run_prepare),
+    "benchmark": Verb(
+        "latency and throughput of inference over batch sizes", inference_speed.declare, inference_speed.run
+    ),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; the exit status is 0 if all is well, 1 if pictures are broken, 2 if the job could not be done."""
-    parser = argparse.ArgumentParser(prog="python -m image_classification", description="Jobs on data sets.")
+    parser = argparse.ArgumentParser(
+        prog="python -m image_classification", description="Jobs on data sets and networks."
+    )
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
         verb.declare(subparsers.add_parser(name, help=verb.help, description=verb.help))

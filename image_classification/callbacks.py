@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torchvision.utils import make_grid
 
 from image_classification.ema import Ema
 from image_classification.monitor import Monitor
@@ -109,3 +110,24 @@ class ResourceMonitor(Callback):
         """Add the figures since the last logging step."""
         figures |= self.monitor.read(self._num_images)
         self._num_images = 0
+
+
+class FirstBatch(Callback):
+    """Shows the first pictures of a run, as the network gets them, and its graph in TensorBoard."""
+
+    num_pictures = 16
+
+    def __init__(self) -> None:
+        self._shown = False
+
+    def on_batch_start(self, trainer: Trainer, batch: Batch) -> None:
+        """Once per run; a network that cannot be traced is a message."""
+        if self._shown:
+            return
+        self._shown = True
+        pictures = batch.images[: self.num_pictures].detach().float()
+        # Normalised pictures back to 0 … 1, each by its own range: the constants belong to the data set.
+        low, high = pictures.amin((1, 2, 3), keepdim=True), pictures.amax((1, 2, 3), keepdim=True)
+        grid = make_grid((pictures - low) / (high - low).clamp(min=1e-6), nrow=4)
+        trainer.logger.image("train/first_batch", grid, trainer.state.iteration)
+        trainer.logger.graph(trainer.state.model, batch.images[:1].detach())

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from image_classification.callbacks import Callback, ResourceMonitor, TrainState
+from image_classification.callbacks import Callback, FirstBatch, ResourceMonitor, TrainState
 from image_classification.checkpoint import FORMAT, CheckpointConfig, Checkpointer
 from image_classification.cli import save_yaml, to_plain
 from image_classification.config import ConfigError, check
@@ -243,7 +243,7 @@ def make_trainer(
         checkpointer=job.checkpointer,
         train_loader=loader,
         evaluator=None if train.training_only else make_evaluator(job),
-        callbacks=[ResourceMonitor(job.monitor), *callbacks],
+        callbacks=[ResourceMonitor(job.monitor), *_tensorboard(configs["log"]), *callbacks],
         clip_norm=configs["optim"].clip_grad_norm,
         print_freq=configs["log"].print_freq,
         saved_config=to_plain(configs),
@@ -254,6 +254,10 @@ def make_trainer(
         with naming_the_flag("--resume"):
             trainer.restore(job.resumed)
     return trainer
+
+
+def _tensorboard(config: LogConfig) -> list[Callback]:
+    return [] if config.tensorboard is None else [FirstBatch()]
 
 
 def make_evaluator(job: Job) -> Evaluator:

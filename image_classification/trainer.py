@@ -239,7 +239,9 @@ class Trainer:
                 self._train_step(batches)
                 logging = (step + 1) % self.print_freq == 0 or step + 1 == last
                 figures = self._log_window(step) if logging else {}
-                bar.update({key: value for key, value in figures.items() if key.rpartition(".")[2] in STEERING})
+                bar.update(
+                    {key: value for key, value in figures.items() if key.rpartition(".")[2] in STEERING}
+                )
                 self._save_or_stop(stop)
         self._log_epoch(time.perf_counter() - begin)
         # A shortened epoch (--prof) counts as a whole one: iterations keep their place in the schedule.

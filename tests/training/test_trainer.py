@@ -11,9 +11,10 @@ import pytest
 import torch
 from support.training import MakeTrainer, Recorder, toy_data
 
-from image_classification.callbacks import Callback
+from image_classification.callbacks import Callback, FirstBatch
 from image_classification.config import ConfigError
 from image_classification.interrupts import StopRequested
+from image_classification.log import LogConfig, Logger
 from image_classification.models import read_safely
 from image_classification.nan_guard import NonFiniteLossError
 from image_classification.trainer import TrainConfig, Trainer
@@ -279,3 +280,23 @@ def test_best_checkpoint_is_the_averaged_network_where_there_is_one(
 def test_bad_training_settings(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**settings)
+
+
+def test_tensorboard_gets_pictures_graph_and_scalars_and_training_does_not_notice(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    plain = make_trainer(workspace=tmp_path / "plain", epochs=1, dropout=True)
+    plain.fit()
+    shown = make_trainer(workspace=tmp_path / "shown", epochs=1, dropout=True, callbacks=(FirstBatch(),))
+    config = LogConfig(raport_file="", console="plain", tensorboard="events")
+    shown.logger = Logger(config, tmp_path, is_main=True)
+    shown.fit()
+    shown.logger.close()
+    assert_identical(weights(plain), weights(shown))
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert "train/first_batch" in events.Tags()["images"]
+    assert events.Tags()["graph"]
+    assert {"train/loss", "train/lr", "val/top1"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 12]

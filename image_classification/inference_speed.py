@@ -1,0 +1,137 @@
+"""Latency and throughput of inference over batch sizes: `python -m image_classification benchmark`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from image_classification.config import check
+from image_classification.environment import describe_environment
+from image_classification.meters import latency_figures
+from image_classification.models import arch_info, create_model, identity_of, model_for_weights
+from image_classification.precision import Precision, PrecisionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedRow:
+    """Speed at one batch size; latencies in seconds per batch, `ips` in images per second."""
+
+    batch_size: int
+    ips: float
+    mean: float
+    p50: float
+    p95: float
+    p99: float
+    slowest: float
+
+
+@torch.inference_mode()
+def measure_speed(
+    model: nn.Module,
+    batch_size: int,
+    image_size: int,
+    precision: Precision,
+    *,
+    num_batches: int = 50,
+    num_warmup: int = 5,
+) -> SpeedRow:
+    """Time forward passes on random pictures.
+
+    Args:
+        model: In its final place (`precision.place`); evaluation mode is set.
+        batch_size: Pictures a batch.
+        image_size: Side of the pictures in pixels.
+        precision: Device, autocast, memory format, compilation.
+        num_batches: Batches that count.
+        num_warmup: Batches before, for compilation and the choice of kernels.
+
+    Returns:
+        Figures over `num_batches`; the device is waited for after every batch, as a serving process does.
+    """
+    device = precision.device
+    images = torch.randn(batch_size, 3, image_size, image_size, device=device)
+    images = images.contiguous(memory_format=precision.memory_format)
+    forward = precision.compiled(model.eval())
+    seconds: list[float] = []
+    for number in range(num_warmup + num_batches):
+        begin = time.perf_counter()
+        with precision.autocast():
+            forward(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if number >= num_warmup:
+            seconds.append(time.perf_counter() - begin)
+    figures = latency_figures(seconds, "x")
+    at = {percent: figures[f"x.compute_latency_at{percent}"] for percent in (50, 95, 99, 100)}
+    mean = figures["x.compute_latency"]
+    return SpeedRow(batch_size, batch_size / mean, mean, at[50], at[95], at[99], at[100])
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("--arch", "-a", default=None, help="network; not needed with a checkpoint of ours")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=None, help="weights, pruned ones too; random if left out"
+    )
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32], metavar="N")
+    parser.add_argument("--image-size", type=int, default=None, help="default: the architecture's")
+    parser.add_argument("--num-batches", type=int, default=50, help="batches that count, per batch size")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--amp", action="store_true", help="fp16 on GPUs, bf16 on CPUs")
+    parser.add_argument("--memory-format", choices=("nchw", "nhwc"), default="nchw")
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="FILE", help="write the figures there as well"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print a table, write JSON."""
+    check(arguments.arch or arguments.checkpoint, "give --arch, --checkpoint, or both")
+    check(min(arguments.batch_sizes) >= 1, f"--batch-sizes {arguments.batch_sizes}: each must be at least 1")
+    check(arguments.num_batches >= 1, f"--num-batches {arguments.num_batches}: must be at least 1")
+    settings = PrecisionConfig(
+        amp=arguments.amp, memory_format=arguments.memory_format, compile=arguments.compile
+    )
+    precision = Precision(settings, torch.device(arguments.device))
+    model, arch = _network(arguments)
+    size = arguments.image_size or arch_info(arch).image_size
+    model = precision.place(model)
+    rows = [
+        measure_speed(model, batch_size, size, precision, num_batches=arguments.num_batches)
+        for batch_size in arguments.batch_sizes
+    ]
+    print(f"{arch} at {size} px on {arguments.device}; milliseconds per batch")
+    print(f"{'batch':>6} {'images/s':>10} {'mean':>9} {'p50':>9} {'p95':>9} {'p99':>9} {'slowest':>9}")
+    for row in rows:
+        times = " ".join(
+            f"{1000 * value:9.2f}" for value in (row.mean, row.p50, row.p95, row.p99, row.slowest)
+        )
+        print(f"{row.batch_size:>6} {row.ips:>10.1f} {times}")
+    if arguments.json is not None:
+        report: dict[str, Any] = {
+            "arch": arch,
+            "image_size": size,
+            "settings": dataclasses.asdict(settings),
+            "num_batches": arguments.num_batches,
+            "rows": [dataclasses.asdict(row) for row in rows],
+            "environment": describe_environment(precision.device),
+        }
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _network(arguments: argparse.Namespace) -> tuple[nn.Module, str]:
+    """The network and its architecture's name."""
+    if arguments.checkpoint is None:
+        return create_model(arguments.arch, image_size=arguments.image_size), arguments.arch
+    model = model_for_weights(arguments.arch, arguments.checkpoint, image_size=arguments.image_size)
+    identity = identity_of(model)
+    return model, arguments.arch or (identity.arch if identity is not None else "")
