@@ -25,8 +25,7 @@ DESCRIPTION = (
 def run(configs: Mapping[str, Any], distributed: Distributed) -> None:
     """One process's share of the job."""
     pruning: PruningConfig = configs["pruning"]
-    batches = pruning.calibration_batches if pruning.active else 0
-    job = jobs.prepare(configs, distributed, batches * configs["data"].batch_size * distributed.world_size)
+    job = jobs.prepare(configs, distributed, pruning.calibration_batches if pruning.active else 0)
     try:
         model = jobs.make_model(job)
         if configs["train"].evaluate:

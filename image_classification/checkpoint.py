@@ -35,6 +35,7 @@ from image_classification.distributed import Distributed
 FORMAT = "lucidprune"
 VERSION = 1
 BEST_FILENAME = "model_best.pth.tar"
+TEMPORARY = ".tmp"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -95,7 +96,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         OSError: Naming the file and the flag, when the disk is full or the folder is not writable; what stood
             under the name before is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -229,6 +230,9 @@ class Checkpointer:
                 f"--workspace: {self.config.workspace} cannot be written ({error.strerror}); "
                 "choose another folder, or --no-checkpoints"
             ) from None
+        for name in (self.path.name, BEST_FILENAME, "checkpoint-*.pth.tar"):
+            for torn in self.config.workspace.glob(f".{name}.*{TEMPORARY}"):
+                torn.unlink(missing_ok=True)  # what a killed run was writing
         if resumed is None:
             numbered = sorted(path for _, path in self._numbered())
             for path in (self.path, self.config.workspace / BEST_FILENAME, *numbered):
@@ -244,20 +248,26 @@ class Checkpointer:
         self._say(f"{path} of an earlier run was kept as {kept.name}; --resume auto would have continued it")
 
     def save(self, payload: dict[str, Any], *, is_best: bool = False, end_of_epoch: bool = False) -> None:
-        """Write the latest checkpoint, and the best and the epoch's own where they apply."""
+        """Write the latest checkpoint, and the best and the epoch's own where they apply.
+
+        The latest comes last: a run that is killed between the files resumes before this save, and does it again.
+        """
         if not self.config.checkpoints or not self.distributed.is_main:
             return
-        save_atomically({"format": FORMAT, "version": VERSION, **payload}, self.path)
+        paths = [self.path]
         if is_best:
-            self._copy(self.config.workspace / BEST_FILENAME)
-        if end_of_epoch and self.config.gather_checkpoints:
+            paths.append(self.config.workspace / BEST_FILENAME)
+        gathering = end_of_epoch and self.config.gather_checkpoints != 0
+        if gathering:
             # `epoch` is the one to come; the file is named after the one that ended, counted from 0.
-            self._copy(self.config.workspace / f"checkpoint-{payload['epoch'] - 1}.pth.tar")
+            paths.append(self.config.workspace / f"checkpoint-{payload['epoch'] - 1}.pth.tar")
+        first, *others = reversed(paths)
+        save_atomically({"format": FORMAT, "version": VERSION, **payload}, first)
+        for path in others:
+            with first.open("rb") as source, atomic_file(path) as file:
+                shutil.copyfileobj(source, file, length=16 << 20)
+        if gathering:
             self._rotate()
-
-    def _copy(self, target: Path) -> None:
-        with self.path.open("rb") as source, atomic_file(target) as file:
-            shutil.copyfileobj(source, file, length=16 << 20)
 
     def _rotate(self) -> None:
         if self.config.gather_checkpoints < 0:

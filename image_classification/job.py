@@ -22,6 +22,7 @@ from image_classification.cli import save_yaml, to_plain
 from image_classification.config import ConfigError, check
 from image_classification.data.bad_samples import BadSampleError
 from image_classification.data.build import DataConfig, Loaders, build_loaders, choose_backend
+from image_classification.data.dataset import IMAGENET_PRESET
 from image_classification.data.layouts import open_dataset
 from image_classification.distributed import EXIT_SAVED, Distributed, DistributedConfig, setup_distributed
 from image_classification.ema import Ema
@@ -99,14 +100,14 @@ class Job:
         self.logger.close()
 
 
-def prepare(configs: Mapping[str, Any], distributed: Distributed, calibration_size: int = 0) -> Job:
+def prepare(configs: Mapping[str, Any], distributed: Distributed, calibration_batches: int = 0) -> Job:
     """Open everything that can fail before hours are spent: checkpoint to resume, outputs, data.
 
     Args:
         configs: Configuration by section.
         distributed: This process among the ranks.
-        calibration_size: Calibration pictures that the job wants where `--calibration-size` leaves it open; at
-            most a twentieth of the training set is taken.
+        calibration_batches: Calibration batches per process that the job wants where `--calibration-size` leaves
+            it open; at most a twentieth of the training set is taken.
 
     Raises:
         ConfigError, ModelError, OSError: With the flag to change.
@@ -121,7 +122,7 @@ def prepare(configs: Mapping[str, Any], distributed: Distributed, calibration_si
     if distributed.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     precision = Precision(configs["precision"], distributed.device)
-    loaders = open_loaders(configs, distributed, precision, calibration_size)
+    loaders = open_loaders(configs, distributed, precision, calibration_batches)
     if distributed.is_main and configs["checkpoint"].checkpoints:
         save_yaml(configs, workspace / "config.yaml")
     logger.log_parameters(to_plain(configs))
@@ -138,7 +139,7 @@ def prepare(configs: Mapping[str, Any], distributed: Distributed, calibration_si
 
 
 def open_loaders(
-    configs: Mapping[str, Any], distributed: Distributed, precision: Precision, calibration_size: int = 0
+    configs: Mapping[str, Any], distributed: Distributed, precision: Precision, calibration_batches: int = 0
 ) -> Loaders:
     """Open the data set (rank 0 first: it may unpack or generate it) and build this rank's loaders."""
     config: DataConfig = configs["data"]
@@ -148,10 +149,12 @@ def open_loaders(
             dataset = open_dataset(
                 config.data, multi_label=configs["loss"].multi_label, progress=distributed.is_main
             )
-    if calibration_size and not config.calibration_size:
+    if calibration_batches and not config.calibration_size:
+        preset = IMAGENET_PRESET if dataset is None else dataset.preset
+        size = calibration_batches * config.resolved_preset(preset).batch_size * distributed.world_size
         if dataset is not None:
-            calibration_size = max(min(calibration_size, len(dataset.train) // 20), dataset.num_classes)
-        config = dataclasses.replace(config, calibration_size=calibration_size)
+            size = max(min(size, len(dataset.train) // 20), dataset.num_classes)
+        config = dataclasses.replace(config, calibration_size=size)
     with naming_the_flag("DATA"):
         return build_loaders(
             config,
@@ -230,8 +233,11 @@ def make_trainer(
         f"--optimizer-batch-size {train.optimizer_batch_size}: the training set has {loader.num_samples} pictures, "
         "fewer than one optimizer step takes; lower it (or --batch-size)",
     )
-    schedule = Schedule(configs["schedule"], steps_per_epoch, train.epochs)
-    optimizer = build_optimizer(configs["optim"], model, configs["schedule"].lr)
+    pictures_per_step = loader.batch_size * job.distributed.world_size * accumulation
+    schedule = Schedule(configs["schedule"], steps_per_epoch, train.epochs, pictures_per_step)
+    if configs["schedule"].lr is None:
+        job.logger.message(f"learning rate {schedule.lr:g} (0.1 per 256 pictures); --lr chooses another")
+    optimizer = build_optimizer(configs["optim"], model, schedule.lr)
     ema = None if train.use_ema is None else Ema(model, train.use_ema)
     trainer = Trainer(
         train,

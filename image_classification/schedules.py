@@ -12,6 +12,7 @@ import torch
 
 from image_classification.config import check, flag
 
+LR_PER_256 = 0.1
 SCHEDULES = ("constant", "step", "linear", "cosine", "exponential")
 
 
@@ -19,10 +20,13 @@ SCHEDULES = ("constant", "step", "linear", "cosine", "exponential")
 class ScheduleConfig:
     """Learning rate"""
 
-    lr: float = flag(
-        0.1, "--lr", "--learning-rate", help="Learning rate for the whole --optimizer-batch-size."
+    lr: float | None = flag(
+        None,
+        "--lr",
+        "--learning-rate",
+        help="Learning rate of an optimizer step; default: 0.1 per 256 pictures of a step.",
     )
-    lr_schedule: str = flag("step", "--lr-schedule", help="Course of the learning rate.", choices=SCHEDULES)
+    lr_schedule: str = flag("cosine", "--lr-schedule", help="Course of the learning rate.", choices=SCHEDULES)
     warmup: float = flag(0.0, "--warmup", help="Epochs of linear warm-up, per iteration; may be a fraction.")
     end_lr: float = flag(
         0.0, "--end-lr", help="Learning rate at the end of linear and cosine, least of exponential."
@@ -36,9 +40,9 @@ class ScheduleConfig:
     )
 
     def __post_init__(self) -> None:
-        check(self.lr > 0, f"--lr: {self.lr} is not positive")
+        check(self.lr is None or self.lr > 0, f"--lr: {self.lr} is not positive")
         check(self.warmup >= 0, f"--warmup: {self.warmup} is negative")
-        check(0 <= self.end_lr <= self.lr, f"--end-lr: {self.end_lr} is outside [0, --lr {self.lr}]")
+        check(self.end_lr >= 0, f"--end-lr: {self.end_lr} is negative")
         check(0 < self.lr_step_factor <= 1, f"--lr-step-factor: {self.lr_step_factor} is outside (0, 1]")
         check(
             0 < self.lr_exponential_factor <= 1,
@@ -53,13 +57,22 @@ class Schedule:
         config: What the curve looks like.
         steps_per_epoch: Optimizer steps in one epoch.
         epochs: Length of the whole training, not of this invocation (`--run-epochs`).
+        pictures_per_step: Over all processes and accumulation; the default learning rate grows with it (Goyal et
+            al. 2017, arXiv:1706.02677).
+
+    Attributes:
+        lr: The highest learning rate.
     """
 
-    def __init__(self, config: ScheduleConfig, steps_per_epoch: int, epochs: int) -> None:
+    def __init__(
+        self, config: ScheduleConfig, steps_per_epoch: int, epochs: int, pictures_per_step: int = 256
+    ) -> None:
         check(
             config.warmup < max(epochs, 1),
             f"--warmup: {config.warmup} epochs of warm-up do not fit into --epochs {epochs}",
         )
+        self.lr = LR_PER_256 * pictures_per_step / 256 if config.lr is None else config.lr
+        check(config.end_lr <= self.lr, f"--end-lr: {config.end_lr} is above --lr {self.lr}")
         self.config = config
         self.steps_per_epoch = steps_per_epoch
         self.warmup_steps = round(config.warmup * steps_per_epoch)
@@ -69,19 +82,19 @@ class Schedule:
         """Learning rate of the `iteration`-th optimizer step, counted from 0."""
         config = self.config
         if iteration < self.warmup_steps:
-            return config.lr * (iteration + 1) / self.warmup_steps
+            return self.lr * (iteration + 1) / self.warmup_steps
         progress = (iteration - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
         progress = min(progress, 1.0)
         if config.lr_schedule == "constant":
-            return config.lr
+            return self.lr
         if config.lr_schedule == "step":
             drops = sum(iteration >= epoch * self.steps_per_epoch for epoch in config.lr_step_epochs)
-            return config.lr * config.lr_step_factor**drops
+            return self.lr * config.lr_step_factor**drops
         if config.lr_schedule == "linear":
-            return config.end_lr + (config.lr - config.end_lr) * (1 - progress)
+            return config.end_lr + (self.lr - config.end_lr) * (1 - progress)
         if config.lr_schedule == "cosine":
-            return config.end_lr + (config.lr - config.end_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-        return max(config.lr * config.lr_exponential_factor**progress, config.end_lr)
+            return config.end_lr + (self.lr - config.end_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        return max(self.lr * config.lr_exponential_factor**progress, config.end_lr)
 
     def apply(self, optimizer: torch.optim.Optimizer, iteration: int, factor: float = 1.0) -> float:
         """Set the learning rate of every parameter group for this iteration, times `factor`; return it."""

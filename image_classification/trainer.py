@@ -188,9 +188,13 @@ class Trainer:
         self._structure: dict[str, Any] | None = None
 
     def release(self) -> None:
-        """Drop the wrappers, and with them every reference into the old graph: before a rewrite."""
+        """Drop the wrappers, and with them every reference into the old graph: before a rewrite. Collective.
+
+        What looks at `state.model` now sees the same network on all ranks, BN statistics included.
+        """
         del self._wrapped, self._forward, self._eval_forward
         self._parameters = []
+        self._share_buffers(self.state.model)
 
     # ------------------------------------------------------------------ fit
 
@@ -310,18 +314,19 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         if self.evaluator is None:
             return {}
-        self._share_buffers()
+        self._share_buffers(self.state.model)
         figures = self.evaluator(self.state.model, self.logger, forward=self._eval_forward)
         if self.state.ema is not None:
+            self._share_buffers(self.state.ema.module)
             figures |= self.evaluator(self.state.ema.module, self.logger, prefix="val_ema")
         self.logger.log((self.state.epoch,), figures, iteration=self.state.iteration)
         self._emit("on_evaluate_end", figures)
         return figures
 
-    def _share_buffers(self) -> None:
-        """Give all ranks rank 0's BN statistics, as DDP does before its next forward pass."""
+    def _share_buffers(self, model: nn.Module) -> None:
+        """Give all ranks rank 0's BN statistics, as DDP does before its next forward pass; collective."""
         if self.distributed.world_size > 1:
-            for buffer in self.state.model.buffers():
+            for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
 
     def _finish_epoch(self, figures: dict[str, float]) -> None:
@@ -380,6 +385,7 @@ class Trainer:
                 callback.name: callback.state_dict() for callback in self.callbacks if callback.name
             },
             "world_size": self.distributed.world_size,
+            "steps_per_epoch": self.steps_per_epoch,
             "config": self.saved_config,
         }
 
@@ -388,8 +394,18 @@ class Trainer:
 
         The random states of all ranks are restored when the number of ranks is the same; with another number the
         data goes on exactly, dropout draws anew (and it is said).
+
+        Raises:
+            ValueError: Steps per epoch differ, so that the iteration means another place in the data; or see
+                `Loader.load_state_dict`.
         """
         state = self.state
+        check(
+            payload["steps_per_epoch"] == self.steps_per_epoch,
+            f"--resume: the checkpoint counts {payload['steps_per_epoch']} iterations per epoch, now there would be "
+            f"{self.steps_per_epoch}: give the same data, --batch-size and --optimizer-batch-size, or start from its "
+            "weights with --pretrained-weights",
+        )
         state.model.load_state_dict(payload["state_dict"])
         state.optimizer.load_state_dict(payload["optimizer"])
         if state.ema is not None:

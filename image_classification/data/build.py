@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -51,7 +51,12 @@ class DataConfig:
     workers: int = flag(
         4, "--workers", "-j", help="processes (pytorch) or threads (DALI, resident) that decode"
     )
-    batch_size: int = flag(256, "--batch-size", "-b", help="pictures per process and step")
+    batch_size: int | None = flag(
+        None,
+        "--batch-size",
+        "-b",
+        help="pictures per process and step; default: the data set's (256, CIFAR 128, shapes 64)",
+    )
     image_size: int | None = flag(
         None, "--image-size", parse=int, help="side of the network's input in pixels; default: the data set's"
     )
@@ -92,7 +97,10 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        check(self.batch_size >= 1, f"--batch-size {self.batch_size} must be at least 1")
+        check(
+            self.batch_size is None or self.batch_size >= 1,
+            f"--batch-size {self.batch_size} must be at least 1",
+        )
         check(self.workers >= 0, f"--workers {self.workers} must not be negative")
         check(self.prefetch >= 1, f"--prefetch {self.prefetch} must be at least 1")
         check(self.mixup >= 0, f"--mixup {self.mixup} must not be negative; 0 is off")
@@ -115,13 +123,13 @@ class DataConfig:
         size = self.image_size or preset.image_size
         resize = self.resize or round(size * preset.resize / preset.image_size)
         check(resize >= size, f"--resize {resize} is smaller than --image-size {size}: raise --resize")
-        return Preset(
+        return replace(
+            preset,
             image_size=size,
             resize=resize,
             mean=_triple(self.mean or preset.mean),
             std=_triple(self.std or preset.std),
-            augmentation=preset.augmentation,
-            crop_scale=preset.crop_scale,
+            batch_size=self.batch_size or preset.batch_size,
         )
 
 
@@ -259,7 +267,7 @@ def evaluation_loader(
     """
     size = (preset.image_size, preset.image_size)
     geometry: Geometry = WholePicture(size) if whole else evaluation_geometry(preset)
-    planner = _planner(manifest, geometry, config, place, shuffle=shuffle)
+    planner = _planner(manifest, geometry, preset, place, shuffle=shuffle)
     backend = choose_backend(config.data_backend, place.device)
     return make_loader(
         backend, manifest, planner, place.stage(preset), config, with_boxes=with_boxes, with_masks=with_masks
@@ -275,7 +283,7 @@ def training_loader(
     size = (preset.image_size, preset.image_size)
     policy = make_policy(config.auto_augment, size, learned_on=learned_on)
     geometry = training_geometry(config.augmentation, preset)
-    planner = _planner(manifest, geometry, config, place, training=True, policy=policy)
+    planner = _planner(manifest, geometry, preset, place, training=True, policy=policy)
     mixup = None
     if config.mixup or config.cutmix:
         mixup = Mixup(config.mixup, config.cutmix, num_classes=len(manifest.class_names), seed=place.seed)
@@ -284,13 +292,13 @@ def training_loader(
 
 
 def _planner(
-    manifest: Manifest, geometry: Geometry, config: DataConfig, place: Placement, **options: Any
+    manifest: Manifest, geometry: Geometry, preset: Preset, place: Placement, **options: Any
 ) -> Planner:
     return Planner(
         manifest.heights,
         manifest.widths,
         geometry,
-        batch_size=config.batch_size,
+        batch_size=preset.batch_size,
         seed=place.seed,
         rank=place.rank,
         world_size=place.world_size,
@@ -355,7 +363,7 @@ def _synthetic(config: DataConfig, dataset: Dataset | None, place: Placement, nu
         SyntheticLoader,
         num_classes=num_classes if dataset is None else dataset.num_classes,
         size=(preset.image_size, preset.image_size),
-        batch_size=config.batch_size,
+        batch_size=preset.batch_size,
         device=place.device,
         memory_format=place.memory_format,
         multi_label=multi_label,

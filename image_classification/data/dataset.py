@@ -21,6 +21,7 @@ class Preset:
         mean, std: Normalisation per colour channel, of values in [0, 1].
         augmentation: "imagenet" (random-resized crop and flip) or "cifar" (pad by 4, crop, flip).
         crop_scale: Share of the picture's area that a random-resized crop covers, lowest and highest.
+        batch_size: Pictures per process and step.
     """
 
     image_size: int
@@ -29,11 +30,12 @@ class Preset:
     std: Triple
     augmentation: Literal["imagenet", "cifar"]
     crop_scale: tuple[float, float] = (0.08, 1.0)
+    batch_size: int = 256
 
 
 IMAGENET_PRESET = Preset(224, 256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "imagenet")
-CIFAR10_PRESET = Preset(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "cifar")
-CIFAR100_PRESET = Preset(32, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "cifar")
+CIFAR10_PRESET = Preset(32, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "cifar", batch_size=128)
+CIFAR100_PRESET = Preset(32, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "cifar", batch_size=128)
 
 
 def preset_for(train: Manifest) -> Preset:

@@ -30,6 +30,7 @@ SHAPES_PRESET = Preset(
     std=(0.253, 0.224, 0.266),
     augmentation="imagenet",
     crop_scale=(0.6, 1.0),  # a smaller crop often misses the object, and with it the class
+    batch_size=64,
 )
 
 

@@ -130,7 +130,7 @@ def test_apply_sets_every_group_with_factor() -> None:
     [
         ({"lr": 0.0}, "--lr"),
         ({"warmup": -1.0}, "--warmup"),
-        ({"end_lr": 0.9}, "--end-lr"),
+        ({"end_lr": -0.9}, "--end-lr"),
         ({"lr_step_factor": 0.0}, "--lr-step-factor"),
         ({"lr_exponential_factor": 2.0}, "--lr-exponential-factor"),
     ],
@@ -138,6 +138,13 @@ def test_apply_sets_every_group_with_factor() -> None:
 def test_bad_schedules(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ScheduleConfig(**{"lr": 0.8, **settings})
+
+
+def test_default_rate_grows_with_the_step() -> None:
+    assert Schedule(ScheduleConfig(), 10, 1, pictures_per_step=64).lr == pytest.approx(0.025)
+    assert Schedule(ScheduleConfig(), 10, 1, pictures_per_step=1024).lr == pytest.approx(0.4)
+    with pytest.raises(ConfigError, match=r"--end-lr: 0.5 is above --lr 0.025"):
+        Schedule(ScheduleConfig(end_lr=0.5), 10, 1, pictures_per_step=64)
 
 
 def test_warmup_longer_than_training() -> None:
