@@ -31,6 +31,7 @@ from image_classification.data.plan import (
 )
 from image_classification.data.resident import ResidentLoader
 from image_classification.data.synthetic import NUM_TRAIN_SAMPLES, NUM_VAL_SAMPLES, SyntheticLoader
+from image_classification.data.workers import num_cores
 
 BACKENDS = ("auto", "dali-gpu", "dali-cpu", "pytorch", "resident", "synthetic", "syntetic")
 AUGMENTATIONS = ("default", "imagenet", "cifar", "none")
@@ -49,7 +50,10 @@ class DataConfig:
         help="who decodes and cuts; auto: DALI where it is installed (dali-gpu with CUDA, else dali-cpu), or pytorch",
     )  # fmt: skip
     workers: int = flag(
-        4, "--workers", "-j", help="processes (pytorch) or threads (DALI, resident) that decode"
+        min(4, num_cores()),
+        "--workers",
+        "-j",
+        help="processes (pytorch) or threads (DALI, resident) that decode; default: the cores, at most 4",
     )
     batch_size: int | None = flag(
         None,

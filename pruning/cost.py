@@ -1,0 +1,407 @@
+"""What a network costs at any widths, without running it.
+
+    costs = CostModel(graph, model, images, metrics=("macs", "latency"))
+    costs.cost("macs", mask)                      # of a keep vector; differentiable for a tensor of gates
+    costs.cost_curve("macs", group)               # at every width 0 … w of one group
+    costs.num_units_for("macs", group, 5e-3 * costs.baseline("macs"))
+
+    macs      multiply-accumulates per image of the contractions, as PyTorch's flop counter has them (÷ 2)
+    params    parameters, shared ones once
+    memory    peak activation bytes per image of an inference pass (`costs/memory.py` says what is counted)
+    latency   seconds per batch on this device, from a measured table (`latency.py`)
+
+A mask over thousands of units shrinks to a few dozen counts (`costs/counts.py`); every metric is a closed form of
+these, so an evaluation takes well under a millisecond and all widths of a group are evaluated at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pruning.channel_graph import ChannelGraph, GroupKey
+from pruning.costs.activations import Activations, trace_activations
+from pruning.costs.counts import CountTable, Metric
+from pruning.costs.memory import PeakMemory
+from pruning.costs.products import macs_of, parameters_of
+from pruning.latency import (
+    Latency,
+    LatencyError,
+    LatencySettings,
+    LatencyTable,
+    measure_latency,
+    measure_networks,
+    pruned_copy,
+)
+
+__all__ = ["METRICS", "CostModel", "LatencySettings", "LatencyTable", "nearest_metric"]
+
+METRICS = ("macs", "params", "memory", "latency")
+_TRACED = frozenset({"memory", "latency"})
+
+
+def nearest_metric(name: str) -> str:
+    """What to add to an error about an unknown metric: the nearest name and the choices."""
+    close = difflib.get_close_matches(name.lower(), METRICS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    return f"{hint} choose from {', '.join(METRICS)}"
+
+
+class CostModel:
+    """Costs of a network as functions of a keep vector over its graph's units.
+
+    Args:
+        graph: The network's channel graph; it may shrink along with rewrites (`refresh`).
+        model: The bare network. It is run once or twice on the images for "memory" and "latency".
+        example_images: (N, 3, H, W) float, or a tuple of the network's arguments. Costs are those of this size.
+        metrics: Some of `METRICS`.
+        latency: How to measure; the batch size is that of the images unless it is set here.
+        latency_table: A table to use in place of measuring (rank 0's; `LatencyTable.from_plain`).
+        state: An earlier `state_dict()`: baseline and table come from there, nothing is measured.
+        announce: Gets a line of text as measuring goes on; by default the log does.
+
+    Raises:
+        ValueError: An unknown metric, or a table that does not fit the network.
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        model: nn.Module,
+        example_images: Tensor | tuple[Any, ...],
+        metrics: Sequence[str] = ("macs",),
+        *,
+        latency: LatencySettings | None = None,
+        latency_table: LatencyTable | None = None,
+        state: Mapping[str, Any] | None = None,
+        announce: Callable[[str], None] | None = None,
+    ) -> None:
+        for name in metrics:
+            if name not in METRICS:
+                raise ValueError(f"--budget {name}: unknown cost{nearest_metric(name)}")
+        self.graph, self.metrics = graph, tuple(dict.fromkeys(metrics))
+        self._model = model
+        arguments = example_images if isinstance(example_images, tuple) else (example_images,)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._images = tuple(a.to(device) if isinstance(a, Tensor) else a for a in arguments)
+        self._settings = latency or LatencySettings()
+        self._announce = announce
+        self.latency_table = latency_table
+        if state is not None and state.get("latency") is not None:
+            self.latency_table = LatencyTable.from_plain(state["latency"])
+        self._build()
+        self._baseline = {name: self.current(name) for name in self.metrics}
+        if state is not None:
+            self.load_state_dict(state)
+
+    # -- making --------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        """Everything that depends on the graph's units."""
+        self._table = CountTable()
+        activations = self._trace() if _TRACED & set(self.metrics) else None
+        makers: dict[str, Callable[[], Metric]] = {
+            "macs": lambda: macs_of(self.graph, self._table),
+            "params": lambda: parameters_of(self.graph, self._model, self._table),
+            "memory": lambda: PeakMemory(_given(activations), self._table),
+            "latency": lambda: self._latency(_given(activations)),
+        }
+        self._metrics = {name: makers[name]() for name in self.metrics}
+        self._table.settle(self.graph)
+        self._parts: dict[tuple[str, int], Metric | None] = {}
+        self._allowed: dict[int, np.ndarray] = {}
+
+    def _trace(self) -> Activations:
+        few = tuple(a[:2] if isinstance(a, Tensor) and a.dim() > 1 else a for a in self._images)
+        return trace_activations(self._model, few, self.graph)
+
+    def _latency(self, activations: Activations) -> Metric:
+        if self.latency_table is None:
+            self.latency_table = measure_latency(
+                self._model, self.graph, self._images, activations, self._settings, self._announce
+            )
+        return Latency(self.latency_table, activations, self._table)
+
+    def refresh(self) -> None:
+        """Follow a rewrite of the network (`prune_channels`). The baseline stays."""
+        if self._table.follow(self.graph):
+            self._allowed.clear()
+        else:
+            self._build()
+
+    # -- asking --------------------------------------------------------------------------------------------
+
+    @overload
+    def cost(self, metric: str, mask: Tensor) -> Tensor: ...
+    @overload
+    def cost(self, metric: str, mask: np.ndarray | None = None) -> float: ...
+    def cost(self, metric: str, mask: np.ndarray | Tensor | None = None) -> float | Tensor:
+        """Cost of the network under a mask.
+
+        Args:
+            metric: One of the model's metrics.
+            mask: (num_units,) bool or float in [0, 1]; None keeps everything that is there now.
+
+        Returns:
+            A float; for a tensor a scalar float64 tensor on its device, differentiable in the mask.
+        """
+        function = self._metric(metric)
+        if mask is not None and tuple(mask.shape) != (self.graph.num_units,):
+            raise ValueError(
+                f"the mask has shape {tuple(mask.shape)}; the graph has {self.graph.num_units} units (a mask from "
+                "before a rewrite does not fit after it)"
+            )
+        value = function.evaluate(self._table.counts(self._table.kept_per_class(mask)))
+        return value if isinstance(mask, Tensor) else float(value)
+
+    def current(self, metric: str) -> float:
+        """Cost at the present widths."""
+        return self.cost(metric)
+
+    def baseline(self, metric: str) -> float:
+        """Cost when the model was made (or as the loaded state says)."""
+        self._metric(metric)
+        return self._baseline[metric]
+
+    def report(self) -> dict[str, float]:
+        """Every metric at the present widths."""
+        return {name: self.current(name) for name in self.metrics}
+
+    def minimum(self, metric: str) -> float:
+        """Cost with every group at its smallest allowed width (of groups whose units differ, the first ones stay)."""
+        mask = np.ones(self.graph.num_units, dtype=bool)
+        for group in self.graph.prunable:
+            mask[group.units[int(self._allowed_widths(group.index)[0]) :]] = False
+        return self.cost(metric, mask)
+
+    def interchangeable(self, group: GroupKey) -> bool:
+        """Whether only the number of kept units of a group matters, not which."""
+        return len(np.unique(self._table.classes_of(self.graph.group(group).index))) <= 1
+
+    def cost_curve(
+        self,
+        metric: str,
+        group: GroupKey,
+        mask: np.ndarray | None = None,
+        order: Sequence[int] | np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Cost at every width of one group, everything else as in the mask.
+
+        Args:
+            metric: One of the model's metrics.
+            group: The group.
+            mask: (num_units,) bool; None for the present network.
+            order: Positions of the group's kept units in the order they leave. It only matters where units differ
+                (`interchangeable`); there the default takes first what saves least, so that the curve holds or
+                overestimates the cost whichever units go.
+
+        Returns:
+            (w + 1,) float64 for the w units kept now; entry k is the cost with k of them left. Entry 0 is a limit:
+            no group may be emptied.
+        """
+        function = self._metric(metric)
+        index = self.graph.group(group).index
+        kept = self._table.kept_per_class(mask)
+        steps = self._departures(metric, index, mask, order)
+        widths = torch.arange(len(steps) + 1)
+        table = kept.expand(len(steps) + 1, -1).clone()
+        for name in np.unique(steps).tolist():
+            gone = torch.from_numpy(np.concatenate([[0], np.cumsum(steps == name)])).to(torch.float64)
+            table[:, name] -= gone[len(steps) - widths]
+        part = self._part(metric, index)
+        if part is None:
+            return function.evaluate(self._table.counts(table)).numpy()
+        own = part.evaluate(self._table.counts(table))
+        total = function.evaluate(self._table.counts(kept))
+        return (own + (total - own[-1])).numpy()
+
+    def savings(
+        self,
+        metric: str,
+        group: GroupKey,
+        counts: Sequence[int] | np.ndarray,
+        mask: np.ndarray | None = None,
+        order: Sequence[int] | np.ndarray | None = None,
+    ) -> np.ndarray:
+        """What removing so many units of one group alone saves; same shape as `counts`."""
+        curve = self.cost_curve(metric, group, mask, order)
+        return curve[-1] - curve[len(curve) - 1 - np.asarray(counts)]
+
+    def num_units_for(
+        self,
+        metric: str,
+        group: GroupKey,
+        saving: float,
+        mask: np.ndarray | None = None,
+        order: Sequence[int] | np.ndarray | None = None,
+    ) -> int | None:
+        """The fewest units whose removal from this group alone saves at least so much.
+
+        Args:
+            metric: One of the model's metrics.
+            group: The group.
+            saving: In the metric's own unit, such as `0.005 * baseline(metric)`.
+            mask, order: As for `cost_curve`.
+
+        Returns:
+            A number that leads to an allowed width (`--round-to`, smallest widths); 0 where nothing must go; None
+            where even the smallest allowed width does not save that much.
+        """
+        curve = self.cost_curve(metric, group, mask, order)
+        present = len(curve) - 1
+        if saving <= 0:
+            return 0
+        widths = self._allowed_widths(self.graph.group(group).index)
+        widths = widths[widths < present]
+        # A hair's breadth of tolerance: a saving that was computed from the same curve must be found again.
+        enough = widths[curve[-1] - curve[widths] >= saving - 1e-12 * abs(curve[-1])]
+        return None if enough.size == 0 else present - int(enough.max())
+
+    def check_budget(self, metric: str, share: float) -> None:
+        """Make sure that a budget can be met.
+
+        Raises:
+            ValueError: The metric is unknown, cannot change at all, or cannot get down to this share.
+        """
+        self._metric(metric)
+        lowest, present = self.minimum(metric), self.current(metric)
+        reasons = sorted(set(self.graph.frozen.values()))[:3]
+        if lowest >= present * (1 - 1e-9) and share * self.baseline(metric) < present:
+            raise ValueError(
+                f"--budget {metric}={share}: {metric} does not depend on any width that can change "
+                f"({len(self.graph.prunable)} prunable groups{': ' if reasons else ''}{'; '.join(reasons)}); "
+                "`python -m pruning groups` says why. Choose another cost, or loosen --min-width or --round-to"
+            )
+        if lowest > share * self.baseline(metric):
+            raise ValueError(
+                f"--budget {metric}={share} cannot be reached: with every group at its smallest allowed width "
+                f"{lowest / self.baseline(metric):.3f} of the baseline remains. Raise the share, or loosen "
+                "--min-width, --round-to or --ignore"
+            )
+
+    def validate(self, mask: np.ndarray | None = None, seed: int = 0) -> dict[str, float]:
+        """How far the latency table is off, against real measurements of the whole network on this device.
+
+        Args:
+            mask: The pruned network to try; by default random widths between 40 and 90 %, not those that the table
+                was fitted to.
+            seed: Of these random widths.
+
+        Returns:
+            Seconds measured and predicted for the present network ("before…") and the pruned one ("after…"), with
+            the relative errors "error_before", "error_after" and "error_ratio" (of the speed-up).
+        """
+        if "latency" not in self.metrics:
+            raise ValueError("validate() checks the latency table: add 'latency' to the metrics")
+        chosen = self._random_mask(seed) if mask is None else mask
+        pruned = pruned_copy(self._model, self.graph, chosen)
+        measured = measure_networks([self._model, pruned], self._images, self._settings)
+        predicted = [self.current("latency"), self.cost("latency", chosen)]
+        errors = [p / m - 1 for p, m in zip(predicted, measured, strict=True)]
+        ratio = (predicted[0] / predicted[1]) / (measured[0] / measured[1]) - 1
+        return {
+            "before_measured": measured[0],
+            "before_predicted": predicted[0],
+            "after_measured": measured[1],
+            "after_predicted": predicted[1],
+            "error_before": errors[0],
+            "error_after": errors[1],
+            "error_ratio": ratio,
+        }
+
+    # -- state ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Baseline and latency table as plain data (JSON-able)."""
+        table = self.latency_table
+        return {
+            "baseline": dict(self._baseline),
+            "latency": None if table is None else table.to_plain(),
+            "latency_digest": None if table is None else table.digest,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over an earlier run's baseline and latency table.
+
+        Raises:
+            ValueError: The state lacks a metric of this model, or its latency table was altered.
+        """
+        missing = [name for name in self.metrics if name not in state["baseline"]]
+        if missing:
+            raise ValueError(
+                f"--budget {missing[0]}: the run to resume had no such budget ({', '.join(state['baseline'])}); its "
+                "cost before pruning is not known. Use the same budgets as before"
+            )
+        self._baseline = {name: float(state["baseline"][name]) for name in self.metrics}
+        if "latency" not in self.metrics:
+            return
+        table = LatencyTable.from_plain(state["latency"])
+        if table.digest != state["latency_digest"]:
+            raise LatencyError("the latency table in the state is not the one it was saved with")
+        if self.latency_table is None or self.latency_table.digest != table.digest:
+            self.latency_table = table
+            self._build()
+
+    # -- inside --------------------------------------------------------------------------------------------
+
+    def _metric(self, name: str) -> Metric:
+        if name not in METRICS:
+            raise ValueError(f"unknown cost {name!r}{nearest_metric(name)}")
+        if name not in self._metrics:
+            raise ValueError(f"this cost model was made for {', '.join(self.metrics)}, not for {name!r}")
+        return self._metrics[name]
+
+    def _allowed_widths(self, index: int) -> np.ndarray:
+        if index not in self._allowed:
+            self._allowed[index] = np.array(self.graph.allowed_widths(index), dtype=np.int64)
+        return self._allowed[index]
+
+    def _part(self, metric: str, index: int) -> Metric | None:
+        key = (metric, index)
+        if key not in self._parts:
+            classes = np.unique(self._table.classes_of(index))
+            self._parts[key] = self._metrics[metric].part(self._table.rows_touching(classes))
+        return self._parts[key]
+
+    def _departures(
+        self, metric: str, index: int, mask: np.ndarray | None, order: Sequence[int] | np.ndarray | None
+    ) -> np.ndarray:
+        """Class of each kept unit of a group, in the order in which the units leave."""
+        classes = self._table.classes_of(index)
+        inside = np.ones(len(classes), dtype=bool)
+        if mask is not None:
+            inside = np.asarray(mask)[self.graph.groups[index].units].astype(bool)
+        distinct = np.unique(classes)
+        if order is not None:
+            positions = np.asarray(order, dtype=np.int64)
+            if not np.array_equal(np.sort(positions), np.flatnonzero(inside)):
+                raise ValueError("order: give every kept position of the group once, in the order they leave")
+            return classes[positions]
+        if len(distinct) <= 1:
+            return classes[inside]
+        kept = self._table.kept_per_class(mask)
+        fewer = kept.expand(len(distinct), -1).clone()
+        fewer[torch.arange(len(distinct)), torch.from_numpy(distinct)] -= 1
+        left = self._metrics[metric].evaluate(self._table.counts(fewer)).numpy()
+        rank = {name: position for position, name in enumerate(distinct[np.argsort(-left, kind="stable")])}
+        return np.array(sorted(classes[inside].tolist(), key=lambda name: rank[name]), dtype=np.int64)
+
+    def _random_mask(self, seed: int) -> np.ndarray:
+        generator = np.random.default_rng(seed)
+        mask = np.ones(self.graph.num_units, dtype=bool)
+        for group in self.graph.prunable:
+            widths = self._allowed_widths(group.index)
+            wanted = generator.uniform(0.4, 0.9) * group.width
+            width = int(widths[np.abs(widths - wanted).argmin()])
+            mask[generator.permutation(group.units)[width:]] = False
+        return mask
+
+
+def _given(activations: Activations | None) -> Activations:
+    assert activations is not None
+    return activations

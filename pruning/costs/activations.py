@@ -1,0 +1,309 @@
+"""A network's activations: how large each is as a function of the widths, when it is alive, what reads it.
+
+The network runs twice on the example images: once recorded with channel labels (as for the channel graph), once
+with every storage's life observed. Both runs execute the same operators, so the n-th operator of one is the n-th
+of the other. The labels' atoms are translated to the graph's units through the parameters that both know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pruning.building import label
+from pruning.channel_graph import ChannelGraph
+from pruning.labelling import Labeller, LayerUse, operation_name
+from pruning.labels import Slot, Value, compress, support
+from pruning.operators import arguments
+from pruning.tracing import Operation, Ref, Trace, record, set_trace_mode, undisturbed
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """The size of a tensor: `factor` × Π over `vectors` of the number of kept positions."""
+
+    factor: float
+    vectors: tuple[np.ndarray, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A convolution or linear layer as it is called, for measuring it alone.
+
+    Attributes:
+        name: Module and number of the contraction within it; the same before and after a rewrite.
+        out_units, in_units: Units along the two dimensions its cost depends on; `in_units` is empty for layers
+            that lose whole groups (depthwise convolutions), where one follows from the other.
+        geometry: Everything else that matters, as plain data: kind, shapes as traced, stride and so on.
+        rows: First dimension of its input, per image.
+    """
+
+    name: str
+    out_units: np.ndarray
+    in_units: np.ndarray
+    geometry: dict[str, Any]
+    rows: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """What `trace_activations` finds; all sizes are per image.
+
+    Attributes:
+        allocations: Bytes of every storage that follows from the images (the images themselves included).
+        moments: (moments, allocations) bool: sets of storages that are alive together. Sets that lie within
+            another are left out: they are never larger.
+        kernels: Convolutions and linear layers, in order of execution.
+        traffic: Elements read and written by each of the other operators; views are free.
+    """
+
+    allocations: list[Extent]
+    moments: np.ndarray
+    kernels: list[Kernel]
+    traffic: list[Extent]
+
+
+def trace_activations(model: nn.Module, images: tuple[Any, ...], graph: ChannelGraph) -> Activations:
+    """Run the network on the images, in evaluation mode, and describe its activations.
+
+    Args:
+        model: The network that the graph belongs to; left as it was.
+        images: Its positional arguments, one or two images.
+        graph: Its channel graph, at the present widths.
+    """
+    with undisturbed(model):
+        trace = record(model, images)
+        lives = _observe(model, images)
+    labeller = label([trace])
+    batch = trace.tensors[trace.inputs[0]].shape[0]
+    sizes = _Sizes(trace, labeller, graph, batch)
+    kernels = _kernels(trace, labeller, sizes)
+    contracted = {number for number, _ in kernels}
+    allocations, moments = _allocations(trace, lives, sizes, batch)
+    return Activations(
+        allocations, moments, [kernel for _, kernel in kernels], _traffic(trace, sizes, contracted)
+    )
+
+
+# -- sizes -------------------------------------------------------------------------------------------------
+
+
+class _Sizes:
+    """Sizes of traced values in terms of the graph's units."""
+
+    def __init__(self, trace: Trace, labeller: Labeller, graph: ChannelGraph, batch: int) -> None:
+        self._trace, self._labeller, self.batch = trace, labeller, batch
+        self._unit_of_atom = _units_of_atoms(labeller, graph)
+
+    def units(self, slot: Slot) -> np.ndarray:
+        """Labels as unit ids, extent 1 along every dimension that they do not depend on."""
+        return compress(np.where(slot < 0, -1, self._unit_of_atom[np.maximum(slot, 0)]))
+
+    def along(self, number: int, dim: int) -> np.ndarray:
+        """Units along one dimension of a value."""
+        shape = self._trace.tensors[number].shape
+        value = self._labeller.values[0][number] or Value(shape)
+        slot = value.slot_at(dim)
+        units = np.array([-1]) if slot is None else self.units(slot)
+        vector = units.reshape(-1) if support(units) in ((), (dim,)) else np.array([-1])
+        return np.broadcast_to(vector, (shape[dim],))
+
+    def elements(self, number: int) -> Extent:
+        """Elements of a value per image.
+
+        Where the labels depend on two dimensions at once (never in a rectangular tensor of a graph that was
+        verified), the value counts as fixed.
+        """
+        shape = self._trace.tensors[number].shape
+        value = self._labeller.values[0][number] or Value(shape)
+        vectors, carried = [], set()
+        for slot in value.slots:
+            units = self.units(slot)
+            dims = support(units)
+            if len(dims) == 1 and units.max() >= 0:
+                vectors.append(units.reshape(-1))
+                carried.add(dims[0])
+        rest = math.prod(size for dim, size in enumerate(shape) if dim not in carried)
+        return Extent(rest / self.batch, tuple(vectors))
+
+
+def _units_of_atoms(labeller: Labeller, graph: ChannelGraph) -> np.ndarray:
+    """Unit of every atom: of parameters from the graph; of others (padding) from what they are united with."""
+    unit_of_atom = np.full(labeller.table.num_atoms, -1, dtype=np.int64)
+    of_parameter = np.zeros(labeller.table.num_atoms, dtype=bool)
+    for atoms in labeller.parameter_atoms.values():
+        of_parameter[atoms] = True
+    for axis in graph.axes:
+        if (axis.tensor, axis.dim) in labeller.parameter_atoms:
+            unit_of_atom[labeller.parameter_atoms[axis.tensor, axis.dim]] = axis.units
+    root = labeller.table.components()
+    of_component = np.full(labeller.table.num_atoms, -1, dtype=np.int64)
+    np.maximum.at(of_component, root, unit_of_atom)
+    return np.where(of_parameter, unit_of_atom, of_component[root])
+
+
+# -- lives -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Lives:
+    """Storages by number: (operator, position among its outputs, bytes), operator -1 for inputs; and which are
+    alive while each operator runs."""
+
+    born: list[tuple[int, int, int]]
+    alive: list[frozenset[int]]
+
+
+class _Observer(TorchDispatchMode):
+    """Follows every storage from the operator that makes it until it is released."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.lives = _Lives([], [])
+        self._operation = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        tensors = [*model.parameters(), *model.buffers()]
+        self._own = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in tensors}
+
+    def adopt(self, tensor: Tensor, operation: int, position: int) -> None:
+        """Number the tensor's storage unless it is known, or belongs to the network."""
+        storage = tensor.untyped_storage()
+        reference = StorageWeakRef(storage)
+        if reference.cdata not in self._alive and reference.cdata not in self._own:
+            self._alive[reference.cdata] = (reference, len(self.lives.born))
+            self.lives.born.append((operation, position, storage.nbytes()))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for key in [key for key, (reference, _) in self._alive.items() if reference.expired()]:
+            del self._alive[key]
+        result = func(*args, **(kwargs or {}))
+        returned = list(result) if isinstance(result, (tuple, list)) else [result]
+        for position, tensor in enumerate(returned):
+            if isinstance(tensor, Tensor):
+                self.adopt(tensor, self._operation, position)
+        self.lives.alive.append(frozenset(number for _, number in self._alive.values()))
+        self._operation += 1
+        return result
+
+
+def _observe(model: nn.Module, images: tuple[Any, ...]) -> _Lives:
+    set_trace_mode(model, False)
+    observer = _Observer(model)
+    for position, leaf in enumerate(leaf for leaf in tree_leaves(images) if isinstance(leaf, Tensor)):
+        observer.adopt(leaf, -1, position)
+    with observer:
+        model(*images)
+    return observer.lives
+
+
+def _allocations(trace: Trace, lives: _Lives, sizes: _Sizes, batch: int) -> tuple[list[Extent], np.ndarray]:
+    """Storages that follow from the images, and the largest sets of them that are alive together."""
+    if len(lives.alive) != len(trace.operations):
+        raise ValueError(
+            "--budget memory and latency need a network that runs the same operators every time; two passes over the "
+            f"same images ran {len(trace.operations)} and {len(lives.alive)}. Use macs or params"
+        )
+    extents: list[Extent] = []
+    column: dict[int, int] = {}
+    for number, (operation, position, num_bytes) in enumerate(lives.born):
+        value = trace.inputs[position] if operation < 0 else trace.operations[operation].outputs[position]
+        if value is None or not trace.tensors[value].derived or num_bytes == 0:
+            continue
+        elements = sizes.elements(value)
+        present = elements.factor * math.prod(len(vector) for vector in elements.vectors)
+        column[number] = len(extents)
+        extents.append(Extent(elements.factor * num_bytes / (batch * present), elements.vectors))
+    alive = np.zeros((len(lives.alive), len(extents)), dtype=np.float32)
+    for moment, numbers in enumerate(lives.alive):
+        alive[moment, [column[number] for number in numbers if number in column]] = 1
+    return extents, _maximal(alive)
+
+
+def _maximal(alive: np.ndarray) -> np.ndarray:
+    """Rows (sets, as 0 and 1) that lie within no other row."""
+    alive = np.unique(alive, axis=0)
+    common, size = alive @ alive.T, alive.sum(axis=1)
+    within = (common == size[:, None]) & ~np.eye(len(alive), dtype=bool)
+    return alive[~within.any(axis=1)].astype(bool)
+
+
+# -- operators ---------------------------------------------------------------------------------------------
+
+
+def _kernels(trace: Trace, labeller: Labeller, sizes: _Sizes) -> list[tuple[int, Kernel]]:
+    """(number of the operator, kernel) of the layers that can be measured alone."""
+    found = []
+    seen: dict[str, int] = {}
+    for use in labeller.layers:
+        operation = trace.operations[use.operation]
+        number = seen[use.module] = seen.get(use.module, -1) + 1
+        name = f"{use.module}:{number}"
+        if use.weight is None:
+            continue
+        if operation_name(operation.func) == "convolution":
+            kernel = _convolution(trace, operation, use, name, sizes)
+        elif operation_name(operation.func) in ("mm", "addmm"):
+            kernel = _linear(trace, operation, name, sizes)
+        else:
+            kernel = None
+        if kernel is not None:
+            found.append((operation.index, kernel))
+    return found
+
+
+def _convolution(
+    trace: Trace, operation: Operation, use: LayerUse, name: str, sizes: _Sizes
+) -> Kernel | None:
+    named = arguments(operation)
+    groups, transposed = named["groups"], bool(named["transposed"])
+    if transposed and groups > 1:
+        return None
+    x, weight = (trace.tensors[named[key].value].shape for key in ("input", "weight"))
+    geometry = {
+        "kind": "convolution",
+        "input": list(x[1:]),
+        "weight": list(weight),
+        "bias": named["bias"] is not None,
+        "groups": groups,
+        "transposed": transposed,
+        **{key: list(named[key]) for key in ("stride", "padding", "dilation", "output_padding")},
+    }
+    vectors = [np.broadcast_to(sizes.units(axis).reshape(-1), axis.shape) for axis in use.axes]
+    taken = vectors[1] if len(vectors) > 1 else np.zeros(0, dtype=np.int64)
+    return Kernel(name, vectors[0], taken, geometry, x[0] / sizes.batch)
+
+
+def _linear(trace: Trace, operation: Operation, name: str, sizes: _Sizes) -> Kernel | None:
+    added = operation_name(operation.func) == "addmm"
+    left = operation.args[int(added)]
+    if not isinstance(left, Ref) or not trace.tensors[left.value].derived or operation.outputs[0] is None:
+        return None
+    rows, taken = trace.tensors[left.value].shape
+    given = trace.tensors[operation.outputs[0]].shape[1]
+    geometry = {"kind": "linear", "input": [taken], "weight": [given, taken], "bias": added}
+    out_units, in_units = sizes.along(operation.outputs[0], 1), sizes.along(left.value, 1)
+    return Kernel(name, out_units, in_units, geometry, rows / sizes.batch)
+
+
+def _traffic(trace: Trace, sizes: _Sizes, contracted: set[int]) -> list[Extent]:
+    extents = []
+    for operation in trace.operations:
+        if operation.index in contracted or _is_view(operation):
+            continue
+        leaves = tree_leaves((operation.args, operation.kwargs))
+        touched = [leaf.value for leaf in leaves if isinstance(leaf, Ref)]
+        touched += [number for number in operation.outputs if number is not None]
+        extents += [sizes.elements(number) for number in touched if trace.tensors[number].derived]
+    return extents
+
+
+def _is_view(operation: Operation) -> bool:
+    returns = operation.func._schema.returns
+    return bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write

@@ -1,0 +1,87 @@
+"""Timing on a busy machine: calls take turns, and each one's median counts.
+
+Turns keep a slow spell of the machine (other jobs, clocks) from hitting one candidate only, and leave caches about
+as cold for each as they are inside a network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+Call = Callable[[], object]
+_CALLS_PER_READING_CUDA = 10
+
+
+class Stopwatch:
+    """Seconds that one call takes on a device: CUDA events on a GPU, the monotonic clock elsewhere.
+
+    Args:
+        device: Where the call computes.
+        many: Read the clock once for several calls on a GPU, so that launching does not hide the kernel's time.
+    """
+
+    def __init__(self, device: torch.device, many: bool = False) -> None:
+        self._cuda = device.type == "cuda"
+        self._calls = _CALLS_PER_READING_CUDA if many and self._cuda else 1
+        if self._cuda:
+            self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def read(self, call: Call) -> float:
+        """Seconds of one call."""
+        if not self._cuda:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        torch.cuda.synchronize()
+        self._start.record()
+        for _ in range(self._calls):
+            call()
+        self._end.record()
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1000 / self._calls
+
+
+def interleaved_medians(
+    calls: Sequence[Call], stopwatch: Stopwatch, repeats: int, seconds: float, warm_up: int = 1
+) -> list[float]:
+    """Median seconds of each call over rounds in which every call has its turn.
+
+    Args:
+        calls: What to time.
+        stopwatch: Reads the clock.
+        repeats: Rounds, fewer if the time runs out, but never less than 3.
+        seconds: Time to spend.
+        warm_up: Rounds before, which do not count (but their time does).
+    """
+    for _ in range(warm_up):
+        for call in calls:
+            call()
+    readings: list[list[float]] = [[] for _ in calls]
+    begin = time.perf_counter()
+    for number in range(max(3, repeats)):
+        spent = time.perf_counter() - begin
+        if number >= 3 and spent * (number + 1) / number > seconds:
+            break
+        for reading, call in zip(readings, calls, strict=True):
+            reading.append(stopwatch.read(call))
+    return [statistics.median(reading) for reading in readings]
+
+
+@contextlib.contextmanager
+def inference(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's mode is as before afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,85 @@
+"""`python -m pruning groups` and `score`: tables for people, JSON for programs, errors in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from image_classification.models import create_model
+from pruning.__main__ import main
+from pruning.structure import save_pruned
+
+
+def test_groups_lists_members_widths_and_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "groups.json"
+    assert main(["groups", "resnet18", "--image-size", "32", "--round-to", "8", "--json", str(report)]) == 0
+    assert "channel groups can be pruned" in capsys.readouterr().out
+    rows = {row["group"]: row for row in json.loads(report.read_text())["groups"]}
+    assert rows["conv1"]["width"] == 64
+    assert rows["conv1"]["least_width"] == 8
+    assert {"conv1", "bn1", "layer1.0.conv1", "layer1.1.conv2"} <= set(rows["conv1"]["modules"])
+    assert not rows["fc"]["prunable"]
+    assert "output" in rows["fc"]["reason"]
+
+
+def test_groups_of_a_pruned_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "narrow.pth.tar"
+    save_pruned(path, create_model("resnet20", num_classes=10, widths={"layer2.1.conv1": 20}))
+    assert main(["groups", "resnet20", "--checkpoint", str(path), "--json", str(tmp_path / "g.json")]) == 0
+    rows = {row["group"]: row for row in json.loads((tmp_path / "g.json").read_text())["groups"]}
+    assert rows["layer2.1.conv1"]["width"] == 20
+
+
+def test_ignored_modules_are_named(tmp_path: Path) -> None:
+    report = tmp_path / "groups.json"
+    assert main(["groups", "resnet20", "--prune-ignore", "layer1.0.conv1", "--json", str(report)]) == 0
+    rows = {row["group"]: row for row in json.loads(report.read_text())["groups"]}
+    assert not rows["layer1.0.conv1"]["prunable"]
+    assert rows["layer1.0.conv1"]["reason"]
+
+
+def test_score_writes_table_plot_and_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUCIDPRUNE_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    checkpoint = tmp_path / "net.pth.tar"
+    save_pruned(checkpoint, create_model("resnet20", num_classes=12))
+    words = ["score", str(checkpoint), "shapes:train=48,val=12", "--criterion", "discriminant", "magnitude"]
+    words += [
+        "--batch-size",
+        "8",
+        "--calibration-batches",
+        "2",
+        "--data-backend",
+        "pytorch",
+        "--image-size",
+        "24",
+    ]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    assert "discriminant scores per channel group" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert set(scores) == {"discriminant", "magnitude"}
+    assert len(scores["discriminant"]["layer2.1.conv1"]) == 32
+    assert min(scores["discriminant"]["layer2.1.conv1"]) >= 0
+    with Image.open(tmp_path / "out" / "scores.png") as picture:
+        assert min(picture.size) > 300
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["groups", "resnet21"], "resnet21 is unknown"),
+        (["score", "absent.pth", "shapes:train=48,val=12"], "absent.pth does not exist"),
+        (["score", "absent.pth", "nowhere"], "absent.pth does not exist"),
+        (["score", "x", "shapes", "--criterion", "discriminat"], "did you mean 'discriminant'"),
+        (["score", "x", "shapes", "-b", "1"], "--batch-size 1"),
+    ],
+)
+def test_errors_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert message in capsys.readouterr().err

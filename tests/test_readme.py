@@ -1,0 +1,88 @@
+"""Every command of the README is run, shortened (`support.commands`), and its Python is executed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from support.commands import ROOT, commands_in, run, shortened
+from support.pictures import write_jpegs
+
+from image_classification.models import create_model
+from pruning.structure import save_pruned
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = commands_in(README)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What stands for the paths of the README."""
+    root = tmp_path_factory.mktemp("readme")
+    for split, count in (("train", 30), ("val", 3)):
+        for number in range(4):
+            folder = root / "imagenet" / split / f"n{number:08d}"
+            folder.mkdir(parents=True)
+            write_jpegs(folder, [(60 + 7 * (i + number) % 40, 70 + 11 * i % 50) for i in range(count)])
+    torch.manual_seed(0)
+    save_pruned(root / "best.pth.tar", create_model("resnet50", num_classes=4))
+    save_pruned(root / "small.pth.tar", create_model("resnet20", num_classes=12))
+    return {
+        "/data/imagenet": str(root / "imagenet"),
+        "model_best.pth.tar": str(root / "best.pth.tar"),
+        "score checkpoint.pth.tar shapes": f"score {root / 'small.pth.tar'} shapes:train=96,val=24",
+        "--output scores": f"--output {root / 'scores'}",
+        "main.py shapes ": "main.py shapes:train=160,val=24 ",
+        " prepared ": f" {root / 'prepared'} ",
+        "--config configs": f"--config {ROOT / 'configs'}",
+        "cache": str(root / "cache"),
+    }
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(COMMANDS) >= 14
+    assert all(command.startswith("python") for command in COMMANDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: re.sub(r"\W+", "_", command)[:60])
+def test_command(command: str, places: dict[str, str], tmp_path: Path) -> None:
+    replaced = {old: new for old, new in places.items() if old != "cache"}
+    words = shortened(command, replaced, tmp_path / "run")
+    if "--iterative-pruning" in words:
+        words += ["--pruning-step", "1", "--pruning-delta", "0.25", "--calibration-batches", "1"]
+    result = run(words, cache=Path(places["cache"]), timeout=600)
+    assert result.returncode == 0, f"{words}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^make (\w+)|`make (\w+)`", README, re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text()
+    for name in {first or second for first, second in targets}:
+        assert re.search(rf"^{name}:", makefile, re.MULTILINE), name
+
+
+def test_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training loop and the five-line loader, executed as printed in one namespace."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = create_model("resnet20", num_classes=10)
+    images, targets = torch.randn(8, 3, 16, 16), torch.randint(0, 10, (8,))
+    names = {
+        "model": model,
+        "example_images": images[:2],
+        "optimizer": torch.optim.SGD(model.parameters(), 0.01, momentum=0.9),
+        "loader": [(images, targets)] * 51,
+        "criterion": torch.nn.CrossEntropyLoss(),
+        "calibration_batches": [(images, targets)],
+    }
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    loaded = names["model"].eval()
+    assert loaded is not model
+    torch.testing.assert_close(loaded(images), model.eval()(images))
+    assert sum(p.numel() for p in model.parameters()) < 272_474
