@@ -9,23 +9,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from image_classification import inference_speed
 from image_classification.data.prepare import PrepareConfig, prepare
 from image_classification.data.verify import Broken, verify
+from image_classification.verbs import Verb, run_verb
 
 _SHOWN = 50
-
-
-class Verb(NamedTuple):
-    """A job: its help text, how it declares its arguments, and how it runs (returning the exit status)."""
-
-    help: str
-    declare: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
 
 
 def _declare_common(parser: argparse.ArgumentParser) -> None:
@@ -108,18 +100,9 @@ VERBS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; the exit status is 0 if all is well, 1 if pictures are broken, 2 if the job could not be done."""
-    parser = argparse.ArgumentParser(
-        prog="python -m image_classification", description="Jobs on data sets and networks."
+    return run_verb(
+        VERBS, arguments, prog="python -m image_classification", description="Jobs on data sets and networks."
     )
-    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, verb in VERBS.items():
-        verb.declare(subparsers.add_parser(name, help=verb.help, description=verb.help))
-    parsed = parser.parse_args(arguments)
-    try:
-        return VERBS[parsed.verb].run(parsed)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":

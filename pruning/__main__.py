@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,20 +22,13 @@ from image_classification.config import check
 from image_classification.data.build import DataConfig, build_loaders
 from image_classification.data.layouts import open_dataset
 from image_classification.models import arch_info, create_model, identity_of, model_for_weights
+from image_classification.verbs import Verb, run_verb
 from pruning.channel_graph import ChannelGraph, Constraints
 from pruning.config import make_criterion
 from pruning.criteria import FEATURE_CHOICES, criterion_names
 from pruning.graph import trace_groups
 from pruning.plots import plot_scores
 from pruning.scoring import score_groups_by
-
-
-class Verb(NamedTuple):
-    """A job: its help text, how it declares its arguments, and how it runs (returning the exit status)."""
-
-    help: str
-    declare: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
 
 
 def example_images(image_size: int) -> torch.Tensor:
@@ -214,16 +207,7 @@ VERBS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; the exit status is 0, or 2 if the job could not be done."""
-    parser = argparse.ArgumentParser(prog="python -m pruning", description="Looks at what pruning would do.")
-    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, verb in VERBS.items():
-        verb.declare(subparsers.add_parser(name, help=verb.help, description=verb.help))
-    parsed = parser.parse_args(arguments)
-    try:
-        return VERBS[parsed.verb].run(parsed)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_verb(VERBS, arguments, prog="python -m pruning", description="Looks at what pruning would do.")
 
 
 if __name__ == "__main__":

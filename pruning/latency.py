@@ -21,7 +21,6 @@ import itertools
 import json
 import logging
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from image_classification.data.cache import atomic_path, cache_key, default_cache_dir, ensure_directory
+from image_classification.environment import processor_name
 from pruning.channel_graph import ChannelGraph
 from pruning.costs.activations import Activations, Kernel
 from pruning.costs.counts import CountTable, OnDevices
@@ -307,7 +307,7 @@ def _identity(model: nn.Module, images: tuple[Any, ...], batch_size: int) -> dic
     device = parameter.device
     cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "device": torch.cuda.get_device_name(device) if cuda else processor_name(),
         "device_type": device.type,
         "torch": torch.__version__,
         "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -317,15 +317,6 @@ def _identity(model: nn.Module, images: tuple[Any, ...], batch_size: int) -> dic
         "batch_size": batch_size,
         "image_shape": list(images[0].shape[1:]),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _is_channels_last(model: nn.Module) -> bool:

@@ -31,7 +31,7 @@ from pruning.config import make_criterion
 from pruning.cost import CostModel
 from pruning.criteria import Criterion
 from pruning.graph import trace_groups
-from pruning.loss_change import LossChange, SampleLoss, sample_losses
+from pruning.loss_change import Batches, LossChange, SampleLoss, sample_losses
 from pruning.scoring import score_groups
 from pruning.search import Candidate, GreedySearch, Search, Situation, build_search
 from pruning.structure import save_pruned
@@ -198,20 +198,11 @@ class Pruner:
         """
         if self.done:
             raise RuntimeError(f"all {self.num_rewrites} rewrites have been done; ask `pruner.due` first")
-        batches = [
-            (batch[0], batch[1]) for batch in map(tuple, itertools.islice(calibration, self.max_batches))
-        ]
+        batches = self._taken(calibration)
         begin = time.perf_counter()
         self._scores = self.score(batches)
         scored = time.perf_counter()
-        loss_change = LossChange(
-            self.model,
-            self.graph,
-            batches,
-            loss=self.loss,
-            distributed=self.distributed,
-            autocast=self.autocast,
-        )
+        loss_change = self._judge(batches)
         situation = self._situation(self.course.targets(self.completed + 1), loss_change)
         decision = self.search.choose(situation)
         keep = self._agreed(decision.keep)
@@ -234,6 +225,20 @@ class Pruner:
             self.graph,
             batches,
             self.criterion,
+            distributed=self.distributed,
+            autocast=self.autocast,
+        )
+
+    def _taken(self, calibration: Calibration) -> Batches:
+        """The batches that this rewrite looks at; objects that unpack to (images, targets) will do."""
+        return [(batch[0], batch[1]) for batch in map(tuple, itertools.islice(calibration, self.max_batches))]
+
+    def _judge(self, batches: Batches) -> LossChange:
+        return LossChange(
+            self.model,
+            self.graph,
+            batches,
+            loss=self.loss,
             distributed=self.distributed,
             autocast=self.autocast,
         )
@@ -306,18 +311,9 @@ class Pruner:
             A row per rewrite that is left: `rewrite`, `iteration`, `costs` (metric → share of the baseline) and
             `widths` (group name → width) after it. Candidates are judged by the estimate alone.
         """
-        batches = [
-            (batch[0], batch[1]) for batch in map(tuple, itertools.islice(calibration, self.max_batches))
-        ]
+        batches = self._taken(calibration)
         self._scores = self.score(batches)
-        judge = LossChange(
-            self.model,
-            self.graph,
-            batches,
-            loss=self.loss,
-            distributed=self.distributed,
-            autocast=self.autocast,
-        )
+        judge = self._judge(batches)
         search = GreedySearch(shortlist=1) if isinstance(self.search, GreedySearch) else self.search
         situation, rows = self._situation({}, judge), []
         for rewrite in range(self.completed + 1, self.num_rewrites + 1):
@@ -348,7 +344,7 @@ class Pruner:
         group = self.graph.group(layer)
         members = sorted({member.tensor.rpartition(".")[0] for member in self.graph.members(group)})
         lines = [
-            f"group {group.name}: {group.width} of {group.original_width} units, {group.channels_per_unit} channels each",
+            f"group {group.name}: {group.width} of {group.original_width} units of {group.channels_per_unit} channel(s)",
             f"  coupled modules: {', '.join(members)}",
         ]
         if not group.prunable:

@@ -1,0 +1,138 @@
+"""The canonical form of a network that attribution rules are applied to, and the fusion of batch norms behind it.
+
+`CanonicalNetwork` is an evaluation-mode copy whose forward passes are recorded (`record.py`): every call its own
+step, nothing in place, functions and modules alike. In the record a batch norm that follows a convolution or a linear
+layer, alone, can be merged into it; rules then see one layer with the weights that act. Any other batch norm stays a
+step of its own.
+
+`fuse_batch_norms` does the same to modules, for use elsewhere (a network that is exported runs faster).
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from explainers.base import dtype_of, frozen_copy
+from explainers.record import Kind, Record, Step, record_forward
+from image_classification.models import unwrap
+
+_PLAIN_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class CanonicalNetwork:
+    """A copy of a network that records what it computes.
+
+    Args:
+        model: Any classifier; it is copied and not touched.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = frozen_copy(model)
+        self.dtype = dtype_of(self.model)
+
+    def record(self, images: Tensor) -> Record:
+        """Run the copy on (B, C, H, W) pictures; see `record_forward`."""
+        with torch.autocast(images.device.type, enabled=False):
+            return record_forward(self.model, images.to(self.dtype))
+
+
+def merge_batch_norms(record: Record) -> list[Step]:
+    """The steps of a record, with each batch norm merged into the layer that only it reads.
+
+    The merged step stands in the batch norm's place, goes from the layer's input to the batch norm's output, and has
+    the weights of both. The record does not change.
+    """
+    merged: list[Step] = []
+    gone: set[int] = set()
+    for step in record.steps:
+        layer = layer_before(step)
+        if layer is None:
+            merged.append(step)
+            continue
+        assert layer.linear is not None
+        scale, shift = batch_norm_map(step)
+        linear = layer.linear.scaled(scale, shift)
+        gone.add(id(layer))
+        merged.append(
+            Step(
+                layer.op, layer.args, layer.kwargs, layer.inputs, step.outputs, layer.where, Kind.WEIGHTED, linear
+            )
+        )  # fmt: skip
+    return [step for step in merged if id(step) not in gone]
+
+
+def layer_before(step: Step) -> Step | None:
+    """The layer that a batch norm can be merged into: linear, read by nothing else. None for anything else."""
+    if step.kind is not Kind.BATCH_NORM or len(step.inputs) != 1:
+        return None
+    layer = step.inputs[0].step
+    if layer is None or layer.linear is None or step.inputs[0].num_uses != 1 or not layer.linear.can_scale():
+        return None
+    return layer
+
+
+def batch_norm_map(step: Step) -> tuple[Tensor, Tensor]:
+    """Scale and shift per channel, both (C,), that a batch norm applies."""
+    mean, variance = step.argument("running_mean"), step.argument("running_var")
+    weight, bias = step.argument("weight"), step.argument("bias")
+    scale = torch.rsqrt(variance + step.argument("eps", "epsilon"))
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
+def fuse_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
+    """A copy of a network in evaluation mode, its batch norms fused into the layers with weights before them.
+
+    Fused is what the forward pass on `example` shows to be right: the layer is used once and read by that batch norm
+    alone. The rest stays as it is. Logits are the same up to rounding.
+
+    Args:
+        model: Any network, bare or wrapped. It is not touched.
+        example: (B, C, H, W) pictures on the network's device.
+
+    Returns:
+        The copy; `nn.Identity` stands where a batch norm went, so that names stay.
+    """
+    fused = copy.deepcopy(unwrap(model)).eval()
+    record = record_forward(fused, example.to(dtype_of(fused)))
+    calls: dict[str, int] = {}
+    for step in record.steps:
+        if step.kind in (Kind.WEIGHTED, Kind.BATCH_NORM):
+            calls[step.where] = calls.get(step.where, 0) + 1
+    for step in record.steps:
+        layer = layer_before(step)
+        if layer is not None and calls[layer.where] == calls[step.where] == 1:
+            _fuse(fused, layer, step)
+    return fused
+
+
+def _fuse(model: nn.Module, layer: Step, batch_norm: Step) -> None:
+    """Fold one batch norm into its layer, if both are modules of a kind whose parts are known."""
+    linear, norm = model.get_submodule(layer.where), model.get_submodule(batch_norm.where)
+    # The recorded weights must be the module's own: a standardised or reparametrised weight has nowhere to go.
+    own = getattr(linear, "weight", None)
+    if not isinstance(linear, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)) or layer.linear is None:
+        return
+    if own is None or own.untyped_storage().data_ptr() != layer.linear.weight.untyped_storage().data_ptr():
+        return
+    if type(norm) in _PLAIN_BATCH_NORMS:
+        substitute: nn.Module = nn.Identity()
+    elif isinstance(norm, nn.BatchNorm2d) and isinstance(getattr(norm, "act", None), nn.Module):
+        # timm's batch norm with dropout and activation inside: these stay
+        inside = (getattr(norm, "drop", None), getattr(norm, "act", None))
+        substitute = nn.Sequential(*[part for part in inside if isinstance(part, nn.Module)])
+    else:
+        return
+    scale, shift = batch_norm_map(batch_norm)
+    scaled = layer.linear.scaled(scale, shift)
+    weight = scaled.weight.t() if isinstance(linear, nn.Linear) else scaled.weight
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=linear.weight.requires_grad)
+    assert scaled.bias is not None
+    linear.bias = nn.Parameter(scaled.bias.detach().clone(), requires_grad=linear.weight.requires_grad)
+    parent, _, name = batch_norm.where.rpartition(".")
+    setattr(model.get_submodule(parent), name, substitute)

@@ -1,0 +1,183 @@
+"""Grad-CAM (Selvaraju et al. 2017): ReLU(Σ_c mean_hw(∂z_k/∂A_c) · A_c), resized to the picture.
+
+A is the last feature map with more than one pixel that everything goes through (VGG: after its last pool; ResNet:
+the last stage's output), found by structure, or a layer named by the user.
+
+The hook that catches A hands a clone on: an in-place ReLU behind the layer would otherwise overwrite A before it is
+read, without any error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from explainers.base import Attribution, check_request, dtype_of, frozen_copy, register_method, target_logits
+from explainers.record import Record, UnsupportedOperatorError, Value, record_forward
+from image_classification.models import main_and_auxiliary_logits
+from image_classification.models.registry import nearest
+
+
+@register_method("gradcam")
+@dataclasses.dataclass(frozen=True)
+class GradCAM:
+    """Grad-CAM.
+
+    Attributes:
+        layer: Name of the module whose output is A; None: found by structure.
+    """
+
+    name: ClassVar[str]
+    layer: str | None = None
+
+    def prepare(self, model: nn.Module, example: Tensor) -> PreparedGradCAM:
+        """See `Method.prepare`."""
+        return PreparedGradCAM(model, example, self.layer)
+
+
+class PreparedGradCAM:
+    """Grad-CAM bound to a copy of a network.
+
+    Attributes:
+        layer: Name of the module whose output is A.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor, layer: str | None) -> None:
+        self.model = frozen_copy(model)
+        self.dtype = dtype_of(self.model)
+        self.layer = find_layer(self.model, example) if layer is None else layer
+        self(example[:1], torch.zeros(1, dtype=torch.int64, device=example.device))
+
+    def __call__(self, images: Tensor, targets: Tensor) -> Attribution:
+        """See `Prepared.__call__`."""
+        check_request(images, targets)
+        with torch.autocast(images.device.type, enabled=False):
+            maps, logits = class_activation(self.model, self.layer, images.to(self.dtype), targets)
+        heatmap = resize(maps, images.shape[2:]).float()
+        chosen = target_logits(logits, targets).float()
+        return Attribution(heatmap, False, chosen, torch.full_like(chosen, torch.nan), logits)
+
+
+def class_activation(
+    model: nn.Module, layer: str, images: Tensor, targets: Tensor, *, create_graph: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Grad-CAM maps at the resolution of A, on the network itself.
+
+    Args:
+        model: Network, in whichever mode it is; its parameters' gradients stay as they are.
+        layer: Name of the module whose output is A.
+        images: (B, 3, H, W).
+        targets: (B,) int64.
+        create_graph: Keep the graph, so that the maps can be differentiated by the network's parameters (second order):
+            for matching the explanations of two networks.
+
+    Returns:
+        Maps (B, h, w) after the ReLU, and logits (B, num_classes); both detached unless `create_graph`.
+
+    Raises:
+        ValueError: There is no such module, or it gives no feature map (B, C, h, w).
+        UnsupportedOperatorError: The target's logit does not depend on the module's output.
+    """
+    with torch.enable_grad(), _feature_map(model, layer, detach=not create_graph) as caught:
+        logits, _ = main_and_auxiliary_logits(model(images))
+    if len(caught) != 1:
+        raise ValueError(
+            f"layer {layer!r} ran {len(caught)} times in the forward pass; name one that runs once"
+        )
+    features = caught[0]
+    chosen = target_logits(logits, targets).sum()
+    (gradient,) = _gradient(chosen, features, layer, create_graph)
+    maps = (gradient.mean((2, 3), keepdim=True) * features).sum(1).relu()
+    return (maps, logits) if create_graph else (maps.detach(), logits.detach())
+
+
+def _gradient(chosen: Tensor, features: Tensor, layer: str, create_graph: bool) -> tuple[Tensor, ...]:
+    try:
+        return torch.autograd.grad(chosen, features, create_graph=create_graph)
+    except RuntimeError as error:
+        raise UnsupportedOperatorError(
+            f"Grad-CAM: the logits do not depend on layer {layer!r} ({error})"
+        ) from error
+
+
+@contextlib.contextmanager
+def _feature_map(model: nn.Module, layer: str, *, detach: bool) -> Iterator[list[Tensor]]:
+    """Catch the output of a module for the duration of the block."""
+    caught: list[Tensor] = []
+
+    def catch(_module: nn.Module, _inputs: object, output: object) -> Tensor:
+        if not isinstance(output, Tensor) or output.dim() != 4:
+            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"layer {layer!r} gives {shape}, no feature map (B, C, h, w): name another layer"
+            )
+        if detach or not output.requires_grad:
+            # Nothing before A needs a gradient: the backward pass is as short as it can be.
+            output = output.detach().requires_grad_()
+        caught.append(output)
+        return output.clone()
+
+    handle = _module(model, layer).register_forward_hook(catch)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+def _module(model: nn.Module, layer: str) -> nn.Module:
+    modules = dict(model.named_modules())
+    if layer not in modules:
+        raise ValueError(f"there is no layer {layer!r} in {type(model).__name__}{nearest(layer, modules)}")
+    return modules[layer]
+
+
+def resize(maps: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
+    """(B, h, w) to (B, *size), bilinear."""
+    return F.interpolate(maps[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def find_layer(model: nn.Module, example: Tensor) -> str:
+    """Name of the module whose output is A: the last feature map of more than one pixel that everything goes through.
+
+    Average pools only blur what was there before them, so their outputs are passed over. Of modules that return the
+    same map (a stage, its last block, that block's ReLU) the outermost is named.
+
+    Args:
+        model: In evaluation mode.
+        example: Pictures (B, 3, H, W), of the size that will be asked about.
+
+    Raises:
+        UnsupportedOperatorError: There is none.
+    """
+    record = record_forward(model, example[:1].to(dtype_of(model)))
+    order = {value: index for index, value in enumerate(record.bottlenecks())}
+    best: tuple[int, int, str] | None = None
+    for name, value in record.module_outputs:
+        if name and value in order and _is_feature_map(value, record):
+            rank = (order[value], -name.count("."), name)
+            if best is None or rank[:2] > best[:2]:
+                best = rank
+    if best is None:
+        raise UnsupportedOperatorError(
+            f"Grad-CAM: {type(model).__name__} has no feature map (B, C, h, w) of more than one pixel that everything "
+            "goes through; name a layer"
+        )
+    return best[2]
+
+
+def _is_feature_map(value: Value, record: Record) -> bool:
+    """Whether it is (B, C, h, w), h·w > 1, shrunk alike in both directions, and no average of a larger map."""
+    if value.tensor.dim() != 4 or (value.step is not None and value.step.is_average_pool):
+        return False
+    (height, width), (full_height, full_width) = value.tensor.shape[2:], record.images.tensor.shape[2:]
+    if height * width <= 1:
+        return False
+    # Maps with the channels last would have an odd aspect ratio here.
+    ratio = (full_height / height) / (full_width / width)
+    return 0.5 < ratio < 2

@@ -1,0 +1,423 @@
+"""A network's forward pass written down as a list of ATen operators: what relevance is sent back through.
+
+Attribution rules need to know what a network does, not how it is written: as modules or functions, with one ReLU
+for ten places, in place or not. So the pass is recorded while it runs, below modules and functions, where every
+network of torchvision and timm is made of the same few dozen operators (`torch.fx` traces 71 of 75 of them, and
+would leave each to be spelt in many ways; `torch.export` fixes the batch). The record is made anew for each batch:
+any batch size, any width, any control flow.
+
+In the record each call has its own inputs and outputs. An in-place operator appears as the functional one, and what
+it overwrote is kept. Steps that do not depend on the pictures (a standardised weight, a position table) are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_iter, tree_map
+
+from explainers.linear_map import LinearMap, linear_map_of
+from image_classification.models import main_and_auxiliary_logits
+
+
+class UnsupportedOperatorError(NotImplementedError):
+    """A method has no rule for something that the network does; the message names operator and module."""
+
+
+class Kind(enum.Enum):
+    """What an operator does to its input, as far as attribution rules care."""
+
+    WEIGHTED = "linear in its input, with weights"
+    BATCH_NORM = "batch normalisation with stored statistics"
+    PASS = "element by element: activation, normalisation, product or sum with a constant"
+    SHARE = "a sum, average or maximum over inputs: homogeneous of degree 1"
+    MOVE = "rearranges, repeats, drops or pads elements"
+    GATE = "product of two signals"
+    OTHER = "none of these"
+
+
+def _names(words: str) -> frozenset[str]:
+    return frozenset(f"aten::{word}" for word in words.split())
+
+
+_BATCH_NORM = _names(
+    "native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm batch_norm"
+)
+_ACTIVATION = _names(
+    "relu relu6 hardtanh leaky_relu prelu _prelu_kernel rrelu_with_noise elu celu selu gelu silu mish hardswish "
+    "softplus sigmoid hardsigmoid tanh log_sigmoid_forward hardshrink softshrink threshold clamp clamp_min "
+    "clamp_max abs native_layer_norm native_group_norm native_dropout pow square sqrt exp erf"
+)
+_SUM = _names(
+    "sum mean avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool2d "
+    "max_pool2d max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d amax max maximum "
+    "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa"
+)
+_MOVE = _names(
+    "view _unsafe_view reshape _reshape_alias as_strided permute transpose t unsqueeze squeeze expand repeat "
+    "select slice split split_with_sizes unbind cat stack index index_select gather flip roll constant_pad_nd "
+    "reflection_pad2d replication_pad2d pixel_shuffle pixel_unshuffle channel_shuffle clone alias detach contiguous "
+    "_to_copy copy lift_fresh im2col unfold diagonal"
+)
+_WITH_CONSTANT = _names("add sub rsub mul div addcmul")
+_TWO_SIGNALS = {
+    "aten::add": Kind.SHARE,
+    "aten::sub": Kind.SHARE,
+    "aten::mul": Kind.GATE,
+    "aten::div": Kind.GATE,
+}
+_NONNEGATIVE = _names("relu relu6 sigmoid hardsigmoid _softmax abs softplus")
+_BOUNDED = _names("sigmoid hardsigmoid _softmax tanh hardtanh clamp")
+_AVERAGES = _names("mean avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool2d")
+_POOLS = _AVERAGES | _names("max_pool2d max_pool2d_with_indices adaptive_max_pool2d amax")
+# Change only how a tensor lies in memory, never what it holds.
+_LAYOUT_ONLY = _names("as_strided_ set_ resize_")
+
+
+class Value:
+    """A tensor that depends on the pictures, at one moment.
+
+    Attributes:
+        tensor: Its elements then.
+        step: What computed it; None for the pictures.
+        num_uses: Number of steps that read it.
+        nonnegative: Known not to hold negative elements, whatever the pictures.
+        past_weights: A weighted layer lies between the pictures and it.
+    """
+
+    __slots__ = ("handle", "nonnegative", "num_uses", "past_weights", "step", "tensor")
+
+    def __init__(self, tensor: Tensor, step: Step | None = None) -> None:
+        self.tensor = tensor
+        self.handle = tensor  # the very object that the network holds; keeps its id from being used again
+        self.step = step
+        self.num_uses = 0
+        self.nonnegative = False
+        self.past_weights = False
+
+
+@dataclasses.dataclass(eq=False)
+class Step:
+    """One operator of the forward pass.
+
+    Attributes:
+        op: The functional ATen operator.
+        args, kwargs: Its arguments; tensors that depend on the pictures stand as `Value`.
+        inputs: Those values, each once.
+        outputs: Floating-point results, in order.
+        where: Name of the innermost module that was running ("" outside of all).
+        kind: See `Kind`.
+        linear: The weights of a WEIGHTED step.
+    """
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: list[Value]
+    outputs: list[Value]
+    where: str
+    kind: Kind = Kind.OTHER
+    linear: LinearMap | None = None
+
+    @property
+    def name(self) -> str:
+        """The operator's name, such as `aten::relu`."""
+        return self.op._schema.name
+
+    @property
+    def is_average_pool(self) -> bool:
+        """Whether it averages over pixels."""
+        return self.name in _AVERAGES
+
+    @property
+    def is_pool(self) -> bool:
+        """Whether it takes an average or a maximum over pixels."""
+        return self.name in _POOLS
+
+    @property
+    def is_activation(self) -> bool:
+        """Whether it is an activation or a normalisation, not arithmetic with a constant."""
+        return self.name in _ACTIVATION
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether its result lies in a fixed interval, as that of a gate does."""
+        return self.name in _BOUNDED
+
+    def describe(self) -> str:
+        """Operator and module, for messages."""
+        return f"operator {self.name} in module {self.where or '(the network itself)'!r}"
+
+    def argument(self, *names: str, default: Any = None) -> Any:
+        """The argument of the first of these names that the operator has; its default where not given."""
+        schema = self.op._schema.arguments
+        for index, argument in enumerate(schema):
+            if argument.name in names:
+                if index < len(self.args) and not argument.kwarg_only:
+                    return self.args[index]
+                return self.kwargs.get(argument.name, argument.default_value)
+        return default
+
+    def compute(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Run the operator on other tensors in place of its `inputs`; the floating-point results."""
+        replaced = {id(value): tensor for value, tensor in zip(self.inputs, inputs, strict=True)}
+
+        def fill(leaf: Any) -> Any:
+            return replaced[id(leaf)] if isinstance(leaf, Value) else leaf
+
+        return _floats(self.op(*tree_map(fill, self.args), **tree_map(fill, self.kwargs)))
+
+
+@dataclasses.dataclass
+class Record:
+    """The forward pass of one batch.
+
+    Attributes:
+        images: The pictures, (B, C, H, W).
+        logits: What the network returned, (B, num_classes).
+        steps: In the order of computation.
+        module_outputs: Name of a module and what it returned, in the order of returning; the network itself is "".
+    """
+
+    images: Value
+    logits: Value
+    steps: list[Step]
+    module_outputs: list[tuple[str, Value]]
+
+    @property
+    def values(self) -> Iterator[Value]:
+        """All values, pictures first."""
+        yield self.images
+        for step in self.steps:
+            yield from step.outputs
+
+    def bottlenecks(self) -> list[Value]:
+        """The values that every path from the pictures to the logits goes through, in order.
+
+        A value is one if, between its computation and its last use, no other value is alive that reaches the logits.
+        """
+        reaching = self._reaching()
+        last_use: dict[int, int] = {id(self.logits): len(self.steps)}
+        for index, step in enumerate(self.steps):
+            if any(id(output) in reaching for output in step.outputs):
+                for value in step.inputs:
+                    last_use[id(value)] = index
+        found, busy_until = [self.images], last_use[id(self.images)]
+        for index, step in enumerate(self.steps):
+            alive = [output for output in step.outputs if id(output) in reaching]
+            # Nothing computed earlier is read later than here, and this step leaves a single value.
+            if len(alive) == 1 and busy_until <= index:
+                found.append(alive[0])
+            busy_until = max([busy_until, *(last_use[id(output)] for output in alive)])
+        return found
+
+    def _reaching(self) -> set[int]:
+        """Ids of the values on which the logits depend."""
+        reaching = {id(self.logits)}
+        for step in reversed(self.steps):
+            if any(id(output) in reaching for output in step.outputs):
+                reaching.update(id(value) for value in step.inputs)
+        return reaching
+
+
+def record_forward(model: nn.Module, images: Tensor) -> Record:
+    """Run a network on a batch and write down what it does.
+
+    Args:
+        model: In evaluation mode; its parameters do not change. Hooks that follow the modules are set for the
+            duration of the call.
+        images: (B, C, H, W).
+
+    Raises:
+        UnsupportedOperatorError: The network writes in place into part of a tensor that it reads elsewhere.
+        ValueError: Its output does not depend on the pictures, or is none of (B, num_classes).
+    """
+    recorder = _Recorder(images)
+    with torch.no_grad(), _following_modules(model, recorder), recorder:
+        logits, _ = main_and_auxiliary_logits(model(recorder.images.handle))
+    output = recorder.value_of(logits)
+    if output is None or output is recorder.images:
+        raise ValueError("the network's output does not depend on its input: there is nothing to attribute")
+    if logits.dim() != 2:
+        raise ValueError(
+            f"the network returns shape {tuple(logits.shape)}; attribution needs logits (B, num_classes)"
+        )
+    output.num_uses += 1
+    return Record(recorder.images, output, recorder.steps, recorder.module_outputs)
+
+
+@contextlib.contextmanager
+def _following_modules(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    """Keep `recorder.modules` the stack of names of the running modules."""
+    handles = []
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda _module, _inputs: recorder.modules.append(name)
+
+    def leave(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        name, value = recorder.modules.pop(), recorder.value_of(output)
+        if value is not None:
+            recorder.module_outputs.append((name, value))
+
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(enter(name)))
+            handles.append(module.register_forward_hook(leave))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every ATen operator while it is active, runs it, and writes down those that depend on the pictures."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.images = Value(images.detach().view_as(images))
+        self.steps: list[Step] = []
+        self.modules: list[str] = []
+        self.module_outputs: list[tuple[str, Value]] = []
+        self._values = {id(self.images.handle): self.images}
+        self._overwritten: set[int] = set()
+
+    def value_of(self, tensor: Any) -> Value | None:
+        """The current value of a tensor of the network; None for what does not depend on the pictures."""
+        return self._values.get(id(tensor)) if isinstance(tensor, Tensor) else None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs: list[Value] = []
+        for leaf in tree_iter((args, kwargs)):
+            value = self.value_of(leaf)
+            if value is not None and value not in inputs:
+                inputs.append(value)
+        if not inputs or func._schema.name in _LAYOUT_ONLY:
+            return func(*args, **kwargs)
+        where = self.modules[-1] if self.modules else ""
+        values_in = [tree_map(self._as_value, args), tree_map(self._as_value, kwargs)]
+        step = Step(_functional(func), values_in[0], values_in[1], inputs, [], where)
+        self._check_current(step, args, kwargs)
+        written = _written(func, args, kwargs)
+        for tensor in written:
+            self._keep_old_content(tensor)
+        results = func(*args, **kwargs)
+        # A forgotten stale value of a reused id would be wrong; `handle` keeps every tracked object alive instead.
+        for tensor in written or _floats(results):
+            value = Value(tensor, step)
+            step.outputs.append(value)
+            self._values[id(tensor)] = value
+        for value in inputs:
+            value.num_uses += 1
+        _classify(step)
+        self.steps.append(step)
+        return results
+
+    def _as_value(self, leaf: Any) -> Any:
+        value = self.value_of(leaf)
+        return leaf if value is None else value
+
+    def _keep_old_content(self, tensor: Tensor) -> None:
+        """Before a tensor is overwritten: give all values that share its memory a copy of their own."""
+        memory = tensor.untyped_storage().data_ptr()
+        for value in list(self._values.values()):
+            if value.handle.untyped_storage().data_ptr() == memory:
+                if value.tensor is value.handle:
+                    value.tensor = value.handle.clone()
+                if value.handle is not tensor:
+                    self._overwritten.add(id(value.handle))
+
+    def _check_current(self, step: Step, args: Any, kwargs: Any) -> None:
+        for leaf in tree_iter((args, kwargs)):
+            if isinstance(leaf, Tensor) and id(leaf) in self._overwritten:
+                raise UnsupportedOperatorError(
+                    f"{step.describe()} reads a tensor that was changed in place through another view of it: "
+                    "attribution cannot follow that; write the network without the in-place operation"
+                )
+
+
+def _floats(results: Any) -> list[Tensor]:
+    """The floating-point tensors among an operator's results."""
+    leaves, _ = tree_flatten(results)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _functional(func: Any) -> Any:
+    """`aten::relu` for `aten::relu_`; anything else as it is."""
+    name = func._schema.name.removeprefix("aten::")
+    if name.endswith("_") and func._schema.is_mutable and hasattr(torch.ops.aten, name[:-1]):
+        packet = getattr(torch.ops.aten, name[:-1])
+        overload = func._overloadname
+        if hasattr(packet, overload):
+            return getattr(packet, overload)
+    return func
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that an operator overwrites."""
+    written = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            tensor = args[index] if index < len(args) else kwargs.get(argument.name)
+            if isinstance(tensor, Tensor):
+                written.append(tensor)
+    return written
+
+
+def _classify(step: Step) -> None:
+    """Fill in kind, weights and what is known about the results."""
+    linear, signal = linear_map_of(step)
+    if linear is not None and step.inputs == [signal]:
+        step.kind, step.linear = Kind.WEIGHTED, linear
+    else:
+        step.kind = _kind_of(step)
+    if step.name in _BATCH_NORM or (len(step.outputs) > 1 and step.kind in (Kind.PASS, Kind.BATCH_NORM)):
+        del step.outputs[1:]  # saved statistics
+    nonnegative = _is_nonnegative(step)
+    for output in step.outputs:
+        output.nonnegative = nonnegative
+        output.past_weights = step.kind is Kind.WEIGHTED or any(value.past_weights for value in step.inputs)
+
+
+def _kind_of(step: Step) -> Kind:
+    same_shape = bool(step.outputs) and step.outputs[0].tensor.shape == step.inputs[0].tensor.shape
+    if step.name in _BATCH_NORM:
+        return Kind.BATCH_NORM
+    if step.name in _MOVE:
+        return Kind.MOVE
+    if step.name in _SUM:
+        return Kind.SHARE
+    if step.name in _ACTIVATION and same_shape:
+        return Kind.PASS
+    if step.name in _WITH_CONSTANT:
+        num_signals = sum(isinstance(leaf, Value) for leaf in tree_iter((step.args, step.kwargs)))
+        if num_signals == 1 or (step.name == "aten::mul" and len(step.inputs) == 1):
+            return Kind.PASS if same_shape else Kind.OTHER
+        if len(step.inputs) == 2 or step.name == "aten::add":
+            return _TWO_SIGNALS.get(step.name, Kind.OTHER)
+    return Kind.OTHER
+
+
+def _is_nonnegative(step: Step) -> bool:
+    if step.name in _NONNEGATIVE:
+        return True
+    if step.name in _names("hardtanh clamp clamp_min"):
+        low = step.argument("min_val", "min")
+        return isinstance(low, (int, float)) and low >= 0
+    known = all(value.nonnegative for value in step.inputs)
+    if step.name == "aten::constant_pad_nd":
+        return known and step.argument("value") >= 0
+    if step.name in _names("cat stack"):
+        constants = (leaf for leaf in tree_iter(step.args) if isinstance(leaf, Tensor))
+        return known and not any(constants)
+    bicubic = step.name == "aten::upsample_bicubic2d"
+    if step.kind in (Kind.MOVE, Kind.SHARE) and not bicubic:
+        return known and step.name != "aten::sub"
+    return known and step.kind is Kind.GATE

@@ -1,0 +1,62 @@
+"""Criteria: which channels matter. Importing this package registers all of them.
+
+criterion = create_criterion("discriminant", features="post")
+scores = score_groups(model, graph, batches, criterion)          # pruning/scoring.py
+"""
+
+from pruning.criteria.adapter import TorchPruningImportance
+from pruning.criteria.base import (
+    FEATURE_CHOICES,
+    Criterion,
+    FeatureCriterion,
+    GradientCriterion,
+    GroupWeights,
+    WeightCriterion,
+    WeightMember,
+    create_criterion,
+    criterion_names,
+    register_criterion,
+)
+from pruning.criteria.bn_scale import BNScale
+from pruning.criteria.combine import (
+    DEFAULT_NORMALISATION,
+    NORMALISATIONS,
+    combine_scores,
+    normalise_scores,
+)
+from pruning.criteria.discriminant import Discriminant, discriminant_scores
+from pruning.criteria.fisher import Fisher
+from pruning.criteria.fpgm import FPGM
+from pruning.criteria.hrank import HRank
+from pruning.criteria.magnitude import Magnitude, MagnitudeL2
+from pruning.criteria.random import Random
+from pruning.criteria.taylor import Taylor, Taylor2019
+
+__all__ = [
+    "DEFAULT_NORMALISATION",
+    "FEATURE_CHOICES",
+    "FPGM",
+    "NORMALISATIONS",
+    "BNScale",
+    "Criterion",
+    "Discriminant",
+    "FeatureCriterion",
+    "Fisher",
+    "GradientCriterion",
+    "GroupWeights",
+    "HRank",
+    "Magnitude",
+    "MagnitudeL2",
+    "Random",
+    "Taylor",
+    "Taylor2019",
+    "TorchPruningImportance",
+    "WeightCriterion",
+    "WeightMember",
+    "combine_scores",
+    "create_criterion",
+    "criterion_names",
+    "discriminant_scores",
+    "normalise_scores",
+    "register_criterion",
+]

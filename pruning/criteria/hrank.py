@@ -1,0 +1,57 @@
+"""Rank of feature maps: Lin et al., "HRank: filter pruning using high-rank feature map" (CVPR 2020).
+
+score_c = mean over pictures of rank(X_c), X_c the H × W map of channel c (the paper's eq. 8). The paper observes
+that the mean hardly depends on the pictures, so a few per batch are enough: that bounds the cost, which is one
+singular value decomposition per channel and picture.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pruning.criteria.base import FeatureCriterion, register_criterion
+
+_BLOCK_ELEMENTS = 1 << 22
+
+
+def mean_ranks(features: Tensor) -> Tensor:
+    """Mean rank of each channel's maps.
+
+    Args:
+        features: (N, C, H, W); other layouts (N, C, …) are taken as one row per picture, so rank 0 or 1.
+
+    Returns:
+        (C,) float64.
+    """
+    maps = features.float()
+    if maps.dim() != 4:
+        maps = maps.reshape(maps.shape[0], maps.shape[1], 1, -1)
+    matrices = maps.transpose(0, 1).flatten(0, 1)
+    per_block = max(1, _BLOCK_ELEMENTS // max(1, matrices[0].numel()))
+    ranks = torch.cat([torch.linalg.matrix_rank(block) for block in matrices.split(per_block)])
+    return ranks.view(maps.shape[1], -1).double().mean(1)
+
+
+@register_criterion("hrank")
+class HRank(FeatureCriterion):
+    """Mean rank over the first pictures of every batch.
+
+    Args:
+        features: Published: "pre", though after batch norm and ReLU for some of the networks.
+        num_images: Pictures per batch.
+    """
+
+    average: ClassVar[str] = "batches"
+
+    def __init__(self, features: str = "pre", num_images: int = 4) -> None:
+        super().__init__(features)
+        if num_images < 1:
+            raise ValueError(f"hrank: num_images {num_images}: give at least 1")
+        self.num_images = num_images
+
+    def score(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Mean ranks, (C,)."""
+        return mean_ranks(features[: self.num_images])

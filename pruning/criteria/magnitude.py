@@ -1,0 +1,54 @@
+"""Filter norms: a channel whose filter is small does little.
+
+Li et al., "Pruning filters for efficient ConvNets" (ICLR 2017): score = ‖w_c‖₁ over the filter. L2 in the same
+way; over all members of a coupled group as in DepGraph (Fang et al., CVPR 2023) when `members` is "all".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pruning.criteria.base import GroupWeights, WeightCriterion, register_criterion
+
+MEMBER_CHOICES = ("out", "all")
+
+
+def powered_norms(rows: Tensor, power: int) -> Tensor:
+    """Σ|w|^power over every row of (C, D): (C,) float64."""
+    return torch.linalg.vector_norm(rows, ord=power, dim=1, dtype=torch.float64) ** power
+
+
+@register_criterion("magnitude")
+class Magnitude(WeightCriterion):
+    """L_p norm of all weights that a unit owns, those of coupled layers together: (Σ|w|^p)^(1/p).
+
+    Args:
+        power: p, 1 or 2.
+        members: "out": weights that make the unit (filters), as published. "all": also those that read it.
+    """
+
+    def __init__(self, power: int = 1, members: str = "out") -> None:
+        if power not in (1, 2):
+            raise ValueError(f"magnitude: power {power} is not offered; choose 1 (L1) or 2 (L2)")
+        if members not in MEMBER_CHOICES:
+            raise ValueError(f"magnitude: members {members!r}; choose from {', '.join(MEMBER_CHOICES)}")
+        self.power = power
+        self.members = members
+
+    def score_group(self, group: GroupWeights) -> Tensor | None:
+        """Norms, (width,); None if the group has no weights of the kind asked for."""
+        roles = ("out",) if self.members == "out" else ("out", "in")
+        chosen = [m for m in group.members if m.role in roles and m.values.dim() > 1]
+        if not chosen:
+            return None
+        sums = [m.add_to_units(powered_norms(m.slices(), self.power), group.width) for m in chosen]
+        return torch.stack(sums).sum(0) ** (1.0 / self.power)
+
+
+@register_criterion("magnitude-l2")
+class MagnitudeL2(Magnitude):
+    """`Magnitude` with p = 2."""
+
+    def __init__(self, members: str = "out") -> None:
+        super().__init__(power=2, members=members)

@@ -1,0 +1,193 @@
+"""`python -m explainers`: what it writes and prints, the same over ranks, and clear words for what cannot be done."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from explainers.__main__ import main
+from explainers.job import distinct_names
+from image_classification.models import capture_structure, create_model
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = "shapes:train=24,val=20,seed=5"
+COMMON = ["-b", "8", "--data-backend", "pytorch", "-j", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def private_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUCIDPRUNE_CACHE", str(cache))
+
+
+def save_network(path: Path, arch: str = "resnet20", num_classes: int = 12, **options: object) -> str:
+    torch.manual_seed(1)
+    model = create_model(arch, num_classes=num_classes, **options)  # type: ignore[arg-type]
+    content = {
+        "format": "lucidprune",
+        "version": 1,
+        "arch": arch,
+        "structure": capture_structure(model).to_plain(),
+        "state_dict": model.state_dict(),
+    }
+    torch.save(content, path)
+    return str(path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    return save_network(tmp_path / "network.pth.tar")
+
+
+def test_attribute_writes_maps_overlays_and_pages(checkpoint: str, tmp_path: Path) -> None:
+    out = tmp_path / "maps"
+    words = ["--method", "gradcam", "--method", "lrp", "--output", str(out), "-n", "10", "--rows", "4"]
+    assert main(["attribute", DATA, "--checkpoint", checkpoint, *words, *COMMON]) == 0
+    for method in ("gradcam", "lrp"):
+        arrays = sorted((out / method).rglob("*.npy"))
+        pictures = sorted((out / method).rglob("*.png"))
+        assert len(arrays) == len(pictures) == 10
+        assert np.load(arrays[0]).shape == (48, 48)
+        with Image.open(pictures[0]) as picture:
+            assert picture.size == (48, 48)
+    # batches of 8, then 2; pages of at most 4, named by their first picture
+    assert [page.name for page in sorted(out.glob("page-*.png"))] == [
+        "page-000000.png",
+        "page-000004.png",
+        "page-000008.png",
+    ]
+
+
+def test_attribute_without_files_and_for_labels(checkpoint: str, tmp_path: Path) -> None:
+    out = tmp_path / "maps"
+    words = ["--output", str(out), "-n", "3", "--no-files", "--explain", "label"]
+    assert main(["attribute", DATA, "--checkpoint", checkpoint, *words, *COMMON]) == 0
+    assert [path.name for path in out.iterdir()] == ["page-000000.png"]
+
+
+def localize_rows(path: Path) -> list[dict]:
+    return json.loads(path.read_text())["rows"]
+
+
+def test_localize_compares_methods_and_networks(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pruned = save_network(tmp_path / "pruned.pth.tar", widths={"layer1.0.conv1": 5, "layer3.1.conv1": 17})
+    words = ["--method", "gcam", "--method", "centre", "--metric", "point", "--metric", "boxes"]
+    words += ["--json", str(tmp_path / "figures" / "f.json")]
+    assert main(["localize", DATA, "--checkpoint", checkpoint, "--checkpoint", pruned, *words, *COMMON]) == 0
+    rows = localize_rows(tmp_path / "figures" / "f.json")
+    assert [(row["network"], row["method"]) for row in rows] == [
+        ("network.pth.tar", "gcam"),
+        ("network.pth.tar", "centre"),
+        ("pruned.pth.tar", "gcam"),
+        ("pruned.pth.tar", "centre"),
+    ]
+    for row in rows:
+        assert row["counts"]["pictures"] == row["counts"]["pairs"] == row["counted"]["f1"] == 20
+        assert set(row["figures"]) == {"point", "point_15px", "f1", "f1a", "le", "om"}
+    shown = capsys.readouterr().out
+    assert "pruned.pth.tar" in shown
+    assert "centre" in shown
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_two_ranks_count_what_one_counts(checkpoint: str, tmp_path: Path, cache: Path) -> None:
+    words = ["localize", DATA, "--checkpoint", checkpoint, "--method", "centre", "--method", "lrp", *COMMON]
+    words += ["--metric", "point", "--metric", "auc", "--metric", "energy", "-n", "19", "-b", "3"]
+    assert main([*words, "--json", str(tmp_path / "one.json")]) == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        environment = os.environ | place | {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "explainers", *words, "--json", str(tmp_path / "two.json")]
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment))
+    assert [process.wait(240) for process in processes] == [0, 0]
+    for one, two in zip(
+        localize_rows(tmp_path / "one.json"), localize_rows(tmp_path / "two.json"), strict=True
+    ):
+        assert one["counts"] == two["counts"]
+        assert one["counted"] == two["counted"]
+        for name, value in one["figures"].items():
+            assert two["figures"][name] == (None if value is None else pytest.approx(value, rel=1e-5))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["localize", DATA], "--checkpoint is missing"),
+        (["localize", DATA, "--checkpoint", "nowhere.pth"], "nowhere.pth: there is no such file"),
+        (["localize", DATA, "--checkpoint", "{net}", "--metric", "aucc"], "did you mean 'auc'"),
+        (["localize", DATA, "--checkpoint", "{net}", "--method", "lpr"], "did you mean 'lrp'"),
+        (
+            ["localize", DATA, "--checkpoint", "{net}", "--layer", "layer2", "--method", "lrp"],
+            "--layer has no effect",
+        ),
+        (["localize", DATA, "--checkpoint", "{net}", "--layer", "layer9"], "no layer 'layer9'"),
+        (
+            ["localize", DATA, "--checkpoint", "{net}", "--arch", "resnet56"],
+            "holds resnet20, not --arch resnet56",
+        ),
+        (["localize", DATA, "--checkpoint", "{ten}"], "tells 10 classes apart"),
+        (["localize", "nowhere", "--checkpoint", "{net}"], "does not exist"),
+        (
+            ["localize", DATA, "--checkpoint", "{net}", "--json", "/proc/none/f.json"],
+            "--json /proc/none cannot be",
+        ),
+        (
+            ["localize", DATA, "--checkpoint", "{net}", "--annotation-path", "nowhere"],
+            "--annotation-path nowhere",
+        ),
+        (
+            ["attribute", DATA, "--checkpoint", "{net}", "--output", "/proc/maps"],
+            "--output /proc/maps cannot be",
+        ),
+        (["attribute", DATA, "--checkpoint", "{net}", "--checkpoint", "{ten}"], "explains one network"),
+        (["attribute", DATA, "--checkpoint", "{net}", "-n", "0"], "--num-pictures 0"),
+        (["localise"], "did you mean localize"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    words: list[str], message: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ten = save_network(tmp_path / "ten.pth.tar", num_classes=10)
+    words = [word.format(net=checkpoint, ten=ten) for word in words]
+    try:
+        status = main([*words, *(COMMON if len(words) > 1 else ())])
+    except SystemExit as stopped:
+        status = int(str(stopped.code))
+    assert status == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "attribute" in shown
+    assert "localize" in shown
+    assert main([]) == 2
+
+
+def test_names_of_checkpoints_tell_them_apart() -> None:
+    assert distinct_names(["runs/a/best.pth", "runs/b/best.pth"]) == ["a/best.pth", "b/best.pth"]
+    assert distinct_names(["runs/a.pth", "b.pth"]) == ["a.pth", "b.pth"]
+    assert distinct_names(["a.pth", "a.pth"]) == ["a.pth#1", "a.pth#2"]
