@@ -34,7 +34,7 @@ test: install
 	$(BIN)/python -m pytest -m slow
 
 demo: install
-	$(BIN)/python main.py shapes --arch resnet20 --epochs 5 --workspace runs/demo
+	$(BIN)/python main.py shapes --config configs/shapes_resnet20.yaml --workspace runs/demo
 
 lint: install
 	$(BIN)/ruff check .

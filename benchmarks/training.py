@@ -62,7 +62,8 @@ def our_loop(data: list[str], arguments: argparse.Namespace) -> float:
             sys.executable, str(ROOT / "main.py"), *data, "--arch", arguments.arch, "--batch-size",
             str(arguments.batch_size), "--image-size", str(arguments.image_size), "--epochs", "1", "--prof", str(steps),
             "--training-only", "--amp", "--amp-dtype", "bf16", "--memory-format", "nhwc", "--no-checkpoints",
-            "--workspace", workspace, "--num-classes", "1000", "--print-freq", "1000", "--workers", str(arguments.workers),
+            "--workspace", workspace, "--num-classes", "1000", "--print-freq", "1000",
+            "--workers", str(arguments.workers),
         ]  # fmt: skip
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=workspace)
         (report,) = Path(workspace).glob("*.json")

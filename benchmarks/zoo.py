@@ -32,13 +32,13 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from image_classification.models.factory import create_model  # noqa: E402
-from pruning.gates import Gates  # noqa: E402
-from pruning.graph import ChannelGraph, trace_groups  # noqa: E402
-from pruning.structure import load_pruned, save_pruned  # noqa: E402
-from pruning.surgery import prune_channels  # noqa: E402
-from pruning.tracing import undisturbed  # noqa: E402
-from pruning.verify import condition  # noqa: E402
+from image_classification.models.factory import create_model
+from pruning.gates import Gates
+from pruning.graph import ChannelGraph, trace_groups
+from pruning.structure import load_pruned, save_pruned
+from pruning.surgery import prune_channels
+from pruning.tracing import undisturbed
+from pruning.verify import condition
 
 COLUMNS = ("seconds", "groups", "prunable_percent", "macs_left", "difference", "trains", "loads", "exports")
 

@@ -8,6 +8,7 @@ A checkpoint is a dictionary of tensors and plain data, so that it loads with `w
     optimizer, scaler       their states
     epoch, iteration        position in the schedule (the learning rate is a function of the iteration)
     loader                  position in the data
+    steps_per_epoch         iterations of an epoch, to make sure that the position means the same
     best_prec1              best validation figure so far, or None
     rng                     random states of every rank
     callbacks               states of the callbacks by name
@@ -34,6 +35,11 @@ from image_classification.distributed import Distributed
 
 FORMAT = "lucidprune"
 VERSION = 1
+#: What a training needs to go on.
+TRAINING_STATE = (
+    "arch", "structure", "state_dict", "ema", "optimizer", "scaler", "epoch", "iteration", "best_prec1", "lr_factor",
+    "num_skipped", "loader", "callbacks", "world_size", "steps_per_epoch", "rng", "training_sums", "config",
+)  # fmt: skip
 BEST_FILENAME = "model_best.pth.tar"
 TEMPORARY = ".tmp"
 

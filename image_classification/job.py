@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from image_classification.callbacks import Callback, FirstBatch, ResourceMonitor, TrainState
-from image_classification.checkpoint import FORMAT, CheckpointConfig, Checkpointer
+from image_classification.checkpoint import FORMAT, TRAINING_STATE, CheckpointConfig, Checkpointer
 from image_classification.cli import save_yaml, to_plain
 from image_classification.config import ConfigError, check
 from image_classification.data.bad_samples import BadSampleError
@@ -192,6 +192,12 @@ def read_resumable(path: Path, arch: str) -> dict[str, Any]:
         ours,
         f"--resume: {path} holds no training state; to start from its weights use --pretrained-weights {path}",
     )
+    missing = [key for key in TRAINING_STATE if key not in payload]
+    check(
+        not missing,
+        f"--resume: {path} lacks {', '.join(missing)}: it was written by another version or is incomplete; start from "
+        f"its weights with --pretrained-weights {path}",
+    )
     check(
         payload["arch"] == arch, f"--resume: {path} is of --arch {payload['arch']}, not {arch}: change --arch"
     )
@@ -257,6 +263,12 @@ def make_trainer(
     # Ranks start from the same weights and then draw their own dropout.
     torch.manual_seed(train.seed + job.distributed.rank)
     if job.resumed is not None:
+        trained_with = job.resumed["config"].get("optimizer", configs["optim"].optimizer)
+        check(
+            trained_with == configs["optim"].optimizer,
+            f"--resume: the checkpoint was trained with --optimizer {trained_with}, not {configs['optim'].optimizer}: "
+            "give the same, or start from its weights with --pretrained-weights",
+        )
         with naming_the_flag("--resume"):
             trainer.restore(job.resumed)
     return trainer

@@ -406,8 +406,11 @@ class Trainer:
             f"{self.steps_per_epoch}: give the same data, --batch-size and --optimizer-batch-size, or start from its "
             "weights with --pretrained-weights",
         )
-        state.model.load_state_dict(payload["state_dict"])
-        state.optimizer.load_state_dict(payload["optimizer"])
+        try:
+            state.model.load_state_dict(payload["state_dict"])
+        except RuntimeError as error:
+            raise ValueError(f"the checkpoint contradicts itself: {' '.join(str(error).split())}") from error
+        self._restore_optimizer(payload["optimizer"])
         if state.ema is not None:
             # A run that only now starts to average begins with the weights it resumes from.
             state.ema.module.load_state_dict(payload["ema"] or payload["state_dict"])
@@ -432,6 +435,18 @@ class Trainer:
                 f"the checkpoint was written by {payload['world_size']} process(es), now there are "
                 f"{self.distributed.world_size}: data continues exactly, dropout draws anew"
             )
+
+    def _restore_optimizer(self, saved: dict[str, Any]) -> None:
+        """Take over momenta. Settings (momentum, decay) stay those of this run's flags, not the checkpoint's."""
+        optimizer = self.state.optimizer
+        groups = optimizer.state_dict()["param_groups"]
+        sizes, expected = ([len(group["params"]) for group in some] for some in (saved["param_groups"], groups))
+        check(
+            sizes == expected,
+            f"--resume: the checkpoint's optimizer has groups of {sizes} parameters, now there would be {expected}: "
+            "give the same --bn-weight-decay and --weight-decay",
+        )
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
     def _emit(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:

@@ -209,4 +209,4 @@ def _apply_ignored(graph: ChannelGraph) -> None:
                 graph.freeze([group], f"ignored, as asked for ({pattern})")
                 hit = True
         if not hit:
-            raise ValueError(f"--ignore {pattern}: no prunable layer has such a name")
+            raise ValueError(f"--prune-ignore {pattern}: no prunable layer has such a name")

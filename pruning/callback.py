@@ -20,7 +20,7 @@ from image_classification.callbacks import Callback
 from image_classification.data.loader import Loader
 from image_classification.trainer import Trainer
 from pruning.budget import Budget
-from pruning.config import PruningConfig
+from pruning.config import PruningConfig, make_criterion
 from pruning.loss_change import multi_label_sample_losses, sample_losses
 from pruning.pruner import Pruner, RewriteRecord
 from pruning.search import build_search
@@ -70,7 +70,9 @@ class PruningCallback(Callback):
         return Pruner(
             state.model,
             example,
-            criterion=config.pruning_criterion,
+            criterion=make_criterion(
+                config.pruning_criterion, config.score_features, config.di_ridge, config.di_precision
+            ),
             budget=Budget.parse(config.budget_words()),
             optimizer=state.optimizer,
             ema=None if state.ema is None else state.ema.module,
@@ -79,11 +81,11 @@ class PruningCallback(Callback):
             start=config.pruning_start,
             search=build_search(config.search_name(), config.pruning_shortlist, config.score_normalisation),
             constraints=config.constraints(),
-            features=config.score_features,
             loss=multi_label_sample_losses if self.multi_label else sample_losses,
             distributed=trainer.distributed,
             autocast=trainer.precision.autocast,
             max_batches=config.calibration_batches,
+            judge_batches=config.judge_batches,
             state=self._restored,
         )
 

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from image_classification.config import ConfigError, check, flag
 from pruning.channel_graph import Constraints
-from pruning.criteria import FEATURE_CHOICES, NORMALISATIONS, Criterion, create_criterion, criterion_names
+from pruning.criteria import (
+    FEATURE_CHOICES,
+    NORMALISATIONS,
+    Criterion,
+    Discriminant,
+    create_criterion,
+    criterion_class,
+)
 from pruning.criteria.base import FeatureCriterion
 from pruning.search import SEARCHES
 
@@ -65,6 +73,14 @@ class PruningConfig:
     calibration_batches: int = flag(
         10, "--calibration-batches", help="Batches per process that scores are made of."
     )
+    judge_batches: int = flag(2, "--judge-batches", help="How many of them greedy judges its candidates by.")
+    di_ridge: float = flag(0.1, "--di-ridge", help="Ridge ρ of the discriminant criterion.")
+    di_precision: str = flag(
+        "auto",
+        "--di-precision",
+        choices=("auto", "float32", "float64"),
+        help="Arithmetic of the discriminant criterion.",
+    )
     round_to: int = flag(
         1, "--round-to", help="Keep channel counts multiples of this; 8 suits most hardware."
     )
@@ -104,6 +120,8 @@ class PruningConfig:
             self.calibration_batches >= 1,
             f"--calibration-batches {self.calibration_batches}: at least 1 is needed",
         )
+        check(self.judge_batches >= 1, f"--judge-batches {self.judge_batches}: at least 1 is needed")
+        check(self.di_ridge > 0, f"--di-ridge {self.di_ridge}: must be positive")
         try:
             self.constraints()
         except ConfigError:
@@ -158,22 +176,26 @@ class PruningConfig:
         return Constraints(self.round_to, self.min_width, tuple(self.prune_ignore), limits)
 
 
-def make_criterion(name: str, features: str = "post") -> Criterion:
-    """A criterion by name, looking at the chosen feature maps where it looks at any.
+def make_criterion(
+    name: str, features: str = "post", ridge: float = 0.1, precision: str = "auto"
+) -> Criterion:
+    """A criterion by name, with the settings that it has.
+
+    Args:
+        name: One of `criterion_names()`.
+        features: Feature maps to look at, for criteria that look at any.
+        ridge, precision: Of the discriminant criterion.
 
     Raises:
         ConfigError: There is no such criterion.
     """
-    check(name in criterion_names(), _unknown(name))
-    criterion = create_criterion(name)
-    if isinstance(criterion, FeatureCriterion):
-        criterion.features = features
-    return criterion
-
-
-def _unknown(name: str) -> str:
+    options: dict[str, Any] = {}
     try:
-        create_criterion(name)
+        kind = criterion_class(name)
+        if issubclass(kind, FeatureCriterion):
+            options["features"] = features
+        if issubclass(kind, Discriminant):
+            options |= {"ridge": ridge, "precision": precision}
+        return create_criterion(name, **options)
     except ValueError as error:
-        return str(error)
-    return ""
+        raise ConfigError(str(error)) from None

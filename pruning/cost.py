@@ -281,7 +281,7 @@ class CostModel:
             raise ValueError(
                 f"--budget {metric}={share} cannot be reached: with every group at its smallest allowed width "
                 f"{lowest / self.baseline(metric):.3f} of the baseline remains. Raise the share, or loosen "
-                "--min-width, --round-to or --ignore"
+                "--min-width, --round-to or --prune-ignore"
             )
 
     def validate(self, mask: np.ndarray | None = None, seed: int = 0) -> dict[str, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -147,10 +146,14 @@ class Group:
 
 @dataclasses.dataclass
 class Coupling:
-    """Result of grouping, in atoms' components; `graph.py` makes a `ChannelGraph` of it."""
+    """Units and groups, before `building.py` makes a `ChannelGraph` of them.
+
+    Attributes:
+        unit_of_atom: Unit id of every atom, -1 for atoms that belong to no group.
+        groups: Producing layer, unit ids in the order of its slices, and why they are frozen ("" if not).
+    """
 
     unit_of_atom: np.ndarray
-    frozen: dict[int, str]
     groups: list[tuple[str, np.ndarray, str]]
 
 
@@ -188,89 +191,78 @@ def _distinct(slots: list[tuple[Slot, str]]) -> list[tuple[Slot, str]]:
 
 
 def couple(labeller: Labeller) -> Coupling:
-    """Number the units of everything that was labelled and sort them into groups."""
+    """Number the units of everything that was labelled and sort them into groups.
+
+    Components belong together if they lie on the same dimensions of the same tensors, are counted by the same
+    whole numbers, and share their fate. Components that no layer produces belong to no group.
+    """
     root = settle(labeller)
-    frozen = _frozen_components(labeller, root)
-    produced = _producers(labeller, root)
-    axes_of: dict[int, list[int]] = {}
-    keys = list(labeller.parameter_atoms)
-    for number, key in enumerate(keys):
-        for component in np.unique(root[labeller.parameter_atoms[key]]).tolist():
-            axes_of.setdefault(component, []).append(number)
-    borders = _border_components(labeller, root)
-    by_signature: dict[tuple[Any, ...], list[int]] = {}
-    for component, axes in axes_of.items():
-        producer = produced.get(component)
-        if producer is None and component not in frozen:
-            frozen[component] = "no layer produces it"
-        signature = (
-            frozen.get(component),
-            producer if component in frozen else None,
-            tuple(axes),
-            borders.get(component),
-        )
-        by_signature.setdefault(signature, []).append(component)
-    unit_of_component = np.full(labeller.table.num_atoms, FROZEN, dtype=np.int64)
+    reasons = _reasons(labeller, root)
+    producers = [use for use in labeller.layers if use.produced is not None and use.weight is not None]
+    produced = _first_producers(producers, root)
+    kinds = _signatures(labeller, root)
+    members = np.flatnonzero((kinds != 0) & (produced >= 0) & (root == np.arange(root.size)))
+    fates = np.array([reasons.get(component, "") for component in members.tolist()], dtype=object)
+    names, fate_numbers = (
+        np.unique(fates.astype(str), return_inverse=True) if members.size else (fates, members)
+    )
+    own = np.where(fates != "", produced[members], -1)  # frozen ones are listed by layer
+    keys = np.stack([kinds[members].view(np.int64), fate_numbers.reshape(-1), own], axis=1)
+    _, group_of = np.unique(keys, axis=0, return_inverse=True)
+    order = np.lexsort((members, produced[members]))
+    unit_of_component = np.full(root.size, FROZEN, dtype=np.int64)
     groups: list[tuple[str, np.ndarray, str]] = []
-    order = sorted(by_signature.items(), key=lambda item: _position(produced, item[1]))
     count = 0
-    for (reason, *_), members in order:
-        if produced.get(members[0]) is None:
-            continue
-        name = produced[members[0]][1]
-        units = np.arange(count, count + len(members))
-        unit_of_component[_in_slice_order(labeller, root, members, name)] = units
-        count += len(members)
-        groups.append((name, units, str(reason or "")))
-    return Coupling(unit_of_component[root], frozen, groups)
+    for number in dict.fromkeys(group_of.reshape(-1)[order].tolist()):
+        chosen = members[group_of.reshape(-1) == number]
+        layer = producers[produced[chosen[0]]]
+        chosen = _in_slice_order(layer, root, chosen)
+        units = np.arange(count, count + chosen.size)
+        unit_of_component[chosen] = units
+        count += chosen.size
+        groups.append((layer.module or str(layer.weight), units, reasons.get(int(chosen[0]), "")))
+    return Coupling(unit_of_component[root], groups)
 
 
-def _position(produced: dict[int, tuple[int, str]], components: list[int]) -> tuple[int, int]:
-    known = produced.get(components[0])
-    return (known[0] if known else 1 << 60, min(components))
-
-
-def _frozen_components(labeller: Labeller, root: np.ndarray) -> dict[int, str]:
-    frozen: dict[int, str] = {}
+def _reasons(labeller: Labeller, root: np.ndarray) -> dict[int, str]:
+    """Why components are frozen: the first reason that was met."""
+    found: dict[int, str] = {}
     for atoms, reason in labeller.table.freezes:
         for component in np.unique(root[atoms]).tolist():
-            frozen.setdefault(component, reason)
-    return frozen
+            found.setdefault(component, reason)
+    return found
 
 
-def _producers(labeller: Labeller, root: np.ndarray) -> dict[int, tuple[int, str]]:
-    """First layer, in order of execution, whose output carries a component."""
-    produced: dict[int, tuple[int, str]] = {}
-    for order, layer in enumerate(labeller.layers):
-        if layer.produced is None or layer.weight is None:
-            continue
-        atoms = layer.produced[layer.produced >= 0]
-        for component in np.unique(root[atoms]).tolist():
-            produced.setdefault(component, (order, layer.module or layer.weight))
+def _first_producers(producers: list[LayerUse], root: np.ndarray) -> np.ndarray:
+    """Number of the first layer, in order of execution, whose output carries a component; -1 if none does."""
+    produced = np.full(root.size, -1, dtype=np.int64)
+    for number in reversed(range(len(producers))):
+        atoms = producers[number].produced
+        assert atoms is not None
+        produced[root[atoms[atoms >= 0]]] = number
     return produced
 
 
-def _border_components(labeller: Labeller, root: np.ndarray) -> dict[int, tuple[int, ...]]:
-    """Which whole numbers a component is counted by: units on different sides of a cut form groups of their own."""
-    counted: dict[int, set[int]] = {}
-    for number, use in enumerate(labeller.size_uses):
-        atoms = np.unique(use.atoms[use.atoms >= 0])
-        for component in np.unique(root[atoms]).tolist():
-            counted.setdefault(component, set()).add(number)
-    return {component: tuple(sorted(numbers)) for component, numbers in counted.items()}
+def _signatures(labeller: Labeller, root: np.ndarray) -> np.ndarray:
+    """A 64-bit number per component: the sum of random numbers of all axes and counts that it takes part in."""
+    generator = np.random.Generator(np.random.Philox(0))
+    signatures = np.zeros(root.size, dtype=np.uint64)
+    vectors = list(labeller.parameter_atoms.values())
+    counted: dict[int, np.ndarray] = {id(use.atoms): use.atoms for use in labeller.size_uses}
+    for atoms in (*vectors, *counted.values()):
+        atoms = atoms.reshape(-1)
+        components = np.unique(root[atoms[atoms >= 0]])
+        signatures[components] += generator.integers(1, 1 << 63, dtype=np.uint64)
+    return signatures
 
 
-def _in_slice_order(labeller: Labeller, root: np.ndarray, components: list[int], module: str) -> np.ndarray:
+def _in_slice_order(layer: LayerUse, root: np.ndarray, components: np.ndarray) -> np.ndarray:
     """Components in the order in which the producing layer's output carries them."""
-    wanted = np.array(components)
-    for layer in labeller.layers:
-        if layer.produced is not None and layer.module == module:
-            labels = root[layer.produced[layer.produced >= 0]]
-            labels = labels[np.isin(labels, wanted)]
-            unique, first = np.unique(labels, return_index=True)
-            if unique.size == wanted.size:
-                return unique[np.argsort(first)]
-    return np.sort(wanted)
+    assert layer.produced is not None
+    labels = root[layer.produced[layer.produced >= 0]]
+    labels = labels[np.isin(labels, components)]
+    unique, first = np.unique(labels, return_index=True)
+    return unique[np.argsort(first)] if unique.size == components.size else np.sort(components)
 
 
 def as_units(unit_of_atom: np.ndarray, atoms: np.ndarray) -> np.ndarray:
@@ -295,6 +287,7 @@ def as_layer(unit_of_atom: np.ndarray, use: LayerUse, batch: int) -> Layer:
     def convert(atoms: np.ndarray | None) -> np.ndarray | None:
         return None if atoms is None else as_units(unit_of_atom, atoms)
 
+    batch = batch if use.per_image else 1
     axes: Sequence[np.ndarray] = [as_units(unit_of_atom, axis) for axis in use.axes]
     return Layer(
         use.module, use.operator, use.constant / batch, tuple(axes), convert(use.produced),

@@ -45,7 +45,8 @@ class SizeUse:
 class LayerUse:
     """A contraction (convolution, linear layer, attention product) and what its cost is proportional to.
 
-    MACs = `constant` × Π over `axes` of the number of positions that are kept.
+    MACs = `constant` × Π over `axes` of the number of positions that are kept; `per_image` says that the
+    constant counts all images of the traced batch, rather than work that is done once per pass.
     """
 
     trace: int
@@ -58,6 +59,7 @@ class LayerUse:
     consumed: np.ndarray | None
     weight: str | None
     spatial: int
+    per_image: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +211,27 @@ class Labeller:
         chosen = self.policy.get(key, preferred)
         self.choices[key] = Choice(chosen, atoms, operation.module)
         return chosen
+
+    def note_layer(
+        self,
+        operation: Operation,
+        constant: int,
+        axes: tuple[np.ndarray, ...],
+        produced: np.ndarray | None,
+        consumed: np.ndarray | None,
+        weight: str | None,
+        spatial: int,
+    ) -> None:
+        """Remember a contraction and its cost (see `LayerUse`)."""
+        out = operation.outputs[0]
+        per_image = out is None or bool(self.info(out).derived)
+        name = operation_name(operation.func)
+        self.layers.append(
+            LayerUse(
+                len(self.values) - 1, operation.index, operation.module, name, constant, axes, produced, consumed,
+                weight, spatial, per_image,
+            )
+        )  # fmt: skip
 
     def note_consumed(self, operation: Operation, atoms: np.ndarray) -> None:
         """Remember that these labels end at an operator."""

@@ -16,7 +16,6 @@ import torch
 
 from pruning.labelling import (
     Labeller,
-    LayerUse,
     Rule,
     SizeUse,
     StatisticsUse,
@@ -668,12 +667,7 @@ def _note_product(
         constant //= k
     weight = weights[1] or weights[0]
     produced = next((s.reshape(-1) for s in result.slots if weight and support(s) == (2,)), None)
-    run.layers.append(
-        LayerUse(
-            len(run.values) - 1, operation.index, operation.module, operation_name(operation.func), constant,
-            tuple(axes), produced, ended, weight, batch * n,
-        )
-    )  # fmt: skip
+    run.note_layer(operation, constant, tuple(axes), produced, ended, weight, batch * n)
 
 
 @rule("linear")
@@ -689,12 +683,8 @@ def linear(run: Labeller, operation: Operation) -> Value:
     slots = [slot for slot in x.slots if slot.shape[-1] == 1]
     value = run.make(operation, run.out_shape(operation), [*slots, along(rows, rank - 1, rank)])
     positions = math.prod(x.shape[:-1])
-    run.layers.append(
-        LayerUse(
-            len(run.values) - 1, operation.index, operation.module, "linear", positions, (rows, columns), rows,
-            incoming, _origin(run, operation.args[1]), positions,
-        )
-    )  # fmt: skip
+    made_of = _origin(run, operation.args[1])
+    run.note_layer(operation, positions, (rows, columns), rows, incoming, made_of, positions)
     bias = arguments(operation).get("bias")
     return value if bias is None else run.combine(operation, [value, run.at(bias)], value.shape)
 
@@ -725,13 +715,8 @@ def convolution(run: Labeller, operation: Operation) -> Value:
     positions = shape if not transposed else x.shape
     spatial = math.prod(positions[2:]) * positions[0]
     macs = spatial * math.prod(weight.shape[2:]) * weight.shape[0] * weight.shape[1]
-    run.layers.append(
-        LayerUse(
-            len(run.values) - 1, operation.index, operation.module, "convolution",
-            macs // math.prod(axis.size for axis in axes), axes, given, incoming, _origin(run, named["weight"]),
-            spatial,
-        )
-    )  # fmt: skip
+    constant = macs // math.prod(axis.size for axis in axes)
+    run.note_layer(operation, constant, axes, given, incoming, _origin(run, named["weight"]), spatial)
     if named["bias"] is None:
         return value
     return run.combine(operation, [value, _as_channel(run.at(named["bias"]), len(shape))], shape)

@@ -98,7 +98,9 @@ class Pruner:
         loss: Per-sample loss `(logits, targets) → (N,)` that candidates are judged by.
         distributed: All ranks call `step` together, each with its share of the calibration data.
         autocast: Context factory for forward passes on calibration data.
-        max_batches: Calibration batches that one rewrite looks at.
+        max_batches: Calibration batches that one rewrite scores channels by.
+        judge_batches: How many of them candidates are judged by: scores need many pictures, a choice between whole
+            candidates few (benchmarks/rewrite.py measures what is lost).
         state: `state_dict()` of an earlier run whose checkpoint rebuilt `model`; goes on from there.
 
     Raises:
@@ -124,6 +126,7 @@ class Pruner:
         distributed: Distributed | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         max_batches: int = 10,
+        judge_batches: int = 2,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         check(step >= 1, f"--pruning-step {step}: must be at least 1 iteration")
@@ -133,6 +136,7 @@ class Pruner:
         self.criterion = make_criterion(criterion, features) if isinstance(criterion, str) else criterion
         self.search = build_search(search) if isinstance(search, str) else search
         self.loss, self.autocast, self.max_batches = loss, autocast, max_batches
+        self.judge_batches = judge_batches
         self.distributed = distributed or Distributed()
         budget = as_budget(budget)
         self.graph = trace_groups(model, example_images, constraints=constraints or DEFAULT_CONSTRAINTS)
@@ -237,7 +241,7 @@ class Pruner:
         return LossChange(
             self.model,
             self.graph,
-            batches,
+            batches[: self.judge_batches],
             loss=self.loss,
             distributed=self.distributed,
             autocast=self.autocast,
@@ -344,7 +348,7 @@ class Pruner:
         group = self.graph.group(layer)
         members = sorted({member.tensor.rpartition(".")[0] for member in self.graph.members(group)})
         lines = [
-            f"group {group.name}: {group.width} of {group.original_width} units of {group.channels_per_unit} channel(s)",
+            f"group {group.name}: {group.width} of {group.original_width} units × {group.channels_per_unit} channels",
             f"  coupled modules: {', '.join(members)}",
         ]
         if not group.prunable:
@@ -377,6 +381,7 @@ class Pruner:
             "completed": self.completed,
             "costs": self.costs.state_dict(),
             "original_widths": {group.name: group.original_width for group in self.graph.groups},
+            "frozen": self.graph.frozen,
             "history": [dataclasses.asdict(record) for record in self.history],
         }
 
@@ -390,6 +395,11 @@ class Pruner:
             )
         for group in self.graph.groups:
             group.original_width = state["original_widths"][group.name]
+        # The trial of the groups may end otherwise on the narrower network. The first verdict holds: a resumed run
+        # has the choices of one that was never interrupted.
+        for group in self.graph.prunable:
+            if group.name in state["frozen"]:
+                self.graph.freeze([group], state["frozen"][group.name])
         self.completed = state["completed"]
         self.history = [RewriteRecord(**record) for record in state["history"]]
 

@@ -82,7 +82,7 @@ class _Site:
         if tensor.shape[0] % num_samples or self.place.dim == 0:
             raise ValueError(
                 f"{self.place.kind} of {self.place.module!r} has shape {tuple(tensor.shape)}: its first dimension "
-                f"is not the {num_samples} pictures of the batch; leave it out with --ignore {self.place.module}"
+                f"is not the {num_samples} pictures of the batch; leave it out with --prune-ignore {self.place.module}"
             )
         return tensor.unflatten(0, (num_samples, -1)).movedim(self.place.dim + 1, 1)
 

@@ -44,6 +44,7 @@ _FLIPPED = {
     "blocks": "positions",
     "positions": "blocks",
 }
+_BLOCKWISE = frozenset({"blocks", "positions", "heads"})
 _SPATIAL_NAMES = frozenset({"kernel_size", "stride", "padding", "dilation", "output_padding"})
 
 
@@ -155,7 +156,7 @@ def loosened(model: nn.Module, traces: list[Trace], constraints: Constraints) ->
         touching = {
             key: choice
             for key, choice in labeller.choices.items()
-            if choice.chosen in _FLIPPED
+            if choice.chosen in _BLOCKWISE
             and group.index in graph.groups_in(as_units(graph.unit_of_atom, choice.atoms).reshape(-1))
         }
         attempts = [{key: _FLIPPED[choice.chosen]} for key, choice in touching.items()]
@@ -189,7 +190,8 @@ def _learn(
     while True:
         step = state.remedies.get(kind, 0)
         state.remedies[kind] = step + 1
-        if step == 0 and _flip(state, labeller, siblings):
+        hopeless = isinstance(model.get_submodule(failure.module), nn.MultiheadAttention)
+        if step == 0 and not hopeless and _flip(state, labeller, siblings):
             return
         if step == 1 and own - state.barred_attributes:
             state.barred_attributes |= own
@@ -224,19 +226,27 @@ def _class_path(module: nn.Module) -> str:
 
 
 def _suspects(labeller: Labeller, graph: ChannelGraph, module: str) -> set[int]:
-    """Prunable groups that a module counts, or else reads, or else holds, or else passes on."""
-    carriers: list[list[np.ndarray]] = [
-        [as_units(graph.unit_of_atom, use.atoms).reshape(-1) for use in labeller.size_uses if use.module == module],
-        [place.units for place in graph.places if place.module == module and place.kind == "input"],
-        [axis.units for axis in graph.axes if axis.tensor.rpartition(".")[0] == module],
-        [place.units for place in graph.places if place.module == module],
-    ]
-    for units in carriers:
-        groups = {index for vector in units for index in graph.groups_in(vector)}
-        groups = {index for index in groups if graph.groups[index].prunable}
-        if groups:
-            return groups
-    return set()
+    """Prunable groups that a module counts, or else reads; then those of the modules around it; then its own."""
+    around = [module]
+    while around[-1]:
+        around.append(around[-1].rpartition(".")[0])
+    for name in around:
+        counted = [
+            as_units(graph.unit_of_atom, u.atoms).reshape(-1) for u in labeller.size_uses if u.module == name
+        ]
+        read = [place.units for place in graph.places if place.module == name and place.kind == "input"]
+        for vectors in (counted, read):
+            groups = _prunable_in(graph, vectors)
+            if groups:
+                return groups
+    return _prunable_in(
+        graph, [axis.units for axis in graph.axes if axis.tensor.rpartition(".")[0] == module]
+    )
+
+
+def _prunable_in(graph: ChannelGraph, vectors: list[np.ndarray]) -> set[int]:
+    groups = {index for units in vectors for index in graph.groups_in(units)}
+    return {index for index in groups if graph.groups[index].prunable}
 
 
 def _flip(state: _State, labeller: Labeller, modules: set[str]) -> bool:
@@ -369,11 +379,15 @@ def _is_fresh(norm: nn.modules.batchnorm._BatchNorm) -> bool:
 
 
 def _conditioned(data: Tensor, generator: torch.Generator, name: str) -> Tensor:
-    """The values in float32, spread out where they are all the same number."""
-    values = data.to(torch.float32, copy=True)
-    if values.numel() < 2 or name.endswith(("running_mean", "running_var")):
-        return values
-    if bool((values == values.flatten()[0]).all()):
+    """The values in float32, spread out where they are all the same number.
+
+    Shares memory with what needs no change; running statistics, which the rehearsal writes, are copied.
+    """
+    if name.endswith(("running_mean", "running_var")):
+        return data.to(torch.float32, copy=True)
+    values = data.to(torch.float32)
+    few = values.flatten()[:64]
+    if values.numel() > 1 and bool((few == few[0]).all()) and bool((values == few[0]).all()):
         noise = torch.rand(values.shape, generator=generator).to(values.device)
         level = values.flatten()[0].abs()
         return noise * 0.2 - 0.1 if level == 0 else 0.6 + 0.8 * noise

@@ -38,9 +38,7 @@ torch.set_num_threads(1)
 seen = {}
 
 
-class Watched(PruningCallback):
-    """Writes down the BN statistics that scores are made with."""
-
+class Watched(PruningCallback):  # writes down the BN statistics that scores are made with
     buffers = []
 
     def _batches(self):

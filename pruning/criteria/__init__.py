@@ -14,6 +14,7 @@ from pruning.criteria.base import (
     WeightCriterion,
     WeightMember,
     create_criterion,
+    criterion_class,
     criterion_names,
     register_criterion,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "WeightMember",
     "combine_scores",
     "create_criterion",
+    "criterion_class",
     "criterion_names",
     "discriminant_scores",
     "normalise_scores",

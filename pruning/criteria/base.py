@@ -212,6 +212,19 @@ def criterion_names() -> list[str]:
     return sorted(_REGISTRY)
 
 
+def criterion_class(name: str) -> type[Criterion]:
+    """The class that is registered under a name.
+
+    Raises:
+        ValueError: There is no such criterion; the nearest name is suggested.
+    """
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(name, criterion_names(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"--pruning-criterion {name!r}: {hint}there are {', '.join(criterion_names())}")
+    return _REGISTRY[name]
+
+
 def create_criterion(name: str, **options: Any) -> Criterion:
     """A criterion by its name.
 
@@ -222,11 +235,7 @@ def create_criterion(name: str, **options: Any) -> Criterion:
     Raises:
         ValueError: There is no such criterion (the nearest name is suggested), or no such option.
     """
-    if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, criterion_names(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"--pruning-criterion {name!r}: {hint}there are {', '.join(criterion_names())}")
     try:
-        return _REGISTRY[name](**options)
+        return criterion_class(name)(**options)
     except TypeError as error:
         raise ValueError(f"--pruning-criterion {name}: {error}") from error

@@ -92,7 +92,9 @@ def test_a_graph_survives_the_file(tmp_path: Path) -> None:
     loaded = ChannelGraph.from_state(torch.load(tmp_path / "graph.pt", weights_only=True))
     assert loaded.signature() == graph.signature()
     assert loaded.macs == graph.macs
-    assert [group.original_width for group in loaded.groups] == [group.original_width for group in graph.groups]
+    assert [group.original_width for group in loaded.groups] == [
+        group.original_width for group in graph.groups
+    ]
     keep = {group.name: range(1) for group in graph.prunable}
     cut = copy.deepcopy(model)
     assert prune_channels(model, graph, keep) == prune_channels(cut, loaded, keep)

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from reliability.miniature_job import NAME, PLACES, count_calls, train
 from support.jobs import Process, assert_same_training, checkpoint, finished, iterations, main_words
 
 from image_classification.data import dali
+from image_classification.models import create_model
+from pruning.pruner import Pruner
 
 #: Where kills fall: function → share of the kills.
 REGIONS = {"_forward_backward": 0.3, "_rewrite": 0.3, "save": 0.3, "_validate": 0.1}
@@ -73,6 +76,18 @@ def workspaces(tmp_path: Path) -> Iterator[Path]:
 def test_the_miniature_run_repeats_itself(processes: Any, whole: dict[str, Any], tmp_path: Path) -> None:
     assert run(processes, train, tmp_path) == 0
     assert_same_training(whole, checkpoint(tmp_path))
+
+
+def test_a_resumed_run_has_the_choices_of_the_first(tmp_path: Path) -> None:
+    """The trial of the groups may end otherwise on narrower layers: the first verdict is kept in the checkpoint."""
+    torch.manual_seed(0)
+    model = create_model("resnet20", num_classes=10)
+    images = torch.randn(2, 3, 8, 8)
+    first = Pruner(model, images, criterion="magnitude", search="uniform")
+    first.graph.freeze(["layer3.1.conv1"], "failed its trial")
+    resumed = Pruner(model, images, criterion="magnitude", search="uniform", state=first.state_dict())
+    assert resumed.graph.frozen == first.graph.frozen
+    assert resumed.graph.frozen["layer3.1.conv1"] == "failed its trial"
 
 
 @pytest.mark.slow

@@ -1,0 +1,155 @@
+"""Flags of pruning: each has an effect, and one that cannot apply is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.training import MemoryLoader, build_trainer, toy_data
+
+from image_classification.config import ConfigError, flag_fields
+from pruning.callback import PruningCallback
+from pruning.config import PruningConfig, make_criterion
+from pruning.pruner import Pruner
+from pruning.search import GlobalSearch, GreedySearch, UniformSearch
+
+ITERATIVE: dict[str, Any] = {"iterative_pruning": True}
+
+
+def other_than(value: Any) -> Any:
+    """A value that a flag's default is not."""
+    choices = {"discriminant": "magnitude", "post": "pre", "mean": "sum", "auto": "float64"}
+    if isinstance(value, str):
+        return choices[value]
+    return {bool: not value, int: 3, float: 0.3, list: ["x=0.5"], type(None): "uniform"}[type(value)]
+
+
+@pytest.mark.parametrize("field", [field.name for field, _ in flag_fields(PruningConfig)])
+def test_every_flag_without_pruning_is_refused(field: str) -> None:
+    if field in ("iterative_pruning", "one_shot_pruning"):
+        return
+    default = getattr(PruningConfig(), field)
+    with pytest.raises(ConfigError, match=field.replace("_", "-")):
+        PruningConfig(**{field: other_than(default)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"iterative_pruning": True, "one_shot_pruning": 0.5}, "exclude each other"),
+        ({"one_shot_pruning": 1.5}, "--one-shot-pruning 1.5"),
+        ({"one_shot_pruning": 0.5, "budget": ["macs=0.3"]}, "leave --budget out"),
+        ({**ITERATIVE, "pruning_step": 0}, "--pruning-step"),
+        ({**ITERATIVE, "pruning_start": -1}, "--pruning-start"),
+        ({**ITERATIVE, "pruning_warmup": 100}, "longer than --pruning-step"),
+        ({**ITERATIVE, "pruning_shortlist": -1}, "--pruning-shortlist"),
+        ({**ITERATIVE, "calibration_batches": 0}, "--calibration-batches"),
+        ({**ITERATIVE, "judge_batches": 0}, "--judge-batches"),
+        ({**ITERATIVE, "di_ridge": 0.0}, "--di-ridge"),
+        ({**ITERATIVE, "round_to": 0}, "--round-to"),
+        ({**ITERATIVE, "min_width": 0.0}, "min_width"),
+        ({**ITERATIVE, "prune_limit": ["layer1"]}, "write PATTERN=LEAST"),
+    ],
+)
+def test_unusable_settings_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PruningConfig(**settings)
+
+
+def test_defaults_that_depend() -> None:
+    assert PruningConfig(**ITERATIVE).budget_words() == ["macs=0.5"]
+    assert PruningConfig(**ITERATIVE).search_name() == "greedy"
+    assert PruningConfig(one_shot_pruning=0.3).budget_words() == ["macs=0.7"]
+    assert PruningConfig(one_shot_pruning=0.3).search_name() == "global"
+    assert PruningConfig(**ITERATIVE, pruning_search="uniform").search_name() == "uniform"
+
+
+def test_criterion_settings_reach_it() -> None:
+    criterion = make_criterion("discriminant", "pre", 0.5, "float32")
+    assert (criterion.features, criterion.ridge, criterion.precision) == ("pre", 0.5, "float32")
+    make_criterion("magnitude", "pre", 0.5, "float32")  # has none of these
+    with pytest.raises(ConfigError, match="did you mean 'taylor'"):
+        make_criterion("tailor")
+
+
+def attached(tmp_path: Path, **settings: Any) -> Pruner:
+    """The pruner that the callback builds from flags."""
+    images, targets = toy_data(16)
+    config = PruningConfig(**{**ITERATIVE, "budget": ["macs=0.7"], "pruning_step": 3, **settings})
+    callback = PruningCallback(config, MemoryLoader(images, targets, 4, False), image_size=8)
+    trainer = build_trainer(workspace=tmp_path, callbacks=(callback,), epochs=1)
+    callback.on_fit_start(trainer)
+    assert callback.pruner is not None
+    return callback.pruner
+
+
+def test_every_flag_reaches_the_pruner(tmp_path: Path) -> None:
+    plain = attached(tmp_path)
+    assert isinstance(plain.search, GreedySearch)
+    assert plain.search.shortlist == 4
+    other = attached(
+        tmp_path, pruning_delta=0.1, pruning_start=2, pruning_shortlist=7, calibration_batches=3, judge_batches=1,
+        round_to=4, min_width=0.5, prune_ignore=["layer1.0.conv1"], prune_limit=["layer2.*=0.75"], budget=["macs=0.8"],
+        pruning_criterion="taylor",
+    )  # fmt: skip
+    assert other.num_rewrites == 2
+    assert not other.due(4)
+    assert other.due(5)
+    assert other.search.shortlist == 7
+    assert (other.max_batches, other.judge_batches) == (3, 1)
+    assert other.criterion.name == "taylor"
+    graph = other.graph
+    assert "layer1.0.conv1" in graph.frozen
+    assert graph.allowed_widths("layer2.1.conv1") == [24, 28, 32]
+    assert graph.allowed_widths("layer3.1.conv1")[0] == 32
+    assert isinstance(attached(tmp_path, pruning_search="uniform").search, UniformSearch)
+    ranked = attached(tmp_path, pruning_search="global", score_normalisation="sum").search
+    assert isinstance(ranked, GlobalSearch)
+    assert ranked.normalisation == "sum"
+    assert attached(tmp_path, score_features="pre", di_ridge=0.2).criterion.ridge == 0.2
+
+
+def test_judging_by_fewer_batches_reads_fewer(tmp_path: Path) -> None:
+    for judge_batches, expected in ((1, 4), (2, 8)):
+        pruner = attached(tmp_path, judge_batches=judge_batches)
+        batches = pruner._taken([(torch.randn(4, 3, 8, 8), torch.randint(0, 10, (4,)))] * 4)
+        judge = pruner._judge(batches)
+        assert sum(len(images) for images, _ in judge.batches) == expected
+
+
+def test_dry_run_changes_nothing_and_ends_at_the_budget(tmp_path: Path) -> None:
+    pruner = attached(tmp_path, pruning_delta=0.1)
+    images, targets = toy_data(16)
+    before = {name: value.clone() for name, value in pruner.model.state_dict().items()}
+    rows = pruner.dry_run([(images[:8], targets[:8]), (images[8:], targets[8:])])
+    assert [row["rewrite"] for row in rows] == [1, 2, 3]
+    assert [row["iteration"] for row in rows] == [3, 6, 9]
+    assert rows[-1]["costs"]["macs"] <= 0.7 * (1 + 1e-6)
+    assert rows[0]["costs"]["macs"] > rows[-1]["costs"]["macs"]
+    assert all(torch.equal(before[name], value) for name, value in pruner.model.state_dict().items())
+    assert pruner.completed == 0
+
+
+def test_explain_says_what_is_coupled_and_why_frozen(tmp_path: Path) -> None:
+    pruner = attached(tmp_path)
+    text = pruner.explain("layer1.1.conv2")
+    assert "coupled modules" in text
+    assert "conv1" in text
+    assert "cannot be pruned" in pruner.explain("fc")
+    with pytest.raises(ValueError, match="no channel group"):
+        pruner.explain("layer9")
+
+
+def test_the_record_is_plain_data(tmp_path: Path) -> None:
+    import json
+
+    pruner = attached(tmp_path)
+    images, targets = toy_data(16)
+    record = pruner.step([(images, targets)], iteration=3)
+    assert json.loads(json.dumps(dataclasses.asdict(record)))["rewrite"] == 1
+    assert "rewrite 1" in record.describe()
+    state = pruner.state_dict()
+    assert json.loads(json.dumps(state))["completed"] == 1
