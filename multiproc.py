@@ -114,6 +114,10 @@ def launch(args: argparse.Namespace, logs: RankLogs) -> int:
     config, command, command_args = config_from_args(args)
     # The agent explains a failure itself; torch would add "failed (exitcode: 75)" for a rank that saved.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    if config.max_restarts > 0:
+        # Ranks that share the agents' store find the addresses of the ranks before the restart in it
+        # (pytorch/pytorch#135712); with this, rank 0 opens a new one for every attempt.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     spec = make_spec(config, str(command), command_args)
     agent = Agent(spec, logs, args.shutdown_timeout)
     try:

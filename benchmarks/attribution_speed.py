@@ -1,6 +1,6 @@
 """Speed and conservation of the attribution methods, in units of a forward pass.
 
-    OMP_NUM_THREADS=1 python benchmarks/attribution_speed.py [--arch resnet50 vgg16_bn] [--batch-size 16] [--device cuda]
+    OMP_NUM_THREADS=1 python benchmarks/attribution_speed.py [--arch resnet50 vgg16_bn] [--batch-size 16]
 
 Per network and method: CPU-seconds (device seconds with --device cuda) of maps for one batch ÷ those of an
 evaluation-mode forward pass of the same batch, measured in turn within each repeat so that a busy machine hits all
@@ -13,6 +13,7 @@ Weights are random, batch norms have random scales and are calibrated on the pic
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -104,7 +105,7 @@ def measure(arch: str, batch_size: int, repeats: int, device: torch.device) -> l
         for _ in range(repeats):
             with torch.no_grad():
                 forwards.append(seconds(lambda: model(images), device))
-            ratios.append(seconds(lambda: prepared(images, targets), device) / forwards[-1])
+            ratios.append(seconds(functools.partial(prepared, images, targets), device) / forwards[-1])
         rows.append(
             {
                 "arch": arch,

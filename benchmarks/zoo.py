@@ -35,10 +35,10 @@ sys.path.insert(0, str(ROOT))
 from image_classification.models.factory import create_model
 from pruning.gates import Gates
 from pruning.graph import ChannelGraph, trace_groups
+from pruning.rehearsal import condition
 from pruning.structure import load_pruned, save_pruned
 from pruning.surgery import prune_channels
 from pruning.tracing import undisturbed
-from pruning.verify import condition
 
 COLUMNS = ("seconds", "groups", "prunable_percent", "macs_left", "difference", "trains", "loads", "exports")
 
@@ -103,7 +103,7 @@ def image_size_of(library: str, name: str) -> int:
             return int(config.input_size[-1])
         if config is not None and name.startswith(("bat_", "halonet", "botnet")):
             return int(config.input_size[-1])
-    return 224
+    return 299 if name == "inception_v3" else 224  # its auxiliary head needs it
 
 
 def examine(library: str, name: str) -> dict[str, Any]:

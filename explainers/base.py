@@ -9,9 +9,10 @@ after a rewrite of the network, prepare again.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -142,6 +143,24 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     """The floating-point type that a network computes in."""
     floats = (p.dtype for p in model.parameters() if p.is_floating_point())
     return next(floats, torch.float32)
+
+
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Full float32 products, whatever the TF32 and autocast switches of training say: relevance is a chain of
+    quotients of such products, and would not keep its sum.
+    """
+    backends: Any = torch.backends
+    parts = (backends.cuda.matmul, backends.cudnn.conv) if device.type == "cuda" else ()
+    before = [part.fp32_precision for part in parts]
+    try:
+        for part in parts:
+            part.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
 
 
 def check_request(images: Tensor, targets: Tensor) -> None:

@@ -10,6 +10,7 @@ step of its own.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import torch
@@ -35,8 +36,7 @@ class CanonicalNetwork:
 
     def record(self, images: Tensor) -> Record:
         """Run the copy on (B, C, H, W) pictures; see `record_forward`."""
-        with torch.autocast(images.device.type, enabled=False):
-            return record_forward(self.model, images.to(self.dtype))
+        return record_forward(self.model, images.to(self.dtype))
 
 
 def merge_batch_norms(record: Record) -> list[Step]:
@@ -99,7 +99,13 @@ def fuse_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
         The copy; `nn.Identity` stands where a batch norm went, so that names stay.
     """
     fused = copy.deepcopy(unwrap(model)).eval()
-    record = record_forward(fused, example.to(dtype_of(fused)))
+    with contextlib.closing(record_forward(fused, example.to(dtype_of(fused)))) as record:
+        _fuse_all(fused, record)
+    return fused
+
+
+def _fuse_all(model: nn.Module, record: Record) -> None:
+    """Fuse in place whatever the record shows to be right."""
     calls: dict[str, int] = {}
     for step in record.steps:
         if step.kind in (Kind.WEIGHTED, Kind.BATCH_NORM):
@@ -107,8 +113,7 @@ def fuse_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
     for step in record.steps:
         layer = layer_before(step)
         if layer is not None and calls[layer.where] == calls[step.where] == 1:
-            _fuse(fused, layer, step)
-    return fused
+            _fuse(model, layer, step)
 
 
 def _fuse(model: nn.Module, layer: Step, batch_norm: Step) -> None:

@@ -18,7 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from explainers.base import Attribution, check_request, dtype_of, frozen_copy, register_method, target_logits
+from explainers.base import (
+    Attribution,
+    check_request,
+    dtype_of,
+    exact_products,
+    frozen_copy,
+    register_method,
+    target_logits,
+)
 from explainers.record import Record, UnsupportedOperatorError, Value, record_forward
 from image_classification.models import main_and_auxiliary_logits
 from image_classification.models.registry import nearest
@@ -57,7 +65,7 @@ class PreparedGradCAM:
     def __call__(self, images: Tensor, targets: Tensor) -> Attribution:
         """See `Prepared.__call__`."""
         check_request(images, targets)
-        with torch.autocast(images.device.type, enabled=False):
+        with exact_products(images.device):
             maps, logits = class_activation(self.model, self.layer, images.to(self.dtype), targets)
         heatmap = resize(maps, images.shape[2:]).float()
         chosen = target_logits(logits, targets).float()
@@ -155,7 +163,18 @@ def find_layer(model: nn.Module, example: Tensor) -> str:
     Raises:
         UnsupportedOperatorError: There is none.
     """
-    record = record_forward(model, example[:1].to(dtype_of(model)))
+    with contextlib.closing(record_forward(model, example[:1].to(dtype_of(model)))) as record:
+        best = _last_feature_map(record)
+    if best is None:
+        raise UnsupportedOperatorError(
+            f"Grad-CAM: {type(model).__name__} has no feature map (B, C, h, w) of more than one pixel that everything "
+            "goes through; name a layer"
+        )
+    return best
+
+
+def _last_feature_map(record: Record) -> str | None:
+    """The module whose output is the last feature map that everything goes through."""
     order = {value: index for index, value in enumerate(record.bottlenecks())}
     best: tuple[int, int, str] | None = None
     for name, value in record.module_outputs:
@@ -163,12 +182,7 @@ def find_layer(model: nn.Module, example: Tensor) -> str:
             rank = (order[value], -name.count("."), name)
             if best is None or rank[:2] > best[:2]:
                 best = rank
-    if best is None:
-        raise UnsupportedOperatorError(
-            f"Grad-CAM: {type(model).__name__} has no feature map (B, C, h, w) of more than one pixel that everything "
-            "goes through; name a layer"
-        )
-    return best[2]
+    return None if best is None else best[2]
 
 
 def _is_feature_map(value: Value, record: Record) -> bool:

@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from explainers.base import Attribution, check_request, dtype_of, frozen_copy, register_method, target_logits
+from explainers.base import (
+    Attribution,
+    check_request,
+    dtype_of,
+    exact_products,
+    frozen_copy,
+    register_method,
+    target_logits,
+)
 from image_classification.models import main_and_auxiliary_logits
 
 
@@ -56,21 +64,21 @@ class PreparedIntegratedGradients:
         check_request(images, targets)
         images = images.detach().to(self.dtype)
         baseline = torch.full_like(images, self.method.baseline)
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        with torch.no_grad(), exact_products(images.device):
             logits, _ = main_and_auxiliary_logits(self.model(images))
-            from_baseline, _ = main_and_auxiliary_logits(self.model(baseline))
+            from_baseline, _ = main_and_auxiliary_logits(self.model(baseline[:1]))  # the same for all
         integral = torch.zeros_like(images)
         for position, weight in self._points:
             integral += weight * self._gradient(torch.lerp(baseline, images, position), targets)
         relevance = (images - baseline) * integral
-        started = target_logits(logits, targets) - target_logits(from_baseline, targets)
+        started = target_logits(logits, targets) - target_logits(from_baseline.expand_as(logits), targets)
         arrived = relevance.flatten(1).sum(1, dtype=torch.float64).float()
         return Attribution(relevance.sum(1).float(), True, started.float(), arrived, logits)
 
     def _gradient(self, images: Tensor, targets: Tensor) -> Tensor:
         """∂z_k/∂x at some pictures."""
         images = images.detach().requires_grad_()
-        with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+        with torch.enable_grad(), exact_products(images.device):
             logits, _ = main_and_auxiliary_logits(self.model(images))
             (gradient,) = torch.autograd.grad(target_logits(logits, targets).sum(), images)
         return gradient

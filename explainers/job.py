@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -123,7 +124,7 @@ class PictureConfig:
         "--num-pictures",
         "-n",
         parse=int,
-        help="explain so many pictures, spread evenly; default: all",
+        help="explain so many pictures, drawn once and for all; default: all",
     )
     annotation_path: str | None = flag(
         None, "--annotation-path", metavar="DIR",
@@ -168,7 +169,9 @@ def open_split(
     manifest = dataset.val if pictures.split == "val" else dataset.train
     count = pictures.num_pictures
     if count is not None and count < len(manifest):
-        manifest = manifest.subset([index * len(manifest) // count for index in range(count)])
+        # Regular steps would meet the same class again and again where classes take turns.
+        chosen = np.random.default_rng(0).permutation(len(manifest))[:count]
+        manifest = manifest.subset(np.sort(chosen))
     if pictures.annotation_path is not None:
         folder = Path(pictures.annotation_path)
         check(folder.is_dir(), f"--annotation-path {folder}: there is no such folder")

@@ -111,7 +111,7 @@ def save_grid(
     FigureCanvasAgg(figure)
     widths = [1.0] * columns + [0.55 * 0.95 / cell_inches] * len(kinds)
     grid = figure.add_gridspec(
-        len(rows), columns + len(kinds), width_ratios=widths, left=0.01, right=0.99, bottom=0.01,
+        len(rows), columns + len(kinds), width_ratios=widths, left=0.01, right=0.97, bottom=0.01,
         top=1 - (margin + 0.27) / figure.get_figheight(), wspace=0.06, hspace=0.42 / cell_inches,
     )  # fmt: skip
     for index, row in enumerate(rows):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 
 import torch
 from torch import Tensor, nn
 
-from explainers.base import Attribution, check_request, target_logits
+from explainers.base import Attribution, check_request, exact_products, target_logits
 from explainers.canonize import CanonicalNetwork, merge_batch_norms
 from explainers.propagate import Rules, propagate
 from explainers.record import Record, Step
@@ -33,10 +34,10 @@ class PreparedPropagation(abc.ABC):
     def __call__(self, images: Tensor, targets: Tensor) -> Attribution:
         """See `Prepared.__call__`."""
         check_request(images, targets)
-        record = self.network.record(images)
-        steps = merge_batch_norms(record) if self.merge else record.steps
-        logits = target_logits(record.logits.tensor, targets)
-        return self.explain(record, steps, targets.to(logits.device), logits)
+        with exact_products(images.device), contextlib.closing(self.network.record(images)) as record:
+            steps = merge_batch_norms(record) if self.merge else record.steps
+            logits = target_logits(record.logits.tensor, targets)
+            return self.explain(record, steps, targets.to(logits.device), logits)
 
     @abc.abstractmethod
     def explain(self, record: Record, steps: list[Step], targets: Tensor, logits: Tensor) -> Attribution:

@@ -198,6 +198,16 @@ class Record:
         for step in self.steps:
             yield from step.outputs
 
+    def close(self) -> None:
+        """Take the record apart. Steps and values refer to each other, so without this the tensors of a batch would
+        stay until the garbage collector happens to run, and memory would grow over batches.
+        """
+        for step in self.steps:
+            for value in step.outputs:
+                value.step = None
+            step.inputs.clear()
+            step.outputs.clear()
+
     def bottlenecks(self) -> list[Value]:
         """The values that every path from the pictures to the logits goes through, in order.
 

@@ -30,6 +30,10 @@ files start the job again."""
 _LOW_BITS = 32
 
 
+class PeerError(RuntimeError):
+    """Another rank failed and has said why; this one stops with it."""
+
+
 @dataclasses.dataclass(kw_only=True)
 class DistributedConfig:
     """How processes find their device and each other. Ranks come from the launcher's environment."""
@@ -228,7 +232,7 @@ class Distributed:
         For work that leaves a file which the others only read, on shared and on local disks alike.
 
         Raises:
-            RuntimeError: On the other ranks, when the block failed on one before or beside them.
+            PeerError: On the other ranks, when the block failed on one before or beside them.
         """
         stage = 0 if self.is_main else 1 if self.local_rank == 0 else 2
         for earlier in range(stage):
@@ -246,7 +250,7 @@ class Distributed:
     def _join_stage(self, failed: bool, stage: int, what: str) -> None:
         num_failed = self._count_failures(failed)
         if num_failed:
-            raise RuntimeError(
+            raise PeerError(
                 f"{what} failed on {num_failed} rank(s) in stage {stage + 1} of 3; see their messages"
             )
 

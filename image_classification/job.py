@@ -24,7 +24,13 @@ from image_classification.data.bad_samples import BadSampleError
 from image_classification.data.build import DataConfig, Loaders, build_loaders, choose_backend
 from image_classification.data.dataset import IMAGENET_PRESET
 from image_classification.data.layouts import open_dataset
-from image_classification.distributed import EXIT_SAVED, Distributed, DistributedConfig, setup_distributed
+from image_classification.distributed import (
+    EXIT_SAVED,
+    Distributed,
+    DistributedConfig,
+    PeerError,
+    setup_distributed,
+)
 from image_classification.ema import Ema
 from image_classification.evaluation import Evaluator
 from image_classification.interrupts import StopRequested
@@ -61,7 +67,7 @@ SECTIONS: dict[str, type] = {
 }
 
 #: Errors that a user can mend: the message is the whole story, a traceback would hide it.
-_USER_ERRORS = (ConfigError, ModelError, BadSampleError, NonFiniteLossError, OSError)
+_USER_ERRORS = (ConfigError, ModelError, BadSampleError, NonFiniteLossError, PeerError, OSError)
 
 
 @dataclasses.dataclass

@@ -440,7 +440,9 @@ class Trainer:
         """Take over momenta. Settings (momentum, decay) stay those of this run's flags, not the checkpoint's."""
         optimizer = self.state.optimizer
         groups = optimizer.state_dict()["param_groups"]
-        sizes, expected = ([len(group["params"]) for group in some] for some in (saved["param_groups"], groups))
+        sizes, expected = (
+            [len(group["params"]) for group in some] for some in (saved["param_groups"], groups)
+        )
         check(
             sizes == expected,
             f"--resume: the checkpoint's optimizer has groups of {sizes} parameters, now there would be {expected}: "

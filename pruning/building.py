@@ -75,7 +75,7 @@ def _mark_training_only(layers: list[Layer], labeller: Labeller) -> None:
 def _axes(
     model: nn.Module, labeller: Labeller, coupling: Coupling, names: dict[str, tuple[str, ...]]
 ) -> list[Axis]:
-    produced = {use.weight for use in labeller.layers if use.weight is not None}
+    weights = {use.weight for use in labeller.layers} & {name for name, _ in model.named_parameters()}
     modules = dict(model.named_modules())
     axes = []
     order = {name: number for number, name in enumerate(named_tensors(model))}
@@ -84,9 +84,7 @@ def _axes(
         if (units >= 0).any():
             owner = modules.get(name.rpartition(".")[0])
             transposed = bool(getattr(owner, "transposed", False))
-            role = (
-                "along" if name not in produced or dim > 1 else ("out" if (dim == 1) == transposed else "in")
-            )
+            role = "along" if name not in weights or dim > 1 else "out" if (dim == 1) == transposed else "in"
             axes.append(Axis(name, names[name], dim, units, role))
     return axes
 

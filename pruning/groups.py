@@ -202,12 +202,12 @@ def couple(labeller: Labeller) -> Coupling:
     produced = _first_producers(producers, root)
     kinds = _signatures(labeller, root)
     members = np.flatnonzero((kinds != 0) & (produced >= 0) & (root == np.arange(root.size)))
-    fates = np.array([reasons.get(component, "") for component in members.tolist()], dtype=object)
-    names, fate_numbers = (
-        np.unique(fates.astype(str), return_inverse=True) if members.size else (fates, members)
-    )
-    own = np.where(fates != "", produced[members], -1)  # frozen ones are listed by layer
-    keys = np.stack([kinds[members].view(np.int64), fate_numbers.reshape(-1), own], axis=1)
+    fates = [reasons.get(component, "") for component in members.tolist()]
+    number_of = {reason: number for number, reason in enumerate(["", *dict.fromkeys(fates)])}
+    number_of[""] = 0
+    fate_numbers = np.array([number_of[reason] for reason in fates], dtype=np.int64)
+    own = np.where(fate_numbers > 0, produced[members], -1)  # frozen ones are listed by layer
+    keys = np.stack([kinds[members].view(np.int64), fate_numbers, own], axis=1)
     _, group_of = np.unique(keys, axis=0, return_inverse=True)
     order = np.lexsort((members, produced[members]))
     unit_of_component = np.full(root.size, FROZEN, dtype=np.int64)

@@ -9,6 +9,7 @@ proved.
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from image_classification.models.factory import unwrap
 from image_classification.models.structure import Structure, build_from_structure, capture_structure
 
 FORMAT = "lucidprune"
@@ -33,14 +35,16 @@ def pruned_state(
         extra: Further entries of plain data or tensors.
     """
     structure = capture_structure(model, factory=factory)
-    bare = getattr(model, "module", model)
+    saved = unwrap(model).state_dict()
+    tensors = OrderedDict((name, tensor.detach().cpu()) for name, tensor in saved.items())
+    tensors._metadata = getattr(saved, "_metadata", None)  # type: ignore[attr-defined]  # versions of modules
     return {
         **extra,
         "format": FORMAT,
         "version": VERSION,
         "arch": structure.arch,
         "structure": structure.to_plain(),
-        "state_dict": {name: tensor.detach().cpu() for name, tensor in bare.state_dict().items()},
+        "state_dict": tensors,
     }
 
 

@@ -162,15 +162,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_kernels() -> Iterator[None]:
+    """Full float32 precision, and transformer layers as single operators."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    matmul_tf32, cudnn_tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    backends: Any = torch.backends
+    products, convolutions = backends.cuda.matmul, backends.cudnn.conv
+    before = (products.fp32_precision, convolutions.fp32_precision)
     torch.backends.mha.set_fastpath_enabled(False)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    products.fp32_precision = convolutions.fp32_precision = "ieee"
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul_tf32, cudnn_tf32
+        products.fp32_precision, convolutions.fp32_precision = before
 
 
 def set_trace_mode(model: nn.Module, training: bool) -> None:

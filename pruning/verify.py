@@ -5,17 +5,12 @@ Masked means: all slices that carry removed units are zeroed in the full network
 never had the others. All groups are cut at once, by random halves; where that fails, the first module that
 raises or differs tells whose groups to look at, and these are coupled in another way, given hidden widths
 (whole numbers that modules hold), or frozen with the reason. So a few forward passes try everything.
-
-A fresh network says little about its wiring: vectors that are all zero or all equal hide permutations and dead
-branches. The rehearsal therefore runs on well-conditioned copies of the weights; the network's own come back
-untouched.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,9 +23,9 @@ from pruning.building import build_graph, label
 from pruning.channel_graph import ChannelGraph, Constraints
 from pruning.groups import AttributeAxis, Place, as_units, vector_of
 from pruning.labelling import Labeller, Policy
-from pruning.statistics import StatisticsOverKept
-from pruning.surgery import Changes, plan_network, tensor_cuts, weight_norm_pairs
-from pruning.tracing import Trace, as_tree, is_leaf, named_tensors, set_trace_mode
+from pruning.rehearsal import as_float, masked, rehearsal
+from pruning.surgery import Changes, plan_network
+from pruning.tracing import Trace, as_tree, is_leaf, set_trace_mode
 
 TOLERANCE = 1e-4
 _MODULE_TOLERANCE = 1e-3
@@ -329,95 +324,6 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
             yield from ((name, position, item) for position, item in enumerate(value))
 
 
-# -- the rehearsal -----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def rehearsal(model: nn.Module, images: tuple[Any, ...]) -> Iterator[None]:
-    """Lend the network well-conditioned float32 weights; give its own back afterwards."""
-    tensors = named_tensors(model)
-    originals = {name: tensor.data for name, tensor in tensors.items()}
-    generator = torch.Generator().manual_seed(0)
-    untouched = [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and _is_fresh(m)
-    ]
-    try:
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point():
-                tensor.data = _conditioned(tensor.data, generator, name)
-        _calibrate(model, untouched, images)
-        yield
-    finally:
-        for name, tensor in tensors.items():
-            tensor.data = originals[name]
-
-
-def condition(model: nn.Module, images: tuple[Any, ...]) -> None:
-    """Give a fresh network weights that tell its channels apart and keep activations at a sensible scale.
-
-    Vectors that hold one number everywhere are spread out, batch norms that saw no data take their statistics
-    from the images. For tests and benchmarks on networks without trained weights; changes the network.
-    """
-    generator = torch.Generator().manual_seed(0)
-    untouched = [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and _is_fresh(m)
-    ]
-    with torch.no_grad():
-        for name, tensor in named_tensors(model).items():
-            if tensor.is_floating_point():
-                tensor.copy_(_conditioned(tensor.data, generator, name))
-        modes = {module: module.training for module in model.modules()}
-        _calibrate(model, untouched, images)
-        for module, training in modes.items():
-            module.training = training
-
-
-def _is_fresh(norm: nn.modules.batchnorm._BatchNorm) -> bool:
-    if norm.running_mean is None or norm.running_var is None:
-        return False
-    return bool((norm.running_mean == 0).all() and (norm.running_var == 1).all())
-
-
-def _conditioned(data: Tensor, generator: torch.Generator, name: str) -> Tensor:
-    """The values in float32, spread out where they are all the same number.
-
-    Shares memory with what needs no change; running statistics, which the rehearsal writes, are copied.
-    """
-    if name.endswith(("running_mean", "running_var")):
-        return data.to(torch.float32, copy=True)
-    values = data.to(torch.float32)
-    few = values.flatten()[:64]
-    if values.numel() > 1 and bool((few == few[0]).all()) and bool((values == few[0]).all()):
-        noise = torch.rand(values.shape, generator=generator).to(values.device)
-        level = values.flatten()[0].abs()
-        return noise * 0.2 - 0.1 if level == 0 else 0.6 + 0.8 * noise
-    return values
-
-
-def _calibrate(model: nn.Module, norms: list[Any], images: tuple[Any, ...]) -> None:
-    """Batch statistics for batch norms that have seen no data: keeps activations at a sensible scale."""
-    if not norms:
-        return
-    set_trace_mode(model, training=False)
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.train()
-        norm.momentum = 1.0
-    try:
-        model(*_as_float(images))
-    except (RuntimeError, ValueError):
-        pass  # one value per channel, for example: fresh statistics will have to do
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            norm.eval()
-            norm.running_var.clamp_(min=1e-3)
-
-
-def _as_float(images: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(i.float() if isinstance(i, Tensor) and i.is_floating_point() else i for i in images)
-
-
 # -- one trial ---------------------------------------------------------------------------------------------
 
 
@@ -428,7 +334,7 @@ def first_failure(
     mask = _random_mask(graph)
     if mask.all():
         return None
-    images = _as_float(images)
+    images = as_float(images)
     for number, trace in enumerate(traces):
         set_trace_mode(model, trace.training)
         changes = Changes()
@@ -457,56 +363,6 @@ def _random_mask(graph: ChannelGraph) -> np.ndarray:
         mask[group.units] = False
         mask[group.units[generator.choice(group.width, count, replace=False)]] = True
     return mask
-
-
-@contextlib.contextmanager
-def masked(model: nn.Module, graph: ChannelGraph, mask: np.ndarray, trace: int = 0) -> Iterator[None]:
-    """The full network with all removed slices zeroed, and statistics over what is kept."""
-    tensors = named_tensors(model)
-    replaced: dict[str, Tensor] = {}
-    try:
-        for name, values in masked_tensors(model, graph, mask).items():
-            replaced[name] = tensors[name].data
-            tensors[name].data = values
-        with (
-            StatisticsOverKept(graph.statistics, mask, trace)
-            if graph.statistics
-            else contextlib.nullcontext()
-        ):
-            yield
-    finally:
-        for name, data in replaced.items():
-            tensors[name].data = data
-
-
-def masked_tensors(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> dict[str, Tensor]:
-    """Full-size values of the tensors that carry removed units, those slices zeroed.
-
-    Of a weight-normalised layer the gains are zeroed for removed rows, and adjusted for removed columns so that
-    the other weights keep their values.
-    """
-    tensors, found = named_tensors(model), {}
-    cuts = tensor_cuts(graph, mask)
-    pairs = {v_name: (g_name, dim) for g_name, v_name, dim in weight_norm_pairs(model)}
-    for name, per_dim in cuts.items():
-        rows = pairs[name][1] if name in pairs else None
-        found[name] = _zeroed(tensors[name].data, {d: i for d, i in per_dim.items() if d != rows})
-    for v_name, (g_name, dim) in pairs.items():
-        if v_name in found:
-            v = tensors[v_name].data
-            over = tuple(d for d in range(v.dim()) if d != dim)
-            norms = [torch.linalg.vector_norm(t, dim=over, keepdim=True) for t in (found[v_name], v)]
-            gains = found.get(g_name, tensors[g_name].data)
-            found[g_name] = gains * (norms[0] / norms[1]).reshape_as(gains)
-    return found
-
-
-def _zeroed(values: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
-    for dim, index in cuts.items():
-        weights = torch.zeros(values.shape[dim], device=values.device, dtype=values.dtype)
-        weights[index.to(values.device)] = 1
-        values = values * weights.reshape([-1 if d == dim else 1 for d in range(values.dim())])
-    return values
 
 
 @dataclasses.dataclass

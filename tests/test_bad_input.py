@@ -181,7 +181,11 @@ def test_unreadable_pictures_are_substituted(
     assert code == 0, text
     assert "Traceback" not in text
     entries = read_report(tmp_path / "workspace" / "experiment_raport.json")
-    counts = [e["data"]["train.substituted_samples"] for e in entries if "train.substituted_samples" in e.get("data", {})]
+    counts = [
+        e["data"]["train.substituted_samples"]
+        for e in entries
+        if "train.substituted_samples" in e.get("data", {})
+    ]
     assert counts[-1] == 4
     assert [e["data"]["val.samples"] for e in entries if "val.samples" in e.get("data", {})] == [8]
 
@@ -189,7 +193,9 @@ def test_unreadable_pictures_are_substituted(
 def test_no_readable_picture_at_all(attempt: Attempt, folder: Path) -> None:
     for path in (folder / "train").rglob("*.jpg"):
         damage(path, "text")
-    assert_told(attempt(folder, "--on-bad-sample", "substitute"), r"not one of the 32 pictures .* can be read")
+    assert_told(
+        attempt(folder, "--on-bad-sample", "substitute"), r"not one of the 32 pictures .* can be read"
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -201,8 +207,6 @@ def test_unusual_pictures_just_work(attempt: Attempt, folder: Path, backend: str
     rng = np.random.default_rng(0)
     write_png16(class0 / "deep.png", rng.integers(0, 2**16, (40, 50, 3), dtype=np.uint16))
     write_png16(class0 / "deep_grey.png", rng.integers(0, 2**16, (40, 50), dtype=np.uint16))
-    Image.new("RGB", (20_000, 30), (10, 200, 10)).save(class0 / "long.jpg")
-    Image.new("RGB", (30, 20_000), (10, 10, 200)).save(class0 / "tall.png")
     smooth_picture(60, 50, 1).convert("P").save(class0 / "palette.png")
     smooth_picture(60, 50, 1).convert("RGBA").save(class0 / "alpha.png")
     code, text = attempt(folder, backend=backend)
@@ -210,11 +214,27 @@ def test_unusual_pictures_just_work(attempt: Attempt, folder: Path, backend: str
     assert "cannot be read" not in text
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pictures_of_20000_pixels(attempt: Attempt, folder: Path, backend: str) -> None:
+    """They just work, except where every picture gets the room of the largest: told, with the ways out."""
+    Image.new("RGB", (20_000, 30), (10, 200, 10)).save(folder / "train" / "class0" / "long.jpg")
+    Image.new("RGB", (30, 20_000), (10, 10, 200)).save(folder / "train" / "class1" / "tall.png")
+    result = attempt(folder, backend=backend)
+    if backend == "resident":
+        assert_told(
+            result, r"--data-backend resident needs 38\.\d GiB for 34 pictures .*: choose --data-backend"
+        )
+    else:
+        assert result[0] == 0, result[1]
+
+
 # ------------------------------------------------------------------ the network
 
 
 def test_wrong_number_of_classes(attempt: Attempt, good: Path) -> None:
-    assert_told(attempt(good, "--num-classes", 3), r"--num-classes 3, but the data has 4 classes: give 4 or more")
+    assert_told(
+        attempt(good, "--num-classes", 3), r"--num-classes 3, but the data has 4 classes: give 4 or more"
+    )
 
 
 def test_unknown_architecture(attempt: Attempt, good: Path) -> None:
@@ -267,7 +287,18 @@ def trained(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of one epoch of two."""
     workspace = tmp_path_factory.mktemp("trained")
     words = [str(good), "--arch", "resnet20", "--epochs", "2", "--run-epochs", "1", "--batch-size", "8"]
-    words += ["--image-size", "32", "--device", "cpu", "--workers", "1", "--data-backend", "pytorch", "--lr", "0.01"]
+    words += [
+        "--image-size",
+        "32",
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+        "--data-backend",
+        "pytorch",
+        "--lr",
+        "0.01",
+    ]
     assert main.main([*words, "--workspace", str(workspace)]) == 0
     return workspace / NAME
 
@@ -290,7 +321,11 @@ def test_damaged_or_foreign_checkpoint(
         torch.save({"epoch": 3, "iteration": 7, "arch": "resnet20"}, path)
     else:
         torch.save(create_model("resnet20", num_classes=4).state_dict(), path)
-    pattern = "holds no training state" if kind in ("foreign", "plain weights") else "checkpoint.pth .*(damaged|empty)"
+    pattern = (
+        "holds no training state"
+        if kind in ("foreign", "plain weights")
+        else "checkpoint.pth .*(damaged|empty)"
+    )
     assert_told(attempt(good, "--epochs", 2, "--resume", path), pattern)
 
 
@@ -331,9 +366,7 @@ def test_resume_on_other_data(attempt: Attempt, folder: Path, trained: Path) -> 
     assert_told(attempt(folder, "--epochs", 2, "--resume", trained), r"--resume: .*the files.*were changed")
 
 
-def test_flags_win_over_the_checkpoint(
-    attempt: Attempt, good: Path, trained: Path, tmp_path: Path
-) -> None:
+def test_flags_win_over_the_checkpoint(attempt: Attempt, good: Path, trained: Path, tmp_path: Path) -> None:
     """Momentum and decay of a resumed run are those of its flags; they used to be the checkpoint's, silently."""
     code, text = attempt(good, "--epochs", 2, "--resume", trained, "--mom", 0.5, "--wd", 0.25)
     assert code == 0, text
@@ -374,7 +407,9 @@ def test_full_disk_while_saving(
 
     monkeypatch.setattr(torch, "save", save)
     result = attempt(good, "--checkpoint-interval", 1)
-    assert_told(result, r"cannot write .*checkpoint\.pth\.tar \(No space left on device\): free space or choose")
+    assert_told(
+        result, r"cannot write .*checkpoint\.pth\.tar \(No space left on device\): free space or choose"
+    )
     workspace = tmp_path / "workspace"
     assert not [path.name for path in workspace.iterdir() if path.name.endswith(".tmp")]
     if allowed:
@@ -447,7 +482,9 @@ def test_pruning_flags_without_pruning(attempt: Attempt, good: Path) -> None:
 
 
 def test_misspelt_flag(attempt: Attempt, good: Path) -> None:
-    assert_told(attempt(good, "--warmpu", 5), r"unrecognized argument '--warmpu' \(did you mean '--warmup'\?\)", 2)
+    assert_told(
+        attempt(good, "--warmpu", 5), r"unrecognized argument '--warmpu' \(did you mean '--warmup'\?\)", 2
+    )
 
 
 def test_misspelt_key_and_wrong_value_in_yaml(attempt: Attempt, good: Path, tmp_path: Path) -> None:

@@ -160,9 +160,9 @@ class TestTwoRanks:
 
     def test_failure_of_one_stage_is_told_to_all(self, seen):
         assert seen[0]["first_failed"] == "OSError: disk full"
-        assert seen[1]["first_failed"].startswith("RuntimeError: making the cache failed on 1 rank(s)")
+        assert seen[1]["first_failed"].startswith("PeerError: making the cache failed on 1 rank(s)")
         assert "entered" not in seen[1]
-        assert seen[0]["second_failed"].startswith("RuntimeError: reading the cache failed on 1 rank(s)")
+        assert seen[0]["second_failed"].startswith("PeerError: reading the cache failed on 1 rank(s)")
         assert seen[1]["second_failed"] == "OSError: no such file"
 
 

@@ -29,7 +29,7 @@ SLOW = [
     ("resnet50", 64),
     ("torchvision/densenet121", 64),
     ("torchvision/googlenet", 64),
-    ("torchvision/inception_v3", 96),
+    ("timm/inception_v4", 96),
     ("torchvision/efficientnet_b0", 64),
     ("torchvision/regnet_y_400mf", 64),
     ("torchvision/convnext_tiny", 64),
@@ -69,17 +69,18 @@ def check_canonical(arch: str, size: int) -> None:
     images = images.double()  # rounding in float32 alone moves some of these logits by 1e-5
     with torch.no_grad():
         expected = model(images)
+        tolerance = 1e-9 * expected.abs().max().clamp(min=1)
         network = CanonicalNetwork(model)
         record = network.record(images)
         assert torch.equal(record.logits.tensor, expected)
-        assert (replay(record, record.steps, images) - expected).abs().max() <= 1e-9
+        assert (replay(record, record.steps, images) - expected).abs().max() <= tolerance
         merged = merge_batch_norms(record)
-        assert (replay(record, merged, images) - expected).abs().max() <= 1e-9
+        assert (replay(record, merged, images) - expected).abs().max() <= tolerance
         # a record made of other pictures serves too: nothing of them is left in the steps
         other = network.record(pictures(3, size, seed=9).double())
-        assert (replay(other, merge_batch_norms(other), images) - expected).abs().max() <= 1e-9
+        assert (replay(other, merge_batch_norms(other), images) - expected).abs().max() <= tolerance
         fused = fuse_batch_norms(model, images[:1])
-        assert (fused(images) - expected).abs().max() <= 1e-9
+        assert (fused(images) - expected).abs().max() <= tolerance
 
 
 @pytest.mark.parametrize(("arch", "size"), FAST)

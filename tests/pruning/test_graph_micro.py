@@ -13,8 +13,8 @@ from torch import nn
 
 from pruning.gates import Gates
 from pruning.graph import ChannelGraph, trace_groups
+from pruning.rehearsal import condition
 from pruning.surgery import prune_channels
-from pruning.verify import condition
 
 sys.path.insert(0, str(Path(__file__).parent))
 from micro_networks import REGISTRY

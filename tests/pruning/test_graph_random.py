@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pruning.gates import Gates
 from pruning.graph import trace_groups
+from pruning.rehearsal import condition
 from pruning.surgery import prune_channels
-from pruning.verify import condition
 
 BLOCKS = ("conv", "residual", "concat", "chunk", "shuffle", "grouped", "depthwise", "padded", "pixel_shuffle",
           "squeeze_excite", "inplace", "deconvolution", "slices", "glu", "group_norm", "channels_last")  # fmt: skip

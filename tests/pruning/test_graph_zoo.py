@@ -12,8 +12,8 @@ import torch
 from image_classification.models.factory import create_model
 from pruning.gates import Gates
 from pruning.graph import trace_groups
+from pruning.rehearsal import condition
 from pruning.surgery import prune_channels
-from pruning.verify import condition
 
 # name, image size, least number of prunable groups, whether only the output may be frozen
 NETWORKS = [

@@ -21,7 +21,14 @@ def cut(model: nn.Module, images: torch.Tensor) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "arch", ["resnet20", "mobilenet_v2", "torchvision/shufflenet_v2_x0_5", "timm/res2net50_26w_4s"]
+    "arch",
+    [
+        "resnet20",
+        "mobilenet_v2",
+        "torchvision/shufflenet_v2_x0_5",
+        "torchvision/mnasnet0_5",
+        "timm/res2net50_26w_4s",
+    ],
 )
 def test_round_trip_by_name(arch: str, tmp_path: Path) -> None:
     if arch.startswith("timm"):

@@ -265,6 +265,16 @@ def test_repeated_rewrites_down_to_one() -> None:
     assert graph.macs == pytest.approx(64 * (27 + 9 + 9 + 1) + 4)
 
 
+@pytest.mark.parametrize("value", [0.0, 1e20, float("nan")])
+def test_groups_do_not_depend_on_the_weights(value: float) -> None:
+    expected = trace_groups(fresh(), IMAGES).signature()
+    model = fresh()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.fill_(value if tensor.is_floating_point() else 1)
+    assert trace_groups(model, IMAGES).signature() == expected
+
+
 def test_model_without_parameters() -> None:
     with pytest.raises(ValueError, match="no parameters"):
         trace_groups(nn.ReLU(), IMAGES)

@@ -172,4 +172,6 @@ def test_real_jobs_killed_in_mid_epoch(shapes: str, tmp_path: Path, backend: str
     resumed = finished(words, tmp_path / "second")
     assert f"continuing from {cut / NAME}" in resumed.out + resumed.err
     assert_same_training(checkpoint(whole), checkpoint(cut))
-    assert (whole / "config.yaml").read_text().replace(str(whole), str(cut)) == (cut / "config.yaml").read_text()
+    assert (whole / "config.yaml").read_text().replace(str(whole), str(cut)) == (
+        cut / "config.yaml"
+    ).read_text()

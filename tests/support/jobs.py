@@ -81,7 +81,9 @@ class Process:
         """Wait for something that the job does; fails when it ends or takes too long before."""
         end = time.monotonic() + timeout
         while not condition():
-            assert self.popen.poll() is None, f"ended with {self.popen.returncode} too early:\n{self.out}{self.err}"
+            assert self.popen.poll() is None, (
+                f"ended with {self.popen.returncode} too early:\n{self.out}{self.err}"
+            )
             assert time.monotonic() < end, f"waited {timeout} s in vain:\n{self.out}{self.err}"
             time.sleep(0.01)
 
