@@ -118,7 +118,8 @@ class LossChange:
                 distributed=self.distributed,
                 autocast=self.autocast,
             )
-            empty = torch.zeros(0, self.graph.num_units, device=self.distributed.device)  # a rank without data
+            # A rank may be without data.
+            empty = torch.zeros(0, self.graph.num_units, device=self.distributed.device)
             self._gradients = torch.cat(memory.seen) if memory.seen else empty
             total, count = self.distributed.all_reduce_sum(
                 torch.stack([empty.new_zeros(()), *memory.losses]).sum(),

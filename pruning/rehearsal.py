@@ -20,7 +20,6 @@ from pruning.statistics import StatisticsOverKept
 from pruning.surgery import tensor_cuts, weight_norm_pairs
 from pruning.tracing import named_tensors, set_trace_mode
 
-
 _TABLE_LENGTH = 65_537  # a prime, so that no two rows of a weight repeat each other
 
 
