@@ -1,8 +1,8 @@
 """Channel pruning that rewrites a network while it trains.
 
-    from pruning import Pruner, prune, load_pruned
-    prune(model, example_images, budget={"macs": 0.5})            # once, in place
-    pruner = Pruner(model, example_images, optimizer=optimizer)    # at intervals, see `pruner.py`
+from pruning import Pruner, prune, load_pruned
+prune(model, example_images, budget={"macs": 0.5})            # once, in place
+pruner = Pruner(model, example_images, optimizer=optimizer)    # at intervals, see `pruner.py`
 """
 
 from pruning.budget import Budget

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from image_classification.config import check
 from image_classification.distributed import Distributed
 from pruning.budget import Budget, BudgetCourse, as_budget
-from pruning.channel_graph import Constraints
+from pruning.channel_graph import ChannelGraph, Constraints
 from pruning.config import make_criterion
 from pruning.cost import CostModel
 from pruning.criteria import Criterion
@@ -139,18 +139,17 @@ class Pruner:
         self.judge_batches = judge_batches
         self.distributed = distributed or Distributed()
         budget = as_budget(budget)
-        self.graph = trace_groups(model, example_images, constraints=constraints or DEFAULT_CONSTRAINTS)
+        self.graph = _graph_of(model, example_images, constraints or DEFAULT_CONSTRAINTS, state)
         check(
             bool(self.graph.prunable),
             "this network has no channel group that can be pruned: `python -m pruning groups` says why",
         )
         self.costs = self._make_costs(example_images, tuple(budget.shares), state)
         self.course = BudgetCourse(budget, self.costs, delta)
-        self.completed = 0
-        self.history: list[RewriteRecord] = []
+        self.completed: int = 0 if state is None else state["completed"]
+        records = [] if state is None else state["history"]
+        self.history = [RewriteRecord(**record) for record in records]
         self._scores: dict[int, Tensor] = {}
-        if state is not None:
-            self._restore(state)
         self.course.check_reachable()
 
     def _make_costs(
@@ -380,28 +379,34 @@ class Pruner:
         return {
             "completed": self.completed,
             "costs": self.costs.state_dict(),
-            "original_widths": {group.name: group.original_width for group in self.graph.groups},
-            "frozen": self.graph.frozen,
+            "graph": self.graph.state_dict(),
             "history": [dataclasses.asdict(record) for record in self.history],
         }
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        """Continue on a network that was rebuilt with the checkpoint's structure."""
-        names = {group.name for group in self.graph.groups}
-        if names != set(state["original_widths"]):
-            different = sorted(names ^ set(state["original_widths"]))[0]
+
+def _graph_of(
+    model: nn.Module, example_images: Tensor, constraints: Constraints, state: Mapping[str, Any] | None
+) -> ChannelGraph:
+    """The network's channel graph: traced, or in a resumed run the one that the checkpoint holds.
+
+    A trace of the narrower network might couple it otherwise; with the stored graph a resumed run has the choices of
+    one that was never interrupted.
+
+    Raises:
+        ValueError: The stored graph is of another network.
+    """
+    if state is None:
+        return trace_groups(model, example_images, constraints=constraints)
+    graph = ChannelGraph.from_state(state["graph"], constraints)
+    tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    for axis in graph.axes:
+        size = tensors[axis.tensor].shape[axis.dim] if axis.tensor in tensors else None
+        if size != len(axis.units):
             raise ValueError(
-                f"the pruning state is of another network: channel group {different!r} is in one of them only"
+                f"the pruning state is of another network: {axis.tensor!r} has {len(axis.units)} slices along dimension "
+                f"{axis.dim} there and {size or 0} here"
             )
-        for group in self.graph.groups:
-            group.original_width = state["original_widths"][group.name]
-        # The trial of the groups may end otherwise on the narrower network. The first verdict holds: a resumed run
-        # has the choices of one that was never interrupted.
-        for group in self.graph.prunable:
-            if group.name in state["frozen"]:
-                self.graph.freeze([group], state["frozen"][group.name])
-        self.completed = state["completed"]
-        self.history = [RewriteRecord(**record) for record in state["history"]]
+    return graph
 
 
 def prune(

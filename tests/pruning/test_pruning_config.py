@@ -11,6 +11,7 @@ import torch
 from support.training import MemoryLoader, build_trainer, toy_data
 
 from image_classification.config import ConfigError, flag_fields
+from image_classification.models import create_model
 from pruning.callback import PruningCallback
 from pruning.config import PruningConfig, make_criterion
 from pruning.pruner import Pruner
@@ -151,5 +152,18 @@ def test_the_record_is_plain_data(tmp_path: Path) -> None:
     record = pruner.step([(images, targets)], iteration=3)
     assert json.loads(json.dumps(dataclasses.asdict(record)))["rewrite"] == 1
     assert "rewrite 1" in record.describe()
-    state = pruner.state_dict()
-    assert json.loads(json.dumps(state))["completed"] == 1
+
+
+def test_the_state_goes_through_a_file_and_refuses_another_network(tmp_path: Path) -> None:
+    pruner = attached(tmp_path)
+    images, targets = toy_data(16)
+    pruner.step([(images, targets)], iteration=3)
+    torch.save(pruner.state_dict(), tmp_path / "state.pth")
+    state = torch.load(tmp_path / "state.pth", weights_only=True)
+    again = Pruner(pruner.model, images[:2], budget={"macs": 0.7}, step=3, state=state)
+    assert again.completed == 1
+    assert again.history == pruner.history
+    assert again.graph.signature() == pruner.graph.signature()
+    assert again.costs.baseline("macs") == pruner.costs.baseline("macs")
+    with pytest.raises(ValueError, match="the pruning state is of another network"):
+        Pruner(create_model("resnet20", num_classes=10), images[:2], budget={"macs": 0.7}, state=state)
