@@ -403,7 +403,7 @@ def _graph_of(
         size = tensors[axis.tensor].shape[axis.dim] if axis.tensor in tensors else None
         if size != len(axis.units):
             raise ValueError(
-                f"the pruning state is of another network: {axis.tensor!r} has {len(axis.units)} slices along dimension "
+                f"the pruning state is of another network: {axis.tensor!r} has {len(axis.units)} slices in dimension "
                 f"{axis.dim} there and {size or 0} here"
             )
     return graph
