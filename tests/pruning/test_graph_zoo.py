@@ -37,7 +37,7 @@ SLOW = [
     ("timm/resnest14d", 64, 15, True),
     ("timm/mixnet_s", 64, 20, True),
     ("timm/ghostnet_100", 64, 20, True),
-    ("timm/dpn68", 64, 30, True),
+    ("timm/dpn68", 64, 27, True),
 ]
 
 
