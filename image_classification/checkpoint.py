@@ -32,8 +32,8 @@ import torch
 
 from image_classification.config import ConfigError, check, flag
 from image_classification.distributed import Distributed
+from image_classification.models.weights import FORMAT
 
-FORMAT = "lucidprune"
 VERSION = 1
 #: What a training needs to go on.
 TRAINING_STATE = (

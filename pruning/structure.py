@@ -8,7 +8,6 @@ proved.
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,11 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from image_classification.checkpoint import FORMAT, VERSION, save_atomically
+from image_classification.models import read_safely
 from image_classification.models.factory import unwrap
 from image_classification.models.structure import Structure, build_from_structure, capture_structure
-
-FORMAT = "lucidprune"
-VERSION = 1
 
 
 def pruned_state(
@@ -60,13 +58,7 @@ def save_pruned(
     Raises:
         StructureError: The network cannot be rebuilt from its architecture's name.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        torch.save(pruned_state(model, factory=factory, **extra), partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_atomically(pruned_state(model, factory=factory, **extra), Path(path))
 
 
 def load_pruned(
@@ -90,14 +82,7 @@ def load_pruned(
         ValueError: It holds no pruned network, or one that does not fit the architecture.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign, truncated or hostile file fails in many ways
-        raise ValueError(
-            f"{path}: not a checkpoint that can be read safely ({str(error).splitlines()[0]})"
-        ) from error
+    state = read_safely(path)
     if not isinstance(state, Mapping) or state.get("format") != FORMAT or "structure" not in state:
         raise ValueError(f"{path}: holds no network of ours (no entry 'structure')")
     structure = Structure.from_plain(state["structure"])

@@ -13,7 +13,6 @@ import pytest
 import torch
 from support.training import MakeTrainer
 
-from image_classification import checkpoint as checkpoints
 from image_classification.checkpoint import (
     CheckpointConfig,
     Checkpointer,
@@ -170,12 +169,6 @@ def test_foreign_and_mismatched_files_are_refused(make_trainer: MakeTrainer, tmp
     path.write_bytes(bytes(data[: len(data) // 2]))
     with pytest.raises(WeightsError):
         read_resumable(path, "resnet20")
-
-
-def test_format_constants_agree_with_the_weights_reader() -> None:
-    from image_classification.models import weights
-
-    assert checkpoints.FORMAT == weights.FORMAT
 
 
 @pytest.mark.parametrize(
