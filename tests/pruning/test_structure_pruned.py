@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from image_classification.models import WeightsError, create_model
+from image_classification.models import WeightsError
 from image_classification.models.factory import create_model
 from pruning.graph import trace_groups
 from pruning.structure import load_pruned, save_pruned
