@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from image_classification.config import ConfigError
+from image_classification.data.ahead import one_ahead
 from image_classification.data.decode import Decoded, UnreadableError, decode_batch, open_sample
 from image_classification.data.loader import PlannedLoader
 from image_classification.data.plan import BatchPlan
@@ -122,17 +123,19 @@ def resize_parts(parts: Sequence[Tensor], plan: BatchPlan, pool: ThreadPoolExecu
     Returns:
         (N, H, W, 3) uint8, plane by plane in memory, which is how the filter leaves them.
     """
-    planes = torch.empty((len(parts), 3, *plan.size), dtype=torch.uint8)
+    planes = np.empty((len(parts), 3, *plan.size), dtype=np.uint8)
 
     def resize(row: int) -> None:
         picture = parts[row].permute(2, 0, 1)[None]
         if picture.shape[2:] != plan.size:
             picture = F.interpolate(picture, size=plan.size, mode="bilinear", antialias=True)
-        planes[row] = picture[0].flip(2) if plan.flips[row] else picture[0]
+        # NumPy's copy: torch's would start a team of compute threads for each thread of the pool
+        plane = picture[0].numpy()
+        planes[row] = plane[:, :, ::-1] if plan.flips[row] else plane
 
     for _ in pool.map(resize, range(len(parts))):
         pass
-    return planes.permute(0, 2, 3, 1)
+    return torch.from_numpy(planes).permute(0, 2, 3, 1)
 
 
 class _Ahead(NamedTuple):
@@ -175,6 +178,12 @@ class DaliLoader(PlannedLoader):
 
     def _decoded(self, plans: Iterator[BatchPlan]) -> Generator[Decoded, None, None]:
         """See `PlannedLoader._decoded`."""
+        decoded = self._executed(plans)
+        # Resized pictures are copies; otherwise they lie in DALI's buffers, which the next batch would take back.
+        return one_ahead(decoded) if self._resizes_on_host else decoded
+
+    def _executed(self, plans: Iterator[BatchPlan]) -> Generator[Decoded, None, None]:
+        """Execute plans, reading ahead within DALI."""
         ahead: deque[_Ahead] = deque()
         with ThreadPoolExecutor(max(1, self.workers), thread_name_prefix="screen") as pool:
             try:
