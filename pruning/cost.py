@@ -3,7 +3,6 @@
     costs = CostModel(graph, model, images, metrics=("macs", "latency"))
     costs.cost("macs", mask)                      # of a keep vector; differentiable for a tensor of gates
     costs.cost_curve("macs", group)               # at every width 0 … w of one group
-    costs.num_units_for("macs", group, 5e-3 * costs.baseline("macs"))
 
     macs      multiply-accumulates per image of the contractions, as PyTorch's flop counter has them (÷ 2)
     params    parameters, shared ones once
@@ -179,10 +178,6 @@ class CostModel:
             mask[group.units[int(self._allowed_widths(group.index)[0]) :]] = False
         return self.cost(metric, mask)
 
-    def interchangeable(self, group: GroupKey) -> bool:
-        """Whether only the number of kept units of a group matters, not which."""
-        return len(np.unique(self._table.classes_of(self.graph.group(group).index))) <= 1
-
     def cost_curve(
         self,
         metric: str,
@@ -196,8 +191,8 @@ class CostModel:
             metric: One of the model's metrics.
             group: The group.
             mask: (num_units,) bool; None for the present network.
-            order: Positions of the group's kept units in the order they leave. It only matters where units differ
-                (`interchangeable`); there the default takes first what saves least, so that the curve holds or
+            order: Positions of the group's kept units in the order they leave. It only matters where units
+                cost unlike amounts; there the default takes first what saves least, so that the curve holds or
                 overestimates the cost whichever units go.
 
         Returns:
@@ -219,48 +214,6 @@ class CostModel:
         own = part.evaluate(self._table.counts(table))
         total = function.evaluate(self._table.counts(kept))
         return (own + (total - own[-1])).numpy()
-
-    def savings(
-        self,
-        metric: str,
-        group: GroupKey,
-        counts: Sequence[int] | np.ndarray,
-        mask: np.ndarray | None = None,
-        order: Sequence[int] | np.ndarray | None = None,
-    ) -> np.ndarray:
-        """What removing so many units of one group alone saves; same shape as `counts`."""
-        curve = self.cost_curve(metric, group, mask, order)
-        return curve[-1] - curve[len(curve) - 1 - np.asarray(counts)]
-
-    def num_units_for(
-        self,
-        metric: str,
-        group: GroupKey,
-        saving: float,
-        mask: np.ndarray | None = None,
-        order: Sequence[int] | np.ndarray | None = None,
-    ) -> int | None:
-        """The fewest units whose removal from this group alone saves at least so much.
-
-        Args:
-            metric: One of the model's metrics.
-            group: The group.
-            saving: In the metric's own unit, such as `0.005 * baseline(metric)`.
-            mask, order: As for `cost_curve`.
-
-        Returns:
-            A number that leads to an allowed width (`--round-to`, smallest widths); 0 where nothing must go; None
-            where even the smallest allowed width does not save that much.
-        """
-        curve = self.cost_curve(metric, group, mask, order)
-        present = len(curve) - 1
-        if saving <= 0:
-            return 0
-        widths = self._allowed_widths(self.graph.group(group).index)
-        widths = widths[widths < present]
-        # A hair's breadth of tolerance: a saving that was computed from the same curve must be found again.
-        enough = widths[curve[-1] - curve[widths] >= saving - 1e-12 * abs(curve[-1])]
-        return None if enough.size == 0 else present - int(enough.max())
 
     def check_budget(self, metric: str, share: float) -> None:
         """Make sure that a budget can be met.

@@ -90,12 +90,15 @@ class Situation:
         """Allowed widths below the present one, ascending."""
         return [width for width in self.graph.allowed_widths(group) if width < self.width(group)]
 
-    def lowest(self, group: Group, width: int) -> np.ndarray:
-        """Unit ids that leave when the group shrinks to `width`: the lowest-scored ones still there."""
-        units = group.units[self.mask[group.units]]
-        scores = self.scores[group.index][self.mask[group.units]]
+    def leaving(self, group: Group) -> np.ndarray:
+        """Positions of the group's units that are still there, in the order they leave: the lowest-scored one first."""
+        kept = np.flatnonzero(self.mask[group.units])
         # A stable order makes ties, and with them the choice, the same on every machine.
-        return units[np.argsort(scores, kind="stable")[: len(units) - width]]
+        return kept[np.argsort(self.scores[group.index][kept], kind="stable")]
+
+    def lowest(self, group: Group, width: int) -> np.ndarray:
+        """Unit ids that leave when the group shrinks to `width`."""
+        return group.units[self.leaving(group)[: self.width(group) - width]]
 
     def without(self, units: np.ndarray) -> np.ndarray:
         """The present mask less these units."""
@@ -182,22 +185,11 @@ class GreedySearch:
 
 
 def _largest_paying_width(situation: Situation, group: Group, widths: list[int], metric: str) -> int | None:
-    """The largest of these widths at which the metric's target is met; None if even the smallest misses it.
-
-    Costs fall with the width, so the answer is found by bisection.
-    """
-    target = situation.targets[metric] + 1e-9 * situation.costs.baseline(metric)
-
-    def meets(width: int) -> bool:
-        return situation.costs.cost(metric, situation.without(situation.lowest(group, width))) <= target
-
-    if not meets(widths[0]):
-        return None
-    low, high = 0, len(widths) - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if meets(widths[middle]) else (low, middle - 1)
-    return widths[low]
+    """The largest of these widths at which the metric's target is met; None if even the smallest misses it."""
+    costs = situation.costs
+    target = situation.targets[metric] + 1e-9 * costs.baseline(metric)
+    curve = costs.cost_curve(metric, group, situation.mask, situation.leaving(group))
+    return max((width for width in widths if curve[width] <= target), default=None)
 
 
 @dataclasses.dataclass
