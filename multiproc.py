@@ -59,9 +59,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="SECONDS",
         help="Time that the ranks have to save and leave after a signal (default: 120).",
     )
+    parser.set_defaults(master_port=None)  # older torch has 29500 here, which cannot be told from a given one
     args = parser.parse_args(argv)
     for name in NOT_APPLICABLE:
-        if getattr(args, name) != parser.get_default(name):
+        if getattr(args, name, None) != parser.get_default(name):  # None: this torch has no such flag
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag} does not apply: each rank writes its own file in --log-dir; remove {flag}")
     try:

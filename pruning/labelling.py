@@ -326,8 +326,13 @@ def aligned(value: Value, rank: int) -> Value:
 
 
 def is_pointwise(func: Any) -> bool:
-    """Whether PyTorch declares the operator element-wise."""
-    return torch.Tag.pointwise in getattr(func, "tags", ())
+    """Whether PyTorch declares the operator element-wise; one that works in place counts as its plain form does."""
+    if torch.Tag.pointwise in getattr(func, "tags", ()):
+        return True
+    name = operation_name(func)
+    plain = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
+    overload = getattr(plain, getattr(func, "_overloadname", ""), None)
+    return torch.Tag.pointwise in getattr(overload, "tags", ())
 
 
 def operation_name(func: Any) -> str:
