@@ -9,9 +9,10 @@ from pruning.tracing import Operation
 
 
 @rule("hardswish", "hardswish_", "leaky_relu", "leaky_relu_", "floor_divide", "mish", "prelu",
-      "_prelu_kernel", "rrelu_with_noise", "native_dropout", "bernoulli_", "bernoulli", "dropout", "feature_dropout", "_to_copy", "contiguous", "alias", "detach",
-      "lift_fresh", "lift", "celu", "selu", "elu", "hardtanh", "relu6", "log_sigmoid_forward", "_conj",
-      "uniform_", "normal_", "nan_to_num", "lerp", "addcmul", "addcdiv", "clamp", "clamp_")  # fmt: skip
+      "_prelu_kernel", "rrelu_with_noise", "native_dropout", "bernoulli_", "bernoulli", "dropout",
+      "feature_dropout", "_to_copy", "contiguous", "alias", "detach", "lift_fresh", "lift", "celu", "selu",
+      "elu", "hardtanh", "relu6", "log_sigmoid_forward", "_conj", "uniform_", "normal_", "nan_to_num", "lerp",
+      "addcmul", "addcdiv", "clamp", "clamp_")  # fmt: skip
 def same_place(run: Labeller, operation: Operation) -> Value:
     """Element-wise operators that PyTorch does not tag as such."""
     if operation_name(operation.func) in ("prelu", "_prelu_kernel"):
