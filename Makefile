@@ -4,13 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO := runs/demo
 
-.PHONY: help install test demo lint benchmarks clean
+.PHONY: help install test demo lint docs benchmarks clean
 
 help:
 	@echo 'make install     .venv with everything, the needs of the tests included'
 	@echo 'make test        install, then the fast tests, then the slow ones'
-	@echo 'make demo        install, then train and evaluate a small network on the embedded dataset'
+	@echo 'make demo        install, then pretrain, prune, fine-tune, explain, export and report a small network'
+	@echo 'make docs        install, then build the documentation into site/'
 	@echo 'make lint        install, then ruff and mypy'
 	@echo 'make benchmarks  install, then every script of benchmarks/'
 	@echo 'make clean       remove .venv and what tools left behind'
@@ -33,8 +35,19 @@ test: install
 	$(BIN)/python -m pytest -m 'not slow'
 	$(BIN)/python -m pytest -m slow
 
+# Pretrain, prune to half the MACs while training, fine-tune, explain, export, report.
 demo: install
-	$(BIN)/python main.py shapes --config configs/shapes_resnet20.yaml --workspace runs/demo
+	$(BIN)/python main.py shapes --config configs/shapes_resnet20.yaml --workspace $(DEMO)/pretrain
+	$(BIN)/python main.py shapes --config configs/shapes_resnet20_prune.yaml --workspace $(DEMO)/prune \
+		--pretrained-weights $(DEMO)/pretrain/checkpoint.pth.tar
+	$(BIN)/python main.py shapes --config configs/shapes_resnet20_finetune.yaml --workspace $(DEMO)/finetune \
+		--pretrained-weights $(DEMO)/prune/checkpoint.pth.tar
+	$(BIN)/python -m explainers attribute shapes --checkpoint $(DEMO)/finetune/checkpoint.pth.tar --method gradcam \
+		--method lrp --num-pictures 12 --output $(DEMO)/maps
+	$(BIN)/python -m pruning export $(DEMO)/finetune/checkpoint.pth.tar --format onnx --data shapes \
+		--output $(DEMO)/pruned.onnx
+	$(BIN)/python -m pruning report $(DEMO)
+	@echo "open $(CURDIR)/$(DEMO)/report.html"
 
 lint: install
 	$(BIN)/ruff check .
@@ -42,9 +55,12 @@ lint: install
 	$(BIN)/mypy -p image_classification -p explainers -p pruning
 	$(BIN)/mypy main.py multiproc.py
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 benchmarks: install
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis ./*.egg-info
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis ./*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

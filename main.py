@@ -9,13 +9,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from explainers.live import SaliencyGallery
 from image_classification import job as jobs
+from image_classification.callbacks import Callback
 from image_classification.cli import parse_config
 from image_classification.distributed import Distributed
+from pruning import distill, unstructured
 from pruning.callback import PruningCallback
 from pruning.config import PruningConfig
+from pruning.learned.callback import LearnedPruning
 
-SECTIONS: dict[str, type] = {**jobs.SECTIONS, "pruning": PruningConfig}
+SECTIONS: dict[str, type] = {
+    **jobs.SECTIONS, "pruning": PruningConfig, "unstructured": unstructured.UnstructuredConfig,
+    "distill": distill.DistillConfig,
+}  # fmt: skip
 
 DESCRIPTION = (
     "Train, prune, fine-tune and evaluate image classifiers on folders, CIFAR, VOC or the embedded shapes."
@@ -25,18 +32,31 @@ DESCRIPTION = (
 def run(configs: Mapping[str, Any], distributed: Distributed) -> None:
     """One process's share of the job."""
     pruning: PruningConfig = configs["pruning"]
-    job = jobs.prepare(configs, distributed, pruning.calibration_batches if pruning.active else 0)
+    pruning.check_files()
+    unstructured.check_combination(configs)
+    distill.check_combination(configs)
+    job = jobs.prepare(configs, distributed, pruning.wanted_batches())
     try:
         model = jobs.make_model(job)
         if configs["train"].evaluate:
             jobs.evaluate(job, model)
             return
-        callbacks = []
+        callbacks: list[Callback] = []
         if pruning.active:
             assert job.loaders.calibration is not None
             size = job.loaders.preset.image_size
-            callbacks.append(PruningCallback(pruning, job.loaders.calibration, size, job.multi_label))
-        jobs.make_trainer(job, model, callbacks=callbacks).fit()
+            method = LearnedPruning if pruning.learned else PruningCallback
+            callbacks.append(method(pruning, job.loaders.calibration, size, job.multi_label))
+        if configs["unstructured"].active:
+            callbacks.append(unstructured.UnstructuredPruning(configs["unstructured"]))
+        distillation = distill.build_distillation(job, model, configs["distill"])
+        objective = None
+        if distillation is not None:
+            objective = distillation.objective
+            callbacks.append(distillation)
+        if configs["log"].tensorboard is not None:
+            callbacks.append(SaliencyGallery())
+        jobs.make_trainer(job, model, objective=objective, callbacks=callbacks).fit()
     finally:
         job.close()
 

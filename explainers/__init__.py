@@ -1,8 +1,10 @@
 """What a network looks at: attribution methods, saliency models and localisation figures."""
 
 # Importing the methods enters them into the register.
+from explainers.aem.method import SelectorMethod
 from explainers.base import Attribution, Method, Prepared, create_method, method_names
 from explainers.baselines import Centre
+from explainers.casm.method import CasmMethod
 from explainers.ebp import EBP
 from explainers.gradcam import GradCAM
 from explainers.integrated_gradients import IntegratedGradients
@@ -15,11 +17,13 @@ __all__ = [
     "LRP",
     "RAP",
     "Attribution",
+    "CasmMethod",
     "Centre",
     "GradCAM",
     "IntegratedGradients",
     "Method",
     "Prepared",
+    "SelectorMethod",
     "UnsupportedOperatorError",
     "create_method",
     "method_names",

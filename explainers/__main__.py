@@ -16,12 +16,39 @@ VERBS = {
         "explainers.localize",
         "pointing game, ROC-AUC, box figures: methods × networks in one table",
     ),
+    "train-casm": ("explainers.casm.train", "train a classifier-agnostic saliency mapping (CASM)"),
+    "score-casm": (
+        "explainers.casm.score",
+        "how well saliency mappings find objects: F1, F1a, LE, OM, statistics",
+    ),
+    "eval-casm": (
+        "explainers.casm.evaluate",
+        "what classifiers make of masked-in, masked-out and inpainted pictures",
+    ),
+    "plot-casm": ("explainers.casm.plot", "pages of pictures and their masks"),
+    "compare": (
+        "explainers.compare",
+        "what compression did to a network's predictions and maps: ORIGINAL PRUNED DATA",
+    ),
+    "train-predictor": (
+        "explainers.aem.train_predictor",
+        "a copy of a network learns to imitate it on masked pictures (for train-selector)",
+    ),
+    "train-selector": (
+        "explainers.aem.train_selector",
+        "a selector learns which part of a picture a network needs",
+    ),
+    "evaluate-selector": (
+        "explainers.aem.evaluate_selector",
+        "KL, agreement, area of a selector's masks, and whether they lie on objects",
+    ),
+    "visualize": ("explainers.aem.visualize", "pictures, a selector's masks, masked pictures: one page"),
 }
 
 
 def usage() -> str:
     """The list of verbs."""
-    lines = [f"  {verb:<12} {text}" for verb, (_, text) in VERBS.items()]
+    lines = [f"  {verb:<18} {text}" for verb, (_, text) in VERBS.items()]
     return "\n".join(["usage: python -m explainers VERB …", "", "verbs (each has --help):", *lines])
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from explainers.base import Attribution, Prepared
@@ -23,15 +22,14 @@ from explainers.job import (
     NetworkConfig,
     PictureConfig,
     check_writable,
-    input_preset,
-    load_networks,
+    open_networks,
     open_split,
     picture_loader,
 )
 from explainers.plots import Panel, Picture, overlay, save_grid, save_picture, to_picture
 from image_classification.cli import parse_config
 from image_classification.config import check, flag
-from image_classification.data.build import DataConfig
+from image_classification.data.build import ReadConfig
 from image_classification.data.dataset import Preset
 from image_classification.data.loader import Batch
 from image_classification.data.manifest import Manifest
@@ -61,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the verb; see the module's text."""
     sections = {
         "network": NetworkConfig, "method": MethodConfig, "pictures": PictureConfig, "output": OutputConfig,
-        "data": DataConfig, "distributed": DistributedConfig,
+        "data": ReadConfig, "distributed": DistributedConfig,
     }  # fmt: skip
     configs = parse_config(
         sections, argv, prog="python -m explainers attribute", description="Heat-maps as pictures and arrays."
@@ -73,11 +71,9 @@ def main(argv: Sequence[str]) -> int:
     output = Path(configs["output"].output)
     with setup_distributed(configs["distributed"]) as distributed:
         check_writable(output, "--output")
-        data: DataConfig = configs["data"]
+        data: ReadConfig = configs["data"]
         dataset, manifest = open_split(data, configs["pictures"], distributed)
-        (network,) = load_networks(configs["network"], data, dataset, distributed.device)
-        preset = input_preset(data, dataset, [network])
-        example = torch.zeros(1, 3, preset.image_size, preset.image_size, device=distributed.device)
+        (network,), preset, example = open_networks(configs["network"], data, dataset, distributed.device)
         prepared = network.prepare(configs["method"].methods(), example)
         writer = _Writer(output, configs["output"], manifest, preset)
         loader = picture_loader(manifest, preset, data, configs["pictures"], distributed)

@@ -96,13 +96,18 @@ def method_names(*, aliases: bool = False) -> list[str]:
     return sorted([*_METHODS, *(_ALIASES if aliases else ())])
 
 
+def plain_name(name: str) -> str:
+    """The name that a method is registered under; `name` may be an alias."""
+    return _ALIASES.get(name, name)
+
+
 def create_method(name: str, **settings: Any) -> Method:
     """The method called `name`.
 
     Raises:
         ValueError: There is no such method, or it has no such setting.
     """
-    known = _ALIASES.get(name, name)
+    known = plain_name(name)
     if known not in _METHODS:
         names = method_names(aliases=True)
         raise ValueError(f"--method {name}: choose from {', '.join(names)}{nearest(name, names)}")

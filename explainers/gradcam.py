@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -92,13 +92,9 @@ def class_activation(
         ValueError: There is no such module, or it gives no feature map (B, C, h, w).
         UnsupportedOperatorError: The target's logit does not depend on the module's output.
     """
-    with torch.enable_grad(), _feature_map(model, layer, detach=not create_graph) as caught:
+    with torch.enable_grad(), feature_maps(model, [layer], detach=not create_graph) as caught:
         logits, _ = main_and_auxiliary_logits(model(images))
-    if len(caught) != 1:
-        raise ValueError(
-            f"layer {layer!r} ran {len(caught)} times in the forward pass; name one that runs once"
-        )
-    features = caught[0]
+    features = caught[layer]
     chosen = target_logits(logits, targets).sum()
     (gradient,) = _gradient(chosen, features, layer, create_graph)
     maps = (gradient.mean((2, 3), keepdim=True) * features).sum(1).relu()
@@ -115,27 +111,53 @@ def _gradient(chosen: Tensor, features: Tensor, layer: str, create_graph: bool) 
 
 
 @contextlib.contextmanager
-def _feature_map(model: nn.Module, layer: str, *, detach: bool) -> Iterator[list[Tensor]]:
-    """Catch the output of a module for the duration of the block."""
-    caught: list[Tensor] = []
+def feature_maps(
+    model: nn.Module, layers: Sequence[str], *, detach: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Catch the outputs of modules in the one forward pass that the block runs.
 
-    def catch(_module: nn.Module, _inputs: object, output: object) -> Tensor:
-        if not isinstance(output, Tensor) or output.dim() != 4:
-            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(
-                f"layer {layer!r} gives {shape}, no feature map (B, C, h, w): name another layer"
-            )
-        if detach or not output.requires_grad:
-            # Nothing before A needs a gradient: the backward pass is as short as it can be.
-            output = output.detach().requires_grad_()
-        caught.append(output)
-        return output.clone()
+    A map that does not depend on trained weights becomes a leaf that requires a gradient, so that a frozen network has
+    the shortest backward pass.
 
-    handle = _module(model, layer).register_forward_hook(catch)
-    try:
+    Args:
+        model: The bare network; it may be called through a wrapper (DDP).
+        layers: Names of modules.
+        detach: Cut the graph at every map: nothing before it needs a gradient.
+
+    Yields:
+        Layer → (B, C, h, w); filled by the forward pass and complete when the block ends.
+
+    Raises:
+        ValueError: There is no such module, it gives no feature map, or it does not run exactly once.
+    """
+    caught: dict[str, Tensor] = {}
+    runs = dict.fromkeys(layers, 0)
+
+    def catcher(layer: str) -> Callable[[nn.Module, object, object], Tensor]:
+        def catch(_module: nn.Module, _inputs: object, output: object) -> Tensor:
+            if not isinstance(output, Tensor) or output.dim() != 4:
+                shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                raise ValueError(
+                    f"layer {layer!r} gives {shape}, no feature map (B, C, h, w): name another layer"
+                )
+            if detach or not output.requires_grad:
+                output = output.detach().requires_grad_()
+            runs[layer] += 1
+            caught[layer] = output
+            return output.clone()
+
+        return catch
+
+    with contextlib.ExitStack() as hooks:
+        for layer in runs:
+            handle = _module(model, layer).register_forward_hook(catcher(layer))
+            hooks.callback(handle.remove)
         yield caught
-    finally:
-        handle.remove()
+    for layer, count in runs.items():
+        if count != 1:
+            raise ValueError(
+                f"layer {layer!r} ran {count} times in the forward pass; name one that runs once"
+            )
 
 
 def _module(model: nn.Module, layer: str) -> nn.Module:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from explainers.base import Method, Prepared, create_method, method_names
+from explainers.base import Method, Prepared, create_method, method_names, plain_name
 from image_classification.config import ConfigError, check, flag
-from image_classification.data.build import DataConfig, Placement, evaluation_loader
+from image_classification.data.build import Placement, ReadConfig, evaluation_loader
 from image_classification.data.dataset import Dataset, Preset
 from image_classification.data.layouts import open_dataset
 from image_classification.data.layouts.annotations import read_imagenet_boxes
@@ -75,6 +75,12 @@ class MethodConfig:
         "ResNets",
     )  # fmt: skip
     ig_steps: int = flag(32, "--ig-steps", help="ig: points of the integral")
+    selector: str | None = flag(
+        None, "--selector", metavar="FILE", help="selector: what train-selector wrote for the network"
+    )
+    casm_path: str | None = flag(
+        None, "--casm-path", metavar="FILE", help="casm: the trained saliency mapping, a file of train-casm"
+    )
 
     def __post_init__(self) -> None:
         check(self.ig_steps >= 1, f"--ig-steps {self.ig_steps}: give at least 1")
@@ -86,6 +92,8 @@ class MethodConfig:
             "--ebp-stop": (self.ebp_stop != "last-pool", ("ebp",)),
             "--rap-as-published": (self.rap_as_published, ("rap",)),
             "--ig-steps": (self.ig_steps != 32, ("ig", "integrated_gradients")),
+            "--casm-path": (self.casm_path is not None, ("casm",)),
+            "--selector": (self.selector is not None, ("selector",)),
         }
         for name, (given, owner) in owners.items():
             check(
@@ -101,12 +109,10 @@ class MethodConfig:
             "ebp": {"contrastive": self.ebp_contrastive, "stop": self.ebp_stop},
             "rap": {"as_published": self.rap_as_published},
             "ig": {"steps": self.ig_steps},
+            "casm": {"path": self.casm_path or ""},
+            "selector": {"selector": self.selector},
         }
-        chosen = {}
-        for name in self.method:
-            plain = create_method(name)
-            chosen[name] = create_method(name, **settings.get(plain.name, {}))
-        return chosen
+        return {name: create_method(name, **settings.get(plain_name(name), {})) for name in self.method}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -161,7 +167,7 @@ class Network:
 
 
 def open_split(
-    data: DataConfig, pictures: PictureConfig, distributed: Distributed
+    data: ReadConfig, pictures: PictureConfig, distributed: Distributed
 ) -> tuple[Dataset, Manifest]:
     """The data set, and the part of it that is explained, with boxes where `--annotation-path` gives them."""
     with distributed.main_process_first("opening the data set"):
@@ -182,7 +188,7 @@ def open_split(
 
 
 def load_networks(
-    config: NetworkConfig, data: DataConfig, dataset: Dataset, device: torch.device
+    config: NetworkConfig, data: ReadConfig, dataset: Dataset, device: torch.device
 ) -> list[Network]:
     """All networks, checked against the data set.
 
@@ -212,6 +218,18 @@ def load_networks(
     return networks
 
 
+def open_networks(
+    config: NetworkConfig, data: ReadConfig, dataset: Dataset, device: torch.device
+) -> tuple[list[Network], Preset, Tensor]:
+    """All networks, the size and normalisation of their pictures, and a blank picture to prepare methods with.
+
+    Raises: As `load_networks` and `input_preset`.
+    """
+    networks = load_networks(config, data, dataset, device)
+    preset = input_preset(data, dataset, networks)
+    return networks, preset, torch.zeros(1, 3, preset.image_size, preset.image_size, device=device)
+
+
 def distinct_names(paths: Sequence[str]) -> list[str]:
     """Short names for files: the last parts of their paths, as many as tell them apart."""
     parts = [Path(path).parts for path in paths]
@@ -222,7 +240,7 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}#{index}" for index, name in enumerate(names, 1)]
 
 
-def input_preset(data: DataConfig, dataset: Dataset, networks: Sequence[Network]) -> Preset:
+def input_preset(data: ReadConfig, dataset: Dataset, networks: Sequence[Network]) -> Preset:
     """Size and normalisation of the pictures: the flags', else what the networks were trained with, else the set's."""
     if data.image_size is None:
         identities = [identity_of(network.model) for network in networks]
@@ -240,7 +258,7 @@ def input_preset(data: DataConfig, dataset: Dataset, networks: Sequence[Network]
 
 
 def picture_loader(
-    manifest: Manifest, preset: Preset, data: DataConfig, pictures: PictureConfig, distributed: Distributed,
+    manifest: Manifest, preset: Preset, data: ReadConfig, pictures: PictureConfig, distributed: Distributed,
     *, with_masks: bool = False, with_boxes: bool = False,
 ) -> PlannedLoader:  # fmt: skip
     """A loader of the pictures to explain."""

@@ -150,7 +150,7 @@ class BoxFigures:
     best_iou: float
 
 
-def box_figures(saliency: Array, boxes: Array) -> BoxFigures:
+def box_figures(saliency: Array, boxes: Array, found: Rectangle | None = None) -> BoxFigures:
     """Compare a saliency mask with ground-truth boxes.
 
     Corners are truncated to whole pixels. A box counts with its area in full, also beyond the picture's border; one
@@ -159,13 +159,15 @@ def box_figures(saliency: Array, boxes: Array) -> BoxFigures:
     Args:
         saliency: (H, W) in [0, 1].
         boxes: (k, 4) `x0, y0, x1, y1` in pixels, ends exclusive, not clipped; k ≥ 1.
+        found: Where the object is thought to be; None: `object_rectangle` of the mask.
 
     Raises:
         ValueError: There is no box.
     """
     if len(boxes) == 0:
         raise ValueError("a picture without boxes has no box figures; leave it out")
-    found, scores, overlaps = object_rectangle(saliency), [], []
+    found = object_rectangle(saliency) if found is None else found
+    scores, overlaps = [], []
     for x0, y0, x1, y1 in boxes:
         box = Rectangle(int(x0), int(y0), int(x1), int(y1))
         visible = box.clipped(*saliency.shape)

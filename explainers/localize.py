@@ -12,8 +12,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from rich.console import Console
 from rich.table import Table
 
 from explainers.evaluate import FIGURES, METRICS, Row, localize
@@ -24,14 +22,14 @@ from explainers.job import (
     NetworkConfig,
     PictureConfig,
     check_writable,
-    input_preset,
-    load_networks,
+    open_networks,
     open_split,
     picture_loader,
 )
+from explainers.tables import formatted, show
 from image_classification.cli import parse_config, to_plain
 from image_classification.config import check, flag
-from image_classification.data.build import DataConfig
+from image_classification.data.build import ReadConfig
 from image_classification.data.loader import PlannedLoader
 from image_classification.data.manifest import Manifest
 from image_classification.data.progress import progress_bar
@@ -60,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the verb; see the module's text."""
     sections = {
         "network": NetworkConfig, "method": MethodConfig, "pictures": PictureConfig, "figures": FigureConfig,
-        "data": DataConfig, "distributed": DistributedConfig,
+        "data": ReadConfig, "distributed": DistributedConfig,
     }  # fmt: skip
     configs = parse_config(
         sections,
@@ -83,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _localize(configs: dict, distributed: Distributed) -> list[Row]:
     """All rows: network by network, each with all methods."""
-    data: DataConfig = configs["data"]
+    data: ReadConfig = configs["data"]
     pictures: PictureConfig = configs["pictures"]
     metrics = configs["figures"].metric
     dataset, manifest = open_split(data, pictures, distributed)
@@ -91,10 +89,8 @@ def _localize(configs: dict, distributed: Distributed) -> list[Row]:
     if distributed.is_main:
         check_ground_truth(manifest, masks=with_masks, boxes=with_boxes)
     distributed.barrier()
-    networks = load_networks(configs["network"], data, dataset, distributed.device)
-    preset = input_preset(data, dataset, networks)
+    networks, preset, example = open_networks(configs["network"], data, dataset, distributed.device)
     methods = configs["method"].methods()
-    example = torch.zeros(1, 3, preset.image_size, preset.image_size, device=distributed.device)
     for network in networks:  # every method on every network, before the first picture is read
         network.prepare(methods, example)
     rows: list[Row] = []
@@ -151,18 +147,9 @@ def _print(rows: Sequence[Row], metrics: Sequence[str]) -> None:
     for column in ("predicted\npairs", "NaN\nmaps", "seconds"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        values = [_number(row.figures[name], name) for name in names]
+        values = [formatted(row.figures[name], name in _PERCENT) for name in names]
         predicted = f"{row.counts['predicted']:,} of {row.counts['pairs']:,}"
         table.add_row(
             row.network, row.method, *values, predicted, f"{row.counts['nan_maps']}", f"{row.seconds:.1f}"
         )
-    # A log file has no width of its own, and a table that is cut off is of no use on a terminal either.
-    console = Console()
-    width = Console(width=10_000).measure(table).maximum
-    Console(width=max(console.width, width)).print(table)
-
-
-def _number(value: float, name: str) -> str:
-    if math.isnan(value):
-        return "–"
-    return f"{100 * value:.1f}" if name in _PERCENT else f"{value:.3f}"
+    show(table)

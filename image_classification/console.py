@@ -31,8 +31,8 @@ _PARAMETERS = "PARAMETER"
 
 #: Figures (behind their prefix) that epochs and iterations show on the screen; all are in the report.
 STEERING = frozenset(
-    "loss top1 top5 map f1 total_ips data_time lr epoch_seconds skipped_updates substituted_samples "
-    "macs_share params_share memory_share latency_share".split()
+    "loss top1 top5 map f1 kl agreement area matching masked_top1 mask_mean total_ips data_time lr epoch_seconds "
+    "skipped_updates substituted_samples macs_share params_share memory_share latency_share".split()
 )
 
 

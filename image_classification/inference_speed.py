@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +56,37 @@ def measure_speed(
     Returns:
         Figures over `num_batches`; the device is waited for after every batch, as a serving process does.
     """
-    device = precision.device
-    images = torch.randn(batch_size, 3, image_size, image_size, device=device)
-    images = images.contiguous(memory_format=precision.memory_format)
+    images = speed_images(batch_size, image_size, precision)
     forward = precision.compiled(model.eval())
+    time_batches(forward, images, precision, num_warmup)
+    return speed_row(batch_size, time_batches(forward, images, precision, num_batches))
+
+
+def speed_images(batch_size: int, image_size: int, precision: Precision) -> torch.Tensor:
+    """A batch of noise, (batch_size, 3, image_size, image_size), as the network will get its pictures."""
+    images = torch.randn(batch_size, 3, image_size, image_size, device=precision.device)
+    return images.contiguous(memory_format=precision.memory_format)
+
+
+@torch.inference_mode()
+def time_batches(
+    forward: Callable[[torch.Tensor], Any], images: torch.Tensor, precision: Precision, num_batches: int
+) -> list[float]:
+    """Seconds of each of some forward passes; the device is waited for after every one."""
     seconds: list[float] = []
-    for number in range(num_warmup + num_batches):
+    for _ in range(num_batches):
         begin = time.perf_counter()
         with precision.autocast():
             forward(images)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if number >= num_warmup:
-            seconds.append(time.perf_counter() - begin)
-    figures = latency_figures(seconds, "x")
+        if precision.device.type == "cuda":
+            torch.cuda.synchronize(precision.device)
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def speed_row(batch_size: int, seconds: Sequence[float]) -> SpeedRow:
+    """What some timed batches come to."""
+    figures = latency_figures(list(seconds), "x")
     at = {percent: figures[f"x.compute_latency_at{percent}"] for percent in (50, 95, 99, 100)}
     mean = figures["x.compute_latency"]
     return SpeedRow(batch_size, batch_size / mean, mean, at[50], at[95], at[99], at[100])

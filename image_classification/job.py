@@ -24,6 +24,7 @@ from image_classification.data.bad_samples import BadSampleError
 from image_classification.data.build import DataConfig, Loaders, build_loaders, choose_backend
 from image_classification.data.dataset import IMAGENET_PRESET
 from image_classification.data.layouts import open_dataset
+from image_classification.data.synthetic import NUM_TRAIN_SAMPLES
 from image_classification.distributed import (
     EXIT_SAVED,
     Distributed,
@@ -49,8 +50,9 @@ from image_classification.nan_guard import NonFiniteLossError
 from image_classification.objective import Objective, TaskObjective
 from image_classification.optim import OptimConfig, build_optimizer
 from image_classification.precision import Precision, PrecisionConfig
+from image_classification.provenance import record_invocation
 from image_classification.schedules import Schedule, ScheduleConfig
-from image_classification.trainer import TrainConfig, Trainer
+from image_classification.trainer import TrainConfig, Trainer, described_classifier
 
 #: The configuration sections of the plain training job; other packages add theirs.
 SECTIONS: dict[str, type] = {
@@ -131,6 +133,9 @@ def prepare(configs: Mapping[str, Any], distributed: Distributed, calibration_ba
     loaders = open_loaders(configs, distributed, precision, calibration_batches)
     if distributed.is_main and configs["checkpoint"].checkpoints:
         save_yaml(configs, workspace / "config.yaml")
+        record_invocation(
+            workspace, distributed.device, distributed.world_size, append=resumed is not None
+        )
     logger.log_parameters(to_plain(configs))
     notes = [f"data backend: {loaders.backend}", *precision.notes]
     if loaders.calibration is not None:
@@ -160,6 +165,8 @@ def open_loaders(
         size = calibration_batches * config.resolved_preset(preset).batch_size * distributed.world_size
         if dataset is not None:
             size = max(min(size, len(dataset.train) // 20), dataset.num_classes)
+        else:
+            size = min(size, NUM_TRAIN_SAMPLES // 20)
         config = dataclasses.replace(config, calibration_size=size)
     with naming_the_flag("DATA"):
         return build_loaders(
@@ -226,7 +233,12 @@ def make_model(job: Job) -> nn.Module:
 
 
 def make_trainer(
-    job: Job, model: nn.Module, *, objective: Objective | None = None, callbacks: Sequence[Callback] = ()
+    job: Job,
+    model: nn.Module,
+    *,
+    objective: Objective | None = None,
+    callbacks: Sequence[Callback] = (),
+    describe: Callable[[nn.Module], dict[str, Any]] = described_classifier,
 ) -> Trainer:
     """The trainer of `model`, continued from the resumed checkpoint if there is one.
 
@@ -235,6 +247,7 @@ def make_trainer(
         model: From `make_model`.
         objective: Loss of a batch; the task's when None.
         callbacks: Take part in the loop.
+        describe: See `Trainer`; for models that `create_model` did not build.
     """
     configs, train = job.configs, job.configs["train"]
     loader = job.loaders.train
@@ -265,6 +278,7 @@ def make_trainer(
         clip_norm=configs["optim"].clip_grad_norm,
         print_freq=configs["log"].print_freq,
         saved_config=to_plain(configs),
+        describe=describe,
     )
     # Ranks start from the same weights and then draw their own dropout.
     torch.manual_seed(train.seed + job.distributed.rank)

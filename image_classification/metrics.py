@@ -66,10 +66,10 @@ class ClassificationMetrics:
 
 
 class MultiLabelMetrics:
-    """Mean average precision over classes and micro-averaged F1 (threshold: logit 0), in percent.
+    """Mean average precision over classes, micro- and macro-averaged F1 (threshold: logit 0), in percent.
 
-    Average precision is scikit-learn's, over the predictions of all ranks together. Classes without a positive
-    picture have none and are left out of the mean.
+    All are scikit-learn's, over the predictions of all ranks together. Classes without a positive picture have no
+    average precision and no recall: they are left out of both means over classes.
     """
 
     def __init__(self) -> None:
@@ -82,8 +82,8 @@ class MultiLabelMetrics:
         self._targets.append(targets.float())
 
     def compute(self, distributed: Distributed) -> dict[str, float]:
-        """`{"map", "f1"}` in percent over all ranks."""
-        from sklearn.metrics import average_precision_score
+        """`{"map", "f1", "f1_macro"}` in percent over all ranks; NaN when no rank saw a picture."""
+        from sklearn.metrics import average_precision_score, f1_score
 
         empty = torch.zeros(0, 0, device=distributed.device)
         local_scores = torch.cat(self._scores) if self._scores else empty
@@ -91,14 +91,16 @@ class MultiLabelMetrics:
         scores = distributed.gather_rows(local_scores).cpu().numpy()
         targets = distributed.gather_rows(local_targets).cpu().numpy() > 0.5
         if targets.size == 0:
-            return {"map": float("nan"), "f1": float("nan")}
+            return dict.fromkeys(("map", "f1", "f1_macro"), float("nan"))
         present = np.flatnonzero(targets.any(axis=0))
         precisions = [average_precision_score(targets[:, c], scores[:, c]) for c in present]
         predicted = scores > 0
-        hits = float((predicted & targets).sum())
-        size = float(predicted.sum() + targets.sum())
-        mean_precision = float(np.mean(precisions)) if precisions else float("nan")
-        return {"map": 100 * mean_precision, "f1": 100 * 2 * hits / size if size else 0.0}
+        by_class = [f1_score(targets[:, c], predicted[:, c], zero_division=0.0) for c in present]
+        return {
+            "map": 100 * float(np.mean(precisions)) if precisions else float("nan"),
+            "f1": 100 * float(f1_score(targets.ravel(), predicted.ravel(), zero_division=0.0)),
+            "f1_macro": 100 * float(np.mean(by_class)) if by_class else float("nan"),
+        }
 
 
 class TrainingSums:

@@ -1,4 +1,4 @@
-"""Optimizers: SGD, RMSprop and AdamW from torch, apex's fused ones where apex is installed.
+"""Optimizers: SGD, RMSprop, Adam and AdamW from torch, apex's fused ones where apex is installed.
 
 Which parameters decay is decided by the type of the module that owns them, never by their name.
 """
@@ -13,7 +13,7 @@ from torch import nn
 
 from image_classification.config import ConfigError, check, flag
 
-OPTIMIZERS = ("sgd", "rmsprop", "adamw", "apex-sgd", "apex-adam")
+OPTIMIZERS = ("sgd", "rmsprop", "adam", "adamw", "apex-sgd", "apex-adam")
 
 # Everything torch calls a normalisation layer; their scale and shift are not decayed. timm's norms subclass these.
 _NORMALIZATIONS: tuple[type[nn.Module], ...] = (
@@ -33,7 +33,7 @@ class OptimConfig:
         "sgd", "--optimizer", help="Update rule; the apex ones need NVIDIA apex.", choices=OPTIMIZERS
     )
     momentum: float = flag(
-        0.9, "--momentum", "--mom", help="Momentum of SGD and RMSprop, first beta of AdamW."
+        0.9, "--momentum", "--mom", help="Momentum of SGD and RMSprop, first beta of Adam and AdamW."
     )
     nesterov: bool = flag(False, "--nesterov", help="Nesterov momentum (SGD).")
     weight_decay: float = flag(
@@ -44,7 +44,7 @@ class OptimConfig:
     )
     rmsprop_alpha: float = flag(0.9, "--rmsprop-alpha", help="Smoothing constant of RMSprop.")
     optimizer_eps: float | None = flag(
-        None, "--optimizer-eps", help="Epsilon; 1e-3 for RMSprop, 1e-8 for AdamW."
+        None, "--optimizer-eps", help="Epsilon; 1e-3 for RMSprop, 1e-8 for Adam and AdamW."
     )
     clip_grad_norm: float | None = flag(
         None, "--clip-grad-norm", help="Largest gradient norm; longer gradients are scaled."
@@ -109,9 +109,10 @@ def build_optimizer(config: OptimConfig, model: nn.Module, lr: float) -> torch.o
         return torch.optim.RMSprop(
             groups, lr=lr, alpha=config.rmsprop_alpha, momentum=config.momentum, eps=eps
         )
-    if config.optimizer == "adamw":
+    if config.optimizer in ("adam", "adamw"):
         eps = config.optimizer_eps or 1e-8
-        return torch.optim.AdamW(groups, lr=lr, betas=(config.momentum, 0.999), eps=eps, fused=fused)
+        adam = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+        return adam(groups, lr=lr, betas=(config.momentum, 0.999), eps=eps, fused=fused)
     return _apex_optimizer(config, groups, lr)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -113,9 +114,18 @@ class Precision:
         """The autocast context of a forward pass and its loss; does nothing without AMP."""
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
-    def backward(self, loss: Tensor) -> None:
-        """Back-propagate the loss, scaled where a scaler is used."""
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+    def backward(
+        self, loss: Tensor, *, inputs: Sequence[Tensor] | None = None, retain_graph: bool = False
+    ) -> None:
+        """Back-propagate the loss, scaled where a scaler is used.
+
+        Args:
+            loss: Scalar.
+            inputs: Leaves that get a gradient; None: all of them.
+            retain_graph: Keep the graph for another loss.
+        """
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        scaled.backward(inputs=inputs, retain_graph=retain_graph)
 
     def step(
         self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip_norm: float | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,12 @@ class TrainConfig:
         return self.optimizer_batch_size // at_once
 
 
+def described_classifier(model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint says about a network of `create_model`, so that it can be rebuilt: `arch` and `structure`."""
+    structure = capture_structure(model).to_plain()
+    return {"arch": structure["arch"], "structure": structure}
+
+
 class Trainer:
     """Trains `state.model` on a loader, possibly over several ranks.
 
@@ -132,6 +138,7 @@ class Trainer:
         clip_norm: Largest gradient norm.
         print_freq: Iterations between logging steps.
         saved_config: Resolved configuration, stored in checkpoints.
+        describe: Gives `arch` and `structure` of a network for checkpoints; asked again after every rewrite.
     """
 
     def __init__(
@@ -150,6 +157,7 @@ class Trainer:
         clip_norm: float | None = None,
         print_freq: int = 10,
         saved_config: dict[str, Any] | None = None,
+        describe: Callable[[nn.Module], dict[str, Any]] = described_classifier,
     ) -> None:
         self.config = config
         self.state = state
@@ -164,6 +172,7 @@ class Trainer:
         self.clip_norm = clip_norm
         self.print_freq = print_freq
         self.saved_config = saved_config or {}
+        self.describe = describe
         self.accumulation = config.accumulation_steps(train_loader.batch_size, distributed.world_size)
         self.steps_per_epoch = len(train_loader) // self.accumulation
         self.sums = TrainingSums(distributed.device)
@@ -185,7 +194,7 @@ class Trainer:
         self._forward = self.precision.compiled(wrapped)
         self._eval_forward = self.precision.compiled(model) if wrapped is not model else self._forward
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._structure: dict[str, Any] | None = None
+        self._description: dict[str, Any] | None = None
 
     def release(self) -> None:
         """Drop the wrappers, and with them every reference into the old graph: before a rewrite. Collective.
@@ -366,11 +375,10 @@ class Trainer:
 
     def _payload(self) -> dict[str, Any]:
         state = self.state
-        if self._structure is None:
-            self._structure = capture_structure(state.model).to_plain()
+        if self._description is None:
+            self._description = self.describe(state.model)
         return {
-            "arch": self._structure["arch"],
-            "structure": self._structure,
+            **self._description,
             "state_dict": state.model.state_dict(),
             "ema": None if state.ema is None else state.ema.module.state_dict(),
             "optimizer": state.optimizer.state_dict(),

@@ -1,7 +1,10 @@
-"""`python -m pruning VERB …`: looks at what pruning would do.
+"""`python -m pruning VERB …`: looks at what pruning would do, and at what it did.
 
 groups ARCH                  the coupled channel groups: members, widths, what cannot be pruned and why
 score CHECKPOINT DATA        channel scores by one or several criteria, as table, plot and JSON
+report RUN                   everything about a run in one HTML file
+import FILE OUT              published checkpoints as checkpoints of ours
+shrink CHECKPOINT OUT        cut away what a masked network has no use for
 """
 
 from __future__ import annotations
@@ -24,11 +27,18 @@ from image_classification.data.layouts import open_dataset
 from image_classification.models import arch_info, create_model, identity_of, model_for_weights
 from image_classification.verbs import Verb, run_verb
 from pruning.channel_graph import ChannelGraph, Constraints
-from pruning.config import make_criterion
-from pruning.criteria import FEATURE_CHOICES, criterion_names
+from pruning.config import PruningConfig, make_criterion
+from pruning.criteria import FEATURE_CHOICES, Combined, criterion_class, criterion_names
+from pruning.explanations import build_originals
 from pruning.graph import trace_groups
+from pruning.importing import job as import_job
 from pruning.plots import plot_scores
-from pruning.scoring import score_groups_by
+from pruning.report import verb as report
+from pruning.saliency_flags import EXPLANATIONS
+from pruning.scoring import score_groups, score_groups_by
+from pruning.shrink_job import declare as declare_shrink
+from pruning.shrink_job import run as run_shrink
+from pruning.verbs import compare, export
 
 
 def example_images(image_size: int) -> torch.Tensor:
@@ -120,6 +130,10 @@ def _declare_score(parser: argparse.ArgumentParser) -> None:
         help=f"one or more of {', '.join(criterion_names())}",
     )
     parser.add_argument("--score-features", choices=FEATURE_CHOICES, default="post", help="as in training")
+    parser.add_argument("--selector", metavar="FILE", help="explanation of the saliency criterion, as in training")
+    parser.add_argument("--casm", metavar="FILE", help="the same, of a CASM")
+    parser.add_argument("--saliency-explanation", choices=EXPLANATIONS, help="as in training")
+    parser.add_argument("--saliency-weight", type=float, default=0.5, help="as in training, for NAME+saliency")
     parser.add_argument("--batch-size", "-b", type=int, default=32)
     parser.add_argument("--calibration-batches", type=int, default=10)
     parser.add_argument("--image-size", type=int, default=None, help="default: the data set's")
@@ -135,7 +149,7 @@ def _run_score(arguments: argparse.Namespace) -> int:
         arguments.batch_size >= 2,
         f"--batch-size {arguments.batch_size}: scores compare pictures, at least 2 are needed",
     )
-    criteria = [make_criterion(name, arguments.score_features) for name in arguments.criterion]
+    flags = _saliency_flags(arguments)
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
     model = _network(arguments.arch, arguments.checkpoint, None, arguments.image_size)
@@ -154,7 +168,21 @@ def _run_score(arguments: argparse.Namespace) -> int:
     graph = trace_groups(model, example_images(loaders.preset.image_size).to(device))
     assert loaders.calibration is not None
     batches = [(batch.images, batch.targets) for batch in loaders.calibration if len(batch) > 1]
-    scores = score_groups_by(model, graph, batches, criteria)
+    originals = build_originals(
+        flags, model, image_size=loaders.preset.image_size, num_classes=dataset.num_classes, fresh=True
+    )
+    if originals is not None:
+        originals.remember(model, batches)
+    criteria = [
+        make_criterion(name, arguments.score_features, originals=originals, flags=flags)
+        for name in arguments.criterion
+    ]
+    plain = [criterion for criterion in criteria if not isinstance(criterion, Combined)]
+    found_by = iter(score_groups_by(model, graph, batches, plain))
+    scores = [
+        score_groups(model, graph, batches, criterion) if isinstance(criterion, Combined) else next(found_by)
+        for criterion in criteria
+    ]
     loaders.close()
     named = {
         name: {graph.groups[index].name: values.tolist() for index, values in found.items()}
@@ -166,6 +194,35 @@ def _run_score(arguments: argparse.Namespace) -> int:
         plot_scores(named, arguments.output / "scores.png")
         print(f"wrote {arguments.output / 'scores.json'} and {arguments.output / 'scores.png'}")
     return 0
+
+
+def _saliency_flags(arguments: argparse.Namespace) -> PruningConfig:
+    """The flags about explanations, checked as those of a training that prunes by the given criteria.
+
+    Raises:
+        ConfigError: No such criterion, or a flag that cannot apply.
+    """
+    for name in arguments.criterion:
+        for part in name.split("+"):
+            criterion_class(part)
+    explained = [name for name in arguments.criterion if "saliency" in name.split("+")]
+    explained.sort(key=lambda name: "+" not in name)
+    flags = PruningConfig(
+        one_shot_pruning=0.5,
+        pruning_criterion=(explained or arguments.criterion)[0],
+        selector=arguments.selector,
+        casm=arguments.casm,
+        saliency_explanation=arguments.saliency_explanation,
+        saliency_weight=arguments.saliency_weight,
+    )
+    given = (arguments.selector, arguments.casm, arguments.saliency_explanation)
+    check(
+        bool(explained) or not any(given),
+        "--selector, --casm and --saliency-explanation have no effect without --criterion saliency: add it, or leave "
+        "them out",
+    )
+    flags.check_files()
+    return flags
 
 
 def _print_scores(named: dict[str, dict[str, list[float]]]) -> None:
@@ -202,6 +259,11 @@ def _network(
 VERBS = {
     "groups": Verb("list the coupled channel groups of a network", _declare_groups, _run_groups),
     "score": Verb("score the channels of a network on a data set", _declare_score, _run_score),
+    "report": Verb("everything about a run in one HTML file", report.declare, report.run),
+    "export": Verb("write a network as ONNX, torch.export or plain state dict", export.declare, export.run),
+    "compare": Verb("costs, widths and accuracy of two networks", compare.declare, compare.run),
+    "import": Verb("turn published checkpoints into checkpoints of ours", import_job.declare, import_job.run),
+    "shrink": Verb("cut away what a masked network has no use for", declare_shrink, run_shrink),
 }
 
 

@@ -21,9 +21,10 @@ from image_classification.data.loader import Loader
 from image_classification.trainer import Trainer
 from pruning.budget import Budget
 from pruning.config import PruningConfig, make_criterion
+from pruning.explanations import build_originals
 from pruning.loss_change import multi_label_sample_losses, sample_losses
+from pruning.plots import widths_picture
 from pruning.pruner import Pruner, RewriteRecord
-from pruning.search import build_search
 
 
 class PruningCallback(Callback):
@@ -56,12 +57,20 @@ class PruningCallback(Callback):
             "the channel groups", [str(row) for row in self.pruner.graph.signature()]
         )
         trainer.logger.message(self._announcement(trainer))
+        self.pruner.remember(self._batches())
         if config.one_shot_pruning is not None and not self.pruner.done:
             self._rewrite(trainer)
 
     def _make_pruner(self, trainer: Trainer) -> Pruner:
         config, state = self.config, trainer.state
         device = trainer.distributed.device
+        originals = build_originals(
+            config,
+            state.model,
+            image_size=self.image_size,
+            num_classes=trainer.train_loader.num_classes,
+            fresh=self._restored is None,
+        )
         # A generator of its own: training must not notice that pruning is attached.
         example = torch.randn(
             2, 3, self.image_size, self.image_size, generator=torch.Generator().manual_seed(0)
@@ -71,21 +80,27 @@ class PruningCallback(Callback):
             state.model,
             example,
             criterion=make_criterion(
-                config.pruning_criterion, config.score_features, config.di_ridge, config.di_precision
+                config.pruning_criterion,
+                config.score_features,
+                config.di_ridge,
+                config.di_precision,
+                originals,
+                config,
             ),
-            budget=Budget.parse(config.budget_words()),
+            budget=None if config.prune_rate else Budget.parse(config.budget_words()),
             optimizer=state.optimizer,
             ema=None if state.ema is None else state.ema.module,
             step=config.pruning_step,
             delta=config.pruning_delta if config.iterative_pruning else 1.0,
             start=config.pruning_start,
-            search=build_search(config.search_name(), config.pruning_shortlist, config.score_normalisation),
+            search=config.search(),
             constraints=config.constraints(),
             loss=multi_label_sample_losses if self.multi_label else sample_losses,
             distributed=trainer.distributed,
             autocast=trainer.precision.autocast,
             max_batches=config.calibration_batches,
             judge_batches=config.judge_batches,
+            originals=originals,
             state=self._restored,
         )
 
@@ -94,7 +109,7 @@ class PruningCallback(Callback):
         pruner, config = self.pruner, self.config
         assert pruner is not None
         graph = pruner.graph
-        what = ", ".join(config.budget_words()) + (
+        what = ", ".join(f"{metric}={share:.6g}" for metric, share in pruner.course.budget.shares.items()) + (
             "" if config.budget or not config.iterative_pruning else " (default)"
         )
         text = (
@@ -154,8 +169,16 @@ class PruningCallback(Callback):
         figures |= {metric: after for metric, (_, after, _) in record.costs.items()}
         figures |= {f"{metric}_share": after / base for metric, (_, after, base) in record.costs.items()}
         figures |= {f"seconds.{part}": seconds for part, seconds in record.seconds.items()}
+        figures |= dict(zip(("explanation_before", "explanation_after"), record.explanation, strict=False))
         logger.scalars("pruning", figures, step, iteration)
         logger.scalars("width", {group.name: group.width for group in pruner.graph.prunable}, step, iteration)
+        scores = pruner.latest_scores()
+        logger.scalars(
+            "score", {group: float(values.median()) for group, values in scores.items()}, step, iteration
+        )
+        for group, values in scores.items():
+            logger.histogram(f"score/{group}", values, iteration)
+        logger.image("pruning/widths", widths_picture(pruner.graph.prunable), iteration)
         for candidate in record.candidates[:1]:
             logger.scalars("pruning", {"best_estimate": candidate["estimated"]}, step, iteration)
 
@@ -166,6 +189,16 @@ class PruningCallback(Callback):
             figures[f"pruning.{metric}_share"] = self.pruner.costs.current(
                 metric
             ) / self.pruner.costs.baseline(metric)
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """Say how far the explanation is from the original network's in the end."""
+        assert self.pruner is not None
+        moved = self.pruner.explanation_moved(self._batches())
+        if moved is not None:
+            trainer.logger.message(
+                f"explanation of the final network: moved by {moved:.4g} (mean squared distance)"
+            )
+            trainer.logger.log((), {"pruning.explanation": moved})
 
     def state_dict(self) -> dict[str, Any]:
         """Progress of the pruner."""

@@ -16,14 +16,36 @@ from pruning.criteria import (
     criterion_class,
 )
 from pruning.criteria.base import FeatureCriterion
-from pruning.search import SEARCHES
+from pruning.criteria.combined import Combined
+from pruning.criteria.saliency import Saliency
+from pruning.learned.flags import GateFlags
+from pruning.original import OriginalExplanations
+from pruning.rates import RateSearch, parse_rates
+from pruning.saliency_flags import SaliencyFlags
+from pruning.search import SEARCHES, Search, build_search
 
 DEFAULT_BUDGET = ("macs=0.5",)
 
 
+_AS_MANY_AS_POSSIBLE = 1 << 20
+METHODS = ("scores", "learned")
+#: Flags that say how scores prune; gates that learn have no use for them.
+_OF_SCORES = (
+    "iterative_pruning", "one_shot_pruning", "pruning_step", "pruning_delta", "pruning_start", "pruning_warmup",
+    "pruning_criterion", "pruning_search", "pruning_shortlist", "score_features", "score_normalisation",
+    "calibration_batches", "judge_batches", "di_ridge", "di_precision", "prune_rate",
+)  # fmt: skip
+
+
 @dataclasses.dataclass(kw_only=True)
-class PruningConfig:
+class PruningConfig(SaliencyFlags, GateFlags):
     """Pruning"""
+
+    pruning_method: str = flag(
+        "scores", "--pruning-method", choices=METHODS,
+        help="scores: channels go by a criterion, with --iterative-pruning or --one-shot-pruning; learned: gates learn "
+        "before training, so that the explanation stays as it is (ISP).",
+    )  # fmt: skip
 
     iterative_pruning: bool = flag(
         False, "--iterative-pruning", help="Rewrite the network smaller while it trains."
@@ -32,7 +54,7 @@ class PruningConfig:
         None,
         "--one-shot-pruning",
         metavar="SHARE",
-        help="Take this share of the MACs away at once, before training.",
+        help="Take this share of the MACs away at once, before training; with --prune-rate, of the channels it names.",
     )
     budget: list[str] = flag(
         [], "--budget", metavar="METRIC=SHARE", repeatable=True,
@@ -49,8 +71,9 @@ class PruningConfig:
         help="Iterations in which the learning rate comes back linearly after a rewrite.",
     )
     pruning_criterion: str = flag(
-        "discriminant", "--pruning-criterion", help="What makes a channel important."
-    )
+        "discriminant", "--pruning-criterion",
+        help="What makes a channel important; CRITERION+saliency takes two together.",
+    )  # fmt: skip
     pruning_search: str | None = flag(
         None, "--pruning-search", choices=SEARCHES,
         help="Which channels give way; greedy by default, global with --one-shot-pruning.",
@@ -98,6 +121,11 @@ class PruningConfig:
         [], "--prune-limit", metavar="PATTERN=LEAST", repeatable=True,
         help="Least share or count of channels that matching groups keep, such as 'layer1.*=0.5'.",
     )  # fmt: skip
+    prune_rate: list[str] = flag(
+        [], "--prune-rate", metavar="PATTERN[=SHARE]", repeatable=True,
+        help="With --one-shot-pruning: cut matching groups only, each by this share of its channels (default: that "
+        "of --one-shot-pruning); may be repeated.",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         both = self.iterative_pruning and self.one_shot_pruning is not None
@@ -108,6 +136,13 @@ class PruningConfig:
             f"--one-shot-pruning {share}: give the share to remove, between 0 and 1",
         )
         check(share is None or not self.budget, "--one-shot-pruning sets the budget: leave --budget out")
+        if self.prune_rate:
+            check(share is not None, "--prune-rate has no effect without --one-shot-pruning: add it")
+            check(
+                self.pruning_search is None,
+                f"--pruning-search {self.pruning_search} and --prune-rate exclude each other: the rates say what goes",
+            )
+            parse_rates(self.prune_rate, share)
         check(self.pruning_step >= 1, f"--pruning-step {self.pruning_step}: must be at least 1 iteration")
         check(self.pruning_start >= 0, f"--pruning-start {self.pruning_start} is negative")
         check(self.pruning_warmup >= 0, f"--pruning-warmup {self.pruning_warmup} is negative")
@@ -128,23 +163,49 @@ class PruningConfig:
             raise
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        self.check_gates()
+        if self.active:
+            self.check_saliency(self.criteria(), self.learned)
         if not self.active:
-            self._check_unused()
+            self._check_unused(
+                [field.name for field in dataclasses.fields(self)],
+                "--iterative-pruning, --one-shot-pruning or --pruning-method learned",
+            )
+        elif self.learned:
+            self._check_unused(list(_OF_SCORES), "--pruning-method scores")
+        else:
+            gate_flags = [field.name for field in dataclasses.fields(GateFlags)]
+            self._check_unused(gate_flags, "--pruning-method learned")
 
-    def _check_unused(self) -> None:
-        """Flags that mean nothing without pruning are refused rather than ignored."""
+    def _check_unused(self, names: list[str], needed: str) -> None:
+        """Flags that mean nothing without another one are refused rather than ignored."""
         for field in dataclasses.fields(self):
             default = field.default_factory() if callable(field.default_factory) else field.default
             name = "--" + field.name.replace("_", "-")
             check(
-                getattr(self, field.name) == default,
-                f"{name} has no effect without --iterative-pruning or --one-shot-pruning: add one, or leave {name} out",
+                field.name not in names or getattr(self, field.name) == default,
+                f"{name} has no effect without {needed}: add it, or leave {name} out",
             )
+
+    @property
+    def learned(self) -> bool:
+        """Whether gates learn what goes."""
+        return self.pruning_method == "learned"
 
     @property
     def active(self) -> bool:
         """Whether anything is pruned."""
-        return self.iterative_pruning or self.one_shot_pruning is not None
+        return self.iterative_pruning or self.one_shot_pruning is not None or self.learned
+
+    def wanted_batches(self) -> int:
+        """Calibration batches per process where `--calibration-size` leaves it open; gates learn on all they may."""
+        if not self.active:
+            return 0
+        return _AS_MANY_AS_POSSIBLE if self.learned else self.calibration_batches
+
+    def criteria(self) -> list[str]:
+        """The parts of `--pruning-criterion`."""
+        return self.pruning_criterion.split("+")
 
     def budget_words(self) -> list[str]:
         """The budget as METRIC=SHARE, the default one included."""
@@ -155,6 +216,12 @@ class PruningConfig:
     def search_name(self) -> str:
         """The search, default included."""
         return self.pruning_search or ("greedy" if self.iterative_pruning else "global")
+
+    def search(self) -> Search:
+        """The search with its settings."""
+        if self.prune_rate:
+            return RateSearch(parse_rates(self.prune_rate, self.one_shot_pruning))
+        return build_search(self.search_name(), self.pruning_shortlist, self.score_normalisation)
 
     def constraints(self) -> Constraints:
         """What the flags demand of the widths.
@@ -177,18 +244,36 @@ class PruningConfig:
 
 
 def make_criterion(
-    name: str, features: str = "post", ridge: float = 0.1, precision: str = "auto"
+    name: str,
+    features: str = "post",
+    ridge: float = 0.1,
+    precision: str = "auto",
+    originals: OriginalExplanations | None = None,
+    flags: SaliencyFlags | None = None,
 ) -> Criterion:
     """A criterion by name, with the settings that it has.
 
     Args:
-        name: One of `criterion_names()`.
+        name: One of `criterion_names()`, or two of them with a "+", the second of which is saliency.
         features: Feature maps to look at, for criteria that look at any.
         ridge, precision: Of the discriminant criterion.
+        originals: The explanation that the saliency criterion goes by.
+        flags: Of the saliency criterion; their defaults when None.
 
     Raises:
-        ConfigError: There is no such criterion.
+        ConfigError: There is no such criterion, or saliency without an explanation.
     """
+    flags = flags or SaliencyFlags()
+    first, plus, second = name.partition("+")
+    if plus:
+        check(
+            second == "saliency" and first not in ("", "saliency"),
+            f"--pruning-criterion {name}: a combination is CRITERION+saliency, such as discriminant+saliency",
+        )
+        one, other = (
+            make_criterion(part, features, ridge, precision, originals, flags) for part in (first, second)
+        )
+        return Combined(one, other, flags.saliency_weight)
     options: dict[str, Any] = {}
     try:
         kind = criterion_class(name)
@@ -196,6 +281,17 @@ def make_criterion(
             options["features"] = features
         if issubclass(kind, Discriminant):
             options |= {"ridge": ridge, "precision": precision}
+        if issubclass(kind, Saliency):
+            check(
+                originals is not None,
+                "--pruning-criterion saliency needs an explanation: give --selector FILE, or --saliency-explanation "
+                "gradcam",
+            )
+            options |= {
+                "originals": originals, "max_passes": flags.saliency_passes, "target": flags.saliency_target,
+            }  # fmt: skip
         return create_criterion(name, **options)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -1,4 +1,4 @@
-"""Pictures of channel scores."""
+"""Pictures of channel scores and of widths."""
 
 from __future__ import annotations
 
@@ -6,6 +6,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+
+from pruning.groups import Group
+
+_BAR, _GAP, _HEIGHT = 8, 2, 96
+
+
+def widths_picture(groups: Sequence[Group]) -> torch.Tensor:
+    """Widths as bars, one per group in order of execution: dark is what is left, light what has gone.
+
+    Args:
+        groups: Groups with their present and original widths.
+
+    Returns:
+        (3, H, W) uint8, cheap enough to be drawn at every rewrite.
+    """
+    picture = torch.full((3, _HEIGHT, max(1, len(groups)) * (_BAR + _GAP)), 255, dtype=torch.uint8)
+    for number, group in enumerate(groups):
+        left = number * (_BAR + _GAP)
+        top = _HEIGHT - max(1, round(_HEIGHT * group.width / group.original_width))
+        picture[:, :, left : left + _BAR] = torch.tensor([219, 230, 243], dtype=torch.uint8)[:, None, None]
+        picture[:, top:, left : left + _BAR] = torch.tensor([43, 108, 176], dtype=torch.uint8)[:, None, None]
+    return picture
 
 
 def plot_scores(scores: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:

@@ -26,16 +26,19 @@ from torch import Tensor, nn
 from image_classification.config import check
 from image_classification.distributed import Distributed
 from pruning.budget import Budget, BudgetCourse, as_budget
-from pruning.channel_graph import ChannelGraph, Constraints
+from pruning.channel_graph import Constraints
 from pruning.config import make_criterion
-from pruning.cost import CostModel
 from pruning.criteria import Criterion
-from pruning.graph import trace_groups
+from pruning.hooks import evaluation_mode
 from pruning.loss_change import Batches, LossChange, SampleLoss, sample_losses
+from pruning.original import OriginalExplanations
+from pruning.rates import RateSearch
+from pruning.resuming import graph_of, known_originals, shared_costs
 from pruning.scoring import score_groups
 from pruning.search import Candidate, GreedySearch, Search, Situation, build_search
 from pruning.structure import save_pruned
 from pruning.surgery import prune_channels
+from pruning.tap_channels import staying_channels
 
 Calibration = Iterable[Any]
 DEFAULT_CONSTRAINTS = Constraints(min_width=0.1)
@@ -54,6 +57,8 @@ class RewriteRecord:
         scores: Group name → [lowest score that stayed, highest score that went].
         candidates: The best candidates that were weighed.
         seconds: `score`, `search`, `rewrite`.
+        explanation: Mean squared distance of the explanation from the original network's [before, after], if one is
+            followed.
     """
 
     rewrite: int
@@ -64,6 +69,7 @@ class RewriteRecord:
     scores: dict[str, list[float]]
     candidates: list[dict[str, Any]]
     seconds: dict[str, float]
+    explanation: list[float] = dataclasses.field(default_factory=list)
 
     def describe(self) -> str:
         """One line for people."""
@@ -72,9 +78,14 @@ class RewriteRecord:
             f"{metric} {100 * after / base:.1f} %" for metric, (_, after, base) in self.costs.items()
         )
         seconds = sum(self.seconds.values())
+        moved = (
+            f"; explanation moved by {self.explanation[0]:.4g} → {self.explanation[1]:.4g}"
+            if self.explanation
+            else ""
+        )
         return (
             f"rewrite {self.rewrite}: {widths or 'nothing to remove'}; {costs} of the original; calibration loss "
-            f"{self.loss[0]:.4f} → {self.loss[1]:.4f}; {seconds:.2f} s"
+            f"{self.loss[0]:.4f} → {self.loss[1]:.4f}{moved}; {seconds:.2f} s"
         )
 
 
@@ -85,7 +96,7 @@ class Pruner:
         model: The bare network (no DDP or compile wrapper). Rewritten in place.
         example_images: (N, 3, H, W) of the size that costs are counted at; on the model's device.
         criterion: Name or object; scores channels within groups.
-        budget: Metric → share that may remain, or a share of the MACs.
+        budget: Metric → share that may remain, or a share of the MACs; None with a `RateSearch`, whose rates say.
         optimizer: Its state is rewritten too.
         ema: Averaged copy of the network (a module), rewritten alike.
         step: Training iterations between rewrites.
@@ -101,6 +112,7 @@ class Pruner:
         max_batches: Calibration batches that one rewrite scores channels by.
         judge_batches: How many of them candidates are judged by: scores need many pictures, a choice between whole
             candidates few (benchmarks/rewrite.py measures what is lost).
+        originals: An explanation to follow through rewrites; criteria may go by it.
         state: `state_dict()` of an earlier run whose checkpoint rebuilt `model`; goes on from there.
 
     Raises:
@@ -113,7 +125,7 @@ class Pruner:
         example_images: Tensor,
         *,
         criterion: str | Criterion = "discriminant",
-        budget: Budget | Mapping[str, float] | float = 0.5,
+        budget: Budget | Mapping[str, float] | float | None = 0.5,
         optimizer: torch.optim.Optimizer | None = None,
         ema: nn.Module | None = None,
         step: int = 50,
@@ -127,6 +139,7 @@ class Pruner:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         max_batches: int = 10,
         judge_batches: int = 2,
+        originals: OriginalExplanations | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         check(step >= 1, f"--pruning-step {step}: must be at least 1 iteration")
@@ -138,32 +151,30 @@ class Pruner:
         self.loss, self.autocast, self.max_batches = loss, autocast, max_batches
         self.judge_batches = judge_batches
         self.distributed = distributed or Distributed()
-        budget = as_budget(budget)
-        self.graph = _graph_of(model, example_images, constraints or DEFAULT_CONSTRAINTS, state)
+        metrics = ("macs",) if budget is None else tuple(as_budget(budget).shares)
+        self.graph = graph_of(model, example_images, constraints or DEFAULT_CONSTRAINTS, state)
         check(
             bool(self.graph.prunable),
             "this network has no channel group that can be pruned: `python -m pruning groups` says why",
         )
-        self.costs = self._make_costs(example_images, tuple(budget.shares), state)
+        self.costs = shared_costs(self.graph, model, example_images, metrics, state, self.distributed)
+        budget = self._budget_of_rates(state) if budget is None else as_budget(budget)
         self.course = BudgetCourse(budget, self.costs, delta)
         self.completed: int = 0 if state is None else state["completed"]
         records = [] if state is None else state["history"]
         self.history = [RewriteRecord(**record) for record in records]
         self._scores: dict[int, Tensor] = {}
         self.course.check_reachable()
+        self.originals = originals
+        if originals is not None and state is not None:
+            originals.load_state_dict(known_originals(state))
 
-    def _make_costs(
-        self, example_images: Tensor, metrics: tuple[str, ...], state: Mapping[str, Any] | None
-    ) -> CostModel:
-        """The cost model; a latency table is measured on rank 0 and shared, so that all ranks decide alike."""
-        known = None if state is None else state["costs"]
-        if "latency" not in metrics or not self.distributed.is_distributed:
-            return CostModel(self.graph, self.model, example_images, metrics, state=known)
-        costs = None
-        if self.distributed.is_main:
-            costs = CostModel(self.graph, self.model, example_images, metrics, state=known)
-        shared = self.distributed.broadcast_object(None if costs is None else costs.state_dict())
-        return costs or CostModel(self.graph, self.model, example_images, metrics, state=shared)
+    def _budget_of_rates(self, state: Mapping[str, Any] | None) -> Budget:
+        """What the search's rates leave of the original network; after the cut: what there is."""
+        assert isinstance(self.search, RateSearch), "only rates make up for a budget"
+        if state is not None and state["completed"]:
+            return Budget({"macs": self.costs.current("macs") / self.costs.baseline("macs")})
+        return Budget({"macs": self.search.share_left(self.graph, self.costs)})
 
     # ------------------------------------------------------------------ when
 
@@ -202,6 +213,7 @@ class Pruner:
         if self.done:
             raise RuntimeError(f"all {self.num_rewrites} rewrites have been done; ask `pruner.due` first")
         batches = self._taken(calibration)
+        self._remember(batches)
         begin = time.perf_counter()
         self._scores = self.score(batches)
         scored = time.perf_counter()
@@ -210,6 +222,7 @@ class Pruner:
         decision = self.search.choose(situation)
         keep = self._agreed(decision.keep)
         losses = self._losses(loss_change, keep, decision.candidates)
+        moved = self._moved(batches)
         searched = time.perf_counter()
         record = self._rewrite(keep, iteration, losses, decision.candidates)
         seconds = {
@@ -217,7 +230,7 @@ class Pruner:
             "search": searched - scored,
             "rewrite": time.perf_counter() - searched,
         }
-        record = dataclasses.replace(record, seconds=seconds)
+        record = dataclasses.replace(record, seconds=seconds, explanation=[*moved, *self._moved(batches)])
         self.history.append(record)
         return record
 
@@ -231,6 +244,33 @@ class Pruner:
             distributed=self.distributed,
             autocast=self.autocast,
         )
+
+    def remember(self, calibration: Calibration) -> None:
+        """Take the network as it is for the original one; otherwise the first `step` does. Collective.
+
+        Args:
+            calibration: As for `step`.
+        """
+        if self.originals is not None and not self.originals.remembered:
+            with evaluation_mode(self.model):  # reading data draws random numbers
+                self._remember(self._taken(calibration))
+
+    def _remember(self, batches: Batches) -> None:
+        if self.originals is not None and not self.originals.remembered:
+            self.originals.remember(self.model, batches, self.distributed, self.autocast)
+
+    def _moved(self, batches: Batches) -> list[float]:
+        """How far the explanation is from the original network's, if one is followed."""
+        if self.originals is None:
+            return []
+        return [self.originals.moved(self.model, batches, self.distributed, self.autocast)]
+
+    def explanation_moved(self, calibration: Calibration) -> float | None:
+        """Mean squared distance of the explanation from the original network's; None where none is followed."""
+        if self.originals is None:
+            return None
+        with evaluation_mode(self.model):
+            return self._moved(self._taken(calibration))[0]
 
     def _taken(self, calibration: Calibration) -> Batches:
         """The batches that this rewrite looks at; objects that unpack to (images, targets) will do."""
@@ -273,6 +313,8 @@ class Pruner:
     ) -> RewriteRecord:
         before = {metric: self.costs.current(metric) for metric in self.course.budget.shares}
         borders = {self.graph.groups[index].name: self._border(index, kept) for index, kept in keep.items()}
+        taps = () if self.originals is None else self.originals.present.taps
+        staying = staying_channels(self.graph, self.graph.keep_mask(keep), taps)
         report = prune_channels(
             self.model,
             self.graph,
@@ -281,6 +323,8 @@ class Pruner:
             emas=[] if self.ema is None else [self.ema],
         )
         self.costs.refresh()
+        if self.originals is not None:
+            self.originals.follow(staying)
         self.completed += 1
         self.distributed.check_agreement(
             "the widths of the network", {group.name: group.width for group in self.graph.groups}
@@ -315,6 +359,7 @@ class Pruner:
             `widths` (group name → width) after it. Candidates are judged by the estimate alone.
         """
         batches = self._taken(calibration)
+        self._remember(batches)
         self._scores = self.score(batches)
         judge = self._judge(batches)
         search = GreedySearch(shortlist=1) if isinstance(self.search, GreedySearch) else self.search
@@ -334,6 +379,10 @@ class Pruner:
                 }
             )
         return rows
+
+    def latest_scores(self) -> dict[str, Tensor]:
+        """Group name → scores that the last rewrite was decided by, one per channel that was there before it."""
+        return {self.graph.groups[index].name: values for index, values in self._scores.items()}
 
     def explain(self, layer: str) -> str:
         """What couples a layer, how wide it is, its scores so far, and why it stays where it does.
@@ -381,32 +430,8 @@ class Pruner:
             "costs": self.costs.state_dict(),
             "graph": self.graph.state_dict(),
             "history": [dataclasses.asdict(record) for record in self.history],
+            "originals": None if self.originals is None else self.originals.state_dict(),
         }
-
-
-def _graph_of(
-    model: nn.Module, example_images: Tensor, constraints: Constraints, state: Mapping[str, Any] | None
-) -> ChannelGraph:
-    """The network's channel graph: traced, or in a resumed run the one that the checkpoint holds.
-
-    A trace of the narrower network might couple it otherwise; with the stored graph a resumed run has the choices of
-    one that was never interrupted.
-
-    Raises:
-        ValueError: The stored graph is of another network.
-    """
-    if state is None:
-        return trace_groups(model, example_images, constraints=constraints)
-    graph = ChannelGraph.from_state(state["graph"], constraints)
-    tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
-    for axis in graph.axes:
-        size = tensors[axis.tensor].shape[axis.dim] if axis.tensor in tensors else None
-        if size != len(axis.units):
-            raise ValueError(
-                f"the pruning state is of another network: {axis.tensor!r} has {len(axis.units)} slices in dimension "
-                f"{axis.dim} there and {size or 0} here"
-            )
-    return graph
 
 
 def prune(

@@ -31,8 +31,10 @@ from pruning.criteria.base import (
     WeightCriterion,
     WeightMember,
 )
+from pruning.criteria.combined import Combined
 from pruning.groups import Group, Member, Place
 from pruning.hooks import Tap, evaluation_mode, tapped
+from pruning.tap_channels import output_place
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class Graph(Protocol):
     """What scoring needs of a `ChannelGraph`."""
 
     num_units: int
+    places: list[Place]
     ungated: np.ndarray  # units that are also read outside of modules, where no gate can be put
 
     @property
@@ -98,9 +101,11 @@ def score_groups(
     autocast: Autocast | None = None,
 ) -> Scores:
     """Score the units of channel groups by one criterion; see `score_groups_by`."""
-    return score_groups_by(
-        model, graph, batches, [criterion], groups=groups, distributed=distributed, autocast=autocast
-    )[0]
+    parts = [criterion.first, criterion.second] if isinstance(criterion, Combined) else [criterion]
+    scores = score_groups_by(
+        model, graph, batches, parts, groups=groups, distributed=distributed, autocast=autocast
+    )
+    return criterion.combine(*scores) if isinstance(criterion, Combined) else scores[0]
 
 
 def score_groups_by(
@@ -179,7 +184,9 @@ class _Scorer:
             if self.features:
                 self._feature_pass(images, targets, sites)
             for number, criterion in self.gradients:
-                self._gradient_pass(number, criterion, images, targets, read)
+                pieces = zip(images.chunk(criterion.pieces), targets.chunk(criterion.pieces), strict=True)
+                for some_images, some_targets in pieces:
+                    self._gradient_pass(number, criterion, some_images, some_targets, read)
             self.counts += torch.tensor([1.0, len(images)], dtype=torch.float64).to(
                 self.device, non_blocking=True
             )
@@ -199,14 +206,15 @@ class _Scorer:
             if not chosen and fall_back:
                 chosen = self._consumers(group) or self.graph.places_of(group, kind="output")[:1]
             places.update((id(place), place) for place in chosen)
+        return [self._site(place) for place in places.values()]
+
+    def _site(self, place: Place) -> _Site:
+        """A place with the units of the groups that are scored."""
         wanted = (
             np.concatenate([group.units for group in self.groups]) if self.groups else np.empty(0, np.int64)
         )
-        sites = []
-        for place in places.values():
-            units = np.where(np.isin(place.units, wanted), place.units, self.graph.num_units)
-            sites.append(_Site(place, torch.from_numpy(units.astype(np.int64)).to(self.device)))
-        return sites
+        units = np.where(np.isin(place.units, wanted), place.units, self.graph.num_units)
+        return _Site(place, torch.from_numpy(units.astype(np.int64)).to(self.device))
 
     def _producers(self, group: Group) -> list[Place]:
         """Outputs of the layers that make the group's units."""
@@ -261,6 +269,7 @@ class _Scorer:
         """One forward pass and a backward pass per objective."""
         gates: list[tuple[_Site, Tensor]] = []
         in_float16: list[bool] = []
+        watched = self._watched(criterion.watched())
 
         def install(site: _Site, tensor: Tensor) -> Tensor:
             gate = torch.ones(
@@ -276,7 +285,12 @@ class _Scorer:
         ]
         with tapped(self.model, taps), torch.enable_grad():
             with self.autocast():
-                objectives = criterion.objectives(self.model, images, targets)
+                objectives = criterion.gated_objectives(
+                    self.model,
+                    images,
+                    targets,
+                    lambda name, tensor: install(watched[name], tensor) if name in watched else tensor,
+                )
             if not gates:
                 return
             scale = _FLOAT16_SCALE if any(in_float16) else 1.0
@@ -284,6 +298,15 @@ class _Scorer:
         self.sums[number] += criterion.reduce(derivatives.double()).double()
         for site, _ in gates:
             self.shown[number].index_add_(0, site.units, torch.ones_like(site.units, dtype=torch.float64))
+
+    def _watched(self, modules: Iterable[str]) -> dict[str, _Site]:
+        """Outputs of modules that carry units of the groups, by module."""
+        sites = {}
+        for module in modules:
+            place = output_place(self.graph, module)
+            if place is not None:
+                sites[module] = self._site(place)
+        return sites
 
     def _differentiate(
         self, objectives: Sequence[Tensor], gates: list[tuple[_Site, Tensor]], num_samples: int
@@ -407,18 +430,26 @@ class _Collector:
 
 
 class _Gate(torch.autograd.Function):
-    """Multiply by a gate of ones without doing so: the tensor goes through, the gate gets its derivative Σ g·a."""
+    """Multiply by a gate of ones without doing so: the tensor goes through, the gate gets its derivative Σ g·a.
+
+    In a backward pass that is itself differentiated (a Grad-CAM map) the gate takes part as the factor that it is.
+    """
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, gate: Tensor, dim: int) -> Tensor:
-        ctx.save_for_backward(tensor)
+        ctx.save_for_backward(tensor, gate)
         ctx.dim = dim
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        (tensor,), gradient = ctx.saved_tensors, gradients[0]
+        (tensor, gate), gradient = ctx.saved_tensors, gradients[0]
         others = [d for d in range(1, tensor.dim()) if d != ctx.dim]
+        if torch.is_grad_enabled():
+            product = tensor.float() * gradient.float()
+            shape = [s if d in (0, ctx.dim) else 1 for d, s in enumerate(tensor.shape)]
+            factor = gate.to(gradient.dtype).reshape(shape)
+            return gradient * factor, product.sum(others) if others else product, None
         per_block = max(1, _GATE_BLOCK_ELEMENTS * len(tensor) // max(1, tensor.numel()))
         sums = []
         for a, g in zip(tensor.split(per_block), gradient.split(per_block), strict=True):

@@ -296,7 +296,7 @@ class TestMakefile:
             cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
         ).stdout.splitlines()  # fmt: skip
 
-    @pytest.mark.parametrize("target", ["test", "demo", "lint", "benchmarks"])
+    @pytest.mark.parametrize("target", ["test", "demo", "lint", "docs", "benchmarks"])
     def test_everything_installs_first(self, tmp_path, target):
         commands = self.dry_run(target, tmp_path)
         install = self.dry_run("install", tmp_path)

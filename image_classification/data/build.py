@@ -38,8 +38,8 @@ AUGMENTATIONS = ("default", "imagenet", "cifar", "none")
 
 
 @dataclass(kw_only=True)
-class DataConfig:
-    """What is loaded, and how."""
+class ReadConfig:
+    """What is loaded, and how: all that jobs need which look at pictures and train nothing."""
 
     data: str = flag(
         "shapes", "data", nargs="?",
@@ -68,23 +68,6 @@ class DataConfig:
         None, "--resize", parse=int,
         help="short side of evaluation pictures before the centre crop, in pixels; default: the data set's proportion",
     )  # fmt: skip
-    augmentation: str = flag(
-        "default", "--augmentation", choices=AUGMENTATIONS,
-        help="geometry of training: imagenet (random-resized crop, flip), cifar (pad 4, crop, flip) or none (as in "
-        "evaluation); default: the data set's",
-    )  # fmt: skip
-    auto_augment: str = flag(
-        "none", "--auto-augment", choices=POLICY_NAMES, help="automatic augmentation policy"
-    )
-    mixup: float = flag(0.0, "--mixup", help="α of mixup; 0 is off")
-    cutmix: float = flag(
-        0.0, "--cutmix", help="α of CutMix; 0 is off; with --mixup each pair takes one of the two"
-    )
-    calibration_size: int = flag(
-        0,
-        "--calibration-size",
-        help="training pictures kept aside, stratified by class, for scoring; never trained on",
-    )
     on_bad_sample: str = flag(
         "stop", "--on-bad-sample", choices=POLICIES, help="what to do about a picture that cannot be read"
     )
@@ -107,9 +90,6 @@ class DataConfig:
         )
         check(self.workers >= 0, f"--workers {self.workers} must not be negative")
         check(self.prefetch >= 1, f"--prefetch {self.prefetch} must be at least 1")
-        check(self.mixup >= 0, f"--mixup {self.mixup} must not be negative; 0 is off")
-        check(self.cutmix >= 0, f"--cutmix {self.cutmix} must not be negative; 0 is off")
-        check(self.calibration_size >= 0, f"--calibration-size {self.calibration_size} must not be negative")
         for name in ("image_size", "resize"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
@@ -135,6 +115,35 @@ class DataConfig:
             std=_triple(self.std or preset.std),
             batch_size=self.batch_size or preset.batch_size,
         )
+
+
+@dataclass(kw_only=True)
+class DataConfig(ReadConfig):
+    """What is loaded, and how."""
+
+    augmentation: str = flag(
+        "default", "--augmentation", choices=AUGMENTATIONS,
+        help="geometry of training: imagenet (random-resized crop, flip), cifar (pad 4, crop, flip) or none (as in "
+        "evaluation); default: the data set's",
+    )  # fmt: skip
+    auto_augment: str = flag(
+        "none", "--auto-augment", choices=POLICY_NAMES, help="automatic augmentation policy"
+    )
+    mixup: float = flag(0.0, "--mixup", help="α of mixup; 0 is off")
+    cutmix: float = flag(
+        0.0, "--cutmix", help="α of CutMix; 0 is off; with --mixup each pair takes one of the two"
+    )
+    calibration_size: int = flag(
+        0,
+        "--calibration-size",
+        help="training pictures kept aside, stratified by class, for scoring; never trained on",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.mixup >= 0, f"--mixup {self.mixup} must not be negative; 0 is off")
+        check(self.cutmix >= 0, f"--cutmix {self.cutmix} must not be negative; 0 is off")
+        check(self.calibration_size >= 0, f"--calibration-size {self.calibration_size} must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +224,7 @@ def make_loader(
     manifest: Manifest,
     planner: Planner,
     stage: DeviceStage,
-    config: DataConfig,
+    config: ReadConfig,
     **options: Any,
 ) -> PlannedLoader:
     """A loader of real pictures.
@@ -250,7 +259,7 @@ def make_loader(
 def evaluation_loader(
     manifest: Manifest,
     preset: Preset,
-    config: DataConfig,
+    config: ReadConfig,
     place: Placement,
     *,
     shuffle: bool = False,

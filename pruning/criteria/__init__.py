@@ -25,12 +25,14 @@ from pruning.criteria.combine import (
     combine_scores,
     normalise_scores,
 )
+from pruning.criteria.combined import Combined
 from pruning.criteria.discriminant import Discriminant, discriminant_scores
 from pruning.criteria.fisher import Fisher
 from pruning.criteria.fpgm import FPGM
 from pruning.criteria.hrank import HRank
 from pruning.criteria.magnitude import Magnitude, MagnitudeL2
 from pruning.criteria.random import Random
+from pruning.criteria.saliency import Saliency
 from pruning.criteria.taylor import Taylor, Taylor2019
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "FPGM",
     "NORMALISATIONS",
     "BNScale",
+    "Combined",
     "Criterion",
     "Discriminant",
     "FeatureCriterion",
@@ -49,6 +52,7 @@ __all__ = [
     "Magnitude",
     "MagnitudeL2",
     "Random",
+    "Saliency",
     "Taylor",
     "Taylor2019",
     "TorchPruningImportance",

@@ -30,6 +30,8 @@ FEATURE_CHOICES = ("pre", "post")
 AVERAGES = ("none", "batches", "samples")
 
 Loss = Callable[[Any, Tensor], Tensor]
+FeatureGate = Callable[[str, Tensor], Tensor]
+"""(name of a module, its output as something outside of the network reads it) → the output with its units' gates."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +152,14 @@ class GradientCriterion(Criterion, abc.ABC):
 
     Args:
         loss: (outputs, targets) → mean loss over the batch; cross-entropy by default.
+
+    Attributes:
+        pieces: A batch is passed in so many parts, one after the other, to save memory; exact where scores are sums
+            over pictures.
     """
 
     average: ClassVar[str] = "samples"
+    pieces: ClassVar[int] = 1
 
     def __init__(self, loss: Loss | None = None) -> None:
         self.loss: Loss = loss or cross_entropy
@@ -160,6 +167,16 @@ class GradientCriterion(Criterion, abc.ABC):
     def objectives(self, model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Run the network; scalars, each a sum over the pictures, to be differentiated one by one."""
         return (self.loss(model(images), targets) * len(images),)
+
+    def watched(self) -> tuple[str, ...]:
+        """Modules whose outputs the objectives read on their own, beside the layers of the network."""
+        return ()
+
+    def gated_objectives(
+        self, model: nn.Module, images: Tensor, targets: Tensor, gate: FeatureGate
+    ) -> tuple[Tensor, ...]:
+        """As `objectives`; every output that is `watched` is passed through `gate(module, output)` where it is read."""
+        return self.objectives(model, images, targets)
 
     @abc.abstractmethod
     def reduce(self, gate_gradients: Tensor) -> Tensor:

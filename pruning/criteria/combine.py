@@ -21,9 +21,9 @@ NORMALISATIONS = ("mean", "sum", "max", "l2", "macs", "none")
 DEFAULT_NORMALISATION = "mean"
 
 _SCALES: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": lambda values: values.mean(),
-    "sum": lambda values: values.sum(),
-    "max": lambda values: values.amax(),
+    "mean": lambda values: values.abs().mean(),
+    "sum": lambda values: values.abs().sum(),
+    "max": lambda values: values.abs().amax(),
     "l2": lambda values: values.norm(),
 }
 
@@ -62,7 +62,8 @@ def normalise_scores(
     """Scores of all groups on one scale, so that one ranking can go over all of them.
 
     Args:
-        scores: Group index → (width,) ≥ 0.
+        scores: Group index → (width,) ≥ 0. Scales are made of absolute values, as scores that say a removal would do
+            good (saliency after a rewrite) may be negative.
         method: One of `NORMALISATIONS`.
         macs_per_unit: For "macs": what removing one unit of a group saves.
 

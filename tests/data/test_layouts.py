@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.voc import annotation_xml
 
 from image_classification.data.cache import build_directory
 from image_classification.data.dataset import CIFAR10_PRESET, CIFAR100_PRESET, IMAGENET_PRESET
@@ -393,17 +394,6 @@ def test_truncated_cifar_binary(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------ Pascal VOC
-
-
-def annotation_xml(
-    objects: list[tuple[str, tuple[float, ...], int]], width: int = 40, height: int = 30
-) -> str:
-    boxes = "".join(
-        f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmax>{x1}</xmax><xmin>{x0}</xmin>"
-        f"<ymax>{y1}</ymax><ymin>{y0}</ymin></bndbox><part><name>head</name></part></object>"
-        for name, (x0, y0, x1, y1), difficult in objects
-    )
-    return f"<annotation><size><width>{width}</width><height>{height}</height></size>{boxes}</annotation>"
 
 
 @pytest.fixture

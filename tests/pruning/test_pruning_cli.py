@@ -70,6 +70,27 @@ def test_score_writes_table_plot_and_json(
         assert min(picture.size) > 300
 
 
+def test_score_by_the_explanation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUCIDPRUNE_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    save_pruned(tmp_path / "net.pth.tar", create_model("resnet20", num_classes=12))
+    words = ["score", str(tmp_path / "net.pth.tar"), "shapes:train=48,val=12", "--saliency-explanation", "gradcam"]
+    words += ["--criterion", "saliency", "magnitude+saliency", "magnitude", "--data-backend", "pytorch"]
+    words += ["--batch-size", "8", "--calibration-batches", "2", "--image-size", "24"]
+    found = {}
+    for weight in ("0.25", "0.5"):
+        out = tmp_path / weight
+        assert main([*words, "--saliency-weight", weight, "--output", str(out)]) == 0
+        found[weight] = json.loads((out / "scores.json").read_text())
+    scores = found["0.25"]
+    assert set(scores) == {"saliency", "magnitude+saliency", "magnitude"}
+    for group, both in scores["magnitude+saliency"].items():
+        first, second = (torch.tensor(scores[name][group]) for name in ("magnitude", "saliency"))
+        expected = 0.75 * first / first.norm() + 0.25 * second / second.norm()
+        torch.testing.assert_close(torch.tensor(both), expected, rtol=1e-4, atol=1e-6)
+    assert found["0.5"]["magnitude+saliency"] != scores["magnitude+saliency"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -78,6 +99,9 @@ def test_score_writes_table_plot_and_json(
         (["score", "absent.pth", "nowhere"], "absent.pth does not exist"),
         (["score", "x", "shapes", "--criterion", "discriminat"], "did you mean 'discriminant'"),
         (["score", "x", "shapes", "-b", "1"], "--batch-size 1"),
+        (["score", "x", "shapes", "--criterion", "saliency"], "--selector is missing"),
+        (["score", "x", "shapes", "--saliency-explanation", "gradcam"], "no effect without --criterion saliency"),
+        (["score", "x", "shapes", "--saliency-weight", "0.3"], "--saliency-weight has no effect"),
     ],
 )
 def test_errors_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

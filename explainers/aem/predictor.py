@@ -1,0 +1,179 @@
+"""The predictor: a copy of the classifier that learns to imitate it on masked pictures (Ganjdanesh et al. 2022)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from explainers.aem.masks import MaskGeometry
+from explainers.explanation import network_digest
+from image_classification.checkpoint import VERSION, save_atomically
+from image_classification.config import ConfigError, check
+from image_classification.models import (
+    build_from_structure,
+    capture_structure,
+    identity_of,
+    model_for_weights,
+    read_safely,
+)
+from image_classification.models.weights import FORMAT
+
+#: Key of a checkpoint's `callbacks` under which a predictor's description lies.
+PREDICTOR_RECORD = "predictor"
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictorRecord:
+    """What a predictor was trained to judge.
+
+    Attributes:
+        kind: "rbf" or "real-x".
+        geometry: Frame and widths of the masks; its `image_size` is the side of the pictures.
+        arch: Architecture of the black box.
+        digest: `network_digest` of the black box.
+        num_classes: Number of logits.
+    """
+
+    kind: str
+    geometry: MaskGeometry
+    arch: str | None
+    digest: str
+    num_classes: int
+
+    def to_plain(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> PredictorRecord:
+        """Read what `to_plain` wrote, among other keys.
+
+        Raises:
+            ValueError: It is not of that form.
+        """
+        try:
+            arch = plain["arch"]
+            return cls(
+                str(plain["kind"]), MaskGeometry(**plain["geometry"]), None if arch is None else str(arch),
+                str(plain["digest"]), int(plain["num_classes"]),
+            )  # fmt: skip
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"no description of a predictor ({error!r})") from error
+
+
+def describe_predictor(
+    black_box: nn.Module, kind: str, geometry: MaskGeometry, num_classes: int
+) -> PredictorRecord:
+    """The record of a predictor for a black box."""
+    identity = identity_of(black_box)
+    arch = None if identity is None else identity.arch
+    return PredictorRecord(kind, geometry, arch, network_digest(black_box), num_classes)
+
+
+def new_predictor(black_box: nn.Module, *, fresh: bool, device: torch.device | None = None) -> nn.Module:
+    """A network of the black box's structure, trainable, in training mode.
+
+    Args:
+        black_box: A network of `create_model`, pruned or not.
+        fresh: Start from fresh weights instead of the black box's.
+        device: Where to build it.
+    """
+    predictor = build_from_structure(capture_structure(black_box), device=device)
+    if not fresh:
+        predictor.load_state_dict(black_box.state_dict())
+    return predictor.train()
+
+
+def save_predictor(path: str | Path, predictor: nn.Module, record: PredictorRecord) -> None:
+    """Write a predictor as `load_predictor` reads it; training writes the same with what it needs to go on."""
+    structure = capture_structure(predictor).to_plain()
+    payload = {
+        "format": FORMAT, "version": VERSION, "arch": structure["arch"], "structure": structure,
+        "state_dict": predictor.state_dict(), "callbacks": {PREDICTOR_RECORD: record.to_plain()},
+    }  # fmt: skip
+    save_atomically(payload, Path(path))
+
+
+def load_predictor(
+    path: str | Path, *, device: torch.device | str | None = None, flag: str = "--predictor"
+) -> tuple[nn.Module, PredictorRecord]:
+    """Read a predictor, frozen and in evaluation mode.
+
+    Raises:
+        ConfigError: There is no such file, or it holds no predictor.
+        WeightsError: It is damaged, or contradicts itself.
+    """
+    path = Path(path)
+    check(
+        path.is_file(),
+        f"{flag} {path}: there is no such file; `python -m explainers train-predictor` writes one",
+    )
+    payload = read_safely(path)
+    callbacks = payload.get("callbacks") if isinstance(payload, dict) else None
+    plain = callbacks.get(PREDICTOR_RECORD) if isinstance(callbacks, dict) else None
+    if not isinstance(plain, dict):
+        raise ConfigError(
+            f"{flag} {path} holds no predictor: give a checkpoint (model_best.pth.tar) that `python -m explainers "
+            "train-predictor` wrote"
+        )
+    try:
+        record = PredictorRecord.from_plain(plain)
+    except ValueError as error:
+        raise ConfigError(f"{flag} {path}: {error}") from error
+    model = model_for_weights(None, path, device=device)
+    return model.eval().requires_grad_(False), record
+
+
+def check_predictor(
+    record: PredictorRecord,
+    black_box: nn.Module,
+    *,
+    path: str | Path,
+    image_size: int,
+    num_classes: int,
+    kind: str | None = None,
+) -> None:
+    """Make sure that a predictor imitates this black box on such pictures.
+
+    Args:
+        record: From `load_predictor`.
+        black_box: The classifier.
+        path: For messages.
+        image_size: Side of the pictures.
+        num_classes: Of the data.
+        kind: Kind of masks that is wanted, None for any.
+
+    Raises:
+        ConfigError: What differs.
+    """
+    identity = identity_of(black_box)
+    arch = None if identity is None else identity.arch
+    name = f"--predictor {path}"
+    check(
+        record.arch is None or arch is None or record.arch == arch,
+        f"{name} imitates --arch {record.arch}, not {arch}: train one for {arch} with `train-predictor`",
+    )
+    check(
+        record.num_classes == num_classes,
+        f"{name} was trained for {record.num_classes} classes, but the data has {num_classes}",
+    )
+    check(
+        record.geometry.image_size == image_size,
+        f"{name} was trained on pictures of {record.geometry.image_size} pixels, not {image_size}: give --image-size "
+        f"{record.geometry.image_size}",
+    )
+    check(
+        kind is None or kind == record.kind,
+        f"{name} judges {record.kind} masks, not --selector-type {kind}: train one with `train-predictor "
+        f"--selector-type {kind}`",
+    )
+    check(
+        record.digest == network_digest(black_box),
+        f"{name} was trained to imitate other weights than --pretrained-weights: give the file that it was trained "
+        "with, or train another",
+    )

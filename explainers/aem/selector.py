@@ -1,0 +1,326 @@
+"""The selector: a decoder on a classifier's feature maps that predicts where the classifier looks.
+
+Ganjdanesh et al. 2022, section 3.2 and supplement. Its encoder is the classifier itself, frozen; the deepest of its
+feature maps is gated by the class, decoded scale by scale, and a head gives either the three numbers of an RBF mask
+("rbf") or two maps for a mask per pixel ("real-x", Jethani et al. 2021).
+
+Two decoders: "published", whose sub-pixel up-sampling takes 143 M parameters on ResNet-50, and "light", which first
+brings every scale down to at most 64 channels and adds instead of concatenating (a feature pyramid).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from explainers.aem.masks import (
+    MaskGeometry,
+    at_least_float32,
+    centres_and_widths,
+    rbf_masks,
+    relaxed_bernoulli,
+    to_size,
+)
+from explainers.base import dtype_of
+from explainers.features import FeatureTaps, evaluating, find_taps
+
+KINDS = ("rbf", "real-x")
+DECODERS = ("published", "light")
+LIGHT_WIDTH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectorDesign:
+    """Everything that a selector is built from, as plain data.
+
+    Attributes:
+        kind: "rbf" or "real-x".
+        decoder: "published" or "light".
+        num_classes: Of the classifier.
+        taps: Modules of the classifier whose feature maps are read, shallow to deep.
+        widths: Channels of these maps.
+        sizes: Heights and widths of these maps.
+        geometry: Frame and range of RBF masks; its `image_size` is the side of the pictures.
+    """
+
+    kind: str
+    decoder: str
+    num_classes: int
+    taps: tuple[str, ...]
+    widths: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...]
+    geometry: MaskGeometry
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"--selector-type {self.kind}: choose from {', '.join(KINDS)}")
+        if self.decoder not in DECODERS:
+            raise ValueError(f"--decoder {self.decoder}: choose from {', '.join(DECODERS)}")
+        if not len(self.taps) == len(self.widths) == len(self.sizes) >= 2:
+            raise ValueError(f"a selector needs at least 2 scales, one width and size for each: {self}")
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures."""
+        return self.geometry.image_size
+
+    def to_plain(self) -> dict[str, Any]:
+        """As dicts, lists and numbers, for `torch.save` and JSON."""
+        plain = dataclasses.asdict(self)
+        return plain | {
+            "taps": list(self.taps),
+            "widths": list(self.widths),
+            "sizes": [list(size) for size in self.sizes],
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Any) -> SelectorDesign:
+        """Read what `to_plain` wrote.
+
+        Raises:
+            ValueError: It is not of that form.
+        """
+        try:
+            return cls(
+                kind=str(plain["kind"]),
+                decoder=str(plain["decoder"]),
+                num_classes=int(plain["num_classes"]),
+                taps=tuple(map(str, plain["taps"])),
+                widths=tuple(map(int, plain["widths"])),
+                sizes=tuple((int(height), int(width)) for height, width in plain["sizes"]),
+                geometry=MaskGeometry(**plain["geometry"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"no description of a selector ({error!r})") from error
+
+
+def design_selector(
+    model: nn.Module,
+    example_images: Tensor,
+    *,
+    kind: str,
+    geometry: MaskGeometry,
+    num_classes: int,
+    decoder: str = "published",
+    num_scales: int | None = None,
+) -> SelectorDesign:
+    """A selector for a classifier and a size of pictures.
+
+    Args:
+        model: The classifier; run once or twice in evaluation mode on the example.
+        example_images: (N, 3, S, S) of the size that will be used.
+        kind, decoder: See the module's text.
+        geometry: Its `image_size` is S.
+        num_classes: Of the classifier.
+        num_scales: Number of the deepest scales to read; None: `default_num_scales`.
+
+    Raises:
+        ValueError: The pictures are too small for the classifier to have so many scales.
+    """
+    wanted = default_num_scales(geometry.image_size) if num_scales is None else num_scales
+    taps = find_taps(model, example_images, wanted)
+    with evaluating(model), FeatureTaps(model, taps) as caught, torch.no_grad():
+        model(example_images[:1].to(dtype_of(model)))
+        shapes = [tuple(feature.shape) for feature in caught.features]
+    return SelectorDesign(
+        kind, decoder, num_classes, taps, tuple(shape[1] for shape in shapes),
+        tuple((shape[2], shape[3]) for shape in shapes), geometry,
+    )  # fmt: skip
+
+
+def default_num_scales(image_size: int) -> int:
+    """3 scales for CIFAR-sized pictures and 4 for ImageNet-sized ones, as published."""
+    return 3 if image_size < 96 else 4
+
+
+class Selector(nn.Module):
+    """Decoder with class gate and head; see the module's text.
+
+    Args:
+        design: What to build.
+    """
+
+    def __init__(self, design: SelectorDesign) -> None:
+        super().__init__()
+        self.design = design
+        self.embedding = nn.Embedding(design.num_classes, design.widths[-1])
+        decoder = PublishedDecoder if design.decoder == "published" else LightDecoder
+        self.decoder = decoder(design.widths)
+        if design.kind == "rbf":
+            # One kernel over the whole remaining map.
+            self.head = nn.Conv2d(self.decoder.out_channels, 3, design.sizes[0])
+            nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+            with torch.no_grad():
+                self.head.bias[2] = design.geometry.initial_width  # type: ignore[index]
+        else:
+            self.head = nn.Conv2d(self.decoder.out_channels, 2, 1, bias=False)
+
+    def forward(self, features: Sequence[Tensor], classes: Tensor) -> Tensor:
+        """Decode.
+
+        Args:
+            features: (N, C, h, w) per tap of the design, shallow to deep.
+            classes: (N,) int64.
+
+        Returns:
+            Raw output: (N, 3) = (a, b, w) for "rbf", (N, 2, h, w) at the shallowest scale for "real-x".
+
+        Raises:
+            ValueError: Feature maps of other shapes than the design's: other pictures or another network.
+        """
+        self._check(features)
+        *shallow, deepest = features
+        weights = self.embedding(classes)
+        gate = torch.sigmoid((deepest * weights[:, :, None, None]).sum(1, keepdim=True))
+        decoded = at_least_float32(self.decoder([*shallow, deepest * gate]))
+        # Half precision would round a centre to an eighth of a pixel.
+        with torch.autocast(decoded.device.type, enabled=False):
+            raw = self.head(decoded)
+        return raw.flatten(1) if self.design.kind == "rbf" else raw
+
+    def _check(self, features: Sequence[Tensor]) -> None:
+        expected = [(width, *size) for width, size in zip(self.design.widths, self.design.sizes, strict=True)]
+        found = [tuple(feature.shape[1:]) for feature in features]
+        if found != expected:
+            raise ValueError(
+                f"the selector was made for feature maps of {expected} (pictures of {self.design.image_size} pixels), "
+                f"but gets {found}: give the network and --image-size that it was trained with"
+            )
+
+    def phi(self, raw: Tensor) -> Tensor:
+        """What is matched between networks: (N, K), float32 (float64 for networks in it).
+
+        The raw (a, b, w) for "rbf"; the mask's pixels for "real-x".
+        """
+        return at_least_float32(raw) if self.design.kind == "rbf" else self.cells(raw).flatten(1)
+
+    def cells(self, raw: Tensor) -> Tensor:
+        """Masks of a "real-x" selector at their own resolution, (N, 1, h, w): |a| / (|a| + |b| + 1e-8)."""
+        magnitudes = at_least_float32(raw).abs()
+        first, second = magnitudes[:, :1], magnitudes[:, 1:]
+        return first / (first + second + 1e-8)
+
+    def mask(self, raw: Tensor, size: int) -> Tensor:
+        """Masks as probabilities, without noise: (N, 1, size, size) in [0, 1]."""
+        if self.design.kind == "real-x":
+            return to_size(self.cells(raw), size)
+        geometry = self.design.geometry
+        return rbf_masks(*centres_and_widths(raw, geometry), size, geometry)
+
+    def sample(self, raw: Tensor, temperature: float, *, hard: bool = False) -> Tensor:
+        """Relaxed Bernoulli samples of the masks, (N, 1, S, S) for pictures of side S.
+
+        Per-pixel masks are drawn at their own resolution: a cell is in or out as a whole.
+        """
+        size = self.design.image_size
+        if self.design.kind == "real-x":
+            return to_size(relaxed_bernoulli(self.cells(raw), temperature, hard=hard), size)
+        return relaxed_bernoulli(self.mask(raw, size), temperature, hard=hard)
+
+    def centres(self, raw: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Centres (N, 2) and widths (N,) of RBF masks in pixels of pictures of side `size`."""
+        assert self.design.kind == "rbf", "only RBF masks have a centre and a width"
+        centres, widths = centres_and_widths(raw, self.design.geometry)
+        scale = size / self.design.image_size
+        return centres * scale, widths * scale
+
+
+class PublishedDecoder(nn.Module):
+    """Per level: sub-pixel up-sampling to the next scale, concatenation with it, a residual block.
+
+    Args:
+        widths: Channels per scale, shallow to deep.
+    """
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(
+            _Level(deep, shallow) for shallow, deep in zip(widths[-2::-1], widths[:0:-1], strict=True)
+        )
+        self.out_channels = widths[0]
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """(N, C, h, w) per scale, shallow to deep, to (N, C of the shallowest, h, w) there."""
+        *shallow, x = features
+        for level, feature in zip(self.levels, reversed(shallow), strict=True):
+            x = level(x, feature)
+        return x
+
+
+class _Level(nn.Module):
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(
+            nn.Conv2d(in_channels, 4 * channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(4 * channels),
+            nn.ReLU(),
+        )
+        self.shuffle = nn.PixelShuffle(2)
+        self.relu = nn.ReLU()
+        self.block = _Block(2 * channels, channels)
+
+    def forward(self, x: Tensor, feature: Tensor) -> Tensor:
+        up = _fit(self.relu(self.shuffle(self.expand(x))), feature)
+        return self.block(torch.cat([up, feature], 1))
+
+
+class _Block(nn.Module):
+    """Basic residual block with a projected shortcut."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(branch + self.shortcut(x))
+
+
+class LightDecoder(nn.Module):
+    """Feature pyramid: 1×1 convolutions to at most 64 channels, up-sampling and addition, a 3×3 convolution per level.
+
+    Args:
+        widths: Channels per scale, shallow to deep.
+    """
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.out_channels = min(LIGHT_WIDTH, widths[0])
+        self.lateral = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(width, self.out_channels, 1, bias=False), nn.BatchNorm2d(self.out_channels)
+            )
+            for width in widths
+        )
+        self.smooth = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(self.out_channels, self.out_channels, 3, padding=1, bias=False),
+                nn.BatchNorm2d(self.out_channels), nn.ReLU(),
+            )
+            for _ in widths[1:]
+        )  # fmt: skip
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """(N, C, h, w) per scale, shallow to deep, to (N, out_channels, h, w) of the shallowest."""
+        *rest, x = [lateral(feature) for lateral, feature in zip(self.lateral, features, strict=True)]
+        for smooth, side in zip(self.smooth, reversed(rest), strict=True):
+            x = smooth(F.relu(side + F.interpolate(x, size=side.shape[2:], mode="nearest")))
+        return x
+
+
+def _fit(x: Tensor, like: Tensor) -> Tensor:
+    """Bring a map to another's size where scales are not exactly halves of each other."""
+    if x.shape[2:] == like.shape[2:]:
+        return x
+    return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)

@@ -1,0 +1,103 @@
+"""`python -m explainers train-predictor`: a copy of a classifier learns to imitate it on masked pictures.
+
+    python -m explainers train-predictor shapes --arch resnet20 --pretrained-weights f.pth.tar --workspace q/
+
+writes `q/model_best.pth.tar` (best agreement on held-out training pictures) and `q/checkpoint.pth.tar` (the latest,
+for `--resume auto`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from explainers.aem.config import PredictorConfig, training_sections
+from explainers.aem.evaluation import FixedRandomMasks, judge_masks
+from explainers.aem.objectives import PredictorObjective, RandomMasks
+from explainers.aem.predictor import PREDICTOR_RECORD, describe_predictor, new_predictor
+from explainers.aem.selector import default_num_scales
+from explainers.aem.training import (
+    HELD_OUT_BATCHES,
+    build_black_box,
+    build_trainer,
+    check_configs,
+    mask_grid_size,
+)
+from image_classification import job as jobs
+from image_classification.cli import parse_config
+from image_classification.data.loader import Loader
+from image_classification.distributed import Distributed
+
+EPOCHS = 100
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the verb; see the module's text."""
+    configs = parse_config(
+        training_sections(PredictorConfig, EPOCHS),
+        argv,
+        prog="python -m explainers train-predictor",
+        description="Train a predictor: it imitates a network on masked pictures, for train-selector.",
+    )
+    check_configs(configs, "train-predictor")
+    return jobs.run_job(configs, run)
+
+
+def run(configs: Mapping[str, Any], distributed: Distributed) -> None:
+    """One process's share."""
+    config: PredictorConfig = configs["explainer"]
+    job = jobs.prepare(configs, distributed, HELD_OUT_BATCHES)
+    try:
+        black_box = build_black_box(job)
+        image_size = job.loaders.preset.image_size
+        with jobs.naming_the_flag("--image-size"):
+            masks = _masks(job, config, black_box)
+        record = describe_predictor(
+            black_box, config.selector_type, masks.geometry, job.loaders.train.num_classes
+        )
+        fresh = config.predictor_init == "fresh"
+        predictor = jobs.make_model(job) if job.resumed else new_predictor(black_box, fresh=fresh)
+        predictor = job.precision.place(predictor)
+        job.logger.message(
+            f"predictor of {configs['model'].arch} for {config.selector_type} masks of {image_size} pixels"
+        )
+        build_trainer(
+            job,
+            predictor,
+            PredictorObjective(black_box, masks, multi_label=job.multi_label),
+            name=PREDICTOR_RECORD,
+            record={**record.to_plain(), "figures": {}},
+            measure=partial(_measure, job, black_box, masks),
+            interval=config.evaluation_interval,
+            best_by=config.best_by,
+        ).fit()
+    finally:
+        job.close()
+
+
+def _masks(job: jobs.Job, config: PredictorConfig, black_box: nn.Module) -> RandomMasks:
+    """The masks to learn from."""
+    image_size = job.loaders.preset.image_size
+    grid = (image_size, image_size)
+    if config.selector_type == "real-x":
+        grid = mask_grid_size(job, black_box, config.num_scales or default_num_scales(image_size))
+    geometry = config.geometry(image_size)
+    return RandomMasks(config.selector_type, geometry, grid, config.temperature, config.hard_samples)
+
+
+def _measure(
+    job: jobs.Job, black_box: nn.Module, masks: RandomMasks, predictor: nn.Module, loader: Loader
+) -> dict[str, float]:
+    """Figures of a predictor on random masks, the same ones every time."""
+    fixed = FixedRandomMasks(masks, black_box, job.distributed.rank)
+    return judge_masks(
+        fixed,
+        predictor,
+        loader,
+        precision=job.precision,
+        distributed=job.distributed,
+        multi_label=job.multi_label,
+    )

@@ -1,0 +1,64 @@
+"""CASM's decoder: from a classifier's features at several depths to a mask (Żołna et al. 2020, section 4).
+
+For a ResNet-50 names and shapes of its tensors are those of the published program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: Channels that each stage is reduced to, as published.
+WIDTH = 64
+
+
+class CasmDecoder(nn.Module):
+    """Every stage through a 1×1 convolution, BN and ReLU, all enlarged to the base's resolution, one 3×3 convolution.
+
+    Args:
+        channels: Of the base (after the stem) and of the stages, shallow to deep; at least the base and one stage.
+        width: Channels that each stage is reduced to.
+    """
+
+    def __init__(self, channels: Sequence[int], width: int = WIDTH) -> None:
+        super().__init__()
+        if len(channels) < 2 or min(channels) < 1 or width < 1:
+            raise ValueError(
+                f"a CASM decoder needs features of at least two depths, each with channels, not {list(channels)}"
+            )
+        self.channels, self.width = tuple(channels), width
+        for index, count in enumerate(channels[1:], 1):
+            reduce = nn.Sequential(
+                nn.Conv2d(count, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+            )
+            self.add_module(f"conv1x1_{index}", reduce)
+        joined = channels[0] + width * (len(channels) - 1)
+        self.final = nn.Sequential(nn.Conv2d(joined, 1, 3, padding=1), nn.Sigmoid())
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """The part of the picture to remove.
+
+        Args:
+            features: (N, C_i, h_i, w_i), the base first.
+
+        Returns:
+            (N, 1, h_0, w_0) in (0, 1).
+        """
+        if len(features) != len(self.channels):
+            raise ValueError(
+                f"the decoder reads {len(self.channels)} feature maps, {len(features)} were given"
+            )
+        base, *stages = features
+        parts = [base]
+        for index, stage in enumerate(stages, 1):
+            reduced = self.get_submodule(f"conv1x1_{index}")(stage)
+            parts.append(F.interpolate(reduced, size=base.shape[2:], mode="bilinear", align_corners=False))
+        return self.final(torch.cat(parts, dim=1))
+
+
+def enlarged(mask: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
+    """(N, 1, h, w) to (N, 1, H, W), each element a block, as published; float32."""
+    return F.interpolate(mask.float(), size=tuple(size), mode="nearest")

@@ -1,0 +1,140 @@
+"""Score your own architecture: two functions that take and give NumPy arrays.
+
+`python -m explainers score-casm … --interface FILE.py` scores whatever FILE.py makes of each file in `--casms-path`. It
+defines
+
+    def load_model(path: str) -> object
+        # whatever describes the model; it is handed to the other function as it is
+
+    def get_masks_and_check_predictions(images, targets, model) -> tuple[masks, rectangles, correct]
+        # images:     (B, 3, S, S) float32, normalised unless --not-normalize is given, then in 0 … 1
+        # targets:    (B,) int64
+        # masks:      (B, S, S) in [0, 1], the continuous masks of the whole pictures
+        # rectangles: (B, S, S) of 0 and 1: one block of ones each, where the object is thought to be
+        # correct:    (B,) of 0 and 1: whether the model's classifier is right about the picture
+
+`CasmInterface` is the same for our own CASMs, and the default.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from explainers.casm.model import Casm, load_casm
+from explainers.localization import Rectangle, object_rectangle
+from image_classification.config import ConfigError, check
+
+_FUNCTIONS = ("load_model", "get_masks_and_check_predictions")
+
+
+class Interface(Protocol):
+    """The two functions; a module that defines them is one."""
+
+    def load_model(self, path: str) -> Any:
+        """Read a model."""
+
+    def get_masks_and_check_predictions(
+        self, images: NDArray[np.float32], targets: NDArray[np.int64], model: Any
+    ) -> tuple[NDArray[np.floating], NDArray[np.generic], NDArray[np.generic]]:
+        """Masks, rectangles, and whether predictions are right."""
+        ...
+
+
+class CasmInterface:
+    """Our own CASMs.
+
+    Args:
+        device: Where they compute.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def load_model(self, path: str) -> Casm:
+        """See `model.load_casm`."""
+        return load_casm(path, device=self.device)
+
+    @torch.inference_mode()
+    def get_masks_and_check_predictions(
+        self, images: NDArray[np.float32], targets: NDArray[np.int64], model: Casm
+    ) -> tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.uint8]]:
+        """See the module's text."""
+        logits, masks = model(torch.from_numpy(images).to(self.device))
+        continuous = masks[:, 0].cpu().numpy()
+        rectangles = np.zeros(continuous.shape, np.uint8)
+        for picture, mask in zip(rectangles, continuous, strict=True):
+            object_rectangle(mask).of(picture)[...] = 1
+        return continuous, rectangles, (logits.argmax(1).cpu().numpy() == targets).astype(np.uint8)
+
+
+class _Loaded:
+    """The two functions of a user's file."""
+
+    def __init__(self, load: Callable[..., Any], ask: Callable[..., Any]) -> None:
+        self.load_model = load
+        self.get_masks_and_check_predictions = ask
+
+
+def load_interface(path: Path) -> Interface:
+    """The two functions that a Python file defines. The file is run.
+
+    Raises:
+        ConfigError: There is no such file, it cannot be run, or a function is missing.
+    """
+    check(path.is_file(), f"--interface {path}: there is no such file")
+    spec = importlib.util.spec_from_file_location("scored_architecture", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--interface {path}: no Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file raises
+        raise ConfigError(f"--interface {path} cannot be run: {type(error).__name__}: {error}") from error
+    missing = [name for name in _FUNCTIONS if not callable(getattr(module, name, None))]
+    check(not missing, f"--interface {path} does not define {' and '.join(missing)}")
+    return _Loaded(*(getattr(module, name) for name in _FUNCTIONS))
+
+
+def checked_answer(
+    answer: Any, count: int, size: tuple[int, int], who: str
+) -> tuple[NDArray[np.float64], list[Rectangle], NDArray[np.bool_]]:
+    """What `get_masks_and_check_predictions` gave, in our types.
+
+    Args:
+        answer: Its result.
+        count: Number of pictures.
+        size: Of the pictures.
+        who: For messages.
+
+    Returns:
+        Masks (B, S, S), a rectangle per picture (`EMPTY` without a pixel of 1), correct (B,).
+
+    Raises:
+        ConfigError: Wrong number of results, wrong shapes, NaN, values outside of [0, 1].
+    """
+    if not isinstance(answer, (tuple, list)) or len(answer) != 3:
+        raise ConfigError(f"{who}: get_masks_and_check_predictions must give masks, rectangles and correct")
+    masks, blocks, correct = (np.asarray(part) for part in answer)
+    for name, array, shape in (
+        ("masks", masks, (count, *size)), ("rectangles", blocks, (count, *size)), ("correct", correct, (count,)),
+    ):  # fmt: skip
+        check(array.shape == shape, f"{who}: {name} have shape {array.shape}, not {shape}")
+    masks = masks.astype(np.float64)
+    sound = np.isfinite(masks).all() and masks.min(initial=0) >= 0 and masks.max(initial=0) <= 1
+    check(bool(sound), f"{who}: masks must lie in [0, 1], without NaN")
+    return masks, [_block(block) for block in blocks], correct.astype(bool)
+
+
+def _block(block: NDArray[np.generic]) -> Rectangle:
+    """The box around the ones."""
+    rows, columns = np.nonzero(block)
+    if not len(rows):
+        return Rectangle(0, 0, 0, 0)
+    return Rectangle(int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)

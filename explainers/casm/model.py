@@ -1,0 +1,186 @@
+"""A classifier with CASM's decoder on its features, and the file that holds both.
+
+The file is a checkpoint of ours (so its classifier loads wherever a checkpoint does) with one more entry:
+
+    casm    taps, channels, width, image_size, kept (channels that a pruned classifier still has), decoder (state dict)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from explainers.casm.decoder import CasmDecoder, enlarged
+from explainers.casm.taps import Taps, find_casm_taps
+from explainers.features import FeatureTaps
+from image_classification.checkpoint import VERSION, save_atomically
+from image_classification.models import (
+    Structure,
+    build_from_structure,
+    capture_structure,
+    identity_of,
+    main_and_auxiliary_logits,
+    read_safely,
+    unwrap,
+)
+from image_classification.models.weights import FORMAT, WeightsError
+
+KEY = "casm"
+
+
+class Casm(nn.Module):
+    """Classifier and decoder.
+
+    Args:
+        classifier: Any classifier.
+        decoder: Made for the channels of `taps`.
+        taps: Modules of the classifier that the decoder reads, the base first.
+        image_size: Side of the pictures it was made for, in pixels.
+        kept: See `FeatureTaps`.
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        decoder: CasmDecoder,
+        taps: tuple[str, ...],
+        image_size: int,
+        kept: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.classifier, self.decoder = classifier, decoder
+        self.taps, self.image_size, self.kept = tuple(taps), image_size, dict(kept or {})
+
+    @classmethod
+    def for_classifier(cls, classifier: nn.Module, image_size: int, width: int) -> Casm:
+        """A fresh decoder for a classifier; device and memory format are left to the caller.
+
+        Raises:
+            ValueError: The classifier's feature maps cannot serve.
+        """
+        device = next(classifier.parameters()).device
+        found: Taps = find_casm_taps(classifier, torch.zeros(1, 3, image_size, image_size, device=device))
+        return cls(classifier, CasmDecoder(found.channels, width), found.names, image_size)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Channels that the decoder expects at each tap."""
+        return dict(zip(self.taps, self.decoder.channels, strict=True))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, L) and masks (N, 1, H, W) in (0, 1), float32, of pictures (N, 3, H, W)."""
+        with FeatureTaps(self.classifier, self.taps, self.kept, self.widths) as taps:
+            logits, _ = main_and_auxiliary_logits(self.classifier(images))
+            features = taps.features
+        return logits, enlarged(self.decoder(features), images.shape[2:])
+
+    def entry(self) -> dict[str, Any]:
+        """The `casm` entry of a checkpoint: plain data and tensors."""
+        return {
+            "taps": list(self.taps),
+            "channels": list(self.decoder.channels),
+            "width": self.decoder.width,
+            "image_size": self.image_size,
+            "kept": {name: positions.cpu() for name, positions in self.kept.items()},
+            "decoder": self.decoder.state_dict(),
+        }
+
+
+def save_casm(path: str | Path, casm: Casm) -> None:
+    """Write a CASM for use; a training run's checkpoint holds more, to go on from.
+
+    Raises:
+        ModelError: The classifier was not built by `create_model`, so that no file can describe it.
+        OSError: The file cannot be written.
+    """
+    structure = capture_structure(casm.classifier).to_plain()
+    payload = {
+        "format": FORMAT,
+        "version": VERSION,
+        "arch": structure["arch"],
+        "structure": structure,
+        "state_dict": unwrap(casm.classifier).state_dict(),
+        KEY: casm.entry(),
+    }
+    save_atomically(payload, Path(path))
+
+
+def load_casm(path: str | Path, *, device: torch.device | str | None = None) -> Casm:
+    """Read a CASM, from `save_casm` or from a training run's checkpoint; in evaluation mode, without gradients.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        WeightsError: It holds no CASM, or contradicts itself.
+    """
+    path = Path(path)
+    payload = read_safely(path)
+    if not (isinstance(payload, Mapping) and payload.get("format") == FORMAT and KEY in payload):
+        raise WeightsError(
+            f"{path} holds no saliency mapping (CASM): give a file that `python -m explainers train-casm` wrote"
+        )
+    classifier = build_from_structure(Structure.from_plain(payload["structure"]), device=device)
+    _load(classifier, payload["state_dict"], path, "classifier")
+    casm = casm_from_entry(classifier, payload[KEY], path)
+    return casm.to(device).eval().requires_grad_(False)
+
+
+def casm_from_entry(classifier: nn.Module, entry: Mapping[str, Any], path: Path) -> Casm:
+    """The CASM that a checkpoint's entry describes, on a classifier that is already there.
+
+    Raises:
+        WeightsError: The entry is incomplete, or belongs to another classifier.
+    """
+    missing = {"taps", "channels", "width", "image_size", "kept", "decoder"} - entry.keys()
+    if missing:
+        raise WeightsError(
+            f"{path}: its saliency mapping lacks {', '.join(sorted(missing))}; take another copy"
+        )
+    modules = dict(classifier.named_modules())
+    absent = [name for name in entry["taps"] if name not in modules]
+    if absent:
+        identity = identity_of(classifier)
+        raise WeightsError(
+            f"{path}: its decoder reads module {absent[0]!r}, which {identity.arch if identity else 'the classifier'} "
+            "does not have: it was trained on another architecture"
+        )
+    decoder = CasmDecoder(entry["channels"], entry["width"])
+    _load(decoder, entry["decoder"], path, "decoder")
+    return Casm(classifier, decoder, tuple(entry["taps"]), int(entry["image_size"]), entry["kept"])
+
+
+def _load(module: nn.Module, state: Mapping[str, Tensor], path: Path, what: str) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise WeightsError(
+            f"{path}: its {what} contradicts itself: {' '.join(str(error).split())}"
+        ) from error
+
+
+def find_casms(folder: Path) -> list[Path]:
+    """Files of CASMs in a folder: its own checkpoint files, and those in folders right below it, as runs leave them.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no file in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--casms-path {folder}: there is no such folder")
+    endings = (".pth.tar", ".pth", ".pt", ".chk")
+    here = [path for path in folder.iterdir() if path.name.endswith(endings)]
+    below = [path for path in folder.glob("*/checkpoint.pth.tar") if path.is_file()]
+    found = sorted(path for path in [*here, *below] if path.is_file() and not path.name.startswith("."))
+    if not found:
+        raise FileNotFoundError(
+            f"--casms-path {folder}: no checkpoint in it, nor a folder with checkpoint.pth.tar; train one with "
+            "`python -m explainers train-casm`"
+        )
+    return found
+
+
+def casm_name(path: Path) -> str:
+    """What tables call a CASM: its run's folder, or its file."""
+    return path.parent.name if path.name == "checkpoint.pth.tar" else path.name

@@ -1,0 +1,89 @@
+"""The classifiers that f was on its way here: kept on the CPU, bounded, replaced and drawn at random.
+
+Which one is replaced or drawn is a function of (seed, iteration), so that all ranks and resumed runs agree without
+talking about it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+_REPLACE, _DRAW, _JUDGE = range(3)
+
+
+class PastClassifiers:
+    """Earlier weights of a classifier.
+
+    Args:
+        capacity: Most that are kept; then a new one takes the place of a random one.
+        every: Iterations between two; 0: only the first.
+        share: Probability that one of them judges, in [0, 1]. With 0 nothing is stored.
+        seed: Of all choices.
+    """
+
+    def __init__(self, capacity: int, every: int, share: float, seed: int) -> None:
+        self.capacity, self.every, self.share, self.seed = capacity, every, share, seed
+        self.states: list[dict[str, Tensor]] = []
+        self._judge: nn.Module | None = None
+        self._loaded: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def wants(self, iteration: int) -> bool:
+        """Whether the classifier is to be stored before this iteration."""
+        if self.share == 0:
+            return False
+        return not self.states or (self.every > 0 and iteration % self.every == 0)
+
+    def add(self, model: nn.Module, iteration: int) -> None:
+        """Store a copy of a classifier's weights."""
+        state = {name: _on_host(tensor) for name, tensor in model.state_dict().items()}
+        if len(self.states) < self.capacity:
+            self.states.append(state)
+            return
+        place = int(self._random(iteration, _REPLACE).integers(self.capacity))
+        self.states[place] = state
+        if place == self._loaded:
+            self._loaded = None
+
+    def drawn(self, iteration: int) -> int | None:
+        """Which stored classifier judges this iteration; None: the present one does."""
+        if not self.states or self._random(iteration, _JUDGE).random() >= self.share:
+            return None
+        return int(self._random(iteration, _DRAW).integers(len(self.states)))
+
+    def judge(self, index: int, like: nn.Module) -> nn.Module:
+        """A stored classifier, ready to judge: in evaluation mode, without gradients of its own.
+
+        Args:
+            index: From `drawn`.
+            like: The present classifier, for structure and device.
+        """
+        if self._judge is None:
+            self._judge = copy.deepcopy(like).requires_grad_(False).eval()
+        if self._loaded != index:
+            self._judge.load_state_dict(self.states[index])
+            self._loaded = index
+        return self._judge
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints."""
+        return {"states": self.states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo of `state_dict`."""
+        self.states = list(state["states"])
+        self._loaded = None
+
+    def _random(self, iteration: int, purpose: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, iteration, purpose])
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy in main memory, never the tensor itself."""
+    return tensor.detach().to("cpu", copy=True) if tensor.device.type != "cpu" else tensor.detach().clone()

@@ -1,0 +1,98 @@
+"""What the masks do on the validation set after each epoch: accuracy on whole and on masked-out pictures, statistics.
+
+Here the mask is taken as it is, in (0, 1); the published evaluations binarise it (`score-casm`, `eval-casm`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from explainers.casm.model import Casm
+from explainers.casm.objective import mask_figures, negative_entropy, summary
+from image_classification.data.loader import Batch, Loader
+from image_classification.distributed import Distributed
+from image_classification.log import Logger
+from image_classification.precision import Precision
+
+_NUM_SHOWN = 8
+
+
+class CasmValidation:
+    """Measures a CASM on a loader; collective.
+
+    Args:
+        loader: Validation pictures.
+        precision: Autocast of the forward passes.
+        distributed: Ranks to add over.
+        max_batches: Stop after so many batches on each rank, None for all.
+    """
+
+    def __init__(
+        self, loader: Loader, precision: Precision, distributed: Distributed, max_batches: int | None = None
+    ) -> None:
+        self.loader, self.precision, self.distributed = loader, precision, distributed
+        self.max_batches = max_batches
+
+    def __call__(self, casm: Casm, logger: Logger, iteration: int) -> dict[str, float]:
+        """`val.top1` on whole pictures, `val.masked_top1` and `val.masked_entropy` (nats) on masked-out ones, ….
+
+        Classifier and decoder evaluate meanwhile, and get their modes back.
+        """
+        modes = {module: module.training for module in casm.modules()}
+        casm.eval()
+        try:
+            return self._run(casm, logger, iteration)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    @torch.inference_mode()
+    def _run(self, casm: Casm, logger: Logger, iteration: int) -> dict[str, float]:
+        sums = torch.zeros(8, dtype=torch.float64, device=self.distributed.device)
+        self.loader.set_epoch(0)
+        num_batches = min(len(self.loader), self.max_batches or len(self.loader))
+        batches = iter(self.loader)
+        with logger.progress(num_batches, "validation") as bar:
+            for index in range(num_batches):
+                batch = next(batches)
+                if len(batch):
+                    mask, added = self._judge(casm, batch)
+                    sums += added
+                    if index == 0:
+                        logger.image("casm/masks", _gallery(batch.images, mask), iteration)
+                bar.update()
+        (total,) = self.distributed.all_reduce_sum(sums)
+        whole, masked, entropy, count = total[:4].tolist()
+        figures = {
+            "top1": 100 * whole / count if count else math.nan,
+            "masked_top1": 100 * masked / count if count else math.nan,
+            "masked_entropy": entropy / count if count else math.nan,
+            **summary(total[4:], count),
+            "samples": count,
+        }
+        return {f"val.{name}": value for name, value in figures.items()}
+
+    def _judge(self, casm: Casm, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Masks of a batch, and the sums of its figures (8,)."""
+        with self.precision.autocast():
+            logits, mask = casm(batch.images)
+            masked, _ = casm(batch.images * (1 - mask))
+        right = (logits.argmax(1) == batch.targets).sum().double()
+        still = (masked.argmax(1) == batch.targets).sum().double()
+        entropy = -negative_entropy(masked).sum().double()
+        count = torch.full_like(right, len(batch))
+        return mask, torch.cat([torch.stack([right, still, entropy, count]), mask_figures(mask).sum(0)])
+
+
+def _gallery(images: Tensor, mask: Tensor) -> Tensor:
+    """Pictures, what is left of them, and masks, one below the other: (3, H, W) in 0 … 1."""
+    shown = images[:_NUM_SHOWN].float()
+    low, high = shown.amin((1, 2, 3), keepdim=True), shown.amax((1, 2, 3), keepdim=True)
+    pictures = (shown - low) / (high - low).clamp(min=1e-6)
+    masks = mask[:_NUM_SHOWN].float()
+    rows = torch.cat([pictures, pictures * (1 - masks), masks.expand_as(pictures)])
+    return make_grid(rows, nrow=len(shown))

@@ -1,0 +1,364 @@
+"""`python -m explainers compare ORIGINAL PRUNED DATA`: what compression did to predictions and explanations.
+
+    python -m explainers compare teacher.pth.tar pruned.pth.tar shapes-multi --json moved.json --gallery moved.png
+
+Prediction figures of both networks; point accuracy and AUC of each method where the data says where objects are; and
+how far the maps of the labelled classes moved (`explainers.movement`). With several ranks sums are exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from explainers.base import Prepared, method_names
+from explainers.evaluate import Row, localize
+from explainers.ground_truth import check_ground_truth
+from explainers.job import (
+    MethodConfig,
+    Network,
+    NetworkConfig,
+    PictureConfig,
+    check_writable,
+    input_preset,
+    load_networks,
+    open_split,
+    picture_loader,
+)
+from explainers.localize import needed_annotations
+from explainers.movement import rank_correlation, structural_similarity
+from explainers.plots import Panel, save_grid, to_picture
+from image_classification.cli import parse_config, to_plain
+from image_classification.config import check, flag
+from image_classification.data.build import DataConfig
+from image_classification.data.dataset import Dataset, Preset
+from image_classification.data.loader import Batch
+from image_classification.data.manifest import Manifest
+from image_classification.data.progress import progress_bar
+from image_classification.distributed import Distributed, DistributedConfig, setup_distributed
+from image_classification.metrics import ClassificationMetrics, Metrics, MultiLabelMetrics
+
+METRICS = ("point", "auc")
+SIMILARITIES = ("rank_correlation", "ssim")
+
+
+@dataclasses.dataclass(kw_only=True)
+class PairConfig:
+    """Which two networks."""
+
+    original: str | None = flag(None, "original", metavar="ORIGINAL", help="checkpoint before compression")
+    pruned: str | None = flag(None, "pruned", metavar="PRUNED", help="checkpoint after it")
+    arch: str | None = flag(
+        None, "--arch", "-a", metavar="NAME",
+        help="architecture of the checkpoints; checkpoints of ours say theirs",
+    )  # fmt: skip
+    ema: bool = flag(False, "--ema", help="take the averaged weights of the checkpoints")
+
+    def __post_init__(self) -> None:
+        for name, path in (("ORIGINAL", self.original), ("PRUNED", self.pruned)):
+            check(path is not None, f"{name} is missing: python -m explainers compare ORIGINAL PRUNED DATA")
+            check(Path(str(path)).is_file(), f"{name} {path}: there is no such file")
+
+    def networks(self) -> NetworkConfig:
+        """As the other verbs describe networks."""
+        return NetworkConfig(checkpoint=[str(self.original), str(self.pruned)], arch=self.arch, ema=self.ema)
+
+
+@dataclasses.dataclass(kw_only=True)
+class CompareMethodConfig(MethodConfig):
+    """Which methods explain them."""
+
+    method: list[str] = flag(
+        ["gradcam", "lrp", "ebp", "rap"], "--method", "-m", repeatable=True,
+        choices=method_names(aliases=True),
+        help="attribution method; may be given several times; by default the four of Park et al. 2020",
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(kw_only=True)
+class ResultConfig:
+    """Where results go."""
+
+    json: str | None = flag(None, "--json", metavar="FILE", help="also write the table as JSON")
+    gallery: str | None = flag(
+        None, "--gallery", metavar="FILE",
+        help="also draw pictures with their maps before and after; the suffix says the format",
+    )  # fmt: skip
+    rows: int | None = flag(None, "--rows", parse=int, help="pictures in the gallery; default: 8")
+
+    def __post_init__(self) -> None:
+        check(
+            self.rows is None or self.gallery is not None,
+            "--rows has no effect without --gallery: add it, or leave --rows out",
+        )
+        check(self.rows is None or self.rows >= 1, f"--rows {self.rows}: give at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """How far a method's maps moved.
+
+    Attributes:
+        means: By `SIMILARITIES`; NaN where no pair has both maps.
+        counted: Pairs behind each mean; less than `pairs` where a map is constant or not finite.
+        pairs: Pairs of picture and labelled class.
+    """
+
+    means: dict[str, float]
+    counted: dict[str, int]
+    pairs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Everything that the verb finds.
+
+    Attributes:
+        prediction: Per network (original, pruned), figures in percent.
+        located: Per network, a row per method; empty without masks or boxes.
+        moved: By method.
+    """
+
+    prediction: tuple[dict[str, float], dict[str, float]]
+    located: tuple[list[Row], list[Row]]
+    moved: dict[str, Moved]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the verb; see the module's text."""
+    sections = {
+        "pair": PairConfig, "data": DataConfig, "method": CompareMethodConfig, "pictures": PictureConfig,
+        "results": ResultConfig, "distributed": DistributedConfig,
+    }  # fmt: skip
+    configs = parse_config(
+        sections, argv, prog="python -m explainers compare",
+        description="What compression did to a network's predictions and explanations.",
+    )  # fmt: skip
+    results: ResultConfig = configs["results"]
+    with setup_distributed(configs["distributed"]) as distributed:
+        if distributed.is_main:
+            for name, path in (("--json", results.json), ("--gallery", results.gallery)):
+                if path is not None:
+                    check_writable(Path(path).absolute().parent, name)
+        comparison = _compare(configs, distributed)
+        if distributed.is_main:
+            _print(comparison)
+            if results.json is not None:
+                text = json.dumps(as_json(comparison, to_plain(configs)), indent=2, allow_nan=False)
+                Path(results.json).write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def _compare(configs: dict[str, Any], distributed: Distributed) -> Comparison:
+    data, pictures, results = configs["data"], configs["pictures"], configs["results"]
+    dataset, manifest = open_split(data, pictures, distributed)
+    original, pruned = load_networks(configs["pair"].networks(), data, dataset, distributed.device)
+    preset = input_preset(data, dataset, [original, pruned])
+    methods = configs["method"].methods()
+    example = torch.zeros(1, 3, preset.image_size, preset.image_size, device=distributed.device)
+    prepared = (original.prepare(methods, example), pruned.prepare(methods, example))
+    located = _located(configs, distributed, dataset, manifest, preset, (original, pruned), prepared)
+    judge = _Judge((original, pruned), prepared, dataset, preset, (results.rows or 8) * bool(results.gallery))
+    share = math.ceil(len(manifest) / distributed.world_size)
+    loader = picture_loader(manifest, preset, data, pictures, distributed)
+    with loader, progress_bar("comparing maps", share, distributed.is_main) as advance:
+        for batch in loader:
+            if len(batch):
+                judge.add(batch, loader.batch_size)
+                advance(len(batch))
+    if results.gallery is not None and distributed.is_main:
+        save_grid(Path(results.gallery), judge.panels, title=f"{original.name} → {pruned.name}")
+    return Comparison(judge.prediction(distributed), located, judge.moved(distributed))
+
+
+def _located(
+    configs: dict[str, Any], distributed: Distributed, dataset: Dataset, manifest: Manifest, preset: Preset,
+    networks: tuple[Network, Network], prepared: tuple[dict[str, Prepared], dict[str, Prepared]],
+) -> tuple[list[Row], list[Row]]:  # fmt: skip
+    """Localisation figures of both networks on the pictures whose objects are known; empty where none are."""
+    table = manifest.targets
+    if table.mask_paths is not None:
+        manifest = manifest.subset([index for index, path in enumerate(table.mask_paths) if path])
+    if (table.mask_paths is None and table.boxes is None) or not len(manifest):
+        if distributed.is_main:
+            print(f"{configs['data'].data} says nowhere where objects are: no point accuracy, no AUC")
+        return [], []
+    with_masks, with_boxes = needed_annotations(manifest, METRICS)
+    if distributed.is_main:
+        check_ground_truth(manifest, masks=with_masks, boxes=with_boxes)
+    distributed.barrier()
+    rows: list[list[Row]] = []
+    loader = picture_loader(
+        manifest, preset, configs["data"], configs["pictures"], distributed,
+        with_masks=with_masks, with_boxes=with_boxes,
+    )  # fmt: skip
+    share = math.ceil(len(manifest) / distributed.world_size)
+    with loader:
+        for network, methods in zip(networks, prepared, strict=True):
+            with progress_bar(f"locating: {network.name}", share, distributed.is_main) as advance:
+                rows.append(
+                    localize(
+                        network.name, methods, network.predict, loader, metrics=METRICS,
+                        multi_label=dataset.multi_label, distributed=distributed, max_pairs=loader.batch_size,
+                        advance=advance,
+                    )
+                )  # fmt: skip
+    return rows[0], rows[1]
+
+
+class _Judge:
+    """Collects predictions, similarities of maps and pictures for the gallery, batch by batch."""
+
+    def __init__(
+        self,
+        networks: tuple[Network, Network],
+        prepared: tuple[dict[str, Prepared], dict[str, Prepared]],
+        dataset: Dataset,
+        preset: Preset,
+        num_panels: int,
+    ) -> None:
+        self.networks, self.prepared, self.dataset, self.preset = networks, prepared, dataset, preset
+        self.panels: list[list[Panel]] = []
+        self._num_panels = num_panels
+        self._metrics: list[Metrics] = [
+            MultiLabelMetrics() if dataset.multi_label else ClassificationMetrics() for _ in networks
+        ]
+        self._sums = {name: np.zeros(len(SIMILARITIES)) for name in prepared[0]}
+        self._counts = {name: np.zeros(len(SIMILARITIES), np.int64) for name in prepared[0]}
+        self._num_pairs = 0
+
+    def add(self, batch: Batch, max_pairs: int) -> None:
+        """Judge a batch; maps of so many pairs are computed at once."""
+        for network, metrics in zip(self.networks, self._metrics, strict=True):
+            metrics.update(network.predict(batch.images).float(), batch.targets)
+        for rows, targets in _pairs(batch.targets, max_pairs):
+            self._num_pairs += len(rows)
+            self._compare(batch.images[rows], targets)
+
+    def _compare(self, images: Tensor, targets: Tensor) -> None:
+        panels = self._new_panels(images, targets)
+        for name in self.prepared[0]:
+            before, after = (methods[name](images, targets) for methods in self.prepared)
+            pairs = list(zip(before.map.cpu().numpy(), after.map.cpu().numpy(), strict=True))
+            values = np.stack(
+                [
+                    np.array([rank_correlation(*pair) for pair in pairs]),
+                    structural_similarity(before.map, after.map, signed=before.signed).cpu().numpy(),
+                ],
+                axis=1,
+            )
+            self._sums[name] += np.nansum(values, axis=0)
+            self._counts[name] += np.isfinite(values).sum(axis=0)
+            for index, row in enumerate(panels):
+                maps, title = pairs[index], f"{name} after\nρ {values[index, 0]:.2f}"
+                row.append(Panel(f"{name} before", row[0].picture, maps[0], before.signed))
+                row.append(Panel(title, row[0].picture, maps[1], after.signed))
+        self.panels += panels
+
+    def _new_panels(self, images: Tensor, targets: Tensor) -> list[list[Panel]]:
+        """Rows of the gallery that begin with these pictures."""
+        room = max(self._num_panels - len(self.panels), 0)
+        return [
+            [
+                Panel(
+                    self.dataset.class_names[int(target)],
+                    to_picture(image.float().cpu().numpy(), self.preset.mean, self.preset.std),
+                )
+            ]
+            for image, target in zip(images[:room], targets[:room], strict=True)
+        ]
+
+    def prediction(self, distributed: Distributed) -> tuple[dict[str, float], dict[str, float]]:
+        """Figures of both networks over all ranks. Collective."""
+        before, after = (metrics.compute(distributed) for metrics in self._metrics)
+        return before, after
+
+    def moved(self, distributed: Distributed) -> dict[str, Moved]:
+        """Means over all ranks. Collective."""
+        names = list(self._sums)
+        sums, counts, pairs = distributed.all_reduce_sum(
+            torch.tensor(np.stack([self._sums[name] for name in names])),
+            torch.tensor(np.stack([self._counts[name] for name in names])),
+            torch.tensor(self._num_pairs),
+        )
+        found = {}
+        for name, totals, numbers in zip(names, sums.tolist(), counts.tolist(), strict=True):
+            means = [
+                total / count if count else math.nan for total, count in zip(totals, numbers, strict=True)
+            ]
+            found[name] = Moved(
+                dict(zip(SIMILARITIES, means, strict=True)),
+                dict(zip(SIMILARITIES, numbers, strict=True)),
+                int(pairs),
+            )
+        return found
+
+
+def _pairs(targets: Tensor, max_pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows and labelled classes of a batch, so many at once."""
+    if targets.dim() == 1:
+        rows, classes = torch.arange(len(targets), device=targets.device), targets
+    else:
+        rows, classes = targets.gt(0.5).nonzero(as_tuple=True)
+    yield from zip(rows.split(max_pairs), classes.split(max_pairs), strict=True) if len(rows) else ()
+
+
+def as_json(comparison: Comparison, config: dict[str, Any]) -> dict[str, Any]:
+    """The comparison as plain JSON: NaN becomes null."""
+    rows = []
+    for index, (method, moved) in enumerate(comparison.moved.items()):
+        entry: dict[str, Any] = {"method": method, "moved": _plain(moved.means), "counted": moved.counted}
+        entry["pairs"] = moved.pairs
+        for name, located in zip(("original", "pruned"), comparison.located, strict=True):
+            if located:
+                entry[name] = {"figures": _plain(located[index].figures), "counts": located[index].counts}
+        rows.append(entry)
+    prediction = dict(zip(("original", "pruned"), map(_plain, comparison.prediction), strict=True))
+    return {"prediction": prediction, "methods": rows, "config": config}
+
+
+def _plain(figures: dict[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in figures.items()}
+
+
+def _print(comparison: Comparison) -> None:
+    """Both tables on standard output."""
+    prediction = Table(title="prediction")
+    for column in ("", "original", "pruned"):
+        prediction.add_column(column, justify="left" if not column else "right")
+    before, after = comparison.prediction
+    for name in before:
+        prediction.add_row(f"{name} %", f"{before[name]:.2f}", f"{after[name]:.2f}")
+    maps = Table(title="explanations: original → pruned")
+    for column in ("method", "point %", "AUC", "predicted pairs", "rank correlation", "SSIM", "maps"):
+        maps.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    for index, (method, moved) in enumerate(comparison.moved.items()):
+        rows = [located[index] for located in comparison.located if located]
+        maps.add_row(
+            method, _arrow([100 * row.figures["point"] for row in rows], ".1f"),
+            _arrow([row.figures["auc"] for row in rows], ".3f"),
+            _arrow([float(row.counts["predicted"]) for row in rows], ",.0f"),
+            *(_number(moved.means[name], ".3f") for name in SIMILARITIES), f"{moved.pairs:,}",
+        )  # fmt: skip
+    console = Console()
+    width = max(Console(width=10_000).measure(table).maximum for table in (prediction, maps))
+    for table in (prediction, maps):
+        Console(width=max(console.width, width)).print(table)
+
+
+def _arrow(values: Sequence[float], form: str) -> str:
+    return " → ".join(_number(value, form) for value in values) or "–"
+
+
+def _number(value: float, form: str) -> str:
+    return "–" if math.isnan(value) else format(value, form)

@@ -1,0 +1,69 @@
+"""The explanation that a pruning run follows, built from its flags and checked against its network."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from explainers.aem.saved import load_selector
+from explainers.casm.explanation import CasmExplanation
+from explainers.casm.model import load_casm
+from explainers.explanation import Explanation, network_digest
+from explainers.gradcam_explanation import GradCamExplanation
+from image_classification.config import ConfigError, check
+from pruning.config import PruningConfig
+from pruning.original import OriginalExplanations
+
+
+def build_originals(
+    config: PruningConfig, model: nn.Module, *, image_size: int, num_classes: int, fresh: bool
+) -> OriginalExplanations | None:
+    """The explanation with room for what it is in the original network; None where none is followed.
+
+    Args:
+        config: The flags.
+        model: The bare network on its device.
+        image_size: Side of the pictures.
+        num_classes: Of the data.
+        fresh: The network is the original one; in a resumed run it has changed, and was checked before.
+
+    Raises:
+        ConfigError: A selector that is of another network, or no explanation is possible.
+    """
+    kind = config.explanation_kind(config.criteria(), config.learned)
+    if kind is None:
+        return None
+    device = next(model.parameters()).device
+    if kind == "selector":
+        assert config.selector is not None, "PruningConfig checks it"
+        selector = load_selector(config.selector, device=device)
+        if fresh:
+            selector.check_network(model, image_size=image_size, num_classes=num_classes)
+        return OriginalExplanations(selector)
+    if kind == "casm":
+        assert config.casm is not None, "PruningConfig checks it"
+        return OriginalExplanations(_casm(config.casm, model, image_size, fresh))
+    example = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    try:
+        return OriginalExplanations(GradCamExplanation.of(model, example.to(device)))
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"--saliency-explanation gradcam: {error}") from error
+
+
+def _casm(path: str, model: nn.Module, image_size: int, fresh: bool) -> Explanation:
+    casm = load_casm(path, device=next(model.parameters()).device)
+    check(
+        casm.image_size == image_size,
+        f"--casm {path} was trained on pictures of {casm.image_size} pixels, not {image_size}: give --image-size "
+        f"{casm.image_size}",
+    )
+    check(
+        not casm.kept,
+        f"--casm {path} was made for a network that is pruned already: give that of the original",
+    )
+    check(
+        not fresh or network_digest(casm.classifier) == network_digest(model),
+        f"--casm {path} explains another network, or other weights: prune the classifier that it was trained with "
+        f"(--pretrained-weights {path})",
+    )
+    return CasmExplanation(casm)

@@ -1,0 +1,1 @@
+"""Saliency-matching pruning with learned gates (ISP): gates learn, become widths, the network is rewritten."""

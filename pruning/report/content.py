@@ -1,0 +1,353 @@
+"""The report's content as plain data: collected from a run's files, measured where they are silent.
+
+What a run does not tell and cannot be measured is listed under `missing` with the reason; nothing is filled in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from image_classification.config import check
+from image_classification.environment import describe_environment
+from image_classification.models import arch_info, identity_of
+from pruning.report.lineage import Lineage, Stage, find_lineage
+from pruning.report.measure import Pictures, accuracy_of, explain, open_pictures
+from pruning.report.networks import (
+    COSTS,
+    Network,
+    costs_of,
+    layer_widths,
+    load_network,
+    same_architecture,
+    unpruned,
+)
+from pruning.report.speed import compare_speed
+from pruning.report.trajectory import Trajectory, last_accuracy, trajectory_of
+
+PARTS = ("accuracy", "explanations", "speed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured, and with what.
+
+    Attributes:
+        original: Network to compare with; None: the one that pruning started from.
+        data: Takes the place of the run's data.
+        skip: Some of `PARTS`, which then are not measured.
+        methods: Attribution methods.
+        num_pictures: Pictures that explanations are compared on.
+        batch_sizes, num_batches: Of the speed measurement.
+        device: Where to compute.
+    """
+
+    original: Path | None = None
+    data: str | None = None
+    skip: Sequence[str] = ()
+    methods: Sequence[str] = ("gradcam",)
+    num_pictures: int = 200
+    batch_sizes: Sequence[int] = (1, 32)
+    num_batches: int = 30
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclasses.dataclass
+class Content:
+    """What `page.render` shows.
+
+    Attributes:
+        plain: JSON-able data.
+        course: Figures over iterations.
+        gallery: Pictures as data URIs, which the JSON leaves out.
+    """
+
+    plain: dict[str, Any]
+    course: Trajectory
+    gallery: list[dict[str, Any]]
+
+
+def collect(run: Path, settings: Settings) -> Content:
+    """Read a run and measure what is missing.
+
+    Args:
+        run: Workspace of a run, or a folder of workspaces that continue each other.
+        settings: What to measure.
+
+    Raises:
+        FileNotFoundError, ConfigError: There is no such run, or it has no checkpoint.
+    """
+    lineage = find_lineage(run)
+    final = lineage.last
+    check(
+        final.checkpoint is not None,
+        f"RUN {final.workspace} holds no checkpoint: it has not finished an epoch, or ran with --no-checkpoints",
+    )
+    assert final.checkpoint is not None
+    missing: list[str] = []
+    pruned = load_network("pruned", final.checkpoint)
+    original = _original(lineage, pruned, settings, missing)
+    course = trajectory_of(lineage.stages)
+    if not any(stage.entries for stage in lineage.stages):
+        missing.append("course of training: the run wrote no report (--raport-file '')")
+    plain: dict[str, Any] = {
+        "run": str(run),
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "stages": [_stage(stage) for stage in lineage.stages],
+        "budget": _budget(lineage),
+        "widths": [],
+        "trajectory": dataclasses.asdict(course),
+        "rewrites": _rewrites(lineage, course),
+        "environment": describe_environment(settings.device),
+        "config": final.config,
+    }
+    pictures = _pictures(final, settings, missing)
+    size = _image_size(final, pictures, pruned)
+    plain["costs"] = _costs(original, pruned, size)
+    plain["image_size"] = size
+    if original is not None:
+        plain["widths"] = layer_widths(original.model, pruned.model)
+    plain["accuracy"] = _accuracy(lineage, original, pictures, settings, missing)
+    gallery = _explanations(plain, original, pruned, pictures, settings, missing)
+    plain["speed"] = _speed(original, pruned, size, final, settings)
+    plain["missing"] = missing
+    return Content(plain, course, gallery)
+
+
+def _original(lineage: Lineage, pruned: Network, settings: Settings, missing: list[str]) -> Network | None:
+    path = settings.original or lineage.original_weights()
+    if path is not None:
+        network = load_network("original", path, lineage.last.config.get("arch"))
+        check(
+            same_architecture(network.model, pruned.model),
+            f"--original {path} is another architecture than {pruned.weights}: give the network that was pruned",
+        )
+        return network
+    first = lineage.first_pruning()
+    if first is None:
+        missing.append("rewrites: no stage of this run removed channels, so there is nothing to compare")
+    elif lineage.stages[first].start is None:
+        missing.append(
+            "accuracy and explanations before pruning: this run pruned while it trained from scratch, so an unpruned "
+            "trained network never existed; --original FILE compares with one that was trained separately"
+        )
+    else:
+        missing.append(
+            f"accuracy and explanations before pruning: {lineage.stages[first].start}, which pruning started from, is "
+            "not there any more; --original FILE says where it is"
+        )
+    fresh = unpruned(pruned)
+    if fresh is None:
+        missing.append("widths before pruning: the checkpoint does not name its architecture")
+    return fresh
+
+
+def _stage(stage: Stage) -> dict[str, Any]:
+    started = [line["time"] for line in stage.invocations]
+    return {
+        "kind": stage.kind,
+        "workspace": str(stage.workspace),
+        "epochs": stage.progress.get("epoch"),
+        "iterations": stage.progress.get("iteration"),
+        "num_rewrites": len(stage.rewrites),
+        "start": stage.start,
+        "accuracy": last_accuracy(stage),
+        "seconds": _seconds(stage),
+        "started": started,
+        "commands": list(dict.fromkeys(line["command"] for line in stage.invocations)),
+        "environment": stage.invocations[-1]["environment"] if stage.invocations else None,
+        "num_processes": stage.invocations[-1]["num_processes"] if stage.invocations else None,
+    }
+
+
+def _seconds(stage: Stage) -> float | None:
+    """Seconds of training, validation left out: what the epochs logged."""
+    seconds = dict[int, float]()
+    for entry in stage.entries:
+        if entry.get("type") == "LOG" and "train.epoch_seconds" in entry.get("data", {}):
+            seconds[entry["step"][0]] = entry["data"]["train.epoch_seconds"]
+    return sum(seconds.values()) if seconds else None
+
+
+def _budget(lineage: Lineage) -> list[dict[str, Any]]:
+    """Metric, share that was asked for, share that was reached."""
+    records = [record for stage in lineage.stages for record in stage.rewrites]
+    pruning = [stage for stage in lineage.stages if stage.rewrites]
+    if not records:
+        return []
+    asked: dict[str, float] = {}
+    for stage in pruning:
+        share = stage.config.get("one_shot_pruning")
+        words = stage.config.get("budget") or [f"macs={1 - share if share is not None else 0.5}"]
+        for word in words:
+            metric, _, amount = str(word).partition("=")
+            asked[metric] = asked.get(metric, 1.0) * float(amount)
+    rows = []
+    for metric, wanted in asked.items():
+        reached = 1.0
+        for stage in pruning:
+            found = [record["costs"][metric] for record in stage.rewrites if metric in record["costs"]]
+            reached *= found[-1][1] / found[-1][2] if found else 1.0
+        rows.append({"metric": metric, "asked": wanted, "reached": reached})
+    return rows
+
+
+def _rewrites(lineage: Lineage, course: Trajectory) -> list[dict[str, Any]]:
+    """Records of all stages with the iteration on the common axis."""
+    rows: list[dict[str, Any]] = []
+    for stage, (_, offset, _) in zip(lineage.stages, course.stages, strict=True):
+        for record in stage.rewrites:
+            kept = {key: record[key] for key in ("widths", "costs", "loss", "scores", "seconds")}
+            rows.append({"number": len(rows) + 1, "iteration": offset + max(record["iteration"], 0), **kept})
+    return rows
+
+
+def width_table(rewrites: Sequence[dict[str, Any]]) -> tuple[list[str], np.ndarray]:
+    """Groups that gave way, in order of their first loss, and their shares (groups, rewrites) after each rewrite."""
+    groups = list(dict.fromkeys(name for record in rewrites for name in record["widths"]))
+    shares = np.ones((len(groups), len(rewrites)))
+    for row, group in enumerate(groups):
+        first: float | None = None
+        share = 1.0
+        for column, record in enumerate(rewrites):
+            if group in record["widths"]:
+                before, after = record["widths"][group]
+                first = before if first is None else first
+                share = after / first
+            shares[row, column] = share
+    return groups, shares
+
+
+def score_table(rewrites: Sequence[dict[str, Any]], course: Trajectory) -> tuple[list[str], np.ndarray]:
+    """All scored groups and their median scores (groups, rewrites)."""
+    groups = list(course.scores)
+    column = {record["iteration"]: number for number, record in enumerate(rewrites)}
+    values = np.full((len(groups), len(rewrites)), np.nan)
+    for row, group in enumerate(groups):
+        for iteration, score in course.scores[group]:
+            if iteration in column:
+                values[row, column[int(iteration)]] = score
+    return groups, values
+
+
+def _pictures(final: Stage, settings: Settings, missing: list[str]) -> Pictures | None:
+    if final.config.get("data_backend") in ("synthetic", "syntetic") and settings.data is None:
+        missing.append("explanations: the run had synthetic data; --data DATA gives real pictures")
+        return None
+    try:
+        return open_pictures(final.config, settings.device, settings.data)
+    except (OSError, ValueError) as error:
+        missing.append(f"explanations, and accuracy that was not logged: the data cannot be opened ({error})")
+        return None
+
+
+def _image_size(final: Stage, pictures: Pictures | None, pruned: Network) -> int:
+    if pictures is not None:
+        return pictures.preset.image_size
+    identity = identity_of(pruned.model)
+    arch = final.config.get("arch") or (identity.arch if identity is not None else "")
+    return final.config.get("image_size") or arch_info(arch).image_size
+
+
+def _costs(original: Network | None, pruned: Network, size: int) -> list[dict[str, Any]]:
+    after = costs_of(pruned.model, size)
+    before = None if original is None else costs_of(original.model, size)
+    return [
+        {
+            "metric": metric,
+            "name": name,
+            "unit": unit,
+            "divisor": divisor,
+            "before": None if before is None else before[metric],
+            "after": after[metric],
+        }
+        for metric, (name, unit, divisor) in COSTS.items()
+    ]
+
+
+def _accuracy(
+    lineage: Lineage,
+    original: Network | None,
+    pictures: Pictures | None,
+    settings: Settings,
+    missing: list[str],
+) -> list[dict[str, Any]]:
+    """Figures before pruning, after it and after fine-tuning, from the logs or measured now."""
+    first = lineage.first_pruning()
+    wanted: list[tuple[str, Stage | None, Path | None]] = []
+    for index, stage in enumerate(lineage.stages):
+        if first is not None and index == first - 1 and settings.original is None:
+            wanted.append(("before pruning", stage, lineage.original_weights()))
+        elif first is None or index >= first:
+            name = {"pruning": "after pruning", "fine-tuning": "after fine-tuning"}.get(
+                stage.kind, "at the end"
+            )
+            wanted.append((name, stage, stage.checkpoint))
+    if (
+        original is not None
+        and original.weights is not None
+        and (not wanted or wanted[0][0] != "before pruning")
+    ):
+        wanted.insert(0, ("before pruning", None, original.weights))
+    rows = []
+    for name, origin, path in wanted:
+        logged = _logged(origin, path, lineage.last)
+        if logged is not None:
+            rows.append({"when": name, "source": "logged by the run", **logged})
+        elif path is not None and pictures is not None and "accuracy" not in settings.skip:
+            network = load_network(name, path, lineage.last.config.get("arch"))
+            rows.append(
+                {"when": name, "source": "measured for this report", **accuracy_of(network, pictures)}
+            )
+        else:
+            missing.append(f"accuracy {name}: it was not logged and was not measured")
+    return rows
+
+
+def _logged(stage: Stage | None, path: Path | None, final: Stage) -> dict[str, float] | None:
+    """The accuracy of a stage's last checkpoint, if its run logged it on the data of the last stage."""
+    if (
+        stage is None
+        or path is None
+        or stage.checkpoint is None
+        or path.resolve() != stage.checkpoint.resolve()
+    ):
+        return None
+    same = all(stage.config.get(key) == final.config.get(key) for key in ("data", "image_size", "resize"))
+    return last_accuracy(stage) if same else None
+
+
+def _explanations(
+    plain: dict[str, Any], original: Network | None, pruned: Network, pictures: Pictures | None,
+    settings: Settings, missing: list[str],
+) -> list[dict[str, Any]]:  # fmt: skip
+    plain["explanations"] = None
+    if "explanations" in settings.skip:
+        missing.append("explanations: left out as asked (--skip explanations)")
+        return []
+    if original is None or original.weights is None or pictures is None:
+        return []
+    found = explain(original, pruned, pictures, methods=settings.methods, num_pictures=settings.num_pictures)
+    gallery = found.pop("gallery")
+    if "localization" not in found:
+        missing.append("point accuracy and AUC: the data has neither masks nor boxes")
+    plain["explanations"] = found
+    return gallery
+
+
+def _speed(
+    original: Network | None, pruned: Network, size: int, final: Stage, settings: Settings
+) -> list[dict[str, Any]]:
+    if "speed" in settings.skip:
+        return []
+    return compare_speed(
+        [network for network in (original, pruned) if network is not None], size, settings.device,
+        batch_sizes=settings.batch_sizes, num_batches=settings.num_batches,
+        memory_format=final.config.get("memory_format", "nchw"),
+    )  # fmt: skip

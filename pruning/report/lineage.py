@@ -1,0 +1,175 @@
+"""The runs behind a result: pretraining, pruning, fine-tuning – stages, each with a workspace of its own.
+
+A stage names the weights that it started from (`--pretrained-weights`); following them backwards finds the stages
+before it, and at the end the file that everything began with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from image_classification.checkpoint import BEST_FILENAME
+from image_classification.config import check
+from image_classification.models import read_safely
+from image_classification.provenance import read_invocations
+from image_classification.report import read_report
+
+CONFIG = "config.yaml"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One run of `main.py`.
+
+    Attributes:
+        workspace: Its folder.
+        kind: `training`, `pruning` or `fine-tuning`.
+        config: The resolved configuration.
+        entries: Lines of its report; empty where it wrote none.
+        invocations: How it was started, and on what.
+        checkpoint: Its latest checkpoint, None if there is none.
+        progress: `epoch`, `iteration`, `steps_per_epoch` of that checkpoint.
+        rewrites: Records of its rewrites, as `pruning.pruner.RewriteRecord`, oldest first.
+    """
+
+    workspace: Path
+    kind: str
+    config: dict[str, Any]
+    entries: list[dict[str, Any]]
+    invocations: list[dict[str, Any]]
+    checkpoint: Path | None
+    progress: dict[str, int]
+    rewrites: list[dict[str, Any]]
+
+    @property
+    def start(self) -> str | None:
+        """The weights that it started from."""
+        return self.config.get("pretrained_weights")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lineage:
+    """The stages of a result, oldest first, and the file that the first one started from."""
+
+    stages: tuple[Stage, ...]
+    foreign_start: Path | None
+
+    @property
+    def last(self) -> Stage:
+        """The stage that is reported."""
+        return self.stages[-1]
+
+    def first_pruning(self) -> int | None:
+        """Position of the first stage that rewrote the network."""
+        return next((index for index, stage in enumerate(self.stages) if stage.rewrites), None)
+
+    def original_weights(self) -> Path | None:
+        """The network before anything was removed; None where the first pruning stage started from scratch."""
+        index = self.first_pruning()
+        if index is None or self.stages[index].start is None:
+            return None
+        return find_weights(self.stages[index])
+
+
+def find_lineage(run: Path) -> Lineage:
+    """The stages that led to a run.
+
+    Args:
+        run: A workspace, or a folder of workspaces of which one continues the other.
+
+    Raises:
+        FileNotFoundError: There is no run.
+        ConfigError: A folder holds several results; they are named.
+    """
+    workspace = run if (run / CONFIG).is_file() else _last_of(run)
+    stages, foreign = [read_stage(workspace)], None
+    while stages[0].start is not None:
+        weights = find_weights(stages[0])
+        known = {stage.workspace.resolve() for stage in stages}
+        if weights is None or not (weights.parent / CONFIG).is_file() or weights.parent.resolve() in known:
+            foreign = weights
+            break
+        stages.insert(0, read_stage(weights.parent))
+    named = [dataclasses.replace(stage, kind=_kind(stages, index)) for index, stage in enumerate(stages)]
+    return Lineage(tuple(named), foreign)
+
+
+def _kind(stages: Sequence[Stage], index: int) -> str:
+    if stages[index].rewrites or stages[index].config.get("iterative_pruning"):
+        return "pruning"
+    return "fine-tuning" if any(stage.rewrites for stage in stages[:index]) else "training"
+
+
+def _last_of(folder: Path) -> Path:
+    """The workspace in a folder that no other one of it continues."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"RUN {folder}: there is no such folder; give the --workspace of a run")
+    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    if not inside:
+        raise FileNotFoundError(f"RUN {folder}: holds no {CONFIG}; give the --workspace of a run of main.py")
+    starts = [find_weights(read_stage(path)) for path in inside]
+    continued = {path.parent.resolve() for path in starts if path is not None}
+    last = [path for path in inside if path.resolve() not in continued]
+    names = ", ".join(str(path) for path in last)
+    check(len(last) == 1, f"RUN {folder} holds several results: give one of {names or 'its workspaces'}")
+    return last[0]
+
+
+def read_stage(workspace: Path) -> Stage:
+    """What a workspace holds. Its kind is settled by `find_lineage`, which knows the stages before it."""
+    config = yaml.safe_load((workspace / CONFIG).read_text(encoding="utf-8")) or {}
+    report = config.get("raport_file")
+    entries = read_report(workspace / report) if report and (workspace / report).is_file() else []
+    names = (config.get("checkpoint_filename", "checkpoint.pth.tar"), BEST_FILENAME)
+    checkpoint = next((workspace / name for name in names if (workspace / name).is_file()), None)
+    payload: Mapping[str, Any] = {} if checkpoint is None else read_safely(checkpoint)
+    progress = {key: payload[key] for key in ("epoch", "iteration", "steps_per_epoch") if key in payload}
+    return Stage(
+        workspace, "training", config, entries, read_invocations(workspace), checkpoint, progress,
+        _rewrites(payload.get("callbacks") or {}),
+    )  # fmt: skip
+
+
+def _rewrites(callbacks: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Records of rewrites, whichever callback of the run made them, as plain JSON data."""
+    records: list[dict[str, Any]] = []
+    for state in callbacks.values():
+        if not isinstance(state, Mapping):
+            continue
+        records += [record for record in state.get("history") or () if {"widths", "costs"} <= set(record)]
+        single = state.get("record")
+        if isinstance(single, Mapping) and {"widths", "share", "loss"} <= set(single):
+            records.append(_of_learned_gates(single))
+    return sorted(json.loads(json.dumps(records)), key=lambda record: record["iteration"])
+
+
+def _of_learned_gates(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The one rewrite of learned gates, which happens before training and has no scores."""
+    return {
+        "iteration": 0,
+        "widths": record["widths"],
+        "costs": {metric: [1.0, share, 1.0] for metric, share in record["share"].items()},
+        "loss": record["loss"],
+        "scores": {},
+        "seconds": {},
+    }
+
+
+def find_weights(stage: Stage) -> Path | None:
+    """The file that a stage started from; its path was written relative to the folder that the run was started in."""
+    if stage.start is None:
+        return None
+    given = Path(stage.start)
+    candidates = [given]
+    if not given.is_absolute():
+        parts, own = stage.workspace.resolve().parts, Path(stage.config.get("workspace") or "").parts
+        if own and parts[-len(own) :] == own:
+            candidates.append(Path(*parts[: -len(own)]) / given)
+        candidates.append(stage.workspace.parent / given)
+    return next((path for path in candidates if path.is_file()), None)

@@ -1,0 +1,96 @@
+"""The network before and after: costs, layer widths, size of the files. Nothing is run on data here."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from image_classification.models import identity_of, model_for_weights
+from pruning.cost import CostModel
+from pruning.graph import trace_groups
+from pruning.structure import pruned_state
+
+#: Metric → (name for people, unit, divisor).
+COSTS = {
+    "macs": ("Multiply-accumulates", "MMACs", 1e6),
+    "params": ("Parameters", "M", 1e6),
+    "memory": ("Peak activation memory, one picture", "MiB", 2**20),
+    "file": ("Weights on disk", "MiB", 2**20),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network of the report.
+
+    Attributes:
+        name: `original` or `pruned`.
+        model: In evaluation mode.
+        weights: File that the weights come from; None: fresh ones, only the structure means anything.
+    """
+
+    name: str
+    model: nn.Module
+    weights: Path | None
+
+
+def load_network(name: str, path: Path, arch: str | None = None, num_classes: int | None = None) -> Network:
+    """A network from a checkpoint, on the CPU."""
+    model = model_for_weights(arch, path, num_classes=num_classes)
+    return Network(name, model.eval().requires_grad_(False), path)
+
+
+def unpruned(network: Network) -> Network | None:
+    """The architecture of a network as its name builds it, with fresh weights; None if it has no such name."""
+    identity = identity_of(network.model)
+    if identity is None:
+        return None
+    return Network("original", identity.build().eval().requires_grad_(False), None)
+
+
+def costs_of(model: nn.Module, image_size: int) -> dict[str, float]:
+    """MACs, parameters, peak activation memory (bytes, one picture) and bytes of the weights file."""
+    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    graph = trace_groups(model, images)
+    costs = CostModel(graph, model, images[:1], ("macs", "params", "memory")).report()
+    return {**costs, "file": float(weights_size(model))}
+
+
+def weights_size(model: nn.Module) -> int:
+    """Bytes of the network as a file of its own: structure and tensors, no optimizer."""
+    buffer = io.BytesIO()
+    torch.save(pruned_state(model), buffer)
+    return buffer.getbuffer().nbytes
+
+
+def layer_widths(before: nn.Module, after: nn.Module) -> list[dict[str, Any]]:
+    """Output channels of every convolution and linear layer, in order of declaration.
+
+    Returns:
+        Rows `layer`, `kind`, `before`, `after`.
+    """
+    was, rows = dict(before.named_modules()), []
+    for name, module in after.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.dim() >= 2 and name in was:
+            axis = 1 if "Transpose" in type(module).__name__ else 0
+            other = was[name].get_parameter("weight")
+            rows.append(
+                {
+                    "layer": name,
+                    "kind": type(module).__name__,
+                    "before": int(other.shape[axis]),
+                    "after": int(weight.shape[axis]),
+                }
+            )
+    return rows
+
+
+def same_architecture(before: nn.Module, after: nn.Module) -> bool:
+    """Whether two networks have the same modules, whatever their widths."""
+    return [name for name, _ in before.named_modules()] == [name for name, _ in after.named_modules()]

@@ -1,0 +1,72 @@
+"""Speed of two networks, measured side by side: they take turns, so that a busy machine slows both alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from image_classification.inference_speed import speed_images, speed_row, time_batches
+from image_classification.monitor import Monitor
+from image_classification.precision import Precision, PrecisionConfig
+from pruning.report.networks import Network
+
+_ROUNDS = 5
+_WARMUP = 3
+#: Images over which energy is counted, at least: NVML's counter moves about ten times a second.
+_ENERGY_IMAGES = 4096
+
+
+def compare_speed(
+    networks: Sequence[Network],
+    image_size: int,
+    device: torch.device,
+    *,
+    batch_sizes: Sequence[int] = (1, 32),
+    num_batches: int = 30,
+    memory_format: str = "nchw",
+) -> list[dict[str, Any]]:
+    """Latency and throughput.
+
+    Args:
+        networks: What to measure.
+        image_size: Side of the pictures in pixels.
+        device: Where to compute, in float32.
+        batch_sizes: Pictures a batch.
+        num_batches: Batches that count, per network and batch size.
+        memory_format: `nchw` or `nhwc`.
+
+    Returns:
+        A row per batch size and network: `network`, the fields of `inference_speed.SpeedRow` (seconds a batch) and,
+        where NVML has it, `joules_per_image`.
+    """
+    precision = Precision(PrecisionConfig(memory_format=memory_format), device)
+    placed = {network.name: precision.place(network.model).eval() for network in networks}
+    rows = []
+    for batch_size in batch_sizes:
+        images = speed_images(batch_size, image_size, precision)
+        seconds: dict[str, list[float]] = {name: [] for name in placed}
+        for model in placed.values():
+            time_batches(model, images, precision, _WARMUP)
+        for _ in range(_ROUNDS):
+            for name, model in placed.items():
+                seconds[name] += time_batches(model, images, precision, max(1, num_batches // _ROUNDS))
+        for name, model in placed.items():
+            row = {"network": name, **dataclasses.asdict(speed_row(batch_size, seconds[name]))}
+            energy = _joules_per_image(model, images, precision)
+            rows.append(row if energy is None else {**row, "joules_per_image": energy})
+    return rows
+
+
+def _joules_per_image(model: nn.Module, images: torch.Tensor, precision: Precision) -> float | None:
+    """Energy of the GPU per picture; None without a GPU or where NVML does not say."""
+    if precision.device.type != "cuda":
+        return None
+    num_batches = -(-_ENERGY_IMAGES // len(images))
+    with Monitor(precision.device, interval=0.1) as monitor:
+        monitor.read()
+        time_batches(model, images, precision, num_batches)
+        return monitor.read(num_batches * len(images)).get("train.joules_per_image")

@@ -1,0 +1,106 @@
+"""What a lineage's reports say about its course: figures over iterations, all stages on one axis."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pruning.report.lineage import Stage
+
+#: Figures that say how good a classifier is, the best one first: multi-label data has mAP, others top-1.
+HEADLINES = ("top1", "map")
+
+
+@dataclasses.dataclass
+class Trajectory:
+    """Points (iteration over all stages, value).
+
+    Attributes:
+        headline: `top1` or `map`; in percent.
+        validation, training: The headline, after epochs and (top-1 only) within them.
+        costs: Metric → points (iteration, share of the original); two points per rewrite, before and after it.
+        losses: (iteration, calibration loss before, after) of each rewrite.
+        scores: Group → points (iteration, median score).
+        stages: (kind, first iteration, last iteration).
+    """
+
+    headline: str = "top1"
+    validation: list[list[float]] = dataclasses.field(default_factory=list)
+    training: list[list[float]] = dataclasses.field(default_factory=list)
+    costs: dict[str, list[list[float]]] = dataclasses.field(default_factory=dict)
+    losses: list[list[float]] = dataclasses.field(default_factory=list)
+    scores: dict[str, list[list[float]]] = dataclasses.field(default_factory=dict)
+    stages: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)
+
+
+def trajectory_of(stages: Sequence[Stage]) -> Trajectory:
+    """Put the stages' figures one after the other."""
+    course, offset = Trajectory(), 0
+    if any("val.map" in entry.get("data", {}) for stage in stages for entry in figures(stage)):
+        course.headline = "map"
+    for stage in stages:
+        length = stage.progress.get("iteration", 0)
+        steps = stage.progress.get("steps_per_epoch", 0)
+        course.stages.append((stage.kind, offset, offset + length))
+        if steps:
+            _add_figures(course, stage, steps, offset)
+        _add_rewrites(course, stage, offset, length)
+        offset += length
+    return course
+
+
+def figures(stage: Stage) -> list[dict[str, Any]]:
+    """The lines of a stage's report that hold figures."""
+    return [
+        entry for entry in stage.entries if entry.get("type") == "LOG" and isinstance(entry.get("step"), list)
+    ]
+
+
+def _add_figures(course: Trajectory, stage: Stage, steps: int, offset: int) -> None:
+    """Figures by iteration: where a resumed run wrote an iteration twice, the later line holds."""
+    validation, training = dict[int, float](), dict[int, float]()
+    scores: dict[str, dict[int, float]] = {}
+    for entry in figures(stage):
+        step, data = entry["step"], entry["data"]
+        if len(step) == 1 and data.get(f"val.{course.headline}") is not None:
+            validation[offset + (step[0] + 1) * steps] = data[f"val.{course.headline}"]
+        if len(step) == 2:
+            iteration = offset + step[0] * steps + step[1]
+            if data.get(f"train.{course.headline}") is not None:
+                training[iteration + 1] = data[f"train.{course.headline}"]
+            for key, value in data.items():
+                if key.startswith("score.") and value is not None:
+                    scores.setdefault(key.removeprefix("score."), {})[iteration] = value
+    course.validation += _points(validation)
+    course.training += _points(training)
+    for group, values in scores.items():
+        course.scores.setdefault(group, []).extend(_points(values))
+
+
+def _add_rewrites(course: Trajectory, stage: Stage, offset: int, length: int) -> None:
+    for record in stage.rewrites:
+        iteration = offset + max(record["iteration"], 0)
+        before, after = record["loss"]
+        course.losses.append([iteration, before, after])
+        for metric, (was, now, base) in record["costs"].items():
+            points = course.costs.setdefault(metric, [[0, 1.0]])
+            points += [[iteration, was / base], [iteration, now / base]]
+    for points in course.costs.values():
+        points.append([offset + length, points[-1][1]])
+
+
+def _points(values: Mapping[int, float]) -> list[list[float]]:
+    return [[iteration, values[iteration]] for iteration in sorted(values)]
+
+
+def last_accuracy(stage: Stage) -> dict[str, float] | None:
+    """The last validation that a stage logged: `loss` and figures in percent; None without one."""
+    for entry in reversed(figures(stage)):
+        data = {key.removeprefix("val."): value for key, value in entry["data"].items()}
+        found = {
+            name: data[name] for name in (*HEADLINES, "top5", "f1", "loss") if data.get(name) is not None
+        }
+        if any(f"val.{name}" in entry["data"] and name in found for name in HEADLINES):
+            return found
+    return None

@@ -1,0 +1,78 @@
+"""What pruning starts from: channel graph, costs and explanation, made anew or taken from an earlier run's state."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from image_classification.config import ConfigError
+from image_classification.distributed import Distributed
+from pruning.channel_graph import ChannelGraph, Constraints
+from pruning.cost import CostModel
+from pruning.graph import trace_groups
+
+
+def graph_of(
+    model: nn.Module, example_images: Tensor, constraints: Constraints, state: Mapping[str, Any] | None
+) -> ChannelGraph:
+    """The network's channel graph: traced, or in a resumed run the one that the checkpoint holds.
+
+    A trace of the narrower network might couple it otherwise; with the stored graph a resumed run has the choices of
+    one that was never interrupted.
+
+    Raises:
+        ValueError: The stored graph is of another network.
+    """
+    if state is None:
+        return trace_groups(model, example_images, constraints=constraints)
+    graph = ChannelGraph.from_state(state["graph"], constraints)
+    tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    for axis in graph.axes:
+        size = tensors[axis.tensor].shape[axis.dim] if axis.tensor in tensors else None
+        if size != len(axis.units):
+            raise ValueError(
+                f"the pruning state is of another network: {axis.tensor!r} has {len(axis.units)} slices in dimension "
+                f"{axis.dim} there and {size or 0} here"
+            )
+    return graph
+
+
+def shared_costs(
+    graph: ChannelGraph,
+    model: nn.Module,
+    example_images: Tensor,
+    metrics: tuple[str, ...],
+    state: Mapping[str, Any] | None,
+    distributed: Distributed,
+) -> CostModel:
+    """The cost model; a latency table is measured on rank 0 and shared, so that all ranks decide alike. Collective.
+
+    Args:
+        graph, model, example_images, metrics: See `CostModel`.
+        state: Of an earlier run, with the costs under "costs".
+        distributed: The ranks.
+    """
+    known = None if state is None else state["costs"]
+    if "latency" not in metrics or not distributed.is_distributed:
+        return CostModel(graph, model, example_images, metrics, state=known)
+    costs = CostModel(graph, model, example_images, metrics, state=known) if distributed.is_main else None
+    shared = distributed.broadcast_object(None if costs is None else costs.state_dict())
+    return costs or CostModel(graph, model, example_images, metrics, state=shared)
+
+
+def known_originals(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What an earlier run knows of the original network's explanation.
+
+    Raises:
+        ConfigError: It followed none.
+    """
+    known: Mapping[str, Any] | None = state.get("originals")
+    if known is None:
+        raise ConfigError(
+            "--selector, --saliency-explanation: the run to resume followed no explanation, and what it was in the "
+            "original network is not known any more; leave the flag out, or start anew"
+        )
+    return known

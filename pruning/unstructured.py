@@ -1,0 +1,355 @@
+"""Iterative magnitude pruning of single weights, in rounds with fine-tuning between them.
+
+Han et al., "Learning both weights and connections for efficient neural networks" (NeurIPS 2015); in rounds, with
+rewinding, Frankle & Carbin (ICLR 2019) and Renda et al. (ICLR 2020); as a compression whose explanations are to be
+kept, Park et al. (NeurIPS 2020): 16 rounds of 20 % of what is left. After round k
+
+    sparsity = 1 − (1 − p)^k          of all weights of convolutions and linear layers (biases and norms stay)
+
+Weights are chosen by `torch.nn.utils.prune.L1Unstructured`. A removed weight is held at zero without any wrapper: its
+gradient is zeroed before every update, and its momentum once, when it is removed, so no optimizer moves it. The network
+stays an ordinary one, zeros included, in every checkpoint; the masks are with the callback's state.
+
+Note:
+    PyTorch's own masks (`weight_orig`, `weight_mask` and a hook) would change the names in every checkpoint and the
+    wrappers of DDP and torch.compile; only its choice of weights is used here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import L1Unstructured
+
+from image_classification.callbacks import Callback
+from image_classification.config import check, flag
+from image_classification.schedules import Schedule
+from image_classification.trainer import Trainer
+
+SCOPES = ("global", "layer")
+_PRUNED = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+@dataclasses.dataclass(kw_only=True)
+class UnstructuredConfig:
+    """Pruning of single weights"""
+
+    unstructured_pruning: float | None = flag(
+        None,
+        "--unstructured-pruning",
+        metavar="SHARE",
+        help="In every round zero this share of the weights that are left, the smallest ones, and hold them at zero.",
+    )
+    rounds: int = flag(
+        1,
+        "--rounds",
+        help="Rounds of --unstructured-pruning; each takes an equal part of --epochs afterwards.",
+    )
+    rewind: int | None = flag(
+        None, "--rewind", metavar="EPOCHS",
+        help="Before every further round put weights back to what they were after so many epochs of the first one "
+        "(0: as the run began); default: go on from the trained ones.",
+    )  # fmt: skip
+    unstructured_scope: str = flag(
+        "global", "--unstructured-scope", choices=SCOPES,
+        help="Compare weights over the whole network (global) or within each layer.",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        share = self.unstructured_pruning
+        if share is None:
+            unused = {"--rounds": self.rounds != 1, "--rewind": self.rewind is not None}
+            unused["--unstructured-scope"] = self.unstructured_scope != "global"
+            for name, given in unused.items():
+                check(
+                    not given,
+                    f"{name} has no effect without --unstructured-pruning: add it, or leave {name} out",
+                )
+            return
+        check(
+            0 < share < 1,
+            f"--unstructured-pruning {share}: give the share to remove in a round, between 0 and 1",
+        )
+        check(self.rounds >= 1, f"--rounds {self.rounds}: at least 1 is needed")
+        check(
+            self.rewind is None or self.rounds > 1,
+            "--rewind has no effect with a single round: raise --rounds, or leave it out",
+        )
+
+    @property
+    def active(self) -> bool:
+        """Whether weights are removed."""
+        return self.unstructured_pruning is not None
+
+
+def check_combination(configs: Mapping[str, Any]) -> None:
+    """Refuse what pruning of single weights cannot be combined with.
+
+    Raises:
+        ConfigError: Naming the flags.
+    """
+    config: UnstructuredConfig = configs["unstructured"]
+    if not config.active:
+        return
+    train = configs["train"]
+    check(
+        not configs["pruning"].active,
+        "--unstructured-pruning holds single weights at zero and cannot follow a rewrite of channels: leave it out, or "
+        "--iterative-pruning and --one-shot-pruning",
+    )
+    check(not train.evaluate, "--unstructured-pruning has no effect with --evaluate: leave one out")
+    epochs, rounds = train.epochs, config.rounds
+    more = -(-epochs // rounds) * rounds
+    check(
+        epochs % rounds == 0,
+        f"--epochs {epochs} cannot be divided among --rounds {rounds}: --epochs {more} gives each {more // rounds}",
+    )
+    check(
+        config.rewind is None or 0 <= config.rewind <= epochs // rounds,
+        f"--rewind {config.rewind}: a round has {epochs // rounds} epochs",
+    )
+
+
+def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of all convolutions and linear layers by name; one that several modules share comes once."""
+    weights = {id(module.weight) for module in model.modules() if isinstance(module, _PRUNED)}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in weights}
+
+
+def num_removed_after(num_weights: int, share: float, rounds: int) -> int:
+    """Weights that are gone after so many rounds: 1 − (1 − share)^rounds of all, rounded."""
+    return round(num_weights * (1 - (1 - share) ** rounds))
+
+
+def next_masks(
+    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], share: float, rounds: int, scope: str
+) -> dict[str, Tensor]:
+    """The masks after a further round.
+
+    Args:
+        weights: Name → weight.
+        masks: Name → bool mask of its shape, what is left after `rounds − 1` rounds.
+        share: p.
+        rounds: k, from 1.
+        scope: `global` or `layer`.
+
+    Returns:
+        Name → bool mask. What was removed stays removed; the smallest of the rest go until 1 − (1 − p)^k of the
+        weights (of each layer's weights) are gone.
+    """
+    if scope == "layer":
+        return {
+            name: _without_smallest({name: weights[name]}, {name: masks[name]}, share, rounds)[name]
+            for name in weights
+        }
+    return _without_smallest(weights, masks, share, rounds)
+
+
+def _without_smallest(
+    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], share: float, rounds: int
+) -> dict[str, Tensor]:
+    total = sum(weight.numel() for weight in weights.values())
+    alive = torch.cat([weights[name].detach()[masks[name]].float() for name in weights])
+    count = num_removed_after(total, share, rounds) - (total - len(alive))
+    stays = torch.ones_like(alive)
+    if count > 0:
+        stays = L1Unstructured(amount=count).compute_mask(alive, default_mask=stays)
+    found, begin = {}, 0
+    for name in weights:
+        mask = masks[name].clone()
+        end = begin + int(mask.sum())
+        mask[masks[name]] = stays[begin:end].bool()
+        found[name], begin = mask, end
+    return found
+
+
+class RepeatedSchedule(Schedule):
+    """A schedule that starts anew in every round.
+
+    Args:
+        schedule: Of the whole training; its curve is fitted to one round.
+        rounds: How often it runs; its length must be a multiple.
+    """
+
+    def __init__(self, schedule: Schedule, rounds: int) -> None:
+        epochs = schedule.total_steps // schedule.steps_per_epoch // rounds
+        super().__init__(
+            dataclasses.replace(schedule.config, lr=schedule.lr), schedule.steps_per_epoch, epochs
+        )
+
+    def lr_at(self, iteration: int) -> float:
+        """See `Schedule.lr_at`."""
+        return super().lr_at(iteration % self.total_steps)
+
+
+class UnstructuredPruning(Callback):
+    """Removes weights at the beginning of every round and holds them at zero.
+
+    Args:
+        config: The flags.
+
+    Attributes:
+        masks: Weight's name → bool mask of what is left; empty before the first round.
+        completed: Rounds begun.
+    """
+
+    name = "unstructured"
+
+    def __init__(self, config: UnstructuredConfig) -> None:
+        self.config = config
+        self.masks: dict[str, Tensor] = {}
+        self.completed = 0
+        self._start: dict[str, Tensor] = {}
+        self._held: list[tuple[nn.Parameter, Tensor]] = []
+
+    # ------------------------------------------------------------------ when
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Fit the learning rate to the rounds, take up the masks of a resumed run, say what is going to happen."""
+        config, state = self.config, trainer.state
+        assert config.unstructured_pruning is not None
+        self._epochs = trainer.config.epochs // config.rounds
+        state.schedule = RepeatedSchedule(state.schedule, config.rounds)
+        if self.completed:
+            self._hold(trainer)
+        final = 1 - (1 - config.unstructured_pruning) ** config.rounds
+        trainer.logger.message(
+            f"pruning single weights in {config.rounds} round(s) of {self._epochs} epoch(s), "
+            f"{100 * config.unstructured_pruning:g} % of what is left in each, to {100 * final:.1f} % zeros; the "
+            "learning rate and the best checkpoint start anew in every round"
+        )
+
+    def on_epoch_start(self, trainer: Trainer) -> None:
+        """Begin a round if it is time; keep the weights to rewind to."""
+        state, config = trainer.state, self.config
+        at_boundary = state.iteration == state.epoch * trainer.steps_per_epoch
+        if at_boundary and config.rewind == state.epoch == 0:
+            self._keep_start(trainer)
+        if at_boundary and state.epoch == self.completed * self._epochs:
+            self._begin_round(trainer)
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """Keep the weights to rewind to, after the epochs that `--rewind` says."""
+        if self.config.rewind is not None and trainer.state.epoch + 1 == self.config.rewind:
+            self._keep_start(trainer)
+
+    def _keep_start(self, trainer: Trainer) -> None:
+        state = trainer.state.model.state_dict()
+        self._start = {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    # ------------------------------------------------------------------ a round
+
+    def _begin_round(self, trainer: Trainer) -> None:
+        """Choose by the weights as they are, rewind if asked, zero, forget momenta."""
+        config, state = self.config, trainer.state
+        assert config.unstructured_pruning is not None
+        weights = prunable_weights(state.model)
+        check(
+            bool(weights),
+            "--unstructured-pruning: this network has no convolution and no linear layer to take weights from",
+        )
+        known = self.masks or {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
+        self.completed += 1
+        self.masks = next_masks(
+            weights, known, config.unstructured_pruning, self.completed, config.unstructured_scope
+        )
+        trainer.distributed.check_agreement(
+            "the weights that stay", [int(mask.sum()) for mask in self.masks.values()]
+        )
+        if config.rewind is not None and self.completed > 1:
+            state.model.load_state_dict(self._start)
+            state.optimizer.state.clear()
+            if state.ema is not None:
+                state.ema.module.load_state_dict(self._start)
+        self._hold(trainer)
+        self._zero(trainer)
+        # A checkpoint of an earlier round has fewer zeros: it is not what the next one competes with.
+        state.best = None
+        self._report(trainer)
+
+    def _hold(self, trainer: Trainer) -> None:
+        """From now on these weights' gradients are masked."""
+        weights = prunable_weights(trainer.state.model)
+        self.masks = {name: mask.to(weights[name].device) for name, mask in self.masks.items()}
+        self._held = [(weights[name], mask) for name, mask in self.masks.items()]
+
+    @torch.no_grad()
+    def _zero(self, trainer: Trainer) -> None:
+        """Zero the removed weights, in the average too, and what the optimizer remembers of them."""
+        for weight, mask in self._held:
+            weight.mul_(mask)
+            for value in trainer.state.optimizer.state.get(weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    value.mul_(mask)
+        if trainer.state.ema is not None:
+            averaged = prunable_weights(trainer.state.ema.module)
+            for name, mask in self.masks.items():
+                averaged[name].mul_(mask)
+
+    def on_backward_end(self, trainer: Trainer) -> None:
+        """Hold: a zero with zero gradient and zero momentum stays zero in every optimizer, weight decay included."""
+        for weight, mask in self._held:
+            if weight.grad is not None:
+                weight.grad.mul_(mask)
+
+    # ------------------------------------------------------------------ report and checkpoints
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros among the weights that pruning looks at."""
+        total = sum(mask.numel() for mask in self.masks.values())
+        left = sum(int(mask.sum()) for mask in self.masks.values())
+        return 1 - left / total if total else 0.0
+
+    def _report(self, trainer: Trainer) -> None:
+        state = trainer.state
+        total = sum(mask.numel() for mask in self.masks.values())
+        left = sum(int(mask.sum()) for mask in self.masks.values())
+        trainer.logger.message(
+            f"round {self.completed} of {self.config.rounds}: {100 * self.sparsity:.2f} % of {total:,} weights are "
+            f"zero, {left:,} are left"
+        )
+        figures = {"round": float(self.completed), "sparsity": self.sparsity, "weights_left": float(left)}
+        step = (state.epoch, 0)
+        trainer.logger.scalars("unstructured", figures, step, state.iteration)
+        layers = {name.removesuffix(".weight"): 1 - float(m.float().mean()) for name, m in self.masks.items()}
+        trainer.logger.scalars("sparsity", layers, step, state.iteration)
+
+    def on_log(self, trainer: Trainer, figures: dict[str, float]) -> None:
+        """Show the sparsity, counted from the weights themselves."""
+        zeros = torch.stack([(weight == 0).sum() for weight, _ in self._held]).sum()
+        total = sum(weight.numel() for weight, _ in self._held)
+        figures["unstructured.sparsity"] = int(zeros) / total
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rounds, masks, and the weights to rewind to."""
+        return {
+            "completed": self.completed,
+            "rounds": self.config.rounds,
+            "share": self.config.unstructured_pruning,
+            "masks": {name: mask.cpu() for name, mask in self.masks.items()},
+            "start": dict(self._start),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state; masks go to the network's device when training starts.
+
+        Raises:
+            ConfigError: The flags of the rounds are not those of the checkpoint.
+        """
+        for flag_name, key, now in (
+            ("--rounds", "rounds", self.config.rounds),
+            ("--unstructured-pruning", "share", self.config.unstructured_pruning),
+        ):
+            check(
+                state[key] == now,
+                f"{flag_name} {now}: the resumed run has {state[key]}; give the same, or start anew from its weights "
+                "with --pretrained-weights",
+            )
+        self.completed = state["completed"]
+        self.masks = dict(state["masks"])
+        self._start = dict(state["start"])

@@ -1,0 +1,1 @@
+"""Verbs of `python -m pruning` that have a file of their own."""

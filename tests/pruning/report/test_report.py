@@ -1,0 +1,275 @@
+"""The report of a run: what it says is what the run's files say, and what is missing is said."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from support.commands import ROOT, run
+
+from image_classification.models import read_safely
+from image_classification.report import read_report
+from pruning.__main__ import main
+from pruning.report import lineage as lineage_module
+from pruning.report import page
+from pruning.report.content import score_table, width_table
+from pruning.report.lineage import find_lineage
+from pruning.report.trajectory import Trajectory, last_accuracy, trajectory_of
+
+DATA = "shapes:train=96,val=24"
+SMALL = [
+    "--image-size",
+    "24",
+    "--batch-size",
+    "16",
+    "--workers",
+    "1",
+    "--data-backend",
+    "pytorch",
+    "--console",
+    "plain",
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three stages: training, pruning, fine-tuning."""
+    root = tmp_path_factory.mktemp("report")
+    stages: dict[str, list[str]] = {
+        "pretrain": ["--epochs", "1"],
+        "prune": [
+            *("--epochs", "1", "--iterative-pruning", "--pruning-step", "2", "--pruning-delta", "0.2"),
+            *("--calibration-batches", "1", "--calibration-size", "24"),
+            *("--pretrained-weights", str(root / "runs/pretrain/checkpoint.pth.tar")),
+        ],
+        "finetune": ["--epochs", "2", "--pretrained-weights", str(root / "runs/prune/checkpoint.pth.tar")],
+    }
+    for name, flags in stages.items():
+        words = [
+            sys.executable,
+            "main.py",
+            DATA,
+            "--arch",
+            "resnet20",
+            *SMALL,
+            "--workspace",
+            str(root / "runs" / name),
+        ]
+        done = run([*words, *flags], cache=root / "cache")
+        assert done.returncode == 0, done.stderr[-2000:]
+    return root / "runs"
+
+
+@pytest.fixture(scope="module")
+def report(runs: Path) -> tuple[str, dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUCIDPRUNE_CACHE", str(runs.parent / "cache"))
+        words = ["report", str(runs), "--num-pictures", "12", "--num-batches", "5", "--batch-sizes", "1", "2"]
+        assert main([*words, "--device", "cpu"]) == 0
+    return (runs / "report.html").read_text(encoding="utf-8"), json.loads((runs / "report.json").read_text())
+
+
+def test_the_stages_are_found_from_the_folder_and_from_the_last_run(runs: Path) -> None:
+    for start in (runs, runs / "finetune"):
+        lineage = find_lineage(start)
+        assert [stage.workspace.name for stage in lineage.stages] == ["pretrain", "prune", "finetune"]
+        assert [stage.kind for stage in lineage.stages] == ["training", "pruning", "fine-tuning"]
+        assert lineage.original_weights() == runs / "pretrain" / "checkpoint.pth.tar"
+    assert [stage.kind for stage in find_lineage(runs / "pretrain").stages] == ["training"]
+
+
+def test_figures_are_those_of_the_run(runs: Path, report: tuple[str, dict[str, Any]]) -> None:
+    _, plain = report
+    history = read_safely(runs / "prune" / "checkpoint.pth.tar")["callbacks"]["pruning"]["history"]
+    assert [row["widths"] for row in plain["rewrites"]] == [record["widths"] for record in history]
+    steps = 96 // 16
+    assert [row["iteration"] for row in plain["rewrites"]] == [
+        steps + record["iteration"] for record in history
+    ]
+    (budget,) = plain["budget"]
+    assert budget["metric"] == "macs"
+    assert budget["asked"] == 0.5
+    _, after, base = history[-1]["costs"]["macs"]
+    assert budget["reached"] == pytest.approx(after / base)
+    costs = {row["metric"]: row for row in plain["costs"]}
+    assert costs["macs"]["before"] == base
+    assert costs["macs"]["after"] == after
+    weights = read_safely(runs / "finetune" / "checkpoint.pth.tar")["state_dict"]
+    widths = {row["layer"]: row["after"] for row in plain["widths"]}
+    assert all(width == weights[f"{layer}.weight"].shape[0] for layer, width in widths.items())
+    assert [row["when"] for row in plain["accuracy"]] == [
+        "before pruning",
+        "after pruning",
+        "after fine-tuning",
+    ]
+    logged = [
+        entry["data"]
+        for entry in read_report(runs / "finetune" / "experiment_raport.json")
+        if "data" in entry
+    ]
+    last = [data["val.top1"] for data in logged if "val.top1" in data][-1]
+    assert plain["accuracy"][-1]["top1"] == last
+    assert plain["missing"] == []
+
+
+def test_explanations_speed_and_origin_are_there(report: tuple[str, dict[str, Any]]) -> None:
+    _, plain = report
+    assert {row["network"] for row in plain["explanations"]["localization"]} == {"original", "pruned"}
+    assert plain["explanations"]["num_pictures"] == 12
+    drift = plain["explanations"]["drift"]
+    assert [row["similarity"] for row in drift] == ["rank_correlation", "ssim"]
+    assert all(row["mean"] is None or -1 <= row["p10"] <= row["mean"] <= 1 for row in drift)
+    assert {(row["network"], row["batch_size"]) for row in plain["speed"]} == {
+        ("original", 1), ("pruned", 1), ("original", 2), ("pruned", 2),
+    }  # fmt: skip
+    for stage in plain["stages"]:
+        assert stage["commands"][0].startswith("python ")
+        assert "main.py" in stage["commands"][0]
+        assert stage["environment"]["processor"]
+    assert plain["config"]["arch"] == "resnet20"
+
+
+class _Page(HTMLParser):
+    """Checks that tags close, ids are unique and nothing is fetched."""
+
+    VOID = frozenset("meta img br path use rect image line link stop".split())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(str(value))
+            if name in ("src", "href", "xlink:href") and not str(value).startswith(("data:", "#")):
+                self.fetched.append(str(value))
+            if tag == "img" and name == "src":
+                assert any(key == "alt" and text for key, text in attrs)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_fetches_nothing(report: tuple[str, dict[str, Any]]) -> None:
+    text, _ = report
+    parser = _Page()
+    parser.feed(text)
+    assert parser.open == []
+    assert parser.fetched == []
+    assert len(parser.ids) == len(set(parser.ids)) > 50
+    assert not re.search(r"url\((?!#)", text)
+    assert not re.search(r"#0a0[bc]0", text), "a stand-in colour was not replaced"
+    assert "prefers-color-scheme: dark" in text
+    references = set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r'href="#([^"]+)"', text))
+    assert references <= set(parser.ids)
+    assert text.count('<svg class="wide"') == text.count('<svg class="narrow"') == 4
+
+
+def test_what_cannot_be_known_is_said(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that pruned without pretrained weights, whose data has gone."""
+    lonely = tmp_path / "lonely"
+    shutil.copytree(runs / "prune", lonely)
+    config = yaml.safe_load((lonely / "config.yaml").read_text())
+    config |= {"pretrained_weights": None, "data": str(tmp_path / "gone")}
+    (lonely / "config.yaml").write_text(yaml.safe_dump(config))
+    (lonely / "invocations.jsonl").unlink()
+    out = tmp_path / "page.html"
+    words = ["report", str(lonely), "--skip", "speed", "--output", str(out), "--device", "cpu"]
+    assert main(words) == 0
+    plain = json.loads(out.with_suffix(".json").read_text())
+    assert any("never existed" in line for line in plain["missing"])
+    assert any("data cannot be opened" in line for line in plain["missing"])
+    assert plain["explanations"] is None
+    assert plain["speed"] == []
+    assert [row["when"] for row in plain["accuracy"]] == ["after pruning"]
+    assert (
+        plain["costs"][0]["before"] > plain["costs"][0]["after"]
+    )  # the architecture's name knows the widths
+    text = out.read_text()
+    assert "What this run does not tell" in text
+    assert "The command was not recorded." in text
+
+
+def test_errors_name_the_run(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path / "absent")]) == 2
+    assert "absent" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["report", str(tmp_path / "empty")]) == 2
+    assert "holds no config.yaml" in capsys.readouterr().err
+    for name in ("one", "two"):
+        (tmp_path / "many" / name).mkdir(parents=True)
+        (tmp_path / "many" / name / "config.yaml").write_text("arch: resnet20\n")
+    assert main(["report", str(tmp_path / "many")]) == 2
+    assert "several results" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "many" / "one")]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    assert main(["report", str(runs), "--num-pictures", "0"]) == 2
+    assert "--num-pictures 0" in capsys.readouterr().err
+
+
+def test_a_line_written_twice_counts_once(runs: Path) -> None:
+    """A resumed run repeats iterations after its last checkpoint: the later line holds."""
+    (stage,) = find_lineage(runs / "pretrain").stages
+    once = trajectory_of([stage])
+    stage.entries.extend(json.loads(json.dumps(stage.entries)))
+    for entry in stage.entries[len(stage.entries) // 2 :]:
+        if "val.top1" in entry.get("data", {}):
+            entry["data"]["val.top1"] = 77.0
+    twice = trajectory_of([stage])
+    assert len(twice.validation) == len(once.validation) == 1
+    assert twice.validation[0][1] == 77.0
+    assert last_accuracy(stage)["top1"] == 77.0  # type: ignore[index]
+
+
+def test_tables_of_widths_and_scores() -> None:
+    rewrites = [
+        {"number": 1, "iteration": 5, "widths": {"a": [8, 6]}},
+        {"number": 2, "iteration": 9, "widths": {"b": [4, 1], "a": [6, 2]}},
+    ]
+    groups, shares = width_table(rewrites)
+    assert groups == ["a", "b"]
+    np.testing.assert_allclose(shares, [[0.75, 0.25], [1.0, 0.25]])
+    names, values = score_table(rewrites, Trajectory(scores={"c": [[5, 0.5], [7, 9.0], [9, 0.25]]}))
+    assert names == ["c"]
+    np.testing.assert_allclose(values, [[0.5, 0.25]])
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [(None, 3, "–"), (0, 3, "0"), (1234567.0, 3, "1,234,567"), (0.012345, 3, "0.0123"), (99.96, 4, "99.96")],
+)
+def test_numbers_for_people(value: float | None, digits: int, text: str) -> None:
+    assert page.number(value, digits) == text
+
+
+def test_the_template_is_packaged() -> None:
+    assert '"pruning.report" = ["templates/*.j2"]' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_rewrite_of_learned_gates_is_a_rewrite() -> None:
+    state = {
+        "record": {"widths": {"a": [8, 3]}, "share": {"macs": 0.5}, "loss": [0.1, 0.7], "threshold": 0.5}
+    }
+    (record,) = lineage_module._rewrites({"learned_pruning": state, "recorder": {"count": 3}})
+    assert record["widths"] == {"a": [8, 3]}
+    assert record["costs"]["macs"] == [1.0, 0.5, 1.0]
+    assert lineage_module._rewrites({"learned_pruning": {"record": None}}) == []

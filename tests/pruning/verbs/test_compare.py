@@ -1,0 +1,72 @@
+"""`python -m pruning compare`: figures of two networks, side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from image_classification.models import create_model
+from pruning.__main__ import main
+from pruning.structure import save_pruned
+
+
+@pytest.fixture
+def networks(tmp_path: Path) -> list[str]:
+    torch.manual_seed(0)
+    paths = [tmp_path / "whole.pth.tar", tmp_path / "narrow.pth.tar"]
+    save_pruned(paths[0], create_model("resnet20", num_classes=12))
+    save_pruned(paths[1], create_model("resnet20", num_classes=12, widths={"layer2.1.conv1": 20}))
+    return [str(path) for path in paths]
+
+
+def test_costs_and_widths(networks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "compare.json"
+    assert main(["compare", *networks, "--image-size", "32", "--json", str(report)]) == 0
+    plain = json.loads(report.read_text())
+    # layer2.1 at 16×16: 32 → 32 → 32 channels, 3×3; twelve channels fewer in the middle
+    saved = 2 * 16 * 16 * 9 * 32 * 12
+    assert plain["costs"][0]["macs"] - plain["costs"][1]["macs"] == saved
+    assert plain["costs"][0]["params"] - plain["costs"][1]["params"] == 2 * 9 * 32 * 12 + 2 * 12
+    changed = [row for row in plain["widths"] if row["before"] != row["after"]]
+    assert changed == [{"layer": "layer2.1.conv1", "kind": "Conv2d", "before": 32, "after": 20}]
+    out = capsys.readouterr().out
+    assert "1 of 20 layers have other widths" in out
+    assert plain["accuracy"] is None
+
+
+def test_accuracy_is_measured_on_data(
+    networks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUCIDPRUNE_CACHE", str(tmp_path / "cache"))
+    report = tmp_path / "compare.json"
+    words = [
+        "compare",
+        *networks,
+        "--data",
+        "shapes:train=24,val=24",
+        "--device",
+        "cpu",
+        "--json",
+        str(report),
+    ]
+    assert main(words) == 0
+    figures = json.loads(report.read_text())["accuracy"]
+    assert len(figures) == 2
+    assert all(0 <= entry["top1"] <= entry["top5"] <= 100 for entry in figures)
+    assert "top1, %" in capsys.readouterr().out
+
+
+def test_errors_are_one_line(networks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other.pth.tar"
+    save_pruned(other, create_model("resnet32", num_classes=12))
+    assert main(["compare", networks[0], str(other)]) == 2
+    assert "different architectures" in capsys.readouterr().err
+    assert main(["compare", networks[0], str(tmp_path / "absent")]) == 2
+    assert "absent" in capsys.readouterr().err
+    ten = tmp_path / "ten.pth.tar"
+    save_pruned(ten, create_model("resnet20", num_classes=10))
+    assert main(["compare", str(ten), str(ten), "--data", "shapes:train=24,val=24"]) == 2
+    assert "12 classes, the network 10" in capsys.readouterr().err

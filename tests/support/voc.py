@@ -1,0 +1,47 @@
+"""A Pascal VOC devkit in miniature, as it is unpacked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from image_classification.data.layouts.voc import CLASS_NAMES
+
+#: Objects of a picture: class, box as VOC writes it, difficult.
+Objects = list[tuple[str, tuple[float, ...], int]]
+
+
+def annotation_xml(objects: Objects, width: int = 40, height: int = 30) -> str:
+    """The text of an annotation file."""
+    boxes = "".join(
+        f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmax>{x1}</xmax><xmin>{x0}</xmin>"
+        f"<ymax>{y1}</ymax><ymin>{y0}</ymin></bndbox><part><name>head</name></part></object>"
+        for name, (x0, y0, x1, y1), difficult in objects
+    )
+    return f"<annotation><size><width>{width}</width><height>{height}</height></size>{boxes}</annotation>"
+
+
+def write_devkit(root: Path, num_train: int = 48, num_val: int = 6) -> Path:
+    """Noise pictures of 40×30 pixels with one or two objects, boxes and masks; returns the year's folder."""
+    year = root / "VOCdevkit" / "VOC2012"
+    for folder in ("ImageSets/Main", "Annotations", "SegmentationClass", "JPEGImages"):
+        (year / folder).mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    names = [f"2008_{number:03d}" for number in range(num_train + num_val)]
+    for number, name in enumerate(names):
+        kinds = {CLASS_NAMES[number % 3], CLASS_NAMES[14]} if number % 2 else {CLASS_NAMES[number % 3]}
+        mask = np.zeros((30, 40), np.uint8)
+        objects: Objects = []
+        for place, kind in enumerate(sorted(kinds)):
+            left = 2 + 18 * place
+            objects.append((kind, (left + 1, 5, left + 15, 20), 0))
+            mask[4:20, left : left + 15] = CLASS_NAMES.index(kind) + 1
+        pixels = generator.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(year / "JPEGImages" / f"{name}.jpg")
+        Image.fromarray(mask).save(year / "SegmentationClass" / f"{name}.png")
+        (year / "Annotations" / f"{name}.xml").write_text(annotation_xml(objects))
+    (year / "ImageSets" / "Main" / "train.txt").write_text("\n".join(names[:num_train]))
+    (year / "ImageSets" / "Main" / "val.txt").write_text("\n".join(names[num_train:]))
+    return year

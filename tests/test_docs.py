@@ -1,0 +1,175 @@
+"""The documentation does what it says: commands run (small), Python runs as printed, links and recipes exist.
+
+Commands of a page run one after the other, as a reader would type them: what one writes the next one reads.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from support.commands import ROOT, commands_in, run, shortened
+from support.pictures import write_jpegs
+
+from image_classification.cli import parse_config
+from image_classification.models import create_model
+from main import SECTIONS
+from pruning.structure import save_pruned
+
+DOCS = ROOT / "docs"
+PAGES = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
+WITH_COMMANDS = [name for name, text in PAGES.items() if commands_in(text)]
+WITH_PYTHON = [name for name, text in PAGES.items() if "```python" in text]
+#: Later flags win over the documents'.
+SMALL = ["--calibration-batches", "1", "--pruning-step", "1", "--pruning-delta", "0.25"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data and networks that the pages presuppose."""
+    root = tmp_path_factory.mktemp("docs")
+    for split, count in (("train", 30), ("val", 3)):
+        for number in range(4):
+            place = root / "imagenet" / split / f"n{number:08d}"
+            place.mkdir(parents=True)
+            write_jpegs(place, [(60 + 7 * (i + number) % 40, 70 + 11 * i % 50) for i in range(count)])
+    torch.manual_seed(0)
+    torch.save(
+        create_model("torchvision/mobilenet_v2", num_classes=4).state_dict(), root / "mobilenet_v2.pth"
+    )
+    save_pruned(root / "small.pth.tar", create_model("resnet20", num_classes=12))
+    save_pruned(root / "resnet18.pth.tar", create_model("resnet18", num_classes=4))
+    return root
+
+
+def places(page: str, folder: Path, tmp_path: Path) -> dict[str, str]:
+    """Word of a page → what stands for it here."""
+    own = {
+        "howto/latency.md": {
+            "runs/pretrain/checkpoint.pth.tar": str(folder / "resnet18.pth.tar"),
+            "latency=0.7": "latency=0.99",  # most of what two pictures of 32 pixels take does not depend on widths
+        },
+        "howto/export.md": {" checkpoint.pth.tar": f" {folder / 'small.pth.tar'}"},
+        "methods/attribution.md": {" checkpoint.pth.tar": f" {folder / 'small.pth.tar'}"},
+    }
+    return own.get(page, {}) | {
+        "/data/imagenet": str(folder / "imagenet"),
+        "mobilenet_v2.pth ": f"{folder / 'mobilenet_v2.pth'} ",
+        "--output ": f"--output {tmp_path}/",
+        " shapes": " shapes:train=160,val=24",
+        "runs/": f"{tmp_path}/runs/",
+    }
+
+
+def words_of(command: str, page: str, folder: Path, tmp_path: Path) -> list[str]:
+    """A page's command at a small size, in the workspace that it names."""
+    command = command.replace("--output runs/", "--output ").replace("/runs/tutorial/pruned", "/pruned")
+    own_workspace = "--workspace" in command
+    words = shortened(command, places(page, folder, tmp_path), tmp_path / "run")
+    if own_workspace and "--workspace" in words:
+        last = len(words) - 1 - words[::-1].index("--workspace")
+        del words[last : last + 2]
+    if page == "howto/imagenet.md" and "--config" in words:
+        words += ["--data-backend", "pytorch"]  # the recipes decode on GPUs
+    if any("main.py" in word for word in words) and (
+        "--iterative-pruning" in words or "prune.yaml" in command
+    ):
+        words += SMALL
+    return words
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("page", [page for page in WITH_COMMANDS if page != "howto/report.md"])
+def test_commands_run_in_order(page: str, folder: Path, tmp_path: Path) -> None:
+    for command in commands_in(PAGES[page]):
+        words = words_of(command, page, folder, tmp_path)
+        result = run(words, cache=folder / "cache", timeout=600)
+        assert result.returncode == 0, f"{words}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    if page == "tutorial.md":  # the page on the report shows the tutorial's last command with another folder
+        assert (tmp_path / "runs" / "tutorial" / "report.html").is_file()
+        assert "python -m pruning report runs/demo" in commands_in(PAGES["howto/report.md"])
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON)
+def test_python_runs_as_printed(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL):
+        exec(compile(block, page, "exec"), names)
+
+
+def inline_commands() -> list[str]:
+    return re.findall(r"`(python [^`]+)`", PAGES["commands.md"])
+
+
+class _ParsedError(Exception):
+    """The command line was understood."""
+
+
+@pytest.mark.parametrize("command", inline_commands(), ids=lambda command: re.sub(r"\W+", "_", command)[:70])
+def test_the_table_of_commands_is_understood(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Word by word, by the parser of the job that would run it; the jobs themselves have their own tests."""
+    (tmp_path / "FILE.pth.tar").touch()
+    for name in ("DATA", "CASMS", "ANN", "DIR"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "network.pth.tar").touch()
+    words = [
+        str(tmp_path / word) if word in ("FILE.pth.tar", "DATA", "CASMS", "ANN", "DIR") else word
+        for word in command.split()
+    ]
+    if "-m" in words[:2]:
+        explainers = importlib.import_module("explainers.__main__")
+        verb = words[words.index("explainers") + 1]
+        module = importlib.import_module(explainers.VERBS[verb][0])
+        real = importlib.import_module("image_classification.cli").parse_config
+
+        def parse(*arguments: Any, **settings: Any) -> None:
+            real(*arguments, **settings)
+            raise _ParsedError
+
+        monkeypatch.setattr(module, "parse_config", parse)
+        with pytest.raises(_ParsedError):
+            module.main(words[4:])
+        return
+    monkeypatch.chdir(ROOT)
+    parse_config(SECTIONS, words[words.index(next(word for word in words if word.endswith("main.py"))) + 1 :])
+
+
+def test_every_page_is_in_the_navigation_and_the_other_way_round() -> None:
+    def pages(entry: Any) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        values = entry.values() if isinstance(entry, dict) else entry
+        return [page for value in values for page in pages(value)]
+
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert sorted(pages(yaml.safe_load(text)["nav"])) == sorted(PAGES)
+
+
+def test_recipes_and_make_targets_that_are_named_exist() -> None:
+    text = "\n".join(PAGES.values())
+    for path in set(re.findall(r"\b(?:configs|docker|benchmarks)/[\w./-]*\w", text)):
+        assert (ROOT / path).exists(), path
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_relative_links_lead_somewhere() -> None:
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
+            assert ((DOCS / page).parent / link).resolve().is_file(), f"{page}: {link}"
+
+
+def test_enough_is_documented() -> None:
+    assert len(WITH_COMMANDS) >= 9
+    assert len(inline_commands()) >= 18
