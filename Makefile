@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
+# The others name what they need in --help.
+BENCHMARKS := attribution_speed di_scoring matching_cost pruned_speed saliency shrink training zoo
 
 .PHONY: help install test demo lint docs benchmarks clean
 
@@ -14,7 +16,7 @@ help:
 	@echo 'make demo        install, then pretrain, prune, fine-tune, explain, export and report a small network'
 	@echo 'make docs        install, then build the documentation into site/'
 	@echo 'make lint        install, then ruff and mypy'
-	@echo 'make benchmarks  install, then every script of benchmarks/'
+	@echo 'make benchmarks  install, then the scripts of benchmarks/ that need no data or checkpoint of yours'
 	@echo 'make clean       remove .venv and what tools left behind'
 	@echo 'PYTHON=python3.12 chooses the interpreter (3.11 or newer)'
 
@@ -59,7 +61,7 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 benchmarks: install
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis ./*.egg-info

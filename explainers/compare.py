@@ -40,7 +40,7 @@ from explainers.movement import rank_correlation, structural_similarity
 from explainers.plots import Panel, save_grid, to_picture
 from image_classification.cli import parse_config, to_plain
 from image_classification.config import check, flag
-from image_classification.data.build import DataConfig
+from image_classification.data.build import ReadConfig
 from image_classification.data.dataset import Dataset, Preset
 from image_classification.data.loader import Batch
 from image_classification.data.manifest import Manifest
@@ -137,7 +137,7 @@ class Comparison:
 def main(argv: Sequence[str]) -> int:
     """Run the verb; see the module's text."""
     sections = {
-        "pair": PairConfig, "data": DataConfig, "method": CompareMethodConfig, "pictures": PictureConfig,
+        "pair": PairConfig, "data": ReadConfig, "method": CompareMethodConfig, "pictures": PictureConfig,
         "results": ResultConfig, "distributed": DistributedConfig,
     }  # fmt: skip
     configs = parse_config(

@@ -51,8 +51,8 @@ class _Option:
             if name.startswith("--"):
                 stem = name[2:]
                 variants += [f"--{stem.replace('_', '-')}", f"--{stem.replace('-', '_')}"]
-            names += [variant for variant in variants if variant not in names]
-        return names
+            names += variants
+        return list(dict.fromkeys(names))
 
     @property
     def flag_name(self) -> str:

@@ -133,9 +133,7 @@ def prepare(configs: Mapping[str, Any], distributed: Distributed, calibration_ba
     loaders = open_loaders(configs, distributed, precision, calibration_batches)
     if distributed.is_main and configs["checkpoint"].checkpoints:
         save_yaml(configs, workspace / "config.yaml")
-        record_invocation(
-            workspace, distributed.device, distributed.world_size, append=resumed is not None
-        )
+        record_invocation(workspace, distributed.device, distributed.world_size, append=resumed is not None)
     logger.log_parameters(to_plain(configs))
     notes = [f"data backend: {loaders.backend}", *precision.notes]
     if loaders.calibration is not None:

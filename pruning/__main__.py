@@ -130,10 +130,14 @@ def _declare_score(parser: argparse.ArgumentParser) -> None:
         help=f"one or more of {', '.join(criterion_names())}",
     )
     parser.add_argument("--score-features", choices=FEATURE_CHOICES, default="post", help="as in training")
-    parser.add_argument("--selector", metavar="FILE", help="explanation of the saliency criterion, as in training")
+    parser.add_argument(
+        "--selector", metavar="FILE", help="explanation of the saliency criterion, as in training"
+    )
     parser.add_argument("--casm", metavar="FILE", help="the same, of a CASM")
     parser.add_argument("--saliency-explanation", choices=EXPLANATIONS, help="as in training")
-    parser.add_argument("--saliency-weight", type=float, default=0.5, help="as in training, for NAME+saliency")
+    parser.add_argument(
+        "--saliency-weight", type=float, default=0.5, help="as in training, for NAME+saliency"
+    )
     parser.add_argument("--batch-size", "-b", type=int, default=32)
     parser.add_argument("--calibration-batches", type=int, default=10)
     parser.add_argument("--image-size", type=int, default=None, help="default: the data set's")

@@ -9,8 +9,10 @@ import pytest
 import torch
 from support.commands import ROOT, commands_in, run, shortened
 from support.pictures import write_jpegs
+from support.published_networks import published
 
 from image_classification.models import create_model
+from pruning import prune
 from pruning.structure import save_pruned
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,8 +30,30 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             write_jpegs(folder, [(60 + 7 * (i + number) % 40, 70 + 11 * i % 50) for i in range(count)])
     torch.manual_seed(0)
     save_pruned(root / "best.pth.tar", create_model("resnet50", num_classes=4))
-    save_pruned(root / "small.pth.tar", create_model("resnet20", num_classes=12))
+    network = create_model("resnet20", num_classes=12)
+    save_pruned(root / "small.pth.tar", network)
+    prune(network, torch.randn(2, 3, 32, 32), budget={"macs": 0.5}, criterion="magnitude")
+    save_pruned(root / "pruned.pth.tar", network)
+    masked = create_model("resnet20", num_classes=12)
+    with torch.no_grad():
+        masked.get_parameter("layer1.0.conv1.weight")[:4] = 0
+        for name in ("weight", "bias"):
+            masked.get_parameter(f"layer1.0.bn1.{name}")[:4] = 0
+    save_pruned(root / "masked.pth.tar", masked)
+    torch.save({"state_dict": published("di_resnet50")}, root / "published.pth.tar")
     return {
+        "import published.pth.tar imported.pth.tar": f"import {root / 'published.pth.tar'} {root / 'imported.pth.tar'}",
+        "shrink masked.pth.tar shrunk.pth.tar": f"shrink {root / 'masked.pth.tar'} {root / 'shrunk.pth.tar'}",
+        "--checkpoint checkpoint.pth.tar": f"--checkpoint {root / 'small.pth.tar'}",
+        "compare checkpoint.pth.tar pruned.pth.tar": f"compare {root / 'small.pth.tar'} {root / 'pruned.pth.tar'}",
+        "export pruned.pth.tar": f"export {root / 'pruned.pth.tar'}",
+        "--output pruned.onnx": f"--output {root / 'pruned.onnx'}",
+        "--output maps": f"--output {root / 'maps'}",
+        "moved.json --gallery moved.png": f"{root / 'moved.json'} --gallery {root / 'moved.png'}",
+        "localize shapes": "localize shapes:train=96,val=24",
+        "attribute shapes": "attribute shapes:train=96,val=24",
+        "--data shapes": "--data shapes:train=96,val=24",
+        "pruned.pth.tar shapes": "pruned.pth.tar shapes:train=96,val=24",
         "/data/imagenet": str(root / "imagenet"),
         "model_best.pth.tar": str(root / "best.pth.tar"),
         "score checkpoint.pth.tar shapes": f"score {root / 'small.pth.tar'} shapes:train=96,val=24",
@@ -42,7 +66,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_the_readme_has_commands() -> None:
-    assert len(COMMANDS) >= 14
+    assert len(COMMANDS) >= 21
     assert all(command.startswith("python") for command in COMMANDS)
 
 

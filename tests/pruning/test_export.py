@@ -21,11 +21,11 @@ from pruning.rehearsal import condition
 from pruning.structure import save_pruned
 
 #: One of each family: residual, VGG, inverted residual, concatenation, depthwise with LayerNorm.
-FAMILIES = ("resnet20", "vgg16_bn_x8", "torchvision/mobilenet_v2", "torchvision/squeezenet1_1", "timm/convnext_atto")
+FAMILIES = (
     "resnet20",
-    "vgg16_bn",
+    "vgg16_bn_x8",
     "torchvision/mobilenet_v2",
-    "torchvision/densenet121",
+    "torchvision/squeezenet1_1",
     "timm/convnext_atto",
 )
 

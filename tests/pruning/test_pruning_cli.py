@@ -74,7 +74,13 @@ def test_score_by_the_explanation(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("LUCIDPRUNE_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
     save_pruned(tmp_path / "net.pth.tar", create_model("resnet20", num_classes=12))
-    words = ["score", str(tmp_path / "net.pth.tar"), "shapes:train=48,val=12", "--saliency-explanation", "gradcam"]
+    words = [
+        "score",
+        str(tmp_path / "net.pth.tar"),
+        "shapes:train=48,val=12",
+        "--saliency-explanation",
+        "gradcam",
+    ]
     words += ["--criterion", "saliency", "magnitude+saliency", "magnitude", "--data-backend", "pytorch"]
     words += ["--batch-size", "8", "--calibration-batches", "2", "--image-size", "24"]
     found = {}
@@ -100,7 +106,10 @@ def test_score_by_the_explanation(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["score", "x", "shapes", "--criterion", "discriminat"], "did you mean 'discriminant'"),
         (["score", "x", "shapes", "-b", "1"], "--batch-size 1"),
         (["score", "x", "shapes", "--criterion", "saliency"], "--selector is missing"),
-        (["score", "x", "shapes", "--saliency-explanation", "gradcam"], "no effect without --criterion saliency"),
+        (
+            ["score", "x", "shapes", "--saliency-explanation", "gradcam"],
+            "no effect without --criterion saliency",
+        ),
         (["score", "x", "shapes", "--saliency-weight", "0.3"], "--saliency-weight has no effect"),
     ],
 )
