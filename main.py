@@ -32,6 +32,7 @@ DESCRIPTION = (
 def run(configs: Mapping[str, Any], distributed: Distributed) -> None:
     """One process's share of the job."""
     pruning: PruningConfig = configs["pruning"]
+    pruning.check_evaluation(configs["train"].evaluate)
     pruning.check_files()
     unstructured.check_combination(configs)
     distill.check_combination(configs)

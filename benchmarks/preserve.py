@@ -195,6 +195,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so long")
     parser.add_argument("--teacher-epochs", type=int, default=30)
     parser.add_argument("--teacher-lr", type=float, default=0.4)
+    parser.add_argument(
+        "--pretrained-weights", default=None, help="the teacher starts from these, as from ImageNet's in the paper"
+    )
     parser.add_argument("--distillation-epochs", type=int, default=4)
     parser.add_argument("--one-shot-epochs", type=int, default=2)
     parser.add_argument("--unstructured-epochs", type=int, default=4, help="a multiple of the 4 rounds")
@@ -207,6 +210,8 @@ def main() -> None:
     end = time.monotonic() + 60 * arguments.minutes
     teacher_flags = ["--epochs", str(arguments.teacher_epochs), "--warmup", "1"]
     teacher_flags += ["--lr", str(arguments.teacher_lr)]
+    if arguments.pretrained_weights is not None:
+        teacher_flags += ["--pretrained-weights", arguments.pretrained_weights]
     teacher = cell(setting, "teacher", teacher_flags)
     cells: list[dict[str, Any]] = [
         {"compression": "teacher", "matching": "–", "seed": 0, **teacher},

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -102,6 +103,13 @@ class ResultConfig:
             "--rows has no effect without --gallery: add it, or leave --rows out",
         )
         check(self.rows is None or self.rows >= 1, f"--rows {self.rows}: give at least 1")
+        formats = sorted(FigureCanvasAgg.get_supported_filetypes())
+        check(  # now, not when everything has been computed
+            self.gallery is None or Path(self.gallery).suffix[1:].lower() in formats,
+            f"--gallery {self.gallery}: the suffix is no format of pictures; choose from {', '.join(formats)}",
+        )
+        for name, path in (("--json", self.json), ("--gallery", self.gallery)):
+            check(path is None or not Path(path).is_dir(), f"{name} {path} is a folder: name a file in it")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from explainers.base import dtype_of
 from explainers.gated_features import through_gate
 from explainers.record import Record, Value, record_forward
+from image_classification.config import ConfigError
 from image_classification.models import unwrap
 from image_classification.models.registry import nearest
 
@@ -51,7 +52,7 @@ def find_taps(model: nn.Module, example_images: Tensor, num_scales: int | None =
         Names, shallow to deep. A pruned version of a network has the same, but store them with what was trained.
 
     Raises:
-        ValueError: The network has fewer scales at this size; the message says how many and what to do.
+        ConfigError: The network has fewer scales at this size; the message says how many and what to do.
     """
     bare = unwrap(model)
     images = example_images[:1].to(dtype_of(bare))
@@ -69,9 +70,11 @@ def find_taps(model: nn.Module, example_images: Tensor, num_scales: int | None =
     wanted = 2 if num_scales is None else num_scales
     if len(taps) < wanted:
         height, width = example_images.shape[2:]
-        raise ValueError(
+        fewer = "" if num_scales is None else ", or read fewer scales (--num-scales)"
+        raise ConfigError(
             f"--image-size {height}: {type(bare).__name__} has {len(taps)} scale(s) of feature maps with more than one "
-            f"pixel for pictures of {height}×{width}, and {wanted} are needed: give larger pictures (--image-size)"
+            f"pixel for pictures of {height}×{width}, and {wanted} are needed: give larger pictures "
+            f"(--image-size){fewer}"
         )
     return tuple(taps if num_scales is None else taps[len(taps) - num_scales :])
 

@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from explainers.features import evaluating
 from explainers.gradcam import class_activation, find_layer
 
 _TINY = 1e-6
@@ -39,13 +40,8 @@ class GradCamExplanation:
         Raises:
             UnsupportedOperatorError: There is none.
         """
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
+        with evaluating(model):
             return cls(find_layer(model, example))
-        finally:
-            for module, training in modes.items():
-                module.training = training
 
     def __call__(self, model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
         """See `Explanation.__call__`; K is the number of the map's pixels, and maps without evidence are all zero."""

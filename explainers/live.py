@@ -42,7 +42,7 @@ class SaliencyGallery(Callback):
         images, classes = self._chosen
         try:
             maps = GradCAM().prepare(trainer.state.model, images[:1])(images, classes).map
-        except (UnsupportedOperatorError, ValueError) as error:
+        except (UnsupportedOperatorError, TypeError, ValueError) as error:
             self._possible = False
             trainer.logger.message(f"no saliency maps in TensorBoard: {error}")
             return

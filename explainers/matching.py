@@ -71,6 +71,8 @@ def sensitivities(
     chosen = _wide(target_logits(logits, classes)).sum() * _SEED
     try:
         gradients = torch.autograd.grad(chosen, list(features), create_graph=create_graph)
+    except torch.OutOfMemoryError:  # no other layer would help
+        raise
     except RuntimeError as error:
         raise UnsupportedOperatorError(
             f"the logits cannot be differentiated by the matched layer ({error}): name another layer"

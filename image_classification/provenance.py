@@ -33,9 +33,12 @@ def record_invocation(
         append: Whether the run continues an earlier one; otherwise what an earlier run left is replaced.
         argv: Program and its words; `sys.argv` when None.
     """
+    program, *words = sys.argv if argv is None else argv
+    if Path(program).name == "__main__.py":  # python -m PACKAGE
+        program, words = "-m", [Path(program).parent.name, *words]
     entry = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *(sys.argv if argv is None else argv)]),
+        "command": shlex.join(["python", program, *words]),
         "num_processes": world_size,
         "environment": describe_environment(device),
     }

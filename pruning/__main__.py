@@ -1,8 +1,10 @@
-"""`python -m pruning VERB …`: looks at what pruning would do, and at what it did.
+"""`python -m pruning VERB …`: looks at what pruning would do and at what it did, and takes networks in and out.
 
 groups ARCH                  the coupled channel groups: members, widths, what cannot be pruned and why
 score CHECKPOINT DATA        channel scores by one or several criteria, as table, plot and JSON
 report RUN                   everything about a run in one HTML file
+compare FIRST SECOND         costs, widths and accuracy of two networks
+export CHECKPOINT            a network as ONNX, torch.export or plain state dict
 import FILE OUT              published checkpoints as checkpoints of ours
 shrink CHECKPOINT OUT        cut away what a masked network has no use for
 """
@@ -24,7 +26,7 @@ from torch import nn
 from image_classification.config import check
 from image_classification.data.build import DataConfig, build_loaders
 from image_classification.data.layouts import open_dataset
-from image_classification.models import arch_info, create_model, identity_of, model_for_weights
+from image_classification.models import create_model, identity_of, model_for_weights
 from image_classification.verbs import Verb, run_verb
 from pruning.channel_graph import ChannelGraph, Constraints
 from pruning.config import PruningConfig, make_criterion
@@ -39,6 +41,7 @@ from pruning.scoring import score_groups, score_groups_by
 from pruning.shrink_job import declare as declare_shrink
 from pruning.shrink_job import run as run_shrink
 from pruning.verbs import compare, export
+from pruning.verbs.pictures import size_of
 
 
 def example_images(image_size: int) -> torch.Tensor:
@@ -70,8 +73,8 @@ def _declare_groups(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_groups(arguments: argparse.Namespace) -> int:
-    size = arguments.image_size or arch_info(arguments.arch).image_size
     model = _network(arguments.arch, arguments.checkpoint, arguments.num_classes, arguments.image_size)
+    size = size_of(model, arguments.image_size)
     constraints = Constraints(arguments.round_to, arguments.min_width, tuple(arguments.prune_ignore))
     graph = trace_groups(model, example_images(size), constraints=constraints)
     rows = [_group_row(graph, index) for index in range(len(graph.groups))]
@@ -152,6 +155,10 @@ def _run_score(arguments: argparse.Namespace) -> int:
     check(
         arguments.batch_size >= 2,
         f"--batch-size {arguments.batch_size}: scores compare pictures, at least 2 are needed",
+    )
+    check(
+        arguments.calibration_batches >= 1,
+        f"--calibration-batches {arguments.calibration_batches}: at least 1 is needed",
     )
     flags = _saliency_flags(arguments)
     if arguments.output is not None:
@@ -273,7 +280,9 @@ VERBS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; the exit status is 0, or 2 if the job could not be done."""
-    return run_verb(VERBS, arguments, prog="python -m pruning", description="Looks at what pruning would do.")
+    return run_verb(
+        VERBS, arguments, prog="python -m pruning", description="What pruning would do, and what it did."
+    )
 
 
 if __name__ == "__main__":

@@ -176,6 +176,42 @@ class PruningConfig(SaliencyFlags, GateFlags):
         else:
             gate_flags = [field.name for field in dataclasses.fields(GateFlags)]
             self._check_unused(gate_flags, "--pruning-method learned")
+            self._check_scores()
+
+    def _check_scores(self) -> None:
+        """The criteria exist, and flags of other criteria, searches and intervals are left out.
+
+        Raises:
+            ConfigError: Naming the flag.
+        """
+        try:
+            kinds = [criterion_class(name) for name in self.criteria()]
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if not self.iterative_pruning:
+            intervals = ["pruning_step", "pruning_delta", "pruning_start", "pruning_warmup"]
+            self._check_unused(intervals, "--iterative-pruning")
+        search = None if self.prune_rate else self.search_name()
+        if search != "greedy":
+            self._check_unused(["pruning_shortlist"], "--pruning-search greedy")
+        if search != "global":
+            self._check_unused(["score_normalisation"], "--pruning-search global")
+        if not any(issubclass(kind, Discriminant) for kind in kinds):
+            self._check_unused(["di_ridge", "di_precision"], "--pruning-criterion discriminant")
+        if not any(issubclass(kind, FeatureCriterion) for kind in kinds):
+            self._check_unused(["score_features"], "a criterion of feature maps, such as discriminant")
+
+    def check_evaluation(self, evaluate: bool) -> None:
+        """Refuse to leave pruning out silently where the network is only measured.
+
+        Raises:
+            ConfigError: Pruning is asked for and so is `--evaluate`.
+        """
+        check(
+            not (self.active and evaluate),
+            "--iterative-pruning, --one-shot-pruning and --pruning-method learned have no effect with --evaluate: "
+            "leave one out",
+        )
 
     def _check_unused(self, names: list[str], needed: str) -> None:
         """Flags that mean nothing without another one are refused rather than ignored."""

@@ -100,7 +100,7 @@ def find_dead(
         for reading in readings:
             _object(reading, dead, graph, folding, blocked)
         found = np.array([unit not in blocked for unit in range(graph.num_units)])
-        found = _spare_last(graph, found, blocked)
+        found = _spare_last(graph, found, dead, blocked)
         if np.array_equal(found, dead):
             return Verdict(dead, _offsets(model, readings, dead), blocked)
         dead = found
@@ -182,13 +182,19 @@ def _object(
             blocked.setdefault(unit, f"it is a constant other than zero, and {why}")
 
 
-def _spare_last(graph: ChannelGraph, dead: np.ndarray, blocked: dict[int, str]) -> np.ndarray:
-    """No layer may become empty: one unit of every group stays."""
+def _spare_last(
+    graph: ChannelGraph, found: np.ndarray, dead: np.ndarray, blocked: dict[int, str]
+) -> np.ndarray:
+    """No layer may become empty: one unit of every group stays, of those that lived so far.
+
+    Reviving a unit that was dead already could bring back what its death made dead, round after round.
+    """
     for group in graph.groups:
-        if group.width and dead[group.units].all():
-            dead[group.units[0]] = False
-            blocked[int(group.units[0])] = "it is the last channel, and a layer needs one"
-    return dead
+        if group.width and found[group.units].all():
+            unit = int(group.units[~dead[group.units]][0])
+            found[unit] = False
+            blocked[unit] = "it is the last channel, and a layer needs one"
+    return found
 
 
 def _offsets(model: nn.Module, readings: list[_Reading], dead: np.ndarray) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from explainers.base import frozen_copy
+from explainers.explanation import network_digest
 from explainers.gradcam import find_layer
 from explainers.matching import MATCHES, AttributionMatcher, TeacherView
 from explainers.record import UnsupportedOperatorError
@@ -287,15 +287,6 @@ class Distillation(Callback):
             f"--teacher {self.objective.config.teacher}: this is not the teacher that the resumed run began with; give "
             "the same file, or start anew from the student's weights with --pretrained-weights",
         )
-
-
-def network_digest(model: nn.Module) -> str:
-    """A digest of a network's tensors that does not depend on the device."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def build_distillation(job: Job, student: nn.Module, config: DistillConfig) -> Distillation | None:

@@ -112,28 +112,30 @@ def export_network(
         "state-dict": _write_state_dict,
     }
     run, loader = write[format](logits, path, images)
-    difference = _largest_difference(logits, run, images)
-    if not difference <= tolerance:
+    try:
+        difference = _largest_difference(logits, run, images)
+        if not difference <= tolerance:
+            raise ExportError(
+                f"the file's logits differ from the network's by {difference:.2g}, more than {tolerance:g}"
+            )
+    except (ExportError, RuntimeError) as error:
         path.unlink()
-        raise ExportError(
-            f"--format {format}: the file's logits differ from the network's by {difference:.2g}, more than "
-            f"{tolerance:g}; it was removed"
-        )
+        raise ExportError(f"--format {format}: {_first_line(error)}; it was removed") from error
     return Exported(path, format, difference, len(images), loader)
 
 
 @torch.no_grad()
 def _largest_difference(network: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor) -> float:
     """Over all pictures at once, and over the first by itself: a file with a fixed batch size fails one of them."""
-    worst = 0.0
+    differences = []
     for batch in (images, images[:1]):
         expected, found = network(batch), run(batch)
         if found.shape != expected.shape:
             raise ExportError(
                 f"the file returns logits of shape {tuple(found.shape)}, not {tuple(expected.shape)}"
             )
-        worst = max(worst, float((expected - found).abs().max()))
-    return worst
+        differences.append((expected - found).abs().max())
+    return float(torch.stack(differences).max())  # NaN, which Python's max() would pass over, is no agreement
 
 
 @contextlib.contextmanager

@@ -36,7 +36,9 @@ class NoSinkError(Exception):
 def is_plain(module: nn.Module) -> bool:
     """Whether the module contracts its input with exactly the numbers in its `weight`."""
     known = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
-    return known and type(module).forward in _PLAIN_FORWARDS and not hasattr(module, "parametrizations")
+    if not known or type(module).forward not in _PLAIN_FORWARDS or hasattr(module, "parametrizations"):
+        return False
+    return isinstance(module.weight, nn.Parameter)  # weight_norm of old computes it in a hook
 
 
 class Folding:
@@ -101,7 +103,7 @@ class Folding:
             elif name == "cat":
                 found += self._through_cat(operation, value, start, layer, reason)
             elif name in _PASSED_ON or (name == "avg_pool2d" and not any(_padding(operation))):
-                if name == "mean" and 1 in operation.args[1]:
+                if name == "mean" and self._averages_channels(operation, value):
                     raise NoSinkError(reason)
                 output = operation.outputs[0]
                 assert output is not None
@@ -109,6 +111,12 @@ class Folding:
             else:
                 raise NoSinkError(reason)
         return found
+
+    def _averages_channels(self, operation: Operation, value: int) -> bool:
+        """Whether a mean goes over pictures or channels; without dimensions it goes over everything."""
+        dims = operation.args[1] if len(operation.args) > 1 else None
+        rank = len(self._trace.tensors[value].shape)
+        return not dims or any(dim % rank < 2 for dim in dims)
 
     def _running_mean(self, operation: Operation, reason: str) -> str:
         mean = operation.args[3]

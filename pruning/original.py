@@ -106,7 +106,8 @@ class OriginalExplanations:
         except KeyError:
             raise ValueError(
                 "a calibration picture is not one of those whose original explanation is known: resume with the data, "
-                "--image-size, --calibration-size and --data-backend that the run was started with"
+                "--image-size, --calibration-size, --calibration-batches and --data-backend that the run was started "
+                "with"
             ) from None
         return self._classes[rows].to(images.device), self._values[rows].to(images.device)
 
@@ -149,7 +150,13 @@ class OriginalExplanations:
     def state_dict(self) -> dict[str, Any]:
         """Original values by picture, and the channels that rewrites have left of every tap."""
         keys = torch.tensor(list(self._rows), dtype=torch.int64)
-        return {"keys": keys, "values": self._values, "classes": self._classes, "kept": dict(self.kept)}
+        rows = list(self._rows.values())  # a picture that occurs twice has one key, and one row is enough
+        return {
+            "keys": keys,
+            "values": self._values[rows],
+            "classes": self._classes[rows],
+            "kept": dict(self.kept),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state of `state_dict`."""

@@ -72,7 +72,7 @@ def known_originals(state: Mapping[str, Any]) -> Mapping[str, Any]:
     known: Mapping[str, Any] | None = state.get("originals")
     if known is None:
         raise ConfigError(
-            "--selector, --saliency-explanation: the run to resume followed no explanation, and what it was in the "
-            "original network is not known any more; leave the flag out, or start anew"
+            "--selector, --casm, --saliency-explanation: the run to resume followed no explanation, and what it was in "
+            "the original network is not known any more; leave the flag out, or start anew"
         )
     return known

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,7 @@ def shrink(
         What was gained, and what could not be cut and why.
 
     Raises:
-        ValueError: The network does not run on the images.
+        ValueError: The network does not run on the images, or what it says of them is not finite.
         ShrinkError: The cut changes the outputs, though none of its parts does.
     """
     model = unwrap(model)
@@ -120,6 +121,10 @@ def shrink(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     images = tuple(a.to(device) if isinstance(a, Tensor) else a for a in given)
     reference = _outputs(model, images)
+    if not all(bool(output.isfinite().all()) for output in reference):
+        raise ValueError(
+            "the network's outputs on the example pictures are not finite: nothing can be compared"
+        )
     graph = trace_groups(model, images)
     before = (_num_parameters(model), graph.macs)
     original = {group.name: group.width for group in graph.groups}
@@ -211,7 +216,8 @@ def _difference(before: list[Tensor], after: list[Tensor]) -> float:
     worst = 0.0
     for a, b in zip(before, after, strict=True):
         scale = max(1.0, float(a.abs().max()))
-        worst = max(worst, float((a.double() - b.double()).abs().max()) / scale)
+        difference = float((a.double() - b.double()).abs().max()) / scale
+        worst = max(worst, math.inf if math.isnan(difference) else difference)
     return worst
 
 

@@ -78,6 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"{arguments.out}: the checkpoint itself; give another name",
     )
     factory = None if arguments.factory is None else find_factory(arguments.factory)
+    for path in filter(None, (arguments.out, arguments.json)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with torch.serialization.safe_globals(harmless()):  # figures that are NumPy scalars
         model = load_masked(
             arguments.checkpoint, arguments.arch, arguments.num_classes, factory, ema=arguments.ema
@@ -92,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{arguments.out}: a copy of {arguments.checkpoint}")
     else:
         save_pruned(arguments.out, model, factory=factory)
-        _say_what_is_left_behind(arguments.checkpoint)
+        _say_what_is_left_behind(arguments.checkpoint, ema=arguments.ema)
         sizes = [path.stat().st_size for path in (arguments.checkpoint, arguments.out)]
         print(f"file: {sizes[0]:,} → {sizes[1]:,} bytes (÷ {sizes[0] / sizes[1]:.2f})")
         figures["num_bytes"] = sizes
@@ -182,12 +184,12 @@ def _image_size(model: nn.Module) -> int:
     return identity.image_size or arch_info(identity.arch).image_size
 
 
-def _say_what_is_left_behind(path: Path) -> None:
+def _say_what_is_left_behind(path: Path, *, ema: bool) -> None:
     """A saliency mapping or selector in the file reads feature maps of the widths before."""
     content = read_published(path)
     for key, what in (
         ("casm", "saliency mapping (CASM)"),
-        ("ema", "averaged weights"),
+        ("state_dict", "plain weights") if ema else ("ema", "averaged weights"),
         ("optimizer", "optimizer"),
     ):
         if isinstance(content, Mapping) and content.get(key):

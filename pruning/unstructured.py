@@ -18,9 +18,11 @@ Note:
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import L1Unstructured
@@ -99,7 +101,7 @@ def check_combination(configs: Mapping[str, Any]) -> None:
     check(
         not configs["pruning"].active,
         "--unstructured-pruning holds single weights at zero and cannot follow a rewrite of channels: leave it out, or "
-        "--iterative-pruning and --one-shot-pruning",
+        "--iterative-pruning, --one-shot-pruning and --pruning-method learned",
     )
     check(not train.evaluate, "--unstructured-pruning has no effect with --evaluate: leave one out")
     epochs, rounds = train.epochs, config.rounds
@@ -165,6 +167,14 @@ def _without_smallest(
         mask[masks[name]] = stays[begin:end].bool()
         found[name], begin = mask, end
     return found
+
+
+def mask_digests(masks: Mapping[str, Tensor]) -> dict[str, str]:
+    """A digest of every mask, by name: of which weights stay, not only of how many."""
+    return {
+        name: hashlib.sha256(np.packbits(mask.cpu().numpy()).tobytes()).hexdigest()
+        for name, mask in masks.items()
+    }
 
 
 class RepeatedSchedule(Schedule):
@@ -257,9 +267,7 @@ class UnstructuredPruning(Callback):
         self.masks = next_masks(
             weights, known, config.unstructured_pruning, self.completed, config.unstructured_scope
         )
-        trainer.distributed.check_agreement(
-            "the weights that stay", [int(mask.sum()) for mask in self.masks.values()]
-        )
+        trainer.distributed.check_agreement("the weights that stay", mask_digests(self.masks))
         if config.rewind is not None and self.completed > 1:
             state.model.load_state_dict(self._start)
             state.optimizer.state.clear()

@@ -299,6 +299,11 @@ def test_compare_says_what_is_missing(teacher: Path, capsys: pytest.CaptureFixtu
             ["compare", *[str(checkpoint(teacher))] * 2, str(teacher), "--rows", "3"],
             "--rows has no effect without",
         ),
+        (
+            ["compare", *[str(checkpoint(teacher))] * 2, str(teacher), "--gallery", "maps.xyz"],
+            "--gallery maps.xyz: the suffix is no format of pictures",
+        ),
+        (["compare", *[str(checkpoint(teacher))] * 2, str(teacher), "--json", str(teacher)], "is a folder"),
     ):
         try:
             code = explainers_main(words)

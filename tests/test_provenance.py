@@ -29,3 +29,9 @@ def test_a_torn_line_is_left_out(tmp_path: Path) -> None:
     with (tmp_path / FILENAME).open("a") as file:
         file.write('{"time": "20')
     assert len(read_invocations(tmp_path)) == 1
+
+
+def test_the_command_of_a_package_can_be_repeated(tmp_path: Path) -> None:
+    words = [str(tmp_path / "explainers" / "__main__.py"), "train-casm", "shapes"]
+    record_invocation(tmp_path, CPU, 1, append=False, argv=words)
+    assert read_invocations(tmp_path)[0]["command"] == "python -m explainers train-casm shapes"

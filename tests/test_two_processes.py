@@ -43,7 +43,7 @@ class Watched(PruningCallback):  # writes down the BN statistics that scores are
 
     def _batches(self):
         self.buffers.append([v.double().sum().item() for v in self.pruner.model.buffers()])
-        return super()._batches()
+        yield from super()._batches()
 
 
 def train(d, momentum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torchvision.utils import make_grid
 
 from explainers.aem.objectives import SelectorObjective
 from image_classification.callbacks import Callback
+from image_classification.config import check
 from image_classification.data.loader import Loader
 from image_classification.trainer import Trainer
 
@@ -68,7 +70,8 @@ class Judge(Callback):
         self._log(trainer, "held_out", figures)
         state = trainer.state
         score = -figures["kl"] if self.best_by == "kl" else figures["agreement"]
-        if state.best is None or score >= state.best:  # of equals the one that was trained longer
+        # Of equals the one that was trained longer; anything is better than what could not be judged (NaN).
+        if state.best is None or math.isnan(state.best) or score >= state.best:
             state.best = score
             self.record["figures"] = figures | {"iteration": float(state.iteration)}
             trainer.save(is_best=True)
@@ -78,11 +81,20 @@ class Judge(Callback):
         trainer.logger.scalars(prefix, figures, (state.epoch,), state.iteration)
 
     def state_dict(self) -> dict[str, Any]:
-        """The record."""
-        return self.record
+        """The record, and what the best is the best by."""
+        return {**self.record, "best_by": self.best_by}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the figures; what the model is was compared before (`check_record`)."""
+        """Take up the figures; what the model is was compared before (`check_record`).
+
+        Raises:
+            ConfigError: The best so far is the best by another figure, which cannot be compared with this one.
+        """
+        before = state.get("best_by", self.best_by)
+        check(
+            before == self.best_by,
+            f"--best-by {self.best_by}: the run to --resume keeps its best by {before}: give --best-by {before}",
+        )
         self.record["figures"] = dict(state.get("figures", {}))
 
 

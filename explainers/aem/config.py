@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from explainers.aem.masks import MASK_PRESETS, MaskGeometry
 from explainers.aem.objectives import SelectorWeights
 from explainers.aem.selector import DECODERS, KINDS
-from image_classification.config import check, flag
+from image_classification.config import ConfigError, check, flag
 from image_classification.job import SECTIONS
 from image_classification.optim import OptimConfig
 from image_classification.schedules import ScheduleConfig
@@ -38,7 +38,11 @@ def with_defaults(config_class: type[C], **defaults: Any) -> type[C]:
 
 
 def training_sections(explainer: type, epochs: int) -> dict[str, type]:
-    """The sections of a training verb: the main job's, with Adam at 1e-4 as published, and the verb's own."""
+    """The sections of a training verb: the main job's, with Adam at 1e-4 as published, and the verb's own.
+
+    Note: the published Adam decays every parameter; here biases and norms, the bias of the selector's width among them,
+    do not decay unless `--bn-weight-decay` is given.
+    """
     return {
         **SECTIONS,
         "train": with_defaults(TrainConfig, epochs=epochs),
@@ -119,17 +123,24 @@ class PredictorConfig:
         """Frame and widths for pictures of a size.
 
         Raises:
-            ValueError: Numbers that make no frame or range.
+            ConfigError: Numbers that make no frame or range.
         """
         name = preset_name(image_size) if self.mask_preset == "auto" else self.mask_preset
-        given: dict[str, Any] = {}
+        geometry = MASK_PRESETS[name].scaled(image_size)
+        given: dict[str, dict[str, float]] = {}
         if self.mask_travel is not None:
-            given["travel"] = self.mask_travel
+            given["--mask-travel"] = {"travel": self.mask_travel}
         if self.mask_widths is not None:
-            given["least_width"], given["most_width"] = self.mask_widths
+            least, most = self.mask_widths
+            given["--mask-widths"] = {"least_width": least, "most_width": most}
         if self.initial_width is not None:
-            given["initial_width"] = self.initial_width
-        return dataclasses.replace(MASK_PRESETS[name].scaled(image_size), **given)
+            given["--initial-width"] = {"initial_width": self.initial_width}
+        for flag_name, values in given.items():
+            try:
+                geometry = dataclasses.replace(geometry, **values)  # type: ignore[arg-type]
+            except ValueError as error:
+                raise ConfigError(f"{flag_name}: {error}") from error
+        return geometry
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,9 +77,14 @@ def main(argv: Sequence[str]) -> int:
             for name, value in figures.items():
                 print(f"{name:<20} {value:.4f}")
             if config.json is not None:
-                content = {"figures": figures, "config": to_plain(configs)}
-                Path(config.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                Path(config.json).write_text(as_json(figures, to_plain(configs)), encoding="utf-8")
     return 0
+
+
+def as_json(figures: Mapping[str, float], config: dict[str, Any]) -> str:
+    """Figures and configuration as JSON: NaN becomes null."""
+    plain = {name: None if math.isnan(value) else value for name, value in figures.items()}
+    return json.dumps({"figures": plain, "config": config}, indent=2, allow_nan=False) + "\n"
 
 
 def _measure(configs: Mapping[str, object], distributed: Distributed) -> dict[str, float]:

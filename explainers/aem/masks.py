@@ -50,6 +50,8 @@ class MaskGeometry:
             raise ValueError(
                 f"mask widths {self.least_width} to {self.most_width}: give a range of positive numbers of pixels"
             )
+        if not self.initial_width > 0:
+            raise ValueError(f"initial width {self.initial_width}: give a positive number of pixels")
 
     def scaled(self, image_size: int) -> MaskGeometry:
         """The same geometry for pictures of another size."""

@@ -191,8 +191,8 @@ def load_selector(
         flag: Flag to name in messages.
 
     Raises:
-        ConfigError: There is no such file, it holds no selector, or it contradicts itself.
-        WeightsError: It is damaged, or would run code.
+        ConfigError: There is no such file, or it holds no selector.
+        WeightsError: It is damaged, would run code, or contradicts itself.
     """
     path = Path(path)
     payload, record = _read(path, flag)

@@ -24,6 +24,7 @@ from explainers.aem.training import (
     build_black_box,
     build_trainer,
     check_configs,
+    check_record,
     mask_grid_size,
 )
 from image_classification import job as jobs
@@ -58,6 +59,9 @@ def run(configs: Mapping[str, Any], distributed: Distributed) -> None:
         record = describe_predictor(
             black_box, config.selector_type, masks.geometry, job.loaders.train.num_classes
         )
+        plain = {**record.to_plain(), "figures": {}}
+        # Before a network is built from what may be another kind of checkpoint.
+        check_record(job, PREDICTOR_RECORD, plain)
         fresh = config.predictor_init == "fresh"
         predictor = jobs.make_model(job) if job.resumed else new_predictor(black_box, fresh=fresh)
         predictor = job.precision.place(predictor)
@@ -69,7 +73,7 @@ def run(configs: Mapping[str, Any], distributed: Distributed) -> None:
             predictor,
             PredictorObjective(black_box, masks, multi_label=job.multi_label),
             name=PREDICTOR_RECORD,
-            record={**record.to_plain(), "figures": {}},
+            record=plain,
             measure=partial(_measure, job, black_box, masks),
             interval=config.evaluation_interval,
             best_by=config.best_by,

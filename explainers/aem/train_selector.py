@@ -28,6 +28,7 @@ from explainers.aem.training import (
     build_black_box,
     build_trainer,
     check_configs,
+    check_record,
     example_images,
 )
 from explainers.explanation import network_digest
@@ -80,15 +81,17 @@ def run(configs: Mapping[str, Any], distributed: Distributed) -> None:
             f"{design.kind} selector of {configs['model'].arch}: reads {', '.join(design.taps)}; "
             f"{num_parameters:,} parameters; {objective.weights}"
         )
+        record = {
+            **selector_record(selector, black_box, judged.digest),
+            "predictor": network_digest(predictor),
+        }
+        check_record(job, SELECTOR_RECORD, record)
         build_trainer(
             job,
             selector,
             objective,
             name=SELECTOR_RECORD,
-            record={
-                **selector_record(selector, black_box, judged.digest),
-                "predictor": network_digest(predictor),
-            },
+            record=record,
             measure=partial(_measure, job, black_box, predictor),
             interval=config.evaluation_interval,
             best_by=config.best_by,

@@ -118,7 +118,6 @@ def build_trainer(
         callbacks: Further ones.
         describe: See `Trainer`.
     """
-    check_record(job, name, record)
     held_out = job.loaders.calibration
     assert held_out is not None, "the job was prepared with held-out pictures"
     val = None if job.configs["train"].training_only else job.loaders.val

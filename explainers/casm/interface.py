@@ -19,6 +19,7 @@ defines
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,9 +94,11 @@ def load_interface(path: Path) -> Interface:
     if spec is None or spec.loader is None:
         raise ConfigError(f"--interface {path}: no Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's file raises
+        del sys.modules[spec.name]
         raise ConfigError(f"--interface {path} cannot be run: {type(error).__name__}: {error}") from error
     missing = [name for name in _FUNCTIONS if not callable(getattr(module, name, None))]
     check(not missing, f"--interface {path} does not define {' and '.join(missing)}")

@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from explainers.features import find_taps
+from explainers.base import dtype_of
+from explainers.features import evaluating, find_taps
 from image_classification.models import unwrap
 
 _QUARTER = 4
@@ -49,36 +50,24 @@ def find_casm_taps(model: nn.Module, example: Tensor) -> Taps:
     bare = unwrap(model)
     names = find_taps(bare, example)
     watch = _Watch(bare, names)
-    modes = {module: module.training for module in bare.modules()}
-    bare.eval()
-    try:
-        with watch:
-            bare(example[:1])
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(bare), watch:
+        bare(example[:1].to(dtype_of(bare)))
     largest = example.shape[-1] // _QUARTER
     small = [name for name in names if watch.shapes[name][-1] <= largest]
     stages = small if len(small) >= _MIN_STAGES else list(names)
-    base = watch.enters.get(stages[0])
+    base = watch.enters(stages[0])
     chosen = [base, *stages] if base is not None else stages
-    if len(chosen) < 2:
-        raise ValueError(
-            f"{type(bare).__name__} has feature maps of one size only at {example.shape[-1]} pixels: CASM's decoder "
-            "needs at least two; take larger pictures or another --arch"
-        )
     return Taps(tuple(chosen), tuple(watch.shapes[name][1] for name in chosen))
 
 
 class _Watch:
-    """Notes during a forward pass what modules give, and which module's output enters each stage unchanged in size."""
+    """Notes during a forward pass what modules give, and which module's output enters each stage."""
 
     def __init__(self, model: nn.Module, stages: tuple[str, ...]) -> None:
         self.model, self.stages = model, set(stages)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.enters: dict[str, str] = {}
+        self._entered: dict[str, str] = {}
         self._last: dict[int, tuple[str, Tensor]] = {}
-        self._entered: dict[str, Tensor] = {}
         self._calls: dict[str, int] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -92,21 +81,23 @@ class _Watch:
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
-        # A module that runs several times has no one output to read.
-        entering = {stage: self._last.get(id(tensor)) for stage, tensor in self._entered.items()}
-        for stage, entry in entering.items():
-            if entry is not None and self._calls[entry[0]] == 1 and self._same_size(entry[0], stage):
-                self.enters[stage] = entry[0]
         self._last.clear()
-        self._entered.clear()
 
-    def _same_size(self, name: str, stage: str) -> bool:
-        return len(self.shapes[name]) == 4 and self.shapes[name][2:] == self.shapes[stage][2:]
+    def enters(self, stage: str) -> str | None:
+        """The module whose output enters a stage and has the size of the stage's own output; None: there is none."""
+        name = self._entered.get(stage)
+        # A module that runs several times has no one output to read.
+        if name is None or self._calls[name] != 1 or len(self.shapes[name]) != 4:
+            return None
+        return name if self.shapes[name][2:] == self.shapes[stage][2:] else None
 
     def _before(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[object, ...]) -> None:
-            if inputs and isinstance(inputs[0], Tensor):
-                self._entered[name] = inputs[0]
+            # Of modules that return the same tensor the last one before the stage: what works in place (an activation,
+            # a residual sum) has changed it since the first one returned it.
+            entry = self._last.get(id(inputs[0])) if inputs else None
+            if entry is not None:
+                self._entered[name] = entry[0]
 
         return hook
 
@@ -115,7 +106,6 @@ class _Watch:
             self._calls[name] = self._calls.get(name, 0) + 1
             if isinstance(output, Tensor):
                 self.shapes[name] = tuple(output.shape)
-                # Innermost first: of nested modules that return the same tensor the first one seen keeps it.
-                self._last.setdefault(id(output), (name, output))
+                self._last[id(output)] = (name, output)
 
         return hook

@@ -127,12 +127,7 @@ def completed(configs: Mapping[str, Any]) -> dict[str, Any]:
         not configs["precision"].compile,
         "--compile: features are read by hooks, which compiled networks leave out; leave --compile out",
     )
-    check(
-        not casm.thinning.fixed
-        or configs["model"].pretrained_weights is not None
-        or files.resume is not None,
-        f"--reproduce {casm.reproduce} keeps the classifier as it is: give it with --pretrained-weights",
-    )
+    _check_classifier(configs, resuming=files.resume is not None)
     named = dataclasses.replace(files, name=files.name or casm.name)
     if files.log_path is not None:
         folder = files.log_path.absolute() / named.workspace.name
@@ -144,12 +139,23 @@ def completed(configs: Mapping[str, Any]) -> dict[str, Any]:
     return {**configs, "checkpoint": named, "log": log}
 
 
+def _check_classifier(configs: Mapping[str, Any], *, resuming: bool) -> None:
+    """A classifier that stays as it is must be one that knows something."""
+    casm: CasmConfig = configs["casm"]
+    check(
+        not casm.thinning.fixed or configs["model"].pretrained_weights is not None or resuming,
+        f"--reproduce {casm.reproduce} keeps the classifier as it is: give it with --pretrained-weights",
+    )
+
+
 def run(configs: Mapping[str, Any], distributed: Distributed) -> None:
     """One process's share of the job."""
     if distributed.is_main:
         check_writable(configs["checkpoint"].workspace, "--casms-path")
     job = jobs.prepare(configs, distributed)
     try:
+        # `--resume auto` may have found nothing to resume.
+        _check_classifier(configs, resuming=job.resumed is not None)
         manifest = job.loaders.train.manifest
         check(
             manifest is None or not manifest.targets.multi_label,

@@ -227,6 +227,11 @@ class CasmTrainer(Trainer):
             if before[name] != value
         ]
         check(not changed, f"--resume: {'; '.join(changed)}: give the settings that the run was started with")
+        check(
+            payload["steps_per_epoch"] == self.steps_per_epoch,
+            f"--resume: the checkpoint counts {payload['steps_per_epoch']} iterations per epoch, now there would be "
+            f"{self.steps_per_epoch}: give the same data, --batch-size and --pot",
+        )
         entry = payload[KEY]
         check(
             tuple(entry["taps"]) == self.casm.taps and tuple(entry["channels"]) == self.casm.decoder.channels
@@ -234,7 +239,9 @@ class CasmTrainer(Trainer):
             "--resume: the checkpoint's decoder has another shape: give the same --decoder-width and --image-size",
         )  # fmt: skip
         self.casm.decoder.load_state_dict(entry["decoder"])
-        self.decoder_optimizer.load_state_dict(saved["optimizer"])
+        # Settings (decay) stay those of this run's flags, as the classifier's do.
+        groups = self.decoder_optimizer.state_dict()["param_groups"]
+        self.decoder_optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
         self.past.load_state_dict(saved["past"])
         super().restore(payload)
 

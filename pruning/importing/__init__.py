@@ -56,4 +56,8 @@ def import_checkpoint(
         )
     if format_name not in FORMATS:
         raise WeightsError(f"--format {format_name}: choose from {', '.join(FORMATS)}")
+    if classifier is not None and FORMATS[format_name] not in (isp_cifar, isp_imagenet):
+        raise WeightsError(
+            f"--classifier has no effect: files of {format_name} hold their classifier, leave it out"
+        )
     return FORMATS[format_name].read(content, path, None if classifier is None else Path(classifier))

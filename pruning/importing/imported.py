@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from explainers.aem import MaskGeometry, Selector
 from explainers.aem.predictor import PredictorRecord, describe_predictor, save_predictor
@@ -116,7 +117,7 @@ def facts_of(content: Any, keys: tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key in keys if isinstance(content, Mapping) else ():
         value = content.get(key)
-        if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()):
+        if isinstance(value, (Tensor, np.generic, np.ndarray)) and np.prod(value.shape) == 1:
             value = value.item()
         if isinstance(value, (bool, int, float, str)):
             found[key] = value

@@ -73,7 +73,9 @@ def read_isp(
         if part is not None:
             found = classifier_part(part)
             imported.networks[role] = build_network(found, recognise(found, small_images))
-    if "classifier" not in imported.networks and classifier is not None:
+    if classifier is not None:
+        if "classifier" in imported.networks:
+            raise WeightsError(f"--classifier has no effect: {source} holds its classifier, leave it out")
         imported.networks["classifier"] = model_for_weights(None, classifier).eval()
     imported.geometry = MASK_PRESETS["cifar" if small_images else "imagenet"]
     if selector_part is not None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pruning.importing.imported import Imported
 from pruning.importing.isp import read_isp, state_names
 
@@ -24,7 +26,9 @@ def matches(content: Any) -> bool:
     if staged:
         return not any(".layer4." in f".{name}" for name in names)
     heads = [value for name, value in content["model"].items() if str(name).endswith(_HEADS)] if names else []
-    return bool(heads) and all(value.shape[0] <= _MOST_CLASSES for value in heads)
+    return bool(heads) and all(
+        isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] <= _MOST_CLASSES for value in heads
+    )
 
 
 def read(content: Any, source: Path, classifier: Path | None) -> Imported:

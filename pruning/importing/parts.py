@@ -84,6 +84,9 @@ class Part:
         """Take off prefixes that (nearly) all names share.
 
         A single stray name does not hide that the others are wrapped: it is kept, and will be refused by name.
+
+        Raises:
+            WeightsError: The stray one is there with the prefix as well.
         """
         part = self
         while True:
@@ -91,6 +94,11 @@ class Part:
                 inside = part.under(prefix)
                 if inside.tensors and len(inside.tensors) >= len(part.tensors) - 1:
                     strays = part.without([prefix])
+                    for name in strays.tensors.keys() & inside.tensors.keys():
+                        raise WeightsError(
+                            f"{part.source} has both {inside.names[name]!r} and {strays.names[name]!r}, which are one "
+                            "tensor"
+                        )
                     tensors, names = (
                         {**inside.tensors, **strays.tensors},
                         {**inside.names, **strays.names},

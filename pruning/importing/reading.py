@@ -81,7 +81,12 @@ def read_published(path: str | Path, *, trust_pickle: bool = False) -> Any:
                 f"{path} holds more than tensors and plain values ({_foreign(path, error)}) and was not opened: it "
                 "could run code. If you trust who wrote it, give --trust-pickle"
             ) from error
-    return torch.load(path, map_location="cpu", weights_only=False)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except (ImportError, AttributeError) as error:
+        raise WeightsError(
+            f"{path} cannot be opened without the program that wrote it ({error}): start in its folder"
+        ) from error
 
 
 def _foreign(path: Path, error: WeightsError) -> str:

@@ -16,6 +16,7 @@ import signal
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -157,11 +158,19 @@ class LearnedPruning(Callback):
                 self._after_step(trainer, learner, step, stop)
         if stop.received:  # too late for a step of the gates: the training loop gets to know
             signal.raise_signal(signal.Signals[stop.received])
-        cut = widths_of_gates(self.graph, self.groups, self.costs, self.budget, learner.logits())
+        cut = widths_of_gates(
+            self.graph, self.groups, self.costs, self.budget, self._agreed(trainer, learner.logits())
+        )
         trainer.distributed.check_agreement(
             "the learned widths", {str(index): kept.tolist() for index, kept in cut.keep.items()}
         )
         return cut
+
+    def _agreed(self, trainer: Trainer, logits: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Rank 0's logits, for all ranks: a GPU may add up in another order, and a last bit may decide a width."""
+        plain = {str(index): values.tolist() for index, values in logits.items()}
+        shared = trainer.distributed.broadcast_object(plain)
+        return {int(index): np.array(values) for index, values in shared.items()}
 
     def _after_step(self, trainer: Trainer, learner: GateLearner, step: int, stop: StopSignals) -> None:
         interval = trainer.checkpointer.config.checkpoint_interval
@@ -185,16 +194,16 @@ class LearnedPruning(Callback):
         restore_rng(inside)
 
     def _log_epoch(self, trainer: Trainer, learner: GateLearner, step: int) -> None:
-        figures = learner.read()
+        figures, logits = learner.read(), learner.logits()
+        # Derivatives of a loss that is not a number are none either, and reach the logits with the next step.
         check(
-            figures["matching"] == figures["matching"],
-            "the loss of the gates is not a number: lower --gate-lr, or leave --amp-dtype fp16 out",
+            all(np.isfinite(values).all() for values in logits.values()),
+            "the gates are not numbers any more: lower --gate-lr, or leave --amp-dtype fp16 out",
         )
         logger = trainer.logger
         logger.scalars("gates", figures, (step // learner.steps_per_epoch - 1,), step)
         for group in self.groups:
-            logits = torch.from_numpy(learner.logits()[group.index])
-            gates = soft_gates(logits, self.config.gate_temperature)
+            gates = soft_gates(torch.from_numpy(logits[group.index]), self.config.gate_temperature)
             logger.histogram(f"gates/{group.name}", gates, step)
 
     # -- rewriting -----------------------------------------------------------------------------------------

@@ -108,4 +108,5 @@ def soft_gates(logits: Tensor, temperature: float, noise: Tensor | None = None) 
 
 def harden(soft: Tensor) -> Tensor:
     """0 or 1 with the derivative of the soft gates."""
-    return (soft >= 0.5).to(soft.dtype) + soft - soft.detach()
+    # The difference comes first: it is exactly 0, where 1 + soft − soft would be rounded.
+    return (soft >= 0.5).to(soft.dtype) + (soft - soft.detach())

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from explainers.record import UnsupportedOperatorError
 from image_classification.config import check
 from image_classification.environment import describe_environment
 from image_classification.models import arch_info, identity_of
@@ -115,7 +116,7 @@ def collect(run: Path, settings: Settings) -> Content:
         plain["widths"] = layer_widths(original.model, pruned.model)
     plain["accuracy"] = _accuracy(lineage, original, pictures, settings, missing)
     gallery = _explanations(plain, original, pruned, pictures, settings, missing)
-    plain["speed"] = _speed(original, pruned, size, final, settings)
+    plain["speed"] = _speed(original, pruned, size, final, settings, missing)
     plain["missing"] = missing
     return Content(plain, course, gallery)
 
@@ -183,6 +184,8 @@ def _budget(lineage: Lineage) -> list[dict[str, Any]]:
         return []
     asked: dict[str, float] = {}
     for stage in pruning:
+        if stage.config.get("prune_rate"):
+            continue  # its rates say which channels go; no cost was asked for
         share = stage.config.get("one_shot_pruning")
         words = stage.config.get("budget") or [f"macs={1 - share if share is not None else 0.5}"]
         for word in words:
@@ -333,7 +336,13 @@ def _explanations(
         return []
     if original is None or original.weights is None or pictures is None:
         return []
-    found = explain(original, pruned, pictures, methods=settings.methods, num_pictures=settings.num_pictures)
+    try:
+        found = explain(
+            original, pruned, pictures, methods=settings.methods, num_pictures=settings.num_pictures
+        )
+    except UnsupportedOperatorError as error:
+        missing.append(f"explanations: {error}; --method chooses another")
+        return []
     gallery = found.pop("gallery")
     if "localization" not in found:
         missing.append("point accuracy and AUC: the data has neither masks nor boxes")
@@ -342,9 +351,10 @@ def _explanations(
 
 
 def _speed(
-    original: Network | None, pruned: Network, size: int, final: Stage, settings: Settings
+    original: Network | None, pruned: Network, size: int, final: Stage, settings: Settings, missing: list[str]
 ) -> list[dict[str, Any]]:
     if "speed" in settings.skip:
+        missing.append("speed: left out as asked (--skip speed)")
         return []
     return compare_speed(
         [network for network in (original, pruned) if network is not None], size, settings.device,

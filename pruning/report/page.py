@@ -47,8 +47,10 @@ def render(content: Content) -> str:
 
 def number(value: float | None, digits: int = 3) -> str:
     """A figure with so many significant digits, and thousands apart; – for none."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or math.isnan(value):
         return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
     if value == 0:
         return "0"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))

@@ -51,9 +51,11 @@ def compare_speed(
         seconds: dict[str, list[float]] = {name: [] for name in placed}
         for model in placed.values():
             time_batches(model, images, precision, _WARMUP)
-        for _ in range(_ROUNDS):
+        for turn in range(_ROUNDS):
+            share = num_batches * (turn + 1) // _ROUNDS - num_batches * turn // _ROUNDS
             for name, model in placed.items():
-                seconds[name] += time_batches(model, images, precision, max(1, num_batches // _ROUNDS))
+                if share:
+                    seconds[name] += time_batches(model, images, precision, share)
         for name, model in placed.items():
             row = {"network": name, **dataclasses.asdict(speed_row(batch_size, seconds[name]))}
             energy = _joules_per_image(model, images, precision)

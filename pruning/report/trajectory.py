@@ -19,7 +19,8 @@ class Trajectory:
     Attributes:
         headline: `top1` or `map`; in percent.
         validation, training: The headline, after epochs and (top-1 only) within them.
-        costs: Metric → points (iteration, share of the original); two points per rewrite, before and after it.
+        costs: Metric → points (iteration, share of the original); two points per rewrite, before and after it. What a
+            second pruning stage leaves is a share of what the first one left.
         losses: (iteration, calibration loss before, after) of each rewrite.
         scores: Group → points (iteration, median score).
         stages: (kind, first iteration, last iteration).
@@ -79,13 +80,15 @@ def _add_figures(course: Trajectory, stage: Stage, steps: int, offset: int) -> N
 
 
 def _add_rewrites(course: Trajectory, stage: Stage, offset: int, length: int) -> None:
+    start = {metric: points[-1][1] for metric, points in course.costs.items()}
     for record in stage.rewrites:
         iteration = offset + max(record["iteration"], 0)
         before, after = record["loss"]
         course.losses.append([iteration, before, after])
         for metric, (was, now, base) in record["costs"].items():
             points = course.costs.setdefault(metric, [[0, 1.0]])
-            points += [[iteration, was / base], [iteration, now / base]]
+            share = start.get(metric, 1.0)
+            points += [[iteration, share * was / base], [iteration, share * now / base]]
     for points in course.costs.values():
         points.append([offset + length, points[-1][1]])
 

@@ -52,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     check(arguments.num_pictures >= 1, f"--num-pictures {arguments.num_pictures}: give at least 1")
     check(min(arguments.batch_sizes) >= 1, f"--batch-sizes {arguments.batch_sizes}: each must be at least 1")
     check(arguments.num_batches >= 1, f"--num-batches {arguments.num_batches}: give at least 1")
+    page = arguments.output or arguments.run / "report.html"
+    check(page.suffix != ".json", f"--output {page}: the page is HTML; the JSON goes beside it")
     settings = Settings(
         original=arguments.original,
         data=arguments.data,
@@ -63,7 +65,6 @@ def run(arguments: argparse.Namespace) -> int:
         device=torch.device(arguments.device),
     )
     content = collect(arguments.run, settings)
-    page = arguments.output or arguments.run / "report.html"
     _write(page, render(content))
     _write(page.with_suffix(".json"), json.dumps(_sound(content.plain), indent=2, allow_nan=False) + "\n")
     print(f"wrote {page} and {page.with_suffix('.json').name}")

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     accuracies: list[dict[str, float]] = []
     if arguments.data is not None:
         pictures = open_validation(
-            arguments.data, second.model, arguments.image_size, torch.device(arguments.device)
+            arguments.data, second.model, paths[1], arguments.image_size, torch.device(arguments.device)
         )
         size = pictures.preset.image_size
         accuracies = [accuracy_of(network, pictures) for network in (first, second)]

@@ -47,7 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
         images = noise_images(arguments.num_pictures, size_of(model, arguments.image_size))
         what = "pictures of noise"
     else:
-        pictures = open_validation(arguments.data, model, arguments.image_size, torch.device("cpu"))
+        pictures = open_validation(
+            arguments.data, model, arguments.checkpoint, arguments.image_size, torch.device("cpu")
+        )
         images = first_images(pictures, arguments.num_pictures)
         what = f"validation pictures of {arguments.data}"
     exported = export_network(model, path, arguments.format, images, tolerance=arguments.tolerance)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from image_classification.config import check
-from image_classification.models import arch_info, identity_of
+from image_classification.models import arch_info, identity_of, read_safely
 from pruning.report.measure import Pictures, open_pictures
+
+_SETTINGS = ("image_size", "resize", "mean", "std")
 
 
 def size_of(model: nn.Module, image_size: int | None) -> int:
@@ -22,15 +28,28 @@ def size_of(model: nn.Module, image_size: int | None) -> int:
     return identity.image_size or arch_info(identity.arch).image_size
 
 
-def open_validation(data: str, model: nn.Module, image_size: int | None, device: torch.device) -> Pictures:
-    """The validation split of a data set at the size that a network wants.
+def open_validation(
+    data: str, model: nn.Module, checkpoint: Path, image_size: int | None, device: torch.device
+) -> Pictures:
+    """The validation split of a data set at the size and with the normalisation that a network wants.
+
+    Args:
+        data: The data set.
+        model: The network.
+        checkpoint: Where it was read: the run's configuration in it, if any, says what its pictures were like.
+        image_size: What is asked for instead.
+        device: Where pictures go.
 
     Raises:
         ConfigError: The network tells another number of classes apart.
     """
     identity = identity_of(model)
-    size = image_size or (identity.image_size if identity is not None else None)
-    pictures = open_pictures({"image_size": size}, device, data)
+    settings = _settings_of(checkpoint)
+    if image_size is not None:
+        settings |= {"image_size": image_size, "resize": None}
+    elif settings.get("image_size") is None and identity is not None:
+        settings["image_size"] = identity.image_size
+    pictures = open_pictures(settings, device, data)
     classes = None if identity is None else identity.num_classes
     check(
         classes in (None, pictures.dataset.num_classes),
@@ -38,6 +57,13 @@ def open_validation(data: str, model: nn.Module, image_size: int | None, device:
         "trained on",
     )
     return pictures
+
+
+def _settings_of(checkpoint: Path) -> dict[str, Any]:
+    """What a run's own checkpoint says of its pictures; nothing for files of other origin."""
+    content = read_safely(checkpoint)
+    config = content.get("config") if isinstance(content, Mapping) else None
+    return {key: config.get(key) for key in _SETTINGS} if isinstance(config, Mapping) else {}
 
 
 def first_images(pictures: Pictures, count: int) -> Tensor:

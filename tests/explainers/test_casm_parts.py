@@ -19,6 +19,7 @@ from explainers.casm.objective import decoder_loss, mask_figures, negative_entro
 from explainers.casm.presets import PRESETS, CasmConfig
 from explainers.casm.store import PastClassifiers
 from explainers.casm.taps import find_casm_taps
+from explainers.features import FeatureTaps
 from explainers.inpaint import inpaint
 from explainers.localization import saliency_threshold
 from image_classification.config import ConfigError
@@ -106,6 +107,39 @@ def test_the_decoder_reads_the_stem_and_every_stage(arch: str, size: int, names:
     assert logits.shape == (2, 4)
     assert mask.shape == (2, 1, size, size)
     assert bool(((mask > 0) & (mask < 1)).all())
+
+
+class InPlaceStem(nn.Module):
+    """A stem whose residual sum and ReLU work in place, on the tensor that a module returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.stage1 = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+        self.stage2 = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.ReLU())
+        self.fc = nn.Linear(6, 2)
+
+    def stem(self, images: torch.Tensor) -> torch.Tensor:
+        first = self.conv1(images)
+        second = self.conv2(first)
+        second += first
+        return self.relu(second)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.stage2(self.stage1(self.stem(images))).mean((2, 3)))
+
+
+def test_the_base_is_what_enters_the_first_stage_also_where_it_was_changed_in_place() -> None:
+    torch.manual_seed(0)
+    model, images = InPlaceStem(), pictures(2, 16)
+    taps = find_casm_taps(model, images)
+    assert taps.names[-2:] == ("stage1", "stage2")
+    with torch.no_grad(), FeatureTaps(model, taps.names) as caught:
+        model(images)
+        base = caught.features[0]
+        torch.testing.assert_close(base, model.stem(images))
 
 
 def test_a_network_of_one_scale_is_refused() -> None:

@@ -275,6 +275,7 @@ def test_two_ranks_train_one_casm(
     ("more", "message"),
     [
         (["--reproduce", "F"], "give it with --pretrained-weights"),
+        (["--reproduce", "F", "--resume", "auto"], "give it with --pretrained-weights"),
         (["--compile"], "leave --compile out"),
         (["--reproduce", "L10"], "did you mean 'L100'"),
         (["--mixup", "0.2"], "unrecognized argument '--mixup'"),
@@ -308,6 +309,12 @@ def test_resume_refuses_what_is_another_run(
     for more, message in (
         (["--lambda-r", "2"], "lambda_r was 14.0, is 2.0"),
         (["--decoder-width", "5"], "decoder has another shape"),
+        (["--pot", "1"], "give the same data, --batch-size and --pot"),
     ):
         assert main(words(tmp_path, "--resume", path, *more)) == 1
         assert message in capsys.readouterr().err
+    job, trainer = trainer_of(tmp_path, "--resume", path, "--epochs", "1", "--weight-decay", "0.25")
+    job.close()
+    decays = [group["weight_decay"] for group in trainer.decoder_optimizer.param_groups]
+    assert decays == [group["weight_decay"] for group in trainer.state.optimizer.param_groups] == [0.25]
+    assert trainer.decoder_optimizer.state_dict()["state"]

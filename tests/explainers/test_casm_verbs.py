@@ -157,6 +157,15 @@ def test_files_that_are_no_interface(source: str, message: str, tmp_path: Path) 
         load_interface(tmp_path / "nowhere.py")
 
 
+def test_an_interface_may_define_dataclasses(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass Model:\n    width: int\n"
+        "def load_model(path): return Model(3)\ndef get_masks_and_check_predictions(images, targets, model): ...\n"
+    )
+    assert load_interface(path).load_model("x").width == 3
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

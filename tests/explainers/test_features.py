@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from explainers.features import FeatureTaps, find_taps
+from image_classification.config import ConfigError
 from image_classification.models import create_model
 
 #: Architecture, picture size, expected (channels, side) per scale, shallow to deep.
@@ -74,7 +75,10 @@ def test_pruned_networks_have_the_same_taps() -> None:
 
 def test_pictures_that_are_too_small_are_refused() -> None:
     model = build("torchvision/resnet18")
-    with pytest.raises(ValueError, match=r"--image-size 32: ResNet has 4 scale.* 5 are needed"):
+    # A ConfigError, which nobody puts another flag's name in front of.
+    with pytest.raises(
+        ConfigError, match=r"^--image-size 32: ResNet has 4 scale.* 5 are needed.*--num-scales"
+    ):
         find_taps(model, torch.randn(1, 3, 32, 32), 5)
     with pytest.raises(ValueError, match="2 are needed"):
         find_taps(build("resnet20"), torch.randn(1, 3, 2, 2))

@@ -11,7 +11,9 @@ from support.training import build_trainer
 from torch import Tensor
 
 from explainers.live import SaliencyGallery
+from image_classification.callbacks import Callback
 from image_classification.log import Logger
+from image_classification.trainer import Trainer
 
 
 @pytest.fixture
@@ -39,3 +41,17 @@ def test_a_page_after_every_validation_and_the_same_weights(
     assert page.shape[2] == 3 * page.shape[1] // 2
     assert 0 <= float(page.min()) <= float(page.max()) <= 1
     assert iteration > shown[0][2]
+
+
+def test_a_network_that_cannot_be_copied_trains_on(
+    tmp_path: Path, shown: list[tuple[str, Tensor, int]]
+) -> None:
+    class Keeper(Callback):
+        """Leaves a tensor with gradient history among the network's attributes."""
+
+        def on_step_end(self, trainer: Trainer) -> None:
+            model = trainer.state.model
+            model.seen = next(model.parameters()) * 2  # type: ignore[assignment]
+
+    trained(tmp_path, callbacks=[Keeper(), SaliencyGallery(3)])
+    assert shown == []

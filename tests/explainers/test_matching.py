@@ -285,6 +285,15 @@ def test_what_cannot_be_matched_is_said(
         attempt(tiny.requires_grad_(False), pictures(2, 6).double())
 
 
+def test_a_full_device_is_not_blamed_on_the_layer(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        AttributionMatcher("swa", ((LAYER, LAYER),)).look(tiny.requires_grad_(False), pictures(2, 6).double())
+
+
 def test_layer_that_logits_do_not_depend_on() -> None:
     class Aside(Tiny):
         def forward(self, images: Tensor) -> Tensor:

@@ -291,6 +291,15 @@ def test_unknown_pictures_are_refused(network: nn.Module) -> None:
         score_groups(network, graph, make_batches(1, seed=9), Saliency(originals))
 
 
+def test_a_picture_that_occurs_twice_survives_a_checkpoint(network: nn.Module) -> None:
+    images, targets = make_batches(1)[0]
+    batches = [(images[[0, 1, 0, 2, 3]], targets[:5]), (images[[4, 1]], targets[:2])]
+    originals, resumed = remembered(network, batches), OriginalExplanations(READ_OUT)
+    resumed.load_state_dict(originals.state_dict())
+    for known, again in zip(originals.lookup(images[:5]), resumed.lookup(images[:5]), strict=True):
+        assert torch.equal(known, again)
+
+
 def test_combination_with_another_criterion(network: nn.Module) -> None:
     graph, batches = trace(network), make_batches(1)
     originals = remembered(network, batches)

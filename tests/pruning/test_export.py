@@ -133,3 +133,27 @@ def test_a_saved_network_exports_the_same(small: tuple[nn.Module, torch.Tensor],
     words = ["export", str(tmp_path / "network.pth.tar"), "--format", "torch-export", "--num-pictures", "4"]
     assert main(words) == 0
     assert (tmp_path / "network.pt2").is_file()
+
+
+def test_logits_that_are_no_numbers_agree_with_nothing(
+    small: tuple[nn.Module, torch.Tensor], tmp_path: Path
+) -> None:
+    model, images = copy.deepcopy(small[0]), small[1]
+    with torch.no_grad():
+        model.get_parameter("fc.bias")[0] = torch.nan
+    with pytest.raises(ExportError, match="differ from the network's by nan"):
+        export_network(model, tmp_path / "network.pt", "state-dict", images)
+    assert not (tmp_path / "network.pt").exists()
+
+
+def test_a_file_with_other_logits_is_removed(
+    small: tuple[nn.Module, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(network: nn.Module, path: Path, images: torch.Tensor) -> Any:
+        path.touch()
+        return (lambda batch: torch.zeros(len(batch), 2)), ""
+
+    monkeypatch.setattr(module, "_write_state_dict", write)
+    with pytest.raises(ExportError, match=r"logits of shape \(5, 2\)"):
+        export_network(small[0], tmp_path / "network.pt", "state-dict", small[1])
+    assert not (tmp_path / "network.pt").exists()

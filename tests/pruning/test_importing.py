@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import json
 import re
+import sys
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -512,3 +514,33 @@ def test_imported_files_evaluate_and_explain(
         assert explain(["attribute", data, "--checkpoint", str(out), "-o", str(maps), "-n", "2", *words]) == 0
         assert len(list(maps.rglob("*.npy"))) == 2
     assert create_model("resnet18", num_classes=12)  # the names printed above are those of `--arch`
+
+
+def test_a_classifier_that_has_no_use_is_refused(tmp_path: Path) -> None:
+    network = PhotoResNet((2, 2, 2, 2), bottleneck=False, num_classes=7)
+    whole = write(
+        tmp_path / "whole.pth.tar", {"state_dict": network.state_dict(), "best_prec1": torch.tensor(7.5)}
+    )
+    assert import_checkpoint(whole).facts["best_prec1"] == 7.5
+    with pytest.raises(WeightsError, match="--classifier has no effect: files of di"):
+        import_checkpoint(whole, classifier=whole)
+    box = write(tmp_path / "box.pth", {"model": prefixed(model=SmallResNet()), "iter": 1})
+    with pytest.raises(WeightsError, match="--classifier has no effect"):
+        import_checkpoint(box, classifier=whole)
+
+
+def test_a_tensor_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    state = prefixed(module=PhotoResNet((2, 2, 2, 2), bottleneck=False, num_classes=7))
+    state["fc.weight"] = torch.zeros_like(state["module.fc.weight"])
+    with pytest.raises(WeightsError, match=r"both 'module\.fc\.weight' and 'fc\.weight'"):
+        import_checkpoint(write(tmp_path / "twice.pth.tar", {"state_dict": state}))
+
+
+def test_a_trusted_file_whose_program_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = types.ModuleType("their_program")
+    exec("class Options:\n    pass", program.__dict__)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "their_program", program)
+        path = write(tmp_path / "theirs.pth", {"options": program.Options()})
+    with pytest.raises(WeightsError, match=r"without the program that wrote it.*their_program"):
+        import_checkpoint(path, trust_pickle=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from explainers.gradcam_explanation import GradCamExplanation
 from image_classification.callbacks import Callback
 from image_classification.config import ConfigError
+from image_classification.distributed import Distributed
 from image_classification.interrupts import StopRequested
 from image_classification.models import Structure, build_from_structure, create_model, read_safely
 from image_classification.trainer import Trainer
@@ -320,6 +322,36 @@ def test_what_cannot_work_is_said_before_anything_trains(
     with pytest.raises(ConfigError, match=message):
         trained(tmp_path, learned(**settings), recorder)
     assert not recorder.losses
+
+
+def test_a_loss_that_is_no_number_is_said(tmp_path: Path) -> None:
+    model = network()
+    with torch.no_grad():
+        model.fc.weight[0, 0] = torch.nan
+    with pytest.raises(ConfigError, match="--gate-lr"):
+        trained(tmp_path, learned(matching_weight=0.0), model=model)
+
+
+def test_ranks_take_the_widths_of_rank_0(tmp_path: Path) -> None:
+    """Gates that were added up in another order may differ in their last bit."""
+
+    @dataclasses.dataclass(frozen=True)
+    class SecondRank(Distributed):
+        def broadcast_object(self, value: Any = None, source: int = 0) -> Any:
+            return {index: list(reversed(values)) for index, values in value.items()}
+
+    mine = learned(gate_epochs=2)
+    trainer = build_trainer(workspace=tmp_path, callbacks=(mine,), model=network(), epochs=1)
+    mine._prepare(trainer)
+    mine.originals.remember(trainer.state.model, mine._batches())
+    trainer.distributed = SecondRank()
+    cut = mine._learn(trainer)
+    assert mine._learner is not None
+    assert cut.keep
+    for index, kept in cut.keep.items():
+        of_rank_0 = mine._learner.logits()[index][::-1]
+        gone = np.setdiff1d(np.arange(len(of_rank_0)), kept)
+        assert of_rank_0[gone].max() <= of_rank_0[kept].min()
 
 
 def test_figures_are_logged_and_histograms_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,17 @@ def test_groups_of_a_pruned_checkpoint(tmp_path: Path, capsys: pytest.CaptureFix
     assert rows["layer2.1.conv1"]["width"] == 20
 
 
+def test_groups_of_a_network_of_another_image_size(tmp_path: Path) -> None:
+    """A transformer's positions are those of the pictures that it was built for."""
+    path = tmp_path / "small.pth.tar"
+    save_pruned(path, create_model("timm/vit_tiny_patch16_224", num_classes=10, image_size=64))
+    report = tmp_path / "g.json"
+    assert (
+        main(["groups", "timm/vit_tiny_patch16_224", "--checkpoint", str(path), "--json", str(report)]) == 0
+    )
+    assert any(row["prunable"] for row in json.loads(report.read_text())["groups"])
+
+
 def test_ignored_modules_are_named(tmp_path: Path) -> None:
     report = tmp_path / "groups.json"
     assert main(["groups", "resnet20", "--prune-ignore", "layer1.0.conv1", "--json", str(report)]) == 0
@@ -105,6 +116,7 @@ def test_score_by_the_explanation(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["score", "absent.pth", "nowhere"], "absent.pth does not exist"),
         (["score", "x", "shapes", "--criterion", "discriminat"], "did you mean 'discriminant'"),
         (["score", "x", "shapes", "-b", "1"], "--batch-size 1"),
+        (["score", "x", "shapes", "--calibration-batches", "0"], "--calibration-batches 0"),
         (["score", "x", "shapes", "--criterion", "saliency"], "--selector is missing"),
         (
             ["score", "x", "shapes", "--saliency-explanation", "gradcam"],

@@ -63,6 +63,34 @@ def test_unusable_settings_are_named(settings: dict[str, Any], message: str) -> 
         PruningConfig(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"one_shot_pruning": 0.5, "pruning_step": 20}, "--pruning-step has no effect without --iterative"),
+        ({"one_shot_pruning": 0.5, "pruning_delta": 0.1}, "--pruning-delta has no effect without --iterative"),
+        ({"one_shot_pruning": 0.5, "pruning_shortlist": 1}, "--pruning-shortlist has no effect without"),
+        ({**ITERATIVE, "score_normalisation": "sum"}, "--score-normalisation has no effect without"),
+        (
+            {"one_shot_pruning": 0.5, "prune_rate": ["a"], "score_normalisation": "sum"},
+            "--score-normalisation has no",
+        ),
+        ({**ITERATIVE, "pruning_criterion": "taylor", "di_ridge": 0.2}, "--di-ridge has no effect without"),
+        ({**ITERATIVE, "pruning_criterion": "magnitude", "score_features": "pre"}, "--score-features has no effect"),
+        ({**ITERATIVE, "pruning_criterion": "tailor"}, "did you mean 'taylor'"),
+    ],
+)  # fmt: skip
+def test_flags_of_another_way_to_prune_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PruningConfig(**settings)
+
+
+def test_pruning_is_not_left_out_silently_by_evaluation() -> None:
+    PruningConfig().check_evaluation(True)
+    PruningConfig(**ITERATIVE).check_evaluation(False)
+    with pytest.raises(ConfigError, match="no effect with --evaluate"):
+        PruningConfig(**ITERATIVE).check_evaluation(True)
+
+
 def test_defaults_that_depend() -> None:
     assert PruningConfig(**ITERATIVE).budget_words() == ["macs=0.5"]
     assert PruningConfig(**ITERATIVE).search_name() == "greedy"

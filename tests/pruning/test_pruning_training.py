@@ -18,6 +18,11 @@ from pruning.callback import PruningCallback
 from pruning.config import PruningConfig
 from pruning.surgery import prune_channels
 
+#: What makes `callback` prune once: no intervals.
+PRUNED_ONCE: dict[str, Any] = {
+    "iterative_pruning": False, "one_shot_pruning": 0.4, "budget": [], "pruning_step": 50, "pruning_delta": 5e-3,
+}  # fmt: skip
+
 
 def callback(**settings: Any) -> PruningCallback:
     config = PruningConfig(
@@ -218,14 +223,13 @@ def test_killed_inside_a_rewrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_one_shot_happens_once_before_training(tmp_path: Path) -> None:
-    pruning = callback(
-        iterative_pruning=False, one_shot_pruning=0.4, budget=[], pruning_criterion="magnitude"
-    )
+    settings = {**PRUNED_ONCE, "pruning_criterion": "magnitude"}
+    pruning = callback(**settings)
     trainer = trained(tmp_path, pruning, epochs=1)
     assert pruning.pruner is not None
     assert [record.iteration for record in pruning.pruner.history] == [0]
     assert pruning.pruner.costs.current("macs") <= 0.6 * pruning.pruner.costs.baseline("macs") * (1 + 1e-6)
-    again = callback(iterative_pruning=False, one_shot_pruning=0.4, budget=[], pruning_criterion="magnitude")
+    again = callback(**settings)
     resumed_trainer = resumed(tmp_path, again)
     assert again.pruner is not None
     assert len(again.pruner.history) == 1

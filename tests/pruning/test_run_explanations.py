@@ -146,6 +146,12 @@ def test_a_missing_file_is_said_before_data_are_opened(kind: str, tmp_path: Path
         run(configs, Distributed())
 
 
+def test_evaluation_does_not_leave_pruning_out_silently(tmp_path: Path) -> None:
+    words = ["/no/data", "--one-shot-pruning", "0.3", "--evaluate", "--workspace", str(tmp_path)]
+    with pytest.raises(ConfigError, match="have no effect with --evaluate"):
+        run(parse_config(SECTIONS, words), Distributed())
+
+
 class TestGradCamExplanation:
     def test_maps_have_length_one_and_are_differentiable(self) -> None:
         model, images = network(), torch.randn(4, 3, SIZE, SIZE)

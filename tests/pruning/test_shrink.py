@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from image_classification.models import create_model, load_weights, model_for_we
 from pruning import ShrinkReport, load_pruned, save_pruned, shrink, trace_groups
 from pruning.__main__ import main
 from pruning.constants import NotFollowedError, observed_constants
+from pruning.folding import Folding
 from pruning.groups import Place
 from pruning.rehearsal import condition
+from pruning.shrink import _difference
 from pruning.tracing import named_tensors
 
 TOLERANCE = 1e-5
@@ -492,3 +495,59 @@ def test_errors_name_what_to_change(
     torch.save(create_model("resnet20", num_classes=3).state_dict(), "plain.pth")
     assert main(["shrink", *words]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_outputs_that_are_no_numbers_are_not_equal() -> None:
+    model = conditioned(Chain(), 8)
+    with torch.no_grad():
+        model.fc2.bias[0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        shrink(model, pictures(8))
+    assert _difference([torch.ones(2)], [torch.tensor([1.0, torch.nan])]) == float("inf")
+
+
+def test_a_stream_that_nobody_reads_keeps_one_channel() -> None:
+    """Each of its channels could go as long as another one stays: the choice must come to an end."""
+
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.branch = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+            self.head = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head((x + self.branch(x)).mean((2, 3)))
+
+    model = Stream()
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.branch.weight.zero_()
+        model.branch.weight[0, 2] = 1
+    report = shrink(model, pictures(8))
+    assert [after for _, after in report.widths.values()] == [1]
+    torch.testing.assert_close(model(pictures(8)), model.head.bias.expand(2, 4))
+
+
+def test_weights_that_a_hook_computes_are_left_alone() -> None:
+    model = conditioned(Chain(), 8)
+    with torch.no_grad():
+        model.conv1.weight[:3] = 0
+        model.bn1.weight[:3] = model.bn1.bias[:3] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.nn.utils.weight_norm(model.conv2)
+    before = model(pictures(8))
+    shrink(model, pictures(8))
+    torch.testing.assert_close(model(pictures(8)), before, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_mean_over_everything_takes_up_no_offset() -> None:
+    class Centred(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv2(F.relu(self.bn1(self.conv1(x))))
+            return self.fc2(self.fc1((self.bn2(x) - x.mean()).mean((2, 3))))
+
+    found = Folding(Centred().eval(), (pictures(8),)).sinks("conv2")
+    assert isinstance(found, str)
+    assert "elsewhere than to batch norms" in found

@@ -19,6 +19,7 @@ from pruning.unstructured import (
     RepeatedSchedule,
     UnstructuredConfig,
     UnstructuredPruning,
+    mask_digests,
     next_masks,
     num_removed_after,
     prunable_weights,
@@ -59,6 +60,13 @@ def test_smallest_weights_go_round_by_round(scope: str) -> None:
         assert all(not (masks[name] & ~before[name]).any() for name in masks)  # nothing comes back
         for name in weights:  # a trained network has other weights in the next round
             weights[name] = (weights[name] + torch.randn_like(weights[name])) * masks[name]
+
+
+def test_ranks_compare_which_weights_stay_not_how_many() -> None:
+    first = {"a": torch.tensor([[True, False, True]]), "b": torch.ones(9, dtype=torch.bool)}
+    other = {**first, "a": torch.tensor([[True, True, False]])}
+    assert mask_digests(first) == mask_digests({name: mask.clone() for name, mask in first.items()})
+    assert mask_digests(first)["a"] != mask_digests(other)["a"]
 
 
 def test_counts_follow_the_geometric_series() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -225,6 +226,21 @@ def test_the_best_may_be_the_one_of_least_divergence() -> None:
         judge.on_step_end(trainer)
     assert trainer.saved == [1, 2]
     assert judge.record["figures"]["kl"] == 0.3
+
+
+def test_what_could_not_be_judged_does_not_stay_the_best() -> None:
+    scores = iter([math.nan, 0.4, math.nan])
+
+    def measure(_model: nn.Module, _loader: object) -> dict[str, float]:
+        return {"agreement": 90.0, "kl": next(scores)}
+
+    judge = Judge("q", {}, measure, "held out", None, 1, "kl")  # type: ignore[arg-type]
+    trainer: Any = FakeTrainer()
+    for iteration in range(1, 4):
+        trainer.state.iteration = iteration
+        judge.on_step_end(trainer)
+    assert trainer.saved == [1, 2]
+    assert trainer.state.best == -0.4
 
 
 def test_an_epoch_that_ends_with_a_judgement_is_judged_once() -> None:

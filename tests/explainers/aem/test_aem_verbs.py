@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from torch import nn
 
 from explainers.__main__ import main
 from explainers.aem import load_selector
+from explainers.aem.evaluate_selector import as_json
 from explainers.aem.predictor import load_predictor
 from explainers.aem.saved import load_black_box
 from explainers.explanation import network_digest
@@ -208,6 +210,10 @@ def test_figures_of_a_selector(place: Place, tmp_path: Path, capsys: pytest.Capt
     assert "agreement" not in capsys.readouterr().out
 
 
+def test_undefined_figures_are_null_in_json() -> None:
+    assert json.loads(as_json({"kl": 0.5, "auc": math.nan}, {}))["figures"] == {"kl": 0.5, "auc": None}
+
+
 def test_the_selector_is_an_attribution_method(place: Place, tmp_path: Path) -> None:
     words = ["--checkpoint", str(place.network), "--method", "selector", "--selector", str(place.best("g"))]
     words += ["--metric", "point", "--metric", "auc", "--json", str(tmp_path / "f.json")]
@@ -273,8 +279,9 @@ def test_other_classes_are_refused(place: Place, capsys: pytest.CaptureFixture[s
     [
         (["--num-scales", "4", "--selector-type", "real-x"], "4 are needed"),
         (["--num-scales", "3"], "--num-scales has no effect"),
-        (["--mask-widths", "9", "4"], "mask widths"),
-        (["--mask-travel", "17"], "travel"),
+        (["--mask-widths", "9", "4"], "error: --mask-widths: mask widths 9.0 to 4.0"),
+        (["--mask-travel", "17"], "error: --mask-travel: travel 17.0"),
+        (["--initial-width", "-1"], "error: --initial-width: initial width -1.0"),
         (["--selector-type", "real-x", "--mask-travel", "9"], "--mask-travel has no effect"),
         (["--temperature", "0"], "--temperature"),
         (["--label-smoothing", "0.1"], "--label-smoothing"),
@@ -318,6 +325,12 @@ def test_a_resume_with_other_settings_is_refused(place: Place, capsys: pytest.Ca
     assert "--resume: the checkpoint's predictor has geometry" in capsys.readouterr().err
     assert place.train("train-selector", "g-other", *words, "--predictor", str(place.best("q"))) == 1
     assert "holds no selector in training" in capsys.readouterr().err
+    words[-1] = str(place.last("g"))
+    assert place.train("train-predictor", "q-other", *words) == 1
+    assert "holds no predictor in training" in capsys.readouterr().err
+    words[-1] = str(place.last("q"))
+    assert place.train("train-predictor", "q-other", *words, "--best-by", "kl") == 1
+    assert "give --best-by agreement" in capsys.readouterr().err
 
 
 def test_files_of_other_data_are_refused(

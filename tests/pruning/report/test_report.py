@@ -12,16 +12,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from support.commands import ROOT, run
 
+from explainers.record import UnsupportedOperatorError
+from image_classification.inference_speed import SpeedRow
 from image_classification.models import read_safely
 from image_classification.report import read_report
 from pruning.__main__ import main
+from pruning.report import content, page, speed
 from pruning.report import lineage as lineage_module
-from pruning.report import page
 from pruning.report.content import score_table, width_table
-from pruning.report.lineage import find_lineage
+from pruning.report.lineage import Lineage, Stage, find_lineage
+from pruning.report.networks import Network
+from pruning.report.speed import compare_speed
 from pruning.report.trajectory import Trajectory, last_accuracy, trajectory_of
 
 DATA = "shapes:train=96,val=24"
@@ -255,7 +260,14 @@ def test_tables_of_widths_and_scores() -> None:
 
 @pytest.mark.parametrize(
     ("value", "digits", "text"),
-    [(None, 3, "–"), (0, 3, "0"), (1234567.0, 3, "1,234,567"), (0.012345, 3, "0.0123"), (99.96, 4, "99.96")],
+    [
+        (None, 3, "–"),
+        (float("inf"), 3, "∞"),
+        (0, 3, "0"),
+        (1234567.0, 3, "1,234,567"),
+        (0.012345, 3, "0.0123"),
+        (99.96, 4, "99.96"),
+    ],
 )
 def test_numbers_for_people(value: float | None, digits: int, text: str) -> None:
     assert page.number(value, digits) == text
@@ -273,3 +285,65 @@ def test_the_rewrite_of_learned_gates_is_a_rewrite() -> None:
     assert record["widths"] == {"a": [8, 3]}
     assert record["costs"]["macs"] == [1.0, 0.5, 1.0]
     assert lineage_module._rewrites({"learned_pruning": {"record": None}}) == []
+
+
+def stage(**more: Any) -> Stage:
+    plain: dict[str, Any] = {
+        "workspace": Path("run"), "kind": "pruning", "config": {}, "entries": [], "invocations": [],
+        "checkpoint": None, "progress": {"iteration": 10, "steps_per_epoch": 5}, "rewrites": [],
+    }  # fmt: skip
+    return Stage(**(plain | more))
+
+
+def rewrite(iteration: int, before: float, after: float) -> dict[str, Any]:
+    return {
+        "iteration": iteration,
+        "widths": {},
+        "costs": {"macs": [before, after, 100.0]},
+        "loss": [0.0, 0.0],
+    }
+
+
+def test_a_second_pruning_stage_goes_on_where_the_first_one_ended() -> None:
+    stages = [stage(rewrites=[rewrite(5, 100, 50)]), stage(rewrites=[rewrite(5, 100, 60)])]
+    course = trajectory_of(stages)
+    np.testing.assert_allclose(
+        course.costs["macs"], [[0, 1], [5, 1], [5, 0.5], [10, 0.5], [15, 0.5], [15, 0.3], [20, 0.3]]
+    )
+    budget = content._budget(Lineage(tuple(stages), None))
+    assert budget == [{"metric": "macs", "asked": 0.25, "reached": pytest.approx(0.3)}]
+
+
+def test_rates_ask_for_no_cost() -> None:
+    config = {"one_shot_pruning": 0.3, "prune_rate": ["layer1.*"]}
+    assert content._budget(Lineage((stage(config=config, rewrites=[rewrite(0, 100, 80)]),), None)) == []
+
+
+def test_a_network_that_a_method_cannot_explain_has_a_report(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise UnsupportedOperatorError("Grad-CAM: no feature map")
+
+    monkeypatch.setenv("LUCIDPRUNE_CACHE", str(runs.parent / "cache"))
+    monkeypatch.setattr(content, "explain", refuse)
+    words = ["report", str(runs), "--skip", "speed", "accuracy", "--device", "cpu", "--output"]
+    assert main([*words, str(tmp_path / "page.html")]) == 0
+    missing = json.loads((tmp_path / "page.json").read_text())["missing"]
+    assert any("explanations: Grad-CAM: no feature map" in line for line in missing)
+    assert "speed: left out as asked (--skip speed)" in missing
+    assert main([*words, str(tmp_path / "page.json")]) == 2
+
+
+@pytest.mark.parametrize("num_batches", [2, 7])
+def test_as_many_batches_count_as_were_asked_for(num_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    def count(_size: int, seconds: list[float]) -> SpeedRow:
+        counts.append(len(seconds))
+        return SpeedRow(1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+
+    monkeypatch.setattr(speed, "speed_row", count)
+    networks = [Network(name, torch.nn.Identity(), None) for name in ("original", "pruned")]
+    compare_speed(networks, 8, torch.device("cpu"), batch_sizes=(1,), num_batches=num_batches)
+    assert counts == [num_batches, num_batches]
