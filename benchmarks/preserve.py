@@ -196,7 +196,9 @@ def main() -> None:
     parser.add_argument("--teacher-epochs", type=int, default=30)
     parser.add_argument("--teacher-lr", type=float, default=0.4)
     parser.add_argument(
-        "--pretrained-weights", default=None, help="the teacher starts from these, as from ImageNet's in the paper"
+        "--pretrained-weights",
+        default=None,
+        help="the teacher starts from these, as from ImageNet's in the paper",
     )
     parser.add_argument("--distillation-epochs", type=int, default=4)
     parser.add_argument("--one-shot-epochs", type=int, default=2)

@@ -152,14 +152,6 @@ def _declare_score(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_score(arguments: argparse.Namespace) -> int:
-    check(
-        arguments.batch_size >= 2,
-        f"--batch-size {arguments.batch_size}: scores compare pictures, at least 2 are needed",
-    )
-    check(
-        arguments.calibration_batches >= 1,
-        f"--calibration-batches {arguments.calibration_batches}: at least 1 is needed",
-    )
     flags = _saliency_flags(arguments)
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
@@ -208,11 +200,15 @@ def _run_score(arguments: argparse.Namespace) -> int:
 
 
 def _saliency_flags(arguments: argparse.Namespace) -> PruningConfig:
-    """The flags about explanations, checked as those of a training that prunes by the given criteria.
+    """The flags about explanations, checked with the others as those of a training that prunes by the given criteria.
 
     Raises:
         ConfigError: No such criterion, or a flag that cannot apply.
     """
+    check(
+        arguments.batch_size >= 2,
+        f"--batch-size {arguments.batch_size}: scores compare pictures, at least 2 are needed",
+    )
     for name in arguments.criterion:
         for part in name.split("+"):
             criterion_class(part)
@@ -220,6 +216,7 @@ def _saliency_flags(arguments: argparse.Namespace) -> PruningConfig:
     explained.sort(key=lambda name: "+" not in name)
     flags = PruningConfig(
         one_shot_pruning=0.5,
+        calibration_batches=arguments.calibration_batches,
         pruning_criterion=(explained or arguments.criterion)[0],
         selector=arguments.selector,
         casm=arguments.casm,

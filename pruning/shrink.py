@@ -133,20 +133,9 @@ def shrink(
         verdict = find_dead(model, graph, images, Folding(model, images), vetoed)
         if not verdict.dead.any():
             break
-        trial = copy.deepcopy(model)
-        _cut(trial, copy.deepcopy(graph), images, verdict)
-        equal = _difference(reference, _outputs(trial, images)) <= tolerance
-        if equal or _precise_difference(model, trial, images) <= tolerance:
-            _cut(model, graph, images, verdict)
-            num_folded += len(verdict.offsets)
-            continue
-        found = _guilty_groups(model, graph, images, verdict, (reference, tolerance))
-        if not found:
-            raise ShrinkError(
-                "the cut changes the outputs, though none of its groups does alone: "
-                f"give a tolerance above {tolerance:g}"
-            )
-        vetoed.update(found)
+        guilty = _cut_if_equal(model, graph, images, verdict, (reference, tolerance))
+        num_folded += 0 if guilty else len(verdict.offsets)
+        vetoed.update(guilty)
     widths = {g.name: (original[g.name], g.width) for g in graph.groups if g.width != original[g.name]}
     return ShrinkReport(
         widths=widths,
@@ -167,6 +156,29 @@ def make_masks_permanent(model: nn.Module) -> int:
                 torch_prune.remove(module, hook._tensor_name)
                 count += 1
     return count
+
+
+def _cut_if_equal(
+    model: nn.Module,
+    graph: ChannelGraph,
+    images: tuple[Any, ...],
+    verdict: Verdict,
+    expected: tuple[list[Tensor], float],
+) -> dict[int, str]:
+    """Cut what is dead; if that changes the outputs, cut nothing and return the groups to blame."""
+    reference, tolerance = expected
+    trial = copy.deepcopy(model)
+    _cut(trial, copy.deepcopy(graph), images, verdict)
+    equal = _difference(reference, _outputs(trial, images)) <= tolerance
+    if equal or _precise_difference(model, trial, images) <= tolerance:
+        _cut(model, graph, images, verdict)
+        return {}
+    found = _guilty_groups(model, graph, images, verdict, expected)
+    if not found:
+        raise ShrinkError(
+            f"the cut changes the outputs, though none of its groups does alone: give a tolerance above {tolerance:g}"
+        )
+    return found
 
 
 def _cut(model: nn.Module, graph: ChannelGraph, images: tuple[Any, ...], verdict: Verdict) -> None:

@@ -23,6 +23,7 @@ def test_recipe_is_valid_and_has_its_header(path: Path) -> None:
     assert arch_info(configs["model"].arch).image_size >= 32
     assert any(line.startswith("# Command:") and f"configs/{path.name}" in line for line in header)
     assert any(line.startswith("# Expected:") for line in header)
+    assert path.stem == "shapes_resnet20" or any(line.startswith("# Paper:") for line in header)
 
 
 def test_there_are_recipes() -> None:

@@ -31,6 +31,7 @@ def test_recipe_is_valid_and_has_its_header(path: Path, tmp_path: Path) -> None:
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(line.startswith("# Command:") and f"configs/explainers/{path.name}" in line for line in header)
     assert any(line.startswith("# Expected:") for line in header)
+    assert any(line.startswith("# Paper:") for line in header)
 
 
 def test_there_are_recipes_for_both_sizes() -> None:
