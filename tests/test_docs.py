@@ -15,6 +15,7 @@ import torch
 import yaml
 from support.commands import ROOT, commands_in, run, shortened
 from support.pictures import write_jpegs
+from support.published_networks import PhotoResNet, prefixed
 
 from image_classification.cli import parse_config
 from image_classification.models import create_model
@@ -44,7 +45,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     save_pruned(root / "small.pth.tar", create_model("resnet20", num_classes=12))
     save_pruned(root / "resnet18.pth.tar", create_model("resnet18", num_classes=4))
+    torch.save({"state_dict": prefixed(module=PhotoResNet(num_classes=4))}, root / "published.pth.tar")
+    save_pruned(root / "masked.pth.tar", masked_network())
     return root
+
+
+def masked_network() -> torch.nn.Module:
+    """A network with four dead channels."""
+    network = create_model("resnet20", num_classes=12)
+    with torch.no_grad():
+        for name in ("conv1.weight", "bn1.weight", "bn1.bias"):
+            network.get_parameter(f"layer1.0.{name}")[:4] = 0
+    return network
 
 
 def places(page: str, folder: Path, tmp_path: Path) -> dict[str, str]:
@@ -55,6 +67,12 @@ def places(page: str, folder: Path, tmp_path: Path) -> dict[str, str]:
             "latency=0.7": "latency=0.99",  # most of what two pictures of 32 pixels take does not depend on widths
         },
         "howto/export.md": {" checkpoint.pth.tar": f" {folder / 'small.pth.tar'}"},
+        "howto/import.md": {
+            " published.pth.tar": f" {folder / 'published.pth.tar'}",
+            " imported.pth.tar": f" {tmp_path / 'imported.pth.tar'}",
+            " masked.pth.tar": f" {folder / 'masked.pth.tar'}",
+            " shrunk.pth.tar": f" {tmp_path / 'shrunk.pth.tar'}",
+        },
         "methods/attribution.md": {" checkpoint.pth.tar": f" {folder / 'small.pth.tar'}"},
     }
     return own.get(page, {}) | {
