@@ -19,7 +19,7 @@ from explainers.base import dtype_of
 from explainers.gated_features import through_gate
 from explainers.record import Record, Value, record_forward
 from image_classification.config import ConfigError
-from image_classification.models import unwrap
+from image_classification.models import evaluating, unwrap
 from image_classification.models.registry import nearest
 
 #: Sizes closer than this factor are one scale: an unpadded convolution takes a pixel off, which is no new scale.
@@ -77,18 +77,6 @@ def find_taps(model: nn.Module, example_images: Tensor, num_scales: int | None =
             f"(--image-size){fewer}"
         )
     return tuple(taps if num_scales is None else taps[len(taps) - num_scales :])
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode again afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from explainers.features import evaluating
 from explainers.gradcam import class_activation, find_layer
+from image_classification.models import evaluating
 
 _TINY = 1e-6
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from image_classification.config import ConfigError
+from image_classification.models import evaluating
 
 
 class TensorBoard:
@@ -78,7 +78,7 @@ class TensorBoard:
             RuntimeError: The network cannot be traced.
         """
         devices = [images.device] if images.is_cuda else []
-        with _untouched(model), torch.no_grad(), torch.random.fork_rng(devices):
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices):
             self._writer.add_graph(model, images)
 
     def flush(self) -> None:
@@ -88,15 +88,3 @@ class TensorBoard:
     def close(self) -> None:
         """Write what is buffered and close the file."""
         self._writer.close()
-
-
-@contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode again afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from explainers.aem.losses import imitation_loss
 from explainers.aem.saved import SelectorExplanation
 from explainers.aem.selector import Selector
-from explainers.features import evaluating
 from image_classification.data.loader import Batch
 from image_classification.distributed import Distributed
-from image_classification.models import main_and_auxiliary_logits
+from image_classification.models import evaluating, main_and_auxiliary_logits
 from image_classification.precision import Precision
 
 #: Random masks of an evaluation are the same each time.

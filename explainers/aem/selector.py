@@ -27,7 +27,8 @@ from explainers.aem.masks import (
     to_size,
 )
 from explainers.base import dtype_of
-from explainers.features import FeatureTaps, evaluating, find_taps
+from explainers.features import FeatureTaps, find_taps
+from image_classification.models import evaluating
 
 KINDS = ("rbf", "real-x")
 DECODERS = ("published", "light")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from explainers.base import dtype_of
-from explainers.features import evaluating, find_taps
-from image_classification.models import unwrap
+from explainers.features import find_taps
+from image_classification.models import evaluating, unwrap
 
 _QUARTER = 4
 _MIN_STAGES = 3

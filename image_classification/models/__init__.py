@@ -10,6 +10,7 @@ from image_classification.models.factory import (
     model_names,
     unwrap,
 )
+from image_classification.models.modes import evaluating
 from image_classification.models.registry import ArchInfo, ModelError, register
 from image_classification.models.structure import (
     Structure,
@@ -42,6 +43,7 @@ __all__ = [
     "build_model",
     "capture_structure",
     "create_model",
+    "evaluating",
     "head_tensors",
     "identity_of",
     "load_weights",
