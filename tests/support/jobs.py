@@ -55,6 +55,8 @@ class Process:
         with self.out_path.open("ab") as out, self.err_path.open("ab") as err:
             self.popen = subprocess.Popen(
                 [sys.executable, *words], cwd=ROOT, stdout=out, stderr=err, start_new_session=True,
+                # A shell's background job, as tests may be one, hands on that Ctrl-C is to be ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
             )  # fmt: skip
 
