@@ -201,8 +201,8 @@ def exports(model: nn.Module, images: Tensor) -> bool | str:
 def examine_torch_pruning(library: str, name: str) -> dict[str, Any]:
     """The same cut by Torch-Pruning, for comparison: uniform shares, raised until half the MACs are gone.
 
-    The gated network to compare with is the original one with zeros where a consumer (convolution, linear layer)
-    read channels that went; networks that normalise over channels have no such reference.
+    The gated network to compare with is the original one whose layers give zeros in the channels that went; networks
+    that normalise over channels have no such reference.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -224,9 +224,10 @@ def examine_torch_pruning(library: str, name: str) -> dict[str, Any]:
     model.train()
     logits = model(images)
     (logits[0] if isinstance(logits, tuple) else logits).sum().backward()
+    comparable = not any(isinstance(module, nn.LayerNorm | nn.GroupNorm) for module in model.modules())
     return {
         "cpu_seconds": round(seconds, 2),
-        "difference": float(difference / scale),
+        "difference": float(difference / scale) if comparable else None,
         "macs_left": round(left, 3),
     }
 
@@ -248,20 +249,18 @@ def prune_with_torch_pruning(model: nn.Module, reference: nn.Module, images: Ten
     for group in pruner.step(interactive=True):
         for dependency, indices in group:
             module, function = dependency.target.module, dependency.handler.__name__
-            weight = getattr(module, "weight", None)
-            if (
-                module not in names
-                or not function.endswith("_in_channels")
-                or weight is None
-                or weight.ndim < 2
-            ):
+            if module not in names or not function.endswith("_out_channels"):
+                continue  # what reads a channel that is zero may keep its weights
+            silent = reference.get_submodule(names[module])
+            own = [getattr(silent, "weight", None), getattr(silent, "bias", None)]
+            tensors = [tensor for tensor in own if tensor is not None]
+            if not tensors:
                 continue
-            if isinstance(module, nn.Conv2d) and module.groups > 1:
-                continue  # its producer's channels are its own
-            left = present.setdefault(names[module], list(range(weight.shape[1])))
+            left = present.setdefault(names[module], list(range(len(tensors[0]))))
             gone = [left[index] for index in indices]
             with torch.no_grad():
-                reference.get_submodule(names[module]).weight[:, gone] = 0
+                for tensor in tensors:
+                    tensor[gone] = 0
             present[names[module]] = [index for index in left if index not in set(gone)]
         group.prune()
 
@@ -322,9 +321,11 @@ def print_comparison(rows: dict[str, Any]) -> None:
         )
         print(f"{name:<42}  {told}")
     halved = [row for row in rows.values() if "error" not in row and row["macs_left"] <= 0.505]
-    exact = sum(row["difference"] <= 1e-4 for row in halved)
+    exact = sum(row["difference"] is not None and row["difference"] <= 1e-4 for row in halved)
+    unjudged = sum(row["difference"] is None for row in halved)
     print(
-        f"Torch-Pruning: {len(rows)} networks, {len(halved)} cut to half their MACs, {exact} of them exactly"
+        f"Torch-Pruning: {len(rows)} networks, {len(halved)} cut to half their MACs, {exact} of them exactly, "
+        f"{unjudged} not comparable (they normalise over channels)"
     )
 
 
