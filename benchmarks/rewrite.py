@@ -134,8 +134,8 @@ def measure_idle(
     return [train(True) / train(False) for _ in range(repeats)]
 
 
-def main() -> None:
-    """Measure and report."""
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -149,7 +149,12 @@ def main() -> None:
     parser.add_argument("--delta", type=float, default=5e-3)
     parser.add_argument("--idle-repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "rewrite.json")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and report."""
+    arguments = parse()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     batches, num_classes = open_calibration(arguments, device)

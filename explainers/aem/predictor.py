@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from explainers.aem.masks import MaskGeometry
+from explainers.aem.records import read_record
 from explainers.explanation import network_digest
 from image_classification.checkpoint import VERSION, save_atomically
 from image_classification.config import ConfigError, check
@@ -19,7 +20,6 @@ from image_classification.models import (
     capture_structure,
     identity_of,
     model_for_weights,
-    read_safely,
 )
 from image_classification.models.weights import FORMAT
 
@@ -109,18 +109,7 @@ def load_predictor(
         WeightsError: It is damaged, or contradicts itself.
     """
     path = Path(path)
-    check(
-        path.is_file(),
-        f"{flag} {path}: there is no such file; `python -m explainers train-predictor` writes one",
-    )
-    payload = read_safely(path)
-    callbacks = payload.get("callbacks") if isinstance(payload, dict) else None
-    plain = callbacks.get(PREDICTOR_RECORD) if isinstance(callbacks, dict) else None
-    if not isinstance(plain, dict):
-        raise ConfigError(
-            f"{flag} {path} holds no predictor: give a checkpoint (model_best.pth.tar) that `python -m explainers "
-            "train-predictor` wrote"
-        )
+    _, plain = read_record(path, flag, "predictor", PREDICTOR_RECORD)
     try:
         record = PredictorRecord.from_plain(plain)
     except ValueError as error:

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from explainers.aem.records import read_record
 from explainers.aem.selector import Selector, SelectorDesign
 from explainers.explanation import network_digest
 from explainers.features import FeatureTaps
@@ -23,7 +24,6 @@ from image_classification.models import (
     capture_structure,
     identity_of,
     main_and_auxiliary_logits,
-    read_safely,
     unwrap,
 )
 from image_classification.models.weights import FORMAT
@@ -195,7 +195,7 @@ def load_selector(
         WeightsError: It is damaged, would run code, or contradicts itself.
     """
     path = Path(path)
-    payload, record = _read(path, flag)
+    payload, record = read_record(path, flag, "selector", SELECTOR_RECORD)
     try:
         selector = Selector(SelectorDesign.from_plain(record.get("design")))
         selector.load_state_dict(payload["state_dict"])
@@ -216,7 +216,7 @@ def load_black_box(
         ConfigError: See `load_selector`; or the file does not hold the classifier.
         ModelError: The file is damaged or contradicts itself.
     """
-    _, record = _read(Path(path), flag)
+    _, record = read_record(Path(path), flag, "selector", SELECTOR_RECORD)
     held = record.get("black_box")
     if not isinstance(held, dict) or not isinstance(held.get("state_dict"), dict):
         raise ConfigError(
@@ -225,20 +225,3 @@ def load_black_box(
     model = build_from_structure(Structure.from_plain(held.get("structure")), device=device)
     apply_weights(model, held["state_dict"])
     return model.eval().requires_grad_(False)
-
-
-def _read(path: Path, flag: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A file's content and its record of a selector."""
-    check(
-        path.is_file(),
-        f"{flag} {path}: there is no such file; `python -m explainers train-selector` writes one",
-    )
-    payload = read_safely(path)
-    callbacks = payload.get("callbacks") if isinstance(payload, dict) else None
-    record = callbacks.get(SELECTOR_RECORD) if isinstance(callbacks, dict) else None
-    if not isinstance(record, dict):
-        raise ConfigError(
-            f"{flag} {path} holds no selector: give a checkpoint (model_best.pth.tar) that `python -m explainers "
-            "train-selector` wrote"
-        )
-    return payload, record
