@@ -12,8 +12,8 @@ calibration pictures, and fine-tunes it with the same schedule:
     discriminant+saliency, discriminant, magnitude, random      the same with other scores
 
 Measured on the validation pictures, after fine-tuning: top-1; mean squared distance of φ = (a, b, w) from
-the original network's; share of pictures whose mask centre, and whose highest Grad-CAM pixel, lies on the object
-(ground truth of the data set). Runs are `main.py` in processes of their own, kept in --workspace and not repeated.
+the original network's; share of pictures whose mask centre, and whose highest Grad-CAM pixel, lies on the object (where
+the data set has pixel masks). Runs are `main.py` in processes of their own, kept in --workspace and not repeated.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace, method: str, seed: int, outer: list[str])
     command += ["--calibration-size", str(arguments.calibration_size), "--epochs", str(arguments.epochs)]
     command += ["--lr", str(arguments.lr), "--lr-schedule", "cosine", "-b", "64", "--training-only"]
     command += ["--data-backend", arguments.data_backend, "--workers", str(arguments.workers)]
-    command += method_words(arguments, method, outer)
+    command += [*method_words(arguments, method, outer), *arguments.flags.split()]
     print(" ".join(command[1:]), flush=True)
     subprocess.run(command, check=True)
     (folder / "done").touch()
@@ -112,29 +112,31 @@ def measure(
     dataset = open_dataset(arguments.data, progress=False)
     data = DataConfig(data=arguments.data, data_backend=arguments.data_backend, workers=arguments.workers)
     place = Placement(device=torch.device("cpu"))
-    sums, count = dict.fromkeys(FIGURES, 0.0), 0
+    with_masks = dataset.val.targets.mask_paths is not None
+    sums, count = dict.fromkeys(FIGURES if with_masks else FIGURES[:2], 0.0), 0
     model.eval()
     layer = find_layer(model, torch.randn(1, 3, *[selector.design.image_size] * 2))
     for batch in evaluation_loader(
-        dataset.val, data.resolved_preset(dataset.preset), data, place, with_masks=True
+        dataset.val, data.resolved_preset(dataset.preset), data, place, with_masks=with_masks
     ):
         classes = main_and_auxiliary_logits(original.model(batch.images))[0].argmax(1)
         before = original.selector(original.model, batch.images, classes)
         raw, logits = selector.raw_and_logits(model, batch.images, classes)
-        assert batch.masks is not None, "the data set has no pixel masks"
+        sums["top1"] += float((logits.argmax(1) == batch.targets).sum())
+        sums["phi_mse"] += float((selector.selector.phi(raw) - before).square().mean(1).sum())
+        count += len(batch)
+        if batch.masks is None:
+            continue
         on_object = batch.masks == (batch.targets + 1)[:, None, None].to(batch.masks.dtype)
         centres, _ = centres_and_widths(raw, selector.design.geometry)
         with torch.enable_grad():
             maps, _ = class_activation(model, layer, batch.images, classes)
         heat = resize(maps, batch.images.shape[2:]).flatten(1).argmax(1)
-        sums["top1"] += float((logits.argmax(1) == batch.targets).sum())
-        sums["phi_mse"] += float((selector.selector.phi(raw) - before).square().mean(1).sum())
         sums["centre_on_object"] += hits(
             on_object, centres.round().long()[:, 1], centres.round().long()[:, 0]
         )
         width = batch.images.shape[-1]
         sums["gradcam_on_object"] += hits(on_object, heat // width, heat % width)
-        count += len(batch)
     figures = {name: value / count for name, value in sums.items()}
     return {name: value * (1 if name == "phi_mse" else 100) for name, value in figures.items()}
 
@@ -177,6 +179,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--data-backend", default="pytorch")
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--flags", default="", help="further flags of all runs, in one word")
     parser.add_argument("--workspace", type=Path, default=Path("runs/steering"))
     parser.add_argument("--output", type=Path, default=RESULTS / "steering_shapes.json")
     return parser.parse_args()
@@ -197,7 +200,7 @@ def main() -> None:
             figures = measure(arguments, original, network, pruned_selector(original.selector, folder))
             results.setdefault(method, []).append(figures)
             write(arguments, results)
-    print(f"{'method':22}" + "".join(f"{name:>24}" for name in FIGURES))
+    print(f"{'method':22}" + "".join(f"{name:>24}" for name in results["unpruned"][0]))
     for method, rows in results.items():
         cells = [f"{c['mean']:14.3f} ± {c['std']:.3f}" for c in summary(rows).values()]
         print(f"{method:22}" + "".join(f"{cell:>24}" for cell in cells))

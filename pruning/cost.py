@@ -28,15 +28,9 @@ from pruning.costs.activations import Activations, trace_activations
 from pruning.costs.counts import CountTable, Metric
 from pruning.costs.memory import PeakMemory
 from pruning.costs.products import macs_of, parameters_of
-from pruning.latency import (
-    Latency,
-    LatencyError,
-    LatencySettings,
-    LatencyTable,
-    measure_latency,
-    measure_networks,
-    pruned_copy,
-)
+from pruning.latency import Latency
+from pruning.latency_measure import measure_latency, measure_networks, pruned_copy
+from pruning.latency_table import LatencyError, LatencySettings, LatencyTable
 
 __all__ = ["METRICS", "CostModel", "LatencySettings", "LatencyTable", "nearest_metric"]
 

@@ -29,7 +29,8 @@ from image_classification.models import (
 )
 from image_classification.models.structure import on_meta
 from pruning.importing.reading import harmless, read_published
-from pruning.latency import LatencySettings, measure_networks
+from pruning.latency_measure import measure_networks
+from pruning.latency_table import LatencySettings
 from pruning.shrink import ShrinkReport, shrink
 from pruning.structure import save_pruned
 

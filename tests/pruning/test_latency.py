@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pruning import latency as latency_module
+from pruning import latency_measure
 from pruning.channel_graph import ChannelGraph, Constraints
 from pruning.cost import CostModel
 from pruning.costs.activations import trace_activations
@@ -20,7 +20,9 @@ from pruning.costs.counts import CountTable
 from pruning.costs.kernels import KernelBench, grid_widths, kernel_shapes
 from pruning.costs.timing import Stopwatch, inference, interleaved_medians
 from pruning.graph import trace_groups
-from pruning.latency import Grid, Latency, LatencyError, LatencySettings, LatencyTable, fit_parts, monotone
+from pruning.latency import Latency, monotone
+from pruning.latency_measure import fit_parts
+from pruning.latency_table import Grid, LatencyError, LatencySettings, LatencyTable
 from pruning.surgery import prune_channels
 
 
@@ -268,7 +270,7 @@ def test_tables_are_measured_once(
         raise AssertionError("measured again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(latency_module, "interleaved_medians", no_measuring)
+        patch.setattr(latency_measure, "interleaved_medians", no_measuring)
         second = CostModel(graph, model, images, ("latency",), latency=settings)
         assert second.latency_table == first.latency_table
         with pytest.raises(AssertionError, match="measured again"):  # another batch size is another table
