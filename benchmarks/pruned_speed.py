@@ -1,7 +1,7 @@
 """Is a pruned network really faster? ResNet-50 at half its MACs, channel counts free and rounded.
 
     OMP_NUM_THREADS=2 python benchmarks/pruned_speed.py [--batch-sizes 1 64] [--repeats 15] [--device cuda]
-                                                        [--channels-last] [--dtype bfloat16] [--predict]
+                                                        [--channels-last] [--dtype bfloat16] [--fuse] [--predict]
 
 Every group keeps the same share of its channels, those with the largest L1 norm; the share is the largest that
 leaves at most half of the MACs at widths that `--round-to` allows. All networks are timed in turn within each
@@ -10,7 +10,8 @@ round (evaluation mode, no gradients, seconds of whole batches), medians count. 
     realised = (seconds before ÷ seconds after) ÷ (MACs before ÷ MACs after)        target: ≥ 0.85
 
 with the smallest and largest of the rounds' own ratios as its range. On a slow CPU `--batch-sizes 1 8` may stand
-for 1 and 64; the JSON says what was run. `--predict` puts the latency table's prediction beside the measurement.
+for 1 and 64; the JSON says what was run. `--fuse` merges batch norms into their convolutions first, in all networks
+alike, as exporters for inference do. `--predict` puts the latency table's prediction beside the measurement.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from explainers.canonize import fuse_batch_norms
 from image_classification.models import create_model
 from pruning.channel_graph import ChannelGraph, Constraints
 from pruning.cost import CostModel, LatencySettings
@@ -116,6 +118,8 @@ def make_variants(args: argparse.Namespace, images: Tensor) -> list[Variant]:
         variants.append(Variant(name, model, small["macs"], int(small["params"]), share, predicted))
     dtype = getattr(torch, args.dtype)
     for variant in variants:
+        if args.fuse:
+            variant.model = fuse_batch_norms(variant.model, images[:1].float())
         variant.model.to(dtype)
     return variants
 
@@ -201,6 +205,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--fuse", action="store_true", help="merge batch norms into convolutions first")
     parser.add_argument("--predict", action="store_true", help="also what the latency table expects")
     parser.add_argument("--table-seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)

@@ -7,13 +7,15 @@ Every method takes the same network to the same share of its MACs, on the channe
 calibration pictures, and fine-tunes it with the same schedule:
 
     isp-published      gates learned with the published constants (Gumbel noise, w_R = 1)
-    isp                gates learned with logistic noise, hard gates in the forward pass and w_R = --resource-weight
+    isp                gates learned with logistic noise, hard gates in the forward pass and a w_R that grows by
+                       --resource-growth in every epoch that leaves the gates above the budget
     saliency           Gauss–Newton saliency score, one global ranking, one cut
     discriminant+saliency, discriminant, magnitude, random      the same with other scores
 
-Measured on the validation pictures, after fine-tuning: top-1; mean squared distance of φ = (a, b, w) from
-the original network's; share of pictures whose mask centre, and whose highest Grad-CAM pixel, lies on the object (where
-the data set has pixel masks). Runs are `main.py` in processes of their own, kept in --workspace and not repeated.
+Measured: mean squared distance of φ = (a, b, w) from the original network's right after the cut, on calibration
+pictures; then on the validation pictures, after fine-tuning: top-1; that distance of φ; share of pictures whose mask
+centre, and whose highest Grad-CAM pixel, lies on the object (where the data set has pixel masks). Runs are `main.py` in
+processes of their own, kept in --workspace and not repeated.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ def method_words(arguments: argparse.Namespace, method: str, outer: list[str]) -
         words += ["--gate-epochs", str(arguments.gate_epochs), "--gate-lr", str(arguments.gate_lr)]
         if method == "isp":
             words += ["--gate-noise", "logistic", "--gate-sampling", "hard"]
-            words += ["--resource-weight", str(arguments.resource_weight)]
+            words += ["--resource-growth", str(arguments.resource_growth)]
         return words
     words = ["--one-shot-pruning", f"{1 - share:g}", "--pruning-criterion", method]
     return words + [word for name in outer for word in ("--prune-ignore", name)]
@@ -95,6 +97,14 @@ def channels_of_sums(model: nn.Module, size: int) -> list[str]:
     graph = trace_groups(model, torch.randn(2, 3, size, size), constraints=Constraints(min_width=0.1))
     inner = {group.index for group in inner_groups(graph)}
     return [group.name.partition("#")[0] for group in graph.prunable if group.index not in inner]
+
+
+def moved_by_cut(folder: Path) -> float:
+    """How far φ was from the original network's right after the cut of a run, on its calibration pictures."""
+    callbacks = read_safely(folder / "checkpoint.pth.tar")["callbacks"]
+    if "learned_pruning" in callbacks:
+        return float(callbacks["learned_pruning"]["record"]["explanation"])
+    return float(callbacks["pruning"]["history"][-1]["explanation"][1])
 
 
 def pruned_selector(selector: SelectorExplanation, folder: Path) -> SelectorExplanation:
@@ -173,7 +183,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--gate-epochs", type=int, default=60)
     parser.add_argument("--gate-lr", type=float, default=0.05)
-    parser.add_argument("--resource-weight", type=float, default=30.0)
+    parser.add_argument("--resource-growth", type=float, default=1.2)
     parser.add_argument("--calibration-size", type=int, default=256)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -198,9 +208,11 @@ def main() -> None:
             folder = run(arguments, method, seed, outer)
             network = model_for_weights(None, str(folder / "checkpoint.pth.tar"))
             figures = measure(arguments, original, network, pruned_selector(original.selector, folder))
+            figures["phi_mse_after_cut"] = moved_by_cut(folder)
             results.setdefault(method, []).append(figures)
             write(arguments, results)
-    print(f"{'method':22}" + "".join(f"{name:>24}" for name in results["unpruned"][0]))
+    names = results[arguments.methods[0]][0]
+    print(f"{'method':22}" + "".join(f"{name:>24}" for name in names))
     for method, rows in results.items():
         cells = [f"{c['mean']:14.3f} ± {c['std']:.3f}" for c in summary(rows).values()]
         print(f"{method:22}" + "".join(f"{cell:>24}" for cell in cells))
@@ -211,6 +223,7 @@ def write(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
     settings = {
         name: str(value) for name, value in vars(arguments).items() if name not in ("workspace", "output")
     }
+    settings |= {name: Path(settings[name]).name for name in ("data", "pretrained_weights", "selector")}
     payload = {
         "environment": describe_environment(),
         "settings": settings,

@@ -3,6 +3,7 @@
     python benchmarks/zoo.py                                  # all of benchmarks/zoo.txt, resumes where it stopped
     python benchmarks/zoo.py --only resnet50 densenet121      # some of them
     python benchmarks/zoo.py --torch-pruning                  # Torch-Pruning beside it, if it is installed
+    python benchmarks/zoo.py --list benchmarks/zoo_beyond.txt --output benchmarks/results/zoo_beyond.json
 
 For every network, in a process of its own with limits on time and memory: seconds of analysis, groups, share
 of channels that can be pruned, the MACs that are left after uniform L1 pruning to half (PyTorch's own flop
@@ -45,10 +46,15 @@ COLUMNS = ("seconds", "groups", "prunable_percent", "macs_left", "difference", "
 
 
 def count_macs(model: nn.Module, images: Tensor) -> int:
-    """MACs of one forward pass by PyTorch's flop counter."""
+    """MACs of one forward pass by PyTorch's flop counter (which trips over views of what requires a gradient)."""
     counter = FlopCounterMode(display=False)
-    with undisturbed(model), counter:
-        model.eval()(images[:1])
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with undisturbed(model):
+        model.requires_grad_(False)
+        with counter:
+            model.eval()(images[:1])
+    for parameter in learning:
+        parameter.requires_grad_(True)
     return counter.get_total_flops() // 2
 
 

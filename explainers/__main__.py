@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from explainers.record import UnsupportedOperatorError
+from image_classification.distributed import EXIT_PEER, peer_loss
 from image_classification.models.registry import nearest
 
 # Verb → module with `main(argv) -> exit status`, and what it does. A module is imported only for its own verb.
@@ -53,7 +54,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; its exit status, 2 for anything unusable."""
+    """Run a verb; its exit status, 2 for anything unusable, `EXIT_PEER` where another rank failed."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -68,6 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Messages for people, each naming the flag, the value and the way out.
         print(f"python -m explainers {words[0]}: error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        lost = peer_loss(error)
+        if lost is None:
+            raise
+        print(f"python -m explainers {words[0]}: error: {lost}", file=sys.stderr)
+        return EXIT_PEER
 
 
 if __name__ == "__main__":

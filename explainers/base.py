@@ -187,8 +187,12 @@ def target_logits(logits: Tensor, targets: Tensor) -> Tensor:
     """(B,) the logit of each picture's target class.
 
     Raises:
-        ValueError: A target that is no class of the network.
+        ValueError: A target that is no class of the network, or logits of another shape than (B, num_classes).
     """
+    if logits.dim() != 2:
+        raise ValueError(
+            f"the network returns shape {tuple(logits.shape)}; attribution needs logits (B, num_classes)"
+        )
     num_classes = logits.shape[1]
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < num_classes:
         raise ValueError(

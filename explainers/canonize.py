@@ -120,9 +120,12 @@ def _fuse(model: nn.Module, layer: Step, batch_norm: Step) -> None:
     """Fold one batch norm into its layer, if both are modules of a kind whose parts are known."""
     linear, norm = model.get_submodule(layer.where), model.get_submodule(batch_norm.where)
     # The recorded weights must be the module's own: a standardised or reparametrised weight has nowhere to go.
-    own = getattr(linear, "weight", None)
+    # So have those that a hook computes anew before each pass, which are no parameters.
+    own = linear._parameters.get("weight")
     if not isinstance(linear, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)) or layer.linear is None:
         return
+    if norm._forward_hooks or norm._forward_pre_hooks:
+        return  # they would go with the module
     if own is None or own.untyped_storage().data_ptr() != layer.linear.weight.untyped_storage().data_ptr():
         return
     if type(norm) in _PLAIN_BATCH_NORMS:

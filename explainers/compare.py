@@ -111,6 +111,16 @@ class ResultConfig:
         for name, path in (("--json", self.json), ("--gallery", self.gallery)):
             check(path is None or not Path(path).is_dir(), f"{name} {path} is a folder: name a file in it")
 
+    def check_outputs(self) -> None:
+        """Make sure before hours are spent that results can be written.
+
+        Raises:
+            ConfigError: They cannot.
+        """
+        for name, path in (("--json", self.json), ("--gallery", self.gallery)):
+            if path is not None:
+                check_writable(Path(path).absolute().parent, name)
+
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
@@ -154,10 +164,7 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     results: ResultConfig = configs["results"]
     with setup_distributed(configs["distributed"]) as distributed:
-        if distributed.is_main:
-            for name, path in (("--json", results.json), ("--gallery", results.gallery)):
-                if path is not None:
-                    check_writable(Path(path).absolute().parent, name)
+        distributed.check_on_main(results.check_outputs)
         comparison = _compare(configs, distributed)
         if distributed.is_main:
             _print(comparison)
@@ -202,9 +209,7 @@ def _located(
             print(f"{configs['data'].data} says nowhere where objects are: no point accuracy, no AUC")
         return [], []
     with_masks, with_boxes = needed_annotations(manifest, METRICS)
-    if distributed.is_main:
-        check_ground_truth(manifest, masks=with_masks, boxes=with_boxes)
-    distributed.barrier()
+    distributed.check_on_main(lambda: check_ground_truth(manifest, masks=with_masks, boxes=with_boxes))
     rows: list[list[Row]] = []
     loader = picture_loader(
         manifest, preset, configs["data"], configs["pictures"], distributed,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from explainers.base import Method, Prepared, create_method, method_names, plain_name
+from explainers.integrated_gradients import LARGEST_SMOOTHING, SIGNS
 from image_classification.config import ConfigError, check, flag
 from image_classification.data.build import Placement, ReadConfig, evaluation_loader
 from image_classification.data.dataset import Dataset, Preset
@@ -75,6 +76,15 @@ class MethodConfig:
         "ResNets",
     )  # fmt: skip
     ig_steps: int = flag(32, "--ig-steps", help="ig: points of the integral")
+    ig_sign: str = flag(
+        "all", "--ig-sign", choices=SIGNS,
+        help="ig: show all attributions as published, their positive part, or absolute values",
+    )  # fmt: skip
+    ig_smooth: float = flag(
+        0.0, "--ig-smooth", metavar="FRACTION",
+        help="ig: smooth the map with a Gaussian, its σ this fraction of the picture's larger side; 0 as published, "
+        "0.02 as for gradients in the pointing game",
+    )  # fmt: skip
     selector: str | None = flag(
         None, "--selector", metavar="FILE", help="selector: what train-selector wrote for the network"
     )
@@ -84,6 +94,10 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         check(self.ig_steps >= 1, f"--ig-steps {self.ig_steps}: give at least 1")
+        check(
+            0 <= self.ig_smooth <= LARGEST_SMOOTHING,
+            f"--ig-smooth {self.ig_smooth}: give a fraction of the picture's larger side, 0 to {LARGEST_SMOOTHING}",
+        )
         self.method = list(dict.fromkeys(self.method))
         owners = {
             "--layer": (self.layer is not None, ("gradcam", "gcam")),
@@ -92,6 +106,8 @@ class MethodConfig:
             "--ebp-stop": (self.ebp_stop != "last-pool", ("ebp",)),
             "--rap-as-published": (self.rap_as_published, ("rap",)),
             "--ig-steps": (self.ig_steps != 32, ("ig", "integrated_gradients")),
+            "--ig-sign": (self.ig_sign != "all", ("ig", "integrated_gradients")),
+            "--ig-smooth": (self.ig_smooth != 0, ("ig", "integrated_gradients")),
             "--casm-path": (self.casm_path is not None, ("casm",)),
             "--selector": (self.selector is not None, ("selector",)),
         }
@@ -108,7 +124,7 @@ class MethodConfig:
             "lrp": {"composite": self.lrp_composite},
             "ebp": {"contrastive": self.ebp_contrastive, "stop": self.ebp_stop},
             "rap": {"as_published": self.rap_as_published},
-            "ig": {"steps": self.ig_steps},
+            "ig": {"steps": self.ig_steps, "sign": self.ig_sign, "smooth": self.ig_smooth},
             "casm": {"path": self.casm_path or ""},
             "selector": {"selector": self.selector},
         }

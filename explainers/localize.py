@@ -68,8 +68,9 @@ def main(argv: Sequence[str]) -> int:
     )
     figures: FigureConfig = configs["figures"]
     with setup_distributed(configs["distributed"]) as distributed:
-        if figures.json is not None and distributed.is_main:
-            check_writable(Path(figures.json).absolute().parent, "--json")
+        if figures.json is not None:
+            folder = Path(figures.json).absolute().parent
+            distributed.check_on_main(lambda: check_writable(folder, "--json"))
         rows = _localize(configs, distributed)
         if distributed.is_main:
             _print(rows, figures.metric)
@@ -86,9 +87,7 @@ def _localize(configs: dict, distributed: Distributed) -> list[Row]:
     metrics = configs["figures"].metric
     dataset, manifest = open_split(data, pictures, distributed)
     with_masks, with_boxes = needed_annotations(manifest, metrics)
-    if distributed.is_main:
-        check_ground_truth(manifest, masks=with_masks, boxes=with_boxes)
-    distributed.barrier()
+    distributed.check_on_main(lambda: check_ground_truth(manifest, masks=with_masks, boxes=with_boxes))
     networks, preset, example = open_networks(configs["network"], data, dataset, distributed.device)
     methods = configs["method"].methods()
     for network in networks:  # every method on every network, before the first picture is read

@@ -219,13 +219,15 @@ class Checkpointer:
         self._say = say
 
     def prepare(self, resumed: Path | None) -> None:
-        """Make sure the workspace can be written and that a fresh run destroys no older one.
+        """Make sure the workspace can be written and that a fresh run destroys no older one. Collective.
 
         Raises:
             ConfigError: When the workspace cannot be written, before hours are spent.
         """
-        if not self.config.checkpoints or not self.distributed.is_main:
-            return
+        if self.config.checkpoints:
+            self.distributed.check_on_main(lambda: self._prepare(resumed))
+
+    def _prepare(self, resumed: Path | None) -> None:
         probe = self.config.workspace / f".write-test-{os.getpid()}"
         try:
             self.config.workspace.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -27,11 +27,27 @@ EXIT_SAVED = 75
 again: EX_TEMPFAIL of sysexits.h, "try again later". `multiproc.py` hands it on; the Slurm and Kubernetes
 files start the job again."""
 
+EXIT_PEER = 69
+"""Exit code of a process that stops because another rank failed: EX_UNAVAILABLE of sysexits.h. `multiproc.py` looks
+for the rank that failed by itself."""
+
 _LOW_BITS = 32
+#: What Gloo, NCCL and the store of the process group say when the other end has gone.
+_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe",
+              "Did the remote server shutdown")  # fmt: skip
 
 
 class PeerError(RuntimeError):
     """Another rank failed and has said why; this one stops with it."""
+
+
+def peer_loss(error: Exception) -> str | None:
+    """What to tell people when an error only means that another rank failed; None for any other error."""
+    if isinstance(error, PeerError):
+        return str(error)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    gone = next((words for words in _PEER_GONE if several and words in str(error)), None)
+    return None if gone is None else f"another rank ended, and this one cannot go on without it ({gone})"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -143,6 +159,25 @@ class Distributed:
         """
         payload = _encode(value) if self.rank == source else b""
         return _decode(self._broadcast_bytes(payload, source), source)
+
+    def check_on_main(self, run: Callable[[], None]) -> None:
+        """Run a check on rank 0, and let all ranks know what it found. Collective.
+
+        Args:
+            run: Raises ValueError (`ConfigError` among them) or OSError where something is wrong.
+
+        Raises:
+            ConfigError: On every rank, with that message.
+        """
+        problem = None
+        if self.is_main:
+            try:
+                run()
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        problem = self.broadcast_object(problem)
+        if problem is not None:
+            raise ConfigError(problem)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Collect one JSON-able object per rank; every rank gets the list, in the order of ranks.

@@ -1,9 +1,16 @@
-"""SIGTERM and SIGUSR1 as a request to save and stop, agreed upon by all ranks without stalling the device."""
+"""Signals: SIGTERM and SIGUSR1 as a request to save and stop, agreed upon by all ranks without stalling the device.
+
+That is in training (`StopSignals`). Where there is nothing to save, before and after it, they and Ctrl-C end the job at
+once, with a word (`stopping_at_once`).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -23,8 +30,49 @@ class StopRequested(Exception):  # noqa: N818 - a request, not an error
     """The run was asked to stop and has saved its state."""
 
 
+class StoppedAtOnce(KeyboardInterrupt):
+    """A signal came while there was nothing to save.
+
+    Args:
+        number: The signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(number).name} outside of training: nothing is lost, no checkpoint was needed; "
+            "the same command starts again"
+        )
+        self.number = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """SIGTERM, SIGUSR1 and Ctrl-C raise `StoppedAtOnce` meanwhile, except where `StopSignals` is in charge."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            raise StoppedAtOnce(number)
+        signal.signal(number, signal.SIG_DFL)  # a forked worker, which has inherited this handler
+        signal.raise_signal(number)
+
+    # Ctrl-C may be switched off, as a shell does for its background jobs.
+    numbers = [n for n in (*_SIGNALS, signal.SIGINT) if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    previous = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 class StopSignals:
     """Context manager that turns the signals into a flag and restores the old handlers afterwards.
+
+    Ctrl-C is a plain KeyboardInterrupt meanwhile.
 
     With several ranks, each `poll` at a multiple of `POLL_INTERVAL` reads the agreement started at the one before
     and starts the next, so the answer is the same on all ranks and costs no wait.
@@ -40,6 +88,8 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 self._previous[number] = signal.signal(number, self._receive)
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+                self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
         return self
 
     def __exit__(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,15 +27,16 @@ from image_classification.data.dataset import IMAGENET_PRESET
 from image_classification.data.layouts import open_dataset
 from image_classification.data.synthetic import NUM_TRAIN_SAMPLES
 from image_classification.distributed import (
+    EXIT_PEER,
     EXIT_SAVED,
     Distributed,
     DistributedConfig,
-    PeerError,
+    peer_loss,
     setup_distributed,
 )
 from image_classification.ema import Ema
 from image_classification.evaluation import Evaluator
-from image_classification.interrupts import StopRequested
+from image_classification.interrupts import StoppedAtOnce, StopRequested, stopping_at_once
 from image_classification.log import LogConfig, Logger
 from image_classification.losses import LossConfig, build_loss
 from image_classification.models import (
@@ -69,7 +71,7 @@ SECTIONS: dict[str, type] = {
 }
 
 #: Errors that a user can mend: the message is the whole story, a traceback would hide it.
-_USER_ERRORS = (ConfigError, ModelError, BadSampleError, NonFiniteLossError, PeerError, OSError)
+_USER_ERRORS = (ConfigError, ModelError, BadSampleError, NonFiniteLossError, OSError)
 
 
 @dataclasses.dataclass
@@ -298,13 +300,12 @@ def _tensorboard(config: LogConfig) -> list[Callback]:
 
 def make_evaluator(job: Job) -> Evaluator:
     """Evaluation on the validation split."""
-    prof = job.configs["train"].prof
     return Evaluator(
         job.loaders.val,
         job.precision,
         job.distributed,
         multi_label=job.multi_label,
-        max_batches=None if prof < 0 else prof,
+        max_batches=job.configs["train"].max_batches,
     )
 
 
@@ -319,15 +320,27 @@ def run_job(configs: Mapping[str, Any], body: Callable[[Mapping[str, Any], Distr
     """Run `body` among the ranks and turn what happened into an exit code.
 
     Returns:
-        0; `EXIT_SAVED` after a signal, once the state is saved; 1 for an error, told in one line where a user can
-        mend it and with a traceback where not; 130 after Ctrl-C.
+        0; `EXIT_SAVED` after a signal, once the state is saved or where there is none to save; 1 for an error, told in
+        one line where a user can mend it and with a traceback where not; `EXIT_PEER` where another rank failed; 130
+        after Ctrl-C.
     """
+    try:
+        with stopping_at_once():
+            return _run(configs, body)
+    except StoppedAtOnce as stop:
+        print(stop, file=sys.stderr)
+        return 130 if stop.number == signal.SIGINT else EXIT_SAVED
+
+
+def _run(configs: Mapping[str, Any], body: Callable[[Mapping[str, Any], Distributed], None]) -> int:
     try:
         with setup_distributed(configs["distributed"]) as distributed:
             body(configs, distributed)
     except StopRequested as stop:
         print(f"{stop}; --resume auto continues", file=sys.stderr)
         return EXIT_SAVED
+    except StoppedAtOnce:
+        raise
     except KeyboardInterrupt:
         print("interrupted; the last checkpoint is whole, --resume auto continues from it", file=sys.stderr)
         return 130
@@ -338,7 +351,11 @@ def run_job(configs: Mapping[str, Any], body: Callable[[Mapping[str, Any], Distr
         advice = "lower --batch-size (--optimizer-batch-size keeps the effective size), or add --amp"
         print(f"error: out of device memory: {advice}\n{error}", file=sys.stderr)
         return 1
-    except Exception:
+    except Exception as error:
+        lost = peer_loss(error)
+        if lost is not None:
+            print(f"error: {lost}", file=sys.stderr)
+            return EXIT_PEER
         traceback.print_exc()
         return 1
     return 0

@@ -21,7 +21,7 @@ from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, Worke
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest, SignalException
 
-from image_classification.distributed import EXIT_SAVED
+from image_classification.distributed import EXIT_PEER, EXIT_SAVED
 from image_classification.report import unused_path
 
 PEER_SECONDS = 10  # for the healthy ranks when one died: they hang in a collective and have nothing to save
@@ -35,11 +35,11 @@ SHELL = ("-c", 'if [ "$RANK_ON_TERMINAL" ]; then exec "$@"; else exec "$@" >>"$R
 def describe_exit(code: int) -> str:
     """A process's exit code (negative: the signal that killed it) in words."""
     if code >= 0:
-        return (
-            "saved its state and asks to be started again"
-            if code == EXIT_SAVED
-            else f"ended with exit code {code}"
-        )
+        known = {
+            EXIT_SAVED: "left nothing unsaved and asks to be started again",
+            EXIT_PEER: "lost another rank, which left no reason",
+        }
+        return known.get(code, f"ended with exit code {code}")
     name = signal.Signals(-code).name if -code in signal.valid_signals() else "unknown"
     hint = (
         "; when nobody sent it, the machine ran out of memory: see dmesg" if -code == signal.SIGKILL else ""
@@ -148,18 +148,18 @@ class Agent(LocalElasticAgent):
         self.exits.update({rank: code for rank, code in codes.items() if code and rank not in self.exits})
         elsewhere = self._failure_elsewhere(worker_group)
         failures = {*self.exits.values(), *(elsewhere[:1] if elsewhere else ())}
-        saved = failures == {EXIT_SAVED}
-        if self.deadline is None and (self.exits or elsewhere):
-            # Ranks that saved wait for the others, which may still be writing; after a crash nothing is worth
-            # a wait.
-            self.deadline = time.monotonic() + (self.grace if saved else 0)
+        if self.deadline is None and failures:
+            # Ranks that saved wait for the others, which may still be writing; one that lost another rank waits for
+            # that one's end, which may be seen later; after a crash nothing is worth a wait.
+            patience = {frozenset({EXIT_SAVED}): self.grace, frozenset({EXIT_PEER}): PEER_SECONDS}
+            self.deadline = time.monotonic() + patience.get(frozenset(failures), 0)
         running = None in codes.values()
-        crashed = bool(failures - {EXIT_SAVED, -(self.stop_signal or 0)})
+        crashed = bool(failures - {EXIT_SAVED, EXIT_PEER, -(self.stop_signal or 0)})
         if self.deadline is not None and (running or self.exits):
-            if running and not crashed and time.monotonic() < self.deadline:
+            awaited = running or (failures == {EXIT_PEER} and (worker_group.group_world_size or 1) > 1)
+            if awaited and not crashed and time.monotonic() < self.deadline:
                 return RunResult(state=WorkerState.HEALTHY)
-            self._explain(worker_group, elsewhere)
-            self._pcontext.close(signal.SIGTERM, PEER_SECONDS)
+            self._end_ranks(worker_group, elsewhere)
         return super()._monitor_workers(worker_group)
 
     def _failure_elsewhere(self, group: WorkerGroup) -> tuple[int, str] | None:
@@ -174,15 +174,19 @@ class Agent(LocalElasticAgent):
             return 1, f"lost the node that hosts the rendezvous: {error}"
         return int(code), text
 
-    def _explain(self, group: WorkerGroup, elsewhere: tuple[int, str] | None) -> None:
-        """Find the reason, say it, and let the agents of the other nodes know."""
-        if self.exits:
-            # The first that failed; one that saved is the reason only when none failed.
-            local_rank = min(self.exits, key=lambda rank: self.exits[rank] == EXIT_SAVED)
-            self.reason = self._describe_rank(group, local_rank)
+    def _end_ranks(self, group: WorkerGroup, elsewhere: tuple[int, str] | None) -> None:
+        """Let the other nodes know the reason, end what still runs here, and say the reason last."""
+        local_rank = self._culprit(elsewhere)
+        log = None
+        if local_rank is not None:
+            log = self.logs.files[local_rank]
+            rank = group.workers[local_rank].global_rank
+            self.reason = self._describe_rank(local_rank, rank)
             if elsewhere is None and group.store is not None and (group.group_world_size or 1) > 1:
                 group.store.set(FAILED_KEY, f"{self.reason[0]} {self.reason[1]}")
                 time.sleep(1)  # the store may live in this process: let the others read it
+            if self.exits[local_rank] == EXIT_SAVED or rank == 0:  # rank 0 is on the screen already
+                log = None
         elif elsewhere is not None:
             self.reason = elsewhere
         else:
@@ -190,17 +194,33 @@ class Agent(LocalElasticAgent):
             self.reason = (128 + stop_signal, f"ranks still ran {self.grace} s after {stop_signal.name}")
         if self.reason[0] == EXIT_SAVED:
             self._remaining_restarts = 0
+        self._pcontext.close(signal.SIGTERM, PEER_SECONDS)
+        self.logs.close()
+        self._say_reason(log)
+
+    def _culprit(self, elsewhere: tuple[int, str] | None) -> int | None:
+        """The local rank that is the reason: the first that failed by itself.
+
+        Where none did, here or elsewhere, it is one that saved, and last one that only lost another rank.
+        """
+        by_itself = [rank for rank, code in self.exits.items() if code not in (EXIT_SAVED, EXIT_PEER)]
+        if by_itself:
+            return by_itself[0]
+        if elsewhere is not None and elsewhere[0] not in (EXIT_SAVED, EXIT_PEER):
+            return None
+        return min(self.exits, key=lambda rank: self.exits[rank] == EXIT_PEER, default=None)
+
+    def _describe_rank(self, local_rank: int, rank: int) -> tuple[int, str]:
+        """Exit code for the job and why, from a rank that ended."""
+        code = self.exits[local_rank]
+        text = f"rank {rank} on {os.uname().nodename} {describe_exit(code)}"
+        return code if code > 0 else 128 - code, text
+
+    def _say_reason(self, log: Path | None) -> None:
+        """How a rank's log ends, and below it why all ranks stop or start again."""
+        if log is not None:
+            lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+            print("\n  ".join([f"multiproc: {log} ends with", *lines]), file=sys.stderr)
         total, left = self._worker_group.spec.max_restarts, int(self._remaining_restarts)
         what = f"starting all ranks again (restart {total - left + 1} of {total})" if left else "stopping"
         print(f"multiproc: {self.reason[1]}; {what}", file=sys.stderr, flush=True)
-
-    def _describe_rank(self, group: WorkerGroup, local_rank: int) -> tuple[int, str]:
-        """Exit code for the job and why, from a rank that ended; after a failure shows how its log ends."""
-        code, log = self.exits[local_rank], self.logs.files[local_rank]
-        if code != EXIT_SAVED:
-            lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-            print("\n  ".join([f"multiproc: {log} ends with", *lines]), file=sys.stderr)
-        rank = group.workers[local_rank].global_rank
-        return (
-            code if code > 0 else 128 - code
-        ), f"rank {rank} on {os.uname().nodename} {describe_exit(code)}"

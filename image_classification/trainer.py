@@ -73,6 +73,11 @@ class TrainConfig:
         check(not (self.evaluate and self.training_only), "--evaluate and --training-only exclude each other")
         check(self.prof == -1 or self.prof >= 1, f"--prof: {self.prof} is not a positive count")
 
+    @property
+    def max_batches(self) -> int | None:
+        """Most batches of a validation on each rank (`--prof`); None for all."""
+        return None if self.prof < 0 else self.prof
+
     def accumulation_steps(self, batch_size: int, world_size: int) -> int:
         """Micro-batches per optimizer step.
 

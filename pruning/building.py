@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,10 @@ from torch import nn
 
 from pruning.channel_graph import ChannelGraph, Constraints
 from pruning.groups import AttributeAxis, Axis, Coupling, Group, Layer, Place, as_layer, as_units, couple
-from pruning.labelling import Labeller, Policy
+from pruning.labelling import Labeller, Policy, operation_name
 from pruning.labels import compress, support
 from pruning.operators import RULES
-from pruning.statistics import Statistics, is_normalisation
+from pruning.statistics import Statistics, family_of
 from pruning.tracing import Trace, named_tensors, record, tensor_names
 
 
@@ -141,10 +142,7 @@ def _groups(coupling: Coupling) -> list[Group]:
 
 
 def _statistics(traces: list[Trace], labeller: Labeller, coupling: Coupling) -> list[Statistics]:
-    ordinals = []
-    for trace in traces:
-        norms = [operation.index for operation in trace.operations if is_normalisation(operation.func)]
-        ordinals.append({index: ordinal for ordinal, index in enumerate(norms)})
+    ordinals = [_ordinals(trace) for trace in traces]
     found = []
     for use in labeller.statistics:
         units = compress(as_units(coupling.unit_of_atom, use.slot))
@@ -159,8 +157,23 @@ def _statistics(traces: list[Trace], labeller: Labeller, coupling: Coupling) -> 
     return found
 
 
+def _ordinals(trace: Trace) -> dict[int, int]:
+    """Index of every operator that takes statistics to its position within its family."""
+    counts: Counter[str] = Counter()
+    found = {}
+    for operation in trace.operations:
+        family = family_of(operation_name(operation.func))
+        if family is not None:
+            found[operation.index] = counts[family]
+            counts[family] += 1
+    return found
+
+
 def _ungated(labeller: Labeller, coupling: Coupling, places: list[Place]) -> np.ndarray:
-    """Units that end in an operator of the evaluation pass which is no layer of its own."""
+    """Units that end in an operator of the evaluation pass which is no layer of its own.
+
+    Statistics over channels count where no layer reads the channels as well.
+    """
     covered: dict[str, list[np.ndarray]] = {}
     for place in places:
         if place.kind == "input" and place.consumer:
@@ -171,6 +184,11 @@ def _ungated(labeller: Labeller, coupling: Coupling, places: list[Place]) -> np.
             units = np.unique(as_units(coupling.unit_of_atom, atoms))
             seen = np.concatenate(covered.get(module, [np.zeros(0, dtype=np.int64)]))
             found.append(np.setdiff1d(units[units >= 0], seen))
+    read = np.unique(np.concatenate([*found, *(units for several in covered.values() for units in several)]))
+    for use in labeller.statistics:
+        if use.trace == 0:
+            units = np.unique(as_units(coupling.unit_of_atom, use.slot))
+            found.append(np.setdiff1d(units[units >= 0], read))
     return np.unique(np.concatenate(found))
 
 

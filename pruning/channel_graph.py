@@ -276,7 +276,9 @@ class ChannelGraph:
         A resumed run takes its graph from here instead of tracing the pruned network again: a network with a
         single head or group left looks like another wiring.
         """
-        state: dict[str, Any] = {"choices": dict(self.choices), "ungated": _plain(self.ungated)}
+        state: dict[str, Any] = {
+            "choices": dict(self.choices), "ungated": _plain(self.ungated), "ignored": list(self.constraints.ignored),
+        }  # fmt: skip
         for name in _PARTS:
             state[name] = [
                 {field.name: _plain(getattr(part, field.name)) for field in dataclasses.fields(part)}

@@ -376,6 +376,8 @@ def _rehearse(
         with matcher.watch(trial) as features:
             logits, _ = main_and_auxiliary_logits(trial(example))
         matcher.loss(features, logits, view).backward()
+    except torch.OutOfMemoryError:  # no other layer would help
+        raise
     except (ValueError, RuntimeError) as error:
         flags = f"--match {kind}, --match-layer {', '.join('='.join(pair) for pair in matcher.layers)}"
         raise ConfigError(f"{flags}: {error}") from error

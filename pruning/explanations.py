@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from typing import Any
+
 import torch
 from torch import nn
 
 from explainers.aem.saved import load_selector
 from explainers.casm.explanation import CasmExplanation
-from explainers.casm.model import load_casm
-from explainers.explanation import Explanation, network_digest
+from explainers.casm.model import Casm, load_casm
+from explainers.explanation import network_digest
 from explainers.gradcam_explanation import GradCamExplanation
 from image_classification.config import ConfigError, check
 from pruning.config import PruningConfig
-from pruning.original import OriginalExplanations
+from pruning.original import OriginalExplanations, Source
 
 
 def build_originals(
@@ -39,18 +43,30 @@ def build_originals(
         selector = load_selector(config.selector, device=device)
         if fresh:
             selector.check_network(model, image_size=image_size, num_classes=num_classes)
-        return OriginalExplanations(selector)
+        source = _source(f"--selector {config.selector}", selector.selector, selector.design.to_plain())
+        return OriginalExplanations(selector, source)
     if kind == "casm":
         assert config.casm is not None, "PruningConfig checks it"
-        return OriginalExplanations(_casm(config.casm, model, image_size, fresh))
+        casm = _casm(config.casm, model, image_size, fresh)
+        source = _source(f"--casm {config.casm}", casm.decoder, {"taps": casm.taps, "widths": casm.widths})
+        return OriginalExplanations(CasmExplanation(casm), source)
     example = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     try:
-        return OriginalExplanations(GradCamExplanation.of(model, example.to(device)))
+        gradcam = GradCamExplanation.of(model, example.to(device))
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"--saliency-explanation gradcam: {error}") from error
+    source = _source(f"--saliency-explanation gradcam of {gradcam.layer}", nn.Module(), gradcam.layer)
+    return OriginalExplanations(gradcam, source)
 
 
-def _casm(path: str, model: nn.Module, image_size: int, fresh: bool) -> Explanation:
+def _source(name: str, trained: nn.Module, design: Any) -> Source:
+    """Flag and file, with a digest of an explanation's weights and of what else it is built from (JSON-able)."""
+    text = json.dumps([network_digest(trained), design], sort_keys=True)
+    return Source(name, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _casm(path: str, model: nn.Module, image_size: int, fresh: bool) -> Casm:
+    """The CASM of a file, checked against the network."""
     casm = load_casm(path, device=next(model.parameters()).device)
     check(
         casm.image_size == image_size,
@@ -66,4 +82,4 @@ def _casm(path: str, model: nn.Module, image_size: int, fresh: bool) -> Explanat
         f"--casm {path} explains another network, or other weights: prune the classifier that it was trained with "
         f"(--pretrained-weights {path})",
     )
-    return CasmExplanation(casm)
+    return casm

@@ -20,6 +20,7 @@ from pruning.tracing import Operation, Ref, Trace
 
 Rule = Callable[["Labeller", Operation], "Value | list[Value]"]
 Policy = dict[str, str]
+_MOST_CHANNELS = 1 << 16  # a longer dimension is no channels but a flattened tensor
 
 
 def policy_key(trace: int, operation: int, kind: str) -> str:
@@ -64,9 +65,9 @@ class LayerUse:
 
 @dataclasses.dataclass(frozen=True)
 class StatisticsUse:
-    """A normalisation whose statistics run over channels: LayerNorm, some GroupNorms, weight standardisation.
+    """Statistics that run over channels: LayerNorm, some GroupNorms, weight standardisation, a mean.
 
-    `atoms` broadcasts over `dims` (the dimensions that are normalised together) of the operator's input.
+    `slot` holds the labels of the operator's input.
     """
 
     trace: int
@@ -94,6 +95,7 @@ class Labeller:
         self.joint_slots: list[tuple[Slot, str]] = []
         self.consumptions: list[tuple[int, str, np.ndarray]] = []
         self.size_uses: list[SizeUse] = []
+        self.splits: list[list[SizeUse]] = []
         self.layers: list[LayerUse] = []
         self.statistics: list[StatisticsUse] = []
         self.group_counts: list[tuple[str, str, np.ndarray]] = []
@@ -115,9 +117,21 @@ class Labeller:
             self.values[-1][value] = self._solid_input(value)
         for operation in trace.operations:
             self._run_operation(operation)
+        for value, module in trace.scaled:
+            self._keep_width(value, module)
         for value in trace.outputs:
             for slot in self.at(value).slots:
                 self.table.freeze(slot, "the network's output")
+
+    def _keep_width(self, query: int, module: str) -> None:
+        """Attention that scales by the width of its heads: heads may go, but not become narrower."""
+        value = self.at(query)
+        last = len(value.shape) - 1
+        for slot in value.slots:
+            if support(slot) == (last,):
+                self.table.freeze(slot, f"scaled_dot_product_attention in {module!r} scales by their number")
+            else:
+                self.table.unite_along(slot, (last,))
 
     def _solid_input(self, value: int) -> Value:
         shape = self.info(value).shape
@@ -181,7 +195,7 @@ class Labeller:
             return Value(info.shape, free=info.repeated)
         slots = []
         for dim, extent in enumerate(info.shape):
-            if extent > 1 and (dim < 2 or info.name not in self._kernels):
+            if 1 < extent <= _MOST_CHANNELS and (dim < 2 or info.name not in self._kernels):
                 slots.append(along(self.atoms_of(info.name, dim, extent), dim, len(info.shape)))
         return Value(info.shape, tuple(slots))
 
@@ -233,6 +247,11 @@ class Labeller:
             )
         )  # fmt: skip
 
+    def note_statistics(self, operation: Operation, slot: Slot) -> None:
+        """Remember that statistics are taken over these labels (see `StatisticsUse`)."""
+        trace, name = len(self.values) - 1, operation_name(operation.func)
+        self.statistics.append(StatisticsUse(trace, operation.index, operation.module, name, slot))
+
     def note_consumed(self, operation: Operation, atoms: np.ndarray) -> None:
         """Remember that these labels end at an operator."""
         self.consumptions.append((len(self.values) - 1, operation.module, atoms.reshape(-1)))
@@ -273,10 +292,12 @@ class Labeller:
                 merged = self._merge_into(merged, slot)
         kept = []
         for slot in merged:
-            if any(v.is_solid(d) and v.slot_at(d) is None for v in values for d in support(slot)):
+            dims = support(slot)
+            fixed = tuple(d for d in dims if any(v.is_solid(d) and v.slot_at(d) is None for v in values))
+            if len(fixed) == len(dims) > 0:
                 self.table.freeze(slot, f"{where} combines it with values of a fixed size")
-            else:
-                kept.append(slot)
+            else:  # what is fixed along one of its dimensions may still lose whole slices of another
+                kept.append(self.table.unite_along(slot, fixed))
         free = [d for d in range(len(shape)) if shape[d] > 1 and not any(v.is_solid(d) for v in values)]
         return self.make(operation, shape, kept, frozenset(free))
 

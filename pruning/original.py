@@ -8,6 +8,7 @@ does not matter which rank, batch or order a picture comes in, nor whether the r
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from explainers.explanation import Explanation
+from image_classification.config import ConfigError
 from image_classification.distributed import Distributed
 from image_classification.models import main_and_auxiliary_logits
 from pruning.hooks import evaluation_mode
@@ -29,19 +31,37 @@ def picture_keys(images: Tensor) -> list[int]:
     return [int.from_bytes(digest, "little", signed=True) for digest in digests]
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where an explanation comes from, to tell whether a resumed run has the same.
+
+    Attributes:
+        name: Flag and file, for messages.
+        digest: Of everything that φ depends on beside the network.
+    """
+
+    name: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.name} (digest {self.digest[:12]})"
+
+
 class OriginalExplanations:
     """An explanation together with its values in the original network.
 
     Args:
         explanation: φ for the network at its original widths.
+        source: Where it comes from; None leaves that unchecked.
 
     Attributes:
         present: φ for the network as it is now; removed channels count as zero.
         kept: Tap → original positions of the channels that are left, for taps that have lost some.
     """
 
-    def __init__(self, explanation: Explanation) -> None:
+    def __init__(self, explanation: Explanation, source: Source | None = None) -> None:
         self._whole = explanation
+        self.source = source
         self.present = explanation
         self.kept: dict[str, Tensor] = {}
         self._rows: dict[int, int] = {}
@@ -156,10 +176,21 @@ class OriginalExplanations:
             "values": self._values[rows],
             "classes": self._classes[rows],
             "kept": dict(self.kept),
+            "source": None if self.source is None else dataclasses.asdict(self.source),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state of `state_dict`."""
+        """Take up a state of `state_dict`.
+
+        Raises:
+            ConfigError: Its values are those of another explanation.
+        """
+        known = state.get("source")
+        if known is not None and self.source is not None and known["digest"] != self.source.digest:
+            raise ConfigError(
+                f"{self.source}: the run to resume follows another explanation, that of {Source(**known)}: give the "
+                "one that it was started with, or start anew"
+            )
         self._take(state["keys"], state["values"], state["classes"])
         self.kept = dict(state["kept"])
         self.present = self._whole.rewritten(self.kept)

@@ -55,20 +55,23 @@ def rehearsal(model: nn.Module, images: tuple[Any, ...]) -> Iterator[None]:
 
 
 def _stage_weights(data: Tensor, name: str, table: Tensor) -> Tensor:
-    """Random values of the parameter's shape: variance 2 ÷ fan-in for weights, near 1 for scales."""
+    """Random values of the parameter's shape: variance 2 ÷ fan-in for weights, near 1 for scales.
+
+    A single number is 1: gains that start at zero would hide the branch behind them.
+    """
     count = data.numel()
     noise = table.repeat(count // _TABLE_LENGTH + 1)[:count].reshape(data.shape).to(data.device)
     if data.dim() > 1:
         return noise * (6.0 * data.shape[0] / count) ** 0.5
     if data.dim() == 0:
-        return data.to(torch.float32)
+        return torch.ones_like(data, dtype=torch.float32)
     return noise * 0.1 if "bias" in name else 1.0 + 0.4 * noise
 
 
 def condition(model: nn.Module, images: tuple[Any, ...]) -> None:
     """Give a fresh network weights that tell its channels apart and keep activations at a sensible scale.
 
-    Vectors that hold one number everywhere are spread out, batch norms that saw no data take their statistics
+    Learned vectors that hold one number everywhere are spread out, batch norms that saw no data take their statistics
     from the images. For tests and benchmarks on networks without trained weights; changes the network.
     """
     generator = torch.Generator().manual_seed(0)
@@ -76,9 +79,9 @@ def condition(model: nn.Module, images: tuple[Any, ...]) -> None:
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and _is_fresh(m)
     ]
     with torch.no_grad():
-        for name, tensor in named_tensors(model).items():
-            if tensor.is_floating_point():
-                tensor.copy_(_conditioned(tensor.data, generator, name))
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.copy_(_conditioned(parameter.data, generator))
         modes = {module: module.training for module in model.modules()}
         _calibrate(model, untouched, images)
         for module, training in modes.items():
@@ -91,11 +94,14 @@ def _is_fresh(norm: nn.modules.batchnorm._BatchNorm) -> bool:
     return bool((norm.running_mean == 0).all() and (norm.running_var == 1).all())
 
 
-def _conditioned(data: Tensor, generator: torch.Generator, name: str) -> Tensor:
-    """The values, spread out where they are all the same number; running statistics as they are."""
-    if name.endswith(("running_mean", "running_var")):
-        return data.to(torch.float32, copy=True)
+def _conditioned(data: Tensor, generator: torch.Generator) -> Tensor:
+    """The values, spread out where they are all the same number.
+
+    A single number that is zero becomes 1, so that no branch is switched off.
+    """
     values = data.to(torch.float32)
+    if values.dim() == 0:
+        return torch.where(values == 0, 1.0, values)
     few = values.flatten()[:64]
     if values.numel() > 1 and bool((few == few[0]).all()) and bool((values == few[0]).all()):
         noise = torch.rand(values.shape, generator=generator).to(values.device)

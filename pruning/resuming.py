@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from image_classification.config import ConfigError
+from image_classification.config import ConfigError, check
 from image_classification.distributed import Distributed
 from pruning.channel_graph import ChannelGraph, Constraints
 from pruning.cost import CostModel
@@ -24,10 +24,18 @@ def graph_of(
     one that was never interrupted.
 
     Raises:
+        ConfigError: Other modules were to be left alone when it was traced.
         ValueError: The stored graph is of another network.
     """
     if state is None:
         return trace_groups(model, example_images, constraints=constraints)
+    ignored, now = (" ".join(words) or "none" for words in (state["graph"].get("ignored", constraints.ignored),
+                                                            constraints.ignored))  # fmt: skip
+    check(
+        ignored == now,
+        f"--prune-ignore {now}: the run to resume has its channel groups from --prune-ignore {ignored}: give the same, "
+        "or start anew from its weights with --pretrained-weights",
+    )
     graph = ChannelGraph.from_state(state["graph"], constraints)
     tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
     for axis in graph.axes:

@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{arguments.out}: a copy of {arguments.checkpoint}")
     else:
         save_pruned(arguments.out, model, factory=factory)
-        _say_what_is_left_behind(arguments.checkpoint, ema=arguments.ema)
+        _say_what_is_left_behind(arguments.checkpoint, arguments.out, ema=arguments.ema)
         sizes = [path.stat().st_size for path in (arguments.checkpoint, arguments.out)]
         print(f"file: {sizes[0]:,} → {sizes[1]:,} bytes (÷ {sizes[0] / sizes[1]:.2f})")
         figures["num_bytes"] = sizes
@@ -185,8 +185,8 @@ def _image_size(model: nn.Module) -> int:
     return identity.image_size or arch_info(identity.arch).image_size
 
 
-def _say_what_is_left_behind(path: Path, *, ema: bool) -> None:
-    """A saliency mapping or selector in the file reads feature maps of the widths before."""
+def _say_what_is_left_behind(path: Path, out: Path, *, ema: bool) -> None:
+    """What the file holds beside the network, and what lies in other files but was made for the widths before."""
     content = read_published(path)
     for key, what in (
         ("casm", "saliency mapping (CASM)"),
@@ -195,6 +195,10 @@ def _say_what_is_left_behind(path: Path, *, ema: bool) -> None:
     ):
         if isinstance(content, Mapping) and content.get(key):
             print(f"note: the {what} in {path} is not carried over: the network alone was made smaller")
+    print(
+        f"note: a selector or saliency mapping (CASM) that was trained for {path} does not fit {out}, whose feature "
+        f"maps have fewer channels: keep {path} for it, or train another for {out} with `python -m explainers`"
+    )
 
 
 def _timed(before: nn.Module, after: nn.Module, images: Tensor, batch_size: int) -> list[float]:

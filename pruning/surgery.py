@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pruning.channel_graph import ChannelGraph, Keep
-from pruning.tracing import named_tensors
+from pruning.tracing import forget_cached, named_tensors
 
 Cuts = dict[int, Tensor]
 
@@ -75,13 +75,15 @@ def prune_channels(
     before = {group.index: group.width for group in graph.groups}
     removed = set(np.unique(graph.group_of_unit[~mask]).tolist())
     kept = {g.name: tuple(np.flatnonzero(mask[g.units]).tolist()) for g in graph.groups if g.index in removed}
-    changes = Changes()
+    changes, emas = Changes(), tuple(emas)
     plan_network(model, graph, mask, changes)
     for ema in emas:
         _plan_average(model, ema, graph, mask, changes)
     for optimizer in optimizers:
         _plan_optimizer(optimizer, changes)
     changes.apply()
+    for network in (model, *(ema for ema in emas if isinstance(ema, nn.Module))):
+        forget_cached(network)
     graph.shrink(mask)
     counts.append(_num_parameters(model))
     macs.append(graph.macs)

@@ -14,8 +14,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -93,7 +95,10 @@ class ModuleCall:
 
 @dataclasses.dataclass
 class Trace:
-    """One forward pass: operators, values, module calls, and the values given and returned."""
+    """One forward pass: operators, values, module calls, and the values given and returned.
+
+    `scaled` holds queries of attentions that scale by their width unasked, and the module where that happens.
+    """
 
     operations: list[Operation]
     tensors: list[TensorInfo]
@@ -101,6 +106,7 @@ class Trace:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     training: bool
+    scaled: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     _makers: dict[int, Operation] = dataclasses.field(default_factory=dict, repr=False)
 
     def maker(self, value: int) -> Operation | None:
@@ -155,6 +161,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes.items():
                 module.training = training
+            forget_cached(model)
             for buffer, storage, values in buffers:
                 buffer.data = storage
                 buffer.copy_(values)
@@ -180,11 +187,25 @@ def set_trace_mode(model: nn.Module, training: bool) -> None:
     """Evaluation mode, or training mode with normalisation and dropout still as in evaluation.
 
     The latter takes the training paths of a network (auxiliary heads) without batch statistics or noise.
+    On the way modules drop what they keep from one evaluation to the next (see `forget_cached`).
     """
+    model.train()
     model.train(training)
     for module in model.modules():
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
             module.training = False
+
+
+def forget_cached(model: nn.Module) -> None:
+    """Modules that keep tensors from one evaluation to the next drop them; all modes are as before.
+
+    Attention biases that were looked up in a table are often kept so. The modules drop them when they are put
+    into training mode, since their parameters change then, as they do in a rewrite.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    for module, training in modes.items():
+        module.training = training
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -202,13 +223,16 @@ def record(model: nn.Module, images: tuple[Any, ...], *, training: bool = False)
     """
     set_trace_mode(model, training)
     recorder = _Recorder(model)
+    widths = _ScalesByWidth(recorder)
     inputs = tuple(recorder.adopt_input(leaf) for leaf in tree_leaves(images) if isinstance(leaf, Tensor))
-    with recorder.watching_modules(model), recorder:
+    with recorder.watching_modules(model), widths, recorder:
         result = model(*images)
     outputs = tuple(
         recorder.value_of(leaf) for leaf in tree_leaves(as_tree(result)) if isinstance(leaf, Tensor)
     )
-    return Trace(recorder.operations, recorder.tensors, recorder.calls, inputs, outputs, training)
+    return Trace(
+        recorder.operations, recorder.tensors, recorder.calls, inputs, outputs, training, widths.found
+    )
 
 
 def as_tree(result: Any) -> Any:
@@ -216,6 +240,25 @@ def as_tree(result: Any) -> Any:
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
         return {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     return dict(result) if isinstance(result, Mapping) else result
+
+
+class _ScalesByWidth(TorchFunctionMode):
+    """Notes the queries of scaled dot products whose scale follows from the width of a head.
+
+    The operators below only show a number by then, which a narrower head would not have.
+    """
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.found: list[tuple[int, str]] = []
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and kwargs.get("scale") is None:
+            query = kwargs["query"] if "query" in kwargs else args[0]
+            self.found.append((self._recorder.value_of(query), self._recorder.running))
+        return func(*args, **kwargs)
 
 
 class _Recorder(TorchDispatchMode):
@@ -237,6 +280,11 @@ class _Recorder(TorchDispatchMode):
     def adopt_input(self, tensor: Tensor) -> int:
         """Number an input image tensor."""
         return self._new_value(tensor, derived=True)
+
+    @property
+    def running(self) -> str:
+        """Qualified name of the innermost module that is running."""
+        return self._stack[-1][0] if self._stack else ""
 
     def value_of(self, tensor: Tensor) -> int:
         """The number of a tensor's current value; one that was not seen before is a constant."""
@@ -309,9 +357,8 @@ class _Recorder(TorchDispatchMode):
         writes_to: tuple[int, tuple[ViewStep, ...], int] | None,
     ) -> None:
         stack = tuple(name for name, _ in self._stack)
-        module = stack[-1] if stack else ""
         index = len(self.operations)
-        self.operations.append(Operation(index, func, args, kwargs, outputs, module, stack, writes_to))
+        self.operations.append(Operation(index, func, args, kwargs, outputs, self.running, stack, writes_to))
 
     @staticmethod
     def _mutated_argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

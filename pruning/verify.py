@@ -1,36 +1,29 @@
 """Tries every group before it is called prunable: the rewritten network must equal the masked one.
 
-Masked means: all slices that carry removed units are zeroed in the full network, and statistics over channels
-(LayerNorm, some GroupNorms, weight standardisation) are taken over the kept channels: what a network does that
-never had the others. All groups are cut at once, by random halves; where that fails, the first module that
-raises or differs tells whose groups to look at, and these are coupled in another way, given hidden widths
-(whole numbers that modules hold), or frozen with the reason. So a few forward passes try everything.
+All groups are cut at once, by random halves (`trial.py`); where that fails, the first module that raises or
+differs tells whose groups to look at, and these are given hidden widths (whole numbers that modules hold), tied,
+coupled in another way, or frozen with the reason. So a few forward passes try everything.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from pruning.building import build_graph, label
 from pruning.channel_graph import ChannelGraph, Constraints
-from pruning.groups import AttributeAxis, Place, as_units, vector_of
-from pruning.labelling import Labeller, Policy
-from pruning.rehearsal import as_float, masked, rehearsal
-from pruning.surgery import Changes, plan_network
-from pruning.tracing import Trace, as_tree, is_leaf, set_trace_mode
+from pruning.groups import Group, as_units
+from pruning.labelling import Choice, Labeller, Policy
+from pruning.rehearsal import rehearsal
+from pruning.tracing import Trace
+from pruning.trial import Failure, first_failure, random_mask
+from pruning.widths import hidden_widths, tie_widths
 
-TOLERANCE = 1e-4
-_MODULE_TOLERANCE = 1e-3
 _MOST_ROUNDS = 60
-_MOST_TIED, _MOST_ATTEMPTS = 8, 6
+_MOST_ATTEMPTS, _MOST_SINGLE = 8, 8
 _FLIPPED = {
     "even": "free",
     "free": "even",
@@ -40,7 +33,6 @@ _FLIPPED = {
     "positions": "blocks",
 }
 _BLOCKWISE = frozenset({"blocks", "positions", "heads"})
-_SPATIAL_NAMES = frozenset({"kernel_size", "stride", "padding", "dilation", "output_padding"})
 
 
 @dataclasses.dataclass
@@ -55,14 +47,6 @@ class Verdict:
 
 
 @dataclasses.dataclass
-class Failure:
-    """Where a trial failed: the innermost module, and what happened."""
-
-    module: str
-    message: str
-
-
-@dataclasses.dataclass
 class _State:
     """What has been learned so far.
 
@@ -73,9 +57,29 @@ class _State:
     verdicts: list[Verdict] = dataclasses.field(default_factory=list)
     use_attributes: bool = False
     barred_attributes: set[str] = dataclasses.field(default_factory=set)
+    tied: set[str] = dataclasses.field(default_factory=set)
     flipped: set[str] = dataclasses.field(default_factory=set)
     remedies: dict[str, int] = dataclasses.field(default_factory=dict)
     messages: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    """The network that is tried, and how to try something with it."""
+
+    model: nn.Module
+    images: tuple[Any, ...]
+    traces: list[Trace]
+    constraints: Constraints
+
+    def graph_of(self, labeller: Labeller) -> ChannelGraph:
+        """The graph that labels make as they are now."""
+        return build_graph(self.model, self.traces, self.constraints, labeller)
+
+    def failure_of(self, graph: ChannelGraph, index: int) -> Failure | None:
+        """What fails when only one group is cut."""
+        mask = random_mask(graph, [graph.groups[index]])
+        return first_failure(self.model, self.images, self.traces, graph, mask)
 
 
 def verified_graph(
@@ -91,13 +95,15 @@ def verified_graph(
         choices: Couplings to take over; without them the better ones are looked for.
     """
     state = _State(policy=dict(choices) if choices else loosened(model, traces, constraints))
+
+    case = _Case(model, images, traces, constraints)
     with rehearsal(model, images):
         for _ in range(_MOST_ROUNDS):
             labeller, graph = _build(model, traces, constraints, state)
             failure = first_failure(model, images, traces, graph)
             if failure is None:
                 return _without_assumptions(model, images, traces, constraints, state, graph)
-            _learn(model, state, labeller, graph, failure)
+            _learn(case, state, labeller, graph, failure)
         _, graph = _build(model, traces, constraints, state)
         failure = first_failure(model, images, traces, graph)
         if failure is not None:
@@ -130,10 +136,11 @@ def _build(
         atoms = labeller.parameter_atoms.get((verdict.tensor, verdict.dim))
         if atoms is not None:
             labeller.table.freeze(atoms[verdict.positions], verdict.reason)
+    tie_widths(model, labeller, state.tied)
     graph = build_graph(model, traces, constraints, labeller)
     if state.use_attributes:
         known = {(a.module, a.attribute, a.item) for a in graph.attributes}
-        for attribute in attribute_candidates(model, labeller, graph):
+        for attribute in hidden_widths(model, labeller, graph):
             key = (attribute.module, attribute.attribute, attribute.item)
             if attribute.module not in state.barred_attributes and key not in known:
                 graph.attributes.append(attribute)
@@ -141,28 +148,55 @@ def _build(
 
 
 def loosened(model: nn.Module, traces: list[Trace], constraints: Constraints) -> Policy:
-    """Other couplings for operators that tie all their channels together, where that frees some."""
-    labeller = label(traces)
-    graph = build_graph(model, traces, constraints, labeller)
+    """Other couplings for operators that tie or freeze their channels, where that frees some.
+
+    They are tried everywhere at once, then for one class of modules after the other, then one by one.
+    """
+
+    def built(policy: Policy) -> tuple[Labeller, ChannelGraph]:
+        labeller = label(traces, policy)
+        return labeller, build_graph(model, traces, constraints, labeller)
+
     policy: Policy = {}
+    labeller, graph = built(policy)
     best = _freedom(graph)
-    tied = [group for group in graph.groups if group.width == 1 and group.channels_per_unit > 1]
-    for group in tied[:_MOST_TIED]:
-        touching = {
-            key: choice
-            for key, choice in labeller.choices.items()
-            if choice.chosen in _BLOCKWISE
-            and group.index in graph.groups_in(as_units(graph.unit_of_atom, choice.atoms).reshape(-1))
-        }
-        attempts = [{key: _FLIPPED[choice.chosen]} for key, choice in touching.items()]
-        if len(touching) > 1:
-            attempts.append({key: _FLIPPED[choice.chosen] for key, choice in touching.items()})
-        for attempt in attempts[:_MOST_ATTEMPTS]:
-            candidate = {**policy, **attempt}
-            freedom = _freedom(build_graph(model, traces, constraints, label(traces, candidate)))
-            if freedom > best:
-                best, policy = freedom, candidate
+    stuck = _choices_of_the_stuck(labeller, graph)
+    classes: dict[type, Policy] = {}
+    for key, choice in stuck.items():
+        flips = classes.setdefault(type(model.get_submodule(choice.module)), {})
+        flips[key] = _FLIPPED[choice.chosen]
+    single: list[Policy] = [{key: _FLIPPED[choice.chosen]} for key, choice in stuck.items()]
+    together: Policy = {key: other for flips in classes.values() for key, other in flips.items()}
+    attempts = [together, *(classes.values() if len(classes) > 1 else ()), *single[:_MOST_ATTEMPTS]]
+    for attempt in attempts:
+        candidate = {**policy, **attempt}
+        if candidate == policy:
+            continue
+        labeller, graph = built(candidate)
+        if _freedom(graph) > best:
+            best, policy = _freedom(graph), candidate
+            if not _choices_of_the_stuck(labeller, graph):
+                break
     return policy
+
+
+def _choices_of_the_stuck(labeller: Labeller, graph: ChannelGraph) -> dict[str, Choice]:
+    """Choices that touch groups which cannot be cut though they are no output."""
+    stuck = {
+        group.index
+        for group in graph.groups
+        if not group.prunable and group.width * group.channels_per_unit > 1 and not _is_outer(group)
+    }
+    return {
+        key: choice
+        for key, choice in labeller.choices.items()
+        if choice.chosen in _BLOCKWISE
+        and stuck & set(graph.groups_in(as_units(graph.unit_of_atom, choice.atoms).reshape(-1)))
+    }
+
+
+def _is_outer(group: Group) -> bool:
+    return group.reason in ("the network's output", "the network's input")
 
 
 def _freedom(graph: ChannelGraph) -> int:
@@ -172,13 +206,12 @@ def _freedom(graph: ChannelGraph) -> int:
 # -- learning from a failure -------------------------------------------------------------------------------
 
 
-def _learn(
-    model: nn.Module, state: _State, labeller: Labeller, graph: ChannelGraph, failure: Failure
-) -> None:
-    """Change one thing: hidden widths, another coupling, no hidden widths here, or frozen groups."""
+def _learn(case: _Case, state: _State, labeller: Labeller, graph: ChannelGraph, failure: Failure) -> None:
+    """Change one thing: hidden widths, tied ones, another coupling, no hidden widths here, or frozen groups."""
     if not state.use_attributes:
         state.use_attributes = True
         return
+    model = case.model
     kind, siblings = _siblings(model, failure.module)
     state.messages.setdefault(kind, failure.message)
     own = {a.module for a in graph.attributes if a.found} & siblings
@@ -186,17 +219,34 @@ def _learn(
         step = state.remedies.get(kind, 0)
         state.remedies[kind] = step + 1
         hopeless = isinstance(model.get_submodule(failure.module), nn.MultiheadAttention)
-        if step == 0 and not hopeless and _flip(state, labeller, siblings):
+        free = own - state.barred_attributes
+        if step == 0 and not hopeless and free and _tie(case, labeller, graph, free):
+            state.tied |= free
             return
-        if step == 1 and own - state.barred_attributes:
+        if step == 1 and not hopeless and _flip(state, labeller, siblings):
+            return
+        if step == 2 and free:
             state.barred_attributes |= own
             return
-        if step == 2 and _unflip(state, labeller, siblings):  # neither helped: back to the first coupling
-            state.barred_attributes -= siblings
+        if step == 3 and (_unflip(state, labeller, siblings) or siblings & state.tied):
+            state.barred_attributes -= siblings  # nothing helped: back to the first coupling
+            state.tied -= siblings
             return
-        if step > 2:
-            _freeze(state, labeller, graph, failure.module, siblings, state.messages[kind])
+        if step > 3:
+            if failure.raised or not _freeze_culprit(case, state, graph, failure.module):
+                _freeze(state, labeller, graph, failure.module, siblings, state.messages[kind])
             return
+
+
+def _tie(case: _Case, labeller: Labeller, graph: ChannelGraph, modules: set[str]) -> bool:
+    """Let widths that share a number lose the same, unless that ties all channels of a group together."""
+    return tie_widths(case.model, labeller, modules) and _num_single(case.graph_of(labeller)) <= _num_single(
+        graph
+    )
+
+
+def _num_single(graph: ChannelGraph) -> int:
+    return sum(group.width == 1 for group in graph.groups)
 
 
 def _siblings(model: nn.Module, name: str) -> tuple[str, set[str]]:
@@ -287,172 +337,37 @@ def _freeze(
         state.verdicts.append(Verdict(member.tensor, member.dim, positions, reason, module != failed))
 
 
-def attribute_candidates(model: nn.Module, labeller: Labeller, graph: ChannelGraph) -> list[AttributeAxis]:
-    """Whole numbers of modules that equal a width which an operator inside that module was given.
+def _freeze_culprit(case: _Case, state: _State, graph: ChannelGraph, failed: str) -> bool:
+    """Cut groups around the failed module one by one; freeze the first that fails alone, and those like it.
 
-    Where several numbers of a module equal several such widths (channels of padding before and behind), they
-    are matched in order: of definition here, of use there.
+    What a module computes otherwise on fewer channels may be an operator's doing that ran before it in a module
+    around it, so its own groups are only the first to be tried.
     """
-    modules = dict(model.named_modules())
-    widths: dict[tuple[str, int], dict[tuple[int, ...], np.ndarray]] = {}
-    for use in labeller.size_uses:
-        units = vector_of(graph.unit_of_atom, use)
-        if units is not None and units.size and units.max() >= 0:
-            same = widths.setdefault((use.module, units.size), {})
-            same.setdefault(tuple(np.sort(units).tolist()), units)
-    found = []
-    for (name, size), same in widths.items():
-        numbers = [(attribute, item) for attribute, item, value in _integers(modules[name]) if value == size]
-        vectors = list(same.values())
-        for position, (attribute, item) in enumerate(numbers):
-            units = vectors[min(position, len(vectors) - 1)]
-            found.append(AttributeAxis(name, attribute, item, units, found=True))
-    return found
-
-
-def _integers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
-    if type(module).__module__.startswith("torch.nn") and not isinstance(
-        module, (nn.Unflatten, nn.ChannelShuffle)
-    ):
-        return
-    for name, value in vars(module).items():
-        if name in _SPATIAL_NAMES:
+    for index, owner in _around(graph, failed)[:_MOST_SINGLE]:
+        failure = case.failure_of(graph, index)
+        if failure is None:
             continue
-        if type(value) is int:
-            yield name, None, value
-        elif type(value) in (list, tuple) and value and all(type(item) is int for item in value):
-            yield from ((name, position, item) for position, item in enumerate(value))
+        members = [m for m in graph.members(index) if m.tensor.startswith(f"{owner}.")]
+        member = (members or graph.members(index))[0]
+        suffix = member.tensor.removeprefix(owner)
+        likes = {owner} | (_siblings(case.model, owner)[1] if members and owner else set())
+        positions = np.flatnonzero(member.positions >= 0)
+        reason = f"cannot be cut: {failure.message}"
+        for like in sorted(likes):
+            name = member.tensor if like == owner else like + suffix
+            state.verdicts.append(Verdict(name, member.dim, positions, reason, like != owner))
+        return True
+    return False
 
 
-# -- one trial ---------------------------------------------------------------------------------------------
-
-
-def first_failure(
-    model: nn.Module, images: tuple[Any, ...], traces: list[Trace], graph: ChannelGraph
-) -> Failure | None:
-    """Cut all prunable groups by random halves and compare with the masked network."""
-    mask = _random_mask(graph)
-    if mask.all():
-        return None
-    images = as_float(images)
-    for number, trace in enumerate(traces):
-        set_trace_mode(model, trace.training)
-        changes = Changes()
-        plan_network(model, graph, mask, changes)
-        changes.apply()
-        try:
-            found = _run(model, images, graph, None)
-        finally:
-            changes.revert()
-        if found.failure is not None:
-            return found.failure
-        with masked(model, graph, mask, number):
-            expected = _run(model, images, graph, mask)
-        failure = _difference(expected, found)
-        if failure is not None:
-            return failure
-    return None
-
-
-def _random_mask(graph: ChannelGraph) -> np.ndarray:
-    """Between 30 % and 70 % of each group's units stay, differently for each group."""
-    generator = np.random.Generator(np.random.Philox(7))
-    mask = np.ones(graph.num_units, dtype=bool)
-    for group in graph.prunable:
-        count = int(np.clip(round(group.width * generator.uniform(0.3, 0.7)), 1, group.width - 1))
-        mask[group.units] = False
-        mask[group.units[generator.choice(group.width, count, replace=False)]] = True
-    return mask
-
-
-@dataclasses.dataclass
-class _Run:
-    """What a trial run left: one summary per module call, the outputs, or where it stopped."""
-
-    calls: list[tuple[str, Tensor]]
-    outputs: list[Tensor]
-    failure: Failure | None = None
-
-
-def _run(model: nn.Module, images: tuple[Any, ...], graph: ChannelGraph, mask: np.ndarray | None) -> _Run:
-    """Run the network and summarise the output of every leaf module, channel by channel."""
-    run = _Run([], [])
-    places: dict[tuple[str, int], list[Place]] = {}
-    for place in graph.places:
-        if place.kind == "output" and place.is_leaf:
-            places.setdefault((place.module, place.call), []).append(place)
-    stack: list[str] = []
-    counts: dict[str, int] = {}
-
-    def enter(name: str) -> Any:
-        return lambda module, args: stack.append(name)
-
-    def leave(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            stack.pop()
-            counts[name] = counts.get(name, 0) + 1
-            if isinstance(output, Tensor) and output.is_floating_point():
-                with _disable_current_modes():
-                    summary = _summary(output, places.get((name, counts[name] - 1), []), mask)
-                run.calls.append((name, summary))
-
-        return hook
-
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(enter(name)))
-        handles.append(module.register_forward_hook(leave(name) if is_leaf(module) else _pop(stack)))
-    try:
-        result = model(*images)
-        run.outputs = [leaf for leaf in tree_leaves(as_tree(result)) if isinstance(leaf, Tensor)]
-    except Exception as error:  # whatever a network raises on a cut is what we want to know
-        where = stack[-1] if stack else ""
-        kind = type(model.get_submodule(where)).__name__
-        run.failure = Failure(where, f"{kind} {where!r} raises {type(error).__name__}: {_first_line(error)}")
-    finally:
-        for handle in handles:
-            handle.remove()
-    return run
-
-
-def _pop(stack: list[str]) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        stack.pop()
-
-    return hook
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:160]
-
-
-def _summary(output: Tensor, places: list[Place], mask: np.ndarray | None) -> Tensor:
-    """(2, C) mean and mean square of every channel that stays; of the whole where no channels are known."""
-    values = output.detach().float()
-    if not places or values.dim() != len(places[0].shape):
-        return torch.stack([values.mean(), values.square().mean()]).reshape(2, 1)
-    for place in places:
-        if mask is None:
-            break
-        stays = np.flatnonzero((place.units < 0) | mask[np.maximum(place.units, 0)])
-        values = values.index_select(place.dim, torch.from_numpy(stays).to(values.device))
-    values = values.movedim(places[0].dim, 0).flatten(1)
-    return torch.stack([values.mean(dim=1), values.square().mean(dim=1)])
-
-
-def _difference(expected: _Run, found: _Run) -> Failure | None:
-    if expected.failure is not None:
-        return expected.failure
-    for (name, left), (other, right) in zip(expected.calls, found.calls, strict=False):
-        if name != other or left.shape != right.shape:
-            return Failure(other, f"the path or shape changes at {other!r}")
-        error = (left - right).abs().amax(dim=1) / left.abs().amax(dim=1).clamp(min=1e-12)
-        if not bool((error <= _MODULE_TOLERANCE).all()):
-            return Failure(name, f"{name!r} computes something else on fewer channels")
-    for left, right in zip(expected.outputs, found.outputs, strict=True):
-        if left.shape != right.shape:
-            return Failure("", "the shape of the output changes")
-        error = (left.float() - right.float()).abs().max() / left.float().abs().max().clamp(min=1e-12)
-        if not bool(error <= TOLERANCE):
-            return Failure("", f"the output differs by {float(error):.1e}")
-    return None
+def _around(graph: ChannelGraph, failed: str) -> list[tuple[int, str]]:
+    """Prunable groups in a module, then in the modules around it, with the module each was met in."""
+    found: dict[int, str] = {}
+    owner = failed
+    while owner:
+        inside = [place.units for place in graph.places if f"{place.module}.".startswith(f"{owner}.")]
+        groups = _prunable_in(graph, inside)
+        for index in sorted(groups, key=lambda index: (len(graph.members(index)), index)):
+            found.setdefault(index, owner)
+        owner = owner.rpartition(".")[0]
+    return list(found.items())

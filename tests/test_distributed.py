@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from image_classification.config import ConfigError
-from image_classification.distributed import Distributed, DistributedConfig, setup_distributed
+from image_classification.distributed import (
+    Distributed,
+    DistributedConfig,
+    PeerError,
+    peer_loss,
+    setup_distributed,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES")
@@ -22,6 +28,7 @@ SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
 import torch
+from image_classification.config import ConfigError, check
 from image_classification.distributed import DistributedConfig, setup_distributed
 
 folder = Path(sys.argv[1])
@@ -69,6 +76,15 @@ with setup_distributed(DistributedConfig(device="cpu", dist_timeout=30)) as dist
                 raise OSError("no such file")
     except (OSError, RuntimeError) as error:
         seen["second_failed"] = f"{type(error).__name__}: {error}"
+    distributed.check_on_main(lambda: None)
+    try:
+        distributed.check_on_main(lambda: check(False, f"--flag of rank {rank}"))
+    except ConfigError as error:
+        seen["checked"] = str(error)
+    try:
+        distributed.check_on_main(lambda: open("/nowhere/at/all"))
+    except ConfigError as error:
+        seen["opened"] = str(error)
     distributed.barrier()
 (folder / f"rank_{rank}.json").write_text(json.dumps(seen))
 """
@@ -164,6 +180,23 @@ class TestTwoRanks:
         assert "entered" not in seen[1]
         assert seen[0]["second_failed"].startswith("PeerError: reading the cache failed on 1 rank(s)")
         assert seen[1]["second_failed"] == "OSError: no such file"
+
+    def test_what_a_check_on_rank_0_found_is_told_by_all(self, seen):
+        assert [entry["checked"] for entry in seen] == ["--flag of rank 0"] * 2
+        assert all("/nowhere/at/all" in entry["opened"] for entry in seen)
+
+
+def test_the_end_of_another_rank_is_told_from_other_errors(monkeypatch):
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:43190")
+    assert peer_loss(PeerError("opening failed on 1 rank(s)")) == "opening failed on 1 rank(s)"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert (
+        peer_loss(gone)
+        == "another rank ended, and this one cannot go on without it (Connection closed by peer)"
+    )
+    assert peer_loss(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    monkeypatch.delenv("WORLD_SIZE")
+    assert peer_loss(gone) is None, "a single process has no other ranks"
 
 
 @pytest.mark.multiprocess

@@ -5,21 +5,22 @@ Commands of a page run one after the other, as a reader would type them: what on
 
 from __future__ import annotations
 
-import importlib
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from support.commands import ROOT, commands_in, run, shortened
-from support.pictures import write_jpegs
+from support.commands import ROOT, SHORT, commands_in, other_lines, run, shortened
+from support.miniatures import write_imagenet
 from support.published_networks import PhotoResNet, prefixed
 
-from image_classification.cli import parse_config
 from image_classification.models import create_model
-from main import SECTIONS
 from pruning.structure import save_pruned
 
 DOCS = ROOT / "docs"
@@ -34,11 +35,7 @@ SMALL = ["--calibration-batches", "1", "--pruning-step", "1", "--pruning-delta",
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data and networks that the pages presuppose."""
     root = tmp_path_factory.mktemp("docs")
-    for split, count in (("train", 30), ("val", 3)):
-        for number in range(4):
-            place = root / "imagenet" / split / f"n{number:08d}"
-            place.mkdir(parents=True)
-            write_jpegs(place, [(60 + 7 * (i + number) % 40, 70 + 11 * i % 50) for i in range(count)])
+    write_imagenet(root / "imagenet")
     torch.manual_seed(0)
     torch.save(
         create_model("torchvision/mobilenet_v2", num_classes=4).state_dict(), root / "mobilenet_v2.pth"
@@ -114,6 +111,62 @@ def test_commands_run_in_order(page: str, folder: Path, tmp_path: Path) -> None:
         assert "python -m pruning report runs/demo" in commands_in(PAGES["howto/report.md"])
 
 
+def stand_in(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_job_of_the_slurm_page_runs(folder: Path, tmp_path: Path) -> None:
+    """On a cluster of this machine alone: stand-ins for Slurm's own commands, everything else real."""
+    (line,) = other_lines(PAGES["howto/slurm.md"])
+    name, option, _, script, *words = shlex.split(line)
+    assert (name, option) == ("sbatch", "--nodes")
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    stand_in(bin_folder / "python", f'exec {sys.executable} "$@"')
+    stand_in(bin_folder / "srun", 'test "$1" = --kill-on-bad-exit=0 && shift && exec "$@"')
+    stand_in(bin_folder / "scontrol", "echo localhost")
+    words = [str(folder / "imagenet") if word == "/data/imagenet" else word for word in words]
+    words += [word for flag in SHORT.items() for word in flag] + ["--data-backend", "pytorch", *SMALL]
+    environment = {
+        "PATH": f"{bin_folder}:{os.environ['PATH']}", "WORKSPACE": str(tmp_path / "run"), "SLURM_JOB_ID": "1234567",
+        "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2",
+        "OMP_NUM_THREADS": "1", "LUCIDPRUNE_CACHE": str(folder / "cache"),
+    }  # fmt: skip
+    result = subprocess.run(
+        ["bash", script, *words],
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    assert (tmp_path / "run" / "checkpoint.pth.tar").is_file()
+
+
+#: Beginning of a shell line that is no Python program → the test that runs it.
+ELSEWHERE = {
+    "make demo": "test_demo.py::test_the_demo_ends_with_a_report",
+    "sbatch": "test_docs.py::test_the_job_of_the_slurm_page_runs",
+}
+#: … → why none does.
+NOT_RUN = {
+    "make test": "runs these tests; test_docker.py::TestMakefile reads what it would do, and CI runs it",
+    "trtexec": "needs NVIDIA's TensorRT and a GPU",
+}
+
+
+def test_every_shell_line_is_run_by_a_test() -> None:
+    """Those with `python` by `test_commands_run_in_order` and `test_readme.py`; all others are listed here."""
+    pages = PAGES | {"README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
+    lines = [line for text in pages.values() for line in other_lines(text)]
+    known = [*ELSEWHERE, *NOT_RUN]
+    assert [line for line in lines if not line.startswith(tuple(known))] == []
+    assert [start for start in known if not any(line.startswith(start) for line in lines)] == []
+    for place in ELSEWHERE.values():
+        file, name = place.split("::")
+        assert re.search(rf"^(def|class) {name}\b", (ROOT / "tests" / file).read_text(), re.MULTILINE), place
+
+
 @pytest.mark.parametrize("page", WITH_PYTHON)
 def test_python_runs_as_printed(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -121,45 +174,6 @@ def test_python_runs_as_printed(page: str, tmp_path: Path, monkeypatch: pytest.M
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL):
         exec(compile(block, page, "exec"), names)
-
-
-def inline_commands() -> list[str]:
-    return re.findall(r"`(python [^`]+)`", PAGES["commands.md"])
-
-
-class _ParsedError(Exception):
-    """The command line was understood."""
-
-
-@pytest.mark.parametrize("command", inline_commands(), ids=lambda command: re.sub(r"\W+", "_", command)[:70])
-def test_the_table_of_commands_is_understood(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Word by word, by the parser of the job that would run it; the jobs themselves have their own tests."""
-    (tmp_path / "FILE.pth.tar").touch()
-    for name in ("DATA", "CASMS", "ANN", "DIR"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "network.pth.tar").touch()
-    words = [
-        str(tmp_path / word) if word in ("FILE.pth.tar", "DATA", "CASMS", "ANN", "DIR") else word
-        for word in command.split()
-    ]
-    if "-m" in words[:2]:
-        explainers = importlib.import_module("explainers.__main__")
-        verb = words[words.index("explainers") + 1]
-        module = importlib.import_module(explainers.VERBS[verb][0])
-        real = importlib.import_module("image_classification.cli").parse_config
-
-        def parse(*arguments: Any, **settings: Any) -> None:
-            real(*arguments, **settings)
-            raise _ParsedError
-
-        monkeypatch.setattr(module, "parse_config", parse)
-        with pytest.raises(_ParsedError):
-            module.main(words[4:])
-        return
-    monkeypatch.chdir(ROOT)
-    parse_config(SECTIONS, words[words.index(next(word for word in words if word.endswith("main.py"))) + 1 :])
 
 
 def test_every_page_is_in_the_navigation_and_the_other_way_round() -> None:
@@ -190,4 +204,3 @@ def test_relative_links_lead_somewhere() -> None:
 
 def test_enough_is_documented() -> None:
     assert len(WITH_COMMANDS) >= 9
-    assert len(inline_commands()) >= 18

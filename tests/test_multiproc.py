@@ -42,6 +42,15 @@ if mode == "deaf" and rank == 1:
     sys.exit(3)
 if mode == "flaky" and rank == 1 and attempt == 0:
     sys.exit(4)
+if mode == "lose" and rank == 0:                       # notices at once that rank 1 is ending
+    print("rank 1 has gone", flush=True)
+    sys.exit(69)
+if mode == "lose" and rank == 1:
+    time.sleep(1)
+    sys.exit(3)
+if mode == "first" and rank == 0:
+    print("what rank 0 has to say", flush=True)
+    sys.exit(5)
 if mode in ("save", "die", "deaf"):
     print("ready", flush=True)
     time.sleep(60)
@@ -150,6 +159,31 @@ def test_rank_that_hangs_after_a_peer_failed_is_killed_in_time(script, tmp_path)
 
 
 @pytest.mark.multiprocess
+@pytest.mark.parametrize(("mode", "rank", "code"), [("lose", 1, 3), ("first", 0, 5)])
+def test_the_reason_is_said_last_and_is_the_rank_that_failed_by_itself(script, tmp_path, mode, rank, code):
+    command = [
+        sys.executable,
+        "multiproc.py",
+        "--nproc-per-node",
+        "2",
+        "--log-dir",
+        str(tmp_path),
+        str(script),
+        mode,
+    ]
+    job = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, timeout=90
+    )
+    assert job.returncode == code
+    lines = job.stdout.splitlines()
+    assert (
+        lines[-1] == f"multiproc: rank {rank} on {os.uname().nodename} ended with exit code {code}; stopping"
+    )
+    said = "rank 1 has gone" if mode == "lose" else "what rank 0 has to say"
+    assert lines.count(said) == 1, "rank 0 is on the screen, its log need not be shown again"
+
+
+@pytest.mark.multiprocess
 def test_restart_goes_on_and_keeps_the_log_of_what_failed(script, tmp_path):
     code, _, err = finish(
         start("--nproc-per-node", 2, "--max-restarts", 1, "--log-dir", tmp_path, script, "flaky")
@@ -176,7 +210,7 @@ def test_signal_reaches_every_rank_and_saved_ends_without_restart(script, tmp_pa
     code, _, err = finish(process)
     assert code == EXIT_SAVED
     assert all(f"saved on {signum.name}" in log.read_text() for log in logs)
-    assert "saved its state" in err
+    assert "asks to be started again" in err
     assert not (tmp_path / "rank_0.1.log").exists()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import run, shortened
-from support.pictures import write_jpegs
+from support.miniatures import write_imagenet
 
 from image_classification.cli import parse_config
 from image_classification.models import read_safely
@@ -109,13 +109,7 @@ def test_every_word_is_understood(command: str) -> None:
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four classes in `train/` and `val/`, JPEGs of varied size."""
-    root = tmp_path_factory.mktemp("imagenet")
-    for split, count in (("train", 24), ("val", 3)):
-        for number in range(4):
-            folder = root / split / f"n{number:08d}"
-            folder.mkdir(parents=True)
-            write_jpegs(folder, [(60 + 7 * (i + number) % 40, 70 + 11 * i % 50) for i in range(count)])
-    return root
+    return write_imagenet(tmp_path_factory.mktemp("imagenet"), num_train=24)
 
 
 @pytest.mark.slow

@@ -1,60 +1,90 @@
-"""Every recipe of the main job runs for two iterations: small pictures, one process, on the CPU."""
+"""Every recipe runs for two iterations: the command of its header, with few small pictures, on the CPU.
+
+The entry points are those of the command line, called in this process; `multiproc.py` has tests of its own.
+"""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from support.commands import ROOT, SHORT
-from support.pictures import write_jpegs
+from support.jobs import iterations
+from support.miniatures import Miniatures
+from support.recipes import explainer_recipes, header, main_recipes, settings
+from support.small_commands import SmallCommand, small
 
-from image_classification.cli import parse_config
-from image_classification.models import create_model
-from main import SECTIONS, main
-from pruning.structure import save_pruned
+from image_classification.models import read_safely
 
-RECIPES = sorted(
-    path
-    for path in (ROOT / "configs").glob("*.yaml")
-    if "selector" not in path.read_text() and "teacher" not in path.read_text()
-)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("recipes")
-    for split, count in (("train", 30), ("val", 3)):
-        for number in range(4):
-            place = root / "data" / split / f"n{number:08d}"
-            place.mkdir(parents=True)
-            write_jpegs(place, [(60 + 7 * (i + number) % 40, 70 + 11 * i % 50) for i in range(count)])
-    return root
+def miniatures(tmp_path_factory: pytest.TempPathFactory) -> Miniatures:
+    return Miniatures(tmp_path_factory.mktemp("recipes"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_two_iterations(
-    path: Path,
-    folder: Path,
+Run = Callable[[Path], tuple[SmallCommand, Path]]
+
+
+@pytest.fixture
+def run_recipe(
+    miniatures: Miniatures,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("LUCIDPRUNE_CACHE", str(folder / "cache"))
-    words = [str(folder / "data"), "--config", str(path)]
-    configs = parse_config(SECTIONS, words)
-    if "pretrained-weights" in path.read_text():
-        torch.manual_seed(0)
-        model = configs["model"]
-        save_pruned(
-            tmp_path / "start.pth.tar",
-            create_model(model.arch, num_classes=4, model_config=model.model_config),
-        )
-        words += ["--pretrained-weights", str(tmp_path / "start.pth.tar")]
-    words += [word for flag in SHORT.items() for word in flag] + ["--data-backend", "pytorch"]
-    if configs["pruning"].iterative_pruning:
-        words += ["--pruning-step", "1", "--pruning-delta", "0.25", "--calibration-batches", "1"]
-    status = main([*words, "--workspace", str(tmp_path / "run")])
-    assert status == 0, f"{words}\n{capsys.readouterr().err[-2000:]}"
-    assert (tmp_path / "run" / "config.yaml").is_file()
+) -> Iterator[Run]:
+    """Runs the command of a recipe's header; the command in miniature and the folder that it wrote."""
+    monkeypatch.setenv("LUCIDPRUNE_CACHE", str(miniatures.folder / "cache"))
+
+    def run(path: Path) -> tuple[SmallCommand, Path]:
+        command = small(header(path)["Command"], miniatures, tmp_path / "run")
+        status = command.run_here()
+        assert status == 0, f"{command.words}\n{capsys.readouterr().err[-2000:]}"
+        (written,) = (tmp_path / "run").rglob("config.yaml")
+        return command, written.parent
+
+    yield run
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)  # a selector's checkpoints are hundreds of megabytes
+
+
+def assert_recipe_was_in_force(path: Path, command: SmallCommand, workspace: Path) -> None:
+    """What the run says of itself is what the recipe says, wherever no flag of the miniature changes it."""
+    ran = settings(workspace / "config.yaml")
+    expected = {key: value for key, value in settings(path).items() if not command.given(f"--{key}")}
+    assert len(expected) >= 2
+    assert {key: ran[key] for key in expected} == expected
+    assert len(iterations(workspace / "report.json")) == 2
+
+
+@pytest.mark.parametrize("path", main_recipes(), ids=lambda path: path.stem)
+def test_recipe_of_the_main_job(path: Path, run_recipe: Run) -> None:
+    command, workspace = run_recipe(path)
+    assert_recipe_was_in_force(path, command, workspace)
+    recipe, saved = settings(path), read_safely(workspace / "checkpoint.pth.tar")
+    assert saved["arch"] == recipe["arch"]
+    callbacks = saved["callbacks"]
+    if recipe.get("iterative-pruning"):
+        assert callbacks["pruning"]["completed"] >= 1
+    if "one-shot-pruning" in recipe:
+        assert saved["state_dict"]["features.0.weight"].shape[0] == 64 - round(0.3 * 64)
+    if "pruning-method" in recipe:
+        assert callbacks["learned_pruning"]["done"]
+        share = callbacks["learned_pruning"]["record"]["share"]["macs"]
+        assert share <= float(recipe["budget"][0].removeprefix("macs=")) + 1e-6
+    if "unstructured-pruning" in recipe:
+        assert callbacks["unstructured"]["completed"] == 1
+    assert ("distill" in callbacks) == command.given("--teacher")
+
+
+@pytest.mark.parametrize("path", explainer_recipes(), ids=lambda path: path.stem)
+def test_recipe_of_an_explainer(path: Path, run_recipe: Run) -> None:
+    command, workspace = run_recipe(path)
+    assert_recipe_was_in_force(path, command, workspace)
+    saved, kind = read_safely(workspace / "checkpoint.pth.tar"), path.stem.rpartition("_")[2]
+    if "casm" in path.stem:
+        assert kind.upper() == workspace.name
+        assert "casm_training" in saved
+    else:
+        assert saved["callbacks"][kind]["arch"] == settings(path)["arch"]

@@ -5,6 +5,7 @@ Masks are taken as probabilities, without noise. Sums are exact over ranks: ever
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -44,6 +45,7 @@ def judge_masks(
     precision: Precision,
     distributed: Distributed,
     multi_label: bool = False,
+    max_batches: int | None = None,
 ) -> dict[str, float]:
     """Figures of masks on a split. Collective.
 
@@ -54,6 +56,7 @@ def judge_masks(
         precision: Autocast of the forward passes.
         distributed: Ranks to sum over.
         multi_label: See `imitation_loss`.
+        max_batches: Stop after so many batches on each rank (`--prof`), None for all.
 
     Returns:
         `kl` in nats, `agreement` (share of pictures where arg-max q(x·r) = arg-max f(x)) in percent, `area` (mean of
@@ -62,7 +65,7 @@ def judge_masks(
     sums = torch.zeros(4, dtype=torch.float64, device=distributed.device)
     loader.set_epoch(0)
     with evaluating(predictor):
-        for batch in loader:
+        for batch in itertools.islice(loader, max_batches):
             if not len(batch):  # the last batch of an uneven split may leave nothing to this rank
                 continue
             with precision.autocast():

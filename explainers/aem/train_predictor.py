@@ -104,4 +104,5 @@ def _measure(
         precision=job.precision,
         distributed=job.distributed,
         multi_label=job.multi_label,
+        max_batches=job.configs["train"].max_batches,
     )

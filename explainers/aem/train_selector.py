@@ -115,6 +115,7 @@ def _measure(
         precision=job.precision,
         distributed=job.distributed,
         multi_label=job.multi_label,
+        max_batches=job.configs["train"].max_batches,
     )
 
 

@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
         description="Classification of pictures that are changed by saliency mappings (CASM).",
     )  # fmt: skip
     with setup_distributed(configs["distributed"]) as distributed:
-        configs["files"].check_outputs(distributed)
+        distributed.check_on_main(configs["files"].check_outputs)
         rows = evaluate(configs, distributed)
         if distributed.is_main:
             names = ("casm", "pictures", "classifier")

@@ -16,7 +16,6 @@ from explainers.job import Network, check_writable
 from image_classification.config import check, flag
 from image_classification.data.build import ReadConfig
 from image_classification.data.dataset import Dataset
-from image_classification.distributed import Distributed
 from image_classification.models import identity_of
 
 
@@ -45,14 +44,12 @@ class FilesConfig:
             "--log-path DIR and --save-to-file belong together: give both or neither",
         )
 
-    def check_outputs(self, distributed: Distributed) -> None:
+    def check_outputs(self) -> None:
         """Make sure before hours are spent that results can be written.
 
         Raises:
             ConfigError: They cannot.
         """
-        if not distributed.is_main:
-            return
         if self.log_path is not None:
             check_writable(self.log_path, "--log-path")
         if self.json is not None:

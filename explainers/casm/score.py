@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     with setup_distributed(configs["distributed"]) as distributed:
         files: FilesConfig = configs["files"]
-        files.check_outputs(distributed)
+        distributed.check_on_main(files.check_outputs)
         rows = score(configs, distributed)
         if distributed.is_main:
             print_table(
@@ -94,9 +94,7 @@ def score(configs: dict[str, Any], distributed: Distributed) -> list[dict[str, A
     settings: ScoreConfig = configs["score"]
     paths = find_casms(configs["files"].casms_path)
     dataset, manifest = open_split(data, configs["pictures"], distributed)
-    if distributed.is_main:
-        check_ground_truth(manifest, masks=False, boxes=True)
-    distributed.barrier()
+    distributed.check_on_main(lambda: check_ground_truth(manifest, masks=False, boxes=True))
     interface: Interface
     if settings.interface is None:
         interface = CasmInterface(distributed.device)

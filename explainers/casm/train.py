@@ -150,8 +150,7 @@ def _check_classifier(configs: Mapping[str, Any], *, resuming: bool) -> None:
 
 def run(configs: Mapping[str, Any], distributed: Distributed) -> None:
     """One process's share of the job."""
-    if distributed.is_main:
-        check_writable(configs["checkpoint"].workspace, "--casms-path")
+    distributed.check_on_main(lambda: check_writable(configs["checkpoint"].workspace, "--casms-path"))
     job = jobs.prepare(configs, distributed)
     try:
         # `--resume auto` may have found nothing to resume.
@@ -181,13 +180,12 @@ def make_casm_trainer(job: jobs.Job, classifier: nn.Module) -> CasmTrainer:
     job.precision.place(casm)
     steps = epoch_length(len(loader), settings.pot)
     optim = OptimConfig(momentum=settings.momentum, weight_decay=settings.weight_decay, bn_weight_decay=True)
-    prof = None if train.prof < 0 else train.prof
     trainer = CasmTrainer(
         casm,
         settings,
         validation=None
         if train.training_only
-        else CasmValidation(job.loaders.val, job.precision, job.distributed, prof),
+        else CasmValidation(job.loaders.val, job.precision, job.distributed, train.max_batches),
         decoder_schedule=_schedule(settings.lr_casm, settings, steps, train.epochs),
         config=train,
         state=TrainState(

@@ -127,13 +127,15 @@ def capture_structure(model: nn.Module, *, factory: Factory | None = None) -> St
     fresh = on_meta(build)
     _check_same_modules(model, fresh)
     head = ModelIdentity("") if factory is not None or identity is None else identity
+    shapes = {name: list(tensor.shape) for name, tensor in named_tensors(model)}
+    shapes.update(_sized_while_running(model, fresh))
     structure = Structure(
         arch=head.arch or None,
         model_config=head.model_config,
         num_classes=head.num_classes if head.arch else None,
         image_size=head.image_size,
         attributes=_differing_attributes(model, fresh),
-        shapes={name: list(tensor.shape) for name, tensor in named_tensors(model)},
+        shapes=shapes,
         options=_plain_options(head.options),
     )
     _check_fits(structure, fresh)
@@ -350,14 +352,30 @@ def _check_known_modules(model: nn.Module) -> None:
             )
 
 
+def _sized_while_running(model: nn.Module, fresh: nn.Module) -> dict[str, list[int]]:
+    """Fresh shapes of buffers that no state dict keeps and that have grown: the network makes them as needed."""
+    saved, originals = set(model.state_dict()), dict(fresh.named_buffers(remove_duplicate=False))
+    return {
+        name: list(originals[name].shape)
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if name not in saved and name in originals and _has_grown(buffer, originals[name])
+    }
+
+
+def _has_grown(buffer: Tensor, original: Tensor) -> bool:
+    return buffer.dim() == original.dim() and any(
+        size > before for size, before in zip(buffer.shape, original.shape, strict=True)
+    )
+
+
 def _check_unsaved_buffers(model: nn.Module, fresh: nn.Module, build: Factory) -> None:
     """A buffer that no state dict keeps must follow from the fresh network: be its leading part."""
     saved = set(model.state_dict())
-    fresh_shapes = {name: tensor.shape for name, tensor in fresh.named_buffers(remove_duplicate=False)}
+    uncut = dict(fresh.named_buffers(remove_duplicate=False))
     cut = {
         name: buffer
         for name, buffer in model.named_buffers(remove_duplicate=False)
-        if name not in saved and buffer.shape != fresh_shapes[name]
+        if name not in saved and buffer.shape != uncut[name].shape and not _has_grown(buffer, uncut[name])
     }
     if not cut:
         return

@@ -363,7 +363,7 @@ def model_for_weights(
                 if factory is not None
                 else create_model(
                     arch or str(weights.arch),
-                    num_classes=1000 if num_classes is None else num_classes,
+                    num_classes=_held_classes(weights, arch, kwargs) if num_classes is None else num_classes,
                     model_config=model_config,
                     image_size=image_size,
                     **kwargs,
@@ -379,6 +379,14 @@ def model_for_weights(
         model = build_from_structure(structure, factory=factory, device=device)
     apply_weights(model, weights, new_head=new_head)
     return model
+
+
+def _held_classes(weights: LoadedWeights, arch: str | None, options: Mapping[str, Any]) -> int:
+    """Number of classes of a plain state dict, by the shapes of its classifier; 1000 where they do not say."""
+    model = on_meta(lambda: create_model(arch or str(weights.arch), num_classes=1000, **options))
+    state = _without_wrapper(weights.state, model.state_dict())
+    sizes = {state[name].shape[0] for name in head_tensors(model) if name in state and state[name].dim()}
+    return sizes.pop() if len(sizes) == 1 else 1000
 
 
 def _asked_structure(

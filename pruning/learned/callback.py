@@ -39,6 +39,7 @@ from pruning.surgery import RewriteReport, prune_channels
 from pruning.tap_channels import staying_channels
 
 _JUDGED_BATCHES = 10  # the calibration loss is for the record; it decides nothing
+_FIXED = ("gates", "gate_groups")  # learned numbers of one form cannot go on as another
 _NOT_GATED = "no gate: --gate-groups inner leaves the channels of residual sums alone"
 
 
@@ -87,6 +88,8 @@ class LearnedPruning(Callback):
         config, model, state = self.config, trainer.state.model, self._restored
         self.done = state is not None and state["done"]
         self.record = None if state is None else state["record"]
+        if state is not None:
+            self._check_settings(state.get("settings", {}))
         originals = build_originals(
             config,
             model,
@@ -114,6 +117,28 @@ class LearnedPruning(Callback):
         trainer.distributed.check_agreement(
             "the channel groups", [str(row) for row in self.graph.signature()]
         )
+
+    def _settings(self) -> dict[str, Any]:
+        """What the widths depend on beside network and pictures, as plain data by name of the flag."""
+        config = self.config
+        return {
+            **config.gate_settings(), "budget": config.budget_words(), "round_to": config.round_to,
+            "min_width": config.min_width, "prune_limit": list(config.prune_limit),
+        }  # fmt: skip
+
+    def _check_settings(self, before: Mapping[str, Any]) -> None:
+        """Refuse flags that come too late: once the gates are learned all, before that what the gates are."""
+        late = "the gates were learned and the network was rewritten" if self.done else "the gates were made"
+        for name, value in self._settings().items():
+            then, now = (
+                " ".join(each) if isinstance(each, list) else each
+                for each in (before.get(name, value), value)
+            )
+            check(
+                then == now or not (self.done or name in _FIXED),
+                f"--{name.replace('_', '-')} {now or 'left out'} comes too late: in the run to resume {late} with "
+                f"{then or 'none'}; give that, or start anew in another --workspace",
+            )
 
     def _gated(self) -> list[Group]:
         """The groups that get gates; others are declared not prunable."""
@@ -272,6 +297,7 @@ class LearnedPruning(Callback):
         """How far the gates are, or that they are done; the graph and the original explanations."""
         return {
             "done": self.done,
+            "settings": self._settings(),
             "record": self.record,
             "learner": None if self._learner is None else self._learner.state_dict(),
             "graph": self.graph.state_dict(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from image_classification.config import check, flag
 
@@ -36,7 +37,9 @@ class GateFlags:
     gate_temperature: float = flag(0.4, "--gate-temperature", help="Temperature T of the gates.")
     gate_base: float = flag(3.0, "--gate-base", help="What is added to a gate's logit: how open gates start.")
     gate_epochs: int = flag(
-        200, "--gate-epochs", help="Passes over the calibration pictures in which gates learn."
+        200,
+        "--gate-epochs",
+        help="Passes over the calibration pictures in which gates learn (--prof does not shorten them).",
     )
     gate_lr: float = flag(1e-3, "--gate-lr", help="Learning rate of the gates (AdamW).")
     gate_weight_decay: float = flag(1e-3, "--gate-weight-decay", help="Weight decay of the gates (AdamW).")
@@ -51,6 +54,17 @@ class GateFlags:
     resource_weight: float = flag(
         1.0, "--resource-weight", help="Weight of the resource loss log(max(cost, p)/p)."
     )
+
+    resource_growth: float = flag(
+        1.0,
+        "--resource-growth",
+        help="Factor on the weight of the resource loss after every epoch that leaves the gates above the budget; 1 "
+        "as published.",
+    )
+
+    def gate_settings(self) -> dict[str, Any]:
+        """What gates learn by, as plain data by name of the field."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(GateFlags)}
 
     def check_gates(self) -> None:
         """Refuse values that cannot work.
@@ -72,3 +86,4 @@ class GateFlags:
             self.resource_weight > 0,
             f"--resource-weight {self.resource_weight}: must be positive, or no gate would ever close",
         )
+        check(self.resource_growth >= 1, f"--resource-growth {self.resource_growth}: must be 1 or more")

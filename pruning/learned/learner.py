@@ -11,7 +11,9 @@ summed over the ranks, and all ranks take the same step on the same parameters. 
 
 Departures from the published code: the cost is the true one of coupled groups for any metric (its resource term for
 ResNets counts one convolution of each block against the whole network and starts at zero); pictures come in the
-calibration split's fixed, mixed order; nothing is selected on the test set, the last gates count.
+calibration split's fixed, mixed order; nothing is selected on the test set, the last gates count. How w_R compares
+with the matching loss depends on selector and network; where it is too small all gates stay open. `--resource-growth`
+raises it epoch by epoch, as a penalty method does, for as long as the gates are above the budget.
 """
 
 from __future__ import annotations
@@ -73,6 +75,7 @@ class GateLearner:
 
     Attributes:
         step: Steps taken so far.
+        growth: What the weight of the resource loss has been multiplied by so far.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class GateLearner:
             self.parametrisation.parameters(), lr=flags.gate_lr, weight_decay=flags.gate_weight_decay
         )
         self.step = 0
+        self.growth = 1.0
         self._sums = torch.zeros(len(FIGURES) + 1, dtype=torch.float64, device=self.device)
         self._known: list[_Known] = []
         self._tap_units = self._units_at_taps()
@@ -159,7 +163,15 @@ class GateLearner:
                 if index >= done:
                     self._step(batch, index)
                     self.step += 1
+                    if self.step % self.steps_per_epoch == 0:
+                        self._raise_price()
                     yield self.step
+
+    @torch.no_grad()
+    def _raise_price(self) -> None:
+        """After an epoch: where the gates are above the budget, what they cost counts for more from now on."""
+        if self.resource_loss(self._judged()) > 0:
+            self.growth *= self.flags.resource_growth
 
     def _step(self, batch: Batch, index: int) -> None:
         noise = draw_noise(self.flags.gate_noise, len(self.units), self.seed, self.step).to(self.device)
@@ -170,7 +182,7 @@ class GateLearner:
         derivative, sums = self.distributed.all_reduce_sum(derivative, sums)
         self._sums += sums
         derivative = (derivative / (self.scale * sums[-1])).to(soft.dtype)
-        resource = self.flags.resource_weight * self.resource_loss(self._everywhere(hard))
+        resource = self._price * self.resource_loss(self._everywhere(hard))
         self.optimizer.zero_grad(set_to_none=True)
         # Straight-through: derivatives by hard gates are taken for those by soft ones.
         torch.autograd.backward([soft, resource], [derivative, torch.ones_like(resource)])
@@ -236,6 +248,15 @@ class GateLearner:
             total = total + torch.log(cost.clamp_min(share) / share)
         return total
 
+    @property
+    def _price(self) -> float:
+        """w_R as it is now."""
+        return self.flags.resource_weight * self.growth
+
+    def _judged(self) -> Tensor:
+        """The gates as they are judged, over all units: open or closed, without noise."""
+        return self._everywhere((self._logits() >= 0).float())
+
     def _everywhere(self, gates: Tensor) -> Tensor:
         """Gates of the gated groups as a vector over all units, 1 elsewhere."""
         ones = torch.ones(self.graph.num_units, dtype=gates.dtype, device=gates.device)
@@ -261,12 +282,14 @@ class GateLearner:
         if not self.flags.gate_task_weight:
             del figures["task"]
         with torch.no_grad():
-            values = self._everywhere((self._logits() >= 0).float())
+            values = self._judged()
         shares = {
             f"{metric}_share": float(self.costs.cost(metric, values)) / self.costs.baseline(metric)
             for metric in self.budget.shares
         }
-        return {**figures, "resource": float(self.resource_loss(values)), **shares}
+        return {
+            **figures, "resource": float(self.resource_loss(values)), "resource_weight": self._price, **shares,
+        }  # fmt: skip
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
@@ -274,14 +297,17 @@ class GateLearner:
         """Parameters, optimizer and place, as plain data and tensors."""
         return {
             "step": self.step,
+            "growth": self.growth,
             "parametrisation": dict(self.parametrisation.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "sums": self._sums,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where a state says."""
+        """Continue where a state says. Learning rate and decay stay those of this run's flags, not the state's."""
         self.step = state["step"]
+        self.growth = state.get("growth", 1.0)
         self.parametrisation.load_state_dict(state["parametrisation"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         self._sums = state["sums"].to(self.device)

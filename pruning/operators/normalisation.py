@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pruning.labelling import Labeller, StatisticsUse, along, operation_name
-from pruning.labels import Slot, Value
+from pruning.labelling import Labeller, along
+from pruning.labels import Value
 from pruning.operators.products import by_blocks
 from pruning.operators.register import arguments, as_channel, note_size, rule
 from pruning.tracing import Operation
@@ -28,7 +28,7 @@ def batch_norm(run: Labeller, operation: Operation) -> list[Value]:
     if named.get("training", named.get("use_input_stats", False)) or named.get("running_mean") is None:
         for slot in x.slots:
             if slot.shape[1] == 1:
-                _note_statistics(run, operation, slot)
+                run.note_statistics(operation, slot)
     return [value, *[Value(run.info(out).shape if out is not None else ()) for out in operation.outputs[1:]]]
 
 
@@ -43,7 +43,7 @@ def layer_norm(run: Labeller, operation: Operation) -> list[Value]:
     value = run.combine(operation, [x, *vectors], x.shape)
     for slot in x.slots:
         if any(slot.shape[dim] > 1 for dim in dims):
-            _note_statistics(run, operation, slot)
+            run.note_statistics(operation, slot)
     return [value, *[Value(run.info(out).shape if out is not None else ()) for out in operation.outputs[1:]]]
 
 
@@ -63,11 +63,5 @@ def group_norm(run: Labeller, operation: Operation) -> list[Value]:
         note_size(run, operation, heads)
     else:
         run.table.unite_along(atoms, (0,))
-        _note_statistics(run, operation, along(atoms.reshape(-1), 1, len(x.shape)))
+        run.note_statistics(operation, along(atoms.reshape(-1), 1, len(x.shape)))
     return [value, *[Value(run.info(out).shape if out is not None else ()) for out in operation.outputs[1:]]]
-
-
-def _note_statistics(run: Labeller, operation: Operation, slot: Slot) -> None:
-    trace = len(run.values) - 1
-    use = StatisticsUse(trace, operation.index, operation.module, operation_name(operation.func), slot)
-    run.statistics.append(use)

@@ -100,16 +100,17 @@ def split(run: Labeller, operation: Operation) -> list[Value]:
     if slot is not None:
         note_size(run, operation, slot, dim)
     others = [other for other in x.slots if other.shape[dim] == 1]
-    values, start = [], 0
+    values, uses, start = [], [], 0
     for size in sizes:
         shape = (*x.shape[:dim], size, *x.shape[dim + 1 :])
         slots = list(others)
         if slot is not None:
             part = slot.take(range(start, start + size), axis=dim)
-            note_size(run, operation, part, dim)
+            uses.append(note_size(run, operation, part, dim))
             slots.append(compress(part))
         values.append(run.make(operation, shape, slots, x.free & all_dims(shape)))
         start += size
+    run.splits += [uses] if uses else []
     return values
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pruning.labelling import Labeller
+from pruning.labelling import Labeller, operation_name
 from pruning.labels import Value, support
 from pruning.operators.register import arguments, dim_list, pointwise, rule, tensor_arguments, wrap
+from pruning.statistics import REDUCTIONS
 from pruning.tracing import Operation
 
 
@@ -17,7 +18,7 @@ def summed(run: Labeller, operation: Operation) -> Value:
 @rule("mean", "amax", "amin", "var", "std", "prod", "logsumexp", "linalg_vector_norm", "norm", "all", "any",
       "max", "min", "median", "argmax", "argmin", "var_mean", "std_mean", "aminmax")  # fmt: skip
 def statistic(run: Labeller, operation: Operation) -> list[Value]:
-    """Statistics change when members leave: over channels they freeze them."""
+    """Statistics change when members leave: over channels they are taken over the kept ones, or freeze them."""
     value = _reduced(run, operation, ends=False)
     return [value] * len(operation.outputs)
 
@@ -38,6 +39,8 @@ def _reduced(run: Labeller, operation: Operation, ends: bool) -> Value:
         elif len(inside) == len(support(slot)):
             if ends:
                 run.note_consumed(operation, slot)
+            elif operation_name(operation.func) in REDUCTIONS and len(inside) == 1:
+                run.note_statistics(operation, slot)
             else:
                 run.table.freeze(slot, f"{run.describe(operation)} runs over channels")
         else:

@@ -52,10 +52,11 @@ def dim_list(dims: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
     return tuple(wrap(dim, rank) for dim in ([dims] if isinstance(dims, int) else dims))
 
 
-def note_size(run: Labeller, operation: Operation, atoms: np.ndarray, dim: int = 0) -> None:
+def note_size(run: Labeller, operation: Operation, atoms: np.ndarray, dim: int = 0) -> SizeUse:
     """Remember that `atoms.shape[dim]` stands among the operator's arguments as a number."""
     use = SizeUse(operation.module, operation.stack, operation_name(operation.func), atoms, dim)
     run.size_uses.append(use)
+    return use
 
 
 def pointwise(run: Labeller, operation: Operation) -> Value:

@@ -24,6 +24,8 @@ from explainers import (
 from explainers.base import Method, frozen_copy
 from explainers.gradcam import class_activation, find_layer
 from image_classification.models import create_model
+from pruning.graph import trace_groups
+from pruning.surgery import prune_channels
 from tests.support.explained import pictures, randomise
 
 CONSERVING = {
@@ -86,6 +88,40 @@ def test_relevance_is_conserved_at_full_size(arch: str, randomised) -> None:
 @pytest.mark.parametrize("arch", ["vgg16_bn", "resnet50"])
 def test_relevance_is_conserved_at_full_size_when_narrowed(arch: str, randomised) -> None:
     check_conserved(randomised(arch, 224, widths=narrowed(arch)), 224)
+
+
+def pruned(arch: str, size: int) -> nn.Module:
+    """A network that the engine has taken 20 to 70 % of every group's channels from."""
+    torch.manual_seed(0)
+    model = create_model(arch, num_classes=10).eval()
+    graph = trace_groups(model, pictures(1, min(size, 64)))
+    keep = {}
+    for group in graph.prunable:
+        share = 0.3 + 0.5 * torch.rand(()).item()
+        width = max(graph.min_width_of(group), round(share * group.width))
+        keep[group] = torch.randperm(group.width)[:width].sort().values
+    report = prune_channels(model, graph, keep)
+    assert report.macs[1] < 0.6 * report.macs[0]
+    return randomise(model, pictures(8, size, seed=1))
+
+
+def test_relevance_is_conserved_in_a_pruned_network() -> None:
+    check_conserved(pruned("resnet20", 32), 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "size"),
+    [
+        ("vgg16_bn", 224),
+        ("resnet50", 224),
+        ("resnet56", 32),
+        ("torchvision/densenet121", 224),
+        ("mobilenet_v2", 224),
+    ],
+)
+def test_relevance_is_conserved_at_full_size_when_pruned(arch: str, size: int) -> None:
+    check_conserved(pruned(arch, size), size)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -78,6 +78,25 @@ def test_attribute_without_files_and_for_labels(checkpoint: str, tmp_path: Path)
     assert [path.name for path in out.iterdir()] == ["page-000000.png"]
 
 
+def test_flags_of_integrated_gradients_change_the_maps(checkpoint: str, tmp_path: Path) -> None:
+    maps = {}
+    for name, flags in {
+        "plain": [],
+        "positive": ["--ig-sign", "positive"],
+        "absolute": ["--ig-sign", "absolute"],
+        "smooth": ["--ig-smooth", "0.05"],
+    }.items():
+        words = ["--method", "ig", "--ig-steps", "2", "--output", str(tmp_path / name), "-n", "2", *flags]
+        assert main(["attribute", DATA, "--checkpoint", checkpoint, *words, *COMMON]) == 0
+        maps[name] = np.stack([np.load(path) for path in sorted((tmp_path / name).rglob("*.npy"))])
+    plain = maps["plain"]
+    assert (plain < 0).any()
+    np.testing.assert_allclose(maps["positive"], plain.clip(0), atol=1e-7)
+    np.testing.assert_allclose(maps["absolute"], abs(plain), atol=1e-7)
+    assert np.ptp(maps["smooth"]) < 0.5 * np.ptp(plain)
+    np.testing.assert_allclose(maps["smooth"].sum(), plain.sum(), rtol=0.2, atol=0.02 * abs(plain).sum())
+
+
 def localize_rows(path: Path) -> list[dict]:
     return json.loads(path.read_text())["rows"]
 
@@ -102,6 +121,38 @@ def test_localize_compares_methods_and_networks(
     shown = capsys.readouterr().out
     assert "pruned.pth.tar" in shown
     assert "centre" in shown
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("verb", ["localize", pytest.param("score-casm", marks=pytest.mark.slow)])
+def test_all_ranks_say_what_ground_truth_lacks(checkpoint: str, tmp_path: Path, verb: str) -> None:
+    """It is looked at on rank 0 only."""
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            Image.new("RGB", (40, 40)).save(tmp_path / "data" / split / name / "1.png")
+    file = ["--checkpoint", checkpoint] if verb == "localize" else ["--casms-path", str(tmp_path)]
+    words = [verb, str(tmp_path / "data"), *file, "--device", "cpu", "--image-size", "32"]
+    launcher = [
+        "multiproc.py",
+        "--nproc_per_node",
+        "2",
+        "--log-dir",
+        str(tmp_path / "logs"),
+        "-m",
+        "explainers",
+    ]
+    job = subprocess.run(
+        [sys.executable, *launcher, *words], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    what = "pixel masks" if verb == "localize" else "boxes"
+    told = f"python -m explainers {verb}: error: the split 'val' has no {what}"
+    logs = [(tmp_path / "logs" / f"rank_{rank}.log").read_text() for rank in range(2)]
+    assert all(log.count(told) == 1 for log in logs), logs
+    assert "Traceback" not in "".join(logs)
+    assert job.returncode == 2
+    assert job.stderr.splitlines()[-1].endswith("ended with exit code 2; stopping")
 
 
 @pytest.mark.multiprocess
@@ -139,6 +190,12 @@ def test_two_ranks_count_what_one_counts(checkpoint: str, tmp_path: Path, cache:
         (
             ["localize", DATA, "--checkpoint", "{net}", "--layer", "layer2", "--method", "lrp"],
             "--layer has no effect",
+        ),
+        (["localize", DATA, "--checkpoint", "{net}", "--ig-smooth", "0.02"], "--ig-smooth has no effect"),
+        (["localize", DATA, "--checkpoint", "{net}", "--ig-sign", "positive"], "--ig-sign has no effect"),
+        (
+            ["localize", DATA, "--checkpoint", "{net}", "-m", "ig", "--ig-smooth", "2"],
+            "--ig-smooth 2.0: give",
         ),
         (["localize", DATA, "--checkpoint", "{net}", "--layer", "layer9"], "no layer 'layer9'"),
         (

@@ -252,6 +252,20 @@ def test_what_was_asked_and_what_the_file_holds(tmp_path):
         apply_weights(make(), load_weights(tmp_path / "c.pth"))
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "model."])
+def test_a_plain_state_dict_says_its_number_of_classes(tmp_path, prefix):
+    model = make()
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    torch.save({"arch": ARCH, "state_dict": state}, tmp_path / "c.pth")
+    loaded = model_for_weights(None, tmp_path / "c.pth")
+    assert loaded.fc.out_features == model.fc.out_features != 1000
+    assert_equal_states(model.state_dict(), loaded.state_dict())
+    del state[f"{prefix}fc.weight"], state[f"{prefix}fc.bias"]
+    torch.save({"arch": ARCH, "state_dict": state}, tmp_path / "c.pth")
+    with pytest.raises(WeightsError, match="fc"):
+        model_for_weights(None, tmp_path / "c.pth")
+
+
 def test_users_own_class(tmp_path):
     class Net(nn.Module):
         def __init__(self):

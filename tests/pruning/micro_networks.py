@@ -255,7 +255,7 @@ class EfficientChannelAttention(Wired):
 
 @micro
 class SpatialAttention(Wired):
-    """Mean and maximum over channels: those channels must stay."""
+    """Mean and maximum over channels: they are taken over those that stay."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -816,3 +816,217 @@ class Upsampling(Wired):
         x = self.a(x)
         y = F.interpolate(self.b(F.avg_pool2d(x, 2)), size=x.shape[2:], mode="bilinear")
         return self.c(torch.cat([x, y], 1))
+
+
+@micro
+class ResponseNorm(Wired):
+    """ConvNeXt V2's normalisation: channel norms divided by their mean over channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = conv(3, 8), conv(8, 6), Head(6)
+        self.scale, self.shift = nn.Parameter(torch.rand(8)), nn.Parameter(torch.randn(8) / 4)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        norm = x.norm(dim=(2, 3), keepdim=True)
+        norm = norm / (norm.mean(1, keepdim=True) + 1e-6)
+        return self.b(x + self.scale.view(1, -1, 1, 1) * x * norm + self.shift.view(1, -1, 1, 1))
+
+
+@micro
+class MeanOnly(Wired):
+    """Channels of which only the mean is read, by no layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = conv(3, 8), conv(1, 6), Head(6)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu().mean(1, keepdim=True))
+
+
+@micro
+class UnitChannels(Wired):
+    """Every pixel divided by the norm and the spread of its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = conv(3, 8), conv(8, 8), conv(8, 6), Head(6)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.b(F.normalize(self.a(x), dim=1)).relu()
+        spread, mean = torch.var_mean(x, dim=1, keepdim=True)
+        return self.c((x - mean) * torch.rsqrt(spread + 1e-3))
+
+
+class CachedBiasAttention(nn.Module):
+    """Biases are looked up once and kept for evaluation; training mode forgets them (LeViT, TinyViT)."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, tokens: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.kept = heads, head_dim, {}
+        self.qkv, self.proj = nn.Linear(dim, 3 * heads * head_dim), nn.Linear(heads * head_dim, dim)
+        self.biases = nn.Parameter(torch.randn(heads, tokens))
+        grid = (torch.arange(tokens)[:, None] - torch.arange(tokens)[None]).abs()
+        self.register_buffer("grid", grid)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode:
+            self.kept = {}
+        return super().train(mode)
+
+    def bias(self) -> Tensor:
+        if self.training:
+            return self.biases[:, self.grid]
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.biases[:, self.grid]
+        return self.kept["bias"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).view(n, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-2, -1) * self.head_dim**-0.5 + self.bias()).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).reshape(n, t, self.heads * self.head_dim))
+
+
+class Tokens(nn.Module):
+    """Patches, an attention of the subclass, a classifier."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.patch, self.attn, self.out = nn.Conv2d(3, 12, 4, 4), attention, nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        return self.out((x + self.attn(x)).mean(1))
+
+
+@micro
+class CachedBias(Tokens):
+    def __init__(self) -> None:
+        super().__init__(CachedBiasAttention(12, 4, 3, 4))
+
+
+class OneHead(nn.Module):
+    """Attention with a single head, whose scale follows from its width."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.q, self.k, self.v = (nn.Linear(12, 8) for _ in range(3))
+        self.proj = nn.Linear(8, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = 4 * self.q(x), self.k(x), self.v(x)
+        if self.fused:
+            return self.proj(F.scaled_dot_product_attention(q, k, v))
+        return self.proj((q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1) @ v)
+
+
+@micro
+class FusedOneHead(Tokens):
+    """PyTorch's own product scales by the width: queries and keys must stay, which needs no trial."""
+
+    def __init__(self) -> None:
+        super().__init__(OneHead(fused=True))
+
+
+@micro
+class PlainOneHead(Tokens):
+    """The same by hand: a trial shows that queries and keys must stay, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__(OneHead(fused=False))
+
+
+class PartialAttention(nn.Module):
+    """A part of the channels goes through an attention; one number counts that part before and after it."""
+
+    def __init__(self, dim: int, part: int, narrow: int) -> None:
+        super().__init__()
+        self.dim, self.part, self.narrow, self.scale = dim, part, narrow, narrow**-0.5
+        self.qkv, self.proj = nn.Conv2d(part, 2 * narrow + part, 1), nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = torch.split(x, [self.part, self.dim - self.part], dim=1)
+        q, k, v = self.qkv(first).split([self.narrow, self.narrow, self.part], dim=1)
+        q, k, v = q.flatten(2), k.flatten(2), v.flatten(2)
+        weights = (q.transpose(1, 2) @ k * self.scale).softmax(-1)
+        mixed = (v @ weights.transpose(1, 2)).reshape_as(first)
+        return self.proj(torch.cat([mixed, second], 1))
+
+
+@micro
+class SharedNumber(Wired):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.part, self.b, self.head = conv(3, 12), PartialAttention(12, 5, 4), conv(12, 6), Head(6)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(x + self.part(x))
+
+
+@micro
+class SplitList(Wired):
+    """The sizes of a split in a list, in which two kinds of channels happen to be as wide (FocalNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim, self.sizes = 8, [8, 8, 3]
+        self.a, self.f, self.mix = conv(3, 6), conv(6, 19, 1), conv(8, 8, groups=8)
+        self.h, self.b, self.head = conv(8, 8, 1), conv(11, 6), Head(6)
+
+    def features(self, x: Tensor) -> Tensor:
+        q, context, gates = torch.split(self.f(self.a(x)), self.sizes, 1)
+        return self.b(torch.cat([q * self.h(self.mix(context).relu()), gates], 1))
+
+
+@micro
+class HeadsInBatch(Wired):
+    """Heads lie in the batch dimension, and all share one position embedding (BoTNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.width = 2, 6
+        self.a, self.qkv, self.position = conv(3, 8), conv(8, 36, 1), nn.Parameter(torch.randn(64, 6) / 2)
+        self.b, self.head = conv(12, 6), Head(6)
+
+    def features(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        q, k, v = self.qkv(self.a(x)).chunk(3, dim=1)
+        q, k, v = (t.reshape(n * self.heads, self.width, -1).transpose(1, 2) for t in (q, k, v))
+        weights = (q @ k.transpose(1, 2) + q @ self.position.t()) * 0.4
+        x = (weights.softmax(-1) @ v).transpose(1, 2)
+        return self.b(x.reshape(n, self.heads * self.width, 8, 8))
+
+
+@micro
+class SilentBranch(Wired):
+    """A gain of zero hides a branch that scales by its own width, which therefore must stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = conv(3, 8), conv(8, 8), conv(8, 8), Head(8)
+        self.gain = nn.Parameter(torch.zeros(()))
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        hidden = self.b(x)
+        return x + self.gain * self.c(hidden * hidden.shape[1] ** -0.5)
+
+
+@micro
+class FlatWeight(Wired):
+    """A weight that lies flat, mixed from two: too long to be channels, so the layer stays as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.experts = conv(3, 96), nn.Parameter(torch.randn(2, 80 * 96 * 9) / 30)
+        self.mix, self.b, self.head = nn.Linear(96, 2), conv(80, 6), Head(6)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        weight = self.mix(x.mean((0, 2, 3))).sigmoid() @ self.experts
+        return self.b(F.conv2d(x, weight.view(80, 96, 3, 3), padding=1).relu())

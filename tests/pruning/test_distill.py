@@ -30,6 +30,7 @@ from pruning.distill import (
     Distillation,
     DistillationObjective,
     DistillConfig,
+    _rehearse,
     distillation_loss,
     network_digest,
 )
@@ -226,6 +227,16 @@ def test_another_teacher_at_resume_is_refused(file: str) -> None:
     other = Distillation(objective(student.eval(), file), "")
     with pytest.raises(ConfigError, match="not the teacher that the resumed run began with"):
         other.load_state_dict(state)
+
+
+def test_a_full_device_is_not_blamed_on_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("no memory is left")
+
+    student, teacher = networks()
+    monkeypatch.setattr(AttributionMatcher, "loss", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        _rehearse(AttributionMatcher("swa", LAYERS), student, teacher, torch.randn(2, 3, 16, 16), "swa")
 
 
 def test_channels_are_rewritten_under_a_teacher(tmp_path: Path, file: str) -> None:

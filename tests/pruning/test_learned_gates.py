@@ -189,6 +189,7 @@ class TestWidths:
         ({"matching_weight": 0.0}, "would learn nothing"),
         ({"gate_task_weight": -1.0}, "--gate-task-weight"),
         ({"resource_weight": 0.0}, "--resource-weight"),
+        ({"resource_growth": 0.9}, "--resource-growth"),
         ({"iterative_pruning": True}, "--iterative-pruning has no effect without --pruning-method scores"),
         ({"one_shot_pruning": 0.5}, "--one-shot-pruning has no effect"),
         ({"pruning_criterion": "magnitude"}, "--pruning-criterion has no effect"),

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from pruning.original import OriginalExplanations
 
 SETTINGS: dict[str, Any] = {
     "pruning_method": "learned", "saliency_explanation": "gradcam", "budget": ["macs=0.6"], "gate_epochs": 6,
-    "gate_lr": 0.3, "gate_noise": "logistic", "gate_task_weight": 0.5,
+    "gate_lr": 0.3, "gate_noise": "logistic", "gate_task_weight": 0.5, "resource_growth": 1.2,
 }  # fmt: skip
 
 
@@ -273,6 +274,51 @@ def test_a_signal_saves_and_stops(
     assert_identical(whole[0], resumed(tmp_path, learned()))
 
 
+def test_rate_and_decay_on_resume_are_those_of_the_flags() -> None:
+    """As the main job's: a flag that is given anew has its effect."""
+    model = network().eval()
+    first = make_learner(model, gate_epochs=1)
+    with first:
+        list(first.learn())
+    again = make_learner(model, gate_lr=0.07, gate_weight_decay=0.5)
+    again.load_state_dict(first.state_dict())
+    (group,) = again.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.07, 0.5)
+    expected, got = (learner.optimizer.state_dict()["state"] for learner in (first, again))
+    assert len(got) == len(expected) > 0
+    for index, state in expected.items():
+        assert torch.equal(state["exp_avg"], got[index]["exp_avg"])
+
+
+@pytest.mark.parametrize(
+    ("done", "changed", "message"),
+    [
+        (False, {"gates": "hyper"}, "--gates hyper comes too late: .* with simple"),
+        (False, {"gate_lr": 0.1}, None),
+        (False, {"budget": ["macs=0.7"]}, None),
+        (True, {"gate_lr": 0.1}, "--gate-lr 0.1 comes too late: .* the network was rewritten with 0.3"),
+        (True, {"budget": ["macs=0.7"]}, "--budget macs=0.7 comes too late: .* with macs=0.6"),
+        (True, {"prune_limit": ["layer3.*=0.9"]}, "--prune-limit .* with none"),
+        (True, {}, None),
+    ],
+)
+def test_flags_that_come_too_late_are_refused(
+    done: bool, changed: dict[str, Any], message: str | None
+) -> None:
+    before, now = learned()._settings(), learned(**changed)
+    now.done = done
+    with nullcontext() if message is None else pytest.raises(ConfigError, match=message):
+        now._check_settings(before)
+    now._check_settings({})  # a checkpoint of an older version
+
+
+def test_a_run_whose_gates_are_learned_says_that_a_flag_is_too_late(
+    whole: tuple[Trainer, LearnedPruning],
+) -> None:
+    with pytest.raises(ConfigError, match=r"--gate-lr 0.1 comes too late"):
+        resumed(whole[0].checkpointer.path.parent, learned(gate_lr=0.1))
+
+
 def logits_and_widths(workspace: Path, **settings: Any) -> tuple[list[list[float]], dict[str, Any]]:
     """What two epochs of learning end with."""
     pruning = learned(gate_epochs=settings.pop("gate_epochs", 2), **settings)
@@ -298,13 +344,36 @@ def plain_gates(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[flo
         {"gates": "hyper"}, {"gate_groups": "all"}, {"gate_noise": "gumbel"}, {"gate_sampling": "hard"},
         {"gate_temperature": 1.0}, {"gate_base": 1.0}, {"gate_epochs": 3}, {"gate_lr": 0.05},
         {"gate_weight_decay": 0.5}, {"matching_weight": 100.0}, {"gate_task_weight": 2.0}, {"resource_weight": 0.2},
-        {"budget": ["macs=0.8"]}, {"round_to": 4}, {"min_width": 0.5}, {"prune_ignore": ["layer3.*"]},
+        {"resource_growth": 1.0}, {"budget": ["macs=0.8"]}, {"round_to": 4}, {"min_width": 0.5},
+        {"prune_ignore": ["layer3.*"]},
         {"prune_limit": ["layer3.*=0.9"]},
     ],
     ids=lambda changed: next(iter(changed)),
 )  # fmt: skip
 def test_every_flag_has_an_effect(tmp_path: Path, plain_gates: Any, changed: dict[str, Any]) -> None:
     assert logits_and_widths(tmp_path, **changed) != plain_gates
+
+
+def test_a_growing_price_takes_the_gates_to_the_budget_that_a_small_one_does_not_reach(
+    tmp_path: Path,
+) -> None:
+    shares = {}
+    for growth in (1.0, 2.0):
+        pruning = learned(
+            resource_weight=0.01,
+            resource_growth=growth,
+            matching_weight=100.0,
+            gate_task_weight=0.0,
+            gate_epochs=30,
+        )
+        workspace = tmp_path / str(growth)
+        trainer = build_trainer(workspace=workspace, callbacks=(pruning,), model=network(), epochs=1)
+        pruning._prepare(trainer)
+        pruning.originals.remember(trainer.state.model, pruning._batches())
+        pruning._learn(trainer)
+        assert pruning._learner is not None
+        shares[growth] = pruning._learner.read()["macs_share"]
+    assert shares[2.0] <= 0.6 < shares[1.0]
 
 
 @pytest.mark.parametrize(

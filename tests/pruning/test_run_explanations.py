@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pruning.callback import PruningCallback
 from pruning.config import PruningConfig
 from pruning.explanations import build_originals
 from pruning.learned.callback import LearnedPruning
+from pruning.original import OriginalExplanations
 
 SIZE = 16
 
@@ -113,6 +115,48 @@ def test_a_casm_of_something_else_is_refused(files: dict[str, str]) -> None:
         build_originals(config, network(), image_size=24, num_classes=10, fresh=True)
     resumed = build_originals(config, network(1), image_size=SIZE, num_classes=10, fresh=False)
     assert resumed is not None, "a run that goes on has other weights by now"
+
+
+@pytest.mark.parametrize("kind", ["selector", "casm", "gradcam"])
+def test_another_explanation_on_resume_is_refused(tmp_path: Path, files: dict[str, str], kind: str) -> None:
+    """A file may move; what it holds must stay."""
+
+    def built(**settings: Any) -> OriginalExplanations:
+        config = PruningConfig(pruning_method="learned", **settings)
+        originals = build_originals(config, network(), image_size=SIZE, num_classes=10, fresh=False)
+        assert originals is not None
+        return originals
+
+    moved = tmp_path / "moved.pth.tar"
+    if kind == "gradcam":
+        first, same, other = (
+            built(saliency_explanation=kind),
+            built(saliency_explanation=kind),
+            built(casm=files["casm"]),
+        )
+    else:
+        shutil.copy(files[kind], moved)
+        another = selector_file(tmp_path / "other.pth.tar", network(1))
+        if kind == "casm":
+            model = network()
+            torch.manual_seed(5)  # of the decoder
+            save_casm(Path(another), Casm.for_classifier(model, SIZE, 8))
+        first, same, other = (
+            built(**{kind: files[kind]}),
+            built(**{kind: str(moved)}),
+            built(**{kind: another}),
+        )
+    state = first.state_dict()
+    same.load_state_dict(state)
+    assert first.source is not None
+    assert other.source is not None
+    with pytest.raises(ConfigError, match="give the one that it was started with") as caught:
+        other.load_state_dict(state)
+    for source in (first.source, other.source):
+        assert source.name in str(caught.value)
+        assert source.digest[:12] in str(caught.value)
+    del state["source"]  # as a checkpoint of an older version
+    other.load_state_dict(state)
 
 
 def test_nothing_is_trained_before_it_is_refused(tmp_path: Path, files: dict[str, str]) -> None:

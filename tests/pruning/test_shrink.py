@@ -401,7 +401,10 @@ def test_the_verb_reports_gains(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([*words, "--json", str(tmp_path / "report.json")]) == 0
     out = capsys.readouterr().out
     assert f"{count} dead channels" in out
-    for what in ("MACs per image", "parameters", "bytes", "latency", "outputs differ by"):
+    whose = (
+        f"a selector or saliency mapping (CASM) that was trained for {tmp_path / 'masked.pth'} does not fit"
+    )
+    for what in ("MACs per image", "parameters", "bytes", "latency", "outputs differ by", whose):
         assert what in out
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["removed_channels"] == count

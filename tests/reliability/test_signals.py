@@ -113,6 +113,21 @@ def test_ctrl_c(shapes: str, tmp_path: Path, backend: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_start_up_stops_with_a_word(shapes: str, tmp_path: Path, ranks: int) -> None:
+    """There is no checkpoint yet, and none is needed."""
+    workspace = tmp_path / "run"
+    with Process(words(shapes, workspace, ranks=ranks), tmp_path / "screen") as process:
+        process.until((workspace / "config.yaml").is_file)  # written before the network is made
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.wait() == EXIT_SAVED
+    shown = process.out + process.err
+    assert "stopped by SIGTERM" in shown
+    assert "Traceback" not in shown
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_killed_rank_stops_the_job(shapes: str, tmp_path: Path) -> None:
     workspace = tmp_path / "run"
     with Process(words(shapes, workspace), tmp_path / "screen") as process:
@@ -123,6 +138,9 @@ def test_killed_rank_stops_the_job(shapes: str, tmp_path: Path) -> None:
         assert time.monotonic() - begin < 30
     assert "multiproc: rank 1 on" in process.err
     assert "was killed by signal 9 (SIGKILL" in process.err
+    assert process.err.splitlines()[-1].startswith("multiproc: rank 1 on")
+    assert "another rank ended" in process.out
+    assert "Traceback" not in process.out + process.err
     assert checkpoint(workspace)["iteration"] in (3, 6)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -47,6 +48,16 @@ def commands_in(text: str, start: str = "python") -> list[str]:
         if line.split(" ")[0] == start or " ".join(line.split(" ")[1:2]) == start:
             commands.append(line)
     return commands
+
+
+def other_lines(text: str) -> list[str]:
+    """Lines of a document's fenced shell blocks (`bash`, `console`) that `commands_in` leaves out, comments dropped."""
+    blocks = re.findall(r"^ *```(?:bash|console)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+    lines = [
+        line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()
+    ]
+    known = {" ".join(command.split()) for command in commands_in(text)}
+    return [line for line in lines if line and " ".join(line.split()) not in known]
 
 
 def shortened(command: str, replaced: Mapping[str, str], workspace: Path) -> list[str]:

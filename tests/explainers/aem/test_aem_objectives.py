@@ -259,3 +259,15 @@ def test_grid_of_masks_has_three_columns() -> None:
     assert grid.min() >= 0
     assert grid.max() <= 1
     torch.testing.assert_close(grid[:, 2:10, 12:20], masks[0].expand(3, 8, 8))
+
+
+def test_judging_can_be_cut_short(black_box: nn.Module) -> None:
+    figures = judge_masks(
+        SelectorMasks(make_selector(black_box).eval(), black_box),
+        create_model("resnet20", num_classes=5),
+        Batches(pictures(7, SIZE), 3),
+        precision=Precision(PrecisionConfig(), CPU),
+        distributed=ALONE,
+        max_batches=1,
+    )
+    assert figures["samples"] == 3

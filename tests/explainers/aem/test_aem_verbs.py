@@ -195,6 +195,16 @@ def test_a_pruned_network_can_be_explained(place: Place, tmp_path: Path) -> None
     assert predictor.layer2[0].conv1.out_channels == 11
 
 
+@pytest.mark.parametrize("verb", ["train-predictor", "train-selector"])
+def test_prof_shortens_judging_too(place: Place, verb: str) -> None:
+    words = ["--predictor", str(place.best("q"))] if verb == "train-selector" else []
+    assert place.train(verb, f"short-{verb}", "--epochs", "1", "--prof", "1", *words) == 0
+    report = place.folder / f"short-{verb}" / "experiment_raport.json"
+    logged = [entry["data"] for entry in read_report(report) if entry["type"] == "LOG"]
+    for split in ("held_out", "val"):  # 24 pictures each, 16 a batch
+        assert {data[f"{split}.samples"] for data in logged if f"{split}.samples" in data} == {16.0}
+
+
 def test_figures_of_a_selector(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--selector", str(place.best("g")), "--predictor", str(place.best("q"))]
     assert main(["evaluate-selector", DATA, *words, *COMMON, "--json", str(tmp_path / "f.json")]) == 0

@@ -1,0 +1,128 @@
+"""What networks keep beside their parameters: caches, buffers they size themselves, gains that start at zero."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from image_classification.models.structure import build_from_structure, capture_structure
+from pruning.gates import Gates
+from pruning.graph import trace_groups
+from pruning.surgery import prune_channels
+
+sys.path.insert(0, str(Path(__file__).parent))
+from micro_networks import REGISTRY, Head, Wired, conv
+
+
+def test_tracing_leaves_no_stale_cache_behind() -> None:
+    """In the middle of training, with no `train()` before the next evaluation."""
+    torch.manual_seed(0)
+    model, images = REGISTRY["CachedBias"]().train(), torch.randn(2, 3, 8, 8)
+    trace_groups(model, images)
+    assert model.training
+    with torch.no_grad():
+        model.get_parameter("attn.biases").add_(torch.randn(4, 4))
+        found = model.eval()(images)
+        expected = model.train().eval()(images)
+    assert torch.equal(found, expected)
+
+
+def test_rewriting_an_evaluated_network_drops_its_caches() -> None:
+    torch.manual_seed(0)
+    model, images = REGISTRY["CachedBias"]().eval(), torch.randn(2, 3, 8, 8)
+    average = REGISTRY["CachedBias"]().eval()
+    with torch.no_grad():
+        graph = trace_groups(model, images)
+        model(images), average(images)
+        heads = graph.group("attn.qkv")
+        assert heads.width == 4
+        prune_channels(model, graph, {heads: [0, 3]}, emas=[average])
+        for network in (model, average):
+            assert not network.training
+            assert torch.equal(network(images), network.train().eval()(images))
+
+
+def test_groups_do_not_depend_on_the_values_of_gains() -> None:
+    images = torch.randn(2, 3, 8, 8)
+    silent, loud = (REGISTRY["SilentBranch"]() for _ in range(2))
+    nn.init.ones_(loud.get_parameter("gain"))
+    assert trace_groups(silent, images).signature() == trace_groups(loud, images).signature()
+
+
+def test_reasons_name_the_cause() -> None:
+    images = torch.randn(2, 3, 8, 8)
+    fused, plain = (trace_groups(REGISTRY[name](), images) for name in ("FusedOneHead", "PlainOneHead"))
+    assert "scales by their number" in fused.frozen["attn.q"]
+    assert "computes something else on fewer channels" in plain.frozen["attn.q"]
+
+
+def test_gates_reach_channels_that_only_a_mean_reads() -> None:
+    torch.manual_seed(0)
+    model, images = REGISTRY["MeanOnly"]().eval(), torch.randn(2, 3, 8, 8)
+    graph = trace_groups(model, images)
+    with Gates(model, graph) as gates:
+        gates.values.requires_grad_(True)
+        model(images).square().sum().backward()
+        assert gates.values.grad is not None
+        assert (gates.values.grad[graph.group("a").units] != 0).all()
+
+
+class GrownBuffer(Wired):
+    """A table that no state dict keeps and that is made at the size of the first picture (ConViT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = conv(3, 8), conv(8, 6), Head(6)
+        self.register_buffer("ramp", torch.zeros(1, 1), persistent=False)
+
+    def features(self, x: Tensor) -> Tensor:
+        if self.ramp.shape != x.shape[-2:]:
+            self.ramp = torch.linspace(0, 1, x.shape[-1]).expand(x.shape[-2], -1).clone()
+        return self.b(self.a(x) * self.ramp)
+
+
+def test_buffers_that_grew_while_running_are_no_structure() -> None:
+    model, images = GrownBuffer().eval(), torch.randn(2, 3, 8, 8)
+    graph = trace_groups(model, images)
+    prune_channels(model, graph, {"a": range(4)})
+    structure = capture_structure(model, factory=GrownBuffer)
+    assert structure.shapes["ramp"] == [1, 1]
+    loaded = build_from_structure(structure, factory=GrownBuffer).eval()
+    loaded.load_state_dict(model.state_dict())
+    assert torch.equal(loaded(images), model(images))
+
+
+class ByList(nn.Module):
+    """A split by a list that a module holds."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.split(self.sizes, dim=1)
+
+
+@pytest.mark.parametrize("sizes", [[6, 6, 4], [6, 4, 6]])
+def test_each_entry_of_a_split_list_follows_its_own_part(sizes: list[int]) -> None:
+    class Three(Wired):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.parts, self.head = conv(3, 16), ByList(list(sizes)), Head(6)
+            self.convs = nn.ModuleList(conv(size, 6) for size in sizes)
+
+        def features(self, x: Tensor) -> Tensor:
+            return sum(layer(part) for layer, part in zip(self.convs, self.parts(self.a(x)), strict=True))
+
+    torch.manual_seed(0)
+    model, images = Three().eval(), torch.randn(2, 3, 8, 8)
+    graph = trace_groups(model, images)
+    parts = [group for group in graph.prunable if group.name.startswith("a")]
+    assert [group.width for group in parts] == sizes
+    prune_channels(model, graph, {group: range(count) for group, count in zip(parts, (5, 2, 3), strict=True)})
+    assert model.parts.sizes == [5, 2, 3]
+    assert model(images).shape == (2, 5)

@@ -1,0 +1,76 @@
+"""Signals outside of training: the job ends at once, with a word, and training takes them over."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from image_classification.distributed import EXIT_SAVED, Distributed, DistributedConfig
+from image_classification.interrupts import StoppedAtOnce, StopSignals, stopping_at_once
+from image_classification.job import run_job
+
+CONFIGS = {"distributed": DistributedConfig(device="cpu")}
+
+
+def receiving(number: signal.Signals) -> Callable[..., None]:
+    """A job that receives a signal."""
+
+    def body(configs: Any, distributed: Distributed) -> None:
+        signal.raise_signal(number)
+
+    return body
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, EXIT_SAVED), (signal.SIGUSR1, EXIT_SAVED), (signal.SIGINT, 130)]
+)
+def test_start_up_ends_with_a_word_and_the_codes_of_training(
+    number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(number)
+    assert run_job(CONFIGS, receiving(number)) == code
+    assert signal.getsignal(number) == before
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"stopped by {number.name} outside of training: nothing is lost, no checkpoint was needed"
+    )
+    assert "Traceback" not in said
+
+
+def test_training_takes_the_signals_over_and_gives_them_back() -> None:
+    with stopping_at_once():
+        with StopSignals(Distributed()) as stop:
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.received == "SIGTERM"
+            with pytest.raises(KeyboardInterrupt) as caught:
+                signal.raise_signal(signal.SIGINT)
+            assert caught.type is KeyboardInterrupt
+        with pytest.raises(StoppedAtOnce):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_ctrl_c_that_is_switched_off_stays_off() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stopping_at_once(), StopSignals(Distributed()):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_worker_ends_as_if_there_were_no_handler() -> None:
+    with stopping_at_once():
+        child = os.fork()
+        if not child:
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                os._exit(3)
+        _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGTERM
