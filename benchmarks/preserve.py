@@ -197,6 +197,7 @@ def main() -> None:
     parser.add_argument("--teacher-lr", type=float, default=0.4)
     parser.add_argument(
         "--pretrained-weights",
+        type=Path,
         default=None,
         help="the teacher starts from these, as from ImageNet's in the paper",
     )
@@ -213,7 +214,7 @@ def main() -> None:
     teacher_flags = ["--epochs", str(arguments.teacher_epochs), "--warmup", "1"]
     teacher_flags += ["--lr", str(arguments.teacher_lr)]
     if arguments.pretrained_weights is not None:
-        teacher_flags += ["--pretrained-weights", arguments.pretrained_weights]
+        teacher_flags += ["--pretrained-weights", str(arguments.pretrained_weights)]
     teacher = cell(setting, "teacher", teacher_flags)
     cells: list[dict[str, Any]] = [
         {"compression": "teacher", "matching": "–", "seed": 0, **teacher},
@@ -232,7 +233,10 @@ def main() -> None:
         cells.append({"compression": compression, "matching": matching, "seed": seed, **found})
         print(f"seed {seed} {compression} {matching}: {found}", flush=True)
         report = {
-            "settings": {k: str(v) for k, v in vars(arguments).items() if k not in ("output", "workdir")},
+            "settings": {
+                k: v.name if isinstance(v, Path) else str(v)
+                for k, v in vars(arguments).items() if k not in ("output", "workdir")
+            },
             "rows": summarised(cells), "cells": cells, "environment": describe_environment(torch.device("cpu")),
         }  # fmt: skip
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

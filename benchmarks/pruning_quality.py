@@ -150,7 +150,9 @@ def main() -> None:
         if arguments.output is not None:
             report = {
                 "settings": {
-                    k: str(v) for k, v in vars(arguments).items() if k not in ("output", "work_dir")
+                    k: v.name if isinstance(v, Path) else str(v)
+                    for k, v in vars(arguments).items()
+                    if k not in ("output", "work_dir")
                 },
                 "summary": summary,
                 "seeds": seeds,
