@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,14 @@ from image_classification.interrupts import StoppedAtOnce, StopSignals, stopping
 from image_classification.job import run_job
 
 CONFIGS = {"distributed": DistributedConfig(device="cpu")}
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_on() -> Iterator[None]:
+    """Where the tests themselves run in a shell's background it is off, and all that follows inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def receiving(number: signal.Signals) -> Callable[..., None]:
