@@ -174,22 +174,29 @@ def _ungated(labeller: Labeller, coupling: Coupling, places: list[Place]) -> np.
 
     Statistics over channels count where no layer reads the channels as well.
     """
-    covered: dict[str, list[np.ndarray]] = {}
+    count = int(coupling.unit_of_atom.max(initial=-1)) + 1
+
+    def members(units: np.ndarray) -> np.ndarray:
+        mask = np.zeros(count + 1, dtype=bool)
+        mask[units.reshape(-1)] = True  # -1, no unit, is the last
+        return mask
+
+    nothing = np.zeros(count + 1, dtype=bool)
+    covered: dict[str, np.ndarray] = {}
     for place in places:
         if place.kind == "input" and place.consumer:
-            covered.setdefault(place.module, []).append(place.units)
-    found = [np.zeros(0, dtype=np.int64)]
+            covered[place.module] = covered.get(place.module, nothing) | members(place.units)
+    found, read = nothing.copy(), nothing.copy()
+    for seen in covered.values():
+        read |= seen
     for trace, module, atoms in labeller.consumptions:
         if trace == 0:
-            units = np.unique(as_units(coupling.unit_of_atom, atoms))
-            seen = np.concatenate(covered.get(module, [np.zeros(0, dtype=np.int64)]))
-            found.append(np.setdiff1d(units[units >= 0], seen))
-    read = np.unique(np.concatenate([*found, *(units for several in covered.values() for units in several)]))
+            found |= members(as_units(coupling.unit_of_atom, atoms)) & ~covered.get(module, nothing)
+    read |= found
     for use in labeller.statistics:
         if use.trace == 0:
-            units = np.unique(as_units(coupling.unit_of_atom, use.slot))
-            found.append(np.setdiff1d(units[units >= 0], read))
-    return np.unique(np.concatenate(found))
+            found |= members(as_units(coupling.unit_of_atom, use.slot)) & ~read
+    return np.flatnonzero(found[:-1])
 
 
 def _annotate(model: nn.Module, graph: ChannelGraph) -> None:

@@ -8,6 +8,7 @@ coupled in another way, or frozen with the reason. So a few forward passes try e
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -150,7 +151,7 @@ def _build(
 def loosened(model: nn.Module, traces: list[Trace], constraints: Constraints) -> Policy:
     """Other couplings for operators that tie or freeze their channels, where that frees some.
 
-    They are tried everywhere at once, then for one class of modules after the other, then one by one.
+    Those of a class of modules are tried together, since what is right in one is right in all.
     """
 
     def built(policy: Policy) -> tuple[Labeller, ChannelGraph]:
@@ -160,15 +161,7 @@ def loosened(model: nn.Module, traces: list[Trace], constraints: Constraints) ->
     policy: Policy = {}
     labeller, graph = built(policy)
     best = _freedom(graph)
-    stuck = _choices_of_the_stuck(labeller, graph)
-    classes: dict[type, Policy] = {}
-    for key, choice in stuck.items():
-        flips = classes.setdefault(type(model.get_submodule(choice.module)), {})
-        flips[key] = _FLIPPED[choice.chosen]
-    single: list[Policy] = [{key: _FLIPPED[choice.chosen]} for key, choice in stuck.items()]
-    together: Policy = {key: other for flips in classes.values() for key, other in flips.items()}
-    attempts = [together, *(classes.values() if len(classes) > 1 else ()), *single[:_MOST_ATTEMPTS]]
-    for attempt in attempts:
+    for attempt in _attempts(model, _choices_of_the_stuck(labeller, graph)):
         candidate = {**policy, **attempt}
         if candidate == policy:
             continue
@@ -178,6 +171,23 @@ def loosened(model: nn.Module, traces: list[Trace], constraints: Constraints) ->
             if not _choices_of_the_stuck(labeller, graph):
                 break
     return policy
+
+
+def _attempts(model: nn.Module, stuck: dict[str, Choice]) -> list[Policy]:
+    """Choices to flip: all; those of each class of modules; the first, second, … of each class."""
+    together: Policy = {}
+    by_class: dict[type, Policy] = {}
+    by_place: dict[tuple[type, int], Policy] = {}
+    seen: Counter[str] = Counter()
+    for key, choice in stuck.items():
+        kind, place = type(model.get_submodule(choice.module)), seen[choice.module]
+        seen[choice.module] += 1
+        for flips in (together, by_class.setdefault(kind, {}), by_place.setdefault((kind, place), {})):
+            flips[key] = _FLIPPED[choice.chosen]
+    found: list[Policy] = []
+    for flips in (together, *by_class.values(), *by_place.values()):
+        found += [flips] if flips and flips not in found else []
+    return found[:_MOST_ATTEMPTS]
 
 
 def _choices_of_the_stuck(labeller: Labeller, graph: ChannelGraph) -> dict[str, Choice]:
