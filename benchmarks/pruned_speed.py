@@ -238,8 +238,9 @@ def main() -> None:
         "torch": torch.__version__,
     }
     settings = {
-        key: str(value) if isinstance(value, (Path, torch.device)) else value
+        key: str(value) if isinstance(value, torch.device) else value
         for key, value in vars(args).items()
+        if key != "output"
     }
     output = args.output or RESULTS / f"pruned_speed_{args.arch}_{args.device.type}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
