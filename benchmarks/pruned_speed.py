@@ -1,7 +1,7 @@
 """Is a pruned network really faster? ResNet-50 at half its MACs, channel counts free and rounded.
 
     OMP_NUM_THREADS=2 python benchmarks/pruned_speed.py [--batch-sizes 1 64] [--repeats 15] [--device cuda]
-                                                        [--channels-last] [--dtype bfloat16] [--fuse] [--predict]
+                        [--runtime eager|compile|onnxruntime] [--channels-last] [--dtype bfloat16] [--fuse] [--predict]
 
 Every group keeps the same share of its channels, those with the largest L1 norm; the share is the largest that
 leaves at most half of the MACs at widths that `--round-to` allows. All networks are timed in turn within each
@@ -12,6 +12,12 @@ round (evaluation mode, no gradients, seconds of whole batches), medians count. 
 with the smallest and largest of the rounds' own ratios as its range. On a slow CPU `--batch-sizes 1 8` may stand
 for 1 and 64; the JSON says what was run. `--fuse` merges batch norms into their convolutions first, in all networks
 alike, as exporters for inference do. `--predict` puts the latency table's prediction beside the measurement.
+
+`--runtime` says what runs the network: PyTorch operator by operator, `torch.compile` with frozen weights, or the ONNX
+file of `pruning export` in ONNX Runtime. The last two merge what works element by element into the convolutions.
+
+On a CPU, glibc gives the memory of large maps back after every operator, and the kernel clears it again at the next:
+half of the time at batch 64. `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000` before the command stops that.
 """
 
 from __future__ import annotations
@@ -20,9 +26,12 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
 import platform
 import statistics
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +45,8 @@ from explainers.canonize import fuse_batch_norms
 from image_classification.models import create_model
 from pruning.channel_graph import ChannelGraph, Constraints
 from pruning.cost import CostModel, LatencySettings
-from pruning.costs.timing import Stopwatch, inference
+from pruning.costs.timing import Call, Stopwatch, inference
+from pruning.export import export_network
 from pruning.graph import trace_groups
 from pruning.surgery import prune_channels
 
@@ -100,7 +110,7 @@ def make_variants(args: argparse.Namespace, images: Tensor) -> list[Variant]:
     dense = create_model(args.arch).to(args.device)
     if args.channels_last:
         dense = dense.to(memory_format=torch.channels_last)
-    variants = []
+    variants: list[Variant] = []
     for round_to in args.round_to:
         model = copy.deepcopy(dense)
         graph = trace_groups(model, images[:1].float(), constraints=Constraints(round_to=round_to))
@@ -136,17 +146,49 @@ def predictions(
     return found
 
 
-def measure(variants: list[Variant], images: Tensor, repeats: int, device: torch.device) -> list[list[float]]:
+def eager(model: nn.Module, images: Tensor) -> Call:
+    """The network as PyTorch runs it, operator by operator."""
+    return lambda: model(images)
+
+
+def compiled(model: nn.Module, images: Tensor) -> Call:
+    """Compiled for this shape, with its weights as constants: batch norms merged, weights packed for the device."""
+    run = torch.compile(model, dynamic=False, options={"freezing": True})
+    return lambda: run(images)
+
+
+def in_onnxruntime(model: nn.Module, images: Tensor) -> Call:
+    """The file that `pruning export --format onnx` writes, in ONNX Runtime on as many threads as PyTorch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "network.onnx"
+        export_network(model, file, "onnx", torch.randn(3, *images.shape[1:]))
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    pictures = images.numpy()
+    return lambda: session.run(["logits"], {"images": pictures})
+
+
+RUNTIMES: dict[str, Callable[[nn.Module, Tensor], Call]] = {
+    "eager": eager,
+    "compile": compiled,
+    "onnxruntime": in_onnxruntime,
+}
+
+
+def measure(variants: list[Variant], images: Tensor, repeats: int, runtime: str) -> list[list[float]]:
     """Seconds per batch of every variant in every round, taking turns."""
-    stopwatch = Stopwatch(device)
+    stopwatch = Stopwatch(images.device)
     models = [variant.model for variant in variants]
+    torch.compiler.reset()  # else the compiler's limit of versions counts those of other batch sizes
     with inference(*models):
+        calls = [RUNTIMES[runtime](model, images) for model in models]
         for _ in range(2):
-            for model in models:
-                model(images)
-        rounds = [
-            [stopwatch.read(lambda model=model: model(images)) for model in models] for _ in range(repeats)
-        ]
+            for call in calls:
+                call()
+        rounds = [[stopwatch.read(call) for call in calls] for _ in range(repeats)]
     return [list(column) for column in zip(*rounds, strict=True)]
 
 
@@ -202,6 +244,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--round-to", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--runtime", default="eager", choices=tuple(RUNTIMES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--channels-last", action="store_true")
@@ -212,6 +255,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=None)
     args = parser.parse_args()
     args.device = torch.device(args.device)
+    if args.runtime == "onnxruntime" and (args.device.type != "cpu" or args.dtype != "float32"):
+        parser.error("--runtime onnxruntime measures float32 on a CPU")
     return args
 
 
@@ -226,7 +271,7 @@ def main() -> None:
     variants = make_variants(args, images)
     rows = []
     for batch_size in args.batch_sizes:
-        seconds = measure(variants, images[:batch_size], args.repeats, args.device)
+        seconds = measure(variants, images[:batch_size], args.repeats, args.runtime)
         rows += rows_of(variants, seconds, batch_size)
     print_rows(rows)
     cuda = args.device.type == "cuda"
@@ -236,13 +281,14 @@ def main() -> None:
         else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "allocator": {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")},
     }
     settings = {
         key: str(value) if isinstance(value, torch.device) else value
         for key, value in vars(args).items()
         if key != "output"
     }
-    output = args.output or RESULTS / f"pruned_speed_{args.arch}_{args.device.type}.json"
+    output = args.output or RESULTS / f"pruned_speed_{args.arch}_{args.device.type}_{args.runtime}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(
         json.dumps({"where": where, "settings": settings, "target": TARGET, "rows": rows}, indent=1) + "\n"

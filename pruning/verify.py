@@ -38,13 +38,23 @@ _BLOCKWISE = frozenset({"blocks", "positions", "heads"})
 
 @dataclasses.dataclass
 class Verdict:
-    """Slices of a tensor that must stay, found by trial (or assumed, as in a module of the same kind)."""
+    """Slices of a tensor that must stay, found by trial (or assumed, as in a module of the same kind).
+
+    Attributes:
+        positions: Which ones, among `extent`. In a tensor of another extent, as a module of the same kind may have,
+            they mean nothing: all of its slices must stay.
+    """
 
     tensor: str
     dim: int
     positions: np.ndarray
+    extent: int
     reason: str
     assumed: bool
+
+    def of(self, atoms: np.ndarray) -> np.ndarray:
+        """Those of a tensor's atoms, (extent,), that must stay."""
+        return atoms[self.positions] if len(atoms) == self.extent else atoms
 
 
 @dataclasses.dataclass
@@ -136,7 +146,7 @@ def _build(
     for verdict in state.verdicts:
         atoms = labeller.parameter_atoms.get((verdict.tensor, verdict.dim))
         if atoms is not None:
-            labeller.table.freeze(atoms[verdict.positions], verdict.reason)
+            labeller.table.freeze(verdict.of(atoms), verdict.reason)
     tie_widths(model, labeller, state.tied)
     graph = build_graph(model, traces, constraints, labeller)
     if state.use_attributes:
@@ -344,7 +354,8 @@ def _freeze(
         member = graph.members(group)[0]
         positions = np.flatnonzero(member.positions >= 0)
         reason = f"cannot be cut: {message}"
-        state.verdicts.append(Verdict(member.tensor, member.dim, positions, reason, module != failed))
+        extent = len(member.positions)
+        state.verdicts.append(Verdict(member.tensor, member.dim, positions, extent, reason, module != failed))
 
 
 def _freeze_culprit(case: _Case, state: _State, graph: ChannelGraph, failed: str) -> bool:
@@ -365,7 +376,8 @@ def _freeze_culprit(case: _Case, state: _State, graph: ChannelGraph, failed: str
         reason = f"cannot be cut: {failure.message}"
         for like in sorted(likes):
             name = member.tensor if like == owner else like + suffix
-            state.verdicts.append(Verdict(name, member.dim, positions, reason, like != owner))
+            extent = len(member.positions)
+            state.verdicts.append(Verdict(name, member.dim, positions, extent, reason, like != owner))
         return True
     return False
 

@@ -126,3 +126,34 @@ def test_each_entry_of_a_split_list_follows_its_own_part(sizes: list[int]) -> No
     prune_channels(model, graph, {group: range(count) for group, count in zip(parts, (5, 2, 3), strict=True)})
     assert model.parts.sizes == [5, 2, 3]
     assert model(images).shape == (2, 5)
+
+
+class Sized(nn.Module):
+    """Scales by a number that depends on the channels: on fewer it computes something else, without an error."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = conv(8, channels), nn.BatchNorm2d(channels), conv(channels, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        return self.down(self.norm(y * y.shape[1] ** -0.5))
+
+
+@pytest.mark.parametrize("widths", [(12, 6), (6, 12)])
+def test_what_fails_in_one_module_is_frozen_in_those_of_another_width(widths: tuple[int, int]) -> None:
+    class Both(Wired):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.one, self.other = conv(3, 8), Sized(widths[0]), Sized(widths[1])
+            self.head = Head(8)
+
+        def features(self, x: Tensor) -> Tensor:
+            return self.other(self.one(self.a(x)))
+
+    torch.manual_seed(0)
+    graph = trace_groups(Both().eval(), torch.randn(2, 3, 8, 8))
+    frozen = {group.name: group.reason for group in graph.groups if not group.prunable}
+    assert set(frozen) == {"one.up", "other.up", "head.fc"}
+    assert "computes something else on fewer channels" in frozen["one.up"] + frozen["other.up"]
+    assert {group.name for group in graph.prunable} == {"a", "one.down", "other.down"}
