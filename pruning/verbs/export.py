@@ -6,11 +6,15 @@ import argparse
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from image_classification.config import check
 from image_classification.models import model_for_weights
 from pruning.export import FORMATS, SUFFIXES, TOLERANCE, export_network
 from pruning.verbs.pictures import first_images, noise_images, open_validation, size_of
+
+_ONNX_BLOCK = 8
+"""Channels of a block in the layout that ONNX Runtime computes convolutions in fast, on a CPU."""
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -56,8 +60,19 @@ def run(arguments: argparse.Namespace) -> int:
     size = "×".join(map(str, images.shape[1:]))
     print(f"wrote {path} ({path.stat().st_size / 2**20:.2f} MiB): any number of pictures {size}, normalised")
     print(f"largest difference of a logit on {exported.num_images} {what}: {exported.difference:.1e}")
+    if arguments.format == "onnx" and (uneven := _num_uneven(model)):
+        print(
+            f"note: the width of {uneven} convolutions is no multiple of {_ONNX_BLOCK}, and ONNX Runtime is slow in "
+            f"them on a CPU. Prune with --round-to {_ONNX_BLOCK} for it"
+        )
     print(f"\nload it with:\n\n{exported.loader}")
     return 0
+
+
+def _num_uneven(model: nn.Module) -> int:
+    """Convolutions whose output is no whole number of blocks."""
+    widths = [layer.out_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    return sum(width % _ONNX_BLOCK != 0 for width in widths)
 
 
 def _default(checkpoint: Path, suffix: str) -> Path:

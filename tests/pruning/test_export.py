@@ -14,7 +14,7 @@ from torch import nn
 from image_classification.config import ConfigError
 from image_classification.models import create_model
 from pruning import export as module
-from pruning import prune
+from pruning import Constraints, prune
 from pruning.__main__ import main
 from pruning.export import TOLERANCE, ExportError, export_network
 from pruning.rehearsal import condition
@@ -133,6 +133,20 @@ def test_a_saved_network_exports_the_same(small: tuple[nn.Module, torch.Tensor],
     words = ["export", str(tmp_path / "network.pth.tar"), "--format", "torch-export", "--num-pictures", "4"]
     assert main(words) == 0
     assert (tmp_path / "network.pt2").is_file()
+
+
+@pytest.mark.parametrize("round_to", [1, 8])
+def test_widths_that_onnxruntime_is_slow_with_are_named(
+    round_to: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = create_model("resnet20", num_classes=7)
+    prune(model, torch.randn(2, 3, 32, 32), budget=0.5, constraints=Constraints(round_to=round_to))
+    save_pruned(tmp_path / "network.pth.tar", model)
+    assert main(["export", str(tmp_path / "network.pth.tar"), "--num-pictures", "4"]) == 0
+    noted = "no multiple of 8" in capsys.readouterr().out
+    assert noted == (round_to == 1)
 
 
 def test_logits_that_are_no_numbers_agree_with_nothing(
