@@ -106,9 +106,7 @@ def image_size_of(library: str, name: str) -> int:
         import timm
 
         config = timm.get_pretrained_cfg(name)
-        if config is not None and config.fixed_input_size:
-            return int(config.input_size[-1])
-        if config is not None and name.startswith(("bat_", "halonet", "botnet")):
+        if config is not None and (config.fixed_input_size or config.min_input_size):
             return int(config.input_size[-1])
     return 299 if name == "inception_v3" else 224  # its auxiliary head needs it
 
