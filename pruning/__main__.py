@@ -29,7 +29,7 @@ from image_classification.data.layouts import open_dataset
 from image_classification.models import create_model, identity_of, model_for_weights
 from image_classification.verbs import Verb, run_verb
 from pruning.channel_graph import ChannelGraph, Constraints
-from pruning.config import PruningConfig, make_criterion
+from pruning.config import PruningConfig, make_criterion, parse_limits
 from pruning.criteria import FEATURE_CHOICES, Combined, criterion_class, criterion_names
 from pruning.explanations import build_originals
 from pruning.graph import trace_groups
@@ -66,6 +66,9 @@ def _declare_groups(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prune-ignore", action="append", default=[], metavar="PATTERN", help="as in training"
     )
+    parser.add_argument(
+        "--prune-limit", action="append", default=[], metavar="PATTERN=LEAST", help="as in training"
+    )
     parser.add_argument("--members", action="store_true", help="list the tensors of every group too")
     parser.add_argument(
         "--json", type=Path, default=None, metavar="FILE", help="write everything there as well"
@@ -75,7 +78,12 @@ def _declare_groups(parser: argparse.ArgumentParser) -> None:
 def _run_groups(arguments: argparse.Namespace) -> int:
     model = _network(arguments.arch, arguments.checkpoint, arguments.num_classes, arguments.image_size)
     size = size_of(model, arguments.image_size)
-    constraints = Constraints(arguments.round_to, arguments.min_width, tuple(arguments.prune_ignore))
+    constraints = Constraints(
+        arguments.round_to,
+        arguments.min_width,
+        tuple(arguments.prune_ignore),
+        parse_limits(arguments.prune_limit),
+    )
     graph = trace_groups(model, example_images(size), constraints=constraints)
     rows = [_group_row(graph, index) for index in range(len(graph.groups))]
     _print_groups(arguments.arch, graph, rows, arguments.members)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter
 from typing import Any
 
@@ -54,6 +53,7 @@ def build_graph(
     axes = _axes(model, labeller, coupling, names)
     attributes = _group_counts(model, labeller, coupling)
     places = _places(traces, labeller, coupling)
+    attributes += _bare_norms(model, places)
     batch = traces[0].tensors[traces[0].inputs[0]].shape[0] if traces[0].inputs else 1
     layers = [as_layer(coupling.unit_of_atom, use, batch) for use in labeller.layers]
     _mark_training_only(layers, labeller)
@@ -64,7 +64,7 @@ def build_graph(
         {key: choice.chosen for key, choice in labeller.choices.items()}, _ungated(labeller, coupling, places),
     )  # fmt: skip
     _annotate(model, graph)
-    _apply_ignored(graph)
+    _apply_names(graph)
     return graph
 
 
@@ -98,6 +98,21 @@ def _group_counts(model: nn.Module, labeller: Labeller, coupling: Coupling) -> l
         units = as_units(coupling.unit_of_atom, atoms)
         if getattr(modules[module], attribute, None) == units.size and (units >= 0).any():
             found.setdefault((module, attribute), AttributeAxis(module, attribute, None, units))
+    return list(found.values())
+
+
+def _bare_norms(model: nn.Module, places: list[Place]) -> list[AttributeAxis]:
+    """`num_features` of normalisations without tensors, which tensors cannot tell."""
+    modules = dict(model.named_modules())
+    found: dict[str, AttributeAxis] = {}
+    for place in places:
+        module = modules[place.module]
+        bare = isinstance(module, nn.modules.batchnorm._NormBase) and not [
+            *module.parameters(),
+            *module.buffers(),
+        ]
+        if bare and place.kind == "output" and module.num_features == place.units.size:
+            found.setdefault(place.module, AttributeAxis(place.module, "num_features", None, place.units))
     return list(found.values())
 
 
@@ -222,14 +237,13 @@ def _annotate(model: nn.Module, graph: ChannelGraph) -> None:
             group.reason = "all its channels are tied together: they can only go at once"
 
 
-def _apply_ignored(graph: ChannelGraph) -> None:
+def _apply_names(graph: ChannelGraph) -> None:
+    """Freeze what is to be ignored, and make sure that every pattern names something."""
     for pattern in graph.constraints.ignored:
-        hit = False
-        for group in graph.groups:
-            own = [member for member in graph.members(group) if member.role != "in"]
-            owners = {alias.rpartition(".")[0] for member in own for alias in member.aliases}
-            if any(fnmatch.fnmatch(owner, pattern) for owner in owners):
-                graph.freeze([group], f"ignored, as asked for ({pattern})")
-                hit = True
-        if not hit:
+        groups = graph.matching(pattern)
+        if not groups:
             raise ValueError(f"--prune-ignore {pattern}: no prunable layer has such a name")
+        graph.freeze(groups, f"ignored, as asked for ({pattern})")
+    for pattern, least in graph.constraints.limits.items():
+        if not graph.matching(pattern):
+            raise ValueError(f"--prune-limit {pattern}={least:g}: no prunable layer has such a name")

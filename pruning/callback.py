@@ -76,6 +76,7 @@ class PruningCallback(Callback):
             2, 3, self.image_size, self.image_size, generator=torch.Generator().manual_seed(0)
         )
         example = example.to(device=device, memory_format=trainer.precision.memory_format)
+        loss = multi_label_sample_losses if self.multi_label else sample_losses
         return Pruner(
             state.model,
             example,
@@ -86,6 +87,7 @@ class PruningCallback(Callback):
                 config.di_precision,
                 originals,
                 config,
+                loss,
             ),
             budget=None if config.prune_rate else Budget.parse(config.budget_words()),
             optimizer=state.optimizer,
@@ -95,7 +97,7 @@ class PruningCallback(Callback):
             start=config.pruning_start,
             search=config.search(),
             constraints=config.constraints(),
-            loss=multi_label_sample_losses if self.multi_label else sample_losses,
+            loss=loss,
             distributed=trainer.distributed,
             autocast=trainer.precision.autocast,
             max_batches=config.calibration_batches,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,7 +40,8 @@ class Constraints:
             with may stay as it is.
         min_width: Units that every group keeps: a count, or a share if below 1.
         ignored: Name patterns (`layer4.*`) of modules whose own channels stay (what they read may shrink).
-        limits: Name pattern to the units (count or share) that matching groups keep at least.
+        limits: Name pattern of groups or modules (as `ignored`) to the units, count or share, that their groups
+            keep at least.
     """
 
     round_to: int = 1
@@ -50,7 +53,7 @@ class Constraints:
         if self.round_to < 1:
             raise ValueError(f"--round-to {self.round_to}: give a whole number ≥ 1")
         for name, value in {"min_width": self.min_width, **self.limits}.items():
-            if value <= 0 or (value > 1 and value != int(value)):
+            if not 0 < value < math.inf or (value > 1 and value != int(value)):
                 raise ValueError(f"width limit {name}={value}: give a share in (0, 1) or a whole number ≥ 1")
 
 
@@ -188,12 +191,28 @@ class ChannelGraph:
     def min_width_of(self, group: GroupKey) -> int:
         """Units that must stay, all constraints taken together."""
         group = self.group(group)
-        demands = [self.constraints.min_width]
-        demands += [
-            d for pattern, d in self.constraints.limits.items() if fnmatch.fnmatch(group.name, pattern)
-        ]
+        demands = [self.constraints.min_width, *self._limits_of.get(group.index, ())]
         counts = [int(np.ceil(d * group.original_width)) if d < 1 else int(d) for d in demands]
         return min(group.width, max(1, *counts)) if group.prunable else group.width
+
+    def matching(self, pattern: str) -> list[Group]:
+        """Groups that a pattern names: by their own name, or by a module whose channels they are."""
+        found = []
+        for group in self.groups:
+            own = [member for member in self.members(group) if member.role != "in"]
+            names = {group.name} | {alias.rpartition(".")[0] for member in own for alias in member.aliases}
+            if any(fnmatch.fnmatch(name, pattern) for name in names):
+                found.append(group)
+        return found
+
+    @functools.cached_property
+    def _limits_of(self) -> dict[int, list[float]]:
+        """Group index → what `limits` demand; no rewrite changes that."""
+        found: dict[int, list[float]] = {}
+        for pattern, least in self.constraints.limits.items():
+            for group in self.matching(pattern):
+                found.setdefault(group.index, []).append(least)
+        return found
 
     def allowed_widths(self, group: GroupKey) -> list[int]:
         """All widths that the constraints allow, the present one included, ascending."""
@@ -219,7 +238,7 @@ class ChannelGraph:
         mask = np.ones(self.num_units, dtype=bool)
         for key, positions in keep.items():
             group = self.group(key)
-            kept = _as_indices(positions)
+            kept = _as_indices(positions, group)
             self._check_choice(group, kept)
             mask[group.units] = False
             mask[group.units[kept]] = True
@@ -358,10 +377,14 @@ def _arrays(value: Any) -> Any:
     return tuple(_arrays(item) for item in value) if isinstance(value, list) else value
 
 
-def _as_indices(positions: Sequence[int] | Tensor | np.ndarray) -> np.ndarray:
+def _as_indices(positions: Sequence[int] | Tensor | np.ndarray, group: Group) -> np.ndarray:
     if isinstance(positions, Tensor):
         positions = positions.detach().cpu().numpy()
     array = np.asarray(positions)
     if array.dtype == bool:
+        if array.shape != (group.width,):
+            raise ValueError(
+                f"group {group.name!r}: a mask of shape {array.shape} for {group.width} units; give one value per unit"
+            )
         return np.flatnonzero(array)
     return array.astype(np.int64).reshape(-1)

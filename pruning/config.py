@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from image_classification.config import ConfigError, check, flag
+from image_classification.models import main_and_auxiliary_logits
+from pruning.budget import Budget
 from pruning.channel_graph import Constraints
 from pruning.criteria import (
     FEATURE_CHOICES,
@@ -15,10 +22,11 @@ from pruning.criteria import (
     create_criterion,
     criterion_class,
 )
-from pruning.criteria.base import FeatureCriterion
+from pruning.criteria.base import FeatureCriterion, GradientCriterion
 from pruning.criteria.combined import Combined
 from pruning.criteria.saliency import Saliency
 from pruning.learned.flags import GateFlags
+from pruning.loss_change import SampleLoss, sample_losses
 from pruning.original import OriginalExplanations
 from pruning.rates import RateSearch, parse_rates
 from pruning.saliency_flags import SaliencyFlags
@@ -164,7 +172,12 @@ class PruningConfig(SaliencyFlags, GateFlags):
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self.check_gates()
+        check(
+            0 < self.pruning_delta <= 1,
+            f"--pruning-delta {self.pruning_delta}: give the share that one rewrite removes, above 0 and at most 1",
+        )
         if self.active:
+            Budget.parse(self.budget_words())
             self.check_saliency(self.criteria(), self.learned)
         if not self.active:
             self._check_unused(
@@ -265,18 +278,33 @@ class PruningConfig(SaliencyFlags, GateFlags):
         Raises:
             ConfigError, ValueError: A limit that cannot be read or is out of range.
         """
-        limits: dict[str, float] = {}
-        for word in self.prune_limit:
-            pattern, equals, least = word.rpartition("=")
-            try:
-                limits[pattern] = float(least)
-            except ValueError:
-                equals = ""
-            check(
-                bool(equals and pattern),
-                f"--prune-limit {word!r}: write PATTERN=LEAST, such as 'layer1.*=0.5'",
-            )
+        limits = parse_limits(self.prune_limit)
         return Constraints(self.round_to, self.min_width, tuple(self.prune_ignore), limits)
+
+
+def parse_limits(words: Sequence[str]) -> dict[str, float]:
+    """Read `--prune-limit`: `["layer1.*=0.5"]`.
+
+    Raises:
+        ConfigError: A word is not PATTERN=LEAST.
+    """
+    limits: dict[str, float] = {}
+    for word in words:
+        pattern, equals, least = word.rpartition("=")
+        try:
+            limits[pattern] = float(least)
+        except ValueError:
+            equals = ""
+        check(
+            bool(equals and pattern), f"--prune-limit {word!r}: write PATTERN=LEAST, such as 'layer1.*=0.5'"
+        )
+    return limits
+
+
+def _mean_loss(loss: SampleLoss, outputs: Any, targets: Tensor) -> Tensor:
+    """Mean over the batch of a per-sample loss."""
+    logits, _ = main_and_auxiliary_logits(outputs)
+    return loss(logits, targets).mean()
 
 
 def make_criterion(
@@ -286,6 +314,7 @@ def make_criterion(
     precision: str = "auto",
     originals: OriginalExplanations | None = None,
     flags: SaliencyFlags | None = None,
+    loss: SampleLoss = sample_losses,
 ) -> Criterion:
     """A criterion by name, with the settings that it has.
 
@@ -295,6 +324,7 @@ def make_criterion(
         ridge, precision: Of the discriminant criterion.
         originals: The explanation that the saliency criterion goes by.
         flags: Of the saliency criterion; their defaults when None.
+        loss: Per-sample loss that criteria by the loss's derivatives (taylor, fisher) go by.
 
     Raises:
         ConfigError: There is no such criterion, or saliency without an explanation.
@@ -307,7 +337,8 @@ def make_criterion(
             f"--pruning-criterion {name}: a combination is CRITERION+saliency, such as discriminant+saliency",
         )
         one, other = (
-            make_criterion(part, features, ridge, precision, originals, flags) for part in (first, second)
+            make_criterion(part, features, ridge, precision, originals, flags, loss)
+            for part in (first, second)
         )
         return Combined(one, other, flags.saliency_weight)
     options: dict[str, Any] = {}
@@ -317,6 +348,8 @@ def make_criterion(
             options["features"] = features
         if issubclass(kind, Discriminant):
             options |= {"ridge": ridge, "precision": precision}
+        if issubclass(kind, GradientCriterion) and "loss" in inspect.signature(kind).parameters:
+            options["loss"] = functools.partial(_mean_loss, loss)
         if issubclass(kind, Saliency):
             check(
                 originals is not None,

@@ -162,10 +162,13 @@ class Gates:
         def multiply(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self._calls.get(name, 0)
             self._calls[name] = call + 1
-            if call not in places or not args:
+            if call not in places:
                 return None
             place, index = places[call]
-            return (self._gated(args[0], place.dim, index), *args[1:]), kwargs
+            if args:
+                return (self._gated(args[0], place.dim, index), *args[1:]), kwargs
+            first = next(iter(kwargs))  # as in `hooks.Taps`: what comes first is what the layer reads
+            return args, {**kwargs, first: self._gated(kwargs[first], place.dim, index)}
 
         return multiply
 

@@ -4,7 +4,7 @@
     for group in graph.groups:
         print(group.name, group.width, group.prunable, group.reason)
 
-The network is run once (`tracing.py`), the run is repeated on channel labels (`labelling.py`, `operators.py`),
+The network is run once (`tracing.py`), the run is repeated on channel labels (`labelling.py`, `operators/`),
 united labels become groups (`groups.py`), and every group is tried against the masked network before it is
 called prunable (`verify.py`). `surgery.py` removes units; the graph then follows without a new trace.
 """

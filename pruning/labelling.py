@@ -1,6 +1,6 @@
 """Runs a recorded forward pass on channel labels instead of numbers.
 
-The rules for the single operators are in `operators.py`; this file holds what they share: the label of every
+The rules for the single operators are in `operators/`; this file holds what they share: the label of every
 value, the atoms of every parameter, and the lists of what was met on the way (layers and what they cost,
 statistics over channels, whole numbers that stand for widths).
 """
@@ -205,10 +205,6 @@ class Labeller:
         if key not in self.parameter_atoms:
             self.parameter_atoms[key] = self.table.new(extent)
         return self.parameter_atoms[key]
-
-    def name_of(self, argument: Any) -> str | None:
-        """Qualified name of an argument that is a parameter or buffer."""
-        return self.info(argument.value).name if isinstance(argument, Ref) else None
 
     def out_shape(self, operation: Operation, position: int = 0) -> tuple[int, ...]:
         """Shape of one of an operator's outputs."""

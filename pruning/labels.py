@@ -6,7 +6,7 @@ row 3 of its weight. Labels are nearly always constant over batch and space, so 
 integer arrays (*slots*) of the tensor's rank whose extent is 1 along every dimension that they don't depend
 on. No two slots of a tensor vary along the same dimension.
 
-Operators move labels about (`operators.py`); wherever two labels meet on one element, their atoms must stay or
+Operators move labels about (`operators/`); wherever two labels meet on one element, their atoms must stay or
 go together. What is united that way is found by connected components.
 """
 

@@ -44,12 +44,14 @@ def sample_losses(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         (N,).
     """
+    targets = targets if targets.dim() == 1 else targets.float()
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def multi_label_sample_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean binary cross-entropy over the classes of every sample; `targets` (N, L) multi-hot. Returns (N,)."""
-    return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(dim=1)
+    losses = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none")
+    return losses.mean(dim=1)
 
 
 class LossChange:
@@ -79,6 +81,7 @@ class LossChange:
         self.batches = batches
         self.loss = loss
         self.distributed = distributed or Distributed()
+        self.device = next(model.parameters()).device
         self.autocast = autocast
         self._gradients: Tensor | None = None
         self._loss: float | None = None
@@ -90,7 +93,8 @@ class LossChange:
             removed: Arrays of unit ids.
 
         Returns:
-            (len(removed),) float64, equal on all ranks.
+            (len(removed),) float64, equal on all ranks; NaN for sets with units that no layer's input shows (see
+            `ChannelGraph.ungated`), whose derivatives are not to be had.
         """
         gradients = self._unit_gradients()
         sums = torch.zeros(len(removed), dtype=torch.float64, device=gradients.device)
@@ -98,7 +102,9 @@ class LossChange:
             total = gradients[:, torch.from_numpy(units).to(gradients.device)].sum(dim=1, dtype=torch.float64)
             sums[number] = (0.5 * total.square() - total).sum()
         reduced, count = self.distributed.all_reduce_sum(sums, torch.tensor(float(len(gradients))))
-        return (reduced.cpu() / count.clamp(min=1)).numpy()
+        found = (reduced.cpu() / count.cpu().clamp(min=1)).numpy()
+        found[[bool(np.isin(units, self.graph.ungated).any()) for units in removed]] = np.nan
+        return found
 
     def loss_as_it_is(self) -> float:
         """Mean calibration loss of the network as it is; NaN without data. Remembered."""
@@ -119,7 +125,7 @@ class LossChange:
                 autocast=self.autocast,
             )
             # A rank may be without data.
-            empty = torch.zeros(0, self.graph.num_units, device=self.distributed.device)
+            empty = torch.zeros(0, self.graph.num_units, device=self.device)
             self._gradients = torch.cat(memory.seen) if memory.seen else empty
             total, count = self.distributed.all_reduce_sum(
                 torch.stack([empty.new_zeros(()), *memory.losses]).sum(),
@@ -139,7 +145,7 @@ class LossChange:
             (number of candidates,) float64, equal on all ranks.
         """
         candidates = list(candidates)
-        sums = torch.zeros(len(candidates) + 1, dtype=torch.float64, device=self.distributed.device)
+        sums = torch.zeros(len(candidates) + 1, dtype=torch.float64, device=self.device)
         with evaluation_mode(self.model), Gates(self.model, self.graph) as gates:
             for number, keep in enumerate(candidates):
                 gates.set_keep(keep)
@@ -155,6 +161,8 @@ class LossChange:
 
 class _GradientMemory(GradientCriterion):
     """Keeps the derivative of every sample's loss by every unit's gate, instead of reducing it to a score."""
+
+    announces_unscored = False  # units without a gate have no derivative, and `estimate` says so
 
     def __init__(self, sample_loss: SampleLoss) -> None:
         super().__init__()

@@ -146,7 +146,9 @@ class Pruner:
         self.model = model
         self.optimizer, self.ema = optimizer, ema
         self.interval, self.start = step, start
-        self.criterion = make_criterion(criterion, features) if isinstance(criterion, str) else criterion
+        if isinstance(criterion, str):
+            criterion = make_criterion(criterion, features, loss=loss)
+        self.criterion = criterion
         self.search = build_search(search) if isinstance(search, str) else search
         self.loss, self.autocast, self.max_batches = loss, autocast, max_batches
         self.judge_batches = judge_batches
@@ -159,6 +161,9 @@ class Pruner:
         )
         self.costs = shared_costs(self.graph, model, example_images, metrics, state, self.distributed)
         budget = self._budget_of_rates(state) if budget is None else as_budget(budget)
+        self.delta = delta
+        if state is not None:
+            _check_delta(state.get("delta", delta), delta)
         self.course = BudgetCourse(budget, self.costs, delta)
         self.completed: int = 0 if state is None else state["completed"]
         records = [] if state is None else state["history"]
@@ -221,7 +226,7 @@ class Pruner:
         situation = self._situation(self.course.targets(self.completed + 1), loss_change)
         decision = self.search.choose(situation)
         keep = self._agreed(decision.keep)
-        losses = self._losses(loss_change, keep, decision.candidates)
+        losses = self._losses(loss_change, keep, decision.loss)
         moved = self._moved(batches)
         searched = time.perf_counter()
         record = self._rewrite(keep, iteration, losses, decision.candidates)
@@ -295,14 +300,10 @@ class Pruner:
         plain = self.distributed.broadcast_object({str(index): kept.tolist() for index, kept in keep.items()})
         return {int(index): np.array(kept, dtype=np.int64) for index, kept in plain.items()}
 
-    def _losses(
-        self, judge: LossChange, keep: Mapping[int, np.ndarray], candidates: Sequence[Candidate]
-    ) -> list[float]:
+    @staticmethod
+    def _losses(judge: LossChange, keep: Mapping[int, np.ndarray], after: float | None) -> list[float]:
         """Calibration loss before and after, measured only as far as the search has not done so."""
-        after = [c.measured for c in candidates if c.measured is not None]
-        only_group = len(keep) == 1
-        before = judge.loss_as_it_is()
-        return [before, min(after) if after and only_group else float(judge.measure([dict(keep)])[0])]
+        return [judge.loss_as_it_is(), float(judge.measure([dict(keep)])[0]) if after is None else after]
 
     def _rewrite(
         self,
@@ -427,11 +428,25 @@ class Pruner:
         """Progress as plain data; the widths themselves are in the checkpoint's structure."""
         return {
             "completed": self.completed,
+            "delta": self.delta,
             "costs": self.costs.state_dict(),
             "graph": self.graph.state_dict(),
             "history": [dataclasses.asdict(record) for record in self.history],
             "originals": None if self.originals is None else self.originals.state_dict(),
         }
+
+
+def _check_delta(before: float, now: float) -> None:
+    """Rewrites are counted: with another step the count would mean another cost.
+
+    Raises:
+        ConfigError: The steps differ.
+    """
+    check(
+        before == now,
+        f"--pruning-delta {now}: the run to resume rewrites by {before}: give the same, or start anew from its weights "
+        "with --pretrained-weights",
+    )
 
 
 def prune(

@@ -66,7 +66,11 @@ def shared_costs(
     known = None if state is None else state["costs"]
     if "latency" not in metrics or not distributed.is_distributed:
         return CostModel(graph, model, example_images, metrics, state=known)
-    costs = CostModel(graph, model, example_images, metrics, state=known) if distributed.is_main else None
+    made: list[CostModel] = []
+    distributed.check_on_main(
+        lambda: made.append(CostModel(graph, model, example_images, metrics, state=known))
+    )
+    costs = made[0] if made else None
     shared = distributed.broadcast_object(None if costs is None else costs.state_dict())
     return costs or CostModel(graph, model, example_images, metrics, state=shared)
 

@@ -5,7 +5,7 @@
     at the end   sums of all ranks in one all-reduce; score of a unit = sum over its places
 
 The network comes out as it went in: modes, random state, batch-norm statistics, `.grad`. Nothing waits for the
-device before the end.
+device before the end, but where a criterion looks at numbers (float32 discriminant scores, saliency).
 """
 
 from __future__ import annotations
@@ -340,11 +340,12 @@ class _Scorer:
                 f"--pruning-criterion {criterion.name}: no group of this network has what it goes by; use "
                 "discriminant, taylor or magnitude"
             )
-        if unscored and self.distributed.is_main:
+        if unscored and criterion.announces_unscored and self.distributed.is_main:
             _warn_once(
                 f"criterion {criterion.name} has nothing to score {', '.join(unscored)} by: left as they are"
             )
-        for message in criterion.warnings():
+        messages = criterion.warnings()  # asking empties them, so every rank asks
+        for message in messages if self.distributed.is_main else ():
             _warn_once(message)
         return {
             group.index: self._checked(scores, criterion, group)

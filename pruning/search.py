@@ -29,11 +29,18 @@ SEARCHES = ("greedy", "global", "uniform")
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One way to pay: a group that loses units, with what it would cost in loss."""
+    """One way to pay: a group that loses units.
+
+    Attributes:
+        group: Its name.
+        num_units: How many it would lose.
+        estimated: Change of the calibration loss; None where the estimate has nothing to go by.
+        measured: Calibration loss without them; None if that was not measured.
+    """
 
     group: str
     num_units: int
-    estimated: float
+    estimated: float | None
     measured: float | None = None
 
 
@@ -43,11 +50,13 @@ class Decision:
 
     Attributes:
         keep: Group index → positions that stay, ascending; only groups that change.
-        candidates: What was weighed, best estimate first (greedy only).
+        candidates: What was weighed first, best estimate first (greedy only).
+        loss: Calibration loss after the cut, where the search has measured just that.
     """
 
     keep: dict[int, np.ndarray]
     candidates: list[Candidate] = dataclasses.field(default_factory=list)
+    loss: float | None = None
 
 
 @dataclasses.dataclass
@@ -135,61 +144,88 @@ class GreedySearch:
 
     def choose(self, situation: Situation) -> Decision:
         """See `Search`. When no single group can pay, the one that hurts least goes to its least width first."""
-        weighed: list[Candidate] = []
+        stages: list[list[Candidate]] = []
+        chosen: list[float | None] = []
         while (metric := situation.most_behind()) is not None:
             options = self._options(situation, metric)
             if not options:
                 break
-            best, candidates = self._best(situation, options)
-            weighed = weighed or candidates
+            best, loss, candidates = self._best(situation, options)
+            stages.append(candidates)
+            chosen.append(loss)
             situation.mask = situation.without(options[best])
-        return Decision(situation.keep(situation.mask), weighed)
+        keep = situation.keep(situation.mask)
+        return Decision(keep, stages[0] if stages else [], chosen[0] if len(chosen) == 1 else None)
 
     def _options(self, situation: Situation, metric: str) -> dict[int, np.ndarray]:
-        """Group index → units that it would lose to meet the target alone, or to its least width if it cannot."""
+        """Group index → units that it would lose to meet the target alone, or else to save as much as it can.
+
+        Where no group saves anything by itself (memory is the largest of several moments, which may be equally
+        large), all those that have a part in it may lose the share that is too much.
+        """
+        costs = situation.costs
+        small = 1e-9 * costs.baseline(metric)
+        now, target = costs.cost(metric, situation.mask), situation.targets[metric] + small
         whole: dict[int, np.ndarray] = {}
         partial: dict[int, np.ndarray] = {}
         for group in situation.groups:
             widths = situation.widths_below(group)
             if not widths:
                 continue
-            enough = _largest_paying_width(situation, group, widths, metric)
-            if enough is not None:
-                whole[group.index] = situation.lowest(group, enough)
-            else:
-                partial[group.index] = situation.lowest(group, widths[0])
-        return whole or partial
+            curve = costs.cost_curve(metric, group, situation.mask, situation.leaving(group))
+            enough = [width for width in widths if curve[width] <= target]
+            most = min(curve[width] for width in widths)
+            if enough:
+                whole[group.index] = situation.lowest(group, max(enough))
+            elif most < now - small:
+                width = max(width for width in widths if curve[width] <= most + small)
+                partial[group.index] = situation.lowest(group, width)
+        return whole or partial or self._together(situation, metric, target / now)
 
-    def _best(self, situation: Situation, options: Mapping[int, np.ndarray]) -> tuple[int, list[Candidate]]:
+    @staticmethod
+    def _together(situation: Situation, metric: str, share: float) -> dict[int, np.ndarray]:
+        """Group index → units that go if it keeps this share, for groups that the cost depends on."""
+        gates = torch.from_numpy(situation.mask.astype(np.float64)).requires_grad_()
+        situation.costs.cost(metric, gates).backward()
+        assert gates.grad is not None
+        found = {}
+        for group in situation.groups:
+            widths = situation.widths_below(group)
+            if widths and bool(gates.grad[torch.from_numpy(group.units)].any()):
+                fitting = [width for width in widths if width <= share * situation.width(group)]
+                found[group.index] = situation.lowest(group, fitting[-1] if fitting else widths[0])
+        return found
+
+    def _best(
+        self, situation: Situation, options: Mapping[int, np.ndarray]
+    ) -> tuple[int, float | None, list[Candidate]]:
+        """The option that hurts least: its group, the loss with it if that was measured, and all that were weighed.
+
+        Options without an estimate are always measured, unless the estimate alone is trusted: then they come last.
+        """
         judge = situation.loss_change
         assert judge is not None, "the greedy search judges by calibration data"
         indices = list(options)
         estimated = judge.estimate(list(options.values()))
-        order = np.argsort(estimated, kind="stable")
-        if self.shortlist == 1:
-            chosen, measured = order[:1], estimated[order[:1]]
-        else:
-            chosen = order[: self.shortlist] if self.shortlist else order
+        order = np.argsort(estimated, kind="stable")  # NaN goes last
+        truth: dict[int, float] = {}
+        if self.shortlist != 1:
+            unknown = order[np.isnan(estimated[order])]
+            short = order[: self.shortlist or None]
+            chosen = [*short, *unknown[~np.isin(unknown, short)]]
             measured = judge.measure([situation.keep(situation.without(options[indices[i]])) for i in chosen])
-        truth = dict(zip(chosen.tolist(), measured.tolist(), strict=True))
+            truth = {int(i): float(loss) for i, loss in zip(chosen, measured, strict=True)}
+        best = min(truth, key=lambda i: truth[i]) if truth else int(order[0])
         candidates = [
             Candidate(
                 situation.graph.groups[indices[i]].name,
                 len(options[indices[i]]),
-                float(estimated[i]),
+                None if np.isnan(estimated[i]) else float(estimated[i]),
                 truth.get(i),
             )
             for i in order.tolist()
         ]
-        return indices[min(truth, key=lambda i: truth[i])], candidates
-
-
-def _largest_paying_width(situation: Situation, group: Group, widths: list[int], metric: str) -> int | None:
-    """The largest of these widths at which the metric's target is met; None if even the smallest misses it."""
-    costs = situation.costs
-    target = situation.targets[metric] + 1e-9 * costs.baseline(metric)
-    curve = costs.cost_curve(metric, group, situation.mask, situation.leaving(group))
-    return max((width for width in widths if curve[width] <= target), default=None)
+        return indices[best], truth.get(best), candidates
 
 
 @dataclasses.dataclass
@@ -262,6 +298,8 @@ class UniformSearch:
 
     def choose(self, situation: Situation) -> Decision:
         """See `Search`."""
+        if situation.most_behind() is None:
+            return Decision({})
         start = situation.mask
         low, high = 0.0, 1.0
         for _ in range(40):

@@ -355,7 +355,8 @@ def _plan_average(
     changes: Changes,
 ) -> None:
     if isinstance(average, nn.Module):
-        inner = getattr(average, "module", average)
+        wrapped = not {axis.tensor for axis in graph.axes} <= named_tensors(average).keys()
+        inner = getattr(average, "module", None) if wrapped else average  # as AveragedModel holds its network
         plan_network(inner if isinstance(inner, nn.Module) else average, graph, mask, changes)
         return
     aliases = {axis.tensor: axis.aliases for axis in graph.axes}

@@ -70,6 +70,7 @@ class Operation:
         stack: Names of all modules that were running, outermost first.
         writes_to: For a write through a view: (value of the whole tensor before, the chain of views, value
             of the whole tensor after).
+        replayed: A view that is taken anew, since what lies behind it was written; the network did not run it.
     """
 
     index: int
@@ -80,6 +81,7 @@ class Operation:
     module: str
     stack: tuple[str, ...]
     writes_to: tuple[int, tuple[ViewStep, ...], int] | None = None
+    replayed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,7 +344,7 @@ class _Recorder(TorchDispatchMode):
             returned = list(result) if isinstance(result, (tuple, list)) else [result]
             derived = self.tensors[value].derived
             outputs = tuple(self._new_value(out, derived) for out in returned)
-            self._append(step.func, (Ref(value), *step.args), kwargs, outputs, None)
+            self._append(step.func, (Ref(value), *step.args), kwargs, outputs, None, replayed=True)
             position = step.kwargs.get("_position", 0)
             current, value = returned[position], outputs[position]
         self._values[id(view)] = value
@@ -355,10 +357,13 @@ class _Recorder(TorchDispatchMode):
         kwargs: dict[str, Any],
         outputs: tuple[int | None, ...],
         writes_to: tuple[int, tuple[ViewStep, ...], int] | None,
+        replayed: bool = False,
     ) -> None:
         stack = tuple(name for name, _ in self._stack)
         index = len(self.operations)
-        self.operations.append(Operation(index, func, args, kwargs, outputs, self.running, stack, writes_to))
+        self.operations.append(
+            Operation(index, func, args, kwargs, outputs, self.running, stack, writes_to, replayed)
+        )
 
     @staticmethod
     def _mutated_argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -118,6 +118,8 @@ def _run(model: nn.Module, images: tuple[Any, ...], graph: ChannelGraph, mask: n
     try:
         result = model(*images)
         run.outputs = [leaf for leaf in tree_leaves(as_tree(result)) if isinstance(leaf, Tensor)]
+    except torch.OutOfMemoryError:  # says nothing about the cut
+        raise
     except Exception as error:  # whatever a network raises on a cut is what we want to know
         where = stack[-1] if stack else ""
         kind = type(model.get_submodule(where)).__name__

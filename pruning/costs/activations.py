@@ -205,15 +205,16 @@ def _observe(model: nn.Module, images: tuple[Any, ...]) -> _Lives:
 
 def _allocations(trace: Trace, lives: _Lives, sizes: _Sizes, batch: int) -> tuple[list[Extent], np.ndarray]:
     """Storages that follow from the images, and the largest sets of them that are alive together."""
-    if len(lives.alive) != len(trace.operations):
+    operations = [operation for operation in trace.operations if not operation.replayed]
+    if len(lives.alive) != len(operations):
         raise ValueError(
             "--budget memory and latency need a network that runs the same operators every time; two passes over the "
-            f"same images ran {len(trace.operations)} and {len(lives.alive)}. Use macs or params"
+            f"same images ran {len(operations)} and {len(lives.alive)}. Use macs or params"
         )
     extents: list[Extent] = []
     column: dict[int, int] = {}
     for number, (operation, position, num_bytes) in enumerate(lives.born):
-        value = trace.inputs[position] if operation < 0 else trace.operations[operation].outputs[position]
+        value = trace.inputs[position] if operation < 0 else operations[operation].outputs[position]
         if value is None or not trace.tensors[value].derived or num_bytes == 0:
             continue
         elements = sizes.elements(value)

@@ -84,10 +84,12 @@ class Criterion:
     Attributes:
         name: The name it is registered under.
         average: What the summed scores are divided by in the end: "none", "batches" or "samples".
+        announces_unscored: Whether people are told of groups that it has nothing to score by.
     """
 
     name: ClassVar[str] = ""
     average: ClassVar[str] = "none"
+    announces_unscored: ClassVar[bool] = True
 
     def warnings(self) -> list[str]:
         """What a user should know about the scores just made; asked for once per pass."""

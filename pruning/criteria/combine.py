@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 NORMALISATIONS = ("mean", "sum", "max", "l2", "macs", "none")
@@ -65,7 +66,8 @@ def normalise_scores(
         scores: Group index → (width,) ≥ 0. Scales are made of absolute values, as scores that say a removal would do
             good (saliency after a rewrite) may be negative.
         method: One of `NORMALISATIONS`.
-        macs_per_unit: For "macs": what removing one unit of a group saves.
+        macs_per_unit: For "macs": what removing one unit of a group saves. Where that is nothing, no score is low
+            enough.
 
     Returns:
         New tensors. All-zero scores stay zero.
@@ -78,7 +80,12 @@ def normalise_scores(
     if method == "macs":
         if macs_per_unit is None:
             raise ValueError("--score-normalisation macs needs the MACs that each group's units save")
-        return {index: values / macs_per_unit[index] for index, values in scores.items()}
+        return {
+            index: values / macs_per_unit[index]
+            if macs_per_unit[index] > 0
+            else torch.full_like(values, torch.inf)
+            for index, values in scores.items()
+        }
     if method == "none":
         return {index: values.clone() for index, values in scores.items()}
     return {index: _divided(values, _SCALES[method](values)) for index, values in scores.items()}

@@ -17,8 +17,8 @@ How it is computed here, in two steps:
 2. Per batch, for all layers at once and in float64: W = ZZᵀ = K⁻¹ (ȲȲᵀ) K⁻¹ from one batched Cholesky factor,
    and score_c = 2 ⟨A_c, W⟩. Targets enter only by ȲȲᵀ (N × N), so the number of classes costs nothing.
 
-The one matrix product serves K and the scores; nothing is differentiated, nothing waits for the host. Maps with
-fewer positions than half the batch keep D itself instead, which is smaller, and multiply in float64.
+The one matrix product serves K and the scores; nothing is differentiated, and neither step waits for the host. Maps
+with fewer positions than half the batch keep D itself instead, which is smaller, and multiply in float64.
 
 Note: the all-ones direction, where the centred K has nothing but ρ, is given the mean eigenvalue before the
 factorisation. No solution changes (targets have no part in it), and the condition number becomes that of
@@ -30,7 +30,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -272,13 +272,14 @@ def _centred(matrix: Tensor) -> Tensor:
 @contextlib.contextmanager
 def full_float32_products() -> Iterator[None]:
     """Matrix products of float32 in float32 also where the job allows TF32, and no autocast."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    products: Any = torch.backends.cuda.matmul
+    before = products.fp32_precision  # the newer of two settings, which must not be mixed
+    products.fp32_precision = "ieee"
     try:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        products.fp32_precision = before
 
 
 def has_fast_float64(device: torch.device) -> bool:

@@ -13,8 +13,8 @@ from torch import nn
 
 from image_classification.config import ConfigError
 from image_classification.models import create_model
-from pruning import export as module
 from pruning import Constraints, prune
+from pruning import export as module
 from pruning.__main__ import main
 from pruning.export import TOLERANCE, ExportError, export_network
 from pruning.rehearsal import condition

@@ -1,0 +1,303 @@
+"""Sequences of rewrites, unusual networks and unusual wishes: what is promised holds, what is recorded is true."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from image_classification.config import ConfigError
+from image_classification.models import create_model
+from pruning import Constraints, Pruner, load_pruned, prune
+from pruning.config import PruningConfig, make_criterion
+from pruning.cost import CostModel
+from pruning.criteria.combine import normalise_scores
+from pruning.criteria.discriminant import discriminant_scores
+from pruning.gates import Gates
+from pruning.graph import trace_groups
+from pruning.loss_change import LossChange, multi_label_sample_losses
+from pruning.scoring import score_groups
+from pruning.structure import save_pruned
+from pruning.surgery import prune_channels
+
+
+def chain(*widths: int, pool_after: int | None = None) -> nn.Sequential:
+    """Convolutions of these widths on RGB, with batch norms and ReLUs, and a classifier of 4."""
+    layers: list[nn.Module] = []
+    for number, (before, after) in enumerate(zip((3, *widths), widths, strict=False)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+        if number == pool_after:
+            layers.append(nn.MaxPool2d(4))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 4))
+
+
+def calibration(size: int = 16, num_classes: int = 4) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(8, 3, size, size, generator=generator),
+            torch.randint(num_classes, (8,), generator=generator),
+        )
+        for _ in range(3)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("search", ["uniform", "global", "greedy"])
+def test_every_rewrite_ends_near_its_target(search: str) -> None:
+    """Also where the one before went further than it had to."""
+    model, batches = chain(16, 24, 32), calibration()
+    pruner = Pruner(model, batches[0][0], budget={"macs": 0.7}, delta=0.02, search=search)
+    while not pruner.done:
+        record = pruner.step(batches)
+        target = pruner.course.targets(pruner.completed)["macs"]
+        _, after, baseline = record.costs["macs"]
+        # One channel of every group is the coarsest step of the uniform search.
+        assert target - 0.15 * baseline <= after <= target + 1e-6 * baseline
+
+
+def test_memory_is_saved_where_the_peak_is() -> None:
+    """Three equally large moments: no group alone makes the peak smaller, and the last layer has no part in it."""
+    model = chain(16, 16, 16, 64, pool_after=2)
+    images = torch.randn(2, 3, 32, 32)
+    pruner = Pruner(model, images, budget={"memory": 0.9}, delta=0.05, criterion="magnitude")
+    record = pruner.step(calibration(32))
+    assert "10" not in record.widths
+    assert all(after >= 14 for _, after in record.widths.values()), record.widths
+    _, after, baseline = record.costs["memory"]
+    assert after <= 0.95 * baseline
+
+
+@pytest.mark.parametrize("shortlist", [1, 4])
+@pytest.mark.parametrize("budget", [{"macs": 0.6}, {"macs": 0.6, "params": 0.55}])
+def test_the_recorded_loss_is_that_of_the_rewritten_network(shortlist: int, budget: dict[str, float]) -> None:
+    from pruning.search import GreedySearch
+
+    model, batches = chain(16, 24), calibration()
+    pruner = Pruner(
+        model, batches[0][0], budget=budget, delta=1.0, search=GreedySearch(shortlist), judge_batches=2
+    )
+    record = pruner.step(batches)
+    truth = LossChange(model, pruner.graph, batches[:2]).loss_as_it_is()
+    assert record.loss[1] == pytest.approx(truth, rel=1e-4)
+    for row in record.candidates:
+        assert row["measured"] is None or row["measured"] > 0.5, "a loss, not a change of one"
+
+
+def test_criteria_by_the_loss_take_the_loss_of_the_job() -> None:
+    """Of pictures without any label cross-entropy is 0 and says nothing."""
+    model, images = chain(8, 8), calibration()[0][0]
+    graph = trace_groups(model, images[:2])
+    targets = torch.zeros(len(images), 4, dtype=torch.int64)
+    criterion = make_criterion("taylor", loss=multi_label_sample_losses)
+    scores = score_groups(model, graph, [(images, targets)], criterion)
+    assert all(bool((values > 0).any()) for values in scores.values())
+    pruner = Pruner(model, images[:2], criterion="taylor", loss=multi_label_sample_losses)
+    for index, values in pruner.score([(images, targets)]).items():
+        torch.testing.assert_close(values, scores[index])
+
+
+def test_a_resumed_run_keeps_its_delta() -> None:
+    model, batches = chain(16, 24), calibration()
+    pruner = Pruner(model, batches[0][0], budget=0.5, delta=0.1)
+    pruner.step(batches)
+    state = pruner.state_dict()
+    assert Pruner(model, batches[0][0], budget=0.5, delta=0.1, state=state).completed == 1
+    with pytest.raises(ConfigError, match=r"--pruning-delta 0.2: the run to resume rewrites by 0.1"):
+        Pruner(model, batches[0][0], budget=0.5, delta=0.2, state=state)
+
+
+def test_limits_hold_for_every_module_they_name() -> None:
+    model, images = create_model("resnet20", num_classes=10), torch.randn(2, 3, 16, 16)
+    graph = trace_groups(model, images, constraints=Constraints(limits={"layer1.*": 0.5}))
+    for name in ("conv1", "layer1.0.conv1", "layer1.1.conv1"):  # conv1's group holds all layer1.*.conv2
+        assert graph.min_width_of(name) == graph.group(name).width / 2
+    assert graph.min_width_of("layer2.0.conv1") == 1
+    with pytest.raises(ValueError, match=r"--prune-limit nonsense.\*=0.5: no prunable layer"):
+        trace_groups(model, images, constraints=Constraints(limits={"nonsense.*": 0.5}))
+
+
+def test_units_that_save_nothing_are_never_cheap() -> None:
+    scores = {0: torch.tensor([0.0, 1.0, -1.0]), 1: torch.tensor([2.0, 4.0])}
+    found = normalise_scores(scores, "macs", {0: 0.0, 1: 2.0})
+    assert found[0].tolist() == [torch.inf] * 3
+    assert found[1].tolist() == [1.0, 2.0]
+
+
+class Named(nn.Module):
+    """Calls its layers by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(input=self.a(input=x)).mean((2, 3))
+
+
+def test_gates_reach_layers_that_are_called_by_keyword() -> None:
+    model, images = Named().eval(), torch.randn(2, 3, 12, 12)
+    graph = trace_groups(model, images)
+    with Gates(model, graph) as gates:
+        gates.set_keep({"a": [0, 5]})
+        expected = model(images)
+    prune_channels(model, graph, {"a": [0, 5]})
+    torch.testing.assert_close(model(images), expected)
+
+
+class Summed(nn.Module):
+    """Its classifier is a parameter of its own, read by an einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1)
+        self.table = nn.Parameter(torch.randn(4, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("nc,kc->nk", self.b(self.a(x).relu()).relu().mean((2, 3)), self.table)
+
+
+def test_what_cannot_be_estimated_is_measured(caplog: pytest.LogCaptureFixture) -> None:
+    model, batches = Summed(), calibration()
+    graph = trace_groups(model, batches[0][0][:2])
+    judge = LossChange(model, graph, batches)
+    a, b = graph.group("a").units[:3], graph.group("b").units[:3]
+    found = judge.estimate([a, b])
+    assert np.isfinite(found[0])
+    assert np.isnan(found[1])
+    pruner = Pruner(model, batches[0][0][:2], criterion="magnitude", budget=0.8, delta=0.1)
+    candidates = {row["group"]: row for row in pruner.step(batches).candidates}
+    assert candidates["b"]["estimated"] is None
+    assert candidates["b"]["measured"] > 0
+    assert "criterion  has nothing" not in caplog.text
+
+
+def test_an_average_of_a_network_with_a_child_called_module() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = chain(8, 8)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.module(x)
+
+    for wrap in (copy.deepcopy, torch.optim.swa_utils.AveragedModel):
+        model, batches = Wrapped(), calibration()
+        average = wrap(model)
+        pruner = Pruner(model, batches[0][0], budget=0.5, delta=0.5, ema=average)
+        pruner.step(batches)
+        inner = average if isinstance(average, Wrapped) else average.module
+        assert [p.shape for p in inner.parameters()] == [p.shape for p in model.parameters()]
+
+
+def test_scores_do_not_mind_how_tf32_was_set() -> None:
+    products: Any = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = "tf32"
+        discriminant_scores(torch.randn(6, 4, 5, 5), torch.arange(6) % 3)
+        assert products.fp32_precision == "tf32"
+    finally:
+        products.fp32_precision = before
+
+
+class WritesHalf(nn.Module):
+    """Writes through a view while another view of the same map is alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        first = y[:, :4]
+        y[:, 4:] *= 2
+        return self.b(y + first.mean((1, 2, 3), keepdim=True)).mean((2, 3))
+
+
+def test_memory_of_networks_that_write_through_views() -> None:
+    model, images = WritesHalf(), torch.randn(2, 3, 8, 8)
+    graph = trace_groups(model, images)
+    costs = CostModel(graph, model, images, ("memory",))
+    assert costs.baseline("memory") >= (8 + 3) * 8 * 8 * 4
+
+
+def test_lack_of_memory_is_no_reason_to_freeze() -> None:
+    class Hungry(nn.ReLU):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Hungry.calls += 1
+            if Hungry.calls > 1:  # the trace gets through, the trial does not
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Hungry(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.LazyLinear(4))
+    images = torch.randn(2, 3, 8, 8)
+    model(images)
+    Hungry.calls = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        trace_groups(model.eval(), images)
+
+
+def test_masks_of_another_length_are_refused() -> None:
+    model, images = chain(8, 8), torch.randn(2, 3, 8, 8)
+    graph = trace_groups(model, images)
+    with pytest.raises(ValueError, match=r"mask of shape \(3,\) for 8 units"):
+        prune_channels(model, graph, {"0": [True, False, True]})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"budget": ["macs=2"]}, "--budget macs=2"),
+        ({"budget": ["foo=0.5"]}, "--budget foo=0.5: unknown cost"),
+        ({"pruning_delta": 0.0}, "--pruning-delta 0"),
+        ({"pruning_delta": -1.0}, "--pruning-delta -1"),
+        ({"min_width": float("nan")}, "width limit min_width=nan"),
+        ({"min_width": float("inf")}, "width limit min_width=inf"),
+    ],
+)
+def test_impossible_wishes_are_refused_with_the_flags(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PruningConfig(iterative_pruning=True, **flags)
+
+
+def test_normalisations_without_tensors_know_their_width(tmp_path: Any) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3),
+            nn.BatchNorm2d(8, affine=False, track_running_stats=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(8, 4),
+        )  # fmt: skip
+
+    model = build()
+    prune(model, torch.randn(2, 3, 16, 16), budget=0.5)
+    save_pruned(tmp_path / "pruned.pth.tar", model, factory=build)
+    for network in (model, load_pruned(tmp_path / "pruned.pth.tar", factory=build)):
+        assert network[1].num_features == network[0].out_channels < 8
+        assert network[4].num_features == network[3].out_channels < 8
+
+
+def test_a_dry_run_says_what_pruning_then_does() -> None:
+    """While nothing is trained, and the estimate decides, both are the same; nothing is rewritten by looking."""
+    from pruning.search import GreedySearch
+
+    model, batches = chain(16, 24), calibration()
+    pruner = Pruner(model, batches[0][0], budget=0.5, delta=0.5, step=7, search=GreedySearch(1))
+    before = copy.deepcopy(model.state_dict())
+    (row,) = pruner.dry_run(batches)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert (row["rewrite"], row["iteration"]) == (1, 7)
+    record = pruner.step(batches)
+    assert row["costs"]["macs"] == pytest.approx(record.costs["macs"][1] / record.costs["macs"][2])
+    for name, (_, after) in record.widths.items():
+        assert row["widths"][name] == after
