@@ -217,17 +217,27 @@ class Checkpointer:
         self.distributed = distributed
         self.path = config.workspace / config.checkpoint_filename
         self._say = say
+        self._fresh = False
 
     def prepare(self, resumed: Path | None) -> None:
-        """Make sure the workspace can be written and that a fresh run destroys no older one. Collective.
+        """Make sure the workspace can be written. Collective.
 
         Raises:
             ConfigError: When the workspace cannot be written, before hours are spent.
         """
         if self.config.checkpoints:
-            self.distributed.check_on_main(lambda: self._prepare(resumed))
+            self.distributed.check_on_main(self._prepare)
+        self._fresh = resumed is None
 
-    def _prepare(self, resumed: Path | None) -> None:
+    def claim(self) -> None:
+        """A fresh run is about to train: an older run's files are set aside. Collective.
+
+        Not before: a run that is refused for a wrong flag leaves the older one where `--resume auto` finds it.
+        """
+        if self.config.checkpoints:
+            self.distributed.check_on_main(self._claim)
+
+    def _prepare(self) -> None:
         probe = self.config.workspace / f".write-test-{os.getpid()}"
         try:
             self.config.workspace.mkdir(parents=True, exist_ok=True)
@@ -241,10 +251,13 @@ class Checkpointer:
         for name in (self.path.name, BEST_FILENAME, "checkpoint-*.pth.tar"):
             for torn in self.config.workspace.glob(f".{name}.*{TEMPORARY}"):
                 torn.unlink(missing_ok=True)  # what a killed run was writing
-        if resumed is None:
+
+    def _claim(self) -> None:
+        if self._fresh:
             numbered = sorted(path for _, path in self._numbered())
             for path in (self.path, self.config.workspace / BEST_FILENAME, *numbered):
                 self._set_aside(path)
+        self._fresh = False
 
     def _set_aside(self, path: Path) -> None:
         if not path.exists():
@@ -262,6 +275,7 @@ class Checkpointer:
         """
         if not self.config.checkpoints or not self.distributed.is_main:
             return
+        self._claim()
         paths = [self.path]
         if is_best:
             paths.append(self.config.workspace / BEST_FILENAME)

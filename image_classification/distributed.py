@@ -96,6 +96,14 @@ class Distributed:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     backend: str = "none"
 
+    @classmethod
+    def of_process_group(cls, device: torch.device) -> Distributed:
+        """The place among the ranks of the process group that somebody else has made; a single process without one."""
+        if not dist.is_available() or not dist.is_initialized():
+            return cls(device=device)
+        local = int(os.environ.get("LOCAL_RANK", device.index or 0))
+        return cls(dist.get_rank(), local, dist.get_world_size(), device, str(dist.get_backend()))
+
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes files and speaks."""

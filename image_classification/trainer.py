@@ -228,6 +228,7 @@ class Trainer:
             last_epoch = min(last_epoch, state.epoch + self.config.run_epochs)
         with StopSignals(self.distributed) as stop:
             self._emit("on_fit_start")
+            self.checkpointer.claim()
             while state.epoch < last_epoch:
                 self._emit("on_epoch_start")
                 self._train_epoch(stop)

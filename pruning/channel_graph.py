@@ -50,11 +50,15 @@ class Constraints:
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.round_to < 1:
+        if self.round_to < 1 or self.round_to != int(self.round_to):
             raise ValueError(f"--round-to {self.round_to}: give a whole number ≥ 1")
-        for name, value in {"min_width": self.min_width, **self.limits}.items():
+        for name in ("ignored", "limits"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"Constraints({name}={getattr(self, name)!r}): give several, not one string")
+        limits = {f"--prune-limit {pattern}": least for pattern, least in self.limits.items()}
+        for name, value in {"--min-width": self.min_width, **limits}.items():
             if not 0 < value < math.inf or (value > 1 and value != int(value)):
-                raise ValueError(f"width limit {name}={value}: give a share in (0, 1) or a whole number ≥ 1")
+                raise ValueError(f"{name}={value}: give a share in (0, 1) or a whole number ≥ 1")
 
 
 class ChannelGraph:

@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from image_classification.config import ConfigError, check, flag
-from image_classification.models import main_and_auxiliary_logits
 from pruning.budget import Budget
 from pruning.channel_graph import Constraints
 from pruning.criteria import (
@@ -301,9 +300,8 @@ def parse_limits(words: Sequence[str]) -> dict[str, float]:
     return limits
 
 
-def _mean_loss(loss: SampleLoss, outputs: Any, targets: Tensor) -> Tensor:
+def _mean_loss(loss: SampleLoss, logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over the batch of a per-sample loss."""
-    logits, _ = main_and_auxiliary_logits(outputs)
     return loss(logits, targets).mean()
 
 

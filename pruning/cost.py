@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from image_classification.config import ConfigError
 from pruning.channel_graph import ChannelGraph, GroupKey
 from pruning.costs.activations import Activations, trace_activations
 from pruning.costs.counts import CountTable, Metric
@@ -220,8 +221,8 @@ class CostModel:
         reasons = sorted(set(self.graph.frozen.values()))[:3]
         if lowest >= present * (1 - 1e-9) and share * self.baseline(metric) < present:
             raise ValueError(
-                f"--budget {metric}={share}: {metric} does not depend on any width that can change "
-                f"({len(self.graph.prunable)} prunable groups{': ' if reasons else ''}{'; '.join(reasons)}); "
+                f"--budget {metric}={share}: {metric} does not depend on any width that may change "
+                f"({len(self.graph.prunable)} groups could be pruned; what cannot: {'; '.join(reasons) or 'none'}); "
                 "`python -m pruning groups` says why. Choose another cost, or loosen --min-width or --round-to"
             )
         if lowest > share * self.baseline(metric):
@@ -276,11 +277,12 @@ class CostModel:
         """Take over an earlier run's baseline and latency table.
 
         Raises:
-            ValueError: The state lacks a metric of this model, or its latency table was altered.
+            ConfigError: The state lacks a metric of this model.
+            LatencyError: Its latency table was altered.
         """
         missing = [name for name in self.metrics if name not in state["baseline"]]
         if missing:
-            raise ValueError(
+            raise ConfigError(
                 f"--budget {missing[0]}: the run to resume had no such budget ({', '.join(state['baseline'])}); its "
                 "cost before pruning is not known. Use the same budgets as before"
             )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -107,7 +108,8 @@ class Pruner:
             channels, as in Kung & Hou (2020, Commun. Inf. Syst. 20(3)).
         features: Feature maps that criteria look at, `pre` or `post`.
         loss: Per-sample loss `(logits, targets) → (N,)` that candidates are judged by.
-        distributed: All ranks call `step` together, each with its share of the calibration data.
+        distributed: All ranks call `step` together, each with its share of the calibration data; by default those of
+            the process group, if there is one.
         autocast: Context factory for forward passes on calibration data.
         max_batches: Calibration batches that one rewrite scores channels by.
         judge_batches: How many of them candidates are judged by: scores need many pictures, a choice between whole
@@ -143,6 +145,7 @@ class Pruner:
         state: Mapping[str, Any] | None = None,
     ) -> None:
         check(step >= 1, f"--pruning-step {step}: must be at least 1 iteration")
+        _check_arguments(model, example_images, criterion, budget, search, optimizer)
         self.model = model
         self.optimizer, self.ema = optimizer, ema
         self.interval, self.start = step, start
@@ -152,7 +155,7 @@ class Pruner:
         self.search = build_search(search) if isinstance(search, str) else search
         self.loss, self.autocast, self.max_batches = loss, autocast, max_batches
         self.judge_batches = judge_batches
-        self.distributed = distributed or Distributed()
+        self.distributed = distributed or Distributed.of_process_group(example_images.device)
         metrics = ("macs",) if budget is None else tuple(as_budget(budget).shares)
         self.graph = graph_of(model, example_images, constraints or DEFAULT_CONSTRAINTS, state)
         check(
@@ -163,7 +166,7 @@ class Pruner:
         budget = self._budget_of_rates(state) if budget is None else as_budget(budget)
         self.delta = delta
         if state is not None:
-            _check_delta(state.get("delta", delta), delta)
+            _check_course(state, budget, delta)
         self.course = BudgetCourse(budget, self.costs, delta)
         self.completed: int = 0 if state is None else state["completed"]
         records = [] if state is None else state["history"]
@@ -429,6 +432,7 @@ class Pruner:
         return {
             "completed": self.completed,
             "delta": self.delta,
+            "budget": dict(self.course.budget.shares),
             "costs": self.costs.state_dict(),
             "graph": self.graph.state_dict(),
             "history": [dataclasses.asdict(record) for record in self.history],
@@ -436,16 +440,59 @@ class Pruner:
         }
 
 
-def _check_delta(before: float, now: float) -> None:
-    """Rewrites are counted: with another step the count would mean another cost.
+def _check_course(state: Mapping[str, Any], budget: Budget, delta: float) -> None:
+    """Rewrites are counted: with another step, or a looser budget, the count would mean another cost.
 
     Raises:
-        ConfigError: The steps differ.
+        ConfigError: Naming what differs.
     """
+    anew = "or start anew from its weights with --pretrained-weights"
+    before = state.get("delta", delta)
     check(
-        before == now,
-        f"--pruning-delta {now}: the run to resume rewrites by {before}: give the same, or start anew from its weights "
-        "with --pretrained-weights",
+        before == delta,
+        f"--pruning-delta {delta}: the run to resume has {before} (1: --one-shot-pruning); give that, {anew}",
+    )
+    for metric, share in state.get("budget", {}).items():
+        now = budget.shares.get(metric, share)
+        check(
+            now <= share or math.isclose(now, share),
+            f"--budget {metric}={now}: the run to resume has gone for {share:g}; give that or less, {anew}",
+        )
+
+
+def _check_arguments(
+    model: nn.Module,
+    example_images: Tensor,
+    criterion: object,
+    budget: object,
+    search: object,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    """What cannot work, said before it fails in another place.
+
+    Raises:
+        ConfigError: Naming what to give instead.
+    """
+    wrapped = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(
+        model, "_orig_mod"
+    )
+    check(
+        not wrapped,
+        f"{type(model).__name__}: give the bare network (`model.module`, or what torch.compile was given), and wrap it "
+        "again after every rewrite",
+    )
+    check(not torch.is_inference_mode_enabled(), "pruning within torch.inference_mode(): leave that first")
+    check(len(example_images) > 0, "example_images holds no picture: give one or two of the final size")
+    check(
+        budget is not None or isinstance(search, RateSearch), "budget=None: give what may remain, such as 0.5"
+    )
+    check(
+        isinstance(criterion, (str, Criterion)),
+        f"criterion={criterion!r}: give a name or an object, such as Taylor() (not the class)",
+    )
+    check(
+        not isinstance(optimizer, torch.optim.LBFGS),
+        "LBFGS keeps all parameters in one vector, which cannot be cut: prune with another optimizer",
     )
 
 

@@ -24,8 +24,7 @@ def graph_of(
     one that was never interrupted.
 
     Raises:
-        ConfigError: Other modules were to be left alone when it was traced.
-        ValueError: The stored graph is of another network.
+        ConfigError: Other modules were to be left alone when it was traced, or it is of another network.
     """
     if state is None:
         return trace_groups(model, example_images, constraints=constraints)
@@ -41,7 +40,7 @@ def graph_of(
     for axis in graph.axes:
         size = tensors[axis.tensor].shape[axis.dim] if axis.tensor in tensors else None
         if size != len(axis.units):
-            raise ValueError(
+            raise ConfigError(
                 f"the pruning state is of another network: {axis.tensor!r} has {len(axis.units)} slices in dimension "
                 f"{axis.dim} there and {size or 0} here"
             )

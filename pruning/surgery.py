@@ -292,6 +292,10 @@ def _plan_attributes(
             counted[key] = type(value)(items)
     for (owner, attribute_name), value in counted.items():
         changes.set_attribute(modules[owner], attribute_name, value)
+    # A tensor that several modules share was cut under one of its names; all of them follow.
+    cuts = {
+        alias: cuts[axis.tensor] for axis in graph.axes for alias in axis.aliases if axis.tensor in cuts
+    } | dict(cuts)
     for name, module in model.named_modules():
         shapes = {
             own: _cut_shape(tensor, cuts.get(f"{name}.{own}" if name else own, {}))

@@ -118,9 +118,9 @@ def _run(model: nn.Module, images: tuple[Any, ...], graph: ChannelGraph, mask: n
     try:
         result = model(*images)
         run.outputs = [leaf for leaf in tree_leaves(as_tree(result)) if isinstance(leaf, Tensor)]
-    except torch.OutOfMemoryError:  # says nothing about the cut
-        raise
     except Exception as error:  # whatever a network raises on a cut is what we want to know
+        if _lacks_memory(error):
+            raise
         where = stack[-1] if stack else ""
         kind = type(model.get_submodule(where)).__name__
         run.failure = Failure(
@@ -130,6 +130,11 @@ def _run(model: nn.Module, images: tuple[Any, ...], graph: ChannelGraph, mask: n
         for handle in handles:
             handle.remove()
     return run
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether the machine is to blame, which says nothing about a cut."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _pop(stack: list[str]) -> Any:

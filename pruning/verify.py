@@ -253,7 +253,8 @@ def _learn(case: _Case, state: _State, labeller: Labeller, graph: ChannelGraph, 
             state.tied -= siblings
             return
         if step > 3:
-            if failure.raised or not _freeze_culprit(case, state, graph, failure.module):
+            local = failure.raised and failure.module  # else any group may be to blame
+            if local or not _freeze_culprit(case, state, graph, failure.module):
                 _freeze(state, labeller, graph, failure.module, siblings, state.messages[kind])
             return
 
@@ -368,14 +369,14 @@ def _freeze_culprit(case: _Case, state: _State, graph: ChannelGraph, failed: str
         failure = case.failure_of(graph, index)
         if failure is None:
             continue
-        members = [m for m in graph.members(index) if m.tensor.startswith(f"{owner}.")]
+        members = [m for m in graph.members(index) if owner and m.tensor.startswith(f"{owner}.")]
         member = (members or graph.members(index))[0]
         suffix = member.tensor.removeprefix(owner)
         likes = {owner} | (_siblings(case.model, owner)[1] if members and owner else set())
         positions = np.flatnonzero(member.positions >= 0)
         reason = f"cannot be cut: {failure.message}"
         for like in sorted(likes):
-            name = member.tensor if like == owner else like + suffix
+            name = member.tensor if like in (owner, "") else like + suffix
             extent = len(member.positions)
             state.verdicts.append(Verdict(name, member.dim, positions, extent, reason, like != owner))
         return True
@@ -385,11 +386,12 @@ def _freeze_culprit(case: _Case, state: _State, graph: ChannelGraph, failed: str
 def _around(graph: ChannelGraph, failed: str) -> list[tuple[int, str]]:
     """Prunable groups in a module, then in the modules around it, with the module each was met in."""
     found: dict[int, str] = {}
-    owner = failed
-    while owner:
-        inside = [place.units for place in graph.places if f"{place.module}.".startswith(f"{owner}.")]
+    owners = [failed]
+    while owners[-1]:
+        owners.append(owners[-1].rpartition(".")[0])
+    for owner in owners:
+        inside = [p.units for p in graph.places if not owner or f"{p.module}.".startswith(f"{owner}.")]
         groups = _prunable_in(graph, inside)
         for index in sorted(groups, key=lambda index: (len(graph.members(index)), index)):
             found.setdefault(index, owner)
-        owner = owner.rpartition(".")[0]
     return list(found.items())

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from image_classification.models.factory import ModelIdentity, create_model, identity_of, unwrap
 from image_classification.models.registry import ModelError
@@ -247,7 +248,10 @@ def _differing_attributes(model: nn.Module, fresh: nn.Module) -> dict[str, dict[
 def _check_same_modules(model: nn.Module, fresh: nn.Module) -> None:
     ours, theirs = dict(model.named_modules()), dict(fresh.named_modules())
     for name, module in theirs.items():
-        if type(ours.get(name)) is not type(module):
+        # Parametrisations make a class of its own for every module.
+        if name not in ours or type_before_parametrizations(ours[name]) is not type_before_parametrizations(
+            module
+        ):
             here = type(ours[name]).__name__ if name in ours else "missing"
             raise StructureError(
                 f"module {_called(name)} is {type(module).__name__} in a fresh network and {here} here: "

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from image_classification.models import main_and_auxiliary_logits
+
 FEATURE_CHOICES = ("pre", "post")
 """Which feature map shows a unit: `pre`, the output of the layer that makes it (before batch norm, as published);
 `post`, the input of the layer that reads it (after batch norm, activation and residual addition)."""
@@ -153,7 +155,7 @@ class GradientCriterion(Criterion, abc.ABC):
     derivatives of coupled members are summed before any square or absolute value, as the chain rule has it.
 
     Args:
-        loss: (outputs, targets) → mean loss over the batch; cross-entropy by default.
+        loss: (logits, targets) → mean loss over the batch; cross-entropy by default.
 
     Attributes:
         pieces: A batch is passed in so many parts, one after the other, to save memory; exact where scores are sums
@@ -168,7 +170,8 @@ class GradientCriterion(Criterion, abc.ABC):
 
     def objectives(self, model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Run the network; scalars, each a sum over the pictures, to be differentiated one by one."""
-        return (self.loss(model(images), targets) * len(images),)
+        logits, _ = main_and_auxiliary_logits(model(images))
+        return (self.loss(logits, targets) * len(images),)
 
     def watched(self) -> tuple[str, ...]:
         """Modules whose outputs the objectives read on their own, beside the layers of the network."""

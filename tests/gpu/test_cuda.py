@@ -27,6 +27,7 @@ from image_classification.optim import OptimConfig, build_optimizer
 from image_classification.precision import Precision, PrecisionConfig
 from image_classification.schedules import Schedule, ScheduleConfig
 from image_classification.trainer import TrainConfig, Trainer
+from pruning import Pruner, prune
 from pruning.callback import PruningCallback
 from pruning.config import PruningConfig
 
@@ -143,3 +144,25 @@ def test_rewrites_on_the_gpu(tmp_path: Path, precision: dict[str, object]) -> No
         assert parameter.ndim != 4 or parameter.is_contiguous(memory_format=torch.channels_last)
     assert isinstance(job.state.model, nn.Module)
     assert (tmp_path / "checkpoint.pth.tar").exists()
+
+
+@pytest.mark.parametrize("criterion", ["discriminant", "taylor", "magnitude"])
+def test_pruning_in_a_loop_of_ones_own(criterion: str) -> None:
+    """The README's: nobody says where the network is, the pruner sees it."""
+    torch.manual_seed(0)
+    model = create_model("resnet20", num_classes=10).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    images, targets = torch.randn(16, 3, 32, 32, device="cuda"), torch.arange(16, device="cuda") % 10
+    pruner = Pruner(
+        model, images[:2], criterion=criterion, budget=0.6, delta=0.2, step=1, optimizer=optimizer
+    )
+    for iteration in range(1, 6):
+        torch.nn.functional.cross_entropy(model(images), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if pruner.due(iteration):
+            record = pruner.step([(images, targets)])
+            assert all(torch.isfinite(torch.tensor(record.loss)))
+    assert pruner.done
+    assert all(parameter.is_cuda for parameter in model.parameters())
+    prune(create_model("resnet20").cuda(), images[:2], budget=0.5)

@@ -15,6 +15,7 @@ from image_classification.models import create_model
 from pruning import Constraints, Pruner, load_pruned, prune
 from pruning.config import PruningConfig, make_criterion
 from pruning.cost import CostModel
+from pruning.criteria import Taylor
 from pruning.criteria.combine import normalise_scores
 from pruning.criteria.discriminant import discriminant_scores
 from pruning.gates import Gates
@@ -111,8 +112,25 @@ def test_a_resumed_run_keeps_its_delta() -> None:
     pruner.step(batches)
     state = pruner.state_dict()
     assert Pruner(model, batches[0][0], budget=0.5, delta=0.1, state=state).completed == 1
-    with pytest.raises(ConfigError, match=r"--pruning-delta 0.2: the run to resume rewrites by 0.1"):
+    with pytest.raises(ConfigError, match=r"--pruning-delta 0.2: the run to resume has 0.1"):
         Pruner(model, batches[0][0], budget=0.5, delta=0.2, state=state)
+
+
+def test_a_resumed_run_may_go_further_but_not_back() -> None:
+    model, batches = chain(16, 24), calibration()
+    pruner = Pruner(model, batches[0][0], budget=0.6, delta=0.2)
+    while not pruner.done:
+        pruner.step(batches)
+    state = pruner.state_dict()
+    further = Pruner(model, batches[0][0], budget=0.4, delta=0.2, state=state)
+    assert (further.completed, further.num_rewrites) == (2, 3)
+    further.step(batches)
+    assert further.costs.current("macs") <= 0.4 * further.costs.baseline("macs")
+    state = further.state_dict()
+    with pytest.raises(ConfigError, match=r"--budget macs=0.8: the run to resume has gone for 0.4"):
+        Pruner(model, batches[0][0], budget=0.8, delta=0.2, state=state)
+    with pytest.raises(ConfigError, match="--budget params: the run to resume had no such budget"):
+        Pruner(model, batches[0][0], budget={"params": 0.5}, delta=0.2, state=state)
 
 
 def test_limits_hold_for_every_module_they_name() -> None:
@@ -230,21 +248,28 @@ def test_memory_of_networks_that_write_through_views() -> None:
     assert costs.baseline("memory") >= (8 + 3) * 8 * 8 * 4
 
 
-def test_lack_of_memory_is_no_reason_to_freeze() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_lack_of_memory_is_no_reason_to_freeze(error: Exception) -> None:
     class Hungry(nn.ReLU):
         calls = 0
 
         def forward(self, x: Tensor) -> Tensor:
             Hungry.calls += 1
             if Hungry.calls > 1:  # the trace gets through, the trial does not
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error
             return super().forward(x)
 
     model = nn.Sequential(nn.Conv2d(3, 8, 3), Hungry(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.LazyLinear(4))
     images = torch.randn(2, 3, 8, 8)
     model(images)
     Hungry.calls = 0
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error), match="memory"):
         trace_groups(model.eval(), images)
 
 
@@ -262,8 +287,8 @@ def test_masks_of_another_length_are_refused() -> None:
         ({"budget": ["foo=0.5"]}, "--budget foo=0.5: unknown cost"),
         ({"pruning_delta": 0.0}, "--pruning-delta 0"),
         ({"pruning_delta": -1.0}, "--pruning-delta -1"),
-        ({"min_width": float("nan")}, "width limit min_width=nan"),
-        ({"min_width": float("inf")}, "width limit min_width=inf"),
+        ({"min_width": float("nan")}, "--min-width=nan"),
+        ({"min_width": float("inf")}, "--min-width=inf"),
     ],
 )
 def test_impossible_wishes_are_refused_with_the_flags(flags: dict[str, Any], message: str) -> None:
@@ -301,3 +326,107 @@ def test_a_dry_run_says_what_pruning_then_does() -> None:
     assert row["costs"]["macs"] == pytest.approx(record.costs["macs"][1] / record.costs["macs"][2])
     for name, (_, after) in record.widths.items():
         assert row["widths"][name] == after
+
+
+class Tied(nn.Module):
+    """Two layers and two normalisations that share their tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.c.weight = self.b.weight
+        self.first, self.second = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.second.weight, self.second.bias = self.first.weight, self.first.bias
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.a(x.flatten(1)).relu()
+        x = self.first(x + self.b(x).relu())
+        return self.head(self.second(x + self.c(x).relu()))
+
+
+def test_all_modules_that_share_a_tensor_follow(tmp_path: Any) -> None:
+    model, images = Tied(), torch.randn(4, 3, 2, 2)
+    prune(model, images, budget={"params": 0.6})
+    width = model.a.out_features
+    assert width < 8
+    assert (model.c.in_features, model.c.out_features) == (width, width)
+    assert model.second.normalized_shape == (width,)
+    save_pruned(tmp_path / "pruned.pth.tar", model, factory=Tied)
+    again = load_pruned(tmp_path / "pruned.pth.tar", factory=Tied)
+    torch.testing.assert_close(again(images), model(images))
+
+
+def test_parametrised_layers_are_saved(tmp_path: Any) -> None:
+    def build() -> nn.Module:
+        model = chain(8, 8)
+        nn.utils.parametrizations.weight_norm(model[0])
+        return model
+
+    model, images = build().eval(), torch.randn(2, 3, 8, 8)
+    prune(model, images, budget=0.5)
+    save_pruned(tmp_path / "pruned.pth.tar", model, factory=build)
+    again = load_pruned(tmp_path / "pruned.pth.tar", factory=build)
+    torch.testing.assert_close(again.eval()(images), model(images))
+
+
+class HardCoded(nn.Module):
+    """Views by a number that stands in its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 12, 3, padding=1)
+        self.c, self.head = nn.Conv2d(12, 16, 3, padding=1), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.c(self.b(self.a(x).relu()).relu()).relu().mean((2, 3))
+        return self.head(x.view(x.shape[0], 16))
+
+
+def test_a_hard_coded_size_freezes_only_what_it_is_about() -> None:
+    graph = trace_groups(HardCoded().eval(), torch.randn(2, 3, 8, 8))
+    assert {group.name for group in graph.prunable} == {"a", "b"}
+    assert "invalid for input of size" in graph.frozen["c"]
+
+
+def test_criteria_by_the_loss_take_several_outputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.aux = chain(8, 8), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return [self.body(x), self.aux(x[:, :, :2, :2].flatten(1))]
+
+    model, batches = Two(), calibration()
+    Pruner(model, batches[0][0], criterion="taylor", budget=0.7, delta=0.3).step(batches)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda given: {"model": nn.DataParallel(given["model"])}, "DataParallel: give the bare network"),
+        (lambda given: {"model": torch.compile(given["model"])}, "OptimizedModule: give the bare network"),
+        (lambda given: {"example_images": torch.zeros(0, 3, 8, 8)}, "holds no picture"),
+        (lambda given: {"budget": None}, "budget=None"),
+        (lambda given: {"criterion": Taylor}, "not the class"),
+        (lambda given: {"optimizer": torch.optim.LBFGS(given["model"].parameters())}, "LBFGS"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once(change: Any, message: str) -> None:
+    given = {"model": chain(8, 8), "example_images": torch.randn(2, 3, 8, 8)}
+    with pytest.raises(ConfigError, match=message):
+        Pruner(**(given | change(given)))
+
+
+def test_inference_mode_is_named() -> None:
+    with torch.inference_mode(), pytest.raises(ConfigError, match="inference_mode"):
+        prune(chain(8, 8), torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "values", [{"ignored": "layer4.*"}, {"limits": "layer1.*=0.5"}, {"round_to": 2.5}, {"round_to": 0}]
+)
+def test_impossible_constraints(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="give"):
+        Constraints(**values)

@@ -59,16 +59,24 @@ def test_a_fresh_run_keeps_the_files_of_an_older_one(tmp_path: Path) -> None:
     for name in ("checkpoint.pth.tar", "model_best.pth.tar", "checkpoint-7.pth.tar"):
         (tmp_path / name).write_bytes(b"precious")
     said: list[str] = []
-    Checkpointer(CheckpointConfig(workspace=tmp_path), Distributed(), said.append).prepare(None)
-    assert names(tmp_path) == {
-        f"{name}.previous-1" for name in ("checkpoint.pth.tar", "model_best.pth.tar", "checkpoint-7.pth.tar")
-    }
+    files = names(tmp_path)
+    fresh = Checkpointer(CheckpointConfig(workspace=tmp_path), Distributed(), said.append)
+    fresh.prepare(None)
+    assert names(tmp_path) == files, "a run may still be refused for a wrong flag"
+    fresh.claim()
+    assert names(tmp_path) == {f"{name}.previous-1" for name in files}
+    fresh.claim()
+    assert len(said) == 3, "once"
     assert "checkpoint.pth.tar.previous-1" in said[0]
     (tmp_path / "checkpoint.pth.tar").write_bytes(b"again")
-    checkpointer(tmp_path).prepare(None)
+    fresh = checkpointer(tmp_path)
+    fresh.prepare(None)
+    fresh.save({"epoch": 1})  # at the latest
     assert (tmp_path / "checkpoint.pth.tar.previous-2").read_bytes() == b"again"
     (tmp_path / "checkpoint.pth.tar").write_bytes(b"resumed")
-    checkpointer(tmp_path).prepare(tmp_path / "checkpoint.pth.tar")
+    resumed = checkpointer(tmp_path)
+    resumed.prepare(tmp_path / "checkpoint.pth.tar")
+    resumed.claim()
     assert (tmp_path / "checkpoint.pth.tar").read_bytes() == b"resumed"
 
 
