@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.commands import ROOT
 from torch import Tensor, nn
 
 from image_classification.config import ConfigError
@@ -296,7 +301,7 @@ def test_impossible_wishes_are_refused_with_the_flags(flags: dict[str, Any], mes
         PruningConfig(iterative_pruning=True, **flags)
 
 
-def test_normalisations_without_tensors_know_their_width(tmp_path: Any) -> None:
+def test_normalisations_without_tensors_know_their_width(tmp_path: Path) -> None:
     def build() -> nn.Module:
         return nn.Sequential(
             nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3),
@@ -345,7 +350,7 @@ class Tied(nn.Module):
         return self.head(self.second(x + self.c(x).relu()))
 
 
-def test_all_modules_that_share_a_tensor_follow(tmp_path: Any) -> None:
+def test_all_modules_that_share_a_tensor_follow(tmp_path: Path) -> None:
     model, images = Tied(), torch.randn(4, 3, 2, 2)
     prune(model, images, budget={"params": 0.6})
     width = model.a.out_features
@@ -357,7 +362,7 @@ def test_all_modules_that_share_a_tensor_follow(tmp_path: Any) -> None:
     torch.testing.assert_close(again(images), model(images))
 
 
-def test_parametrised_layers_are_saved(tmp_path: Any) -> None:
+def test_parametrised_layers_are_saved(tmp_path: Path) -> None:
     def build() -> nn.Module:
         model = chain(8, 8)
         nn.utils.parametrizations.weight_norm(model[0])
@@ -430,3 +435,42 @@ def test_inference_mode_is_named() -> None:
 def test_impossible_constraints(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="give"):
         Constraints(**values)
+
+
+RANKS = """
+import os, sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from image_classification.models import create_model
+from pruning import Pruner
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
+torch.manual_seed(0)
+model = create_model("resnet20", num_classes=4)
+images, targets = torch.randn(8, 3, 16, 16)[dist.get_rank()::2], torch.arange(8)[dist.get_rank()::2] % 4
+pruner = Pruner(model, images[:1], criterion="taylor", budget=0.6, delta=0.2, step=1)
+for iteration in range(1, 4):
+    wrapped = DistributedDataParallel(model)
+    torch.nn.functional.cross_entropy(wrapped(images), targets).backward()
+    if pruner.due(iteration):
+        del wrapped
+        pruner.step([(images, targets)])
+print([group.width for group in pruner.graph.groups])
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.multiprocess
+def test_ranks_of_ones_own_process_group_agree(tmp_path: Path) -> None:
+    """Each has pictures of its own, and nobody tells the pruner that there are two."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS, str(tmp_path / "store"), str(rank)],
+            stdout=subprocess.PIPE, env=environment, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    first, second = (rank.communicate(timeout=300)[0].splitlines()[-1] for rank in ranks)
+    assert first == second
+    assert all(rank.returncode == 0 for rank in ranks)
