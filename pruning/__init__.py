@@ -9,7 +9,8 @@ shrink(model, example_images)                                  # cut away what a
 from pruning.budget import Budget
 from pruning.channel_graph import ChannelGraph, Constraints
 from pruning.graph import trace_groups
-from pruning.pruner import Pruner, RewriteRecord, prune
+from pruning.pruner import Pruner, prune
+from pruning.record import RewriteRecord
 from pruning.shrink import ShrinkReport, shrink
 from pruning.structure import load_pruned, save_pruned
 from pruning.surgery import RewriteError, RewriteReport, prune_channels

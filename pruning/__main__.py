@@ -29,11 +29,12 @@ from image_classification.data.layouts import open_dataset
 from image_classification.models import create_model, identity_of, model_for_weights
 from image_classification.verbs import Verb, run_verb
 from pruning.channel_graph import ChannelGraph, Constraints
-from pruning.config import PruningConfig, make_criterion, parse_limits
+from pruning.config import PruningConfig, parse_limits
 from pruning.criteria import FEATURE_CHOICES, Combined, criterion_class, criterion_names
 from pruning.explanations import build_originals
 from pruning.graph import trace_groups
 from pruning.importing import job as import_job
+from pruning.making import make_criterion
 from pruning.plots import plot_scores
 from pruning.report import verb as report
 from pruning.saliency_flags import EXPLANATIONS

@@ -20,11 +20,13 @@ from image_classification.callbacks import Callback
 from image_classification.data.loader import Loader
 from image_classification.trainer import Trainer
 from pruning.budget import Budget
-from pruning.config import PruningConfig, make_criterion
+from pruning.config import PruningConfig
 from pruning.explanations import build_originals
 from pruning.loss_change import multi_label_sample_losses, sample_losses
+from pruning.making import make_criterion
 from pruning.plots import widths_picture
-from pruning.pruner import Pruner, RewriteRecord
+from pruning.pruner import Pruner
+from pruning.record import RewriteRecord
 
 
 class PruningCallback(Callback):

@@ -157,7 +157,7 @@ class ChannelGraph:
 
     def members(self, group: GroupKey) -> list[Member]:
         """Dimensions of tensors that lose slices with this group."""
-        index = self.group(group).index if not isinstance(group, Group) else group.index
+        index = self.group(group).index
         found = []
         for number in self._touching["axes"].get(index, []):
             axis = self.axes[number]

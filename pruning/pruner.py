@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -28,13 +27,14 @@ from image_classification.config import check
 from image_classification.distributed import Distributed
 from pruning.budget import Budget, BudgetCourse, as_budget
 from pruning.channel_graph import Constraints
-from pruning.config import make_criterion
 from pruning.criteria import Criterion
 from pruning.hooks import evaluation_mode
 from pruning.loss_change import Batches, LossChange, SampleLoss, sample_losses
+from pruning.making import make_criterion
 from pruning.original import OriginalExplanations
 from pruning.rates import RateSearch
-from pruning.resuming import graph_of, known_originals, shared_costs
+from pruning.record import RewriteRecord
+from pruning.resuming import check_course, graph_of, known_originals, shared_costs
 from pruning.scoring import score_groups
 from pruning.search import Candidate, GreedySearch, Search, Situation, build_search
 from pruning.structure import save_pruned
@@ -43,51 +43,6 @@ from pruning.tap_channels import staying_channels
 
 Calibration = Iterable[Any]
 DEFAULT_CONSTRAINTS = Constraints(min_width=0.1)
-
-
-@dataclasses.dataclass(frozen=True)
-class RewriteRecord:
-    """What one rewrite did, as plain data.
-
-    Attributes:
-        rewrite: Number of the rewrite, from 1.
-        iteration: Training iteration it happened after; -1 outside of training.
-        widths: Group name → [before, after], changed groups only.
-        costs: Metric → [before, after, baseline].
-        loss: Calibration loss [before, after]; after is without any training.
-        scores: Group name → [lowest score that stayed, highest score that went].
-        candidates: The best candidates that were weighed.
-        seconds: `score`, `search`, `rewrite`.
-        explanation: Mean squared distance of the explanation from the original network's [before, after], if one is
-            followed.
-    """
-
-    rewrite: int
-    iteration: int
-    widths: dict[str, list[int]]
-    costs: dict[str, list[float]]
-    loss: list[float]
-    scores: dict[str, list[float]]
-    candidates: list[dict[str, Any]]
-    seconds: dict[str, float]
-    explanation: list[float] = dataclasses.field(default_factory=list)
-
-    def describe(self) -> str:
-        """One line for people."""
-        widths = ", ".join(f"{name} {before}→{after}" for name, (before, after) in self.widths.items())
-        costs = ", ".join(
-            f"{metric} {100 * after / base:.1f} %" for metric, (_, after, base) in self.costs.items()
-        )
-        seconds = sum(self.seconds.values())
-        moved = (
-            f"; explanation moved by {self.explanation[0]:.4g} → {self.explanation[1]:.4g}"
-            if self.explanation
-            else ""
-        )
-        return (
-            f"rewrite {self.rewrite}: {widths or 'nothing to remove'}; {costs} of the original; calibration loss "
-            f"{self.loss[0]:.4f} → {self.loss[1]:.4f}{moved}; {seconds:.2f} s"
-        )
 
 
 class Pruner:
@@ -166,7 +121,7 @@ class Pruner:
         budget = self._budget_of_rates(state) if budget is None else as_budget(budget)
         self.delta = delta
         if state is not None:
-            _check_course(state, budget, delta)
+            check_course(state, budget, delta)
         self.course = BudgetCourse(budget, self.costs, delta)
         self.completed: int = 0 if state is None else state["completed"]
         records = [] if state is None else state["history"]
@@ -438,26 +393,6 @@ class Pruner:
             "history": [dataclasses.asdict(record) for record in self.history],
             "originals": None if self.originals is None else self.originals.state_dict(),
         }
-
-
-def _check_course(state: Mapping[str, Any], budget: Budget, delta: float) -> None:
-    """Rewrites are counted: with another step, or a looser budget, the count would mean another cost.
-
-    Raises:
-        ConfigError: Naming what differs.
-    """
-    anew = "or start anew from its weights with --pretrained-weights"
-    before = state.get("delta", delta)
-    check(
-        before == delta,
-        f"--pruning-delta {delta}: the run to resume has {before} (1: --one-shot-pruning); give that, {anew}",
-    )
-    for metric, share in state.get("budget", {}).items():
-        now = budget.shares.get(metric, share)
-        check(
-            now <= share or math.isclose(now, share),
-            f"--budget {metric}={now}: the run to resume has gone for {share:g}; give that or less, {anew}",
-        )
 
 
 def _check_arguments(

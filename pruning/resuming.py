@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from image_classification.config import ConfigError, check
 from image_classification.distributed import Distributed
+from pruning.budget import Budget
 from pruning.channel_graph import ChannelGraph, Constraints
 from pruning.cost import CostModel
 from pruning.graph import trace_groups
@@ -72,6 +74,26 @@ def shared_costs(
     costs = made[0] if made else None
     shared = distributed.broadcast_object(None if costs is None else costs.state_dict())
     return costs or CostModel(graph, model, example_images, metrics, state=shared)
+
+
+def check_course(state: Mapping[str, Any], budget: Budget, delta: float) -> None:
+    """Rewrites are counted: with another step, or a looser budget, the count would mean another cost.
+
+    Raises:
+        ConfigError: Naming what differs.
+    """
+    anew = "or start anew from its weights with --pretrained-weights"
+    before = state.get("delta", delta)
+    check(
+        before == delta,
+        f"--pruning-delta {delta}: the run to resume has {before} (1: --one-shot-pruning); give that, {anew}",
+    )
+    for metric, share in state.get("budget", {}).items():
+        now = budget.shares.get(metric, share)
+        check(
+            now <= share or math.isclose(now, share),
+            f"--budget {metric}={now}: the run to resume has gone for {share:g}; give that or less, {anew}",
+        )
 
 
 def known_originals(state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -43,8 +43,7 @@ def restrided(run: Labeller, operation: Operation) -> Value | list[Value]:
     return x if x.shape == run.out_shape(operation) else unknown(run, operation)
 
 
-@rule("permute", "transpose", "t", "movedim", "transpose_", "t_", "permute_copy", "transpose_copy", "numpy_T",
-      "adjoint", "swapaxes")  # fmt: skip
+@rule("permute", "transpose", "t", "transpose_", "t_", "permute_copy", "transpose_copy")
 def permuted(run: Labeller, operation: Operation) -> Value:
     """Dimensions in another order."""
     x = run.at(operation.args[0])

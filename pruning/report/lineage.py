@@ -35,7 +35,7 @@ class Stage:
         invocations: How it was started, and on what.
         checkpoint: Its latest checkpoint, None if there is none.
         progress: `epoch`, `iteration`, `steps_per_epoch` of that checkpoint.
-        rewrites: Records of its rewrites, as `pruning.pruner.RewriteRecord`, oldest first.
+        rewrites: Records of its rewrites, as `pruning.record.RewriteRecord`, oldest first.
     """
 
     workspace: Path

@@ -19,11 +19,11 @@ from explainers.gated_features import gated_features
 from explainers.gradcam_explanation import GradCamExplanation
 from image_classification.config import ConfigError
 from image_classification.distributed import Distributed
-from pruning.config import make_criterion
 from pruning.criteria import Combined, Saliency, combine_scores, create_criterion, normalise_scores
 from pruning.criteria.saliency import random_signs
 from pruning.gates import Gates
 from pruning.graph import trace_groups
+from pruning.making import make_criterion
 from pruning.original import OriginalExplanations, picture_keys
 from pruning.saliency_flags import SaliencyFlags
 from pruning.scoring import score_groups

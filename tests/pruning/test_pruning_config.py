@@ -13,7 +13,8 @@ from support.training import MemoryLoader, build_trainer, toy_data
 from image_classification.config import ConfigError, flag_fields
 from image_classification.models import create_model
 from pruning.callback import PruningCallback
-from pruning.config import PruningConfig, make_criterion
+from pruning.config import PruningConfig
+from pruning.making import make_criterion
 from pruning.pruner import Pruner
 from pruning.search import GlobalSearch, GreedySearch, UniformSearch
 
@@ -54,7 +55,7 @@ def test_every_flag_without_pruning_is_refused(field: str) -> None:
         ({**ITERATIVE, "judge_batches": 0}, "--judge-batches"),
         ({**ITERATIVE, "di_ridge": 0.0}, "--di-ridge"),
         ({**ITERATIVE, "round_to": 0}, "--round-to"),
-        ({**ITERATIVE, "min_width": 0.0}, "min_width"),
+        ({**ITERATIVE, "min_width": 0.0}, "--min-width"),
         ({**ITERATIVE, "prune_limit": ["layer1"]}, "write PATTERN=LEAST"),
     ],
 )

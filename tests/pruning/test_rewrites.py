@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from image_classification.config import ConfigError
 from image_classification.models import create_model
 from pruning import Constraints, Pruner, load_pruned, prune
-from pruning.config import PruningConfig, make_criterion
+from pruning.config import PruningConfig
 from pruning.cost import CostModel
 from pruning.criteria import Taylor
 from pruning.criteria.combine import normalise_scores
@@ -26,6 +26,7 @@ from pruning.criteria.discriminant import discriminant_scores
 from pruning.gates import Gates
 from pruning.graph import trace_groups
 from pruning.loss_change import LossChange, multi_label_sample_losses
+from pruning.making import make_criterion
 from pruning.scoring import score_groups
 from pruning.structure import save_pruned
 from pruning.surgery import prune_channels
