@@ -417,8 +417,8 @@ class Trainer:
         check(
             payload["steps_per_epoch"] == self.steps_per_epoch,
             f"--resume: the checkpoint counts {payload['steps_per_epoch']} iterations per epoch, now there would be "
-            f"{self.steps_per_epoch}: give the same data, --batch-size and --optimizer-batch-size, and the flags of pruning, "
-            "which sets pictures aside; or start from its weights with --pretrained-weights",
+            f"{self.steps_per_epoch}: give the same data, --batch-size, --optimizer-batch-size and flags of pruning "
+            "(which sets pictures aside), or start from its weights with --pretrained-weights",
         )
         try:
             state.model.load_state_dict(payload["state_dict"])
