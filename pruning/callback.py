@@ -183,7 +183,7 @@ class PruningCallback(Callback):
         for group, values in scores.items():
             logger.histogram(f"score/{group}", values, iteration)
         logger.image("pruning/widths", widths_picture(pruner.graph.prunable), iteration)
-        for candidate in record.candidates[:1]:
+        for candidate in (c for c in record.candidates[:1] if c["estimated"] is not None):
             logger.scalars("pruning", {"best_estimate": candidate["estimated"]}, step, iteration)
 
     def on_log(self, trainer: Trainer, figures: dict[str, float]) -> None:
