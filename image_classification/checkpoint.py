@@ -285,11 +285,11 @@ class Checkpointer:
             paths.append(self.config.workspace / f"checkpoint-{payload['epoch'] - 1}.pth.tar")
         first, *others = reversed(paths)
         save_atomically({"format": FORMAT, "version": VERSION, **payload}, first)
+        if gathering:
+            self._rotate()  # before the latest, after which a killed run that was at its end does nothing any more
         for path in others:
             with first.open("rb") as source, atomic_file(path) as file:
                 shutil.copyfileobj(source, file, length=16 << 20)
-        if gathering:
-            self._rotate()
 
     def _rotate(self) -> None:
         if self.config.gather_checkpoints < 0:

@@ -192,3 +192,23 @@ def test_foreign_and_mismatched_files_are_refused(make_trainer: MakeTrainer, tmp
 def test_bad_checkpoint_settings(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CheckpointConfig(**settings)
+
+
+def test_a_kill_before_the_latest_is_written_leaves_no_old_gathered_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed after its last file does nothing when it is sent again, so that must come last."""
+    keeper = Checkpointer(
+        CheckpointConfig(workspace=tmp_path, gather_checkpoints=1), Distributed(), lambda text: None
+    )
+    keeper.save({"epoch": 1}, end_of_epoch=True)
+
+    def killed(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("image_classification.checkpoint.shutil.copyfileobj", killed)
+    with pytest.raises(KeyboardInterrupt):
+        keeper.save({"epoch": 2}, end_of_epoch=True)
+    assert {"checkpoint.pth.tar", "checkpoint-1.pth.tar"} <= names(tmp_path)
+    assert "checkpoint-0.pth.tar" not in names(tmp_path)
+    assert read_safely(tmp_path / "checkpoint.pth.tar")["epoch"] == 1
