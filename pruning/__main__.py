@@ -34,7 +34,7 @@ from pruning.criteria import FEATURE_CHOICES, Combined, criterion_class, criteri
 from pruning.explanations import build_originals
 from pruning.graph import trace_groups
 from pruning.importing import job as import_job
-from pruning.making import make_criterion
+from pruning.named_criteria import make_criterion
 from pruning.plots import plot_scores
 from pruning.report import verb as report
 from pruning.saliency_flags import EXPLANATIONS

@@ -23,7 +23,7 @@ from pruning.budget import Budget
 from pruning.config import PruningConfig
 from pruning.explanations import build_originals
 from pruning.loss_change import multi_label_sample_losses, sample_losses
-from pruning.making import make_criterion
+from pruning.named_criteria import make_criterion
 from pruning.plots import widths_picture
 from pruning.pruner import Pruner
 from pruning.record import RewriteRecord

@@ -30,7 +30,7 @@ from pruning.channel_graph import Constraints
 from pruning.criteria import Criterion
 from pruning.hooks import evaluation_mode
 from pruning.loss_change import Batches, LossChange, SampleLoss, sample_losses
-from pruning.making import make_criterion
+from pruning.named_criteria import make_criterion
 from pruning.original import OriginalExplanations
 from pruning.rates import RateSearch
 from pruning.record import RewriteRecord
@@ -442,7 +442,7 @@ def prune(
     constraints: Constraints | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> RewriteRecord:
-    """Make a network smaller at once, in place.
+    """Make a network smaller at once, in place. Within a process group all ranks call it together.
 
     Args:
         model: Any traceable network; rewritten in place.

@@ -143,7 +143,7 @@ class GreedySearch:
     shortlist: int = 4
 
     def choose(self, situation: Situation) -> Decision:
-        """See `Search`. When no single group can pay, the one that hurts least goes to its least width first."""
+        """See `Search`. When no single group can pay, the one that hurts least pays what it can, then the next."""
         stages: list[list[Candidate]] = []
         chosen: list[float | None] = []
         while (metric := situation.most_behind()) is not None:

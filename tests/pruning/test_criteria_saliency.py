@@ -23,7 +23,7 @@ from pruning.criteria import Combined, Saliency, combine_scores, create_criterio
 from pruning.criteria.saliency import random_signs
 from pruning.gates import Gates
 from pruning.graph import trace_groups
-from pruning.making import make_criterion
+from pruning.named_criteria import make_criterion
 from pruning.original import OriginalExplanations, picture_keys
 from pruning.saliency_flags import SaliencyFlags
 from pruning.scoring import score_groups

@@ -14,7 +14,7 @@ from image_classification.config import ConfigError, flag_fields
 from image_classification.models import create_model
 from pruning.callback import PruningCallback
 from pruning.config import PruningConfig
-from pruning.making import make_criterion
+from pruning.named_criteria import make_criterion
 from pruning.pruner import Pruner
 from pruning.search import GlobalSearch, GreedySearch, UniformSearch
 

@@ -26,7 +26,7 @@ from pruning.criteria.discriminant import discriminant_scores
 from pruning.gates import Gates
 from pruning.graph import trace_groups
 from pruning.loss_change import LossChange, multi_label_sample_losses
-from pruning.making import make_criterion
+from pruning.named_criteria import make_criterion
 from pruning.scoring import score_groups
 from pruning.structure import save_pruned
 from pruning.surgery import prune_channels
