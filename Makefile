@@ -8,7 +8,7 @@ DEMO := runs/demo
 # The others name what they need in --help.
 BENCHMARKS := attribution_speed di_scoring matching_cost pruned_speed saliency shrink training zoo
 
-.PHONY: help install test demo lint docs benchmarks clean
+.PHONY: help install test demo lint docs benchmarks gpu-check campaign clean
 
 help:
 	@echo 'make install     .venv with everything, the needs of the tests included'
@@ -17,6 +17,8 @@ help:
 	@echo 'make docs        install, then build the documentation into site/'
 	@echo 'make lint        install, then ruff and mypy'
 	@echo 'make benchmarks  install, then the scripts of benchmarks/ that need no data or checkpoint of yours'
+	@echo 'make gpu-check   tests and speeds of this machine with its GPU, into benchmarks/results/gpu_check.json'
+	@echo 'make campaign    install, then kill nine kinds of training 207 times, and compare; hostile flags, all of them'
 	@echo 'make clean       remove .venv and what tools left behind'
 	@echo 'PYTHON=python3.12 chooses the interpreter (3.11 or newer)'
 
@@ -45,7 +47,7 @@ demo: install
 	$(BIN)/python main.py shapes --config configs/shapes_resnet20_finetune.yaml --workspace $(DEMO)/finetune \
 		--pretrained-weights $(DEMO)/prune/checkpoint.pth.tar
 	$(BIN)/python -m explainers attribute shapes --checkpoint $(DEMO)/finetune/checkpoint.pth.tar --method gradcam \
-		--method lrp --num-pictures 12 --output $(DEMO)/maps
+		--method lrp --num-images 12 --output $(DEMO)/maps
 	$(BIN)/python -m pruning export $(DEMO)/finetune/checkpoint.pth.tar --format onnx --data shapes \
 		--output $(DEMO)/pruned.onnx
 	$(BIN)/python -m pruning report $(DEMO)
@@ -62,6 +64,14 @@ docs: install
 
 benchmarks: install
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
+
+# Where .venv is not made by this file (a container, a lent machine): make gpu-check BIN=/usr/bin
+gpu-check:
+	$(BIN)/python benchmarks/gpu_check.py $(DATA)
+
+campaign: install
+	$(BIN)/python benchmarks/kill_campaign.py
+	$(BIN)/python -m pytest tests/reliability
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis ./*.egg-info

@@ -5,20 +5,28 @@
 `torch.distributed.run` does the work: its flags (with `_` or `-`), rendezvous and elastic agent. What
 differs:
 
-- SIGTERM, SIGINT and SIGUSR1 go to the ranks alone, not to the data workers beside them, and the ranks have
-  `--shutdown-timeout` seconds to save and leave. A second SIGINT stops them at once.
+- SIGTERM, SIGINT and SIGUSR1 go to the ranks alone, not to their data workers, as soon as a rank handles them, and
+  the ranks have `--shutdown-timeout` seconds to save and leave. A second SIGINT stops them at once.
+- Ranks end with their launcher, however it ends.
 - A rank that leaves with EXIT_SAVED (75: "saved, start me again") ends the job with that code and no restart.
 - A dead rank stops every node within seconds, or restarts them (`--max-restarts`); the launcher says which
   rank, why, and how its log ends.
 - One log file per rank, `rank_3.log` in `--log-dir`, never overwritten; rank 0 alone is on the screen.
 - OMP_NUM_THREADS, if unset, shares the CPU cores among the processes.
-- Exit code: 0, EXIT_SAVED, the code of the rank that failed first, or 128 + the signal that killed it.
+- Exit code: 0, EXIT_SAVED, the code of the rank that failed first, or 128 + the signal that killed it; EXIT_PEER (69)
+  where a rank hung. A signal that comes before there are ranks ends in EXIT_SAVED, SIGINT in 130.
 """
+
+from image_classification.exit_codes import STOP_SIGNALS, answer_signals_while_importing, code_of_stop
+
+if __name__ == "__main__":
+    answer_signals_while_importing()
 
 import argparse
 import logging
 import os
 import shutil
+import signal
 import sys
 import uuid
 
@@ -34,13 +42,13 @@ from torch.distributed.run import (
     parse_min_max_nnodes,
 )
 
-from image_classification.launcher import SHELL, Agent, RankLogs
+from image_classification.launcher import Agent, RankLogs, start_words
 
 # torchrun's flags about signals, screen and log files, which the agent decides, and one that runs no command.
 NOT_APPLICABLE = (
-    "redirects", "tee", "local_ranks_filter", "log_line_prefix_template", "logs_specs", "run_path",
-    "signals_to_handle", "duplicate_stdout_filters", "duplicate_stderr_filters",
-)  # fmt: skip
+    *("redirects", "tee", "local_ranks_filter", "log_line_prefix_template", "logs_specs", "run_path"),
+    *("signals_to_handle", "duplicate_stdout_filters", "duplicate_stderr_filters"),
+)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -59,7 +67,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="SECONDS",
         help="Time that the ranks have to save and leave after a signal (default: 120).",
     )
-    parser.set_defaults(master_port=None)  # older torch has 29500 here, which cannot be told from a given one
+    parser.set_defaults(
+        master_port=None
+    )  # older torch has 29500 here, indistinguishable from a port that was given
     args = parser.parse_args(argv)
     for name in NOT_APPLICABLE:
         if getattr(args, name, None) != parser.get_default(name):  # None: this torch has no such flag
@@ -91,11 +101,12 @@ def make_spec(config: LaunchConfig, command: str, command_args: list[str]) -> Wo
     )
     static = rendezvous.backend == "static"
     address, _, port = rendezvous.endpoint.rpartition(":")
+    entrypoint, words = start_words(command, command_args)
     return WorkerSpec(
         role=config.role,
         local_world_size=config.nproc_per_node,
-        entrypoint="/bin/sh",
-        args=(*SHELL, command, *command_args),
+        entrypoint=entrypoint,
+        args=words,
         rdzv_handler=registry.get_rendezvous_handler(rendezvous),
         max_restarts=config.max_restarts,
         monitor_interval=config.monitor_interval,
@@ -121,10 +132,12 @@ def launch(args: argparse.Namespace, logs: RankLogs) -> int:
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     spec = make_spec(config, str(command), command_args)
     agent = Agent(spec, logs, args.shutdown_timeout)
+    agent.take_signals()
     try:
         result = agent.run()
     except SignalException as error:
-        return 128 + error.sigval
+        print(f"multiproc: stopped by {signal.Signals(error.sigval).name}: {error}", file=sys.stderr)
+        return code_of_stop(error.sigval) if error.sigval in STOP_SIGNALS else 128 + error.sigval
     finally:
         logs.close()
         spec.rdzv_handler.shutdown()

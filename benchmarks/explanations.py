@@ -1,15 +1,15 @@
-"""How well attribution methods find the object: all methods on one or several networks, beside the centre baseline.
+"""How well attribution methods find the object, on one or several networks, beside the centre of the image.
 
     OMP_NUM_THREADS=1 python benchmarks/explanations.py --checkpoint runs/shapes/model_best.pth.tar [--casm-path FILE]
 
 Per network and method, over a split with masks and boxes: pointing game (exact, and within 15 pixels), ROC-AUC, energy
-inside, F1, F1a, LE, OM, as `python -m explainers localize` counts them; seconds of computing maps. Beside it the growth
-of this process's memory from the first tenth of the pictures to the end.
+inside, F1, F1a, LE and OM, counted as by `python -m explainers localize`, and the seconds that the maps took. After the
+table stands the growth of this process's memory from the first tenth of the images to the end.
 
-`ig-positive` and `ig-absolute` are Integrated Gradients with `--ig-sign` and the smoothing of the pointing game,
-`--ig-smooth 0.02`. The three are views of the same attributions, which are computed once: the first is charged with the
-seconds. With `--update` rows of other methods and networks stay in the file; each row says which entry of `runs`
-(settings, memory, environment) it is from.
+`ig-positive` and `ig-absolute` are Integrated Gradients with `--ig-sign` and with the smoothing of the pointing game,
+`--ig-smooth 0.02`. They and `ig` show the same attributions, which are computed once and whose seconds `ig` bears.
+With `--update` the rows of other methods and networks stay in the file; every row says which entry of `runs` (settings,
+memory, environment) it is from.
 """
 
 from __future__ import annotations
@@ -17,47 +17,46 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from common.report import BenchmarkParser, write_json
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from explainers.base import Attribution, Method, Prepared
-from explainers.evaluate import FIGURES, Row, localize
-from explainers.ground_truth import check_ground_truth
-from explainers.integrated_gradients import IntegratedGradients, show
-from explainers.job import (
-    MethodConfig,
+from explainers.attribution.integrated_gradients import IntegratedGradients, show
+from explainers.attribution.method import Attribution, Method, Prepared, create_method
+from explainers.measures.evaluate import FIGURES, Row, localize
+from explainers.measures.tables import print_table
+from explainers.verbs.attribution_job import (
+    ImageConfig,
     NetworkConfig,
-    PictureConfig,
+    image_loader,
     open_networks,
     open_split,
-    picture_loader,
 )
-from explainers.localize import as_json
-from explainers.tables import print_table
+from explainers.verbs.ground_truth_checks import check_ground_truth
+from explainers.verbs.localize import as_json
 from image_classification.data.build import ReadConfig
 from image_classification.data.progress import progress_bar
 from image_classification.distributed import DistributedConfig, setup_distributed
-from image_classification.environment import describe_environment
-from image_classification.monitor import Monitor
+from image_classification.observe.environment import describe_environment
+from image_classification.observe.monitor import Monitor
 
-RESULTS = Path(__file__).resolve().parent / "results"
 VIEWS = {"ig": ("all", 0.0), "ig-positive": ("positive", 0.02), "ig-absolute": ("absolute", 0.02)}
 METHODS = ["centre", "gradcam", "lrp", "ebp", "rap", *VIEWS]
 METRICS = ["point", "auc", "energy", "boxes"]
+SHARES = {"point", "point_15px", "energy", "le", "om"}
+
+MemoryFigures = dict[str, dict[str, float | list[float]]]
 
 
 class Memory:
-    """Resident memory of this process while pictures go by.
+    """Resident memory of this process while images go by.
 
     Args:
-        total: Number of pictures.
+        total: Number of images.
         advance: Moves the progress bar.
     """
 
@@ -66,16 +65,16 @@ class Memory:
         self.mib: list[float] = []
         self._monitor = Monitor(torch.device("cpu"))
 
-    def __call__(self, num_pictures: int) -> None:
-        """So many more pictures are done; memory is read ten times in all."""
-        self.done += num_pictures
+    def __call__(self, num_images: int) -> None:
+        """So many more images are done; memory is read ten times in all."""
+        self.done += num_images
         if self.done * 10 >= self.total * (len(self.mib) + 1):
             self.mib.append(1024 * self._monitor.read(0)["process.memory_gib"])
-        self._advance(num_pictures)
+        self._advance(num_images)
 
 
 class SharedMethod:
-    """Prepared once for a network, asked once for a batch."""
+    """A method that is prepared once for a network and asked once for a batch, however many views of it there are."""
 
     def __init__(self, method: Method) -> None:
         self._method = method
@@ -85,7 +84,8 @@ class SharedMethod:
     def prepare(self, model: nn.Module, example: Tensor) -> Prepared:
         """See `Method.prepare`."""
         if self._prepared is None or self._prepared[0] is not model:
-            self._prepared, self._last = (model, self._method.prepare(model, example)), None
+            self._prepared = (model, self._method.prepare(model, example))
+            self._last = None
         return self
 
     def __call__(self, images: Tensor, targets: Tensor) -> Attribution:
@@ -93,7 +93,8 @@ class SharedMethod:
         assert self._prepared is not None
         last = self._last
         if last is None or not torch.equal(last[0], images) or not torch.equal(last[1], targets):
-            last = self._last = (images, targets, self._prepared[1](images, targets))
+            last = (images, targets, self._prepared[1](images, targets))
+            self._last = last
         return last[2]
 
 
@@ -101,6 +102,7 @@ class SharedMethod:
 class View:
     """Integrated Gradients with a sign and a smoothing, from attributions that are shared; see `show`."""
 
+    name: ClassVar[str] = "ig"
     base: SharedMethod
     sign: str
     smooth: float
@@ -117,99 +119,118 @@ class View:
         return dataclasses.replace(plain, map=heatmap, signed=signed)
 
 
-def wanted_methods(words: argparse.Namespace) -> dict[str, Method]:
+def wanted_methods(arguments: argparse.Namespace) -> dict[str, Method]:
     """The methods of the table by name, in the order asked for."""
-    wanted = [*words.methods, *(["casm"] if words.casm_path else [])]
+    wanted = [*arguments.methods]
+    if arguments.casm_path:
+        wanted.append("casm")
+    found: dict[str, Method] = {}
     others = [name for name in wanted if name not in VIEWS]
-    methods = MethodConfig(method=others, casm_path=words.casm_path).methods() if others else {}
-    base = SharedMethod(IntegratedGradients(words.ig_steps))
-    views = {name: View(base, sign, smooth) for name, (sign, smooth) in VIEWS.items()}
-    return {name: (methods | views)[name] for name in wanted}
+    for name in others:
+        settings = {"path": arguments.casm_path} if name == "casm" else {}
+        found[name] = create_method(name, **settings)
+    base = SharedMethod(IntegratedGradients(arguments.ig_steps))
+    for name, (sign, smooth) in VIEWS.items():
+        found[name] = View(base, sign, smooth)
+    return {name: found[name] for name in wanted}
 
 
-def measure(words: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+def measure(arguments: argparse.Namespace) -> tuple[list[Row], MemoryFigures]:
     """Rows of the table, and memory by network."""
     data = ReadConfig(
-        data=words.data, workers=words.workers, batch_size=words.batch_size, data_backend=words.data_backend
+        data=arguments.data,
+        workers=arguments.workers,
+        batch_size=arguments.batch_size,
+        data_backend=arguments.data_backend,
     )
-    pictures = PictureConfig(num_pictures=words.num_pictures)
-    methods = wanted_methods(words)
+    images = ImageConfig(num_images=arguments.num_images)
+    methods = wanted_methods(arguments)
     rows: list[Row] = []
-    memory: dict[str, Any] = {}
-    with setup_distributed(DistributedConfig(device=words.device)) as distributed:
-        dataset, manifest = open_split(data, pictures, distributed)
+    memory: MemoryFigures = {}
+    with setup_distributed(DistributedConfig(device=arguments.device.type)) as distributed:
+        dataset, manifest = open_split(data, images, distributed)
         check_ground_truth(manifest, masks=True, boxes=True)
         networks, preset, example = open_networks(
-            NetworkConfig(checkpoint=words.checkpoint), data, dataset, distributed.device
+            NetworkConfig(checkpoint=arguments.checkpoint), data, dataset, distributed.device
         )
-        loader = picture_loader(
-            manifest, preset, data, pictures, distributed, with_masks=True, with_boxes=True
-        )
+        loader = image_loader(manifest, preset, data, images, distributed, with_masks=True, with_boxes=True)
         with loader:
             for network in networks:
                 prepared = network.prepare(methods, example)
                 with progress_bar(network.name, len(manifest)) as advance:
                     watch = Memory(len(manifest), advance)
                     rows += localize(
-                        network.name, prepared, network.predict, loader, metrics=METRICS,
-                        multi_label=dataset.multi_label, distributed=distributed, max_pairs=loader.batch_size,
+                        network.name,
+                        prepared,
+                        network.predict,
+                        loader,
+                        metrics=METRICS,
+                        multi_label=dataset.multi_label,
+                        distributed=distributed,
+                        max_pairs=loader.batch_size,
                         advance=watch,
-                    )  # fmt: skip
+                    )
                 memory[network.name] = {"mib": watch.mib, "growth_mib": watch.mib[-1] - watch.mib[0]}
     return rows, memory
 
 
-def updated(path: Path, rows: list[dict[str, Any]], run: dict[str, Any], *, keep: bool) -> dict[str, Any]:
-    """The report: these rows, and with `keep` those of the file that were not measured again, with their runs."""
-    before = (
-        json.loads(path.read_text(encoding="utf-8")) if keep and path.is_file() else {"rows": [], "runs": []}
-    )
+def updated(
+    path: Path, rows: list[dict[str, Any]], run: dict[str, object], *, keep: bool
+) -> dict[str, object]:
+    """Rows and the runs that they are from.
+
+    Args:
+        path: The results file.
+        rows: What this run measured.
+        run: Settings, memory and environment of this run.
+        keep: Keep the file's rows that were not measured again, and their runs.
+    """
+    before: dict[str, Any] = {"rows": [], "runs": []}
+    if keep and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
     measured = {(row["network"], row["method"]) for row in rows}
     kept = [row for row in before["rows"] if (row["network"], row["method"]) not in measured]
+    # Runs without a row left are dropped, so the numbers of the others move up.
     used = sorted({row["run"] for row in kept})
-    kept = [{**row, "run": used.index(row["run"])} for row in kept]
-    report = [*kept, *({**row, "run": len(used)} for row in rows)]
-    return {"rows": report, "num_runs": 1, "runs": [*(before["runs"][index] for index in used), run]}
+    all_rows = [{**row, "run": used.index(row["run"])} for row in kept]
+    all_rows += [{**row, "run": len(used)} for row in rows]
+    return {"rows": all_rows, "runs": [*(before["runs"][number] for number in used), run]}
 
 
-def main() -> None:
-    """Measure, print, write JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", default="shapes")
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = BenchmarkParser(__doc__)
+    parser.add_argument("data", nargs="?", default="shapes")
     parser.add_argument("--checkpoint", action="append", required=True, help="may be given several times")
     parser.add_argument("--casm-path", default=None, help="also judge a saliency mapping of train-casm")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--update", action="store_true", help="keep the other rows of the file")
     parser.add_argument("--ig-steps", type=int, default=16)
-    parser.add_argument("--num-pictures", type=int, default=None)
+    parser.add_argument("--num-images", type=int, default=None)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--data-backend", default="auto")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, default=RESULTS / "explanations_shapes.json")
-    words = parser.parse_args()
-    rows, memory = measure(words)
+    small = {"data": "shapes:train=160,val=24", "methods": ["centre", "gradcam", "ig", "ig-positive"]}
+    return parser.parse("explanations_shapes.json", quick={**small, "ig_steps": 2, "batch_size": 8})
+
+
+def main() -> None:
+    """Measure, print, write JSON."""
+    arguments = parse()
+    rows, memory = measure(arguments)
     figures = [figure for metric in METRICS for figure in FIGURES[metric]]
     table = [
         {"network": row.network, "method": row.method, **row.figures, "seconds": row.seconds} for row in rows
     ]
-    print_table(
-        "explanations", table, ("network", "method"), (*figures, "seconds"),
-        {"point", "point_15px", "energy", "le", "om"},
-    )  # fmt: skip
-    for name, figures_of_memory in memory.items():
-        print(f"{name}: memory grew by {figures_of_memory['growth_mib']:.1f} MiB after the first tenth")
-    settings = {
-        "data": words.data, "ig_steps": words.ig_steps, "batch_size": words.batch_size,
-        "num_pictures": words.num_pictures, "device": words.device,
-    }  # fmt: skip
-    environment = describe_environment(torch.device(words.device))
-    plain = as_json(rows, settings)
+    print_table("explanations", table, ("network", "method"), (*figures, "seconds"), SHARES)
+    for name, found in memory.items():
+        print(f"{name}: memory grew by {found['growth_mib']:.1f} MiB after the first tenth")
+    names = ("data", "ig_steps", "batch_size", "num_images", "device")
+    plain = as_json(rows, {name: getattr(arguments, name) for name in names})
+    environment = describe_environment(arguments.device)
     run = {"config": plain["config"], "memory": memory, "environment": environment}
-    report = updated(words.json, plain["rows"], run, keep=words.update)
-    words.json.parent.mkdir(parents=True, exist_ok=True)
-    words.json.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    print(f"written to {words.json}")
+    content = updated(arguments.output, plain["rows"], run, keep=arguments.update)
+    write_json(arguments, 1, content)
 
 
 if __name__ == "__main__":

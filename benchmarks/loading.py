@@ -1,50 +1,44 @@
-"""Images per CPU-second of our loaders against a plain torch DataLoader with Pillow and torchvision.
+"""Images per second of processor time: our loaders beside a plain torch DataLoader with Pillow and torchvision.
 
-    python benchmarks/loading.py DIR [--prepared DIR256] [--output FILE.json]
+    python benchmarks/loading.py DIR [--prepared DIR256] [--backends dali-cpu pytorch] [--workers 2]
 
-DIR holds pictures, in folders or not. Every side makes batches of normalised float32 with the training augmentation
-(random-resized crop to 224, flip, antialiased). The baseline is what one writes without a library: a torch
-DataLoader with worker processes, Pillow, and torchvision's v2 transforms. CPU time is that of the process and its
-children over one epoch, the start of workers and pipeline included; the sides take turns, so that a busy machine
-hurts all alike.
+DIR holds images, in folders or not. Every side makes batches of normalised float32 with the training augmentation
+(random-resized crop to 224, flip, antialiased). The baseline is what one writes without a library: a torch DataLoader
+with worker processes, Pillow, and torchvision's v2 transforms. Processor time is that of the process and its children
+over one epoch, including the start of workers and pipeline. The sides take turns. The table has images per CPU-second
+and their ratio to the baseline, each as median and range, and images per second.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import os
-import platform
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
+from common.measure import in_turns, ratios, spread
+from common.report import BenchmarkParser, print_table, write_json
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from image_classification.data.build import DataConfig, Placement, make_loader
 from image_classification.data.dataset import IMAGENET_PRESET
-from image_classification.data.imagefile import is_picture, read_header
+from image_classification.data.imagefile import is_image, read_header
 from image_classification.data.manifest import Manifest
 from image_classification.data.plan import Planner, RandomResizedCrop
 from image_classification.data.targets import TargetTable
 
-VERSIONS_OF = ("torch", "torchvision", "pillow", "numpy", "nvidia-dali-cuda120")
+Epoch = Callable[[], Iterator[int]]
 
 
-class PlainPictures(Dataset[tuple[Tensor, int]]):
-    """The baseline's data set: one picture an item."""
+class PlainImages(Dataset[tuple[Tensor, int]]):
+    """The baseline's data set: one image an item."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
@@ -62,13 +56,13 @@ class PlainPictures(Dataset[tuple[Tensor, int]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        with Image.open(self.files[index]) as picture:
-            return self.transform(picture.convert("RGB")), 0
+        with Image.open(self.files[index]) as image:
+            return self.transform(image.convert("RGB")), 0
 
 
-def baseline(files: list[Path], args: argparse.Namespace) -> Iterator[int]:
+def baseline(files: list[Path], arguments: argparse.Namespace) -> Iterator[int]:
     """Batch sizes of one epoch of the plain DataLoader."""
-    loader = DataLoader(PlainPictures(files), args.batch_size, shuffle=True, num_workers=args.workers)
+    loader = DataLoader(PlainImages(files), arguments.batch_size, shuffle=True, num_workers=arguments.workers)
     for images, _ in loader:
         yield len(images)
 
@@ -88,16 +82,15 @@ def manifest_of(files: list[Path]) -> Manifest:
     )
 
 
-def ours(manifest: Manifest, backend: str, args: argparse.Namespace) -> Iterator[int]:
+def ours(manifest: Manifest, backend: str, arguments: argparse.Namespace) -> Iterator[int]:
     """Batch sizes of one epoch of one of our backends.
 
     A training loader would already decode for the next epoch when this one ends, so the plan is one that ends.
     """
-    config = DataConfig(data_backend=backend, workers=args.workers, batch_size=args.batch_size)
+    config = DataConfig(data_backend=backend, workers=arguments.workers, batch_size=arguments.batch_size)
     size = (IMAGENET_PRESET.image_size, IMAGENET_PRESET.image_size)
-    planner = Planner(
-        manifest.heights, manifest.widths, RandomResizedCrop(size), batch_size=args.batch_size, shuffle=True
-    )
+    crop = RandomResizedCrop(size)
+    planner = Planner(manifest.heights, manifest.widths, crop, batch_size=arguments.batch_size, shuffle=True)
     stage = Placement(device=torch.device("cpu")).stage(IMAGENET_PRESET)
     with make_loader(backend, manifest, planner, stage, config) as loader:
         for batch in loader:
@@ -105,124 +98,79 @@ def ours(manifest: Manifest, backend: str, args: argparse.Namespace) -> Iterator
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of its children that have ended."""
+    """Processor time of this process and of its children that have ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
-def measure(epoch: Callable[[], Iterator[int]]) -> dict[str, float]:
+def measure(epoch: Epoch) -> tuple[float, float]:
     """Images per CPU-second and per second of one epoch, start and end of workers included."""
     cpu, wall = cpu_seconds(), time.perf_counter()
     num_images = sum(epoch())
-    return {
-        "per_cpu_second": num_images / (cpu_seconds() - cpu),
-        "per_second": num_images / (time.perf_counter() - wall),
-    }
-
-
-def summarise(values: list[float]) -> dict[str, float]:
-    """Median and extremes."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
-def hardware() -> dict[str, str | int | None]:
-    """What it ran on."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [
-            line.split(":")[1].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        model = names[0] if names else model
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": model, "num_cpus": os.cpu_count(), "gpu": gpu}
+    return num_images / (cpu_seconds() - cpu), num_images / (time.perf_counter() - wall)
 
 
 def find(folder: Path, num: int) -> list[Path]:
-    """The pictures of a folder, repeated until there are `num`."""
-    files = sorted(path for path in folder.rglob("*") if is_picture(path.name))
+    """The images of a folder, repeated until there are `num`."""
+    files = sorted(path for path in folder.rglob("*") if is_image(path.name))
     if not files:
-        raise SystemExit(f"{folder} holds no pictures")
+        raise SystemExit(f"{folder} holds no images")
     return [files[i % len(files)] for i in range(max(num, len(files)))]
 
 
-def sides_of(args: argparse.Namespace) -> dict[str, Callable[[], Iterator[int]]]:
-    """Everything that is measured, by name."""
-    sides: dict[str, Callable[[], Iterator[int]]] = {}
-    for prefix, folder in (("", args.data), ("prepared: ", args.prepared)):
-        if folder is not None:
-            files = find(folder, args.num_images)
-            manifest = manifest_of(files)
-            sides[f"{prefix}torch DataLoader, PIL, torchvision v2"] = lambda files=files: baseline(
-                files, args
-            )
-            for backend in args.backends:
-                sides[f"{prefix}{backend}"] = lambda m=manifest, b=backend: ours(m, b, args)
+def sides_of(arguments: argparse.Namespace) -> dict[str, Epoch]:
+    """Everything that is measured, by name; the baseline on the images as they are comes first."""
+    folders = {"": arguments.data}
+    if arguments.prepared is not None:
+        folders["prepared: "] = arguments.prepared
+    sides: dict[str, Epoch] = {}
+    for prefix, folder in folders.items():
+        files = find(folder, arguments.num_images)
+        manifest = manifest_of(files)
+        sides[f"{prefix}torch DataLoader, PIL, torchvision v2"] = functools.partial(
+            baseline, files, arguments
+        )
+        for backend in arguments.backends:
+            sides[f"{prefix}{backend}"] = functools.partial(ours, manifest, backend, arguments)
     return sides
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The command line."""
+    # One thread is the consumer's; workers have one each anyhow.
+    parser = BenchmarkParser(__doc__, repeats=5, threads=1, cpu_only=True)
     parser.add_argument("data", type=Path, help="folder of JPEGs")
-    parser.add_argument(
-        "--prepared", type=Path, help="the same pictures after `image_classification prepare`"
-    )
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
-    parser.add_argument("--num-images", type=int, default=1200, help="least pictures an epoch, by repetition")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--prepared", type=Path, help="the same images after `image_classification prepare`")
+    parser.add_argument("--num-images", type=int, default=1200, help="least images an epoch, by repetition")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--backends", nargs="+", default=["dali-cpu", "pytorch"])
-    return parser.parse_args()
+    small = {"num_images": 16, "workers": 1, "batch_size": 8, "repeats": 1, "backends": ["pytorch"]}
+    return parser.parse("loading.json", quick=small)
 
 
 def main() -> None:
-    args = parse()
-    torch.set_num_threads(1)  # the consumer; workers have one each anyhow
-    sides = sides_of(args)
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    for _ in range(args.repeats):
-        for name, epoch in sides.items():
-            runs[name].append(measure(epoch))
-    reference = next(iter(runs))
-    print(f"{'':52s}{'images per CPU-second':>28s}{'÷ plain':>18s}{'images/s':>10s}")
-    results = {}
-    for name, values in runs.items():
-        per_cpu = [value["per_cpu_second"] for value in values]
-        ratios = [a / b["per_cpu_second"] for a, b in zip(per_cpu, runs[reference], strict=True)]
-        cpu, ratio = summarise(per_cpu), summarise(ratios)
-        wall = summarise([value["per_second"] for value in values])
+    """Measure, print, write JSON."""
+    arguments = parse()
+    figures = in_turns(sides_of(arguments), measure, arguments.repeats, warm_up=0)
+    reference = [per_cpu for per_cpu, _ in next(iter(figures.values()))]
+    results, rows = {}, []
+    for name, found in figures.items():
+        per_cpu = [figure for figure, _ in found]
+        cpu = spread(per_cpu)
+        ratio = spread(ratios(per_cpu, reference))
+        wall = spread([figure for _, figure in found])
         results[name] = {"per_cpu_second": cpu, "ratio": ratio, "per_second": wall}
-        spread = f"{cpu['median']:.0f} ({cpu['low']:.0f}–{cpu['high']:.0f})"
-        relative = f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
-        print(f"{name:52s}{spread:>28s}{relative:>18s}{wall['median']:10.0f}")
-    if args.output is not None:
-        report = {
-            "benchmark": "loading",
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "hardware": hardware(),
-            "versions": {name: _version(name) for name in VERSIONS_OF}
-            | {"python": platform.python_version()},
-            "commit": subprocess.run(
-                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-            ).stdout.strip(),
-            "n": args.repeats,
-            "settings": {name: getattr(args, name) for name in ("num_images", "workers", "batch_size")},
-            "results": results,
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+        rows.append(
+            [
+                name,
+                f"{cpu['median']:.0f} ({cpu['min']:.0f}–{cpu['max']:.0f})",
+                f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})",
+                f"{wall['median']:.0f}",
+            ]
+        )
+    print_table(["side", "images per CPU-second", "÷ plain torch", "images/s"], rows)
+    write_json(arguments, arguments.repeats, {"results": results})
 
 
 if __name__ == "__main__":

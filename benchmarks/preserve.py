@@ -1,17 +1,18 @@
 """Does compression keep what a network looks at? Three compressions, each without and with attribution matching.
 
-    python benchmarks/preserve.py --workdir DIR [--seeds 3] [--minutes 30] [--output FILE.json]
+    python benchmarks/preserve.py --workspace DIR [--seeds 1 2 3] [--minutes 30] [--matchings none SWA]
 
-On multi-label `shapes`, whose masks are exact: a teacher, then
+On multi-label `shapes`, whose masks are exact, a teacher is trained, and then
 
-distillation   a student of half its widths from scratch, under the teacher's logits
+distillation   a student of half its widths, from scratch, under the teacher's logits
 one-shot       40 % of the channels of every group cut at once by L1 norm, then fine-tuning
-unstructured   4 rounds of 35 % of the weights that are left (82 % zeros), each with fine-tuning
+unstructured   4 rounds that each zero 35 % of the weights that are left (82 % in all), with fine-tuning after each
 
-each with no matching, EWA, SWA and stochastic SWA, as `main.py` runs them. Judged at the end of training (never at the
-best epoch) on the validation split: mAP and F1; pointing game and ROC-AUC of Grad-CAM and LRP on the masks, over the
-pairs of picture and class that the network predicts. All students of all seeds have the same teacher. Finished cells
-are kept in the work directory; a second call goes on. After `--minutes` no further cell is begun.
+each without matching, with EWA, SWA and stochastic SWA, all by `main.py`. The table has mean ± standard deviation over
+the seeds, at the end of training (never of the best epoch), on the validation split: mAP and F1; pointing game and
+ROC-AUC of Grad-CAM and LRP on the masks, over the pairs of image and class that the network predicts. Students of all
+seeds have the same teacher. Finished cells are kept in the workspace, so a second call goes on. After `--minutes` no
+further cell is begun.
 """
 
 from __future__ import annotations
@@ -21,27 +22,23 @@ import dataclasses
 import itertools
 import json
 import math
-import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from common.jobs import MAIN, log_rows, train_once
+from common.measure import mean_and_deviation, with_deviation
+from common.report import BenchmarkParser, print_table, write_json
+from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from explainers.base import create_method
-from explainers.evaluate import localize
-from explainers.job import Network, PictureConfig, picture_loader
+from explainers.attribution.method import create_method
+from explainers.measures.evaluate import localize
+from explainers.verbs.attribution_job import ImageConfig, Network, image_loader
 from image_classification.data.build import DataConfig
 from image_classification.data.layouts import open_dataset
 from image_classification.distributed import Distributed
-from image_classification.environment import describe_environment
 from image_classification.models import model_for_weights
-from image_classification.report import read_report
 
 MATCHINGS: dict[str, list[str]] = {
     "none": [],
@@ -52,10 +49,11 @@ MATCHINGS: dict[str, list[str]] = {
 COMPRESSIONS = ("distillation", "one-shot", "unstructured")
 METHODS = ("gradcam", "lrp")
 FIGURES = ("map", "f1", *(f"{method}_{figure}" for method in METHODS for figure in ("point", "auc")))
-COMMON = [
-    "--multi-label", "--arch", "resnet20", "--batch-size", "64", "--amp", "--memory-format", "nhwc",
-    "--workers", "1", "--raport-file", "report.json", "--print-freq", "1000",
-]  # fmt: skip
+COMMON = ["--multi-label", "--arch", "resnet20", "--batch-size", "64", "--amp", "--memory-format", "nhwc"]
+COMMON += ["--workers", "1", "--raport-file", "report.json", "--print-freq", "1000"]
+
+Cell = dict[str, Any]
+Figures = dict[str, float | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,184 +62,178 @@ class Setting:
 
     data: str
     image_size: int
-    workdir: Path
-    epochs: dict[str, int]
+    device: torch.device
+    workspace: Path
 
-    def words(self, name: str, *more: str) -> list[str]:
-        """The command of a training."""
-        return [
-            sys.executable, str(ROOT / "main.py"), self.data, *COMMON, "--image-size", str(self.image_size),
-            "--workspace", str(self.workdir / name), "--resume", "auto", *more,
-        ]  # fmt: skip
+    @property
+    def teacher(self) -> Path:
+        """The teacher's checkpoint."""
+        return self.workspace / "teacher" / "checkpoint.pth.tar"
 
 
 def narrow_widths(divisor: int = 2) -> str:
     """Every convolution of ResNet-20 with a part of its channels, as `--arch-option` takes it."""
     widths = {"conv1": 16 // divisor}
     for stage, planes in enumerate((16, 32, 64), start=1):
-        widths |= {f"layer{stage}.{block}.conv1": planes // divisor for block in range(3)}
+        for block in range(3):
+            widths[f"layer{stage}.{block}.conv1"] = planes // divisor
         if stage > 1:
             widths[f"layer{stage}.0.conv2"] = planes // divisor
     return "widths=" + json.dumps(widths)
 
 
-def training_words(compression: str, teacher: Path, epochs: dict[str, int]) -> list[str]:
-    """The flags of a compression, matching aside. `none` without a teacher is plain training."""
-    start = ["--pretrained-weights", str(teacher)]
-    length = ["--epochs", str(epochs[compression])]
+def compression_words(compression: str, teacher: Path) -> list[str]:
+    """The flags of a compression, length and matching aside."""
     if compression == "distillation":
-        return [
-            *length, "--arch-option", narrow_widths(), "--teacher", str(teacher), "--distill", "logit",
-            "--lr", "0.1", "--warmup", "1",
-        ]  # fmt: skip
+        words = ["--arch-option", narrow_widths(), "--teacher", str(teacher), "--distill", "logit"]
+        return [*words, "--lr", "0.1", "--warmup", "1"]
+    words = ["--pretrained-weights", str(teacher), "--lr", "0.03"]
     if compression == "one-shot":
-        cut = ["--one-shot-pruning", "0.4", "--prune-rate", "*", "--pruning-criterion", "magnitude"]
-        return [*length, *start, *cut, "--calibration-batches", "1", "--lr", "0.03"]
-    rounds = ["--unstructured-pruning", "0.35", "--rounds", "4"]
-    return [*length, *start, *rounds, "--lr", "0.03"]
+        words += ["--one-shot-pruning", "0.4", "--prune-rate", "*", "--pruning-criterion", "magnitude"]
+        return [*words, "--calibration-batches", "1"]
+    return [*words, "--unstructured-pruning", "0.35", "--rounds", "4"]
 
 
-def train(setting: Setting, name: str, flags: list[str]) -> dict[str, float]:
-    """Run a training to its end and return the figures of its last validation."""
-    folder = setting.workdir / name
-    done = folder / "done.json"
-    if not done.is_file():
-        begin = time.perf_counter()
-        subprocess.run(setting.words(name, *flags), check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-        entries = [e["data"] for e in read_report(folder / "report.json") if "val.map" in e.get("data", {})]
-        figures = {key: entries[-1][f"val.{key}"] for key in ("map", "f1", "loss")}
-        figures["seconds"] = time.perf_counter() - begin
-        done.write_text(json.dumps(figures))
-    return json.loads(done.read_text())
+def cell_words(arguments: argparse.Namespace, compression: str, matching: str, teacher: Path) -> list[str]:
+    """The flags of a cell, its seed aside."""
+    epochs = vars(arguments)[f"{compression.replace('-', '_')}_epochs"]
+    words = [*compression_words(compression, teacher), "--epochs", str(epochs), *MATCHINGS[matching]]
+    if matching != "none" and "--teacher" not in words:
+        words += ["--teacher", str(teacher)]
+    return words
 
 
-def located(setting: Setting, checkpoint: Path) -> dict[str, float | None]:
+def trained(setting: Setting, name: str, words: list[str]) -> Figures:
+    """Run a training to its end; the figures of its last validation."""
+    folder = setting.workspace / name
+    command = [MAIN, setting.data, *COMMON, "--image-size", str(setting.image_size)]
+    seconds = train_once(folder, *command, "--device", setting.device.type, *words)
+    validations = [row for row in log_rows(folder / "report.json") if "val.map" in row]
+    figures: Figures = {name: validations[-1][f"val.{name}"] for name in ("map", "f1", "loss")}
+    return figures | {"seconds": seconds}
+
+
+def located(setting: Setting, checkpoint: Path) -> Figures:
     """Localisation figures of a checkpoint on the validation split."""
     data = DataConfig(data=setting.data, batch_size=64, image_size=setting.image_size, workers=1)
     dataset = open_dataset(setting.data, multi_label=True, progress=False)
-    model = model_for_weights(None, checkpoint, image_size=setting.image_size).eval().requires_grad_(False)
-    network = Network("network", model)
-    example = torch.zeros(1, 3, setting.image_size, setting.image_size)
+    model = model_for_weights(None, checkpoint, image_size=setting.image_size, device=setting.device)
+    network = Network("network", model.eval().requires_grad_(False))
+    example = torch.zeros(1, 3, setting.image_size, setting.image_size, device=setting.device)
     prepared = network.prepare({name: create_method(name) for name in METHODS}, example)
     preset = data.resolved_preset(dataset.preset)
-    pictures, distributed = PictureConfig(), Distributed()
-    with picture_loader(dataset.val, preset, data, pictures, distributed, with_masks=True) as loader:
+    distributed = Distributed(device=setting.device)
+    with image_loader(dataset.val, preset, data, ImageConfig(), distributed, with_masks=True) as loader:
         rows = localize(
-            "network", prepared, network.predict, loader, metrics=("point", "auc"), multi_label=True,
-            distributed=distributed, max_pairs=128,
-        )  # fmt: skip
-    figures: dict[str, float | None] = {}
+            "network",
+            prepared,
+            network.predict,
+            loader,
+            metrics=("point", "auc"),
+            multi_label=True,
+            distributed=distributed,
+            max_pairs=128,
+        )
+    figures: Figures = {"weights": num_nonzero_weights(model)}
     for row in rows:
         for key in ("point", "auc"):  # undefined where no pair was predicted
             value = row.figures[key]
             figures[f"{row.method}_{key}"] = None if math.isnan(value) else 100 * value
-        figures["predicted"], figures["pairs"] = row.counts["predicted"], row.counts["pairs"]
-    kept = [p for p in model.parameters() if p.dim() > 1]
-    figures["weights"] = sum(int((p != 0).sum()) for p in kept)
+        figures["predicted"] = row.counts["predicted"]
+        figures["pairs"] = row.counts["pairs"]
     return figures
 
 
-def cell(setting: Setting, name: str, flags: list[str]) -> dict[str, Any]:
+def num_nonzero_weights(model: nn.Module) -> int:
+    """Weights of convolutions and linear layers that are not zero."""
+    return sum(int((weights != 0).sum()) for weights in model.parameters() if weights.dim() > 1)
+
+
+def cell(setting: Setting, name: str, words: list[str]) -> Cell:
     """Train and judge; what was finished before is read."""
-    path = setting.workdir / name / "cell.json"
+    path = setting.workspace / name / "cell.json"
     if not path.is_file():
-        figures: dict[str, Any] = {**train(setting, name, flags)}
-        figures |= located(setting, setting.workdir / name / "checkpoint.pth.tar")
-        path.write_text(json.dumps(figures))
-    return json.loads(path.read_text())
+        figures = trained(setting, name, words) | located(setting, path.parent / "checkpoint.pth.tar")
+        path.write_text(json.dumps(figures), encoding="utf-8")
+    found: Cell = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
-def summarised(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean, spread and n of every compression and matching over its seeds."""
+def summarised(cells: list[Cell]) -> list[Cell]:
+    """Mean, deviation and number of every compression and matching over its seeds."""
     rows = []
-    keys = dict.fromkeys((c["compression"], c["matching"]) for c in cells)
-    for compression, matching in keys:
-        mine = [c for c in cells if (c["compression"], c["matching"]) == (compression, matching)]
-        row: dict[str, Any] = {"compression": compression, "matching": matching, "n": len(mine)}
+    keys = dict.fromkeys((found["compression"], found["matching"]) for found in cells)
+    for key in keys:
+        mine = [found for found in cells if (found["compression"], found["matching"]) == key]
+        row: Cell = {"compression": key[0], "matching": key[1], "n": len(mine)}
         for figure in (*FIGURES, "predicted", "weights", "seconds"):
-            values = [c[figure] for c in mine if c[figure] is not None]
-            row[figure] = {
-                "mean": statistics.fmean(values) if values else None,
-                "sd": statistics.stdev(values) if len(values) > 1 else None,
-                "n": len(values),
-            }
+            values = [found[figure] for found in mine if found[figure] is not None]
+            row[figure] = mean_and_deviation(values) | {"n": len(values)}
         rows.append(row)
     return rows
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_rows(rows: list[Cell]) -> None:
     """One line per row, mean ± standard deviation."""
     heads = [figure.replace("gradcam", "cam").replace("_", " ") for figure in FIGURES]
-    print(f"{'compression':13} {'matching':15} n " + " ".join(f"{head:>12}" for head in heads))
+    table = []
     for row in rows:
-        values = []
-        for figure in FIGURES:
-            mean, sd = row[figure]["mean"], row[figure]["sd"]
-            values.append("–" if mean is None else f"{mean:.1f}" + ("" if sd is None else f" ± {sd:.1f}"))
-        print(
-            f"{row['compression']:13} {row['matching']:15} {row['n']} " + " ".join(f"{v:>12}" for v in values)
-        )
+        figures = [with_deviation(row[figure]) for figure in FIGURES]
+        table.append([row["compression"], row["matching"], str(row["n"]), *figures])
+    print_table(["compression", "matching", "n", *heads], table, num_names=2)
 
 
-def main() -> None:
-    """Train, judge, report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--data", default="shapes-multi:train=6000,val=500")
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = BenchmarkParser(__doc__, seeds=(1, 2, 3))
+    parser.add_argument("data", nargs="?", default="shapes-multi:train=6000,val=500")
+    parser.add_argument("--workspace", type=Path, required=True)
     parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so long")
+    parser.add_argument("--minutes", type=float, default=None, help="begin no cell after so long")
+    parser.add_argument("--compressions", nargs="+", choices=COMPRESSIONS, default=list(COMPRESSIONS))
+    parser.add_argument("--matchings", nargs="+", choices=tuple(MATCHINGS), default=list(MATCHINGS))
     parser.add_argument("--teacher-epochs", type=int, default=30)
     parser.add_argument("--teacher-lr", type=float, default=0.4)
     parser.add_argument(
         "--pretrained-weights",
         type=Path,
-        default=None,
         help="the teacher starts from these, as from ImageNet's in the paper",
     )
     parser.add_argument("--distillation-epochs", type=int, default=4)
     parser.add_argument("--one-shot-epochs", type=int, default=2)
     parser.add_argument("--unstructured-epochs", type=int, default=4, help="a multiple of the 4 rounds")
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "preserve_shapes.json"
-    )
-    arguments = parser.parse_args()
-    epochs = {name: vars(arguments)[f"{name.replace('-', '_')}_epochs"] for name in COMPRESSIONS}
-    setting = Setting(arguments.data, arguments.image_size, arguments.workdir, epochs)
-    end = time.monotonic() + 60 * arguments.minutes
-    teacher_flags = ["--epochs", str(arguments.teacher_epochs), "--warmup", "1"]
-    teacher_flags += ["--lr", str(arguments.teacher_lr)]
+    quick = {
+        "data": "shapes-multi:train=128,val=16",
+        "seeds": [1],
+        "compressions": ["one-shot"],
+        "matchings": ["EWA"],
+        "teacher_epochs": 2,
+        "one_shot_epochs": 1,
+    }
+    return parser.parse("preserve_shapes.json", quick=quick)
+
+
+def main() -> None:
+    """Train, judge, report."""
+    arguments = parse()
+    begin = time.monotonic()
+    setting = Setting(arguments.data, arguments.image_size, arguments.device, arguments.workspace)
+    words = ["--epochs", str(arguments.teacher_epochs), "--warmup", "1", "--lr", str(arguments.teacher_lr)]
     if arguments.pretrained_weights is not None:
-        teacher_flags += ["--pretrained-weights", str(arguments.pretrained_weights)]
-    teacher = cell(setting, "teacher", teacher_flags)
-    cells: list[dict[str, Any]] = [
-        {"compression": "teacher", "matching": "–", "seed": 0, **teacher},
-    ]
-    checkpoint = arguments.workdir / "teacher" / "checkpoint.pth.tar"
-    for seed, compression, matching in itertools.product(
-        range(1, arguments.seeds + 1), COMPRESSIONS, MATCHINGS
-    ):
+        words += ["--pretrained-weights", str(arguments.pretrained_weights)]
+    cells = [{"compression": "teacher", "matching": "–", "seed": 0, **cell(setting, "teacher", words)}]
+    plan = itertools.product(arguments.seeds, arguments.compressions, arguments.matchings)
+    for seed, compression, matching in plan:
         name = f"{compression}-{matching.replace(' ', '-')}-{seed}"
-        if time.monotonic() > end and not (arguments.workdir / name / "cell.json").is_file():
+        late = arguments.minutes is not None and time.monotonic() - begin > 60 * arguments.minutes
+        if late and not (setting.workspace / name / "cell.json").is_file():
             continue
-        flags = [*training_words(compression, checkpoint, epochs), "--seed", str(seed), *MATCHINGS[matching]]
-        if matching != "none" and "--teacher" not in flags:
-            flags += ["--teacher", str(checkpoint)]
-        found = cell(setting, name, flags)
+        words = cell_words(arguments, compression, matching, setting.teacher)
+        found = cell(setting, name, [*words, "--seed", str(seed)])
         cells.append({"compression": compression, "matching": matching, "seed": seed, **found})
         print(f"seed {seed} {compression} {matching}: {found}", flush=True)
-        report = {
-            "settings": {
-                k: v.name if isinstance(v, Path) else str(v)
-                for k, v in vars(arguments).items() if k not in ("output", "workdir")
-            },
-            "rows": summarised(cells), "cells": cells, "environment": describe_environment(torch.device("cpu")),
-        }  # fmt: skip
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print_table(summarised(cells))
+        write_json(arguments, len(arguments.seeds), {"rows": summarised(cells), "cells": cells})
+    print_rows(summarised(cells))
 
 
 if __name__ == "__main__":

@@ -1,125 +1,118 @@
-"""What a rewrite costs: the decision against exhaustive evaluation, the surgery, and the callback when idle.
+"""What a rewrite costs: the decision beside exhaustive evaluation, the surgery, and training while nothing is due.
 
-    python benchmarks/rewrite.py DATA [--arch resnet50] [--rewrites 5] [--output FILE.json]
+    python benchmarks/rewrite.py DATA [--arch resnet50] [--rewrites 5] [--batches 10] [--pretrained-weights FILE]
 
 decision   seconds of our search (estimate all candidates, measure a shortlist on a few batches) ÷ seconds of the
-           published way (measure every candidate on all calibration batches), and how good the choice is: the share of
-           rewrites with the same winner, and the winner's exhaustive loss relative to the best one's
-surgery    seconds to cut network, momentum and average, and to bind anew
-idle       images/s of training with the callback attached and nothing due ÷ without, in turns
+           published way (measure every candidate on all calibration batches); and how good the choice is: the share of
+           rewrites with the same winner, and our winner's exhaustive loss ÷ the best one's
+surgery    seconds to cut network, momentum and average
+idle       images/s of training that asks in every step whether a rewrite is due ÷ without, in turns
 
-DATA is a data set (ImageNet layout, an archive, shapes); calibration pictures come from its training split. Weights are
-those of --checkpoint, or random with batch-norm statistics of the pictures.
+DATA is a data set (ImageNet layout, an archive, shapes); calibration images come from its training split. Without
+`--pretrained-weights` the network is random, with batch norm statistics of the images.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import statistics
-import sys
-import time
-from pathlib import Path
 
-import numpy as np
 import torch
+from common.measure import Clock, in_turns, ratios
+from common.report import BenchmarkParser, write_json
 from torch import Tensor, nn
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from image_classification.data.build import DataConfig, build_loaders
 from image_classification.data.layouts import open_dataset
 from image_classification.ema import Ema
-from image_classification.environment import describe_environment
 from image_classification.models import create_model, model_for_weights
-from pruning.channel_graph import Constraints
-from pruning.pruner import Pruner
-from pruning.search import GreedySearch, Situation
-from pruning.surgery import prune_channels
+from pruning.engine.channel_graph import Constraints
+from pruning.engine.proof.rehearsal import condition
+from pruning.engine.surgery import prune_channels
+from pruning.pruner import Pruner, PrunerSettings
+from pruning.search import Candidate, GreedySearch, Situation
+from pruning.search.loss_change import LossChange
+
+#: Rewrites judge candidates by that many batches.
+JUDGE_BATCHES = PrunerSettings().judge_batches
 
 Batches = list[tuple[Tensor, Tensor]]
 
 
-def open_calibration(arguments: argparse.Namespace, device: torch.device) -> tuple[Batches, int]:
+def open_calibration(arguments: argparse.Namespace) -> tuple[Batches, int]:
     """Calibration batches and number of classes."""
     dataset = open_dataset(arguments.data, require_val=False)
-    size = arguments.batches * arguments.batch_size
     config = DataConfig(
         data=arguments.data,
         batch_size=arguments.batch_size,
         image_size=arguments.image_size,
-        calibration_size=size,
+        calibration_size=arguments.batches * arguments.batch_size,
     )
-    loaders = build_loaders(config, dataset, device=device)
+    loaders = build_loaders(config, dataset, device=arguments.device)
     assert loaders.calibration is not None
     batches = [(batch.images, batch.targets) for batch in loaders.calibration]
     loaders.close()
     return batches, dataset.num_classes
 
 
-def settle_statistics(model: nn.Module, batches: Batches) -> None:
-    """Give batch norms the statistics of real pictures, so that losses mean something."""
-    model.train()
-    with torch.no_grad():
-        for images, _ in batches:
-            model(images)
-    model.eval()
+def make_network(arguments: argparse.Namespace, batches: Batches, num_classes: int) -> nn.Module:
+    """The network, on the device."""
+    if arguments.pretrained_weights is not None:
+        return model_for_weights(arguments.arch, arguments.pretrained_weights, device=arguments.device)
+    model = create_model(arguments.arch, num_classes=num_classes).to(arguments.device)
+    condition(model, (batches[0][0],))
+    return model
 
 
-def clock(device: torch.device) -> float:
-    """Now, after the device has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def measure_decision(pruner: Pruner, batches: Batches, device: torch.device) -> dict[str, float]:
-    """One decision both ways, on the network as it is; then the rewrite by the exhaustive winner."""
-    pruner._scores = pruner.score(batches)
+def measure_decision(pruner: Pruner, batches: Batches, clock: Clock) -> dict[str, float]:
+    """One decision both ways on the network as it is, then the rewrite by the exhaustive winner."""
+    scores = {index: values.numpy() for index, values in pruner.score(batches).items()}
     targets = pruner.course.targets(pruner.completed + 1)
 
     def situation(judge_batches: int) -> Situation:
-        pruner.judge_batches = judge_batches
-        return pruner._situation(targets, pruner._judge(batches))
+        judge = LossChange(pruner.model, pruner.graph, batches[:judge_batches])
+        return Situation(pruner.graph, pruner.costs, scores, targets, judge)
 
-    begin = clock(device)
-    ours = GreedySearch(shortlist=4).choose(situation(2))
-    between = clock(device)
+    begin = clock.now()
+    ours = GreedySearch().choose(situation(JUDGE_BATCHES))
+    between = clock.now()
+    # The estimates of the exhaustive search are not part of the published way, but take next to nothing.
     exhaustive = GreedySearch(shortlist=0).choose(situation(len(batches)))
-    end = clock(device)
-    losses = {c.group: c.measured for c in exhaustive.candidates if c.measured is not None}
-    best = min(losses, key=lambda group: losses[group])
-    (ours_index, *_) = ours.keep or {-1: None}
-    chosen = pruner.graph.groups[ours_index].name
-    keep = exhaustive.keep
-    begin_surgery = clock(device)
-    prune_channels(
-        pruner.model, pruner.graph, keep, optimizers=[pruner.optimizer] if pruner.optimizer else [],
-        emas=[pruner.ema] if pruner.ema else [],
-    )  # fmt: skip
+    end = clock.now()
+    optimizers = pruner.optimizers
+    averages = pruner.averages
+    prune_channels(pruner.model, pruner.graph, exhaustive.keep, optimizers=optimizers, emas=averages)
     pruner.costs.refresh()
-    surgery = clock(device) - begin_surgery
+    surgery = clock.now() - end
     pruner.completed += 1
+    chosen = None if not ours.keep else pruner.graph.groups[next(iter(ours.keep))].name
     return {
-        "candidates": float(len(losses)),
+        **compared(chosen, exhaustive.candidates),
         "ours_s": between - begin,
-        # the estimates of the exhaustive search are its own, and not part of the published way
         "exhaustive_s": end - between,
-        "same_winner": float(chosen == best),
-        "loss_ratio": losses.get(chosen, float("nan")) / losses[best],
         "surgery_s": surgery,
     }
 
 
+def compared(chosen: str | None, candidates: list[Candidate]) -> dict[str, float]:
+    """How our choice stands among all candidates, whose losses were measured."""
+    losses = {
+        candidate.group: candidate.measured for candidate in candidates if candidate.measured is not None
+    }
+    best = min(losses, key=lambda group: losses[group])
+    ratio = losses[chosen] / losses[best] if chosen in losses else math.nan
+    return {"candidates": len(losses), "same_winner": float(chosen == best), "loss_ratio": ratio}
+
+
 def measure_idle(
-    model: nn.Module, batches: Batches, pruner: Pruner, repeats: int, device: torch.device
+    model: nn.Module, batches: Batches, pruner: Pruner, repeats: int, clock: Clock
 ) -> list[float]:
     """Images/s with the question `due?` in every iteration ÷ without, pair by pair."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-4)
 
     def train(ask: bool) -> float:
-        begin = clock(device)
+        begin = clock.now()
         for iteration, (images, targets) in enumerate(batches[:4]):
             loss = nn.functional.cross_entropy(model(images), targets)
             loss.backward()
@@ -127,80 +120,81 @@ def measure_idle(
             optimizer.zero_grad(set_to_none=True)
             if ask:
                 assert not pruner.due(-iteration)
-        return 1 / (clock(device) - begin)
+        return 1 / (clock.now() - begin)
 
     model.train()
-    train(True)
-    return [train(True) / train(False) for _ in range(repeats)]
+    speeds = in_turns({"asking": True, "plain": False}, train, repeats)
+    return ratios(speeds["asking"], speeds["plain"])
+
+
+def optimizer_with_momentum(model: nn.Module, images: Tensor, targets: Tensor) -> torch.optim.Optimizer:
+    """An optimizer after its first step, so that surgery has momentum to cut."""
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    nn.functional.cross_entropy(model(images), targets).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = BenchmarkParser(__doc__, repeats=5)
     parser.add_argument("data")
     parser.add_argument("--arch", default="resnet50")
-    parser.add_argument("--checkpoint", type=Path, default=None)
+    parser.add_argument("--pretrained-weights", default=None)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--batches", type=int, default=10)
+    parser.add_argument("--batches", type=int, default=10, help="of calibration")
     parser.add_argument("--rewrites", type=int, default=5)
     parser.add_argument("--delta", type=float, default=5e-3)
-    parser.add_argument("--idle-repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "rewrite.json")
-    return parser.parse_args()
+    small = {"arch": "resnet20", "image_size": 32, "batches": 3, "rewrites": 1, "repeats": 1}
+    return parser.parse("rewrite_{arch}.json", quick=small)
 
 
 def main() -> None:
-    """Measure and report."""
+    """Measure, print, write JSON."""
     arguments = parse()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    batches, num_classes = open_calibration(arguments, device)
-    if arguments.checkpoint is None:
-        model = create_model(arguments.arch, num_classes=num_classes).to(device)
-        settle_statistics(model, batches)
-    else:
-        model = model_for_weights(arguments.arch, arguments.checkpoint, device=device)
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
-    for images, targets in batches[:1]:  # momentum buffers, so that surgery has them to cut
-        nn.functional.cross_entropy(model(images), targets).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    begin = clock(device)
+    clock = Clock(arguments.device)
+    batches, num_classes = open_calibration(arguments)
+    model = make_network(arguments, batches, num_classes)
+    optimizer = optimizer_with_momentum(model, *batches[0])
+    average = Ema(model, 0.999).module
+    begin = clock.now()
     pruner = Pruner(
-        model, batches[0][0][:2], optimizer=optimizer, ema=Ema(model, 0.999).module, delta=arguments.delta,
-        constraints=Constraints(min_width=0.1), max_batches=arguments.batches,
-    )  # fmt: skip
-    analysis = clock(device) - begin
+        model,
+        batches[0][0][:2],
+        optimizer=optimizer,
+        ema=average,
+        delta=arguments.delta,
+        constraints=Constraints(min_width=0.1),
+        settings=PrunerSettings(max_batches=arguments.batches),
+    )
+    analysis = clock.now() - begin
     rows = []
     for _ in range(arguments.rewrites):
-        rows.append(measure_decision(pruner, batches, device))
-        print({key: round(value, 4) for key, value in rows[-1].items()}, flush=True)
-    idle = measure_idle(model, batches, pruner, arguments.idle_repeats, device)
-    ratios = [row["ours_s"] / row["exhaustive_s"] for row in rows]
-    report = {
-        "settings": {k: str(v) for k, v in vars(arguments).items() if k != "output"},
+        rows.append(measure_decision(pruner, batches, clock))
+        print({name: round(value, 4) for name, value in rows[-1].items()}, flush=True)
+    idle = measure_idle(model, batches, pruner, arguments.repeats, clock)
+    decision = statistics.median(row["ours_s"] / row["exhaustive_s"] for row in rows)
+    same = statistics.fmean(row["same_winner"] for row in rows)
+    worst = max(row["loss_ratio"] for row in rows)
+    surgery = statistics.median(row["surgery_s"] for row in rows)
+    print(f"analysis           {analysis:.2f} s")
+    print(f"decision ratio     {decision:.3f} (target ≤ 0.05)")
+    print(f"same winner        {same:.2f}; worst loss ratio {worst:.4f} (target ≤ 1.01)")
+    print(f"surgery            {surgery:.3f} s (target ≤ 1 s on 2 cores)")
+    print(f"idle               {statistics.median(idle):.4f} (target ≥ 0.995)")
+    content = {
         "analysis_s": analysis,
         "rewrites": rows,
-        "decision_ratio_median": statistics.median(ratios),
-        "same_winner_share": float(np.mean([row["same_winner"] for row in rows])),
-        "worst_loss_ratio": max(row["loss_ratio"] for row in rows),
-        "surgery_s_median": statistics.median(row["surgery_s"] for row in rows),
+        "decision_ratio_median": decision,
+        "same_winner_share": same,
+        "worst_loss_ratio": worst,
+        "surgery_s_median": surgery,
         "idle_ratio_median": statistics.median(idle),
         "idle_ratios": idle,
-        "environment": describe_environment(device),
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"analysis           {analysis:.2f} s")
-    print(f"decision ratio     {report['decision_ratio_median']:.3f} (target ≤ 0.05)")
-    print(
-        f"same winner        {report['same_winner_share']:.2f}; worst loss ratio {report['worst_loss_ratio']:.4f}"
-    )
-    print(f"surgery            {report['surgery_s_median']:.3f} s (target ≤ 1 s on 2 cores)")
-    print(f"idle               {report['idle_ratio_median']:.4f} (target ≥ 0.995)")
+    write_json(arguments, arguments.rewrites, content)
 
 
 if __name__ == "__main__":

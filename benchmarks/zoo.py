@@ -3,12 +3,16 @@
     python benchmarks/zoo.py                                  # all of benchmarks/zoo.txt, resumes where it stopped
     python benchmarks/zoo.py --only resnet50 densenet121      # some of them
     python benchmarks/zoo.py --torch-pruning                  # Torch-Pruning beside it, if it is installed
+    python benchmarks/zoo.py --repair                         # what a repair makes of a cut to three quarters
     python benchmarks/zoo.py --list benchmarks/zoo_beyond.txt --output benchmarks/results/zoo_beyond.json
 
-For every network, in a process of its own with limits on time and memory: seconds of analysis, groups, share
-of channels that can be pruned, the MACs that are left after uniform L1 pruning to half (PyTorch's own flop
-counter ÷ 2), whether the cut network equals the full one with closed gates, trains a step with the same
-optimizer, saves and loads, and passes torch.export. Rows are kept in a JSON file, one network at a time.
+Every network is examined in a process of its own, on one thread, with limits on time and memory: seconds of analysis,
+groups, share of channels that can be pruned, the MACs that are left after uniform L1 pruning to half (by PyTorch's own
+flop counter ÷ 2), whether the cut network equals the full one with closed gates, trains a step with the same optimizer,
+saves and loads, and passes torch.export. The table has a line per network; the JSON is written network by network.
+
+`--repair` cuts to three quarters of the MACs and gives the mean squared change of the logits ÷ their variance on images
+that neither fitted nor judged: after the cut, and after the repair from 16 images.
 """
 
 from __future__ import annotations
@@ -16,33 +20,37 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import ROOT
+from common.measure import limit_memory
+from common.networks import conditioned_network, smooth_images, uniform_cut
+from common.report import BenchmarkParser, print_table, write_json
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from image_classification.models.factory import create_model
-from pruning.gates import Gates
-from pruning.graph import ChannelGraph, trace_groups
-from pruning.rehearsal import condition
-from pruning.structure import load_pruned, save_pruned
-from pruning.surgery import prune_channels
-from pruning.tracing import undisturbed
+from pruning.costs.cost_model import CostModel
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.gates import Gates
+from pruning.engine.surgery import prune_channels
+from pruning.engine.trace_groups import trace_groups
+from pruning.engine.tracing import undisturbed
+from pruning.files.saved_network import load_pruned, save_pruned
+from pruning.repair.repairing import plan_repair
 
 COLUMNS = ("seconds", "groups", "prunable_percent", "macs_left", "difference", "trains", "loads", "exports")
+LARGEST_SHARE, LARGEST_DIFFERENCE, MAX_SECONDS = 0.505, 1e-4, 5
+
+Row = dict[str, Any]
+Rows = dict[str, Row]
 
 
 def count_macs(model: nn.Module, images: Tensor) -> int:
@@ -55,49 +63,7 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
             model.eval()(images[:1])
     for parameter in learning:
         parameter.requires_grad_(True)
-    return counter.get_total_flops() // 2
-
-
-def keep_share(graph: ChannelGraph, model: nn.Module, share: float) -> dict[str, list[int]]:
-    """The largest share of each group's units by the L1 norm of what produces them."""
-    keep = {}
-    for group in graph.prunable:
-        scores = torch.zeros(group.width)
-        for member in graph.members(group):
-            if member.role != "out":
-                continue
-            weight = dict(model.named_parameters())[member.tensor].detach()
-            norms = weight.abs().movedim(member.dim, 0).flatten(1).sum(1)
-            inside = torch.from_numpy(member.positions >= 0)
-            scores.index_add_(0, torch.from_numpy(member.positions)[inside], norms[inside])
-        count = max(graph.min_width_of(group), round(group.width * share))
-        keep[group.name] = sorted(scores.topk(count).indices.tolist())
-    return keep
-
-
-def macs_with(graph: ChannelGraph, keep: dict[str, list[int]]) -> float:
-    """MACs by the graph's own arithmetic after keeping these units."""
-    mask = graph.keep_mask(keep)
-    total = 0.0
-    for layer in graph.layers:
-        if not layer.training_only:
-            macs = layer.constant
-            for axis in layer.axes:
-                macs *= int((axis < 0).sum()) + int(mask[axis[axis >= 0]].sum())
-            total += macs
-    return total
-
-
-def keep_half(graph: ChannelGraph, model: nn.Module) -> dict[str, list[int]]:
-    """The uniform share that leaves half the MACs, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(12):
-        middle = (low + high) / 2
-        if macs_with(graph, keep_share(graph, model, middle)) <= graph.macs / 2:
-            low = middle
-        else:
-            high = middle
-    return keep_share(graph, model, low)
+    return int(counter.get_total_flops() // 2)
 
 
 def image_size_of(library: str, name: str) -> int:
@@ -111,43 +77,33 @@ def image_size_of(library: str, name: str) -> int:
     return 299 if name == "inception_v3" else 224  # its auxiliary head needs it
 
 
-def examine(library: str, name: str) -> dict[str, Any]:
-    """One row of the table."""
+def network_and_images(library: str, name: str) -> tuple[nn.Module, Tensor]:
+    """A network of a library with random weights, and two images of its size."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     size = image_size_of(library, name)
     images = torch.randn(2, 3, size, size)
-    model = create_model(f"{library}/{name}")
-    condition(model, (images,))
-    row: dict[str, Any] = {"image_size": size}
+    return conditioned_network(f"{library}/{name}", images), images
+
+
+def examine(library: str, name: str) -> Row:
+    """One row of the table."""
+    model, images = network_and_images(library, name)
     start, cpu = time.perf_counter(), time.process_time()
     graph = trace_groups(model, images)
-    row["seconds"] = round(time.perf_counter() - start, 2)
-    row["cpu_seconds"] = round(time.process_time() - cpu, 2)
-    channels = Counter({True: 0, False: 0})
-    for group in graph.groups:
-        if group.reason != "the network's output":
-            channels[group.prunable] += group.width * group.channels_per_unit
-    row["groups"] = len(graph.groups)
-    row["prunable_groups"] = len(graph.prunable)
-    row["prunable_percent"] = round(100 * channels[True] / max(1, channels.total()), 1)
-    row["frozen"] = dict(Counter(reason for reason in graph.frozen.values()).most_common(8))
-    row["notes"] = sum(bool(group.notes) for group in graph.groups)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     before = count_macs(model, images)
-    row["macs"] = before
-    row["macs_agree"] = abs(graph.macs - before) <= 1e-3 * before
+    row: Row = {
+        "image_size": images.shape[-1],
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu_seconds, 2),
+        **groups_of(graph),
+        "macs": before,
+        "macs_agree": abs(graph.macs - before) <= 1e-3 * before,
+    }
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     train_step(model, images, optimizer)
-    keep = keep_half(graph, model)
-    model.eval()
-    with torch.no_grad(), Gates(model, graph) as gates:
-        gates.set_keep(keep)
-        expected = model(images)
-    prune_channels(model, graph, keep, optimizers=[optimizer])
-    with torch.no_grad():
-        found = model(images)
-    row["difference"] = float((expected - found).abs().max() / expected.abs().max())
-    row["absolute_difference"] = float((expected - found).abs().max())
+    row |= cut_to_half(model, graph, images, optimizer)
     row["macs_left"] = round(count_macs(model, images) / before, 3)
     row["trains"] = trains(model, images, optimizer)
     row["loads"] = loads(model, images)
@@ -155,26 +111,62 @@ def examine(library: str, name: str) -> dict[str, Any]:
     return row
 
 
+def groups_of(graph: ChannelGraph) -> Row:
+    """How many groups there are, the share of channels that can be pruned, and why the others cannot."""
+    channels = Counter({True: 0, False: 0})
+    for group in graph.groups:
+        if group.reason != "the network's output":
+            channels[group.prunable] += group.width * group.channels_per_unit
+    return {
+        "groups": len(graph.groups),
+        "prunable_groups": len(graph.prunable),
+        "prunable_percent": round(100 * channels[True] / max(1, channels.total()), 1),
+        "frozen": dict(Counter(graph.frozen.values()).most_common(8)),
+        "notes": sum(bool(group.notes) for group in graph.groups),
+    }
+
+
+def cut_to_half(
+    model: nn.Module, graph: ChannelGraph, images: Tensor, optimizer: torch.optim.Optimizer
+) -> dict[str, float]:
+    """Cut the network; the largest difference from the full one with closed gates, relative and absolute."""
+    keep = uniform_cut(model, graph, CostModel(graph, model, images))
+    model.eval()
+    with torch.no_grad(), Gates(model, graph) as gates:
+        gates.set_keep(keep)
+        expected = model(images)
+    prune_channels(model, graph, keep, optimizers=[optimizer])
+    with torch.no_grad():
+        difference = (expected - model(images)).abs().max()
+    return {
+        "difference": float(difference / expected.abs().max()),
+        "absolute_difference": float(difference),
+    }
+
+
 def train_step(model: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer) -> list[float]:
-    """One step on random labels; the weights' norms before and after."""
+    """One step on arbitrary labels, for every output of the network; the sums of all parameters after it."""
     model.train()
     optimizer.zero_grad()
     output = model(images)
     parts = output if isinstance(output, tuple) else (output,)
-    loss = sum(
-        nn.functional.cross_entropy(part, torch.tensor([0, 1])) for part in parts if isinstance(part, Tensor)
-    )
-    assert isinstance(loss, Tensor)
-    loss.backward()
+    targets = torch.tensor([0, 1])
+    losses = [nn.functional.cross_entropy(part, targets) for part in parts if isinstance(part, Tensor)]
+    torch.stack(losses).sum().backward()
     optimizer.step()
     model.eval()
+    return parameter_sums(model)
+
+
+def parameter_sums(model: nn.Module) -> list[float]:
+    """A number per parameter, which changes when the parameter does."""
     return [float(parameter.detach().double().sum()) for parameter in model.parameters()]
 
 
 def trains(model: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer) -> bool | str:
     """Whether a step with the optimizer from before the rewrite moves the weights."""
     try:
-        before = [float(parameter.detach().double().sum()) for parameter in model.parameters()]
+        before = parameter_sums(model)
         after = train_step(model, images, optimizer)
     except (RuntimeError, ValueError, KeyError) as error:
         return f"{type(error).__name__}: {str(error)[:120]}"
@@ -202,18 +194,13 @@ def exports(model: nn.Module, images: Tensor) -> bool | str:
     return True
 
 
-def examine_torch_pruning(library: str, name: str) -> dict[str, Any]:
+def examine_torch_pruning(library: str, name: str) -> Row:
     """The same cut by Torch-Pruning, for comparison: uniform shares, raised until half the MACs are gone.
 
     The gated network to compare with is the original one whose layers give zeros in the channels that went; networks
     that normalise over channels have no such reference.
     """
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    size = image_size_of(library, name)
-    images = torch.randn(2, 3, size, size)
-    original = create_model(f"{library}/{name}").eval()
-    condition(original, (images,))
+    original, images = network_and_images(library, name)
     before = count_macs(original, images)
     for share in (0.3, 0.35, 0.4, 0.5, 0.6):
         model, reference = copy.deepcopy(original), copy.deepcopy(original)
@@ -221,162 +208,230 @@ def examine_torch_pruning(library: str, name: str) -> dict[str, Any]:
         prune_with_torch_pruning(model, reference, images, share)
         seconds = time.process_time() - start
         left = count_macs(model, images) / before
-        if left <= 0.505:
+        if left <= LARGEST_SHARE:
             break
     with torch.no_grad():
-        difference, scale = (model(images) - reference(images)).abs().max(), reference(images).abs().max()
+        expected = reference(images)
+        difference = (model(images) - expected).abs().max() / expected.abs().max()
     model.train()
     logits = model(images)
     (logits[0] if isinstance(logits, tuple) else logits).sum().backward()
     comparable = not any(isinstance(module, nn.LayerNorm | nn.GroupNorm) for module in model.modules())
     return {
         "cpu_seconds": round(seconds, 2),
-        "difference": float(difference / scale) if comparable else None,
+        "difference": float(difference) if comparable else None,
         "macs_left": round(left, 3),
     }
+
+
+def examine_repair(library: str, name: str) -> Row:
+    """How far the logits are from the original's after a cut, and after its repair."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    size = image_size_of(library, name)
+    images = smooth_images(24, size)
+    fitted, judging = images[:16], images[16:]
+    model = conditioned_network(f"{library}/{name}", images[:4])
+    original = copy.deepcopy(model)
+    graph = trace_groups(model, images[:2])
+    keep = uniform_cut(model, graph, CostModel(graph, model, images[:2]), share=0.75)
+    plan = plan_repair(model, graph, graph.keep_mask(keep))
+    prune_channels(model, graph, keep)
+
+    @torch.no_grad()
+    def error() -> float:
+        expected, found = original.eval()(judging), model.eval()(judging)
+        return float((found - expected).square().mean() / expected.var())
+
+    cut = error()
+    report = plan.repair(model, list(fitted.split(8)))
+    return {
+        "cut": cut,
+        "repaired": error(),
+        "held_out": report.distance,
+        "layers": len(report.layers),
+        "statistics": report.statistics,
+        "problem": report.problem,
+        "seconds": round(report.seconds, 1),
+    }
+
+
+def print_repairs(rows: Rows) -> None:
+    """One line per network, and how many are nearer than they were."""
+    found = {name: row for name, row in rows.items() if "error" not in row}
+    columns = ("cut", "repaired", "layers", "statistics", "seconds")
+    print_table(
+        ["network", *columns],
+        [[name, *(cell(row[column]) for column in columns)] for name, row in found.items()],
+    )
+    for name, row in rows.items():
+        if "error" in row or row["problem"]:
+            print(f"{name}  {row.get('error') or row['problem']}")
+    nearer = sum(row["repaired"] < row["cut"] for row in found.values())
+    worse = sum(row["held_out"][1] > row["held_out"][0] for row in found.values())
+    print(
+        f"{len(rows)} networks: {nearer} nearer to the original after the repair; {worse} judged worse and kept"
+    )
 
 
 def prune_with_torch_pruning(model: nn.Module, reference: nn.Module, images: Tensor, share: float) -> None:
     """Cut `model` and put zeros into the same places of `reference`, a copy of it."""
     import torch_pruning as tp
 
-    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
     pruner = tp.pruner.MagnitudePruner(
         model,
         images,
         importance=tp.importance.MagnitudeImportance(p=1),
         pruning_ratio=share,
-        ignored_layers=heads,
+        ignored_layers=[m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1000],
     )
     names = {module: name for name, module in model.named_modules()}
+    # Module name → original positions of the channels that it still has.
     present: dict[str, list[int]] = {}
     for group in pruner.step(interactive=True):
         for dependency, indices in group:
             module, function = dependency.target.module, dependency.handler.__name__
-            if module not in names or not function.endswith("_out_channels"):
-                continue  # what reads a channel that is zero may keep its weights
-            silent = reference.get_submodule(names[module])
-            own = [getattr(silent, "weight", None), getattr(silent, "bias", None)]
-            tensors = [tensor for tensor in own if tensor is not None]
-            if not tensors:
-                continue
-            left = present.setdefault(names[module], list(range(len(tensors[0]))))
-            gone = [left[index] for index in indices]
-            with torch.no_grad():
-                for tensor in tensors:
-                    tensor[gone] = 0
-            present[names[module]] = [index for index in left if index not in set(gone)]
+            # What reads a channel that is zero may keep its weights.
+            if module in names and function.endswith("_out_channels"):
+                silence(reference.get_submodule(names[module]), names[module], indices, present)
         group.prune()
 
 
-def run_one(library: str, name: str, tool: str, options: argparse.Namespace) -> dict[str, Any]:
+def silence(layer: nn.Module, name: str, indices: list[int], present: dict[str, list[int]]) -> None:
+    """Zero the channels of a layer that its cut counterpart loses at these positions of what it has left."""
+    own = [getattr(layer, "weight", None), getattr(layer, "bias", None)]
+    tensors = [tensor for tensor in own if tensor is not None]
+    if not tensors:
+        return
+    left = present.setdefault(name, list(range(len(tensors[0]))))
+    gone = {left[index] for index in indices}
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor[sorted(gone)] = 0
+    present[name] = [index for index in left if index not in gone]
+
+
+def examine_apart(library: str, name: str, tool: str, arguments: argparse.Namespace) -> Row:
     """Examine a network in a process of its own."""
-    command = [sys.executable, __file__, "--one", library, name, "--tool", tool]
-    command += ["--memory-limit", str(options.memory_limit)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--one", library, name, "--tool", tool, "--threads", "1"]
+    command += ["--memory-limit", str(arguments.memory_limit)]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=options.time_limit, env=environment, check=False
+            command, capture_output=True, text=True, timeout=arguments.time_limit, check=False
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"longer than {options.time_limit} s"}
+        return {"error": f"longer than {arguments.time_limit} s"}
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
         return dict(json.loads(lines[-1]))
     return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]}
 
 
-def zoo_list(path: Path) -> list[tuple[str, str]]:
-    """(library, name) of every network in a list."""
-    lines = (line.split("#")[0].split() for line in path.read_text().splitlines())
-    return [(words[0], words[1]) for words in lines if words]
+def listed(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """(library, name) of every network that is asked for."""
+    for line in arguments.list.read_text(encoding="utf-8").splitlines():
+        words = line.partition("#")[0].split()
+        if words and (not arguments.only or words[1] in arguments.only):
+            yield words[0], words[1]
 
 
-def is_good(row: dict[str, Any]) -> bool:
+def is_halved(row: Row) -> bool:
+    """Whether half of the MACs are gone."""
+    return "error" not in row and bool(row["macs_left"] <= LARGEST_SHARE)
+
+
+def is_exact(row: Row) -> bool:
+    """Whether it was cut to half without a change to what it computes."""
+    return is_halved(row) and row["difference"] is not None and row["difference"] <= LARGEST_DIFFERENCE
+
+
+def is_good(row: Row) -> bool:
     """Cut to half, exact, and alive."""
-    alive = all(row.get(key) is True for key in ("trains", "loads", "exports"))
-    return alive and row["macs_left"] <= 0.505 and row["difference"] <= 1e-4
+    return is_exact(row) and all(row.get(key) is True for key in ("trains", "loads", "exports"))
 
 
-def print_table(rows: dict[str, Any]) -> None:
-    """One line per network and the totals."""
-    print(f"{'network':<42}" + "".join(f"{column:>18}" for column in COLUMNS))
-    for name, row in rows.items():
-        if "error" in row:
-            print(f"{name:<42}  {row['error'][:140]}")
-        else:
-            print(f"{name:<42}" + "".join(f"{_cell(row.get(column)):>18}" for column in COLUMNS))
-    measured = [row for row in rows.values() if "error" not in row]
-    halved = sum(row["macs_left"] <= 0.505 for row in measured)
-    exact = sum(row["macs_left"] <= 0.505 and row["difference"] <= 1e-4 for row in measured)
-    good = sum(is_good(row) for row in measured)
-    slow = sum(row["cpu_seconds"] > 5 for row in measured)
-    print(
-        f"{len(rows)} networks: {halved} cut to half their MACs, {exact} of them exactly, {good} also train, load "
-        f"and export; analysis took more than 5 CPU-seconds for {slow}"
-    )
-
-
-def print_comparison(rows: dict[str, Any]) -> None:
-    """One line per network that Torch-Pruning was tried on, and the totals."""
-    for name, row in rows.items():
-        told = row.get("error", "")[:120] or (
-            f"{row['cpu_seconds']:.1f} CPU-s, {row['macs_left']:.2f} left, difference {_cell(row['difference'])}"
-        )
-        print(f"{name:<42}  {told}")
-    halved = [row for row in rows.values() if "error" not in row and row["macs_left"] <= 0.505]
-    exact = sum(row["difference"] is not None and row["difference"] <= 1e-4 for row in halved)
-    unjudged = sum(row["difference"] is None for row in halved)
-    print(
-        f"Torch-Pruning: {len(rows)} networks, {len(halved)} cut to half their MACs, {exact} of them exactly, "
-        f"{unjudged} not comparable (they normalise over channels)"
-    )
-
-
-def _cell(value: Any) -> str:
+def cell(value: object) -> str:
+    """A value for the table."""
     if isinstance(value, float):
         return f"{value:.2g}" if value < 0.01 else f"{value:.4g}"
     return str(value)[:17]
 
 
-def main() -> None:
-    """Run or resume the sweep and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def print_rows(rows: Rows) -> None:
+    """One line per network and the totals."""
+    measured = {name: row for name, row in rows.items() if "error" not in row}
+    table = [[name, *(cell(row.get(column)) for column in COLUMNS)] for name, row in measured.items()]
+    print_table(["network", *COLUMNS], table)
+    for name, row in rows.items():
+        if "error" in row:
+            print(f"{name}  {row['error'][:140]}")
+    halved, exact, good = (sum(map(test, rows.values())) for test in (is_halved, is_exact, is_good))
+    slow = sum(row["cpu_seconds"] > MAX_SECONDS for row in measured.values())
+    print(
+        f"{len(rows)} networks: {halved} cut to half their MACs, {exact} of them exactly, {good} also train, load "
+        f"and export; analysis took more than {MAX_SECONDS} CPU-seconds for {slow}"
     )
+
+
+def print_comparison(rows: Rows) -> None:
+    """One line per network that Torch-Pruning was tried on, and the totals."""
+    for name, row in rows.items():
+        told = row.get("error", "")[:120] or (
+            f"{row['cpu_seconds']:.1f} CPU-s, {row['macs_left']:.2f} left, difference {cell(row['difference'])}"
+        )
+        print(f"{name:<42}  {told}")
+    halved = [row for row in rows.values() if is_halved(row)]
+    unjudged = sum(row["difference"] is None for row in halved)
+    print(
+        f"Torch-Pruning: {len(rows)} networks, {len(halved)} cut to half their MACs, "
+        f"{sum(map(is_exact, halved))} of them exactly, {unjudged} not comparable (they normalise over channels)"
+    )
+
+
+#: What a network is examined by.
+TOOLS = {"ours": examine, "torch-pruning": examine_torch_pruning, "repair": examine_repair}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = BenchmarkParser(__doc__, threads=1, cpu_only=True)
     parser.add_argument("--only", nargs="*", help="names of networks")
-    parser.add_argument("--list", type=Path, default=Path(__file__).with_name("zoo.txt"), help="networks")
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "benchmarks/results/zoo.json", help="JSON with all rows"
-    )
+    parser.add_argument("--list", type=Path, default=ROOT / "benchmarks" / "zoo.txt", help="networks")
     parser.add_argument("--time-limit", type=float, default=300, help="seconds per network")
     parser.add_argument("--memory-limit", type=float, default=10, help="GiB per network")
     parser.add_argument("--torch-pruning", action="store_true", help="also run Torch-Pruning, if installed")
+    parser.add_argument("--repair", action="store_true", help="instead: what a repair makes of a cut")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file already has")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--tool", default="ours", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        limit = int(options.memory_limit * 2**30)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-        print(json.dumps((examine if options.tool == "ours" else examine_torch_pruning)(*options.one)))
+    return parser.parse("zoo.json", quick={"only": ["resnet18"]})
+
+
+def main() -> None:
+    """Run or resume the sweep and print the table."""
+    arguments = parse()
+    if arguments.one:
+        limit_memory(arguments.memory_limit)
+        print(json.dumps(TOOLS[arguments.tool](*arguments.one)))
         return
-    stored = json.loads(options.output.read_text()) if options.output.exists() else {}
-    tools = ["ours", "torch-pruning"] if options.torch_pruning else ["ours"]
-    for library, name in zoo_list(options.list):
-        if options.only and name not in options.only:
-            continue
+    tools = (
+        ["repair"] if arguments.repair else ["ours", *(["torch-pruning"] if arguments.torch_pruning else [])]
+    )
+    rows: dict[str, Rows] = {tool: {} for tool in TOOLS}
+    if arguments.output.exists():
+        stored = json.loads(arguments.output.read_text(encoding="utf-8"))
+        rows |= {tool: stored[tool] for tool in rows if tool in stored}
+    for library, name in listed(arguments):
         for tool in tools:
-            rows = stored.setdefault(tool, {})
-            if options.fresh or options.only or f"{library}/{name}" not in rows:
-                rows[f"{library}/{name}"] = run_one(library, name, tool, options)
-                stored["environment"] = {"torch": torch.__version__, "python": platform.python_version(),
-                                         "machine": platform.machine(), "threads": 1}  # fmt: skip
-                options.output.parent.mkdir(parents=True, exist_ok=True)
-                options.output.write_text(json.dumps(stored, indent=1))
-    print_table(stored.get("ours", {}))
-    if options.torch_pruning:
-        print_comparison(stored["torch-pruning"])
+            if arguments.fresh or arguments.only or f"{library}/{name}" not in rows[tool]:
+                rows[tool][f"{library}/{name}"] = examine_apart(library, name, tool, arguments)
+                write_json(arguments, 1, {tool: found for tool, found in rows.items() if found})
+    if arguments.repair:
+        print_repairs(rows["repair"])
+        return
+    print_rows(rows["ours"])
+    if arguments.torch_pruning:
+        print_comparison(rows["torch-pruning"])
 
 
 if __name__ == "__main__":

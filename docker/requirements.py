@@ -11,16 +11,22 @@ import tomllib
 from pathlib import Path
 
 PROVIDED = ("torch", "torchvision", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
-EXTRAS = ("timm",)
+EXTRAS = ("report", "timm")
 
 
 def requirements(pyproject: Path) -> list[str]:
     """The project's dependencies and those of `EXTRAS`, without the packages that the image provides."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
-    everything = list(project["dependencies"])
-    for extra in EXTRAS:
-        everything += project["optional-dependencies"][extra]
-    return [line for line in everything if name_of(line) not in PROVIDED]
+    everything = [*project["dependencies"], f"{project['name']}[{','.join(EXTRAS)}]"]
+    found: list[str] = []
+    while everything:
+        line = everything.pop(0)
+        if name_of(line) == project["name"]:  # an extra that includes others of ours: "lucidprune[train]"
+            for extra in line.partition("[")[2].rstrip("]").split(","):
+                everything += project["optional-dependencies"][extra]
+        elif name_of(line) not in PROVIDED:
+            found.append(line)
+    return found
 
 
 def name_of(requirement: str) -> str:

@@ -1,16 +1,27 @@
 """What a network looks at: attribution methods, saliency models and localisation figures."""
 
-# Importing the methods enters them into the register.
-from explainers.aem.method import SelectorMethod
-from explainers.base import Attribution, Method, Prepared, create_method, method_names
-from explainers.baselines import Centre
-from explainers.casm.method import CasmMethod
-from explainers.ebp import EBP
-from explainers.gradcam import GradCAM
-from explainers.integrated_gradients import IntegratedGradients
-from explainers.lrp import LRP
-from explainers.rap import RAP
-from explainers.record import UnsupportedOperatorError
+from typing import TYPE_CHECKING
+
+from image_classification.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from explainers.aem.selector_method import SelectorMethod
+    from explainers.attribution.baselines import Centre
+    from explainers.attribution.ebp import EBP
+    from explainers.attribution.gradcam import GradCAM
+    from explainers.attribution.integrated_gradients import IntegratedGradients
+    from explainers.attribution.lrp import LRP
+    from explainers.attribution.method import (
+        Attribution,
+        Method,
+        Prepared,
+        create_method,
+        method_names,
+        register_method,
+    )
+    from explainers.attribution.rap import RAP
+    from explainers.attribution.record import UnsupportedOperatorError
+    from explainers.casm.casm_method import CasmMethod
 
 __all__ = [
     "EBP",
@@ -27,4 +38,24 @@ __all__ = [
     "UnsupportedOperatorError",
     "create_method",
     "method_names",
+    "register_method",
 ]
+#: Name → module that defines it.
+_MODULES = {
+    "EBP": "explainers.attribution.ebp",
+    "LRP": "explainers.attribution.lrp",
+    "RAP": "explainers.attribution.rap",
+    "Attribution": "explainers.attribution.method",
+    "CasmMethod": "explainers.casm.casm_method",
+    "Centre": "explainers.attribution.baselines",
+    "GradCAM": "explainers.attribution.gradcam",
+    "IntegratedGradients": "explainers.attribution.integrated_gradients",
+    "Method": "explainers.attribution.method",
+    "Prepared": "explainers.attribution.method",
+    "SelectorMethod": "explainers.aem.selector_method",
+    "UnsupportedOperatorError": "explainers.attribution.record",
+    "create_method": "explainers.attribution.method",
+    "method_names": "explainers.attribution.method",
+    "register_method": "explainers.attribution.method",
+}
+__getattr__ = lazy_names(__name__, _MODULES)

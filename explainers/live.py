@@ -1,42 +1,41 @@
-"""What a network looks at while it trains: a page of Grad-CAM maps in TensorBoard after every validation."""
+"""Grad-CAM maps of a network in training: a page in TensorBoard after every validation."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from explainers.gradcam import GradCAM
+from explainers.attribution.gradcam import GradCAM
+from explainers.attribution.record import UnsupportedOperatorError
 from explainers.plots import overlay
-from explainers.record import UnsupportedOperatorError
-from image_classification.callbacks import Callback
+from image_classification.callbacks import Callback, TrainLoop
 from image_classification.data.loader import Batch
-from image_classification.trainer import Trainer
 
 
 class SaliencyGallery(Callback):
-    """Explains the same few pictures again and again, those that the run trained on first.
+    """Explains the same few images after every validation, the first that the run trains on.
 
-    The maps are computed on a copy of the network in evaluation mode, so training does not notice; pruned networks are
-    copied at the width that they have by then. Rank 0 only.
+    The maps are computed on a copy of the network in evaluation mode, so that training is not affected. A network that
+    was pruned meanwhile is copied at its present widths. Rank 0 only.
 
     Args:
-        num_pictures: Pictures of the page.
+        num_images: Images of the page.
     """
 
-    def __init__(self, num_pictures: int = 8) -> None:
-        self.num_pictures = num_pictures
+    def __init__(self, num_images: int = 8) -> None:
+        self.num_images = num_images
         self._chosen: tuple[Tensor, Tensor] | None = None
         self._possible = True
 
-    def on_batch_start(self, trainer: Trainer, batch: Batch) -> None:
-        """Keep the first pictures."""
+    def on_batch_start(self, trainer: TrainLoop, batch: Batch) -> None:
+        """Keep the first images."""
         if self._chosen is None and trainer.distributed.is_main:
-            targets = batch.targets[: self.num_pictures]
+            targets = batch.targets[: self.num_images]
             classes = targets if targets.dim() == 1 else targets.argmax(1)
-            self._chosen = batch.images[: self.num_pictures].detach().float().clone(), classes.clone()
+            self._chosen = batch.images[: self.num_images].detach().float().clone(), classes.clone()
 
-    def on_evaluate_end(self, trainer: Trainer, figures: dict[str, float]) -> None:
-        """Explain them; a network that Grad-CAM cannot explain is a message, once."""
+    def on_evaluate_end(self, trainer: TrainLoop, figures: dict[str, float]) -> None:
+        """Explain them; where Grad-CAM cannot explain the network, say so once."""
         if self._chosen is None or not self._possible:
             return
         images, classes = self._chosen
@@ -50,11 +49,11 @@ class SaliencyGallery(Callback):
 
 
 def _page(images: Tensor, maps: Tensor) -> Tensor:
-    """Pictures above their maps, (3, 2·H, N·W) in [0, 1]; each picture is scaled by its own range."""
+    """Images above their maps, (3, 2·H, N·W) in [0, 1]; each image is scaled by its own range."""
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     shown = ((images - low) / (high - low).clamp(min=1e-6)).cpu()
     columns = []
-    for picture, heatmap in zip(shown, maps.cpu(), strict=True):
-        below = overlay(picture.permute(1, 2, 0).numpy(), heatmap.numpy(), False)
-        columns.append(torch.cat([picture, torch.from_numpy(below).permute(2, 0, 1).float()], dim=1))
+    for image, heatmap in zip(shown, maps.cpu(), strict=True):
+        below = overlay(image.permute(1, 2, 0).numpy(), heatmap.numpy(), False)
+        columns.append(torch.cat([image, torch.from_numpy(below).permute(2, 0, 1).float()], dim=1))
     return torch.cat(columns, dim=2).clamp(0, 1)

@@ -1,26 +1,33 @@
-"""Heat-maps as pictures: overlays, and pages of them.
+"""Heat-maps as images: overlays, and pages of them.
 
-A map that is never negative fades from the grey picture into yellow; a signed one has its own colours for and against
-the class, with zero exactly at the transparent middle. Each map is scaled by itself, by its 99.5th percentile, so that
-one bright pixel does not leave the rest dark.
+A map without negative values fades from the grey image into yellow; a signed one has one colour for the class and one
+against it, and is transparent at zero. Each map is scaled by its own 99.5th percentile, so that one bright pixel does
+not leave the rest dark.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
 
-Picture = NDArray[np.floating]
+from image_classification.extras import optional_import
+
+with optional_import():
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+Pixels = NDArray[np.floating]
+#: Side of a panel of a page.
+CELL_INCHES = 1.7
 _STRONGEST = 99.5
 _MAX_OPACITY = 0.85
 
@@ -31,14 +38,14 @@ class Panel:
 
     Attributes:
         title: Above it; may have two lines.
-        picture: (H, W, 3) in [0, 1].
-        heatmap: (H, W), drawn over the picture; None shows the picture alone.
+        image: (H, W, 3) in [0, 1].
+        heatmap: (H, W), drawn over the image; None shows the image alone.
         signed: See `Attribution.signed`.
     """
 
     title: str
-    picture: Picture
-    heatmap: Picture | None = None
+    image: Pixels
+    heatmap: Pixels | None = None
     signed: bool = False
 
 
@@ -47,7 +54,7 @@ def colour_map(signed: bool) -> mpl.colors.Colormap:
     return mpl.colormaps["RdBu_r" if signed else "inferno"]
 
 
-def scaled(heatmap: Picture, signed: bool) -> Picture:
+def scaled(heatmap: Pixels, signed: bool) -> Pixels:
     """A map in [0, 1] ([−1, 1] if signed), by the 99.5th percentile of its magnitude. What is not finite becomes 0."""
     sound = np.nan_to_num(heatmap.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     magnitudes = np.abs(sound) if signed else np.clip(sound, 0, None)
@@ -59,69 +66,74 @@ def scaled(heatmap: Picture, signed: bool) -> Picture:
     return np.clip(sound / strongest, -1 if signed else 0, 1)
 
 
-def overlay(picture: Picture, heatmap: Picture, signed: bool) -> Picture:
-    """A heat-map over a picture that is greyed, so that colours mean the map alone.
+def overlay(image: Pixels, heatmap: Pixels, signed: bool) -> Pixels:
+    """A heat-map over an image that is greyed, so that colours mean the map alone.
 
     Args:
-        picture: (H, W, 3) in [0, 1].
+        image: (H, W, 3) in [0, 1].
         heatmap: (H, W).
         signed: See `Attribution.signed`.
 
     Returns:
-        (H, W, 3) in [0, 1]. Where the map is 0 the grey picture shows through.
+        (H, W, 3) in [0, 1]. Where the map is 0 the grey image shows through.
     """
     values = scaled(heatmap, signed)
-    grey = np.repeat((picture @ np.array([0.299, 0.587, 0.114]))[..., None], 3, axis=2)
+    grey = np.repeat((image @ np.array([0.299, 0.587, 0.114]))[..., None], 3, axis=2)
     grey = 0.15 + 0.7 * grey
     position = (values + 1) / 2 if signed else values
     colours = colour_map(signed)(position)[..., :3]
     opacity = _MAX_OPACITY * np.sqrt(np.abs(values))[..., None]
-    return (1 - opacity) * grey + opacity * colours
+    blended: Pixels = (1 - opacity) * grey + opacity * colours
+    return blended
 
 
-def to_picture(image: NDArray[np.floating], mean: Sequence[float], std: Sequence[float]) -> Picture:
-    """A network's input (3, H, W), normalised, as a picture (H, W, 3) in [0, 1]."""
+def to_image(image: NDArray[np.floating], mean: Sequence[float], std: Sequence[float]) -> Pixels:
+    """A network's input (3, H, W), normalised, as an image (H, W, 3) in [0, 1]."""
     pixels = image * np.asarray(std)[:, None, None] + np.asarray(mean)[:, None, None]
-    return np.clip(pixels.transpose(1, 2, 0), 0, 1)
+    shown: Pixels = np.clip(pixels.transpose(1, 2, 0), 0, 1)
+    return shown
 
 
-def save_picture(path: Path, picture: Picture) -> None:
+def save_image(path: Path, image: Pixels) -> None:
     """Write (H, W, 3) in [0, 1] as an 8-bit file; the suffix says the format."""
-    Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8)).save(path)
+    Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8)).save(path)
 
 
-def save_grid(
-    path: Path, rows: Sequence[Sequence[Panel]], *, title: str = "", cell_inches: float = 1.7
-) -> None:
-    """Write a page of panels: one row of panels per picture, with titles and a colour bar for each kind of map.
+def save_grid(path: Path, rows: Sequence[Sequence[Panel]], *, title: str = "") -> None:
+    """Write a page of panels: one row of panels per image, with titles and a colour bar for each kind of map.
 
     Args:
         path: File; the suffix says the format.
         rows: Rows of the same length.
         title: Above the page.
-        cell_inches: Side of a panel.
     """
     columns = max(len(row) for row in rows)
-    kinds = sorted({panel.signed for row in rows for panel in row if panel.heatmap is not None})
+    panels = itertools.chain.from_iterable(rows)
+    kinds = sorted({panel.signed for panel in panels if panel.heatmap is not None})
     margin = 0.45 * bool(title) + 0.15
     figure = Figure(
-        figsize=(columns * cell_inches + 0.95 * len(kinds) + 0.2, len(rows) * (cell_inches + 0.42) + margin),
+        figsize=(columns * CELL_INCHES + 0.95 * len(kinds) + 0.2, len(rows) * (CELL_INCHES + 0.42) + margin),
         dpi=110,
     )
     FigureCanvasAgg(figure)
-    widths = [1.0] * columns + [0.55 * 0.95 / cell_inches] * len(kinds)
+    widths = [1.0] * columns + [0.55 * 0.95 / CELL_INCHES] * len(kinds)
     grid = figure.add_gridspec(
-        len(rows), columns + len(kinds), width_ratios=widths, left=0.01, right=0.97, bottom=0.01,
-        top=1 - (margin + 0.27) / figure.get_figheight(), wspace=0.06, hspace=0.42 / cell_inches,
-    )  # fmt: skip
+        len(rows),
+        columns + len(kinds),
+        width_ratios=widths,
+        left=0.01,
+        right=0.97,
+        bottom=0.01,
+        top=1 - (margin + 0.27) / figure.get_figheight(),
+        wspace=0.06,
+        hspace=0.42 / CELL_INCHES,
+    )
     for index, row in enumerate(rows):
         for column, panel in enumerate(row):
             axes = figure.add_subplot(grid[index, column])
-            shown = (
-                panel.picture
-                if panel.heatmap is None
-                else overlay(panel.picture, panel.heatmap, panel.signed)
-            )
+            shown = panel.image
+            if panel.heatmap is not None:
+                shown = overlay(panel.image, panel.heatmap, panel.signed)
             axes.imshow(shown, interpolation="nearest")
             axes.set_title(panel.title, fontsize=7.5, pad=3)
             axes.axis("off")

@@ -5,20 +5,21 @@ Where each event fires is written in the docstring of `trainer.Trainer`.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
-from torchvision.utils import make_grid
 
+from image_classification.checkpoint import Checkpointer
+from image_classification.data.loader import Batch, Loader
+from image_classification.distributed import Distributed
 from image_classification.ema import Ema
-from image_classification.monitor import Monitor
+from image_classification.observe.log import Logger
+from image_classification.precision import Precision
 from image_classification.schedules import Schedule
-
-if TYPE_CHECKING:
-    from image_classification.data.loader import Batch
-    from image_classification.trainer import Trainer
+from image_classification.train_config import TrainConfig
 
 
 @dataclasses.dataclass
@@ -32,7 +33,9 @@ class TrainState:
         ema: Averaged network, or None.
         epoch: Epoch under way, from 0.
         iteration: Optimizer steps finished since the start of training.
-        best: Best validation figure so far, None before the first validation.
+        best: Best validation figure of networks of the present size, None before their first validation: a rewrite
+            begins anew, for a smaller network does not compete with what it was cut from.
+        best_epoch: Epoch of that figure, from 0.
         lr_factor: Multiplies the schedule (a callback's short re-warm-up, for instance).
     """
 
@@ -43,7 +46,44 @@ class TrainState:
     epoch: int = 0
     iteration: int = 0
     best: float | None = None
+    best_epoch: int | None = None
     lr_factor: float = 1.0
+
+
+class TrainLoop(abc.ABC):
+    """What a callback may use of the loop it takes part in; `trainer.Trainer` is the loop.
+
+    Attributes:
+        config: Length, accumulation, guard.
+        state: Network, optimizer, schedule, average, iteration.
+        precision: Autocast, scaling, memory format.
+        distributed: This process among the ranks.
+        logger: Console, report, TensorBoard.
+        checkpointer: Where checkpoints go.
+        train_loader: Micro-batches of this rank.
+        steps_per_epoch: Optimizer steps of an epoch.
+    """
+
+    config: TrainConfig
+    state: TrainState
+    precision: Precision
+    distributed: Distributed
+    logger: Logger
+    checkpointer: Checkpointer
+    train_loader: Loader
+    steps_per_epoch: int
+
+    @abc.abstractmethod
+    def release(self) -> None:
+        """Drop DDP and compiled wrappers, before the network is rewritten. Collective."""
+
+    @abc.abstractmethod
+    def rebind(self) -> None:
+        """Wrap the network again, after it was rewritten. Which checkpoint is best starts anew."""
+
+    @abc.abstractmethod
+    def save(self, *, is_best: bool = False, end_of_epoch: bool = False) -> None:
+        """Write a checkpoint. Collective."""
 
 
 class Callback:
@@ -56,31 +96,31 @@ class Callback:
     #: Key under which the state is stored in checkpoints; stateless callbacks leave it empty.
     name: str = ""
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: TrainLoop) -> None:
         """Before the first epoch, after a checkpoint was restored."""
 
-    def on_epoch_start(self, trainer: Trainer) -> None:
+    def on_epoch_start(self, trainer: TrainLoop) -> None:
         """Before the first batch of an epoch (or the first after a resume in mid-epoch)."""
 
-    def on_batch_start(self, trainer: Trainer, batch: Batch) -> None:
+    def on_batch_start(self, trainer: TrainLoop, batch: Batch) -> None:
         """Before the forward pass of every (micro-)batch."""
 
-    def on_backward_end(self, trainer: Trainer) -> None:
+    def on_backward_end(self, trainer: TrainLoop) -> None:
         """All gradients of an optimizer step are there (still multiplied by the loss scale)."""
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: TrainLoop) -> None:
         """After the optimizer's step; `state.iteration` counts it. No graph is alive: a place to rewrite."""
 
-    def on_log(self, trainer: Trainer, figures: dict[str, float]) -> None:
+    def on_log(self, trainer: TrainLoop, figures: dict[str, float]) -> None:
         """At every logging step; entries added to `figures` are logged with the others."""
 
-    def on_evaluate_end(self, trainer: Trainer, figures: dict[str, float]) -> None:
+    def on_evaluate_end(self, trainer: TrainLoop, figures: dict[str, float]) -> None:
         """After a validation; `figures` are its results."""
 
-    def on_epoch_end(self, trainer: Trainer) -> None:
+    def on_epoch_end(self, trainer: TrainLoop) -> None:
         """After an epoch and its validation, before the epoch's checkpoint."""
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: TrainLoop) -> None:
         """After the last epoch, not after an interruption."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,45 +129,3 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state of `state_dict`."""
-
-
-class ResourceMonitor(Callback):
-    """Adds what the run takes from the machine (`monitor.Monitor`) to the figures of every logging step.
-
-    Args:
-        monitor: Samples this process and its GPU; closed with the run by its owner.
-    """
-
-    def __init__(self, monitor: Monitor) -> None:
-        self.monitor = monitor
-        self._num_images = 0
-
-    def on_batch_start(self, trainer: Trainer, batch: Batch) -> None:
-        """Count pictures, for the energy of one."""
-        self._num_images += len(batch)
-
-    def on_log(self, trainer: Trainer, figures: dict[str, float]) -> None:
-        """Add the figures since the last logging step."""
-        figures |= self.monitor.read(self._num_images)
-        self._num_images = 0
-
-
-class FirstBatch(Callback):
-    """Shows the first pictures of a run, as the network gets them, and its graph in TensorBoard."""
-
-    num_pictures = 16
-
-    def __init__(self) -> None:
-        self._shown = False
-
-    def on_batch_start(self, trainer: Trainer, batch: Batch) -> None:
-        """Once per run; a network that cannot be traced is a message."""
-        if self._shown:
-            return
-        self._shown = True
-        pictures = batch.images[: self.num_pictures].detach().float()
-        # Normalised pictures back to 0 … 1, each by its own range: the constants belong to the data set.
-        low, high = pictures.amin((1, 2, 3), keepdim=True), pictures.amax((1, 2, 3), keepdim=True)
-        grid = make_grid((pictures - low) / (high - low).clamp(min=1e-6), nrow=4)
-        trainer.logger.image("train/first_batch", grid, trainer.state.iteration)
-        trainer.logger.graph(trainer.state.model, batch.images[:1].detach())

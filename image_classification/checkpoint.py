@@ -2,14 +2,16 @@
 
 A checkpoint is a dictionary of tensors and plain data, so that it loads with `weights_only=True`:
 
-    format, version         "lucidprune", 1
+    format, version, digest "lucidprune", 2, over all tensors: see `checkpoint_format`, which checks what is read
     arch, structure         what the network is (`models.structure`), widths of a pruned one included
     state_dict, ema         weights; averaged weights or None
     optimizer, scaler       their states
     epoch, iteration        position in the schedule (the learning rate is a function of the iteration)
     loader                  position in the data
     steps_per_epoch         iterations of an epoch, to make sure that the position means the same
-    best_prec1              best validation figure so far, or None
+    class_names             names by class index, None where the data has none
+    ema_updates             updates of the averaged weights
+    best_prec1, best_epoch  best validation figure so far of networks of this size, or None; its epoch
     rng                     random states of every rank
     callbacks               states of the callbacks by name
     config                  the resolved configuration
@@ -22,31 +24,36 @@ import dataclasses
 import os
 import random
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, ClassVar, cast
 
 import numpy as np
 import torch
 
-from image_classification.config import ConfigError, check, flag
+from image_classification.checkpoint_format import FORMAT, sealed
+from image_classification.config import SettingError, check, check_setting, flag
 from image_classification.distributed import Distributed
-from image_classification.models.weights import FORMAT
+from image_classification.file_writing import TEMPORARY, atomic_file, copy_file
+from image_classification.workspace_lock import WorkspaceLock
 
-VERSION = 1
 #: What a training needs to go on.
 TRAINING_STATE = (
-    "arch", "structure", "state_dict", "ema", "optimizer", "scaler", "epoch", "iteration", "best_prec1", "lr_factor",
-    "num_skipped", "loader", "callbacks", "world_size", "steps_per_epoch", "rng", "training_sums", "config",
-)  # fmt: skip
+    *("arch", "structure", "state_dict", "ema", "optimizer", "scaler", "epoch", "iteration", "best_prec1"),
+    *("lr_factor", "num_skipped", "loader", "callbacks", "world_size", "steps_per_epoch", "rng"),
+    *("training_sums", "config"),
+)
 BEST_FILENAME = "model_best.pth.tar"
-TEMPORARY = ".tmp"
+SUFFIXES = (".pth", ".pt", ".tar", ".ckpt")
+_GATHERED = re.compile(r"checkpoint-(\d+)\.pth\.tar")
 
 
 @dataclasses.dataclass(kw_only=True)
 class CheckpointConfig:
     """Checkpoints"""
+
+    #: The setting that chooses the folder, for messages.
+    folder_setting: ClassVar[str] = "workspace"
 
     workspace: Path = flag(
         Path("./"), "--workspace", help="Folder of everything a run writes.", metavar="DIR"
@@ -81,10 +88,7 @@ class CheckpointConfig:
             self.gather_checkpoints >= -1, f"--gather-checkpoints: {self.gather_checkpoints} is not a count"
         )
         check(self.checkpoint_interval >= 0, f"--checkpoint-interval: {self.checkpoint_interval} is negative")
-        check(
-            Path(self.checkpoint_filename).name == self.checkpoint_filename,
-            f"--checkpoint-filename: {self.checkpoint_filename!r} is a path; the folder is given by --workspace",
-        )
+        self._check_name()
         if not self.checkpoints:
             check(
                 self.checkpoint_interval == 0, "--checkpoint-interval and --no-checkpoints exclude each other"
@@ -93,42 +97,21 @@ class CheckpointConfig:
                 self.gather_checkpoints == 0, "--gather-checkpoints and --no-checkpoints exclude each other"
             )
 
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that appears under its name only when it is whole and on disk.
-
-    Raises:
-        OSError: Naming the file and the flag, when the disk is full or the folder is not writable; what stood
-            under the name before is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"cannot write {path} ({error.strerror or error}): free space or choose another --workspace; "
-            "the previous file is untouched",
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename durable; file systems without directory handles are left alone."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    def _check_name(self) -> None:
+        """The latest checkpoint's name is a file of its own kind, and no other file of the run."""
+        name = self.checkpoint_filename
+        check(
+            Path(name).name == name,
+            f"--checkpoint-filename: {name!r} is a path; the folder is given by --workspace",
+        )
+        check(
+            name.endswith(SUFFIXES) and not name.startswith("."),
+            f"--checkpoint-filename: {name!r} is no checkpoint's name: it ends in {', '.join(SUFFIXES)}",
+        )
+        check(
+            name != BEST_FILENAME and not _GATHERED.fullmatch(name),
+            f"--checkpoint-filename: {name!r} is the name of the best checkpoint, or of an epoch's: choose another",
+        )
 
 
 class _ErrnoWriter:
@@ -153,7 +136,9 @@ class _ErrnoWriter:
 
 
 def save_atomically(payload: dict[str, Any], path: Path) -> None:
-    """`torch.save` through `atomic_file`."""
+    """`torch.save` through `atomic_file`; a checkpoint of ours (`format`) gets its version and digest."""
+    if payload.get("format") == FORMAT:
+        payload = sealed(payload)
     with atomic_file(path) as file:
         writer = _ErrnoWriter(file)
         try:
@@ -162,6 +147,38 @@ def save_atomically(payload: dict[str, Any], path: Path) -> None:
             if writer.error is not None:
                 raise writer.error from error
             raise
+
+
+@contextlib.contextmanager
+def naming_workspace(config: CheckpointConfig) -> Iterator[None]:
+    """Turn the operating system's error about a workspace into a `SettingError` that names the flag."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror}); choose another folder, or write no `checkpoints`"
+        raise SettingError(config.folder_setting, str(config.workspace), problem) from None
+
+
+@contextlib.contextmanager
+def workspace_alone(config: CheckpointConfig, distributed: Distributed) -> Iterator[None]:
+    """Keep other jobs out of the workspace while inside. Collective.
+
+    Raises:
+        SettingError: Another job is at work in it, or it cannot be written.
+    """
+    locks: list[WorkspaceLock] = []
+
+    def take() -> None:
+        with naming_workspace(config):
+            config.workspace.mkdir(parents=True, exist_ok=True)
+            locks.append(WorkspaceLock(config.workspace, config.folder_setting))
+
+    distributed.check_on_main(take)
+    try:
+        yield
+    finally:
+        for lock in locks:
+            lock.release()
 
 
 def capture_rng() -> dict[str, Any]:
@@ -207,7 +224,7 @@ class Checkpointer:
     Args:
         config: What to keep.
         distributed: Only the main process writes.
-        say: Where remarks go (a previous run's checkpoint that was set aside).
+        say: Prints a message, such as that a previous run's checkpoint was set aside.
     """
 
     def __init__(
@@ -216,6 +233,7 @@ class Checkpointer:
         self.config = config
         self.distributed = distributed
         self.path = config.workspace / config.checkpoint_filename
+        self.best_path = config.workspace / BEST_FILENAME
         self._say = say
         self._fresh = False
 
@@ -223,7 +241,7 @@ class Checkpointer:
         """Make sure the workspace can be written. Collective.
 
         Raises:
-            ConfigError: When the workspace cannot be written, before hours are spent.
+            SettingError: When the workspace cannot be written, before hours are spent.
         """
         if self.config.checkpoints:
             self.distributed.check_on_main(self._prepare)
@@ -239,15 +257,10 @@ class Checkpointer:
 
     def _prepare(self) -> None:
         probe = self.config.workspace / f".write-test-{os.getpid()}"
-        try:
+        with naming_workspace(self.config):
             self.config.workspace.mkdir(parents=True, exist_ok=True)
             probe.touch()
             probe.unlink()
-        except OSError as error:
-            raise ConfigError(
-                f"--workspace: {self.config.workspace} cannot be written ({error.strerror}); "
-                "choose another folder, or --no-checkpoints"
-            ) from None
         for name in (self.path.name, BEST_FILENAME, "checkpoint-*.pth.tar"):
             for torn in self.config.workspace.glob(f".{name}.*{TEMPORARY}"):
                 torn.unlink(missing_ok=True)  # what a killed run was writing
@@ -255,7 +268,7 @@ class Checkpointer:
     def _claim(self) -> None:
         if self._fresh:
             numbered = sorted(path for _, path in self._numbered())
-            for path in (self.path, self.config.workspace / BEST_FILENAME, *numbered):
+            for path in (self.path, self.best_path, *numbered):
                 self._set_aside(path)
         self._fresh = False
 
@@ -278,18 +291,17 @@ class Checkpointer:
         self._claim()
         paths = [self.path]
         if is_best:
-            paths.append(self.config.workspace / BEST_FILENAME)
+            paths.append(self.best_path)
         gathering = end_of_epoch and self.config.gather_checkpoints != 0
         if gathering:
             # `epoch` is the one to come; the file is named after the one that ended, counted from 0.
             paths.append(self.config.workspace / f"checkpoint-{payload['epoch'] - 1}.pth.tar")
         first, *others = reversed(paths)
-        save_atomically({"format": FORMAT, "version": VERSION, **payload}, first)
+        save_atomically({"format": FORMAT, **payload}, first)
         if gathering:
             self._rotate()  # before the latest, after which a killed run that was at its end does nothing any more
         for path in others:
-            with first.open("rb") as source, atomic_file(path) as file:
-                shutil.copyfileobj(source, file, length=16 << 20)
+            copy_file(first, path)
 
     def _rotate(self) -> None:
         if self.config.gather_checkpoints < 0:
@@ -300,28 +312,30 @@ class Checkpointer:
     def _numbered(self) -> list[tuple[int, Path]]:
         """The gathered checkpoints in the workspace by rising epoch."""
         matches = [
-            (re.fullmatch(r"checkpoint-(\d+)\.pth\.tar", path.name), path)
+            (_GATHERED.fullmatch(path.name), path)
             for path in self.config.workspace.glob("checkpoint-*.pth.tar")
         ]
         return sorted((int(match[1]), path) for match, path in matches if match)
 
     def resume_path(self) -> Path | None:
-        """The checkpoint to continue from, or None for a fresh start.
+        """The checkpoint to continue from, or None for a fresh start. Collective: rank 0 decides for all.
 
         A job that the launcher restarted after a failure continues from its own last checkpoint.
 
         Raises:
-            ConfigError: When a named file does not exist: training from scratch instead would be a surprise.
+            SettingError: When a named file does not exist: training from scratch instead would be a surprise.
         """
+        found = self.distributed.decide_on_main(self._resume_path)
+        return None if found is None else Path(found)
+
+    def _resume_path(self) -> str | None:
+        """See `resume_path`."""
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         if self.config.resume is None or self.config.resume == "auto":
             automatic = self.config.resume == "auto" or (restarted and self.config.checkpoints)
-            return self.path if automatic and self.path.is_file() else None
+            return str(self.path) if automatic and self.path.is_file() else None
         path = Path(self.config.resume)
-        check(
-            path.is_file(),
-            f"--resume: no such file: {path}; leave the flag out (or say auto) to start afresh",
+        check_setting(
+            path.is_file(), "resume", str(path), "no such file; leave it out (or say auto) to start afresh"
         )
-        if restarted and self.path.is_file():
-            return self.path
-        return path
+        return str(self.path if restarted and self.path.is_file() else path)

@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
+import importlib
+import math
+import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
-import yaml
+from image_classification.config import ConfigError, FlagSpec, flag_fields, nearest, sections, told
+from image_classification.extras import optional_import
+from image_classification.file_writing import write_text
+from image_classification.models.own_code import trust
+from image_classification.recipes import recipes
+from image_classification.yaml_reading import read_yaml_mapping
 
-from image_classification.config import ConfigError, FlagSpec, flag_fields
+with optional_import():
+    import yaml
 
-Sections = Mapping[str, type]
+C = TypeVar("C")
+_SHOWN = 80
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +38,8 @@ class _Option:
     section: str
     field: str
     spec: FlagSpec
-    annotation: Any
+    annotation: object
+    default: object
 
     @property
     def key(self) -> str:
@@ -42,6 +52,10 @@ class _Option:
     @property
     def is_list(self) -> bool:
         return self.spec.repeatable or self.spec.nargs in ("*", "+") or isinstance(self.spec.nargs, int)
+
+    @property
+    def is_positional(self) -> bool:
+        return not self.spellings()[0].startswith("-")
 
     def spellings(self) -> list[str]:
         """All command-line spellings: dashes and underscores are interchangeable."""
@@ -60,35 +74,69 @@ class _Option:
         long_names = [name for name in self.spec.names if name.startswith("--")]
         return (long_names or list(self.spec.names) or [self.field])[0]
 
-    def convert(self, value: Any) -> Any:
+    @property
+    def choices(self) -> tuple[object, ...] | None:
+        """Accepted values: those of the field's `Literal` type, or those that the flag lists."""
+        listed = self.spec.choices
+        if callable(listed):
+            listed = listed()
+        return _literals(self.annotation) or (None if listed is None else tuple(listed))
+
+    def convert(self, value: Any) -> object:
         """Convert one word (flag) or one YAML value, and check it against the choices."""
         if value is None:
+            if type(None) not in typing.get_args(self.annotation):
+                raise ConfigError(f"{self.flag_name}: there is no value behind it: give one, or leave it out")
             return None
+        if value == "" and not self.spec.may_be_empty:  # such as "$UNSET" in a shell
+            raise ConfigError(
+                f"{self.flag_name}: the value is empty: give one, or leave {self.flag_name} out"
+            )
         try:
             converted = (
                 self.spec.parse(value) if self.spec.parse else _cast(value, _scalar_type(self.annotation))
             )
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{self.flag_name}: {value!r} is not usable: {error}") from None
-        if self.spec.choices is not None and converted not in self.spec.choices:
-            choices = ", ".join(map(str, self.spec.choices))
+        except (TypeError, ValueError, OverflowError) as error:
             raise ConfigError(
-                f"{self.flag_name}: {value!r} is not one of: {choices}{_nearest(value, self.spec.choices)}"
+                f"{self.flag_name}: {_shown(value)} is not usable: {_shorter(str(error))}"
+            ) from None
+        if isinstance(converted, float) and not math.isfinite(converted):
+            raise ConfigError(f"{self.flag_name}: {_shown(value)} is not usable: give a finite number")
+        if isinstance(converted, int) and abs(converted) >= 1 << 63:
+            raise ConfigError(f"{self.flag_name}: {_shown(value)} is not usable: it is beyond 64 bits")
+        if isinstance(converted, (str, Path)) and "\0" in str(converted):
+            raise ConfigError(f"{self.flag_name}: {_shown(value)} is not usable: it holds a zero byte")
+        if self.choices is not None and converted not in self.choices:
+            names = list(map(str, self.choices))
+            raise ConfigError(
+                f"{self.flag_name}: {_shown(value)} is not one of: {', '.join(names)}{nearest(str(value), names)}"
             )
         return converted
 
-    def convert_yaml(self, value: Any) -> Any:
+    def convert_yaml(self, value: object) -> object:
         if self.is_list and value is not None:
             values = value if isinstance(value, list) else [value]
             return [self.convert(item) for item in values]
         if isinstance(value, (list, dict)):
-            raise ConfigError(f"{self.flag_name}: expected one value, the YAML file has {value!r}")
+            raise ConfigError(f"{self.flag_name}: expected one value, the YAML file has {_shown(value)}")
         return self.convert(value)
 
 
-def _scalar_type(annotation: Any) -> Any:
-    """The element type of `T`, `T | None`, `list[T]` or `tuple[T, ...]`."""
+def _shown(value: object) -> str:
+    """A value in an error, short."""
+    text = repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__} {value!r}"
+    return _shorter(text)
+
+
+def _shorter(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _scalar_type(annotation: object) -> object:
+    """The element type of `T`, `T | None`, `list[T]` or `tuple[T, ...]`; that of its values for a `Literal`."""
     origin = typing.get_origin(annotation)
+    if origin is typing.Literal:
+        return type(typing.get_args(annotation)[0])
     if origin in (types.UnionType, typing.Union):
         options = [option for option in typing.get_args(annotation) if option is not type(None)]
         return _scalar_type(options[0])
@@ -97,7 +145,14 @@ def _scalar_type(annotation: Any) -> Any:
     return annotation
 
 
-def _cast(value: Any, target: Any) -> Any:
+def _literals(annotation: object) -> tuple[object, ...]:
+    """The values of a `Literal` in `annotation`, also within `| None`, a list or a tuple."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return typing.get_args(annotation)
+    return next((found for part in typing.get_args(annotation) if (found := _literals(part))), ())
+
+
+def _cast(value: Any, target: Any) -> object:
     if target is bool:
         if isinstance(value, bool):
             return value
@@ -123,43 +178,119 @@ def _cast(value: Any, target: Any) -> Any:
     if target is float:
         return float(value)
     if target in (str, Path):
-        return target(value)
+        if isinstance(value, (dict, list)):
+            raise ValueError("expected one word")
+        return target(value if target is str else str(value))
     return value
 
 
-def _nearest(word: Any, candidates: Sequence[Any]) -> str:
-    matches = difflib.get_close_matches(str(word), [str(candidate) for candidate in candidates], n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
-
-
-def _options(sections: Sections) -> list[_Option]:
+def _options(job: type) -> list[_Option]:
     options: list[_Option] = []
-    for section, config_class in sections.items():
+    for section, factory in sections(job).items():
+        config_class = factory.func
+        assert isinstance(config_class, type)
         hints = typing.get_type_hints(config_class)
         for field, spec in flag_fields(config_class):
-            options.append(_Option(section, field.name, spec, hints[field.name]))
+            default = (
+                field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+            )
+            options.append(_Option(section, field.name, spec, hints[field.name], default))
     keys = [option.key for option in options]
     repeated = {key for key in keys if keys.count(key) > 1}
     assert not repeated, f"two configuration sections declare {sorted(repeated)}"
     return options
 
 
-class _Parser(argparse.ArgumentParser):
-    """Argument parser whose unknown flags are answered with the nearest known one."""
+#: Modules that `--plugin` has imported, for the saved configuration.
+imported_plugins: list[str] = []
+
+
+def import_plugins(words: Sequence[str]) -> None:
+    """Import the modules that a command line names with `--plugin`, before the rest of it is read.
+
+    A plugin registers what the flags may then name: a layout, a backend, a criterion, an attribution method. Networks
+    of a user's own that it names (`package.module:Callable`) may be built from now on.
+
+    Args:
+        words: The command line. Recipes that it names with `--config` may list plugins too, under `plugin`.
+
+    Raises:
+        ConfigError: A module does not exist, or fails while it is imported.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_plugin_flag(parser)
+    parser.add_argument("--config", action="append", default=[])
+    named, _ = parser.parse_known_args(words)
+    names = list(words)
+    for path in named.config:
+        recipe = read_mapping(recipe_path(path))
+        listed = recipe.get("plugin", [])
+        named.plugin += listed if isinstance(listed, list) else [listed]
+        names.append(str(recipe.get("arch", "")))
+    for name in named.plugin:
+        try:
+            importlib.import_module(str(name))
+        except Exception as error:  # whatever a user's module raises
+            hint = "; is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
+            raise ConfigError(
+                f"--plugin {_shorter(str(name))}: {type(error).__name__}: {error}{hint}"
+            ) from error
+        if name not in imported_plugins:
+            imported_plugins.append(name)
+    trust(names, imported_plugins)
+
+
+def add_plugin_flag(parser: argparse.ArgumentParser) -> None:
+    """Declare `--plugin`, which `import_plugins` reads."""
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="Python module to import first: it registers layouts, backends, criteria or methods of your own; may be "
+        "given several times.",
+    )
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows one spelling of every flag, though underscores serve as well as dashes."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        shown = [
+            name
+            for name in action.option_strings
+            if "_" not in name or name.replace("_", "-") not in action.option_strings
+        ]
+        value = "" if action.nargs == 0 else " " + self._format_args(action, (action.dest or "").upper())
+        return ", ".join(shown) + value
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser whose help shows every flag once, and whose errors take two lines."""
+
+    def __init__(self, prog: str | None = None, description: str | None = None, **settings: Any) -> None:
+        settings.setdefault("formatter_class", _HelpFormatter)
+        super().__init__(prog=prog, description=description, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and where the flags are listed; status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists the flags\n")
 
     def parse_or_fail(self, argv: Sequence[str] | None) -> argparse.Namespace:
         namespace, unknown = self.parse_known_args(argv)
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
             word = unknown[0].split("=")[0]
-            self.error(f"unrecognized argument {unknown[0]!r}{_nearest(word, known)}")
+            self.error(f"unrecognized argument {unknown[0]!r}{nearest(word, known)}")
         return namespace
 
 
 def _add_option(group: argparse._ArgumentGroup, option: _Option) -> None:
     spec, names = option.spec, option.spellings()
     settings: dict[str, Any] = {"help": _help(option), "default": argparse.SUPPRESS}
-    if not names[0].startswith("-"):
+    if option.is_positional:
         group.add_argument(
             option.field, nargs=spec.nargs or "?", metavar=spec.metavar or option.field.upper(), **settings
         )
@@ -178,47 +309,76 @@ def _add_option(group: argparse._ArgumentGroup, option: _Option) -> None:
 
 
 def _help(option: _Option) -> str:
-    text = option.spec.help
-    if option.spec.choices is not None:
-        text += f" One of: {', '.join(map(str, option.spec.choices))}."
+    """A sentence, the choices, and the default unless the sentence tells it."""
+    text = option.spec.help.rstrip(".") + "."
+    told = "default" in text.lower()
+    if option.choices is not None:
+        text += f" One of: {', '.join(map(str, option.choices))}."
+    if not told and option.default is not False and option.default not in (None, "", [], ()):
+        values = option.default if isinstance(option.default, (list, tuple)) else [option.default]
+        text += f" Default: {'on' if option.default is True else ' '.join(map(str, values))}."
     return text.replace("%", "%%")
 
 
-def build_parser(sections: Sections, prog: str | None = None, description: str | None = None) -> _Parser:
-    """The argument parser for these configuration sections, one help group per section."""
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+def build_parser(job: type, prog: str | None = None, description: str | None = None) -> Parser:
+    """The argument parser of a job's configuration, one help group per section."""
+    places = [f"[{option.field.upper()}]" for option in _options(job) if option.is_positional]
+    usage = " ".join([prog or Path(sys.argv[0]).name, "[--config FILE]", *places, "[flags]"])
+    parser = Parser(prog, description, allow_abbrev=False, usage=usage)
     parser.add_argument(
         "--config",
         action="append",
         default=[],
         metavar="FILE",
-        help="YAML recipe; may be given several times, the last one wins.",
+        help="YAML recipe: a file, or the name of one that comes along, such as imagenet_resnet50_prune; may be given "
+        "several times, the last one wins.",
     )
-    for section, config_class in sections.items():
-        title = (config_class.__doc__ or section).strip().splitlines()[0]
-        group = parser.add_argument_group(title)
-        for option in _options({section: config_class}):
-            _add_option(group, option)
+    add_plugin_flag(parser)
+    groups = {}
+    for name, factory in sections(job).items():
+        title = (factory.func.__doc__ or name).strip().splitlines()[0].rstrip(".")
+        groups[name] = parser.add_argument_group(title)
+    for option in _options(job):
+        _add_option(groups[option.section], option)
     return parser
 
 
-def read_yaml(path: Path, options: Mapping[str, _Option]) -> dict[str, Any]:
+def read_yaml(path: Path, options: Mapping[str, _Option]) -> dict[str, object]:
     """Read one recipe: a flat mapping from option names (dashes or underscores) to values."""
-    if not path.is_file():
-        raise ConfigError(f"--config: no such file: {path}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: {path} is not readable YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"--config: {path} must hold a mapping from option names to values")
-    values: dict[str, Any] = {}
-    for raw_key, value in content.items():
+    values: dict[str, object] = {}
+    for raw_key, value in read_mapping(path).items():
+        if raw_key == "plugin":  # `import_plugins` has read it
+            continue
         option = options.get(str(raw_key).replace("-", "_"))
         if option is None:
-            raise ConfigError(f"--config: {path}: unknown key {raw_key!r}{_nearest(raw_key, list(options))}")
+            known = nearest(str(raw_key)[:_SHOWN], options)
+            raise ConfigError(f"--config: {path}: unknown key {_shown(raw_key)}{known}")
         values[option.key] = option.convert_yaml(value)
     return values
+
+
+def recipe_path(word: str) -> Path:
+    """The file of a recipe: a path, or the name of one that comes with the package.
+
+    Raises:
+        ConfigError: There is neither; the nearest name is suggested.
+    """
+    path = Path(word)
+    if path.is_file():
+        return path
+    known = recipes()
+    if word not in known:
+        raise ConfigError(f"--config: no such file: {word}, nor a recipe of that name{nearest(word, known)}")
+    return known[word]
+
+
+def read_mapping(path: Path) -> dict[object, object]:
+    """The content of a recipe, as it stands there.
+
+    Raises:
+        ConfigError: The file holds no mapping.
+    """
+    return read_yaml_mapping(path, "--config")
 
 
 def _keys(options: Sequence[_Option]) -> dict[str, _Option]:
@@ -233,58 +393,71 @@ def _keys(options: Sequence[_Option]) -> dict[str, _Option]:
 
 
 def parse_config(
-    sections: Sections,
+    job: type[C],
     argv: Sequence[str] | None = None,
     prog: str | None = None,
     description: str | None = None,
-) -> dict[str, Any]:
-    """Parse a command line into one validated instance per section.
+    defaults: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None,
+) -> C:
+    """Parse a command line into a job's configuration, every section checked.
 
     Args:
-        sections: Section name to configuration dataclass; field names are unique over all sections.
+        job: Dataclass of the job, its fields made with `section`; flags are unique over all sections.
         argv: Command line without the program name; `sys.argv[1:]` when None.
         prog, description: For `--help`.
+        defaults: Values that recipes and flags give, by field → values of fields that they leave open, where these
+            differ from the fields' own.
 
     Returns:
-        Section name to configuration instance.
+        The configuration.
 
     Raises:
         SystemExit: With status 2 and a one-line message for anything unusable, as argparse does.
     """
-    parser = build_parser(sections, prog, description)
-    options = _options(sections)
-    namespace = vars(parser.parse_or_fail(argv))
+    words = sys.argv[1:] if argv is None else argv
     try:
-        values: dict[str, Any] = {}
+        import_plugins(words)
+    except (ValueError, OSError) as error:
+        build_parser(job, prog, description).error(told(error))
+    parser = build_parser(job, prog, description)
+    options = _options(job)
+    namespace = vars(parser.parse_or_fail(words))
+    del namespace["plugin"]
+    try:
+        values: dict[str, object] = {}
         for path in namespace.pop("config"):
-            values |= read_yaml(Path(path), _keys(options))
+            values |= read_yaml(recipe_path(path), _keys(options))
         by_key = {option.key: option for option in options}
         for key, value in namespace.items():
             values[key] = _from_command_line(by_key[key], value)
-        return {
-            section: config_class(
-                **{o.field: values[o.key] for o in options if o.section == section and o.key in values}
-            )
-            for section, config_class in sections.items()
-        }
-    except ConfigError as error:
-        parser.error(str(error))
+        if defaults is not None:
+            values = {**defaults(values), **values}
+        made = {}
+        for name, factory in sections(job).items():
+            keys = [option.key for option in options if option.section == name and option.key in values]
+            made[name] = factory(**{key: values[key] for key in keys})
+        return job(**made)
+    except (ValueError, OSError) as error:  # ConfigError, and paths that the system refuses
+        parser.error(told(error))
 
 
-def _from_command_line(option: _Option, value: Any) -> Any:
+def _from_command_line(option: _Option, value: object) -> object:
     if option.is_switch:
         return bool(value)
     if isinstance(value, list):
+        if not option.is_list:  # what argparse makes of a lone --
+            raise ConfigError(f"{option.flag_name}: there is no value behind it: give one, or leave it out")
         return [option.convert(item) for item in value]
     return option.convert(value)
 
 
-def to_plain(configs: Mapping[str, Any]) -> dict[str, Any]:
-    """The resolved configuration as one flat, JSON-able mapping: what a run saves and YAML can read back."""
-    plain: dict[str, Any] = {}
-    for config in configs.values():
-        for field, _ in flag_fields(type(config)):
-            value = getattr(config, field.name)
+def to_plain(config: object) -> dict[str, object]:
+    """A job's resolved configuration as one flat, JSON-able mapping: what a run saves and YAML can read back."""
+    plain: dict[str, object] = {"plugin": list(imported_plugins)} if imported_plugins else {}
+    for name in sections(type(config)):
+        section = getattr(config, name)
+        for field, _ in flag_fields(type(section)):
+            value = getattr(section, field.name)
             if isinstance(value, (list, tuple)):
                 plain[field.name] = [_plain_value(item) for item in value]
             else:
@@ -292,11 +465,10 @@ def to_plain(configs: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _plain_value(value: Any) -> Any:
+def _plain_value(value: object) -> object:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def save_yaml(configs: Mapping[str, Any], path: Path) -> None:
+def save_yaml(config: object, path: Path) -> None:
     """Write the resolved configuration as a YAML recipe that `--config` reads back."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(to_plain(configs), sort_keys=True), encoding="utf-8")
+    write_text(path, yaml.safe_dump(to_plain(config), sort_keys=True))

@@ -1,19 +1,68 @@
-"""Configuration as keyword-only dataclasses that stand beside the code they configure.
+"""Configuration as keyword-only dataclasses that stand next to the code they configure.
 
 A field made with `flag` carries its command-line spelling, help text and choices, so that the dataclass is the
 only place where an option is described: the parser (`cli.py`), the YAML reader and the saved, resolved
-configuration are all derived from it.
+configuration are all derived from it. A job's configuration is a frozen dataclass with a field per section, made with
+`section`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+import difflib
+import functools
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+S = TypeVar("S")
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used. The message names the flag, the value and the way out."""
+    """A setting that cannot be used. The message names the setting, its value and a remedy."""
+
+
+class SettingError(ConfigError):
+    """A setting of the library that cannot be used: told by its argument in Python, by its flag on a command line.
+
+    Args:
+        setting: Name of the argument, such as "ridge".
+        value: What was given.
+        problem: What is wrong with it and what to give instead.
+    """
+
+    def __init__(self, setting: str, value: object, problem: str) -> None:
+        super().__init__(f"{setting}={value!r}: {problem}")
+        self.setting, self.value, self.problem = setting, value, problem
+
+
+#: Argument → flag; filled by `flag`.
+_FLAGS: dict[str, str] = {}
+
+
+def told(error: Exception) -> str:
+    """An error as command-line users read it: with flags in place of the names of arguments.
+
+    In the text of any error, a name in backquotes (`num_classes`) stands for the argument, and so for its flag.
+    """
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is None and error.strerror:
+        text = error.strerror  # without its number
+    if isinstance(error, SettingError):
+        name = _FLAGS.get(error.setting, "--" + error.setting.replace("_", "-"))
+        text = f"{name} {error.value}: {error.problem}"
+    return re.sub(r"`(\w+)`", lambda found: _FLAGS.get(found[1], found[0]), text)
+
+
+def is_told(error: Exception) -> bool:
+    """Whether an error is one that a user can mend: its message is the whole story, a traceback would hide it.
+
+    A bare `RuntimeError` is how PyTorch reports a bug, and keeps its traceback; subclasses bring a message for people.
+    """
+    bugs = (RuntimeError, RecursionError)
+    return isinstance(error, (ValueError, OSError, RuntimeError)) and type(error) not in bugs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,24 +71,29 @@ class FlagSpec:
 
     names: tuple[str, ...]
     help: str
-    choices: tuple[Any, ...] | None = None
+    choices: Sequence[str] | Callable[[], Sequence[str]] | None = None
     nargs: str | int | None = None
     metavar: str | None = None
-    const: Any = None
-    parse: Callable[[str], Any] | None = None
+    const: object = None
+    parse: Callable[[str], object] | None = None
     repeatable: bool = False
+    reads: bool = False
+    may_be_empty: bool = False
 
 
 def flag(
-    default: Any,
+    default: object,
     *names: str,
     help: str,
-    choices: Sequence[Any] | None = None,
+    choices: Sequence[str] | Callable[[], Sequence[str]] | None = None,
     nargs: str | int | None = None,
     metavar: str | None = None,
-    const: Any = None,
-    parse: Callable[[str], Any] | None = None,
+    const: object = None,
+    parse: Callable[[str], object] | None = None,
     repeatable: bool = False,
+    setting: str | None = None,
+    reads: bool = False,
+    may_be_empty: bool = False,
 ) -> Any:
     """Declare a dataclass field with its command-line flag.
 
@@ -49,25 +103,51 @@ def flag(
             makes a positional argument. Boolean fields are switches; a field that defaults to True gets a
             `--no-…` spelling beside it.
         help: One sentence for `--help`; units where there are any.
-        choices: Accepted values, checked for flags and YAML alike.
+        choices: Accepted values, checked for flags and YAML alike; not needed where the field's type is a `Literal`.
+            A function is asked for them when a command line is parsed, so that plugins may have added some.
         nargs, metavar, const: As in `argparse.add_argument`.
         parse: Converts one command-line word; derived from the field's type when not given.
         repeatable: The flag may be given several times; the field is a list.
+        may_be_empty: Whether an empty word means something; otherwise it is refused, for it is most likely a variable
+            of the shell that is not set.
+        setting: The library's argument that the flag sets, where it has another name (see `SettingError`).
+        reads: The flag names a file that every rank reads; all of them read what rank 0 does (`agreement.py`).
     """
+    long_names = [name for name in names if name.startswith("--")]
+    for name in long_names[:1]:
+        _FLAGS[setting or name[2:].replace("-", "_")] = name
     spec = FlagSpec(
         tuple(names),
         help,
-        None if choices is None else tuple(choices),
+        choices,
         nargs,
         metavar,
         const,
         parse,
         repeatable,
+        reads,
+        may_be_empty,
     )
     metadata = {"flag": spec}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(kind: type[S], **defaults: object) -> Any:
+    """Declare a field of a job's configuration that holds one section.
+
+    Args:
+        kind: The section's dataclass, of fields made with `flag`.
+        defaults: Defaults of this job where they differ from the section's own.
+    """
+    factory = functools.partial(kind, **defaults)
+    return dataclasses.field(default_factory=factory, metadata={"section": factory})
+
+
+def sections(job: type) -> dict[str, functools.partial[Any]]:
+    """Name → constructor of every section of a job's configuration; `.func` is the section's class."""
+    return {field.name: field.metadata["section"] for field in dataclasses.fields(job)}
 
 
 def flag_fields(config_class: type) -> list[tuple[dataclasses.Field[Any], FlagSpec]]:
@@ -83,3 +163,35 @@ def check(condition: bool, message: str) -> None:
     """Raise `ConfigError(message)` unless `condition` holds. The message names the flag and the fix."""
     if not condition:
         raise ConfigError(message)
+
+
+def check_file(path: str | Path, message: str) -> None:
+    """As `check`, for a file of a flag that `reads`: it must be there for rank 0, which sends it to who lacks it."""
+    check(int(os.environ.get("RANK", "0")) > 0 or Path(path).is_file(), message)
+
+
+def check_setting(condition: bool, setting: str, value: object, problem: str) -> None:
+    """Raise a `SettingError` unless `condition` holds."""
+    if not condition:
+        raise SettingError(setting, value, problem)
+
+
+def check_choice(setting: str, value: str, choices: Iterable[str]) -> None:
+    """Raise a `SettingError` unless `value` is one of `choices`; the nearest one is suggested."""
+    names = list(choices)
+    check_setting(value in names, setting, value, f"choose from {', '.join(names)}{nearest(value, names)}")
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """`; did you mean X?` with the candidates that are about as similar as the best, or "" when none is close.
+
+    The dashes of flags make no two of them alike.
+    """
+    bare = {candidate.lstrip("-"): candidate for candidate in candidates}
+    word = name.lstrip("-")
+    matches = difflib.get_close_matches(word, list(bare), n=3, cutoff=0.6)
+    likeness = [difflib.SequenceMatcher(None, match, word).ratio() for match in matches]
+    close = [
+        bare[match] for match, ratio in zip(matches, likeness, strict=True) if ratio >= likeness[0] - 0.1
+    ]
+    return f"; did you mean {' or '.join(close)}?" if close else ""

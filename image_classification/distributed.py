@@ -1,7 +1,9 @@
 """Processes that train together: process group, exact reductions, broadcast, rank-0 helpers, agreement.
 
-Everything works in a single process too, without a process group: reductions return their input, rank 0 is
-alone. Objects travel between ranks as JSON, never as pickles.
+Everything also works in a single process, without a process group: reductions return their input.
+Objects travel between ranks as JSON, never as pickles, and on the host: beside NCCL there is a Gloo group for them.
+Work of one rank that the others wait for (`decide_on_main`, `main_process_first`) may take hours: they wait at the
+store of the process group, which has no clock, and not in a collective, which gives up after `--dist-timeout`.
 """
 
 from __future__ import annotations
@@ -9,32 +11,48 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from image_classification.config import ConfigError, check, flag
+from image_classification.config import ConfigError, SettingError, check, flag
+from image_classification.exit_codes import EXIT_PEER, EXIT_SAVED
 
-EXIT_SAVED = 75
-"""Exit code of a process that was asked to stop (SIGTERM, SIGUSR1), saved and wants to be started
-again: EX_TEMPFAIL of sysexits.h, "try again later". `multiproc.py` hands it on; the Slurm and Kubernetes
-files start the job again."""
+__all__ = [
+    "EXIT_PEER",
+    "EXIT_SAVED",
+    "Distributed",
+    "DistributedConfig",
+    "PeerError",
+    "peer_loss",
+    "setup_distributed",
+]
 
-EXIT_PEER = 69
-"""Exit code of a process that stops because another rank failed: EX_UNAVAILABLE of sysexits.h. `multiproc.py` looks
-for the rank that failed by itself."""
+T = TypeVar("T")
 
 _LOW_BITS = 32
+_POLL_SECONDS = 0.05, 1.0  # between two looks at the store, at first and in the end
+_FAILED = b"failed"
+_num_waits = itertools.count()  # all ranks wait for the same things in the same order
 #: What Gloo, NCCL and the store of the process group say when the other end has gone.
-_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe",
-              "Did the remote server shutdown")  # fmt: skip
+_PEER_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "remote process exited",
+    "Broken pipe",
+    "Did the remote server shutdown",
+)
+#: What Gloo and NCCL say when the other end is there and does not answer.
+_PEER_SILENT = ("Timed out waiting", "Watchdog caught collective operation timeout", "timed out after")
 
 
 class PeerError(RuntimeError):
@@ -45,26 +63,26 @@ def peer_loss(error: Exception) -> str | None:
     """What to tell people when an error only means that another rank failed; None for any other error."""
     if isinstance(error, PeerError):
         return str(error)
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    gone = next((words for words in _PEER_GONE if several and words in str(error)), None)
-    return None if gone is None else f"another rank ended, and this one cannot go on without it ({gone})"
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, RuntimeError):
+        return None
+    for kinds, what in ((_PEER_GONE, "ended"), (_PEER_SILENT, "gave no answer within --dist-timeout")):
+        said = next((words for words in kinds if words in str(error)), None)
+        if said is not None:
+            return f"another rank {what}, and this one cannot go on without it ({said})"
+    return None
 
 
 @dataclasses.dataclass(kw_only=True)
 class DistributedConfig:
     """How processes find their device and each other. Ranks come from the launcher's environment."""
 
-    device: str = flag(
-        "auto",
-        "--device",
-        help="Where to compute; auto takes the GPU if there is one.",
-        choices=("auto", "cuda", "cpu"),
+    device: Literal["auto", "cuda", "cpu"] = flag(
+        "auto", "--device", help="Where to compute; auto takes the GPU if there is one."
     )
-    dist_backend: str = flag(
+    dist_backend: Literal["auto", "nccl", "gloo"] = flag(
         "auto",
         "--dist-backend",
         help="Library that connects the processes; auto takes NCCL on GPUs and Gloo on CPUs.",
-        choices=("auto", "nccl", "gloo"),
     )
     dist_timeout: float = flag(
         600.0, "--dist-timeout", help="Seconds after which a rank that waits for the others gives up."
@@ -88,6 +106,7 @@ class Distributed:
         world_size: Number of processes; with 1 there is no process group.
         device: Where this process computes.
         backend: "nccl", "gloo", or "none" in a single process.
+        host_group: Carries objects from host to host; None where the process group itself does.
     """
 
     rank: int = 0
@@ -95,18 +114,23 @@ class Distributed:
     world_size: int = 1
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     backend: str = "none"
+    host_group: dist.ProcessGroup | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @classmethod
     def of_process_group(cls, device: torch.device) -> Distributed:
-        """The place among the ranks of the process group that somebody else has made; a single process without one."""
+        """The place among the ranks of the process group that other code has made; a single process without one.
+
+        Collective, where that group is one of NCCL.
+        """
         if not dist.is_available() or not dist.is_initialized():
             return cls(device=device)
         local = int(os.environ.get("LOCAL_RANK", device.index or 0))
-        return cls(dist.get_rank(), local, dist.get_world_size(), device, str(dist.get_backend()))
+        backend = str(dist.get_backend())
+        return cls(dist.get_rank(), local, dist.get_world_size(), device, backend, _host_group(backend))
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes files and speaks."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     @property
@@ -158,7 +182,7 @@ class Distributed:
             results.append(total.reshape(tensor.shape).to(tensor.device))
         return tuple(results)
 
-    def broadcast_object(self, value: Any = None, source: int = 0) -> Any:
+    def broadcast_object(self, value: object = None, source: int = 0) -> Any:
         """Send a JSON-able object from one rank to all; the source too gets what JSON makes of it.
 
         Raises:
@@ -166,28 +190,63 @@ class Distributed:
                 int, float, bool and None.
         """
         payload = _encode(value) if self.rank == source else b""
-        return _decode(self._broadcast_bytes(payload, source), source)
+        return _decode(self.broadcast_bytes(payload, source), source)
 
-    def check_on_main(self, run: Callable[[], None]) -> None:
-        """Run a check on rank 0, and let all ranks know what it found. Collective.
+    def broadcast_tensors(self, tensors: Sequence[torch.Tensor], source: int = 0) -> None:
+        """Overwrite tensors by those of one rank, in one collective call per dtype.
 
         Args:
-            run: Raises ValueError (`ConfigError` among them) or OSError where something is wrong.
+            tensors: Any shapes and dtypes, the same ones on every rank; they are changed in place.
+            source: The rank whose values all get.
+        """
+        if not self.is_distributed:
+            return
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+            packed = torch.cat([tensor.detach().reshape(-1).to(self.device) for tensor in alike])
+            dist.broadcast(packed, source)
+            with torch.no_grad():
+                for tensor, part in zip(alike, packed.split([t.numel() for t in alike]), strict=True):
+                    tensor.copy_(part.view(tensor.shape))
+
+    def decide_on_main(self, decide: Callable[[], T]) -> T:
+        """Let rank 0 alone find something out, however long it takes, and tell all ranks. Collective.
+
+        Args:
+            decide: Returns a JSON-able value. Raises ValueError (`ConfigError` among them) or OSError where something
+                is wrong.
+
+        Returns:
+            What rank 0's `decide` returned.
 
         Raises:
             ConfigError: On every rank, with that message.
+            PeerError: On the other ranks, where `decide` failed otherwise.
         """
-        problem = None
+        if not self.is_distributed:
+            result: T = _outcome(_attempt(decide))
+            return result
+        key = f"lucidprune/decided/{next(_num_waits)}"
+        store = _store()
         if self.is_main:
+            said = _FAILED
             try:
-                run()
-            except (ValueError, OSError) as error:
-                problem = str(error)
-        problem = self.broadcast_object(problem)
-        if problem is not None:
-            raise ConfigError(problem)
+                said = _encode(_attempt(decide))
+            finally:
+                store.set(key, said)
+        else:
+            _wait_until(lambda: store.check([key]), "it decided")
+            said = store.get(key)
+        if said == _FAILED:
+            raise PeerError("rank 0 failed; see its messages")
+        decided: T = _outcome(_decode(said, 0))
+        return decided
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def check_on_main(self, run: Callable[[], None]) -> None:
+        """As `decide_on_main`, for a check that finds nothing but faults."""
+        self.decide_on_main(run)
+
+    def gather_objects(self, value: object) -> list[Any]:
         """Collect one JSON-able object per rank; every rank gets the list, in the order of ranks.
 
         Raises:
@@ -217,36 +276,32 @@ class Distributed:
         dist.all_gather(buffers, padded)
         return torch.cat([buffer[:length] for buffer, length in zip(buffers, lengths, strict=True)])
 
-    def _broadcast_bytes(self, payload: bytes, source: int) -> bytes:
-        """One rank's byte string, of any length, for all ranks."""
+    def broadcast_bytes(self, payload: bytes, source: int = 0) -> bytes:
+        """One rank's byte string, of any length, for all ranks; the others' is not looked at."""
         if not self.is_distributed:
             return payload
-        length = torch.tensor([len(payload)], device=self.device)
-        dist.broadcast(length, source)
-        buffer = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
-        if self.rank == source:
-            buffer = self._to_tensor(payload)
-        dist.broadcast(buffer, source)
-        return bytes(buffer.cpu().numpy())
+        length = torch.tensor([len(payload)])
+        dist.broadcast(length, source, group=self.host_group)
+        mine = self.rank == source
+        buffer = _to_tensor(payload) if mine else torch.zeros(int(length), dtype=torch.uint8)
+        dist.broadcast(buffer, source, group=self.host_group)
+        return bytes(buffer.numpy())
 
     def _all_gather_bytes(self, payload: bytes) -> list[bytes]:
         """Every rank's byte string, of any length, for all ranks."""
         if not self.is_distributed:
             return [payload]
-        length = torch.tensor([len(payload)], device=self.device)
+        length = torch.tensor([len(payload)])
         lengths = [torch.empty_like(length) for _ in range(self.world_size)]
-        dist.all_gather(lengths, length)
+        dist.all_gather(lengths, length, group=self.host_group)
         sizes = [int(n) for n in lengths]
-        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
-        padded[: len(payload)] = self._to_tensor(payload)
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(payload)] = _to_tensor(payload)
         buffers = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(buffers, padded)
-        return [bytes(buffer[:size].cpu().numpy()) for buffer, size in zip(buffers, sizes, strict=True)]
+        dist.all_gather(buffers, padded, group=self.host_group)
+        return [bytes(buffer[:size].numpy()) for buffer, size in zip(buffers, sizes, strict=True)]
 
-    def _to_tensor(self, payload: bytes) -> torch.Tensor:
-        return torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(self.device)
-
-    def check_agreement(self, name: str, digest: str | Sequence[Any] | dict[str, Any]) -> None:
+    def check_agreement(self, name: str, digest: str | Sequence[object] | Mapping[str, object]) -> None:
         """Make sure that all ranks hold the same value.
 
         Args:
@@ -272,40 +327,42 @@ class Distributed:
     def main_process_first(self, what: str = "preparation") -> Iterator[None]:
         """Run a block on rank 0, then on the first rank of every other node, then on all the rest.
 
-        For work that leaves a file which the others only read, on shared and on local disks alike.
+        For work that leaves a file which the others only read, on shared and on local disks alike. It may take as long
+        as it needs.
 
         Raises:
             PeerError: On the other ranks, when the block failed on one before or beside them.
         """
-        stage = 0 if self.is_main else 1 if self.local_rank == 0 else 2
-        for earlier in range(stage):
-            self._join_stage(False, earlier, what)
-        failed = True
-        try:
+        if not self.is_distributed:
             yield
-            failed = False
-        finally:
-            if failed:
-                self._count_failures(True)
-        for later in range(stage, 3):
-            self._join_stage(False, later, what)
+            return
+        stage = 0 if self.is_main else 1 if self.local_rank == 0 else 2
+        stages = self.gather_objects(stage)
+        prefix, store = f"lucidprune/first/{next(_num_waits)}", _store()
+        failed = f"{prefix}/failed"
 
-    def _join_stage(self, failed: bool, stage: int, what: str) -> None:
-        num_failed = self._count_failures(failed)
-        if num_failed:
-            raise PeerError(
-                f"{what} failed on {num_failed} rank(s) in stage {stage + 1} of 3; see their messages"
-            )
+        def wait_for(ranks: list[int]) -> None:
+            done = [f"{prefix}/{rank}" for rank in ranks]
+            _wait_until(lambda: store.check([failed]) or not done or store.check(done), what)
+            if store.check([failed]):
+                raise PeerError(f"{what} failed on {store.get(failed).decode()}; see its messages")
 
-    def _count_failures(self, failed: bool) -> int:
-        (count,) = self.all_reduce_sum(torch.tensor(int(failed), device=self.device))
-        return int(count)
+        try:
+            wait_for([rank for rank, earlier in enumerate(stages) if earlier < stage])
+            yield
+        except PeerError:
+            raise
+        except BaseException:
+            store.set(failed, f"rank {self.rank}")
+            raise
+        store.set(f"{prefix}/{self.rank}", "done")
+        wait_for([rank for rank, later in enumerate(stages) if later >= stage])
 
     def close(self, timeout: float = 10.0) -> bool:
         """Leave the process group. Never hangs, even when another rank is dead.
 
         Args:
-            timeout: Seconds to wait; NCCL may block for ever on a communicator whose peer has gone.
+            timeout: Seconds to wait; NCCL may block forever on a communicator whose peer is gone.
 
         Returns:
             Whether the group was left in time.
@@ -346,7 +403,42 @@ def setup_distributed(config: DistributedConfig) -> Distributed:
         timeout=datetime.timedelta(seconds=config.dist_timeout),
         device_id=device if backend == "nccl" else None,
     )
-    return Distributed(rank, local_rank, world_size, device, backend)
+    return Distributed(rank, local_rank, world_size, device, backend, _host_group(backend))
+
+
+def _host_group(backend: str) -> dist.ProcessGroup | None:
+    """A Gloo group of all ranks where the process group cannot carry what lies on the host; collective."""
+    if backend != "nccl":
+        return None
+    default = dist.distributed_c10d._get_default_group()
+    if _HOST_GROUPS.get("of") is not default:
+        _HOST_GROUPS.update({"of": default, "group": dist.new_group(backend="gloo")})
+    group: dist.ProcessGroup = _HOST_GROUPS["group"]
+    return group
+
+
+#: The last process group of NCCL and the Gloo group that was made for it: all pruners of a job share one.
+_HOST_GROUPS: dict[str, Any] = {}
+
+
+def _store() -> Any:
+    """The key-value store through which the ranks have found each other."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def _wait_until(reached: Callable[[], bool], what: str) -> None:
+    """Ask again and again, without a limit of time; a store that has gone means that its rank has.
+
+    Raises:
+        PeerError: The store is gone.
+    """
+    pause, longest = _POLL_SECONDS
+    try:
+        while not reached():
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+    except RuntimeError as error:
+        raise PeerError(f"another rank ended before {what} ({error})") from error
 
 
 def _read_environment() -> tuple[int, int, int, int]:
@@ -379,8 +471,33 @@ def _choose_device(config: DistributedConfig, local_rank: int, local_world_size:
     return torch.device("cuda", local_rank)
 
 
-def _encode(value: Any) -> bytes:
-    """JSON, or the reason why there is none: the other ranks wait in the collective and must learn it."""
+def _to_tensor(payload: bytes) -> torch.Tensor:
+    return (
+        torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        if payload
+        else torch.zeros(0, dtype=torch.uint8)
+    )
+
+
+def _attempt(decide: Callable[[], object]) -> list[Any]:
+    """[value], or [None, what is wrong] with the parts of a `SettingError` or the message of another error."""
+    try:
+        return [decide()]
+    except SettingError as error:
+        return [None, [error.setting, str(error.value), error.problem]]
+    except (ValueError, OSError) as error:
+        return [None, [str(error)]]
+
+
+def _outcome(attempt: list[Any]) -> Any:
+    """The value of `_attempt`, or its error raised."""
+    if len(attempt) == 1:
+        return attempt[0]
+    raise SettingError(*attempt[1]) if len(attempt[1]) == 3 else ConfigError(attempt[1][0])
+
+
+def _encode(value: object) -> bytes:
+    """JSON, or the reason why there is none: the other ranks wait in the collective and need to know."""
     try:
         return json.dumps(["", value]).encode()
     except (TypeError, ValueError) as error:

@@ -13,17 +13,24 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Keeps `average ← decay·average + (1 − decay)·weights` of a network in a second one.
+    """Keeps `average ← d·average + (1 − d)·weights` of a network in a second one.
+
+    The decay warms up as in TensorFlow's `ExponentialMovingAverage` and timm's `ModelEmaV3`, so that a young average
+    is not still the network's random start: update n (from 0) takes d = min(decay, (1 + n) / (10 + n)).
 
     Floating-point parameters and buffers (BN statistics among them) are averaged, integer buffers copied.
 
     Args:
         model: The network to follow; copied at once.
-        decay: Share of the old average kept per update, in [0, 1).
+        decay: Largest share of the old average that an update keeps, in [0, 1).
+
+    Attributes:
+        num_updates: Updates so far.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
+        self.num_updates = 0
         self.module = copy.deepcopy(model).eval()
         self.module.requires_grad_(False)
 
@@ -32,13 +39,19 @@ class Ema:
         """Move the average towards the present weights of `model` (same structure)."""
         averages: list[Tensor] = []
         values: list[Tensor] = []
-        # A tensor shared by two modules is listed once in both networks: `parameters` and `buffers` are unique.
-        mine = [*self.module.parameters(), *self.module.buffers()]
-        theirs = [*model.parameters(), *model.buffers()]
-        for average, value in zip(mine, theirs, strict=True):
+        # A tensor shared by two modules is averaged once, under its first name in the copy.
+        mine = [*self.module.named_parameters(), *self.module.named_buffers()]
+        theirs: dict[str, Tensor] = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
+        for name, average in mine:
+            value = theirs[name]
             if average.is_floating_point():
                 averages.append(average)
                 values.append(value.detach())
             else:
                 average.copy_(value)
-        torch._foreach_lerp_(averages, values, 1.0 - self.decay)
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        torch._foreach_lerp_(averages, values, 1.0 - decay)
+        self.num_updates += 1

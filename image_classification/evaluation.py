@@ -1,22 +1,26 @@
-"""Exact evaluation over ranks: every picture counts once, sums are reduced before they are divided."""
+"""Exact evaluation over ranks: every image counts once, sums are reduced before they are divided."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from image_classification.data.loader import Loader
 from image_classification.distributed import Distributed
-from image_classification.log import Logger
 from image_classification.losses import LossConfig, build_loss
-from image_classification.meters import latency_figures
 from image_classification.metrics import ClassificationMetrics, Metrics, MultiLabelMetrics
-from image_classification.models import main_and_auxiliary_logits
+from image_classification.models import evaluating, main_and_auxiliary_logits
+from image_classification.observe.figures import VALIDATIONS, Figure, register_figures
+from image_classification.observe.log import Logger
+from image_classification.observe.meters import latency_figures
 from image_classification.precision import Precision
+
+register_figures(VALIDATIONS, {"loss": Figure(".5f", steers=True), "samples": Figure(".0f")})
+
+Mark = torch.cuda.Event | float
 
 
 class _BatchClock:
@@ -24,9 +28,9 @@ class _BatchClock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._marks: list[tuple[Any, Any]] = []
+        self._marks: list[tuple[Mark, Mark]] = []
 
-    def mark(self) -> Any:
+    def mark(self) -> Mark:
         """A point in time, on the device's own clock where it has one."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
@@ -34,15 +38,23 @@ class _BatchClock:
             return event
         return time.perf_counter()
 
-    def add(self, start: Any, end: Any) -> None:
+    def add(self, start: Mark, end: Mark) -> None:
         self._marks.append((start, end))
 
     def seconds(self) -> list[float]:
         """All durations; waits for the device once."""
-        if self.device.type != "cuda":
-            return [end - start for start, end in self._marks]
-        torch.cuda.synchronize(self.device)
-        return [start.elapsed_time(end) / 1000 for start, end in self._marks]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return [_seconds_between(start, end) for start, end in self._marks]
+
+
+def _seconds_between(start: Mark, end: Mark) -> float:
+    if isinstance(start, torch.cuda.Event):
+        assert isinstance(end, torch.cuda.Event)
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / 1000
+    assert not isinstance(end, torch.cuda.Event)
+    return end - start
 
 
 class Evaluator:
@@ -53,7 +65,8 @@ class Evaluator:
         precision: Autocast of the forward pass.
         distributed: Ranks to reduce over.
         multi_label: mAP and F1 instead of top-1 and top-5.
-        max_batches: Stop after so many batches on each rank (`--prof`), None for all.
+        max_batches: Stop after this many batches on each rank; None for all.
+        published: With several labels, only the figures over images; see `MultiLabelMetrics`.
     """
 
     def __init__(
@@ -64,12 +77,14 @@ class Evaluator:
         *,
         multi_label: bool = False,
         max_batches: int | None = None,
+        published: bool = False,
     ) -> None:
         self.loader = loader
         self.precision = precision
         self.distributed = distributed
         self.multi_label = multi_label
         self.max_batches = max_batches
+        self.published = published
         # Label smoothing and mixup shape training; the validation loss is the plain one, comparable between runs.
         self._criterion = build_loss(LossConfig(multi_label=multi_label))
         self._latencies: list[float] = []
@@ -77,7 +92,9 @@ class Evaluator:
     @property
     def headline(self) -> str:
         """The figure that decides which checkpoint is best; larger is better."""
-        return "map" if self.multi_label else "top1"
+        if not self.multi_label:
+            return "top1"
+        return "map_images" if self.published else "map"
 
     def __call__(
         self,
@@ -85,7 +102,7 @@ class Evaluator:
         logger: Logger,
         *,
         prefix: str = "val",
-        forward: Callable[..., Any] | None = None,
+        forward: Callable[..., object] | None = None,
     ) -> dict[str, float]:
         """Evaluate; collective over ranks.
 
@@ -99,20 +116,20 @@ class Evaluator:
             Under the prefix: `loss`, the metrics in percent, `samples`, `total_ips`, `compute_ips` (images/s over
             all ranks), `data_time` (mean seconds a batch) and `compute_latency…` (seconds a batch on this rank).
         """
-        training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             figures = self._run(forward or model, logger)
-        finally:
-            model.train(training)
         latencies = latency_figures(self._latencies, prefix)
         return {f"{prefix}.{name}": value for name, value in figures.items()} | latencies
 
     @torch.inference_mode()
-    def _run(self, forward: Callable[..., Any], logger: Logger) -> dict[str, float]:
-        metrics: Metrics = MultiLabelMetrics() if self.multi_label else ClassificationMetrics()
+    def _run(self, forward: Callable[..., object], logger: Logger) -> dict[str, float]:
+        metrics: Metrics = ClassificationMetrics()
+        if self.multi_label:
+            metrics = MultiLabelMetrics(self.published)
         sums = torch.zeros(2, dtype=torch.float64, device=self.distributed.device)
-        clock, data_seconds, begin = _BatchClock(self.distributed.device), 0.0, time.perf_counter()
+        clock = _BatchClock(self.distributed.device)
+        data_seconds = 0.0
+        begin = time.perf_counter()
         self.loader.set_epoch(0)
         num_batches = min(len(self.loader), self.max_batches or len(self.loader))
         batches = iter(self.loader)

@@ -8,16 +8,18 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import torch
 from torch import nn
 
 from image_classification.config import check
-from image_classification.environment import describe_environment
-from image_classification.meters import latency_figures
+from image_classification.file_writing import write_text
 from image_classification.models import arch_info, create_model, identity_of, model_for_weights
-from image_classification.precision import Precision, PrecisionConfig
+from image_classification.observe.environment import describe_environment
+from image_classification.observe.meters import latency_figures
+from image_classification.precision import MemoryFormat, Precision, PrecisionConfig
+from image_classification.verbs import declared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +45,12 @@ def measure_speed(
     num_batches: int = 50,
     num_warmup: int = 5,
 ) -> SpeedRow:
-    """Time forward passes on random pictures.
+    """Time forward passes on random images.
 
     Args:
         model: In its final place (`precision.place`); evaluation mode is set.
-        batch_size: Pictures a batch.
-        image_size: Side of the pictures in pixels.
+        batch_size: Images a batch.
+        image_size: Side of the images in pixels.
         precision: Device, autocast, memory format, compilation.
         num_batches: Batches that count.
         num_warmup: Batches before, for compilation and the choice of kernels.
@@ -63,14 +65,14 @@ def measure_speed(
 
 
 def speed_images(batch_size: int, image_size: int, precision: Precision) -> torch.Tensor:
-    """A batch of noise, (batch_size, 3, image_size, image_size), as the network will get its pictures."""
+    """A batch of noise, (batch_size, 3, image_size, image_size), as the network will get its images."""
     images = torch.randn(batch_size, 3, image_size, image_size, device=precision.device)
     return images.contiguous(memory_format=precision.memory_format)
 
 
 @torch.inference_mode()
 def time_batches(
-    forward: Callable[[torch.Tensor], Any], images: torch.Tensor, precision: Precision, num_batches: int
+    forward: Callable[[torch.Tensor], object], images: torch.Tensor, precision: Precision, num_batches: int
 ) -> list[float]:
     """Seconds of each of some forward passes; the device is waited for after every one."""
     seconds: list[float] = []
@@ -103,7 +105,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-batches", type=int, default=50, help="batches that count, per batch size")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", action="store_true", help="fp16 on GPUs, bf16 on CPUs")
-    parser.add_argument("--memory-format", choices=("nchw", "nhwc"), default="nchw")
+    parser.add_argument(
+        "--memory-format", choices=get_args(MemoryFormat), default=PrecisionConfig.memory_format
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument(
         "--json", type=Path, default=None, metavar="FILE", help="write the figures there as well"
@@ -134,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         print(f"{row.batch_size:>6} {row.ips:>10.1f} {times}")
     if arguments.json is not None:
-        report: dict[str, Any] = {
+        report: dict[str, object] = {
             "arch": arch,
             "image_size": size,
             "settings": dataclasses.asdict(settings),
@@ -142,7 +146,7 @@ def run(arguments: argparse.Namespace) -> int:
             "rows": [dataclasses.asdict(row) for row in rows],
             "environment": describe_environment(precision.device),
         }
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_text(arguments.json, json.dumps(report, indent=2) + "\n")
     return 0
 
 
@@ -153,3 +157,6 @@ def _network(arguments: argparse.Namespace) -> tuple[nn.Module, str]:
     model = model_for_weights(arguments.arch, arguments.checkpoint, image_size=arguments.image_size)
     identity = identity_of(model)
     return model, arguments.arch or (identity.arch if identity is not None else "")
+
+
+VERB = declared(declare, run)

@@ -1,7 +1,7 @@
 """Signals: SIGTERM and SIGUSR1 as a request to save and stop, agreed upon by all ranks without stalling the device.
 
-That is in training (`StopSignals`). Where there is nothing to save, before and after it, they and Ctrl-C end the job at
-once, with a word (`stopping_at_once`).
+That is in training (`StopSignals`). Before and after training there is nothing to save: the signals and Ctrl-C then end
+the job at once, with a message (`stopping_at_once`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,16 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequested(Exception):  # noqa: N818 - a request, not an error
-    """The run was asked to stop and has saved its state."""
+    """The run was asked to stop.
+
+    Args:
+        message: What stopped it, and where.
+        saved: Whether its state was saved, so that it can go on from there.
+    """
+
+    def __init__(self, message: str, *, saved: bool) -> None:
+        super().__init__(message)
+        self.saved = saved
 
 
 class StoppedAtOnce(KeyboardInterrupt):
@@ -47,7 +56,7 @@ class StoppedAtOnce(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and Ctrl-C raise `StoppedAtOnce` meanwhile, except where `StopSignals` is in charge."""
+    """SIGTERM, SIGUSR1 and Ctrl-C raise `StoppedAtOnce` inside, except within `StopSignals`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -72,7 +81,7 @@ def stopping_at_once() -> Iterator[None]:
 class StopSignals:
     """Context manager that turns the signals into a flag and restores the old handlers afterwards.
 
-    Ctrl-C is a plain KeyboardInterrupt meanwhile.
+    Inside, Ctrl-C is a plain KeyboardInterrupt.
 
     With several ranks, each `poll` at a multiple of `POLL_INTERVAL` reads the agreement started at the one before
     and starts the next, so the answer is the same on all ranks and costs no wait.

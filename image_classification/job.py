@@ -10,22 +10,23 @@ import dataclasses
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
-from image_classification.callbacks import Callback, FirstBatch, ResourceMonitor, TrainState
-from image_classification.checkpoint import FORMAT, TRAINING_STATE, CheckpointConfig, Checkpointer
+from image_classification.agreement import agreed, shared_file
+from image_classification.callbacks import Callback, TrainState
+from image_classification.checkpoint import TRAINING_STATE, CheckpointConfig, Checkpointer, workspace_alone
+from image_classification.checkpoint_format import is_ours
 from image_classification.cli import save_yaml, to_plain
-from image_classification.config import ConfigError, check
-from image_classification.data.bad_samples import BadSampleError
-from image_classification.data.build import DataConfig, Loaders, build_loaders, choose_backend
-from image_classification.data.dataset import IMAGENET_PRESET
+from image_classification.config import ConfigError, check, is_told, section, told
+from image_classification.data.backends import choose_backend
+from image_classification.data.build import DataConfig, Loaders, build_loaders
+from image_classification.data.dataset import IMAGENET_NUM_TRAIN, IMAGENET_PRESET, Dataset
 from image_classification.data.layouts import open_dataset
-from image_classification.data.synthetic import NUM_TRAIN_SAMPLES
 from image_classification.distributed import (
     EXIT_PEER,
     EXIT_SAVED,
@@ -36,50 +37,71 @@ from image_classification.distributed import (
 )
 from image_classification.ema import Ema
 from image_classification.evaluation import Evaluator
+from image_classification.finite import first_not_finite, learned_tensors
 from image_classification.interrupts import StoppedAtOnce, StopRequested, stopping_at_once
-from image_classification.log import LogConfig, Logger
 from image_classification.losses import LossConfig, build_loss
 from image_classification.models import (
     ModelConfig,
-    ModelError,
     Structure,
     build_from_structure,
     build_model,
     read_safely,
+    remember_input,
+    saved_input,
 )
-from image_classification.monitor import Monitor
+from image_classification.models.factory import remember_class_names
+from image_classification.models.weights import load_exactly
 from image_classification.nan_guard import NonFiniteLossError
+from image_classification.network_input import NetworkInput
 from image_classification.objective import Objective, TaskObjective
-from image_classification.optim import OptimConfig, build_optimizer
+from image_classification.observe.log import LogConfig, Logger
+from image_classification.observe.monitor import Monitor
+from image_classification.observe.provenance import record_invocation
+from image_classification.optim import OptimConfig, build_optimizer, update_rule
 from image_classification.precision import Precision, PrecisionConfig
-from image_classification.provenance import record_invocation
 from image_classification.schedules import Schedule, ScheduleConfig
-from image_classification.trainer import TrainConfig, Trainer, described_classifier
+from image_classification.shared_dataset import open_together
+from image_classification.train_config import TrainConfig
+from image_classification.trainer import Trainer, described_classifier
+from image_classification.training_callbacks import FirstBatch, ResourceMonitor
+from image_classification.weights_origin import WeightsOrigin, weights_origin
 
-#: The configuration sections of the plain training job; other packages add theirs.
-SECTIONS: dict[str, type] = {
-    "data": DataConfig,
-    "model": ModelConfig,
-    "train": TrainConfig,
-    "optim": OptimConfig,
-    "schedule": ScheduleConfig,
-    "loss": LossConfig,
-    "precision": PrecisionConfig,
-    "checkpoint": CheckpointConfig,
-    "log": LogConfig,
-    "distributed": DistributedConfig,
-}
 
-#: Errors that a user can mend: the message is the whole story, a traceback would hide it.
-_USER_ERRORS = (ConfigError, ModelError, BadSampleError, NonFiniteLossError, OSError)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommonConfig:
+    """What every job that trains something is told, a field per section."""
+
+    data: DataConfig = section(DataConfig)
+    model: ModelConfig = section(ModelConfig)
+    train: TrainConfig = section(TrainConfig)
+    loss: LossConfig = section(LossConfig)
+    precision: PrecisionConfig = section(PrecisionConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    log: LogConfig = section(LogConfig)
+    distributed: DistributedConfig = section(DistributedConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobConfig(CommonConfig):
+    """The plain training job; other packages add sections of theirs."""
+
+    optim: OptimConfig = section(OptimConfig)
+    schedule: ScheduleConfig = section(ScheduleConfig)
+
+
+C = TypeVar("C", bound=CommonConfig, covariant=True)
+D = TypeVar("D", bound=CommonConfig)
+
+#: As shells have it for a program that SIGTERM ended: stopped without a state to go on from.
+EXIT_STOPPED = 128 + signal.SIGTERM
 
 
 @dataclasses.dataclass
-class Job:
+class Job(Generic[C]):
     """The parts that every job has, whatever it trains.
 
     Attributes:
-        configs: Configuration by section.
+        configs: Configuration.
         distributed: This process among the ranks.
         logger: Console, report, TensorBoard.
         precision: Autocast, scaling, memory format.
@@ -89,7 +111,7 @@ class Job:
         resumed: The checkpoint that this run continues, None for a fresh start.
     """
 
-    configs: Mapping[str, Any]
+    configs: C
     distributed: Distributed
     logger: Logger
     precision: Precision
@@ -100,8 +122,8 @@ class Job:
 
     @property
     def multi_label(self) -> bool:
-        """Whether pictures may have several classes."""
-        return self.configs["loss"].multi_label
+        """Whether images may have several classes."""
+        return self.configs.loss.multi_label
 
     def close(self) -> None:
         """End workers and outputs."""
@@ -110,36 +132,54 @@ class Job:
         self.logger.close()
 
 
-def prepare(configs: Mapping[str, Any], distributed: Distributed, calibration_batches: int = 0) -> Job:
+def prepare(
+    configs: D, distributed: Distributed, calibration_batches: int = 0, teacher: str | None = None
+) -> Job[D]:
     """Open everything that can fail before hours are spent: checkpoint to resume, outputs, data.
 
     Args:
-        configs: Configuration by section.
+        configs: Configuration.
         distributed: This process among the ranks.
         calibration_batches: Calibration batches per process that the job wants where `--calibration-size` leaves
             it open; at most a twentieth of the training set is taken.
+        teacher: File of a network that looks at the same images: they are what it was trained for, unless flags or
+            the network's own starting weights say otherwise.
 
     Raises:
         ConfigError, ModelError, OSError: With the flag to change.
     """
-    checkpointer = Checkpointer(configs["checkpoint"], distributed, lambda text: logger.message(text))
+    checkpointer = Checkpointer(configs.checkpoint, distributed, lambda text: logger.message(text))
     resume_path = checkpointer.resume_path()
-    resumed = None if resume_path is None else read_resumable(resume_path, configs["model"].arch)
-    workspace = configs["checkpoint"].workspace
-    logger = Logger(configs["log"], workspace, is_main=distributed.is_main, append=resumed is not None)
-    checkpointer.prepare(resume_path)
-    torch.manual_seed(configs["train"].seed)
+    resumed = None
+    if resume_path is not None:
+        resumed = read_resumable(shared_file(resume_path, distributed), configs.model.arch)
+    workspace = configs.checkpoint.workspace
+    logger = Logger(configs.log, workspace, is_main=distributed.is_main, append=resumed is not None)
+    evaluating = configs.train.evaluate
+    if not evaluating:  # which only looks, beside a job that may be training here
+        checkpointer.prepare(resume_path)
+    torch.manual_seed(configs.train.seed)
     if distributed.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    precision = Precision(configs["precision"], distributed.device)
-    loaders = open_loaders(configs, distributed, precision, calibration_batches)
-    if distributed.is_main and configs["checkpoint"].checkpoints:
-        save_yaml(configs, workspace / "config.yaml")
-        record_invocation(workspace, distributed.device, distributed.world_size, append=resumed is not None)
-    logger.log_parameters(to_plain(configs))
-    notes = [f"data backend: {loaders.backend}", *precision.notes]
+    precision = Precision(configs.precision, distributed.device)
+    images = _given_input(configs.model, resumed, teacher)
+    if resumed is not None and not configs.data.calibration_size:
+        # What was set aside does not depend on how many processes go on.
+        configs = _setting_aside(configs, resumed["config"].get("calibration_size", 0))
+    origin = weights_origin(configs.model, resume_path, resumed)
+    loaders = open_loaders(configs, distributed, precision, calibration_batches, images, origin)
     if loaders.calibration is not None:
-        notes.append(f"{loaders.calibration.num_samples} training pictures are kept aside for calibration")
+        configs = _setting_aside(configs, loaders.calibration.num_samples)
+    if distributed.is_main and configs.checkpoint.checkpoints:
+        of_another_job = evaluating and (workspace / "config.yaml").exists()
+        if not of_another_job:
+            save_yaml(configs, workspace / "config.yaml")
+        append = of_another_job or resumed is not None
+        record_invocation(workspace, distributed.device, distributed.world_size, append=append)
+    logger.log_parameters(to_plain(configs))
+    notes = [f"data backend: {loaders.backend}", *precision.notes, *origin.notes]
+    if loaders.calibration is not None:
+        notes.append(f"{loaders.calibration.num_samples} training images are kept aside for calibration")
     for note in notes:
         logger.message(note)
     if resume_path is not None:
@@ -149,35 +189,78 @@ def prepare(configs: Mapping[str, Any], distributed: Distributed, calibration_ba
     )
 
 
+def _given_input(
+    model: ModelConfig, resumed: dict[str, Any] | None, teacher: str | None
+) -> NetworkInput | None:
+    """The images that the network that a job starts from, or else its teacher, was trained for."""
+    if resumed is not None and isinstance(resumed["structure"], dict) and "input" in resumed["structure"]:
+        return NetworkInput.from_plain(resumed["structure"]["input"])
+    # A new head is for other classes, and these come with other images.
+    started_from = None if model.new_head else model.pretrained_weights
+    for path in (started_from, teacher):
+        if path is not None and (images := saved_input(path)) is not None:
+            return images
+    return None
+
+
+def _setting_aside(configs: D, num_images: int) -> D:
+    """The configuration with the number of calibration images filled in."""
+    return dataclasses.replace(configs, data=dataclasses.replace(configs.data, calibration_size=num_images))
+
+
 def open_loaders(
-    configs: Mapping[str, Any], distributed: Distributed, precision: Precision, calibration_batches: int = 0
+    configs: CommonConfig,
+    distributed: Distributed,
+    precision: Precision,
+    calibration_batches: int = 0,
+    images: NetworkInput | None = None,
+    origin: WeightsOrigin | None = None,
 ) -> Loaders:
-    """Open the data set (rank 0 first: it may unpack or generate it) and build this rank's loaders."""
-    config: DataConfig = configs["data"]
+    """Open the data set and build this rank's loaders.
+
+    Args:
+        configs, distributed, precision, calibration_batches: See `prepare`.
+        images: What a given network was trained for, in the place of the data set's preset.
+        origin: Where the weights come from, for the names of the classes.
+    """
+    config = configs.data
     dataset = None
-    if choose_backend(config.data_backend, distributed.device) != "synthetic":
-        with distributed.main_process_first("opening the data set"), naming_the_flag("DATA"):
-            dataset = open_dataset(
-                config.data, multi_label=configs["loss"].multi_label, progress=distributed.is_main
-            )
+    if choose_backend(config.data_backend, distributed.device).needs_dataset:
+
+        def open_it() -> Dataset:
+            with naming_the_flag("DATA"):
+                return open_dataset(
+                    config.data,
+                    multi_label=configs.loss.multi_label,
+                    progress=distributed.is_main,
+                    rescan=config.rescan,
+                    difficult=config.difficult,
+                )
+
+        dataset = open_together(open_it, distributed)
+        dataset = dataclasses.replace(dataset, preset=dataset.preset.for_network(images))
+    if dataset is not None and origin is not None:
+        with naming_the_flag("DATA"):
+            dataset = origin.name_classes(dataset)
     if calibration_batches and not config.calibration_size:
         preset = IMAGENET_PRESET if dataset is None else dataset.preset
         size = calibration_batches * config.resolved_preset(preset).batch_size * distributed.world_size
         if dataset is not None:
             size = max(min(size, len(dataset.train) // 20), dataset.num_classes)
         else:
-            size = min(size, NUM_TRAIN_SAMPLES // 20)
+            size = min(size, IMAGENET_NUM_TRAIN // 20)
         config = dataclasses.replace(config, calibration_size=size)
     with naming_the_flag("DATA"):
         return build_loaders(
             config,
             dataset,
-            seed=configs["train"].seed,
+            seed=configs.train.seed,
             rank=distributed.rank,
             world_size=distributed.world_size,
             device=distributed.device,
             memory_format=precision.memory_format,
-            num_classes=configs["model"].num_classes or 1000,
+            num_classes=configs.model.num_classes or 1000,
+            training=not configs.train.evaluate,
         )
 
 
@@ -199,12 +282,20 @@ def read_resumable(path: Path, arch: str) -> dict[str, Any]:
         ConfigError: It is a foreign file, or of another architecture.
         WeightsError: It is damaged.
     """
-    payload = read_safely(path)
-    ours = isinstance(payload, dict) and payload.get("format") == FORMAT and "iteration" in payload
+    payload: dict[str, Any] = read_safely(path)
+    ours = is_ours(payload) and "iteration" in payload
     check(
         ours,
         f"--resume: {path} holds no training state; to start from its weights use --pretrained-weights {path}",
     )
+    averaged = payload.get("ema") is not None
+    # What version 1 did not have.
+    for key, value in (
+        ("class_names", None),
+        ("best_epoch", None),
+        ("ema_updates", payload["iteration"] if averaged else None),
+    ):
+        payload.setdefault(key, value)
     missing = [key for key in TRAINING_STATE if key not in payload]
     check(
         not missing,
@@ -217,23 +308,34 @@ def read_resumable(path: Path, arch: str) -> dict[str, Any]:
     return payload
 
 
-def make_model(job: Job) -> nn.Module:
-    """The network on its device: rebuilt with the resumed checkpoint's structure, or as the flags say."""
+def make_model(job: Job[CommonConfig]) -> nn.Module:
+    """The network on its device: rebuilt with the resumed checkpoint's structure and weights, or as the flags say."""
     device = job.distributed.device
     if job.resumed is not None:
         model = build_from_structure(Structure.from_plain(job.resumed["structure"]), device=device)
+        # Training takes weights, average and all the rest from it by `Trainer.restore`.
+        averaged = job.configs.train.evaluate and job.resumed["ema"] is not None
+        load_exactly(model, job.resumed["ema" if averaged else "state_dict"], Path("the checkpoint"))
     else:
         model = build_model(
-            job.configs["model"],
+            job.configs.model,
             num_classes=job.loaders.train.num_classes,
             image_size=job.loaders.preset.image_size,
             device=device,
         )
+    remember_data(job, model)
     return job.precision.place(model)
 
 
+def remember_data(job: Job[CommonConfig], model: nn.Module) -> None:
+    """Let a network know what images it is trained on, and what their classes are called."""
+    remember_input(model, job.loaders.preset.network_input)
+    manifest = job.loaders.train.manifest
+    remember_class_names(model, None if manifest is None else manifest.class_names)
+
+
 def make_trainer(
-    job: Job,
+    job: Job[JobConfig],
     model: nn.Module,
     *,
     objective: Objective | None = None,
@@ -249,44 +351,44 @@ def make_trainer(
         callbacks: Take part in the loop.
         describe: See `Trainer`; for models that `create_model` did not build.
     """
-    configs, train = job.configs, job.configs["train"]
+    configs, train = job.configs, job.configs.train
     loader = job.loaders.train
     accumulation = train.accumulation_steps(loader.batch_size, job.distributed.world_size)
     steps_per_epoch = len(loader) // accumulation
     check(
         steps_per_epoch > 0,
-        f"--optimizer-batch-size {train.optimizer_batch_size}: the training set has {loader.num_samples} pictures, "
+        f"--optimizer-batch-size {train.optimizer_batch_size}: the training set has {loader.num_samples} images, "
         "fewer than one optimizer step takes; lower it (or --batch-size)",
     )
-    pictures_per_step = loader.batch_size * job.distributed.world_size * accumulation
-    schedule = Schedule(configs["schedule"], steps_per_epoch, train.epochs, pictures_per_step)
-    if configs["schedule"].lr is None:
-        job.logger.message(f"learning rate {schedule.lr:g} (0.1 per 256 pictures); --lr chooses another")
-    optimizer = build_optimizer(configs["optim"], model, schedule.lr)
+    images_per_step = loader.batch_size * job.distributed.world_size * accumulation
+    schedule = Schedule(configs.schedule, steps_per_epoch, train.epochs, images_per_step)
+    if configs.schedule.lr is None:
+        job.logger.message(f"learning rate {schedule.lr:g} (0.1 per 256 images); --lr chooses another")
+    optimizer = build_optimizer(configs.optim, model, schedule.lr)
     ema = None if train.use_ema is None else Ema(model, train.use_ema)
     trainer = Trainer(
         train,
         TrainState(model, optimizer, schedule, ema),
-        objective=objective or TaskObjective(build_loss(configs["loss"])),
+        objective=objective or TaskObjective(build_loss(configs.loss)),
         precision=job.precision,
         distributed=job.distributed,
         logger=job.logger,
         checkpointer=job.checkpointer,
         train_loader=loader,
         evaluator=None if train.training_only else make_evaluator(job),
-        callbacks=[ResourceMonitor(job.monitor), *_tensorboard(configs["log"]), *callbacks],
-        clip_norm=configs["optim"].clip_grad_norm,
-        print_freq=configs["log"].print_freq,
+        callbacks=[ResourceMonitor(job.monitor), *_tensorboard(configs.log), *callbacks],
+        clip_norm=configs.optim.clip_grad_norm,
+        print_freq=configs.log.print_freq,
         saved_config=to_plain(configs),
         describe=describe,
     )
     # Ranks start from the same weights and then draw their own dropout.
     torch.manual_seed(train.seed + job.distributed.rank)
     if job.resumed is not None:
-        trained_with = job.resumed["config"].get("optimizer", configs["optim"].optimizer)
+        trained_with = job.resumed["config"].get("optimizer", configs.optim.optimizer)
         check(
-            trained_with == configs["optim"].optimizer,
-            f"--resume: the checkpoint was trained with --optimizer {trained_with}, not {configs['optim'].optimizer}: "
+            update_rule(trained_with) == update_rule(configs.optim.optimizer),
+            f"--resume: the checkpoint was trained with --optimizer {trained_with}, not {configs.optim.optimizer}: "
             "give the same, or start from its weights with --pretrained-weights",
         )
         with naming_the_flag("--resume"):
@@ -298,31 +400,46 @@ def _tensorboard(config: LogConfig) -> list[Callback]:
     return [] if config.tensorboard is None else [FirstBatch()]
 
 
-def make_evaluator(job: Job) -> Evaluator:
+def make_evaluator(job: Job[CommonConfig]) -> Evaluator:
     """Evaluation on the validation split."""
+    check(
+        job.multi_label or job.configs.train.figures == "all",
+        "--figures published counts several labels per image: give --multi-label, or leave it out",
+    )
     return Evaluator(
         job.loaders.val,
         job.precision,
         job.distributed,
         multi_label=job.multi_label,
-        max_batches=job.configs["train"].max_batches,
+        max_batches=job.configs.train.max_batches,
+        published=job.configs.train.figures == "published",
     )
 
 
-def evaluate(job: Job, model: nn.Module) -> dict[str, float]:
-    """`--evaluate`: measure once, log, return the figures."""
+def evaluate(job: Job[CommonConfig], model: nn.Module) -> dict[str, float]:
+    """`--evaluate`: measure once, log, return the figures.
+
+    Raises:
+        NonFiniteLossError: The weights are not finite.
+    """
+    poisoned = first_not_finite(learned_tensors(model))
+    if poisoned is not None:
+        raise NonFiniteLossError(
+            f"{poisoned} of the weights to evaluate is not finite: give an earlier checkpoint"
+        )
     figures = make_evaluator(job)(model, job.logger, forward=job.precision.compiled(model))
     job.logger.log((), figures)
     return figures
 
 
-def run_job(configs: Mapping[str, Any], body: Callable[[Mapping[str, Any], Distributed], None]) -> int:
+def run_job(configs: D, body: Callable[[D, Distributed], None]) -> int:
     """Run `body` among the ranks and turn what happened into an exit code.
 
     Returns:
-        0; `EXIT_SAVED` after a signal, once the state is saved or where there is none to save; 1 for an error, told in
-        one line where a user can mend it and with a traceback where not; `EXIT_PEER` where another rank failed; 130
-        after Ctrl-C.
+        0; `EXIT_SAVED` after a signal, once the state is saved or where there is none to save, `EXIT_STOPPED` where it
+        is not to be saved; 2 for an error that a
+        user can mend, told in one line, as of a wrong command line; 1 for any other, with a traceback; `EXIT_PEER`
+        where another rank failed; 130 after Ctrl-C.
     """
     try:
         with stopping_at_once():
@@ -332,30 +449,43 @@ def run_job(configs: Mapping[str, Any], body: Callable[[Mapping[str, Any], Distr
         return 130 if stop.number == signal.SIGINT else EXIT_SAVED
 
 
-def _run(configs: Mapping[str, Any], body: Callable[[Mapping[str, Any], Distributed], None]) -> int:
+def _run(configs: D, body: Callable[[D, Distributed], None]) -> int:
     try:
-        with setup_distributed(configs["distributed"]) as distributed:
+        with setup_distributed(configs.distributed) as distributed, contextlib.ExitStack() as stack:
+            configs = agreed(configs, distributed)
+            if configs.checkpoint.checkpoints and not configs.train.evaluate:
+                stack.enter_context(workspace_alone(configs.checkpoint, distributed))
             body(configs, distributed)
     except StopRequested as stop:
+        if not stop.saved:
+            print(
+                f"{stop}; nothing was saved (--no-checkpoints): the same command begins anew", file=sys.stderr
+            )
+            return EXIT_STOPPED
         print(f"{stop}; --resume auto continues", file=sys.stderr)
         return EXIT_SAVED
     except StoppedAtOnce:
         raise
     except KeyboardInterrupt:
-        print("interrupted; the last checkpoint is whole, --resume auto continues from it", file=sys.stderr)
+        path = configs.checkpoint.workspace / configs.checkpoint.checkpoint_filename
+        if configs.checkpoint.checkpoints and path.is_file():
+            said = "the last checkpoint is whole, --resume auto continues from it"
+        else:
+            said = "there is no checkpoint to continue from"
+        print(f"interrupted; {said}", file=sys.stderr)
         return 130
-    except _USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except torch.OutOfMemoryError as error:
         advice = "lower --batch-size (--optimizer-batch-size keeps the effective size), or add --amp"
         print(f"error: out of device memory: {advice}\n{error}", file=sys.stderr)
-        return 1
+        return 2
     except Exception as error:
         lost = peer_loss(error)
         if lost is not None:
             print(f"error: {lost}", file=sys.stderr)
             return EXIT_PEER
+        if is_told(error):
+            print(f"error: {told(error)}", file=sys.stderr)
+            return 2
         traceback.print_exc()
         return 1
     return 0

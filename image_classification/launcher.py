@@ -1,4 +1,4 @@
-"""The elastic agent behind `multiproc.py`: one log file per rank, forwarded signals, explained stops.
+"""The elastic agent behind `multiproc.py`: one log file per rank, forwarded signals, a reason for every stop.
 
 A thin layer over `torch.distributed.elastic`, through its documented extension points: `LogsSpecs` decides
 where the output of a rank goes, a subclass of `LocalElasticAgent` decides when the ranks of a node are
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,51 @@ from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, Worke
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest, SignalException
 
-from image_classification.distributed import EXIT_PEER, EXIT_SAVED
-from image_classification.report import unused_path
+from image_classification.exit_codes import EXIT_PEER, EXIT_SAVED, STOP_SIGNALS
+from image_classification.file_writing import unused_path
 
 PEER_SECONDS = 10  # for the healthy ranks when one died: they hang in a collective and have nothing to save
 TAIL_LINES = 30
 FAILED_KEY = "lucidprune/failed"  # in the store that the agents of all nodes share
-# Started through a shell, so that one file takes both streams in their order; `exec` keeps the process id, so
-# that signals reach Python itself.
-SHELL = ("-c", 'if [ "$RANK_ON_TERMINAL" ]; then exec "$@"; else exec "$@" >>"$RANK_LOG" 2>&1; fi', "sh")
+STARTING_SECONDS = 10  # after which a rank that handles no signals gets one all the same
+# What becomes a rank: it asks the kernel to end with its launcher (PR_SET_PDEATHSIG is 1), lets one file take both
+# streams in their order, and then is the command, with the same process id.
+START = """
+import ctypes, os, signal, sys
+launcher, *command = sys.argv[1:]
+try:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+except (AttributeError, OSError):
+    pass
+if os.getppid() != int(launcher):
+    sys.exit("the launcher has gone")
+if not os.environ["RANK_ON_TERMINAL"]:
+    log = os.open(os.environ["RANK_LOG"], os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+try:
+    os.execvp(command[0], command)
+except OSError as error:
+    sys.exit(f"{command[0]}: {error.strerror}")
+"""
+#: In the log of a rank that NCCL's watchdog has ended, because another one did not answer.
+_WATCHDOG = "Watchdog caught collective operation timeout"
+
+
+def start_words(command: str, arguments: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Entry point and arguments of a rank, for the launcher that this process is."""
+    return sys.executable, ("-I", "-S", "-c", START, str(os.getpid()), command, *arguments)
+
+
+def answers(pid: int, number: int) -> bool:
+    """Whether a process has a handler of its own for a signal, or ignores it; True where the system does not say."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    masks = dict(line.split(":", 1) for line in status.splitlines())
+    handled = int(masks.get("SigCgt", "0"), 16) | int(masks.get("SigIgn", "0"), 16)
+    return bool(handled >> (number - 1) & 1)
 
 
 def describe_exit(code: int) -> str:
@@ -41,9 +78,9 @@ def describe_exit(code: int) -> str:
         }
         return known.get(code, f"ended with exit code {code}")
     name = signal.Signals(-code).name if -code in signal.valid_signals() else "unknown"
-    hint = (
-        "; when nobody sent it, the machine ran out of memory: see dmesg" if -code == signal.SIGKILL else ""
-    )
+    hint = ""
+    if -code == signal.SIGKILL:
+        hint = "; if no one sent it, the machine ran out of memory: see dmesg"
     return f"was killed by signal {-code} ({name}{hint})"
 
 
@@ -90,9 +127,8 @@ class RankLogs(DefaultLogsSpecs):
         """Copy what a growing log gets to the screen, until `close`."""
         with path.open("rb") as log:
             while True:
-                last = (
-                    path not in self.files.values()
-                )  # looked up before reading: nothing is missed at the end
+                # Looked up before reading, so that nothing is missed at the end.
+                last = path not in self.files.values()
                 sys.stdout.buffer.write(log.read())
                 sys.stdout.flush()
                 if last:
@@ -104,7 +140,7 @@ class Agent(LocalElasticAgent):
     """The elastic agent of one node, with the stopping rules that `multiproc.py` describes.
 
     Args:
-        spec: What to run; its entry point is `/bin/sh` with `SHELL` before the command.
+        spec: What to run; its entry point and arguments are `start_words`.
         logs: Where the ranks write.
         grace: Seconds that ranks have to save and leave after a signal.
 
@@ -120,32 +156,60 @@ class Agent(LocalElasticAgent):
         self.grace = grace
         self.reason = (0, "")
         self.stop_signal: signal.Signals | None = None
-        self.exits: dict[
-            int, int
-        ] = {}  # local rank → code other than 0, in the order in which they were seen
+        #: Local rank → exit code other than 0, in the order in which they were seen.
+        self.exits: dict[int, int] = {}
         self.deadline: float | None = None
+        self._started_at: float | None = None  # None while there are no ranks
+        self._told: set[int] = set()  # process ids that have got the stop signal
+
+    def take_signals(self) -> None:
+        """From now on signals are this agent's, before there are ranks and while they are being started too."""
+        # torch would answer these by an exception, wherever it is, and leave ranks that it has just started
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
+        for signum in STOP_SIGNALS:
+            signal.signal(signum, self._receive)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self.exits, self.deadline = {}, None
-        pids = super()._start_workers(
-            worker_group
-        )  # registers torch's signal handlers; ours take their place
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(signum, self._forward)
+        self.exits, self._told, self._started_at = {}, set(), time.monotonic()
+        self.deadline = None if self.stop_signal is None else time.monotonic() + self.grace
+        pids: dict[int, Any] = super()._start_workers(worker_group)
         return pids
 
-    def _forward(self, signum: int, frame: Any) -> None:
-        """Send a signal on to the ranks (torch would signal their process groups, data workers included)."""
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        super()._stop_workers(worker_group)
+        self._started_at = None
+
+    def _receive(self, signum: int, frame: Any) -> None:
+        """Note a signal for `_forward`; without ranks, end."""
         if signum == self.stop_signal == signal.SIGINT:
             raise SignalException("interrupted twice", signal.SIGINT)
         self.stop_signal, self._remaining_restarts = signal.Signals(signum), 0
         self.deadline = self.deadline or time.monotonic() + self.grace
+        self._told = set()
+        if self._started_at is None:
+            raise SignalException("there are no ranks", self.stop_signal)
+
+    def _forward(self) -> None:
+        """Send the stop signal on to ranks that handle it (torch would signal their data workers too)."""
+        if self.stop_signal is None or self._started_at is None:
+            return
+        starting = time.monotonic() < self._started_at + STARTING_SECONDS
         for handler in self._pcontext.subprocess_handlers.values():
-            handler.proc.send_signal(signum)
+            pid = handler.proc.pid
+            if pid not in self._told and not (starting and not answers(pid, self.stop_signal)):
+                self._told.add(pid)
+                handler.proc.send_signal(self.stop_signal)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._forward()
         codes = {rank: handler.proc.poll() for rank, handler in self._pcontext.subprocess_handlers.items()}
-        self.exits.update({rank: code for rank, code in codes.items() if code and rank not in self.exits})
+        self.exits.update(
+            {
+                rank: self._own_code(rank, code)
+                for rank, code in codes.items()
+                if code and rank not in self.exits
+            }
+        )
         elsewhere = self._failure_elsewhere(worker_group)
         failures = {*self.exits.values(), *(elsewhere[:1] if elsewhere else ())}
         if self.deadline is None and failures:
@@ -160,7 +224,8 @@ class Agent(LocalElasticAgent):
             if awaited and not crashed and time.monotonic() < self.deadline:
                 return RunResult(state=WorkerState.HEALTHY)
             self._end_ranks(worker_group, elsewhere)
-        return super()._monitor_workers(worker_group)
+        result: RunResult = super()._monitor_workers(worker_group)
+        return result
 
     def _failure_elsewhere(self, group: WorkerGroup) -> tuple[int, str] | None:
         """Exit code and reason of a failure on another node, None when there is none."""
@@ -177,8 +242,13 @@ class Agent(LocalElasticAgent):
     def _end_ranks(self, group: WorkerGroup, elsewhere: tuple[int, str] | None) -> None:
         """Let the other nodes know the reason, end what still runs here, and say the reason last."""
         local_rank = self._culprit(elsewhere)
+        hanging = self._hanging(elsewhere)
         log = None
-        if local_rank is not None:
+        if hanging:
+            ranks = ", ".join(str(group.workers[rank].global_rank) for rank in hanging)
+            text = f"rank {ranks} on {os.uname().nodename} hangs: it still ran when the others had waited in vain"
+            self.reason = (EXIT_PEER, text)
+        elif local_rank is not None:
             log = self.logs.files[local_rank]
             rank = group.workers[local_rank].global_rank
             self.reason = self._describe_rank(local_rank, rank)
@@ -194,9 +264,22 @@ class Agent(LocalElasticAgent):
             self.reason = (128 + stop_signal, f"ranks still ran {self.grace} s after {stop_signal.name}")
         if self.reason[0] == EXIT_SAVED:
             self._remaining_restarts = 0
-        self._pcontext.close(signal.SIGTERM, PEER_SECONDS)
+        self._pcontext.close(signal.SIGKILL if hanging else signal.SIGTERM, PEER_SECONDS)
         self.logs.close()
         self._say_reason(log)
+
+    def _hanging(self, elsewhere: tuple[int, str] | None) -> list[int]:
+        """The local ranks that still run where all others, here and elsewhere, have only lost another one."""
+        if {*self.exits.values(), *(elsewhere or ())[:1]} != {EXIT_PEER}:
+            return []
+        handlers = self._pcontext.subprocess_handlers.items()
+        return [rank for rank, handler in handlers if handler.proc.poll() is None]
+
+    def _own_code(self, local_rank: int, code: int) -> int:
+        """A rank's exit code; NCCL's watchdog ends a rank by SIGABRT because of another one."""
+        if code != -signal.SIGABRT:
+            return code
+        return EXIT_PEER if _WATCHDOG in self.logs.files[local_rank].read_text(errors="replace") else code
 
     def _culprit(self, elsewhere: tuple[int, str] | None) -> int | None:
         """The local rank that is the reason: the first that failed by itself.

@@ -1,4 +1,4 @@
-"""Task losses: cross-entropy for one class a picture, per-class logistic loss for several.
+"""Task losses: cross-entropy for one class per image, per-class logistic loss for several.
 
 Both accept soft targets, so mixup, CutMix and label smoothing combine.
 """
@@ -22,7 +22,7 @@ class LossConfig:
         0.0, "--label-smoothing", help="Share of the target spread over all classes."
     )
     multi_label: bool = flag(
-        False, "--multi-label", help="Several classes a picture: logistic loss, mAP and F1."
+        False, "--multi-label", help="Several classes an image: logistic loss, mAP and F1."
     )
 
     def __post_init__(self) -> None:
@@ -30,7 +30,7 @@ class LossConfig:
 
 
 class MultiLabelLoss(nn.Module):
-    """Mean over pictures and classes of the binary cross-entropy with logits (multi-label soft-margin loss).
+    """Mean over images and classes of the binary cross-entropy with logits (multi-label soft-margin loss).
 
     Label smoothing moves each target `y` to `y·(1 − ε) + ε/2`, the two-class form of the usual rule.
     """
@@ -53,7 +53,7 @@ class SingleLabelLoss(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """`logits`: (N, L); returns a scalar, the mean over pictures, computed in float32."""
+        """`logits`: (N, L); returns a scalar, the mean over images, computed in float32."""
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 

@@ -1,6 +1,6 @@
 """Prediction figures as exact sums: counts per rank are added over ranks before anything is divided.
 
-A rank may have seen no picture at all (the last validation batch of an uneven split).
+A rank may have seen no image at all (the last validation batch of an uneven split).
 """
 
 from __future__ import annotations
@@ -9,9 +9,19 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from image_classification.distributed import Distributed
+from image_classification.extras import optional_import
+from image_classification.observe.figures import VALIDATIONS, Figure, register_figures
+
+_PERCENT = Figure(".2f", "%", steers=True)
+#: Logits from here on count as predictions in the attribution-preservation program.
+_PUBLISHED_THRESHOLD = 0.5
+register_figures("train", {"loss": Figure(".5f", steers=True), "top1": _PERCENT})
+register_figures(VALIDATIONS, {"top1": _PERCENT, "top5": _PERCENT, "map": _PERCENT, "f1": _PERCENT})
+register_figures(VALIDATIONS, {"map_images": _PERCENT, "f1_images": _PERCENT, "f1_macro": Figure(".2f", "%")})
 
 
 class Metrics(Protocol):
@@ -52,7 +62,7 @@ class ClassificationMetrics:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def compute(self, distributed: Distributed) -> dict[str, float]:
-        """`{"top1", "top5"}` in percent over all ranks; NaN when no rank saw a picture."""
+        """`{"top1", "top5"}` in percent over all ranks; NaN when no rank saw an image."""
         sums = (
             self._sums
             if self._sums is not None
@@ -66,13 +76,22 @@ class ClassificationMetrics:
 
 
 class MultiLabelMetrics:
-    """Mean average precision over classes, micro- and macro-averaged F1 (threshold: logit 0), in percent.
+    """Mean average precision and F1 in percent, counted over classes and over images.
 
-    All are scikit-learn's, over the predictions of all ranks together. Classes without a positive picture have no
-    average precision and no recall: they are left out of both means over classes.
+    map, f1, f1_macro      over classes; F1 (micro and macro) of logits above 0
+    map_images, f1_images  over images, each by its own ranking of the classes; F1 of logits from 0.5 on: what the
+                           attribution-preservation program reports (Park et al. 2020)
+
+    All are scikit-learn's, over the predictions of all ranks together. Classes without a positive image have no
+    average precision and no recall: they are left out of the means over classes; images without a label are left out of
+    `map_images`.
+
+    Args:
+        published: Only `map_images` and `f1_images`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, published: bool = False) -> None:
+        self._published = published
         self._scores: list[Tensor] = []
         self._targets: list[Tensor] = []
 
@@ -82,25 +101,46 @@ class MultiLabelMetrics:
         self._targets.append(targets.float())
 
     def compute(self, distributed: Distributed) -> dict[str, float]:
-        """`{"map", "f1", "f1_macro"}` in percent over all ranks; NaN when no rank saw a picture."""
-        from sklearn.metrics import average_precision_score, f1_score
-
+        """The figures over all ranks; NaN when no rank saw an image."""
         empty = torch.zeros(0, 0, device=distributed.device)
         local_scores = torch.cat(self._scores) if self._scores else empty
         local_targets = torch.cat(self._targets) if self._targets else empty
         scores = distributed.gather_rows(local_scores).cpu().numpy()
         targets = distributed.gather_rows(local_targets).cpu().numpy() > 0.5
-        if targets.size == 0:
-            return dict.fromkeys(("map", "f1", "f1_macro"), float("nan"))
-        present = np.flatnonzero(targets.any(axis=0))
-        precisions = [average_precision_score(targets[:, c], scores[:, c]) for c in present]
-        predicted = scores > 0
-        by_class = [f1_score(targets[:, c], predicted[:, c], zero_division=0.0) for c in present]
-        return {
-            "map": 100 * float(np.mean(precisions)) if precisions else float("nan"),
-            "f1": 100 * float(f1_score(targets.ravel(), predicted.ravel(), zero_division=0.0)),
-            "f1_macro": 100 * float(np.mean(by_class)) if by_class else float("nan"),
-        }
+        over_images = _figures_over_images(scores, targets)
+        return over_images if self._published else _figures_over_classes(scores, targets) | over_images
+
+
+def _figures_over_classes(scores: NDArray[np.floating], targets: NDArray[np.bool_]) -> dict[str, float]:
+    with optional_import():
+        from sklearn.metrics import average_precision_score, f1_score
+
+    if targets.size == 0:
+        return dict.fromkeys(("map", "f1", "f1_macro"), float("nan"))
+    present = np.flatnonzero(targets.any(axis=0))
+    precisions = [average_precision_score(targets[:, c], scores[:, c]) for c in present]
+    predicted = scores > 0
+    by_class = [f1_score(targets[:, c], predicted[:, c], zero_division=0.0) for c in present]
+    return {
+        "map": 100 * float(np.mean(precisions)) if precisions else float("nan"),
+        "f1": 100 * float(f1_score(targets.ravel(), predicted.ravel(), zero_division=0.0)),
+        "f1_macro": 100 * float(np.mean(by_class)) if by_class else float("nan"),
+    }
+
+
+def _figures_over_images(scores: NDArray[np.floating], targets: NDArray[np.bool_]) -> dict[str, float]:
+    with optional_import():
+        from sklearn.metrics import average_precision_score, f1_score
+
+    if targets.size == 0:
+        return dict.fromkeys(("map_images", "f1_images"), float("nan"))
+    labelled = np.flatnonzero(targets.any(axis=1))
+    precisions = [average_precision_score(targets[row], scores[row]) for row in labelled]
+    predicted = scores >= _PUBLISHED_THRESHOLD
+    return {
+        "map_images": 100 * float(np.mean(precisions)) if precisions else float("nan"),
+        "f1_images": 100 * float(f1_score(targets, predicted, average="samples", zero_division=0.0)),
+    }
 
 
 class TrainingSums:
@@ -129,14 +169,14 @@ class TrainingSums:
         self.window += sums
 
     def flush(self, distributed: Distributed) -> dict[str, float]:
-        """`train.loss` and `train.top1` (percent) of the window over all ranks; the window starts anew. Collective."""
+        """`train.loss` and `train.top1` (percent) of the window over all ranks; a new window starts. Collective."""
         self.epoch += self.window
         figures = self._figures(*distributed.all_reduce_sum(self.window))
         self.window.zero_()
         return figures
 
     def finish_epoch(self, distributed: Distributed) -> dict[str, float]:
-        """Figures of the epoch over all ranks; both sums start anew. Collective."""
+        """Figures of the epoch over all ranks; both sums start again from 0. Collective."""
         self.epoch += self.window
         figures = self._figures(*distributed.all_reduce_sum(self.epoch))
         self.window.zero_()

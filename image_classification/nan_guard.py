@@ -1,34 +1,45 @@
-"""What happens when the loss is not finite: stop and name the pictures, or skip the update, up to a budget.
+"""What happens when the loss is not finite: stop and name the images, or skip the update, up to a budget.
 
 Stopping costs nothing per step: the first bad iteration is remembered on the device and read at logging steps and
-before every checkpoint, so no checkpoint ever holds poisoned weights. Skipping must know before the update and
-therefore reads one number from the device in every step.
+before every checkpoint. Skipping must know before the update and therefore reads one number from the device in every
+step. A loss tells of the weights before its update only: so the weights themselves are looked at, too, before they are
+saved, validated or rewritten (`check_weights`), and no checkpoint ever holds poisoned ones.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from image_classification.distributed import Distributed
+from image_classification.finite import first_not_finite
+
+NanPolicy = Literal["stop", "skip"]
 
 _NEVER = 2**62
 
 
+#: The settings that usually mend a training that diverges.
+_REMEDIES = "Usual remedies: a lower `lr`, `warmup`, `clip_grad_norm`, bf16 instead of fp16"
+
+
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite."""
+    """The loss, or a weight, became NaN or infinite."""
 
 
 class NanGuard:
     """Watches the loss of one rank.
 
     Args:
-        policy: `stop` or `skip`.
+        policy: Stop the run, or skip the update.
         budget: Most updates that `skip` may leave out over the whole run.
         distributed: All ranks decide alike.
     """
 
-    def __init__(self, policy: str, budget: int, distributed: Distributed) -> None:
+    def __init__(self, policy: NanPolicy, budget: int, distributed: Distributed) -> None:
         self.policy = policy
         self.budget = budget
         self.distributed = distributed
@@ -43,7 +54,7 @@ class NanGuard:
             self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
     def observe(self, loss: Tensor, iteration: int, sample_ids: Tensor) -> None:
-        """Remember whether this micro-batch's loss is finite, and which pictures it held."""
+        """Remember whether this micro-batch's loss is finite, and which images it held."""
         bad = torch.where(torch.isfinite(loss.detach()), _NEVER, iteration)
         self._first_bad = torch.minimum(self._first_bad, bad)
         self._recent.setdefault(iteration, []).append(sample_ids)
@@ -63,7 +74,7 @@ class NanGuard:
                 buffer.copy_(kept)
             self.num_skipped += 1
             if self.num_skipped > self.budget:
-                self._raise(f"--nan-budget {self.budget} is used up")
+                self._raise(f"`nan_budget` {self.budget} is used up")
             self._first_bad.fill_(_NEVER)
         self._buffers = []
         self._recent.clear()
@@ -77,8 +88,26 @@ class NanGuard:
         """
         (num_bad,) = self.distributed.all_reduce_sum(self._first_bad < _NEVER)
         if num_bad:
-            self._raise("--on-nan skip --nan-budget N would leave such updates out")
+            self._raise("`on_nan` skip with a `nan_budget` would leave such updates out")
         self._recent.clear()
+
+    def check_weights(self, named: Iterable[tuple[str, Tensor]], iteration: int) -> None:
+        """Raise if a value is NaN or infinite on any rank. Collective; reads the device.
+
+        Args:
+            named: What training changes, by name (`finite.learned_tensors`).
+            iteration: Steps of the optimizer so far, for the message.
+
+        Raises:
+            NonFiniteLossError: On all ranks, with the first such name.
+        """
+        reports = self.distributed.gather_objects(first_not_finite(named))
+        for rank, name in enumerate(reports):
+            if name is not None:
+                raise NonFiniteLossError(
+                    f"{name} is not finite after iteration {iteration} (rank {rank}): the training has diverged. "
+                    f"Nothing of it is saved; a checkpoint that exists is from before. {_REMEDIES}."
+                )
 
     def _raise(self, advice: str) -> None:
         iteration = int(self._first_bad.item())
@@ -91,5 +120,5 @@ class NanGuard:
         raise NonFiniteLossError(
             f"the loss is not finite at iteration {first['iteration']} on rank {first['rank']}; sample ids of that "
             f"batch: {first['sample_ids']}. Weights since then are unusable; the last checkpoint is from before. "
-            f"Usual remedies: a lower --lr, --warmup, --clip-grad-norm, bf16 instead of fp16; {advice}."
+            f"{_REMEDIES}; {advice}."
         )

@@ -1,4 +1,4 @@
-"""Optimizers: SGD, RMSprop, Adam and AdamW from torch, apex's fused ones where apex is installed.
+"""Optimizers: SGD, RMSprop, Adam and AdamW from torch, fused on CUDA.
 
 Which parameters decay is decided by the type of the module that owns them, never by their name.
 """
@@ -6,14 +6,22 @@ Which parameters decay is decided by the type of the module that owns them, neve
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from image_classification.config import ConfigError, check, flag
+from image_classification.config import check, flag
 
-OPTIMIZERS = ("sgd", "rmsprop", "adam", "adamw", "apex-sgd", "apex-adam")
+OptimizerName = Literal["sgd", "rmsprop", "adam", "adamw", "apex-sgd", "apex-adam"]
+#: What older commands call rules of NVIDIA apex, whose fused optimizers torch has taken over.
+_SYNONYMS = {"apex-sgd": "sgd", "apex-adam": "adamw"}
+
+
+def update_rule(name: str) -> str:
+    """The name of an update rule without synonyms."""
+    return _SYNONYMS.get(name, name)
+
 
 # Everything torch calls a normalisation layer; their scale and shift are not decayed. timm's norms subclass these.
 _NORMALIZATIONS: tuple[type[nn.Module], ...] = (
@@ -29,8 +37,8 @@ _NORMALIZATIONS: tuple[type[nn.Module], ...] = (
 class OptimConfig:
     """Optimizer"""
 
-    optimizer: str = flag(
-        "sgd", "--optimizer", help="Update rule; the apex ones need NVIDIA apex.", choices=OPTIMIZERS
+    optimizer: OptimizerName = flag(
+        "sgd", "--optimizer", help="Update rule, fused on CUDA; apex-sgd means sgd, apex-adam adamw."
     )
     momentum: float = flag(
         0.9, "--momentum", "--mom", help="Momentum of SGD and RMSprop, first beta of Adam and AdamW."
@@ -64,7 +72,7 @@ class OptimConfig:
         )
         if self.nesterov:
             check(
-                self.optimizer in ("sgd", "apex-sgd"),
+                update_rule(self.optimizer) == "sgd",
                 f"--nesterov: {self.optimizer} has no Nesterov momentum",
             )
             check(self.momentum > 0, "--nesterov needs --momentum above 0")
@@ -102,29 +110,14 @@ def build_optimizer(config: OptimConfig, model: nn.Module, lr: float) -> torch.o
     """
     groups = parameter_groups(model, config.weight_decay, config.bn_weight_decay)
     fused = all(p.is_cuda and p.is_floating_point() for p in model.parameters())
-    if config.optimizer == "sgd":
+    rule = update_rule(config.optimizer)
+    if rule == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
-    if config.optimizer == "rmsprop":
+    if rule == "rmsprop":
         eps = config.optimizer_eps or 1e-3
         return torch.optim.RMSprop(
             groups, lr=lr, alpha=config.rmsprop_alpha, momentum=config.momentum, eps=eps
         )
-    if config.optimizer in ("adam", "adamw"):
-        eps = config.optimizer_eps or 1e-8
-        adam = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-        return adam(groups, lr=lr, betas=(config.momentum, 0.999), eps=eps, fused=fused)
-    return _apex_optimizer(config, groups, lr)
-
-
-def _apex_optimizer(config: OptimConfig, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-    try:
-        from apex import optimizers as apex_optimizers
-    except ImportError:
-        raise ConfigError(
-            f"--optimizer {config.optimizer}: NVIDIA apex is not installed. It comes with NVIDIA's PyTorch "
-            "container (see Dockerfile); elsewhere use --optimizer sgd or adamw, which are fused on CUDA too."
-        ) from None
-    if config.optimizer == "apex-sgd":
-        return apex_optimizers.FusedSGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
     eps = config.optimizer_eps or 1e-8
-    return apex_optimizers.FusedAdam(groups, lr=lr, betas=(config.momentum, 0.999), eps=eps, adam_w_mode=True)
+    adam = torch.optim.Adam if rule == "adam" else torch.optim.AdamW
+    return adam(groups, lr=lr, betas=(config.momentum, 0.999), eps=eps, fused=fused)

@@ -5,15 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from image_classification.config import check, flag
+from image_classification.models import allow_tf32
 
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-_MEMORY_FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+_LARGEST_SCALE = 2.0**32
+AmpDtype = Literal["fp16", "bf16"]
+MemoryFormat = Literal["nchw", "nhwc"]
+
+_DTYPES: dict[AmpDtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_MEMORY_FORMATS: dict[MemoryFormat, torch.memory_format] = {
+    "nchw": torch.contiguous_format,
+    "nhwc": torch.channels_last,
+}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -21,11 +29,8 @@ class PrecisionConfig:
     """Precision and speed"""
 
     amp: bool = flag(False, "--amp", help="Automatic mixed precision.")
-    amp_dtype: str | None = flag(
-        None,
-        "--amp-dtype",
-        help="Type of --amp; fp16 on GPUs and bf16 on CPUs by default.",
-        choices=tuple(_DTYPES),
+    amp_dtype: AmpDtype | None = flag(
+        None, "--amp-dtype", help="Type of --amp; fp16 on GPUs and bf16 on CPUs by default."
     )
     static_loss_scale: float | None = flag(
         None, "--static-loss-scale", help="Constant factor on the loss, against underflow of fp16 gradients."
@@ -34,26 +39,20 @@ class PrecisionConfig:
         False, "--dynamic-loss-scale", help="Adapt the factor on the loss; the default of fp16 --amp."
     )
     tf32: bool = flag(True, "--tf32", help="TensorFloat-32 in float32 products on GPUs that have it.")
-    memory_format: str = flag(
-        "nchw",
-        "--memory-format",
-        help="Layout of pictures and weights; nhwc is channels-last.",
-        choices=tuple(_MEMORY_FORMATS),
+    memory_format: MemoryFormat = flag(
+        "nchw", "--memory-format", help="Layout of images and weights; nhwc is channels-last."
     )
     compile: bool = flag(False, "--compile", help="Compile the network with torch.compile.")
-    compile_mode: str = flag(
-        "default",
-        "--compile-mode",
-        help="Mode of --compile.",
-        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = flag(
+        "default", "--compile-mode", help="Mode of --compile."
     )
 
     def __post_init__(self) -> None:
         scales = self.static_loss_scale is not None and self.dynamic_loss_scale
         check(not scales, "--static-loss-scale and --dynamic-loss-scale exclude each other: leave one out")
         check(
-            self.static_loss_scale is None or self.static_loss_scale > 0,
-            f"--static-loss-scale: {self.static_loss_scale} is not positive",
+            self.static_loss_scale is None or 0 < self.static_loss_scale <= _LARGEST_SCALE,
+            f"--static-loss-scale: {self.static_loss_scale} is not between 0 and 2^32",
         )
         scaled = self.static_loss_scale is not None or self.dynamic_loss_scale
         check(
@@ -82,8 +81,7 @@ class Precision:
         self.amp_dtype = self._choose_amp_dtype()
         self.scaler = self._build_scaler()
         if device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = config.tf32
-            torch.backends.cudnn.allow_tf32 = config.tf32
+            allow_tf32(config.tf32)
 
     def _choose_amp_dtype(self) -> torch.dtype | None:
         if not self.config.amp:
@@ -110,7 +108,7 @@ class Precision:
             return torch.amp.GradScaler(self.device.type)
         return None
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         """The autocast context of a forward pass and its loss; does nothing without AMP."""
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
@@ -146,7 +144,8 @@ class Precision:
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a network to the device in the chosen memory format; the same object is returned."""
-        return model.to(device=self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        placed: nn.Module = model.to(device=self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        return placed
 
     def compiled(self, model: nn.Module) -> nn.Module:
         """The network (or its DDP wrapper) as it is to be called: compiled if asked."""
@@ -169,6 +168,6 @@ class Precision:
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the scaler where a checkpoint left it; a checkpoint without scaler starts it anew."""
+        """Take up the scaler where a checkpoint left it; a checkpoint without scaler starts a new one."""
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)

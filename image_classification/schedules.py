@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 import torch
 
 from image_classification.config import check, flag
 
 LR_PER_256 = 0.1
-SCHEDULES = ("constant", "step", "linear", "cosine", "exponential")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -24,9 +24,11 @@ class ScheduleConfig:
         None,
         "--lr",
         "--learning-rate",
-        help="Learning rate of an optimizer step; default: 0.1 per 256 pictures of a step.",
+        help="Learning rate of an optimizer step; default: 0.1 per 256 images of a step.",
     )
-    lr_schedule: str = flag("cosine", "--lr-schedule", help="Course of the learning rate.", choices=SCHEDULES)
+    lr_schedule: Literal["constant", "step", "linear", "cosine", "exponential"] = flag(
+        "cosine", "--lr-schedule", help="Course of the learning rate."
+    )
     warmup: float = flag(0.0, "--warmup", help="Epochs of linear warm-up, per iteration; may be a fraction.")
     end_lr: float = flag(
         0.0, "--end-lr", help="Learning rate at the end of linear and cosine, least of exponential."
@@ -56,8 +58,8 @@ class Schedule:
     Args:
         config: What the curve looks like.
         steps_per_epoch: Optimizer steps in one epoch.
-        epochs: Length of the whole training, not of this invocation (`--run-epochs`).
-        pictures_per_step: Over all processes and accumulation; the default learning rate grows with it (Goyal et
+        epochs: Length of the whole training, not only of this invocation.
+        images_per_step: Over all processes and accumulation; the default learning rate grows with it (Goyal et
             al. 2017, arXiv:1706.02677).
 
     Attributes:
@@ -65,13 +67,13 @@ class Schedule:
     """
 
     def __init__(
-        self, config: ScheduleConfig, steps_per_epoch: int, epochs: int, pictures_per_step: int = 256
+        self, config: ScheduleConfig, steps_per_epoch: int, epochs: int, images_per_step: int = 256
     ) -> None:
         check(
             config.warmup < max(epochs, 1),
             f"--warmup: {config.warmup} epochs of warm-up do not fit into --epochs {epochs}",
         )
-        self.lr = LR_PER_256 * pictures_per_step / 256 if config.lr is None else config.lr
+        self.lr = LR_PER_256 * images_per_step / 256 if config.lr is None else config.lr
         check(config.end_lr <= self.lr, f"--end-lr: {config.end_lr} is above --lr {self.lr}")
         self.config = config
         self.steps_per_epoch = steps_per_epoch
@@ -94,7 +96,8 @@ class Schedule:
             return config.end_lr + (self.lr - config.end_lr) * (1 - progress)
         if config.lr_schedule == "cosine":
             return config.end_lr + (self.lr - config.end_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-        return max(self.lr * config.lr_exponential_factor**progress, config.end_lr)
+        decay: float = config.lr_exponential_factor**progress
+        return max(self.lr * decay, config.end_lr)
 
     def apply(self, optimizer: torch.optim.Optimizer, iteration: int, factor: float = 1.0) -> float:
         """Set the learning rate of every parameter group for this iteration, times `factor`; return it."""

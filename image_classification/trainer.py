@@ -3,105 +3,120 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import gc
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from image_classification.callbacks import Callback, TrainState
+from image_classification.callbacks import Callback, TrainLoop, TrainState
 from image_classification.checkpoint import Checkpointer, capture_rng, restore_rng
-from image_classification.config import check, flag
-from image_classification.console import STEERING
+from image_classification.config import ConfigError, check
 from image_classification.data.loader import Batch, Loader
 from image_classification.distributed import Distributed
 from image_classification.evaluation import Evaluator
+from image_classification.finite import learned_tensors, optimizer_tensors
 from image_classification.interrupts import StopRequested, StopSignals
-from image_classification.log import Logger
-from image_classification.meters import StepClock
 from image_classification.metrics import TrainingSums
+from image_classification.models.factory import class_names_of
 from image_classification.models.structure import capture_structure
+from image_classification.models.weights import load_exactly
 from image_classification.nan_guard import NanGuard
 from image_classification.objective import Objective
+from image_classification.observe.figures import Figure, register_figures, steering
+from image_classification.observe.log import Logger
+from image_classification.observe.meters import StepClock
 from image_classification.precision import Precision
+from image_classification.train_config import TrainConfig
+
+register_figures(
+    "train",
+    {
+        "lr": Figure(".5g", steers=True),
+        "grad_scale": Figure(".1f"),
+        "epoch_seconds": Figure(".1f", "s", steers=True),
+        "skipped_updates": Figure(".0f", steers=True),
+        "substituted_samples": Figure(".0f", steers=True),
+    },
+)
 
 #: First iterations that no speed of an epoch includes: compilation and the choice of kernels happen there.
 WARMUP_STEPS = 2
 
 
-@dataclasses.dataclass(kw_only=True)
-class TrainConfig:
-    """Training"""
-
-    epochs: int = flag(90, "--epochs", help="Length of the training in epochs.")
-    run_epochs: int = flag(-1, "--run-epochs", help="Epochs of this invocation, then save and end; -1: all.")
-    optimizer_batch_size: int = flag(
-        -1,
-        "--optimizer-batch-size",
-        help="Pictures per optimizer step over all processes, by accumulation; -1: no accumulation.",
-    )
-    seed: int = flag(0, "--seed", help="Seed of weights, data order, augmentation and dropout.")
-    use_ema: float | None = flag(
-        None, "--use-ema", metavar="DECAY", help="Average the weights with this decay (0.9999); judged too."
-    )
-    on_nan: str = flag("stop", "--on-nan", help="When the loss is not finite.", choices=("stop", "skip"))
-    nan_budget: int = flag(0, "--nan-budget", help="Most updates that --on-nan skip may leave out.")
-    evaluate: bool = flag(False, "--evaluate", help="Only measure the network on the validation set.")
-    training_only: bool = flag(False, "--training-only", help="Do not validate.")
-    prof: int = flag(
-        -1,
-        "--prof",
-        metavar="N",
-        help="Run only N iterations of each epoch and validation, to measure speed.",
-    )
-
-    def __post_init__(self) -> None:
-        check(self.epochs >= 1, f"--epochs: {self.epochs} is not a positive count")
-        check(
-            self.run_epochs == -1 or self.run_epochs >= 1,
-            f"--run-epochs: {self.run_epochs} is not a positive count",
-        )
-        check(self.use_ema is None or 0 <= self.use_ema < 1, f"--use-ema: {self.use_ema} is outside [0, 1)")
-        check(self.nan_budget >= 0, f"--nan-budget: {self.nan_budget} is negative")
-        check(
-            (self.on_nan == "skip") == (self.nan_budget > 0),
-            "--on-nan skip and --nan-budget N (N ≥ 1) belong together: give both or neither",
-        )
-        check(not (self.evaluate and self.training_only), "--evaluate and --training-only exclude each other")
-        check(self.prof == -1 or self.prof >= 1, f"--prof: {self.prof} is not a positive count")
-
-    @property
-    def max_batches(self) -> int | None:
-        """Most batches of a validation on each rank (`--prof`); None for all."""
-        return None if self.prof < 0 else self.prof
-
-    def accumulation_steps(self, batch_size: int, world_size: int) -> int:
-        """Micro-batches per optimizer step.
-
-        Raises:
-            ConfigError: When `--optimizer-batch-size` is no multiple of the pictures of one pass.
-        """
-        if self.optimizer_batch_size == -1:
-            return 1
-        at_once = batch_size * world_size
-        check(
-            self.optimizer_batch_size >= at_once and self.optimizer_batch_size % at_once == 0,
-            f"--optimizer-batch-size: {self.optimizer_batch_size} is no multiple of --batch-size {batch_size} × "
-            f"{world_size} process(es) = {at_once}; change one of them",
-        )
-        return self.optimizer_batch_size // at_once
-
-
 def described_classifier(model: nn.Module) -> dict[str, Any]:
-    """What a checkpoint says about a network of `create_model`, so that it can be rebuilt: `arch` and `structure`."""
+    """What a checkpoint says of a network of `create_model`, so that it can be rebuilt: `arch`, `structure`, names."""
     structure = capture_structure(model).to_plain()
-    return {"arch": structure["arch"], "structure": structure}
+    names = class_names_of(model)
+    return {
+        "arch": structure["arch"],
+        "structure": structure,
+        "class_names": None if names is None else list(names),
+    }
 
 
-class Trainer:
+@contextlib.contextmanager
+def taking_up(what: str) -> Iterator[None]:
+    """Around taking up a part of a checkpoint: anything but a message for people becomes one (ValueError)."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if type(error) is ValueError and "`" in str(error):  # tells the argument to change
+            raise
+        raise ValueError(
+            f"{what} in the checkpoint cannot be taken up ({type(error).__name__}: {error}): it was written by another "
+            "version or altered; start from its weights with `pretrained_weights`"
+        ) from error
+
+
+def _check_optimizer_state(
+    states: Mapping[int, Mapping[str, Any]], parameters: Sequence[torch.Tensor]
+) -> None:
+    """What an optimizer keeps of a parameter is a number, or as large as it; PyTorch takes anything."""
+    for index, state in states.items():
+        for key, value in state.items():
+            if not isinstance(value, torch.Tensor) or not value.dim():
+                continue
+            known = index < len(parameters)
+            if not known or value.shape != parameters[index].shape or not value.is_floating_point():
+                expected = list(parameters[index].shape) if known else "no such parameter"
+                raise ValueError(
+                    f"the checkpoint's optimizer's {key} of parameter {index} has shape {list(value.shape)} and "
+                    f"{value.dtype}; the parameter has {expected}"
+                )
+
+
+def _only_batch_norm(model: nn.Module) -> bool:
+    """Whether all buffers are running statistics, which training does not read: then they are shared when needed.
+
+    DDP would send rank 0's before every forward pass.
+    """
+    statistics = {
+        id(buffer)
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for buffer in module.buffers(recurse=False)
+    }
+    return all(id(buffer) in statistics for buffer in model.buffers())
+
+
+def _same_step(payload: dict[str, Any]) -> str:
+    """What keeps the images of an optimizer step as they were when a checkpoint was written, whatever the ranks."""
+    num_images = payload["config"].get("optimizer_batch_size", -1)
+    if num_images == -1:
+        num_images = payload["loader"].get("global_batch")
+    return "`batch_size`" if num_images is None else f"`optimizer_batch_size` {num_images}"
+
+
+class Trainer(TrainLoop):
     """Trains `state.model` on a loader, possibly over several ranks.
 
     The loop, and where the events of `Callback` fire:
@@ -188,32 +203,54 @@ class Trainer:
     # ------------------------------------------------------------------ the network as it is called
 
     def rebind(self) -> None:
-        """Wrap the network anew: after construction and after every rewrite of `state.model`."""
+        """Wrap the network again: after construction and after every rewrite of `state.model`."""
         self.precision.forget_compiled()
         model = self.state.model
         wrapped: nn.Module = model
         if self.distributed.world_size > 1:
             device_ids = [self.distributed.device] if self.distributed.device.type == "cuda" else None
-            wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+            wrapped = DistributedDataParallel(
+                model,
+                device_ids=device_ids,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=not _only_batch_norm(model),
+            )
         self._wrapped = wrapped
         self._forward = self.precision.compiled(wrapped)
         self._eval_forward = self.precision.compiled(model) if wrapped is not model else self._forward
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._description: dict[str, Any] | None = None
+        self.state.best = self.state.best_epoch = None
 
     def release(self) -> None:
         """Drop the wrappers, and with them every reference into the old graph: before a rewrite. Collective.
 
         What looks at `state.model` now sees the same network on all ranks, BN statistics included.
+
+        Raises:
+            NonFiniteLossError: There is no network to rewrite any more.
         """
+        self._check_finite()
+        wrappers = [
+            weakref.ref(wrapper)
+            for wrapper in (self._wrapped, self._forward, self._eval_forward)
+            if wrapper is not self.state.model
+        ]
         del self._wrapped, self._forward, self._eval_forward
         self._parameters = []
+        if wrappers:
+            self.precision.forget_compiled()
+            gc.collect()  # wrappers and compiled graphs refer to each other
+            kept = [type(wrapper()).__name__ for wrapper in wrappers if wrapper() is not None]
+            assert not kept, (
+                f"something still refers to {kept}: gradients would go to the network before the rewrite"
+            )
         self._share_buffers(self.state.model)
 
     # ------------------------------------------------------------------ fit
 
     def fit(self) -> dict[str, float]:
-        """Train to the end of the training, or of this invocation (`--run-epochs`).
+        """Train to the end of the training, or of this invocation.
 
         Returns:
             Figures of the last validation, empty without one.
@@ -222,7 +259,8 @@ class Trainer:
             StopRequested: After a signal, once the state is saved.
             NonFiniteLossError: When the loss is not finite and the policy does not skip.
         """
-        state, figures = self.state, dict[str, float]()
+        state = self.state
+        figures: dict[str, float] = {}
         last_epoch = self.config.epochs
         if self.config.run_epochs > 0:
             last_epoch = min(last_epoch, state.epoch + self.config.run_epochs)
@@ -232,22 +270,33 @@ class Trainer:
             while state.epoch < last_epoch:
                 self._emit("on_epoch_start")
                 self._train_epoch(stop)
+                self._check_finite()
                 figures = self._validate()
                 self._emit("on_epoch_end")
                 self._finish_epoch(figures)
             if state.epoch == self.config.epochs:
                 self._emit("on_fit_end")
+                self._name_result()
         return figures
+
+    def _name_result(self) -> None:
+        """Say at the end which file is the one to use, and what its figure is of."""
+        state = self.state
+        if not self.checkpointer.config.checkpoints or self.evaluator is None or state.best_epoch is None:
+            return
+        which = "" if state.ema is None else ", of the averaged weights (EMA), which it is loaded with"
+        self.logger.message(
+            f"the network to use: {self.checkpointer.best_path}: val.{self.evaluator.headline} {state.best:.2f} % "
+            f"after epoch {state.best_epoch}{which}"
+        )
 
     def _train_epoch(self, stop: StopSignals) -> None:
         state = self.state
         self.train_loader.set_epoch(state.epoch)
         done = state.iteration - state.epoch * self.steps_per_epoch
-        last = (
-            self.steps_per_epoch
-            if self.config.prof < 0
-            else min(done + self.config.prof, self.steps_per_epoch)
-        )
+        last = self.steps_per_epoch
+        if self.config.prof >= 0:
+            last = min(done + self.config.prof, last)
         state.model.train()
         batches = iter(self.train_loader)
         begin = time.perf_counter()
@@ -255,19 +304,23 @@ class Trainer:
         with self.logger.progress(self.steps_per_epoch, f"epoch {state.epoch}") as bar:
             bar.update(advance=done)
             for step in range(done, last):
-                self._train_step(batches)
+                self.train_step(batches)
                 logging = (step + 1) % self.print_freq == 0 or step + 1 == last
                 figures = self._log_window(step) if logging else {}
-                bar.update(
-                    {key: value for key, value in figures.items() if key.rpartition(".")[2] in STEERING}
-                )
+                bar.update(steering(figures))
                 self._save_or_stop(stop)
         self._log_epoch(time.perf_counter() - begin)
-        # A shortened epoch (--prof) counts as a whole one: iterations keep their place in the schedule.
+        # A shortened epoch (`prof`) counts as a whole one: iterations keep their place in the schedule.
         state.iteration = (state.epoch + 1) * self.steps_per_epoch
 
-    def _train_step(self, batches: Iterator[Batch]) -> None:
-        state, num_images = self.state, 0
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """One iteration: as many batches as one step of the optimizer takes, and that step. The host never waits.
+
+        Args:
+            batches: Where they come from; one is taken per round of gradient accumulation.
+        """
+        state = self.state
+        num_images = 0
         state.schedule.apply(state.optimizer, state.iteration, state.lr_factor)
         self.guard.before_step(state.model)
         for index in range(self.accumulation):
@@ -287,7 +340,7 @@ class Trainer:
         self._emit("on_step_end")
         self.clock.step_done(num_images)
 
-    def _synchronised(self, synchronise: bool) -> contextlib.AbstractContextManager[Any]:
+    def _synchronised(self, synchronise: bool) -> contextlib.AbstractContextManager[object]:
         """Gradients are exchanged between ranks in the last micro-batch of a step only."""
         if synchronise or not isinstance(self._wrapped, DistributedDataParallel):
             return contextlib.nullcontext()
@@ -339,10 +392,8 @@ class Trainer:
         return figures
 
     def _share_buffers(self, model: nn.Module) -> None:
-        """Give all ranks rank 0's BN statistics, as DDP does before its next forward pass; collective."""
-        if self.distributed.world_size > 1:
-            for buffer in model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+        """Give all ranks rank 0's BN statistics; collective."""
+        self.distributed.broadcast_tensors(list(model.buffers()))
 
     def _finish_epoch(self, figures: dict[str, float]) -> None:
         state = self.state
@@ -350,10 +401,12 @@ class Trainer:
         self.train_loader.set_epoch(state.epoch)
         is_best = False
         if figures and self.evaluator is not None:
-            headline = self.evaluator.headline
-            figure = figures.get(f"val_ema.{headline}", figures[f"val.{headline}"])
-            is_best = state.best is None or figure > state.best
-            state.best = figure if is_best else state.best
+            headline, prefix = self.evaluator.headline, "val" if state.ema is None else "val_ema"
+            figure = figures[f"{prefix}.{headline}"]
+            sound = math.isfinite(figure) and math.isfinite(figures[f"{prefix}.loss"])
+            is_best = sound and (state.best is None or figure > state.best)
+            if is_best:
+                state.best, state.best_epoch = figure, state.epoch - 1
         self.save(is_best=is_best, end_of_epoch=True)
 
     # ------------------------------------------------------------------ save and restore
@@ -365,14 +418,27 @@ class Trainer:
             self.save()
         if stopping:
             raise StopRequested(
-                f"stopped by {stop.received or 'a signal to another rank'} after iteration {self.state.iteration}"
+                f"stopped by {stop.received or 'a signal to another rank'} after iteration {self.state.iteration}",
+                saved=self.checkpointer.config.checkpoints,
             )
+
+    def learned(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What training changes, by name: weights, statistics, averages, what the optimizer remembers."""
+        yield from learned_tensors(self.state.model)
+        if self.state.ema is not None:
+            yield from learned_tensors(self.state.ema.module, "the average of ")
+        yield from optimizer_tensors(self.state.optimizer)
+
+    def _check_finite(self) -> None:
+        """Raise `NonFiniteLossError` where the network, or its average, is poisoned; collective."""
+        self.guard.check_weights(self.learned(), self.state.iteration)
 
     def save(self, *, is_best: bool = False, end_of_epoch: bool = False) -> None:
         """Write a checkpoint; collective. A poisoned network is refused (`NonFiniteLossError`)."""
         if not self.checkpointer.config.checkpoints:
             return
         self.guard.check()
+        self._check_finite()
         rng = self.distributed.gather_objects(capture_rng())
         (sums,) = self.distributed.all_reduce_sum(torch.stack([self.sums.window, self.sums.epoch]))
         if self.distributed.is_main:
@@ -387,11 +453,13 @@ class Trainer:
             **self._description,
             "state_dict": state.model.state_dict(),
             "ema": None if state.ema is None else state.ema.module.state_dict(),
+            "ema_updates": None if state.ema is None else state.ema.num_updates,
             "optimizer": state.optimizer.state_dict(),
             "scaler": self.precision.state_dict(),
             "epoch": state.epoch,
             "iteration": state.iteration,
             "best_prec1": state.best,
+            "best_epoch": state.best_epoch,
             "lr_factor": state.lr_factor,
             "num_skipped": self.guard.num_skipped,
             "loader": self.train_loader.state_dict(),
@@ -407,7 +475,7 @@ class Trainer:
         """Continue where a checkpoint stopped. The network was already built with the checkpoint's structure.
 
         The random states of all ranks are restored when the number of ranks is the same; with another number the
-        data goes on exactly, dropout draws anew (and it is said).
+        the data continue exactly, dropout draws new numbers, and a message says so.
 
         Raises:
             ValueError: Steps per epoch differ, so that the iteration means another place in the data; or see
@@ -416,54 +484,55 @@ class Trainer:
         state = self.state
         check(
             payload["steps_per_epoch"] == self.steps_per_epoch,
-            f"--resume: the checkpoint counts {payload['steps_per_epoch']} iterations per epoch, now there would be "
-            f"{self.steps_per_epoch}: give the same data, --batch-size, --optimizer-batch-size and flags of pruning "
-            "(which sets pictures aside), or start from its weights with --pretrained-weights",
+            f"`resume`: the checkpoint counts {payload['steps_per_epoch']} iterations per epoch, now there would be "
+            f"{self.steps_per_epoch}: give the same data, {_same_step(payload)} and settings of pruning "
+            "(which sets images aside), or start from its weights with `pretrained_weights`",
         )
-        try:
-            state.model.load_state_dict(payload["state_dict"])
-        except RuntimeError as error:
-            raise ValueError(f"the checkpoint contradicts itself: {' '.join(str(error).split())}") from error
+        source = Path("the checkpoint")
+        load_exactly(state.model, payload["state_dict"], source)
         self._restore_optimizer(payload["optimizer"])
         if state.ema is not None:
             # A run that only now starts to average begins with the weights it resumes from.
-            state.ema.module.load_state_dict(payload["ema"] or payload["state_dict"])
-        self.precision.load_state_dict(payload["scaler"])
-        state.epoch, state.iteration, state.best = (
-            payload["epoch"],
-            payload["iteration"],
-            payload["best_prec1"],
-        )
+            load_exactly(state.ema.module, payload["ema"] or payload["state_dict"], source, "average")
+            state.ema.num_updates = payload["ema_updates"] or 0
+        with taking_up("the loss scale"):
+            self.precision.load_state_dict(payload["scaler"])
+        state.epoch, state.iteration = payload["epoch"], payload["iteration"]
+        state.best, state.best_epoch = payload["best_prec1"], payload["best_epoch"]
         state.lr_factor = payload["lr_factor"]
         self.guard.num_skipped = payload["num_skipped"]
         if self.distributed.is_main:  # the stored sums are over all ranks; reductions add them once
             self.sums.window, self.sums.epoch = payload["training_sums"].to(self.distributed.device).unbind()
-        self.train_loader.load_state_dict(payload["loader"])
+        with taking_up("the position in the data"):
+            self.train_loader.load_state_dict(payload["loader"])
         for callback in self.callbacks:
             if callback.name in payload["callbacks"]:
-                callback.load_state_dict(payload["callbacks"][callback.name])
+                with taking_up(f"the state of {callback.name!r}"):
+                    callback.load_state_dict(payload["callbacks"][callback.name])
         if payload["world_size"] == self.distributed.world_size:
-            restore_rng(payload["rng"][self.distributed.rank])
+            with taking_up("the random states"):
+                restore_rng(payload["rng"][self.distributed.rank])
         else:
             self.logger.message(
                 f"the checkpoint was written by {payload['world_size']} process(es), now there are "
-                f"{self.distributed.world_size}: data continues exactly, dropout draws anew"
+                f"{self.distributed.world_size}: the data continue exactly, dropout draws new numbers"
             )
 
     def _restore_optimizer(self, saved: dict[str, Any]) -> None:
         """Take over momenta. Settings (momentum, decay) stay those of this run's flags, not the checkpoint's."""
         optimizer = self.state.optimizer
         groups = optimizer.state_dict()["param_groups"]
-        sizes, expected = (
-            [len(group["params"]) for group in some] for some in (saved["param_groups"], groups)
-        )
+        sizes = [len(group["params"]) for group in saved["param_groups"]]
+        expected = [len(group["params"]) for group in groups]
         check(
             sizes == expected,
-            f"--resume: the checkpoint's optimizer has groups of {sizes} parameters, now there would be {expected}: "
-            "give the same --bn-weight-decay and --weight-decay",
+            f"`resume`: the checkpoint's optimizer has groups of {sizes} parameters, now there would be {expected}: "
+            "give the same `bn_weight_decay` and `weight_decay`",
         )
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        _check_optimizer_state(saved["state"], parameters)
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
-    def _emit(self, event: str, *arguments: Any) -> None:
+    def _emit(self, event: str, *arguments: object) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self, *arguments)

@@ -1,41 +1,126 @@
-"""Command lines of the form `python -m PACKAGE VERB …`: a table of verbs and one way to run them."""
+"""Command lines of the form `python -m PACKAGE VERB …`: a table of verbs and one way to run them.
+
+A package's table maps each verb to its module and to one line of help. The module is imported for its own verb only, so
+that `--help` and a mistyped verb are answered at once, without PyTorch. It defines `VERB`, made by one of
+
+    VERB = configured(JobConfig, run)       # flags, YAML and checks from the dataclass of a job (`cli.parse_config`)
+    VERB = declared(declare, run)           # a few arguments, declared on an argparse parser
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Generic, TypeVar
+
+from image_classification.config import is_told, nearest, told
+
+P = TypeVar("P")
+
+#: Verb → module that defines its `VERB` (or `module:NAME`), and one line of help.
+Verbs = Mapping[str, tuple[str, str]]
+
+#: As shells have it for a program that SIGINT ended.
+EXIT_INTERRUPTED = 130
 
 
-class Verb(NamedTuple):
-    """A job: its help text, how it declares its arguments, and how it runs (returning the exit status)."""
+@dataclasses.dataclass(frozen=True)
+class Verb(Generic[P]):
+    """A job on the command line.
 
-    help: str
-    declare: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
+    Attributes:
+        parse: Command line, program and description → what the job is told; exits with status 2 like argparse.
+        run: Does it; returns the exit status.
+    """
+
+    parse: Callable[[Sequence[str], str, str], P]
+    run: Callable[[P], int]
 
 
-def run_verb(
-    verbs: Mapping[str, Verb], arguments: Sequence[str] | None, *, prog: str, description: str
-) -> int:
+def configured(job: type[P], run: Callable[[P], int]) -> Verb[P]:
+    """A verb that is told a job's configuration, a dataclass of sections."""
+
+    def parse(argv: Sequence[str], prog: str, description: str) -> P:
+        from image_classification.cli import parse_config
+
+        return parse_config(job, argv, prog=prog, description=description)
+
+    return Verb(parse, run)
+
+
+def declared(
+    declare: Callable[[argparse.ArgumentParser], None], run: Callable[[argparse.Namespace], int]
+) -> Verb[argparse.Namespace]:
+    """A verb that declares its arguments on an argparse parser."""
+
+    def parse(argv: Sequence[str], prog: str, description: str) -> argparse.Namespace:
+        from image_classification.cli import Parser, add_plugin_flag
+
+        parser = Parser(prog, description)
+        declare(parser)
+        add_plugin_flag(parser)
+        return parser.parse_args(argv)
+
+    return Verb(parse, run)
+
+
+def run_verb(verbs: Verbs, argv: Sequence[str] | None, *, prog: str, description: str) -> int:
     """Parse a command line, run its verb, and turn errors that a user can mend into one line.
 
     Args:
-        verbs: Name → verb.
-        arguments: Command line without the program; `sys.argv[1:]` when None.
-        prog, description: For `--help`.
+        verbs: The package's table.
+        argv: Command line without the program; `sys.argv[1:]` when None.
+        prog, description: For the list of verbs.
 
     Returns:
-        The verb's exit status; 2 if the job could not be done.
+        The verb's exit status; 2 if the job could not be done, `EXIT_PEER` where another rank failed, 130 after
+        Ctrl-C.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=description)
-    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, verb in verbs.items():
-        verb.declare(subparsers.add_parser(name, help=verb.help, description=verb.help))
-    parsed = parser.parse_args(arguments)
-    try:
-        return verbs[parsed.verb].run(parsed)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage(verbs, prog, description), file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    name = words[0]
+    if name not in verbs:
+        print(f"{prog}: error: unknown verb {name!r}{nearest(name, verbs)}", file=sys.stderr)
+        print(usage(verbs, prog, description), file=sys.stderr)
         return 2
+    module, description = verbs[name]
+    prog = f"{prog} {name}"
+    try:
+        from image_classification.cli import import_plugins
+
+        import_plugins(words[1:])  # first: a plugin may bring methods with flags for the verb
+        module, _, attribute = module.partition(":")
+        verb: Verb[object] = getattr(importlib.import_module(module), attribute or "VERB")
+        return verb.run(verb.parse(words[1:], prog, description))
+    except (ValueError, OSError, RuntimeError) as error:
+        status, message = _told_as(error)
+        print(f"{prog}: error: {message}", file=sys.stderr)
+        return status
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def usage(verbs: Verbs, prog: str, description: str) -> str:
+    """The list of verbs."""
+    width = max(map(len, verbs))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in verbs.items()]
+    return "\n".join([f"usage: {prog} VERB …", "", description, "", "verbs (each has --help):", *lines])
+
+
+def _told_as(error: Exception) -> tuple[int, str]:
+    """Exit status and message of an error that a user can mend; any other is raised again."""
+    if isinstance(error, RuntimeError):
+        from image_classification.distributed import EXIT_PEER, peer_loss
+
+        lost = peer_loss(error)
+        if lost is not None:
+            return EXIT_PEER, lost
+    if not is_told(error):
+        raise error
+    return 2, told(error)

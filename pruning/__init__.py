@@ -6,14 +6,21 @@ pruner = Pruner(model, example_images, optimizer=optimizer)    # at intervals, s
 shrink(model, example_images)                                  # cut away what a masked network has no use for
 """
 
-from pruning.budget import Budget
-from pruning.channel_graph import ChannelGraph, Constraints
-from pruning.graph import trace_groups
-from pruning.pruner import Pruner, prune
-from pruning.record import RewriteRecord
-from pruning.shrink import ShrinkReport, shrink
-from pruning.structure import load_pruned, save_pruned
-from pruning.surgery import RewriteError, RewriteReport, prune_channels
+from typing import TYPE_CHECKING
+
+from image_classification.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from pruning.costs.budget import Budget
+    from pruning.engine.channel_graph import ChannelGraph, Constraints
+    from pruning.engine.cutting import RewriteError
+    from pruning.engine.operators import register_operator
+    from pruning.engine.surgery import RewriteReport, prune_channels
+    from pruning.engine.trace_groups import trace_groups
+    from pruning.files.saved_network import load_pruned, save_pruned
+    from pruning.masked.shrinking import ShrinkReport, shrink
+    from pruning.pruner import Pruner, prune
+    from pruning.rewrites.rewrite_record import RewriteRecord
 
 __all__ = [
     "Budget",
@@ -27,7 +34,27 @@ __all__ = [
     "load_pruned",
     "prune",
     "prune_channels",
+    "register_operator",
     "save_pruned",
     "shrink",
     "trace_groups",
 ]
+#: Name → module that defines it.
+_MODULES = {
+    "Budget": "pruning.costs.budget",
+    "ChannelGraph": "pruning.engine.channel_graph",
+    "Constraints": "pruning.engine.channel_graph",
+    "Pruner": "pruning.pruner",
+    "RewriteError": "pruning.engine.cutting",
+    "RewriteRecord": "pruning.rewrites.rewrite_record",
+    "RewriteReport": "pruning.engine.surgery",
+    "ShrinkReport": "pruning.masked.shrinking",
+    "load_pruned": "pruning.files.saved_network",
+    "prune": "pruning.pruner",
+    "prune_channels": "pruning.engine.surgery",
+    "register_operator": "pruning.engine.operators",
+    "save_pruned": "pruning.files.saved_network",
+    "shrink": "pruning.masked.shrinking",
+    "trace_groups": "pruning.engine.trace_groups",
+}
+__getattr__ = lazy_names(__name__, _MODULES)

@@ -1,8 +1,8 @@
 """The pruner: scores, chooses and rewrites at fixed intervals until a budget is met.
 
-It works in any training loop; `callback.PruningCallback` puts it into ours:
+It works in any training loop; `training.scored.PruningCallback` puts it into ours:
 
-    pruner = Pruner(model, example_images, criterion="discriminant", budget={"macs": 0.5}, optimizer=optimizer)
+    pruner = Pruner(model, example_images, budget={"macs": 0.5}, optimizer=optimizer)
     for iteration, (images, targets) in enumerate(loader, start=1):
         …                                              # forward, backward, optimizer.step()
         if pruner.due(iteration):
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +24,95 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from image_classification.config import check
+from image_classification.config import ConfigError, SettingError, check, check_setting
 from image_classification.distributed import Distributed
-from pruning.budget import Budget, BudgetCourse, as_budget
-from pruning.channel_graph import Constraints
+from image_classification.models import evaluating
+from image_classification.models.modes import drop_graphs, uncompiled
+from image_classification.models.recognising import recognise
+from pruning.costs.budget import DEFAULT_DELTA, DEFAULT_SHARE, Budget, BudgetCourse, as_budget
 from pruning.criteria import Criterion
-from pruning.hooks import evaluation_mode
-from pruning.loss_change import Batches, LossChange, SampleLoss, sample_losses
-from pruning.named_criteria import make_criterion
-from pruning.original import OriginalExplanations
-from pruning.rates import RateSearch
-from pruning.record import RewriteRecord
-from pruning.resuming import check_course, graph_of, known_originals, shared_costs
-from pruning.scoring import score_groups
-from pruning.search import Candidate, GreedySearch, Search, Situation, build_search
-from pruning.structure import save_pruned
-from pruning.surgery import prune_channels
-from pruning.tap_channels import staying_channels
+from pruning.criteria.by_name import make_criterion
+from pruning.criteria.explained import Autocast, Explained
+from pruning.criteria.scoring import score_groups
+from pruning.engine.channel_graph import Constraints
+from pruning.engine.groups import Group
+from pruning.engine.surgery import prune_channels
+from pruning.engine.tap_channels import staying_channels
+from pruning.files.saved_network import save_pruned
+from pruning.repair.local_repair import LocalRepair
+from pruning.repair.repairing import Method, RepairReport, RepairSettings
+from pruning.repair.rewrite_repair import RewriteRepair, settled
+from pruning.rewrites.bare_network import check_bare
+from pruning.rewrites.companions import (
+    Average,
+    OptimizerWatch,
+    averages_in,
+    check_optimizers,
+    optimizers_in,
+    warn_of_leftovers,
+)
+from pruning.rewrites.momentum_pairs import warn_of_pairs
+from pruning.rewrites.resuming import PrunerState, check_course, graph_of, known_originals, shared_costs
+from pruning.rewrites.rewrite_record import RewriteRecord, describe_group
+from pruning.search import (
+    Candidate,
+    GreedySearch,
+    RateSearch,
+    Search,
+    SensitivitySearch,
+    Situation,
+    build_search,
+)
+from pruning.search.budget_kept import above_budget, check_met, check_scored, missed
+from pruning.search.feasible import feasible
+from pruning.search.forecast import ForecastRow, forecast
+from pruning.search.left_open import look
+from pruning.search.loss_change import Batches, LossChange
+from pruning.task import (
+    Example,
+    Forward,
+    Loss,
+    Mode,
+    Task,
+    check_batches,
+    check_example,
+    first_arguments,
+    to_device,
+)
 
+#: Yields batches: (images, targets), mappings, tensors, or whatever `forward` and `loss` take.
 Calibration = Iterable[Any]
-DEFAULT_CONSTRAINTS = Constraints(min_width=0.1)
+OptimizerGiven = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
+AverageGiven = Average | Sequence[Average] | None
+DEFAULT_STEP = 50
+log = logging.getLogger(__name__)
+_NUM_CANDIDATES_KEPT = 8
+_NEEDS_FACTORY = (
+    "no function of torchvision or timm is known to build it, so save(path, factory=…) must be given one"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrunerSettings:
+    """How a pruner works within a training job.
+
+    Attributes:
+        start: Iteration from which intervals are counted.
+        max_batches: Calibration batches that one rewrite scores channels by.
+        judge_batches: How many of them candidates are judged by: scores need many images, a choice between whole
+            candidates few (benchmarks/rewrite.py measures what is lost).
+        distributed: All ranks call `step` together, each with its share of the calibration data; by default those of
+            the process group, if there is one.
+        autocast: Context factory for forward passes on calibration data.
+        originals: An explanation to follow through rewrites; criteria may use it.
+    """
+
+    start: int = 0
+    max_batches: int = 10
+    judge_batches: int = 2
+    distributed: Distributed | None = None
+    autocast: Autocast = nullcontext
+    originals: Explained | None = None
 
 
 class Pruner:
@@ -50,26 +120,30 @@ class Pruner:
 
     Args:
         model: The bare network (no DDP or compile wrapper). Rewritten in place.
-        example_images: (N, 3, H, W) of the size that costs are counted at; on the model's device.
-        criterion: Name or object; scores channels within groups.
-        budget: Metric → share that may remain, or a share of the MACs; None with a `RateSearch`, whose rates say.
-        optimizer: Its state is rewritten too.
-        ema: Averaged copy of the network (a module), rewritten alike.
+        example: What the network is run on to find its channel groups: a tensor, such as images (N, 3, H, W), a tuple
+            of positional arguments, a mapping of keyword arguments, or a list of these where one does not reach every
+            part of the network. Costs are counted at the size of the (first) example.
+        criterion: Name or object; scores channels within groups. `create_criterion(name, …)` makes an object with
+            settings of its own. By default discriminant where targets are classes, taylor where only a loss is known,
+            magnitude where there is neither (`pruning/search/left_open.py`).
+        budget: Metric → share that may remain, or a share of the MACs; None with a `RateSearch`, whose rates decide.
+        optimizer: Its state is rewritten too, with that of the optimizers inside of it (SAM, Lookahead); or a list.
+        ema: Average of the network, rewritten alike: a copy, a wrapper that holds one, a state dict, or a list.
         step: Training iterations between rewrites.
         delta: Share of the baseline's cost that one rewrite removes; 1: everything at once.
-        start: Iteration from which intervals are counted.
-        search: `greedy`, `global`, `uniform`, or an object.
-        constraints: Rounding, least widths, modules to leave alone. By default every group keeps a tenth of its
-            channels, as in Kung & Hou (2020, Commun. Inf. Syst. 20(3)).
-        features: Feature maps that criteria look at, `pre` or `post`.
-        loss: Per-sample loss `(logits, targets) → (N,)` that candidates are judged by.
-        distributed: All ranks call `step` together, each with its share of the calibration data; by default those of
-            the process group, if there is one.
-        autocast: Context factory for forward passes on calibration data.
-        max_batches: Calibration batches that one rewrite scores channels by.
-        judge_batches: How many of them candidates are judged by: scores need many pictures, a choice between whole
-            candidates few (benchmarks/rewrite.py measures what is lost).
-        originals: An explanation to follow through rewrites; criteria may go by it.
+        search: One of `search_names()`, or an object; by default greedy, or global where no loss is known.
+        constraints: Rounding, least widths, modules to leave alone.
+        training_example: What the network takes in training mode, targets included; by default `example`.
+        pairs: Names of two submodules that are cut alike, such as a network and its momentum teacher; one that takes no
+            gradients is recognised without.
+        forward: (batch) → outputs, or (network, batch) → outputs: runs the network on a calibration batch. By default
+            a tensor is its only argument, a mapping its keyword arguments, and of a tuple the first item counts.
+        loss: (outputs, batch) → loss of every sample, (N,), or their mean; candidates are judged by it, and
+            criteria by derivatives differentiate it. By default the loss that the outputs hold, or cross-entropy.
+        mode: "train" for networks that return their losses only while they train; see `Task`.
+        repair: How each rewrite is repaired: `least-squares`, `statistics`, `none`, or settings; by default least
+            squares wherever calibration batches are given.
+        settings: Ranks, precision and calibration.
         state: `state_dict()` of an earlier run whose checkpoint rebuilt `model`; goes on from there.
 
     Raises:
@@ -79,62 +153,87 @@ class Pruner:
     def __init__(
         self,
         model: nn.Module,
-        example_images: Tensor,
+        example: Example,
         *,
-        criterion: str | Criterion = "discriminant",
-        budget: Budget | Mapping[str, float] | float | None = 0.5,
-        optimizer: torch.optim.Optimizer | None = None,
-        ema: nn.Module | None = None,
-        step: int = 50,
-        delta: float = 5e-3,
-        start: int = 0,
-        search: str | Search = "greedy",
+        criterion: str | Criterion | None = None,
+        budget: Budget | Mapping[str, float] | float | None = DEFAULT_SHARE,
+        optimizer: OptimizerGiven = None,
+        ema: AverageGiven = None,
+        step: int = DEFAULT_STEP,
+        delta: float = DEFAULT_DELTA,
+        search: str | Search | None = None,
         constraints: Constraints | None = None,
-        features: str = "post",
-        loss: SampleLoss = sample_losses,
-        distributed: Distributed | None = None,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        max_batches: int = 10,
-        judge_batches: int = 2,
-        originals: OriginalExplanations | None = None,
-        state: Mapping[str, Any] | None = None,
+        training_example: Example | None = None,
+        pairs: Iterable[tuple[str, str]] = (),
+        forward: Forward | None = None,
+        loss: Loss | None = None,
+        mode: Mode = "eval",
+        repair: Method | RepairSettings | None = None,
+        settings: PrunerSettings | None = None,
+        state: PrunerState | None = None,
     ) -> None:
-        check(step >= 1, f"--pruning-step {step}: must be at least 1 iteration")
-        _check_arguments(model, example_images, criterion, budget, search, optimizer)
-        self.model = model
-        self.optimizer, self.ema = optimizer, ema
-        self.interval, self.start = step, start
-        if isinstance(criterion, str):
-            criterion = make_criterion(criterion, features, loss=loss)
-        self.criterion = criterion
+        check_setting(step >= 1, "step", step, "must be at least 1 iteration")
+        _check_arguments(model, example, criterion, budget, search)
+        self.settings = settings or PrunerSettings()
+        self.model, self.optimizers = model, optimizers_in(optimizer)
+        check_optimizers(model, self.optimizers)
+        self.averages = averages_in(ema, model)
+        self._watch = OptimizerWatch(self)
+        self.interval, self.delta = step, delta
+        self.task = Task(forward, loss, mode)
+        self.repair = RepairSettings(method=repair).method if isinstance(repair, str) else repair
+        self.criterion = make_criterion(criterion) if isinstance(criterion, str) else criterion
         self.search = build_search(search) if isinstance(search, str) else search
-        self.loss, self.autocast, self.max_batches = loss, autocast, max_batches
-        self.judge_batches = judge_batches
-        self.distributed = distributed or Distributed.of_process_group(example_images.device)
+        self._judged: bool | None = None
+        self.autocast, self.originals = self.settings.autocast, self.settings.originals
+        self.distributed = self.settings.distributed or Distributed.of_process_group(_device_of(model))
+        images = first_arguments(model, example)  # refuses keywords that the network does not take
+        if not recognise(model) and self.distributed.is_main:
+            log.info("%s is saved with a factory: %s", type(model).__name__, _NEEDS_FACTORY)
+        with uncompiled():
+            self.graph = graph_of(
+                model,
+                example,
+                constraints or Constraints(),
+                state,
+                training_example=training_example,
+                pairs=pairs,
+            )
+        self._check_graph()
         metrics = ("macs",) if budget is None else tuple(as_budget(budget).shares)
-        self.graph = graph_of(model, example_images, constraints or DEFAULT_CONSTRAINTS, state)
-        check(
-            bool(self.graph.prunable),
-            "this network has no channel group that can be pruned: `python -m pruning groups` says why",
-        )
-        self.costs = shared_costs(self.graph, model, example_images, metrics, state, self.distributed)
+        with uncompiled():
+            self.costs = shared_costs(self.graph, model, images, metrics, state, self.distributed)
         budget = self._budget_of_rates(state) if budget is None else as_budget(budget)
-        self.delta = delta
         if state is not None:
             check_course(state, budget, delta)
         self.course = BudgetCourse(budget, self.costs, delta)
-        self.completed: int = 0 if state is None else state["completed"]
-        records = [] if state is None else state["history"]
-        self.history = [RewriteRecord(**record) for record in records]
-        self._scores: dict[int, Tensor] = {}
         self.course.check_reachable()
-        self.originals = originals
-        if originals is not None and state is not None:
-            originals.load_state_dict(known_originals(state))
+        self.completed: int = 0
+        self.history: list[RewriteRecord] = []
+        self._scores: dict[int, Tensor] = {}
+        if state is not None:
+            self._take_up(state)
 
-    def _budget_of_rates(self, state: Mapping[str, Any] | None) -> Budget:
-        """What the search's rates leave of the original network; after the cut: what there is."""
-        assert isinstance(self.search, RateSearch), "only rates make up for a budget"
+    def _check_graph(self) -> None:
+        """Refuse a network without anything to prune; warn of what trains along with it unseen."""
+        if self.distributed.is_main:
+            warn_of_pairs(self.model, self.graph)
+        check(
+            bool(self.graph.prunable),
+            "this network has no channel group that can be pruned: `trace_groups(…).frozen` says why, and so does "
+            "`python -m pruning groups`",
+        )
+
+    def _take_up(self, state: PrunerState) -> None:
+        """Go on where an earlier run was."""
+        self.completed = state["completed"]
+        self.history = [RewriteRecord(**record) for record in state["history"]]
+        if self.originals is not None:
+            self.originals.load_state_dict(known_originals(state))
+
+    def _budget_of_rates(self, state: PrunerState | None) -> Budget:
+        """The share of the MACs that the search's rates leave; after the cut, the present share."""
+        assert isinstance(self.search, RateSearch), "only rates replace a budget"
         if state is not None and state["completed"]:
             return Budget({"macs": self.costs.current("macs") / self.costs.baseline("macs")})
         return Budget({"macs": self.search.share_left(self.graph, self.costs)})
@@ -148,12 +247,31 @@ class Pruner:
 
     @property
     def done(self) -> bool:
-        """Whether all rewrites have been done."""
-        return self.completed >= self.num_rewrites
+        """Whether all rewrites have been done and the budget is met."""
+        return self.completed >= self.num_rewrites and not self.missed
+
+    @property
+    def missed(self) -> dict[str, float]:
+        """Metric → share of the baseline, for the costs that are above the budget after the last rewrite."""
+        if self.completed < self.num_rewrites or isinstance(self.search, RateSearch):
+            return {}
+        budget = self.course.budget
+        return above_budget(
+            self.costs, {metric: self.costs.current(metric) for metric in budget.shares}, budget
+        )
 
     def due(self, iteration: int) -> bool:
-        """Whether a rewrite follows after this training iteration (counted from 1)."""
-        return not self.done and iteration >= self.start + (self.completed + 1) * self.interval
+        """Whether a rewrite follows after this training iteration (counted from 1).
+
+        Rewrites are an interval apart at least, also where the first one came late.
+        """
+        return self.completed < self.num_rewrites and iteration >= self._next_iteration()
+
+    def _next_iteration(self) -> int:
+        """Iteration from which on the next rewrite is due."""
+        planned = self.settings.start + (self.completed + 1) * self.interval
+        last = self.history[-1].iteration if self.history else -1
+        return planned if last < 0 else max(planned, last + self.interval)
 
     # ------------------------------------------------------------------ one rewrite
 
@@ -163,47 +281,76 @@ class Pruner:
         Drop the loss and every DDP or compile wrapper before, and wrap again afterwards.
 
         Args:
-            calibration: Yields (images, targets) on the model's device; up to `max_batches` are taken. This is
-                training data, held out from training; never the validation set.
+            calibration: Yields batches, such as (images, targets); up to `max_batches` are taken. This is training
+                data, held out from training; never the validation set.
             iteration: For the record.
 
         Returns:
             What was done.
 
         Raises:
+            SettingError: The budget cannot be met by the groups that have scores; or a single rewrite, or the last one
+                before this, does not meet it.
             RuntimeError: All rewrites have been done, or the ranks disagree about the result.
         """
+        for metric, left in self.missed.items():
+            raise missed(metric, left, self.course.budget)
         if self.done:
             raise RuntimeError(f"all {self.num_rewrites} rewrites have been done; ask `pruner.due` first")
+        check_optimizers(self.model, self.optimizers)
+        self._watch.check_none_forgotten(self.model, self.optimizers)
         batches = self._taken(calibration)
+        self._settle(batches)
         self._remember(batches)
         begin = time.perf_counter()
         self._scores = self.score(batches)
         scored = time.perf_counter()
-        loss_change = self._judge(batches)
+        how = settled(self.repair, batches, self.task, at_once=self.delta >= 1, distributed=self.distributed)
+        loss_change = self._judge(batches, how)
         situation = self._situation(self.course.targets(self.completed + 1), loss_change)
-        decision = self.search.choose(situation)
-        keep = self._agreed(decision.keep)
-        losses = self._losses(loss_change, keep, decision.loss)
+        decision = self._search.choose(situation)
+        with uncompiled():
+            keep = feasible(self.model, self.graph, self._agreed(decision.keep), situation.scores)
+        if self.num_rewrites == 1 and not isinstance(self._search, RateSearch):
+            check_met(situation, keep, self.course.budget)
+        losses = [loss_change.loss_as_it_is(), float(loss_change.measure([keep], repaired=False)[0])]
         moved = self._moved(batches)
         searched = time.perf_counter()
+        mask, lenient = self.graph.keep_mask(keep), self.repair is None
+        repair = RewriteRepair.of_cut(self.model, self.averages, self.graph, mask, how, lenient=lenient)
         record = self._rewrite(keep, iteration, losses, decision.candidates)
+        rewritten = time.perf_counter()
+        repaired = repair(batches, self.task, judged=bool(self._judged), distributed=self.distributed)
         seconds = {
             "score": scored - begin,
             "search": searched - scored,
-            "rewrite": time.perf_counter() - searched,
+            "rewrite": rewritten - searched,
         }
+        if repaired is not None:
+            seconds["repair"] = time.perf_counter() - rewritten
+            record = self._with_repair(record, repaired, batches)
         record = dataclasses.replace(record, seconds=seconds, explanation=[*moved, *self._moved(batches)])
         self.history.append(record)
+        if self.missed and self.distributed.is_main:
+            for metric, left in self.missed.items():
+                log.warning("%s", missed(metric, left, self.course.budget))
         return record
 
-    def score(self, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
+    def _with_repair(self, record: RewriteRecord, repaired: RepairReport, batches: Batches) -> RewriteRecord:
+        """The record with what the repair did, and the loss after it."""
+        loss = float(self._judge(batches).measure([{}])[0])
+        return dataclasses.replace(record, loss=[*record.loss, loss], repair=repaired.describe())
+
+    def score(self, batches: Sequence[Any]) -> dict[int, Tensor]:
         """Group index → (width,) scores of the present network by the criterion; collective over ranks."""
+        self._settle(batches)
+        assert self.criterion is not None
         return score_groups(
             self.model,
             self.graph,
             batches,
             self.criterion,
+            task=self.task,
             distributed=self.distributed,
             autocast=self.autocast,
         )
@@ -215,7 +362,7 @@ class Pruner:
             calibration: As for `step`.
         """
         if self.originals is not None and not self.originals.remembered:
-            with evaluation_mode(self.model):  # reading data draws random numbers
+            with evaluating(self.model, keep_random_state=True):  # reading data draws random numbers
                 self._remember(self._taken(calibration))
 
     def _remember(self, batches: Batches) -> None:
@@ -232,36 +379,69 @@ class Pruner:
         """Mean squared distance of the explanation from the original network's; None where none is followed."""
         if self.originals is None:
             return None
-        with evaluation_mode(self.model):
+        with evaluating(self.model, keep_random_state=True):
             return self._moved(self._taken(calibration))[0]
 
     def _taken(self, calibration: Calibration) -> Batches:
-        """The batches that this rewrite looks at; objects that unpack to (images, targets) will do."""
-        return [(batch[0], batch[1]) for batch in map(tuple, itertools.islice(calibration, self.max_batches))]
+        """The batches that this rewrite looks at."""
+        check_batches(calibration)
+        device = _device_of(self.model)
+        return [
+            to_device(batch, device) for batch in itertools.islice(calibration, self.settings.max_batches)
+        ]
 
-    def _judge(self, batches: Batches) -> LossChange:
+    def _settle(self, batches: Batches) -> None:
+        """Choose what was left open by what the batches hold, once, and say so. Collective."""
+        if self._judged is not None:
+            return
+        evidence = look(self.task, self.model, batches, self.distributed, self.autocast)
+        if isinstance(self.search, (GreedySearch, SensitivitySearch)) and evidence.problem is not None:
+            raise evidence.problem
+        said = []
+        if self.criterion is None:
+            name, reason = evidence.criterion()
+            self.criterion = make_criterion(name)
+            said.append(f"criterion {name}, since {reason}")
+        if self.search is None:
+            self.search = build_search(evidence.search())
+            said.append(f"search {evidence.search()}")
+        if said and self.distributed.is_main:
+            usual = evidence.targets == "classes" and evidence.judged
+            log.log(logging.INFO if usual else logging.WARNING, "pruning by %s", "; ".join(said))
+        self._judged = evidence.judged
+
+    @property
+    def _search(self) -> Search:
+        assert self.search is not None, "settled before"
+        return self.search
+
+    def _judge(self, batches: Batches, how: RepairSettings | None = None) -> LossChange:
+        """What judges candidates: as they are, or as a repair would leave them."""
+        repair = None
+        if how is not None and how.method == "least-squares":
+            repair = LocalRepair(
+                self.model, self.graph, batches, task=self.task, distributed=self.distributed
+            )
         return LossChange(
             self.model,
             self.graph,
-            batches[: self.judge_batches],
-            loss=self.loss,
+            batches[: self.settings.judge_batches] if self._judged else [],
+            task=self.task,
             distributed=self.distributed,
             autocast=self.autocast,
+            repair=repair,
         )
 
     def _situation(self, targets: Mapping[str, float], loss_change: LossChange | None) -> Situation:
         scores = {index: values.numpy() for index, values in self._scores.items()}
-        return Situation(self.graph, self.costs, scores, targets, loss_change)
+        situation = Situation(self.graph, self.costs, scores, targets, loss_change)
+        check_scored(situation, self.course.budget)
+        return situation
 
     def _agreed(self, keep: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
         """Rank 0's choice, for all ranks. They computed the same one; this makes it certain."""
         plain = self.distributed.broadcast_object({str(index): kept.tolist() for index, kept in keep.items()})
         return {int(index): np.array(kept, dtype=np.int64) for index, kept in plain.items()}
-
-    @staticmethod
-    def _losses(judge: LossChange, keep: Mapping[int, np.ndarray], after: float | None) -> list[float]:
-        """Calibration loss before and after, measured only as far as the search has not done so."""
-        return [judge.loss_as_it_is(), float(judge.measure([dict(keep)])[0]) if after is None else after]
 
     def _rewrite(
         self,
@@ -270,18 +450,24 @@ class Pruner:
         losses: list[float],
         candidates: Sequence[Candidate],
     ) -> RewriteRecord:
-        before = {metric: self.costs.current(metric) for metric in self.course.budget.shares}
+        metrics = list(self.course.budget.shares)
+        before = {metric: self.costs.current(metric) for metric in metrics}
         borders = {self.graph.groups[index].name: self._border(index, kept) for index, kept in keep.items()}
-        taps = () if self.originals is None else self.originals.present.taps
+        drop_graphs(self.model)
+        if self.distributed.is_main:
+            warn_of_leftovers(self.model, self.optimizers)
+        taps = () if self.originals is None else self.originals.taps
         staying = staying_channels(self.graph, self.graph.keep_mask(keep), taps)
-        report = prune_channels(
-            self.model,
-            self.graph,
-            keep,
-            optimizers=[] if self.optimizer is None else [self.optimizer],
-            emas=[] if self.ema is None else [self.ema],
-        )
-        self.costs.refresh()
+        with uncompiled():
+            report = prune_channels(
+                self.model,
+                self.graph,
+                keep,
+                optimizers=self.optimizers,
+                emas=self.averages,
+                check=False,  # tried when it was chosen
+            )
+            self.costs.refresh()
         if self.originals is not None:
             self.originals.follow(staying)
         self.completed += 1
@@ -292,10 +478,10 @@ class Pruner:
             rewrite=self.completed,
             iteration=iteration,
             widths={name: list(widths) for name, widths in report.widths.items()},
-            costs={m: [before[m], self.costs.current(m), self.costs.baseline(m)] for m in before},
+            costs={m: [before[m], self.costs.current(m), self.costs.baseline(m)] for m in metrics},
             loss=losses,
             scores=borders,
-            candidates=[dataclasses.asdict(candidate) for candidate in candidates[:8]],
+            candidates=[dataclasses.asdict(candidate) for candidate in candidates[:_NUM_CANDIDATES_KEPT]],
             seconds={},
         )
 
@@ -307,36 +493,24 @@ class Pruner:
 
     # ------------------------------------------------------------------ looking ahead and around
 
-    def dry_run(self, calibration: Calibration) -> list[dict[str, Any]]:
-        """What would go, and when, if the network did not change by training: nothing is rewritten.
+    def dry_run(self, calibration: Calibration) -> list[ForecastRow]:
+        """The rewrites that are left, if the network did not change by training; nothing is rewritten.
 
         Args:
             calibration: As for `step`.
 
         Returns:
-            A row per rewrite that is left: `rewrite`, `iteration`, `costs` (metric → share of the baseline) and
-            `widths` (group name → width) after it. Candidates are judged by the estimate alone.
+            A row per rewrite: `rewrite`, `iteration`, `costs` (metric → share of the baseline) and `widths` (group
+            name → width) after it. Candidates are judged by the estimate alone.
         """
         batches = self._taken(calibration)
+        self._settle(batches)
         self._remember(batches)
         self._scores = self.score(batches)
-        judge = self._judge(batches)
-        search = GreedySearch(shortlist=1) if isinstance(self.search, GreedySearch) else self.search
-        situation, rows = self._situation({}, judge), []
-        for rewrite in range(self.completed + 1, self.num_rewrites + 1):
-            situation.targets = self.course.targets(rewrite)
-            search.choose(situation)
-            rows.append(
-                {
-                    "rewrite": rewrite,
-                    "iteration": self.start + rewrite * self.interval,
-                    "costs": {
-                        metric: self.costs.cost(metric, situation.mask) / self.costs.baseline(metric)
-                        for metric in self.course.budget.shares
-                    },
-                    "widths": {group.name: situation.width(group) for group in situation.groups},
-                }
-            )
+        numbers = range(self.completed + 1, self.num_rewrites + 1)
+        rows = forecast(self._search, self._situation({}, self._judge(batches)), self.course, numbers)
+        for number, row in enumerate(rows):
+            row["iteration"] = self._next_iteration() + number * self.interval
         return rows
 
     def latest_scores(self) -> dict[str, Tensor]:
@@ -353,36 +527,31 @@ class Pruner:
             ValueError: No group has such a module.
         """
         group = self.graph.group(layer)
-        members = sorted({member.tensor.rpartition(".")[0] for member in self.graph.members(group)})
-        lines = [
-            f"group {group.name}: {group.width} of {group.original_width} units × {group.channels_per_unit} channels",
-            f"  coupled modules: {', '.join(members)}",
-        ]
-        if not group.prunable:
-            lines.append(f"  cannot be pruned: {group.reason}")
-        else:
-            lines.append(f"  may shrink to {self.graph.allowed_widths(group)[0]}")
-        lines += [f"  note: {note}" for note in group.notes]
-        if group.index in self._scores and len(self._scores[group.index]) == group.width:
-            scores = self._scores[group.index]
-            lines.append(
-                f"  scores: {scores.min():.4g} … {scores.median():.4g} … {scores.max():.4g} (least, median, most)"
-            )
-        for record in self.history:
-            if group.name in record.widths:
-                before, after = record.widths[group.name]
-                lines.append(
-                    f"  rewrite {record.rewrite} after iteration {record.iteration}: {before} → {after}"
-                )
-        return "\n".join(lines)
+        return describe_group(self.graph, group, self._present_scores(group), self.history)
 
-    def save(self, path: str | Path, factory: Callable[[], nn.Module] | None = None) -> None:
-        """Write the network with its structure; `load_pruned` reads it. `factory` builds a class of your own."""
-        save_pruned(path, self.model, factory=factory)
+    def _present_scores(self, group: Group) -> Tensor | None:
+        """Scores of a group's present channels; None where there are none, or it has shrunk since."""
+        scores = self._scores.get(group.index)
+        return scores if scores is not None and len(scores) == group.width else None
+
+    def save(
+        self,
+        path: str | Path,
+        factory: Callable[[], nn.Module] | None = None,
+        builder: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        """Write the network with its structure; `load_pruned` reads it.
+
+        Args:
+            path: The file.
+            factory: Builds a class of your own, unpruned; needed to load, too.
+            builder: A function of torchvision or timm with its arguments, where it was not recognised.
+        """
+        save_pruned(path, self.model, factory=factory, builder=builder)
 
     # ------------------------------------------------------------------ checkpoints
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> PrunerState:
         """Progress as plain data; the widths themselves are in the checkpoint's structure."""
         return {
             "completed": self.completed,
@@ -397,71 +566,87 @@ class Pruner:
 
 def _check_arguments(
     model: nn.Module,
-    example_images: Tensor,
+    example: object,
     criterion: object,
     budget: object,
     search: object,
-    optimizer: torch.optim.Optimizer | None,
 ) -> None:
-    """What cannot work, said before it fails in another place.
+    """Refuse arguments that would fail later, with a message that says what to give instead.
 
     Raises:
-        ConfigError: Naming what to give instead.
+        ConfigError: Naming the argument.
     """
-    wrapped = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(
-        model, "_orig_mod"
-    )
-    check(
-        not wrapped,
-        f"{type(model).__name__}: give the bare network (`model.module`, or what torch.compile was given), and wrap it "
-        "again after every rewrite",
-    )
-    check(not torch.is_inference_mode_enabled(), "pruning within torch.inference_mode(): leave that first")
-    check(len(example_images) > 0, "example_images holds no picture: give one or two of the final size")
-    check(
-        budget is not None or isinstance(search, RateSearch), "budget=None: give what may remain, such as 0.5"
-    )
-    check(
-        isinstance(criterion, (str, Criterion)),
-        f"criterion={criterion!r}: give a name or an object, such as Taylor() (not the class)",
-    )
-    check(
-        not isinstance(optimizer, torch.optim.LBFGS),
-        "LBFGS keeps all parameters in one vector, which cannot be cut: prune with another optimizer",
-    )
+    check_bare(model)
+    if torch.is_inference_mode_enabled():
+        raise ConfigError("pruning within torch.inference_mode(): leave that first")
+    check_example(example)
+    if budget is None and not isinstance(search, RateSearch):
+        raise SettingError("budget", None, "give the share that may remain, such as 0.5")
+    if criterion is not None and not isinstance(criterion, (str, Criterion)):
+        raise SettingError(
+            "criterion", criterion, "give a name or an object, such as Taylor() (not the class)"
+        )
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def prune(
     model: nn.Module,
-    example_images: Tensor,
+    example: Example,
     *,
-    budget: Budget | Mapping[str, float] | float = 0.5,
-    criterion: str | Criterion = "magnitude",
+    budget: Budget | Mapping[str, float] | float = DEFAULT_SHARE,
+    criterion: str | Criterion | None = None,
     calibration: Calibration = (),
     search: str | Search = "global",
     constraints: Constraints | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: OptimizerGiven = None,
+    training_example: Example | None = None,
+    pairs: Iterable[tuple[str, str]] = (),
+    forward: Forward | None = None,
+    loss: Loss | None = None,
+    mode: Mode = "eval",
+    repair: Method | RepairSettings | None = None,
 ) -> RewriteRecord:
     """Make a network smaller at once, in place. Within a process group all ranks call it together.
 
     Args:
         model: Any traceable network; rewritten in place.
-        example_images: (N, 3, H, W) of the size that costs are counted at.
+        example: A tensor such as images (N, 3, H, W), a tuple or mapping of arguments, or a list; see `Pruner`.
         budget: Metric → share that may remain, or a share of the MACs.
-        criterion: What makes a channel important; those that look at data need `calibration`.
-        calibration: Yields (images, targets).
-        search: `global`, `uniform` or `greedy` (which needs `calibration`).
+        criterion: What makes a channel important; those that look at data need `calibration`. By default magnitude
+            without calibration batches; with them, what fits their targets (see `Pruner`).
+        calibration: Yields batches: (images, targets), or what `forward` and `loss` take.
+        search: One of `search_names()`; `greedy` needs `calibration`.
         constraints: Rounding, least widths, modules to leave alone.
-        optimizer: Its state is rewritten too.
+        optimizer: Its state is rewritten too; or a list.
+        training_example, pairs: See `Pruner`.
+        forward: (batch) → outputs; see `Pruner`.
+        loss: (outputs, batch) → loss; see `Pruner`.
+        mode: "train" for networks that return their losses only while they train.
+        repair: How the cut is repaired; see `Pruner`.
 
     Returns:
-        What was done. The calibration losses are NaN without calibration data.
+        What was done. The calibration losses are NaN without calibration data, or where no loss is known.
 
     Raises:
         ConfigError: An impossible budget.
     """
     pruner = Pruner(
-        model, example_images, criterion=criterion, budget=budget, search=search, constraints=constraints,
-        optimizer=optimizer, delta=1.0,
-    )  # fmt: skip
+        model,
+        example,
+        criterion=criterion,
+        budget=budget,
+        search=search,
+        constraints=constraints,
+        optimizer=optimizer,
+        training_example=training_example,
+        pairs=pairs,
+        forward=forward,
+        loss=loss,
+        mode=mode,
+        repair=repair,
+        delta=1.0,
+    )
     return pruner.step(calibration)

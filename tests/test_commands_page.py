@@ -25,12 +25,14 @@ PAGE = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 #: Cell of flags alone → the beginning of the command that they go with, and values where the cell has none.
 FLAGS = {
     "the same names: `--lamda`, `--smoothness-loss-coeff`, `--temperature`": (
-        "python -m explainers train-selector ", "--lamda 0.3 --smoothness-loss-coeff 0.002 --temperature 0.7",
+        "python -m explainers train-selector ",
+        "--lamda 0.3 --smoothness-loss-coeff 0.002 --temperature 0.7",
     ),
     "`--stochastic --drop-percent 0.3`": (
-        "python main.py DATA --arch vgg16_bn_voc_x8 --multi-label --teacher ", "--stochastic --drop-percent 0.3",
+        "python main.py DATA --arch vgg16_bn_voc_x8 --multi-label --teacher ",
+        "--stochastic --drop-percent 0.3",
     ),
-}  # fmt: skip
+}
 
 
 def cells() -> list[str]:
@@ -70,9 +72,15 @@ def workspace(tmp_path: Path) -> Iterator[Path]:
 def test_the_page_has_commands() -> None:
     assert len(cells()) == len(commands()) >= 21
     assert {command.split()[3] for command in commands() if " -m explainers " in command} == {
-        "train-predictor", "train-selector", "visualize", "localize",
-        "train-casm", "score-casm", "eval-casm", "plot-casm",
-    }  # fmt: skip
+        "train-predictor",
+        "train-selector",
+        "visualize",
+        "localize",
+        "train-casm",
+        "score-casm",
+        "eval-casm",
+        "plot-casm",
+    }
 
 
 @pytest.mark.parametrize("command", commands(), ids=name_of)
@@ -82,13 +90,13 @@ def test_every_word_is_understood(command: str, tmp_path: Path) -> None:
     configs = made.parse()
     recipe = recipe_of(command.split())
     if recipe:
-        assert configs["model"].arch == recipe["arch"]
-        assert configs["train"].epochs == recipe["epochs"]
+        assert configs.model.arch == recipe["arch"]
+        assert configs.train.epochs == recipe["epochs"]
     if made.given("--lamda"):
-        weights = configs["explainer"].weights(224)
+        weights = configs.explainer.weights(224)
         assert (weights.area, weights.smoothness, weights.temperature) == (0.3, 0.002, 0.7)
     if made.given("--stochastic"):
-        assert (configs["distill"].stochastic, configs["distill"].drop_percent) == (True, 0.3)
+        assert (configs.distill.stochastic, configs.distill.drop_percent) == (True, 0.3)
 
 
 @pytest.mark.slow
@@ -146,10 +154,12 @@ def assert_trained(command: SmallCommand) -> None:
 
 
 def assert_looked(command: SmallCommand, output: str) -> None:
-    """Figures in a table, or pages of pictures."""
+    """Figures in a table, or pages of images."""
     words = {
-        "localize": ("gcam", "auc"), "score-casm": ("f1a", "om", "centre"), "eval-casm": ("inpainted", "model_best"),
-    }  # fmt: skip
+        "localize": ("gcam", "auc"),
+        "score-casm": ("f1a", "om", "centre"),
+        "eval-casm": ("inpainted", "model_best"),
+    }
     for word in words.get(command.program, ()):
         assert re.search(rf"\b{word}\b", output), f"{word} is not in\n{output}"
     pages = {"visualize": "masks.png", "plot-casm": "plots/page-*.png"}

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.commands import ROOT, run, shortened
+from support.commands import ROOT, run_here, shortened
 
 
 def demo_commands(folder: Path) -> list[str]:
@@ -20,8 +20,12 @@ def demo_commands(folder: Path) -> list[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     printed = subprocess.run(
         ["make", "--dry-run", "--old-file", ".venv/.installed", "demo", f"DEMO={folder}"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
-    ).stdout.replace("\\\n", " ")  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.replace("\\\n", " ")
     return [line for line in printed.splitlines() if line.strip()]
 
 
@@ -38,7 +42,7 @@ def test_the_demo_ends_with_a_report(tmp_path: Path) -> None:
             del words[-2:]  # the demo's own workspace
         if "prune.yaml" in command:
             words += shlex.split("--pruning-step 1 --pruning-delta 0.25 --calibration-batches 1")
-        result = run(words, cache=tmp_path / "cache", timeout=600)
+        result = run_here(words, tmp_path / "cache")
         assert result.returncode == 0, f"{words}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert [stage["kind"] for stage in report["stages"]] == ["training", "pruning", "fine-tuning"]

@@ -100,17 +100,23 @@ class TestInstallScript:
     def dry_run(self, *arguments: str) -> list[str]:
         result = subprocess.run(
             [str(ROOT / "docker" / "install.sh"), "--dry-run", *arguments],
-            env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            env=os.environ | {"PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return [line for line in result.stdout.splitlines() if line.startswith("+ ")]
 
     def test_derives_its_list_from_pyproject(self):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        names = {name_of(line) for line in project["dependencies"]}
+        lines = list(project["dependencies"])
+        for extra in ("train", "explain", "report", "timm"):
+            lines += project["optional-dependencies"][extra]
+        names = {name_of(line) for line in lines} - {"lucidprune"}
         steps = self.dry_run()
         installed = {name_of(word) for word in steps[0].split() if ">=" in word}
-        assert installed - {"timm"} == names - {"torch", "torchvision", "nvidia-dali-cuda120"}
-        assert "timm" in installed
+        assert installed == names - {"torch", "torchvision", "nvidia-dali-cuda120"}
+        assert {"numpy", "pillow", "scipy", "jinja2", "timm"} <= installed
 
     def test_keeps_what_the_image_brings(self):
         dependencies, package, check = self.dry_run()
@@ -136,8 +142,10 @@ class TestInstallScript:
         )
         result = subprocess.run(
             [str(ROOT / "docker" / "install.sh"), "--dry-run"],
-            env=os.environ | {"PYTHON": str(tmp_path / "python")}, capture_output=True, text=True,
-        )  # fmt: skip
+            env=os.environ | {"PYTHON": str(tmp_path / "python")},
+            capture_output=True,
+            text=True,
+        )
         assert result.returncode == 1
         assert "no PyTorch here" in result.stderr
 
@@ -189,7 +197,7 @@ class TestKubernetes:
         volumes = {volume["name"] for volume in pod["volumes"]}
         assert {mount["name"] for mount in container["volumeMounts"]} == volumes
 
-    def test_saved_is_no_failure(self):
+    def test_exit_status_of_a_saved_run_is_not_a_failure(self):
         _, job = kubernetes()
         rule = job["spec"]["podFailurePolicy"]["rules"][0]
         assert rule["action"] == "Ignore"
@@ -198,14 +206,11 @@ class TestKubernetes:
             rule["onExitCodes"]["containerName"] == job["spec"]["template"]["spec"]["containers"][0]["name"]
         )
 
-    @pytest.mark.parametrize("resumed", [False, True])
-    def test_command_starts_the_launcher(self, tmp_path, resumed):
+    def test_command_starts_the_launcher(self, tmp_path):
         _, job = kubernetes()
         pod = job["spec"]["template"]["spec"]
         record = tmp_path / "python.json"
         executable(tmp_path / "python", recorder(record))
-        if resumed:
-            (tmp_path / "checkpoint.pth.tar").touch()
         environment = {"NNODES": "2", "JOB_COMPLETION_INDEX": "1", "WORKSPACE": str(tmp_path)}
         path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
         subprocess.run(pod["containers"][0]["command"], env=environment | path, check=True)
@@ -216,7 +221,8 @@ class TestKubernetes:
         assert (args.nnodes, args.node_rank, args.master_addr) == ("2", 1, "lucidprune-0.lucidprune")
         assert pod["terminationGracePeriodSeconds"] > args.shutdown_timeout
         assert args.training_script == "./main.py"
-        assert (["--resume", f"{tmp_path}/checkpoint.pth.tar"] == args.training_script_args[-2:]) is resumed
+        assert args.training_script_args[-2:] == ["--resume", "auto"]  # no pod decides it for itself
+        assert {"cpu", "memory"} <= pod["containers"][0]["resources"]["requests"].keys()
 
 
 class TestSlurm:
@@ -228,9 +234,14 @@ class TestSlurm:
             folder / "scontrol", f'#!/bin/sh\necho "$@" >>{folder}/scontrol.txt\necho node-a\necho node-b\n'
         )
         environment = {
-            "PATH": f"{folder}:{os.environ['PATH']}", "WORKSPACE": str(folder), "SLURM_JOB_ID": "1234567",
-            "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8",
-        }  # fmt: skip
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "WORKSPACE": str(folder),
+            "SLURM_JOB_ID": "1234567",
+            "SLURM_JOB_NODELIST": "node-[a-b]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_GPUS_ON_NODE": "8",
+            "SLURM_CPUS_PER_TASK": "64",
+        }
         command = ["bash", str(self.SCRIPT), "/data/imagenet", "--arch", "resnet50"]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
@@ -238,18 +249,22 @@ class TestSlurm:
         process = self.start(tmp_path, recorder(tmp_path / "srun.json"))
         process.communicate(timeout=30)
         assert process.returncode == 0
-        _, python, script, *arguments = json.loads((tmp_path / "srun.json").read_text())
+        _, cores, python, script, *arguments = json.loads((tmp_path / "srun.json").read_text())
+        assert cores == "--cpus-per-task=64"
         assert (python, script) == ("python", "./multiproc.py")
         args = multiproc.parse(arguments)
         assert (args.nnodes, args.nproc_per_node, args.rdzv_backend) == ("2", "8", "c10d")
         assert re.fullmatch(r"node-a:\d{5}", args.rdzv_endpoint)
         assert args.training_script_args[:3] == ["/data/imagenet", "--arch", "resnet50"]
+        assert args.training_script_args[-2:] == ["--resume", "auto"]
         assert "requeue" not in (tmp_path / "scontrol.txt").read_text()
         limit = re.search(r"--signal=B:USR1@(\d+)", self.SCRIPT.read_text())
         assert limit is not None
         assert int(limit[1]) > args.shutdown_timeout
 
-    def test_saved_after_the_signal_is_queued_again(self, tmp_path):
+    @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
+    def test_saved_after_the_signal_is_queued_again(self, tmp_path, signum):
+        """SIGTERM would make srun kill its tasks: they get SIGUSR1 for it."""
         process = self.start(
             tmp_path,
             f"#!/bin/bash\ntrap 'sleep 0.5; exit {EXIT_SAVED}' USR1\ntouch {tmp_path}/up\n"
@@ -257,7 +272,7 @@ class TestSlurm:
         )
         while not (tmp_path / "up").exists():
             time.sleep(0.05)
-        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signum)
         output, _ = process.communicate(timeout=30)
         assert process.returncode == EXIT_SAVED, output
         assert "requeue 1234567" in (tmp_path / "scontrol.txt").read_text()
@@ -293,8 +308,12 @@ class TestMakefile:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
         return subprocess.run(
             ["make", "--dry-run", f"VENV={folder}/venv", target],
-            cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
-        ).stdout.splitlines()  # fmt: skip
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
 
     @pytest.mark.parametrize("target", ["test", "demo", "lint", "docs", "benchmarks"])
     def test_everything_installs_first(self, tmp_path, target):
@@ -321,8 +340,10 @@ class TestMakefile:
         executable(tmp_path / "python3", "#!/bin/sh\nexit 1\n")
         result = subprocess.run(
             ["make", f"VENV={tmp_path}/venv", f"PYTHON={tmp_path}/python3", "install"],
-            cwd=ROOT, capture_output=True, text=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         assert result.returncode != 0
         assert "Python 3.11 or newer is needed: make install PYTHON=python3.12" in result.stderr
 

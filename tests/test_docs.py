@@ -16,17 +16,29 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from support.commands import ROOT, SHORT, commands_in, other_lines, run, shortened
+from support.commands import ROOT, SHORT, commands_in, other_lines, run_here, shortened
 from support.miniatures import write_imagenet
 from support.published_networks import PhotoResNet, prefixed
 
 from image_classification.models import create_model
-from pruning.structure import save_pruned
+from pruning.files.saved_network import save_pruned
 
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
 WITH_COMMANDS = [name for name, text in PAGES.items() if commands_in(text)]
-WITH_PYTHON = [name for name, text in PAGES.items() if "```python" in text]
+#: Pages about networks of other libraries, which may be missing: page → modules.
+FOREIGN = {
+    "howto/detection.md": ("torchvision",),
+    "howto/huggingface.md": ("transformers", "safetensors"),
+    "howto/monai.md": ("monai",),
+    "howto/segmentation.md": ("segmentation_models_pytorch",),
+    "howto/yolo.md": ("ultralytics",),
+}
+WITH_PYTHON = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in FOREIGN else [])
+    for name, text in PAGES.items()
+    if "```python" in text
+]
 #: Later flags win over the documents'.
 SMALL = ["--calibration-batches", "1", "--pruning-step", "1", "--pruning-delta", "0.25"]
 
@@ -61,7 +73,7 @@ def places(page: str, folder: Path, tmp_path: Path) -> dict[str, str]:
     own = {
         "howto/latency.md": {
             "runs/pretrain/checkpoint.pth.tar": str(folder / "resnet18.pth.tar"),
-            "latency=0.7": "latency=0.99",  # most of what two pictures of 32 pixels take does not depend on widths
+            "latency=0.7": "latency=0.99",  # most of what two images of 32 pixels take does not depend on widths
         },
         "howto/export.md": {" checkpoint.pth.tar": f" {folder / 'small.pth.tar'}"},
         "howto/import.md": {
@@ -69,6 +81,18 @@ def places(page: str, folder: Path, tmp_path: Path) -> dict[str, str]:
             " imported.pth.tar": f" {tmp_path / 'imported.pth.tar'}",
             " masked.pth.tar": f" {folder / 'masked.pth.tar'}",
             " shrunk.pth.tar": f" {tmp_path / 'shrunk.pth.tar'}",
+        },
+        "howto/compress.md": {
+            "/data/images": str(folder / "imagenet"),
+            "macs=0.9,0.8,0.7,0.6,0.5": "macs=0.9,0.7",
+            "compress ": "compress --no-latency --image-size 32 ",
+            "export small.pth.tar": f"export {tmp_path / 'small.pth.tar'}",
+            "weights small.pth.tar": f"weights {tmp_path / 'small.pth.tar'}",
+        },
+        "howto/benchmark-machine.md": {
+            "--gpus 1 2 4 8 --backends synthetic dali-gpu dali-cpu pytorch": "--gpus 1 --device cpu",
+            "--precision tf32 amp bf16 --batch-size 256": "--arch resnet20 --image-size 32 -b 2 --iterations 8",
+            "throughput.json": str(tmp_path / "throughput.json"),
         },
         "methods/attribution.md": {" checkpoint.pth.tar": f" {folder / 'small.pth.tar'}"},
     }
@@ -104,7 +128,7 @@ def words_of(command: str, page: str, folder: Path, tmp_path: Path) -> list[str]
 def test_commands_run_in_order(page: str, folder: Path, tmp_path: Path) -> None:
     for command in commands_in(PAGES[page]):
         words = words_of(command, page, folder, tmp_path)
-        result = run(words, cache=folder / "cache", timeout=600)
+        result = run_here(words, folder / "cache")
         assert result.returncode == 0, f"{words}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     if page == "tutorial.md":  # the page on the report shows the tutorial's last command with another folder
         assert (tmp_path / "runs" / "tutorial" / "report.html").is_file()
@@ -126,25 +150,36 @@ def test_the_job_of_the_slurm_page_runs(folder: Path, tmp_path: Path) -> None:
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     stand_in(bin_folder / "python", f'exec {sys.executable} "$@"')
-    stand_in(bin_folder / "srun", 'test "$1" = --kill-on-bad-exit=0 && shift && exec "$@"')
+    stand_in(bin_folder / "srun", 'test "$1" = --kill-on-bad-exit=0 && shift 2 && exec "$@"')
     stand_in(bin_folder / "scontrol", "echo localhost")
     words = [str(folder / "imagenet") if word == "/data/imagenet" else word for word in words]
     words += [word for flag in SHORT.items() for word in flag] + ["--data-backend", "pytorch", *SMALL]
     environment = {
-        "PATH": f"{bin_folder}:{os.environ['PATH']}", "WORKSPACE": str(tmp_path / "run"), "SLURM_JOB_ID": "1234567",
-        "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2",
-        "OMP_NUM_THREADS": "1", "LUCIDPRUNE_CACHE": str(folder / "cache"),
-    }  # fmt: skip
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "WORKSPACE": str(tmp_path / "run"),
+        "SLURM_JOB_ID": "1234567",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_GPUS_ON_NODE": "2",
+        "OMP_NUM_THREADS": "1",
+        "LUCIDPRUNE_CACHE": str(folder / "cache"),
+    }
     result = subprocess.run(
         ["bash", script, *words],
-        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     assert (tmp_path / "run" / "checkpoint.pth.tar").is_file()
 
 
 #: Beginning of a shell line that is no Python program → the test that runs it.
 ELSEWHERE = {
+    "pip install": "test_library_alone.py::test_the_wheel_in_a_fresh_environment",
     "make demo": "test_demo.py::test_the_demo_ends_with_a_report",
     "sbatch": "test_docs.py::test_the_job_of_the_slurm_page_runs",
 }
@@ -169,6 +204,8 @@ def test_every_shell_line_is_run_by_a_test() -> None:
 
 @pytest.mark.parametrize("page", WITH_PYTHON)
 def test_python_runs_as_printed(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in FOREIGN.get(page, ()):
+        pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names: dict[str, Any] = {}
@@ -192,7 +229,7 @@ def test_recipes_and_make_targets_that_are_named_exist() -> None:
     for path in set(re.findall(r"\b(?:configs|docker|benchmarks)/[\w./-]*\w", text)):
         assert (ROOT / path).exists(), path
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE)):
+    for target in set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
@@ -204,3 +241,15 @@ def test_relative_links_lead_somewhere() -> None:
 
 def test_enough_is_documented() -> None:
     assert len(WITH_COMMANDS) >= 9
+
+
+def test_where_is_what_names_files_that_are_there() -> None:
+    """Every answer of the newcomer's questions names at most two files besides a page, and they exist."""
+    text = PAGES["where-is-what.md"]
+    rows = [row for row in text.splitlines() if row.startswith("| ") and "?" in row.split("|")[1]]
+    assert len(rows) >= 12
+    for row in rows:
+        answer = row.split("|")[2]
+        files = re.findall(r"`([\w/.]+\.(?:py|j2))`", answer)
+        assert all((ROOT / file).is_file() for file in files), row
+        assert 1 <= len(files) + len(re.findall(r"\]\(howto/", answer)) <= 2, row

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import math
 import re
+import shutil
+import time
 import warnings
 from pathlib import Path
 
@@ -16,10 +19,12 @@ from rich.console import Console as RichConsole
 from torch import nn
 
 from image_classification.config import ConfigError
-from image_classification.console import Console
-from image_classification.log import METRICS, VALIDATION_METRICS, LogConfig, Logger
-from image_classification.meters import StepClock, latency_figures
-from image_classification.report import Report, read_report, unused_path
+from image_classification.file_writing import unused_path
+from image_classification.observe.console import Console
+from image_classification.observe.figures import FIGURES, Figure
+from image_classification.observe.json_report import Report, read_report
+from image_classification.observe.log import LogConfig, Logger
+from image_classification.observe.meters import StepClock, latency_figures
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,7 +38,7 @@ def console(print_freq: int = 10, live: bool = False, **options: object) -> tupl
 class TestReport:
     def test_lines_are_those_of_the_field(self, tmp_path):
         report = Report(tmp_path / "sub" / "raport.json")
-        report.metadata("train.loss", {"unit": "s", "format": ":.5f"})
+        report.describe("train.loss", Figure(".5f", "s"))
         report.log((3, 100), {"train.loss": 0.5, "array": np.float32(0.25), "tensor": torch.tensor([1, 2])})
         report.log((3,), {"val.top1": math.nan, "inf": math.inf})
         report.log((), {})
@@ -78,18 +83,16 @@ class TestReport:
 
     def test_report_that_cannot_be_opened_stops_before_training(self, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(ConfigError, match=r"--raport-file .*file/raport.json cannot be written"):
+        with pytest.raises(ConfigError, match="raport_file="):
             Logger(LogConfig(raport_file="file/raport.json"), tmp_path)
         (tmp_path / "folder").mkdir()
-        with pytest.raises(ConfigError, match="--raport-file"):
+        with pytest.raises(ConfigError, match="raport_file="):
             Logger(LogConfig(raport_file="folder"), tmp_path)
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
     def test_full_disk_warns_once_and_training_goes_on(self):
-        report = Report.__new__(Report)
-        report.path, report._start, report._failed = Path("/dev/full"), 0.0, False
-        report._file = open("/dev/full", "w")  # noqa: SIM115
-        with pytest.warns(UserWarning, match=r"/dev/full is incomplete: No space left"):
+        report = Report(Path("/dev/full"))
+        with pytest.warns(UserWarning, match="/dev/full"):
             report.log((0, 1), {"train.loss": 1.0})
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -106,6 +109,8 @@ class TestReport:
 
 
 def test_documented_keys_are_the_logged_keys_with_their_units():
+    for owner in ("main", "explainers.aem.selector_callbacks", "explainers.casm.casm_trainer"):
+        importlib.import_module(owner)
     rows = re.findall(
         r"^\| `(\w+\.\w+)` \| ?(.*?) ?\|", (ROOT / "docs" / "report-keys.md").read_text(), re.MULTILINE
     )
@@ -113,8 +118,11 @@ def test_documented_keys_are_the_logged_keys_with_their_units():
     documented = {
         key: unit or None for key, unit in rows if key.partition(".")[0] not in ("pruning", "score", "width")
     }
-    logged = METRICS | {f"val.{key}": entry for key, entry in VALIDATION_METRICS.items()}
-    assert documented == {key: unit for key, (unit, _) in logged.items()}
+    described_together = ("pruning", "gates", "val_ema")
+    logged = {
+        key: figure.unit for key, figure in FIGURES.items() if key.partition(".")[0] not in described_together
+    }
+    assert documented == logged
 
 
 class TestStepClock:
@@ -179,7 +187,6 @@ class TestConsole:
 
     def test_epoch_line_has_units_and_formats(self):
         plain, screen = console()
-        plain.metadata("val.top1", {"unit": "%", "format": ":.2f"})
         plain.log((3, 10), {"val.top1": 1.0})
         plain.log((3,), {"val.top1": 76.123, "pruning.num_groups": 36, "name": "resnet50"})
         plain.log((), {"val.top1": 77.0})
@@ -200,7 +207,7 @@ class TestConsole:
         def train() -> None:
             with live.progress(5, "Train") as task:
                 task.update({"loss": 1.5})
-                live._display.refresh()
+                time.sleep(0.3)  # the display is drawn four times a second
                 live.message("a message")
                 raise ValueError("boom")
 
@@ -210,7 +217,6 @@ class TestConsole:
         assert "loss 1.5" in text
         assert "a message" in text
         assert text.rindex("\x1b[?25h") > text.rindex("Train")  # the cursor is shown again, last of all
-        assert live._display is None
 
     def test_nested_displays(self):
         live, screen = console(live=True)
@@ -218,8 +224,9 @@ class TestConsole:
             with live.progress(3, "Validate") as inner:
                 inner.update(advance=3)
             outer.update(advance=2)
-        assert "Validate" in screen.getvalue()
-        assert live._display is None
+        text = screen.getvalue()
+        assert "Validate" in text
+        assert text.rindex("\x1b[?25h") > text.rindex("Train")
 
     def test_log_of_the_rank_on_a_terminal(self, tmp_path, monkeypatch):
         monkeypatch.setenv("RANK_ON_TERMINAL", "1")
@@ -252,8 +259,7 @@ class TestLogger:
             e["metric"]: e["metadata"] for e in read_report(tmp_path / "r.json") if e["type"] == "METADATA"
         }
         assert metadata["train.total_ips"] == {"unit": "img/s", "format": ":.2f"}
-        assert set(METRICS) <= set(metadata)
-        assert {f"val_ema.{key}" for key in VALIDATION_METRICS} <= set(metadata)
+        assert set(metadata) == {key for key, figure in FIGURES.items() if figure.format or figure.unit}
 
     def test_figures_reach_every_output(self, logger, tmp_path, capsys):
         logger.log_parameters({"lr": 0.1})
@@ -274,12 +280,12 @@ class TestLogger:
         }
         assert "Epoch 0:  train.loss 1.50000  val.top1 50.00 %" in capsys.readouterr().out
 
-    def test_pictures_histograms_and_graph(self, logger, tmp_path):
+    def test_images_histograms_and_graph(self, logger, tmp_path):
         from torchvision.io import write_png
 
-        picture = (torch.rand(3, 8, 9) * 255).to(torch.uint8)
-        write_png(picture, str(tmp_path / "p.png"))
-        logger.image("a", picture, 1)
+        image = (torch.rand(3, 8, 9) * 255).to(torch.uint8)
+        write_png(image, str(tmp_path / "p.png"))
+        logger.image("a", image, 1)
         logger.image("b", tmp_path / "p.png", 1)
         logger.histogram("weights", torch.tensor([1.0, math.nan, 2.0]), 1)
         model = nn.Sequential(
@@ -309,7 +315,6 @@ class TestLogger:
 
     def test_other_ranks_write_and_show_nothing(self, tmp_path, capsys):
         logger = Logger(LogConfig(tensorboard="tb"), tmp_path, is_main=False)
-        logger.log_metadata("x")
         logger.log_parameters({})
         logger.log((0,), {"train.loss": 1.0})
         logger.image("a", torch.rand(3, 4, 4), 0)
@@ -330,3 +335,16 @@ class TestLogger:
     def test_print_freq_is_checked(self):
         with pytest.raises(ConfigError, match="--print-freq 0"):
             LogConfig(print_freq=0)
+
+
+def test_a_report_that_is_removed_is_written_again(tmp_path: Path) -> None:
+    """Its folder with it: what the open file held comes back, and the next line too."""
+    folder = tmp_path / "run"
+    report = Report(folder / "report.json")
+    report.log((0, 1), {"train.loss": 2.0})
+    shutil.rmtree(folder)
+    with pytest.warns(UserWarning, match=r"report\.json was removed and is written again"):
+        report.log((0, 2), {"train.loss": 1.0})
+    report.log((0, 3), {"train.loss": 0.5})
+    report.close()
+    assert [entry["step"] for entry in read_report(folder / "report.json")] == [[0, 1], [0, 2], [0, 3]]

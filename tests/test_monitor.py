@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 import types
 
 import pytest
 import torch
 
-from image_classification.monitor import Monitor
+from image_classification.observe.monitor import Monitor
 
 
 class NVMLError(Exception):
@@ -77,27 +78,32 @@ def test_gpu_figures_and_their_units(nvml):
 
 
 def test_means_over_the_samples(nvml):
-    powers = iter([100_000, 200_000, 300_000])
-    last = 300_000
-    nvml.nvmlDeviceGetPowerUsage = lambda handle: next(powers, last)
-    monitor = Monitor(torch.device("cuda", 0), interval=1000)  # one sample by the thread, the others by hand
-    while not monitor._counts:
-        time.sleep(0.01)
-    sums = monitor._sums["gpu.power_w"]
-    monitor._sums["gpu.power_w"], monitor._counts["gpu.power_w"] = sums + 300.0, 2
-    assert monitor.read()["gpu.power_w"] == pytest.approx(200.0)
-    monitor.close()
+    powers = iter([100_000, 150_000, 350_000])
+    fourth, go_on = threading.Event(), threading.Event()
+
+    def power(handle):
+        value = next(powers, None)
+        if value is None:  # the fourth sample: three are in the sums
+            fourth.set()
+            assert go_on.wait(10)
+        return value or 300_000
+
+    nvml.nvmlDeviceGetPowerUsage = power
+    with Monitor(torch.device("cuda", 0), interval=0.001) as monitor:
+        assert fourth.wait(10)
+        assert monitor.read()["gpu.power_w"] == pytest.approx(200.0)
+        go_on.set()
 
 
-def test_energy_without_a_counter_is_power_times_time(nvml):
+def test_energy_without_a_counter_is_power_times_time(nvml, monkeypatch):
     nvml.nvmlDeviceGetTotalEnergyConsumption = fail
     with Monitor(torch.device("cuda", 0), interval=0.01) as monitor:
         read_with_gpu(monitor)
         time.sleep(0.1)
-        begin = time.monotonic()
-        monitor._read_time = begin - 2.0  # as if two seconds had passed
+        soon = time.monotonic() + 20.0
+        monkeypatch.setattr("image_classification.observe.monitor.time.monotonic", lambda: soon)
         joules = monitor.read(num_images=10)["train.joules_per_image"]
-        assert joules == pytest.approx(300 * 2.0 / 10, rel=0.2)
+    assert joules == pytest.approx(300 * 20.0 / 10, rel=0.05)
 
 
 def test_figure_that_the_gpu_lacks_is_left_out(nvml):

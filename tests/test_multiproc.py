@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import multiproc
-from image_classification.distributed import EXIT_SAVED
+from image_classification.exit_codes import EXIT_PEER, EXIT_SAVED
 from image_classification.launcher import describe_exit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +49,11 @@ if mode == "lose" and rank == 0:                       # notices at once that ra
 if mode == "lose" and rank == 1:
     time.sleep(1)
     sys.exit(3)
+if mode == "hang" and rank == 0:
+    time.sleep(1)
+    sys.exit(69)
+if mode == "hang":
+    os.kill(os.getpid(), signal.SIGSTOP)
 if mode == "first" and rank == 0:
     print("what rank 0 has to say", flush=True)
     sys.exit(5)
@@ -106,7 +112,7 @@ def test_terminal_belongs_to_rank_0(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(
         "import os, sys\nfrom pathlib import Path\n"
-        "from image_classification.log import LogConfig, Logger\n"
+        "from image_classification.observe.log import LogConfig, Logger\n"
         "rank = os.environ['RANK']\nprint('terminal', rank, sys.stdout.isatty(), flush=True)\n"
         "with Logger(LogConfig(raport_file=''), Path(), is_main=rank == '0') as logger:\n"
         "    logger.message('a message')\n"
@@ -160,7 +166,7 @@ def test_rank_that_hangs_after_a_peer_failed_is_killed_in_time(script, tmp_path)
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("mode", "rank", "code"), [("lose", 1, 3), ("first", 0, 5)])
-def test_the_reason_is_said_last_and_is_the_rank_that_failed_by_itself(script, tmp_path, mode, rank, code):
+def test_the_reason_comes_last_and_is_of_the_rank_that_failed_first(script, tmp_path, mode, rank, code):
     command = [
         sys.executable,
         "multiproc.py",
@@ -181,6 +187,75 @@ def test_the_reason_is_said_last_and_is_the_rank_that_failed_by_itself(script, t
     )
     said = "rank 1 has gone" if mode == "lose" else "what rank 0 has to say"
     assert lines.count(said) == 1, "rank 0 is on the screen, its log need not be shown again"
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named(script, tmp_path):
+    code, _, err = finish(start("--nproc-per-node", 2, "--log-dir", tmp_path, script, "hang"))
+    assert code == EXIT_PEER
+    assert "rank 1 on" in err.splitlines()[-1]
+    assert "hangs" in err.splitlines()[-1]
+    assert "rank 0 on" not in err
+
+
+def processes_of(script: Path) -> list[str]:
+    """Command lines of running ranks."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = entry.read_bytes().split(b"\0")
+            if str(script).encode() in words and not words[1].endswith(b"multiproc.py"):
+                found.append(words)
+    return found
+
+
+@pytest.mark.multiprocess
+def test_ranks_end_with_their_launcher(script, tmp_path):
+    process = start("--nproc-per-node", 2, "--log-dir", tmp_path, script, "save")
+    wait_for([tmp_path / "rank_0.log", tmp_path / "rank_1.log"], "ready")
+    assert len(processes_of(script)) == 2
+    process.kill()
+    process.communicate(timeout=30)
+    end = time.monotonic() + 10
+    while processes_of(script):
+        assert time.monotonic() < end, "ranks outlive their launcher"
+        time.sleep(0.05)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("signum", "code", "delays"),
+    [(signal.SIGTERM, EXIT_SAVED, (0.3, 3.0, 7.0)), (signal.SIGINT, 130, (1.5,))],
+)
+def test_signals_of_the_first_seconds_have_the_same_codes_and_leave_no_rank(tmp_path, signum, code, delays):
+    """While the launcher imports, while its ranks do, and when the first one trains, or nearly so."""
+    flags = [
+        "shapes:train=64,val=10",
+        "--arch",
+        "resnet20",
+        "--device",
+        "cpu",
+        "--epochs",
+        "50",
+        "--data-backend",
+        "pytorch",
+    ]
+    flags += ["--batch-size", "4", "--workers", "1"]
+    jobs = []
+    for number, delay in enumerate(delays):
+        folder = tmp_path / str(number)
+        words = ["--nproc-per-node", 2, "--log-dir", folder, "main.py", *flags, "--workspace", folder]
+        process = start(*words, OMP_NUM_THREADS="1", LUCIDPRUNE_CACHE=str(tmp_path / "cache"))
+        time.sleep(delay)
+        process.send_signal(signum)
+        jobs.append((delay, process))
+    for delay, process in jobs:
+        got, out, err = finish(process)
+        assert got == code, (delay, out, err)
+        assert "Traceback" not in err, (delay, err)
+    assert not any(processes_of(tmp_path / str(number)) for number in range(len(jobs)))
 
 
 @pytest.mark.multiprocess
@@ -233,8 +308,9 @@ def test_ranks_that_ignore_the_signal_are_stopped_after_the_timeout(tmp_path):
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
-@pytest.mark.parametrize("mode", ["ok", "die", "save"])
+@pytest.mark.parametrize(
+    ("mode", "rendezvous"), [("ok", "c10d"), ("die", "static"), ("die", "c10d"), ("save", "static")]
+)
 def test_two_nodes_meet_and_stop_together(script, tmp_path, mode, rendezvous):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -243,9 +319,21 @@ def test_two_nodes_meet_and_stop_together(script, tmp_path, mode, rendezvous):
     if rendezvous == "c10d":
         meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "job"]
     nodes = [
-        start("--nnodes", 2, "--node_rank", rank, *meeting, "--nproc_per_node", 1, "--log-dir", tmp_path, script, mode)
+        start(
+            "--nnodes",
+            2,
+            "--node_rank",
+            rank,
+            *meeting,
+            "--nproc_per_node",
+            1,
+            "--log-dir",
+            tmp_path,
+            script,
+            mode,
+        )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     if mode == "save":
         wait_for([tmp_path / "rank_0.log", tmp_path / "rank_1.log"], "ready")
         for node in nodes:

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.commands import run, shortened
+from support.commands import run_here, shortened
 from support.voc import annotation_xml, write_devkit
 
 import main
 from explainers.__main__ import main as explainers_main
 from image_classification.cli import parse_config
 from image_classification.models import create_model, read_safely
-from image_classification.report import read_report
+from image_classification.observe.json_report import read_report
 
 TEACHER = """python main.py VOC2012 --arch vgg16_bn --multi-label --pretrained-weights imagenet.pth --new-head \
   --batch-size 64 --lr 1e-3 --momentum 0.9 --weight-decay 1e-4"""
@@ -38,14 +38,14 @@ ITERATIVE = """python main.py VOC2012 --arch vgg16_bn --multi-label --pretrained
 def test_every_word_is_understood(command: str, tmp_path: Path) -> None:
     (tmp_path / "t.pth.tar").touch()
     words = command.replace("t.pth.tar", str(tmp_path / "t.pth.tar")).split()[2:]
-    configs = parse_config(main.SECTIONS, words)
-    assert configs["loss"].multi_label
-    distill = configs["distill"]
+    configs = parse_config(main.MainConfig, words)
+    assert configs.loss.multi_label
+    distill = configs.distill
     assert distill.active == (command is not TEACHER)
     if distill.active:
         assert (distill.match, distill.match_weight) == ("swa", 100.0)
     assert distill.stochastic == command.startswith(ONE_SHOT)
-    assert configs["unstructured"].active == (command is UNSTRUCTURED)
+    assert configs.unstructured.active == (command is UNSTRUCTURED)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,17 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(folder: Path, name: str, *more: object, arch: str = "resnet20") -> list[str]:
     """The words of a training on the small devkit."""
     settings = {
-        "--arch": arch, "--batch-size": 6, "--image-size": 32, "--workers": 1, "--device": "cpu", "--lr": 0.01,
-        "--data-backend": "pytorch", "--workspace": folder / name, "--raport-file": "report.json", "--print-freq": 1,
-    }  # fmt: skip
+        "--arch": arch,
+        "--batch-size": 6,
+        "--image-size": 32,
+        "--workers": 1,
+        "--device": "cpu",
+        "--lr": 0.01,
+        "--data-backend": "pytorch",
+        "--workspace": folder / name,
+        "--raport-file": "report.json",
+        "--print-freq": 1,
+    }
     words = [str(word) for pair in settings.items() for word in pair]
     return [str(folder), "--multi-label", *words, *map(str, more)]
 
@@ -107,10 +115,12 @@ def logged(workspace: Path, key: str) -> list[float]:
 
 
 def test_match_and_distillation_flags(attempt: Attempt, teacher: Path, tmp_path: Path) -> None:
-    given = ("--teacher", checkpoint(teacher), "--epochs", 1)
+    given = ("--teacher", checkpoint(teacher), "--epochs", 1, "--training-only", "--prof", 1)
     seen: dict[str, Any] = {}
     for name, words in {
-        "swa": ("--match", "swa"), "ewa": ("--match", "ewa"), "gradcam": ("--match", "gradcam"),
+        "swa": ("--match", "swa"),
+        "ewa": ("--match", "ewa"),
+        "gradcam": ("--match", "gradcam"),
         "attention": ("--match", "attention"),
         "light": ("--match", "swa", "--match-weight", 1),
         "layers": ("--match", "swa", "--match-layer", "layer2", "--match-layer", "layer3=layer3"),
@@ -118,7 +128,7 @@ def test_match_and_distillation_flags(attempt: Attempt, teacher: Path, tmp_path:
         "logit": ("--distill", "logit"),
         "cool": ("--distill", "logit", "--distill-temperature", 1),
         "heavy": ("--distill", "logit", "--distill-weight", 0.9),
-    }.items():  # fmt: skip
+    }.items():
         code, text = attempt(*given, *words)
         assert code == 0, text
         key = "train.distill_loss" if "--distill" in words else "train.match_loss"
@@ -143,7 +153,7 @@ def test_plain_weights_need_the_teachers_architecture(attempt: Attempt, tmp_path
     plain = tmp_path / "plain.pth"
     torch.save(create_model("resnet20", num_classes=20).state_dict(), plain)
     code, text = attempt("--teacher", plain, "--match", "ewa", "--epochs", 1)
-    assert code == 1
+    assert code == 2
     assert f"--teacher {plain}" in text
     assert "does not say its architecture: give --teacher-arch" in text
     code, text = attempt("--teacher", plain, "--teacher-arch", "resnet20", "--match", "ewa", "--epochs", 1)
@@ -165,7 +175,7 @@ def test_teacher_of_other_classes(attempt: Attempt, tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save(create_model("resnet20", num_classes=8).state_dict(), tmp_path / "eight.pth")
     code, text = attempt("--teacher", tmp_path / "eight.pth", "--teacher-arch", "resnet20", "--match", "swa")
-    assert code == 1
+    assert code == 2
     assert f"--teacher {tmp_path / 'eight.pth'}" in text
     assert "8" in text
     assert "20" in text
@@ -173,11 +183,11 @@ def test_teacher_of_other_classes(attempt: Attempt, tmp_path: Path) -> None:
 
 
 def test_teacher_checkpoint_of_other_classes(attempt: Attempt, tmp_path: Path) -> None:
-    from pruning.structure import save_pruned
+    from pruning.files.saved_network import save_pruned
 
     save_pruned(tmp_path / "eight.pth.tar", create_model("resnet20", num_classes=8))
     code, text = attempt("--teacher", tmp_path / "eight.pth.tar", "--match", "swa")
-    assert code == 1
+    assert code == 2
     assert "eight.pth.tar tells 8 classes apart, the student 20: give a teacher that was trained on" in text
     assert "train.loss" not in text
 
@@ -185,13 +195,16 @@ def test_teacher_checkpoint_of_other_classes(attempt: Attempt, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--match", "swa", "--match-layer", "layer9"], "--match swa, --match-layer layer9=layer9: there is no layer"),
+        (
+            ["--match", "swa", "--match-layer", "layer9"],
+            "--match swa, --match-layer layer9=layer9: there is no layer",
+        ),
         (["--match", "swa", "--match-layer", "fc"], r"--match-layer fc=fc: layer 'fc' gives"),
         (["--match", "swa", "--compile"], "--match swa and --compile exclude each other"),
         (["--match", "swa", "--evaluate"], "--teacher has no effect with --evaluate"),
         (["--match", "sws"], "--match"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_cannot_work(attempt: Attempt, teacher: Path, words: list[str], message: str) -> None:
     code, text = attempt("--teacher", checkpoint(teacher), "--epochs", 1, *words)
     assert code != 0
@@ -217,7 +230,7 @@ def test_settings_that_cannot_work(attempt: Attempt, teacher: Path, words: list[
 )
 def test_rounds_that_cannot_work(attempt: Attempt, words: list[str], message: str) -> None:
     code, text = attempt("--unstructured-pruning", "0.2", *words)
-    assert code == 1
+    assert code == 2
     assert message in text
 
 
@@ -244,7 +257,7 @@ def test_damaged_devkit(attempt: Attempt, tmp_path: Path, damage: Callable, mess
     write_devkit(tmp_path / "damaged")
     damage(tmp_path / "damaged")
     code, text = attempt("--epochs", 1, root=tmp_path / "damaged")
-    assert code == 1
+    assert code == 2
     assert message in text
 
 
@@ -256,32 +269,67 @@ def test_compare(
 ) -> None:
     monkeypatch.setenv("LUCIDPRUNE_CACHE", str(tmp_path / "cache"))
     words = small(
-        teacher, "pruned", "--epochs", 1, "--pretrained-weights", checkpoint(teacher), "--teacher",
-        checkpoint(teacher), "--match", "swa", "--one-shot-pruning", 0.3, "--prune-rate", "layer3.*=0.5",
-        "--calibration-batches", 1, "--pruning-criterion", "magnitude",
-    )  # fmt: skip
+        teacher,
+        "pruned",
+        "--epochs",
+        1,
+        "--pretrained-weights",
+        checkpoint(teacher),
+        "--teacher",
+        checkpoint(teacher),
+        "--match",
+        "swa",
+        "--one-shot-pruning",
+        0.3,
+        "--prune-rate",
+        "layer3.*=0.5",
+        "--calibration-batches",
+        1,
+        "--pruning-criterion",
+        "magnitude",
+    )
     assert main.main(words) == 0
     found = {}
     for name, second in (
         ("same", checkpoint(teacher)),
         ("pruned", teacher / "pruned" / "checkpoint.pth.tar"),
     ):
-        code = explainers_main([
-            "compare", str(checkpoint(teacher)), str(second), str(teacher), "--image-size", "32", "--batch-size", "4",
-            "--workers", "1", "--device", "cpu", "--json", str(tmp_path / f"{name}.json"),
-            "--gallery", str(tmp_path / f"{name}.png"), "--rows", "2",
-        ])  # fmt: skip
+        code = explainers_main(
+            [
+                "compare",
+                str(checkpoint(teacher)),
+                str(second),
+                str(teacher),
+                "--image-size",
+                "32",
+                "--batch-size",
+                "4",
+                "--workers",
+                "1",
+                "--device",
+                "cpu",
+                "--json",
+                str(tmp_path / f"{name}.json"),
+                "--gallery",
+                str(tmp_path / f"{name}.png"),
+                "--rows",
+                "2",
+            ]
+        )
         assert code == 0
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     assert [row["method"] for row in found["same"]["methods"]] == ["gradcam", "lrp", "ebp", "rap"]
     for row in found["same"]["methods"]:
-        assert row["pairs"] == 9  # 6 pictures, every other one with two classes
+        assert row["pairs"] == 8  # 6 images, every other one with two classes, one of them difficult
         assert row["original"] == row["pruned"]
         for similarity, value in row["moved"].items():
             assert value is None or value == pytest.approx(1), similarity
     assert found["same"]["prediction"]["original"] == found["same"]["prediction"]["pruned"]
-    assert found["same"]["prediction"]["original"].keys() == {"map", "f1", "f1_macro"}
+    assert found["same"]["prediction"]["original"].keys() == {
+        *("map", "f1", "f1_macro"),
+        *("map_images", "f1_images"),
+    }
     moved = [row["moved"]["rank_correlation"] for row in found["pruned"]["methods"]]
     assert all(value < 0.99 for value in moved if value is not None)
     assert any(value is not None for value in moved)
@@ -301,7 +349,7 @@ def test_compare_says_what_is_missing(teacher: Path, capsys: pytest.CaptureFixtu
         ),
         (
             ["compare", *[str(checkpoint(teacher))] * 2, str(teacher), "--gallery", "maps.xyz"],
-            "--gallery maps.xyz: the suffix is no format of pictures",
+            "--gallery maps.xyz: unknown image format",
         ),
         (["compare", *[str(checkpoint(teacher))] * 2, str(teacher), "--json", str(teacher)], "is a folder"),
     ):
@@ -322,18 +370,24 @@ def test_the_commands_run_at_a_small_size(tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save(create_model("vgg16_bn_x8", num_classes=1000).state_dict(), tmp_path / "imagenet.pth")
     files = {
-        "VOC2012": str(tmp_path / "voc"), "imagenet.pth": str(tmp_path / "imagenet.pth"), "--arch vgg16_bn ":
-        "--arch vgg16_bn_x8 ", "t.pth.tar": str(tmp_path / "teacher" / "checkpoint.pth.tar"),
-    }  # fmt: skip
+        "VOC2012": str(tmp_path / "voc"),
+        "imagenet.pth": str(tmp_path / "imagenet.pth"),
+        "--arch vgg16_bn ": "--arch vgg16_bn_x8 ",
+        "t.pth.tar": str(tmp_path / "teacher" / "checkpoint.pth.tar"),
+    }
     commands = {
-        "teacher": TEACHER, "student": STUDENT, "one-shot": ONE_SHOT, "rates": ONE_SHOT + PUBLISHED_RATES,
-        "unstructured": UNSTRUCTURED, "iterative": ITERATIVE + " --pruning_step 1",
-    }  # fmt: skip
+        "teacher": TEACHER,
+        "student": STUDENT,
+        "one-shot": ONE_SHOT,
+        "rates": ONE_SHOT + PUBLISHED_RATES,
+        "unstructured": UNSTRUCTURED,
+        "iterative": ITERATIVE + " --pruning_step 1",
+    }
     for name, command in commands.items():
         words = shortened(command, files, tmp_path / name)
         if "magnitude" in command or "one-shot" in command or "iterative" in command:
             words += ["--calibration-batches", "1"]
-        result = run(words, cache=tmp_path / "cache")
+        result = run_here(words, tmp_path / "cache")
         assert result.returncode == 0, f"{name}:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     rates = read_safely(tmp_path / "rates" / "checkpoint.pth.tar")
     assert rates["state_dict"]["features.0.weight"].shape[0] == 8 - round(0.3 * 8)

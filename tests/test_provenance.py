@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from image_classification.provenance import FILENAME, read_invocations, record_invocation
+from image_classification.observe.provenance import FILENAME, read_invocations, record_invocation
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from support.miniatures import write_imagenet
 
 from image_classification.cli import parse_config
 from image_classification.models import read_safely
-from main import SECTIONS
+from main import MainConfig
 
 COMMON = """python ./multiproc.py --nproc_per_node 8 ./main.py /data/imagenet \
   --data-backend dali-cpu \
@@ -91,19 +91,19 @@ EVALUATE = """CUDA_VISIBLE_DEVICES=0 python ./main.py /data/imagenet \
 @pytest.mark.parametrize("command", [PRETRAIN, PRUNE, FINETUNE, EVALUATE])
 def test_every_word_is_understood(command: str) -> None:
     words = command.split()
-    configs = parse_config(SECTIONS, words[words.index("./main.py") + 1 :])
-    assert configs["data"].data == "/data/imagenet"
-    assert configs["model"].arch == "resnet50"
+    configs = parse_config(MainConfig, words[words.index("./main.py") + 1 :])
+    assert configs.data.data == "/data/imagenet"
+    assert configs.model.arch == "resnet50"
     if command is EVALUATE:
-        assert configs["train"].evaluate
+        assert configs.train.evaluate
         return
-    assert configs["data"].workers == 8
-    assert configs["log"].print_freq == 100
-    assert configs["train"].optimizer_batch_size == 1024
-    assert configs["precision"].static_loss_scale == 128
-    assert configs["data"].mixup == 0.2
-    assert configs["checkpoint"].gather_checkpoints == (-1 if command is PRUNE else 0)
-    assert configs["pruning"].iterative_pruning == (command is PRUNE)
+    assert configs.data.workers == 8
+    assert configs.log.print_freq == 100
+    assert configs.train.optimizer_batch_size == 1024
+    assert configs.precision.static_loss_scale == 128
+    assert configs.data.mixup == 0.2
+    assert configs.checkpoint.gather_checkpoints == (-1 if command is PRUNE else 0)
+    assert configs.pruning.iterative_pruning == (command is PRUNE)
 
 
 @pytest.fixture(scope="module")

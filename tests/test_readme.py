@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.commands import ROOT, commands_in, run, shortened
-from support.pictures import write_jpegs
+from support.commands import ROOT, commands_in, run, run_here, shortened
+from support.images import write_jpegs
 from support.published_networks import published
 
 from image_classification.models import create_model
 from pruning import prune
-from pruning.structure import save_pruned
+from pruning.files.saved_network import save_pruned
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = commands_in(README)
@@ -45,6 +45,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "import published.pth.tar imported.pth.tar": f"import {root / 'published.pth.tar'} {root / 'imported.pth.tar'}",
         "shrink masked.pth.tar shrunk.pth.tar": f"shrink {root / 'masked.pth.tar'} {root / 'shrunk.pth.tar'}",
         "--checkpoint checkpoint.pth.tar": f"--checkpoint {root / 'small.pth.tar'}",
+        "compress checkpoint.pth.tar /data/images": (
+            f"compress {root / 'small.pth.tar'} {root / 'imagenet'} --no-latency --image-size 32"
+        ),
+        "--output small.pth.tar": f"--output {root / 'compressed.pth.tar'}",
         "compare checkpoint.pth.tar pruned.pth.tar": f"compare {root / 'small.pth.tar'} {root / 'pruned.pth.tar'}",
         "export pruned.pth.tar": f"export {root / 'pruned.pth.tar'}",
         "--output pruned.onnx": f"--output {root / 'pruned.onnx'}",
@@ -54,6 +58,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "attribute shapes": "attribute shapes:train=96,val=24",
         "--data shapes": "--data shapes:train=96,val=24",
         "pruned.pth.tar shapes": "pruned.pth.tar shapes:train=96,val=24",
+        "/data/imagenet/train parts": f"{root / 'imagenet' / 'train'} {root / 'parts'}",
         "/data/imagenet": str(root / "imagenet"),
         "model_best.pth.tar": str(root / "best.pth.tar"),
         "score checkpoint.pth.tar shapes": f"score {root / 'small.pth.tar'} shapes:train=96,val=24",
@@ -77,7 +82,14 @@ def test_command(command: str, places: dict[str, str], tmp_path: Path) -> None:
     words = shortened(command, replaced, tmp_path / "run")
     if "--iterative-pruning" in words:
         words += ["--pruning-step", "1", "--pruning-delta", "0.25", "--calibration-batches", "1"]
-    result = run(words, cache=Path(places["cache"]), timeout=600)
+    if "explainers" in words:
+        words += ["--num-images", "4", "--batch-size", "4"]
+    if "benchmark" in words:
+        words += ["--num-batches", "1", "--image-size", "64"]
+    if command == COMMANDS[0]:  # once as a reader starts it
+        result = run(words, cache=Path(places["cache"]), timeout=600)
+    else:
+        result = run_here(words, Path(places["cache"]))
     assert result.returncode == 0, f"{words}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
 
 

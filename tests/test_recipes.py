@@ -19,9 +19,12 @@ EXPERIMENTS = {
     **{f"imagenet_{net}": ("pretrain", "prune", "finetune") for net in ("resnet34", "resnet101")},
     "imagenet_mobilenetv2": ("pretrain", "prune", "finetune", "isp"),
     "imagenet_resnet50": ("pretrain", "prune", "finetune", "isp"),
-    "cifar10_resnet56": ("pretrain", "prune", "finetune", "isp"),
-    "cifar10_mobilenetv2": ("pretrain", "prune", "finetune", "isp"),
+    "cifar10_resnet56": ("pretrain", "prune", "finetune", "isp_pretrain", "isp"),
+    "cifar10_mobilenetv2": ("pretrain", "prune", "finetune", "isp_pretrain", "isp"),
     "voc_vgg16": ("teacher", "distill_x2", "distill_x4", "distill_x8", "structured", "unstructured"),
+    "voc_vgg16_distill": ("cosine",),
+    "voc_vgg16_structured": ("cosine",),
+    "voc_vgg16_unstructured": ("cosine",),
     "explainers/imagenet_resnet50": ("predictor", "selector"),
     "explainers/cifar10_resnet56": ("predictor", "selector"),
     "explainers/imagenet_casm": ("f", "l", "fl", "l100", "l1000"),
@@ -66,8 +69,8 @@ def test_figures_of_our_own_are_recorded(path: Path) -> None:
 def test_command_is_understood(path: Path, miniatures: Miniatures, tmp_path: Path) -> None:
     """By the parser of the job that would run it, recipe and all."""
     configs = small(header(path)["Command"], miniatures, tmp_path).parse()
-    assert configs["model"].arch == settings(path)["arch"]
-    assert arch_info(configs["model"].arch).image_size >= 32
+    assert configs.model.arch == settings(path)["arch"]
+    assert arch_info(configs.model.arch).image_size >= 32
 
 
 def test_every_published_experiment_has_one() -> None:

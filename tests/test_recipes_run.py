@@ -1,4 +1,4 @@
-"""Every recipe runs for two iterations: the command of its header, with few small pictures, on the CPU.
+"""Every recipe runs for two iterations: the command of its header, with few small images, on the CPU.
 
 The entry points are those of the command line, called in this process; `multiproc.py` has tests of its own.
 """

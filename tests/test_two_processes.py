@@ -1,4 +1,4 @@
-"""Two ranks are one: the same losses, widths, metrics and pictures as one process with the same total batch."""
+"""Two ranks are one: the same losses, widths, metrics and images as one process with the same total batch."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ import torch
 from image_classification.distributed import DistributedConfig, setup_distributed
 from image_classification.models import create_model
 from image_classification.metrics import MultiLabelMetrics
-from pruning.callback import PruningCallback
-from pruning.config import PruningConfig
+from pruning.training.scored import PruningCallback
+from pruning.training.pruning_config import PruningConfig
 from support.training import MemoryLoader, Recorder, build_trainer, toy_data
 
 folder, name = Path(sys.argv[1]), sys.argv[2]
@@ -41,9 +41,9 @@ seen = {}
 class Watched(PruningCallback):  # writes down the BN statistics that scores are made with
     buffers = []
 
-    def _batches(self):
+    def batches(self):
         self.buffers.append([v.double().sum().item() for v in self.pruner.model.buffers()])
-        yield from super()._batches()
+        yield from super().batches()
 
 
 def train(d, momentum):
@@ -54,7 +54,7 @@ def train(d, momentum):
             module.momentum = momentum
     config = PruningConfig(
         iterative_pruning=True, pruning_step=2, pruning_delta=0.2, budget=["macs=0.5"], calibration_batches=4,
-        judge_batches=4,  # of this process: all pictures, however many processes share them
+        judge_batches=4,  # of this process: all images, however many processes share them
     )
     images, targets = toy_data(16)
     pruning = Watched(config, MemoryLoader(images, targets, 4, False, d.rank, d.world_size), image_size=8)
@@ -89,7 +89,7 @@ with setup_distributed(DistributedConfig(device="cpu", dist_timeout=60)) as d:
     seen["empty"] = list(d.gather_rows(none_here).shape)
     generator = torch.Generator().manual_seed(1)
     logits, labels = torch.randn(41, 6, generator=generator), torch.rand(41, 6, generator=generator).gt(0.7).float()
-    labels[:, 5] = 0  # a class without a positive picture
+    labels[:, 5] = 0  # a class without a positive image
     metrics = MultiLabelMetrics()
     share = slice(None) if d.world_size == 1 else (slice(0, 30), slice(30, 41))[d.rank]
     metrics.update(logits[share], labels[share])
@@ -173,7 +173,7 @@ class TestMiniature:
             assert rank["empty"] == [2, 3]
         assert one["empty"] == [0, 0]
 
-    def test_multi_label_figures_are_those_of_all_pictures(self, seen) -> None:
+    def test_multi_label_figures_are_those_of_all_images(self, seen) -> None:
         one, two = seen
         assert 0 < one["multi_label"]["map"] < 100
         for rank in two:
@@ -199,7 +199,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("pruned", [False, True], ids=["plain", "pruned"])
 def test_the_command_with_two_processes(tmp_path: Path, cache: dict[str, str], pruned: bool) -> None:
-    """multiproc.py with 2 × 8 pictures beside main.py with 2 micro-batches of 8: losses and weights agree.
+    """multiproc.py with 2 × 8 images beside main.py with 2 micro-batches of 8: losses and weights agree.
 
     BN statistics are those of a micro-batch, so training agrees; running statistics (rank 0 sees one half of the
     batches) and therefore validation do not. Pruning looks at weights only here, and so removes the same channels.
@@ -214,9 +214,13 @@ def test_the_command_with_two_processes(tmp_path: Path, cache: dict[str, str], p
     if pruned:
         switches = ["--iterative-pruning"]
         common |= {
-            "pruning_step": 4, "pruning_delta": 0.1, "budget": "macs=0.8", "calibration_size": 16,
-            "pruning_criterion": "magnitude", "pruning_search": "uniform",
-        }  # fmt: skip
+            "pruning_step": 4,
+            "pruning_delta": 0.1,
+            "budget": "macs=0.8",
+            "calibration_size": 16,
+            "pruning_criterion": "magnitude",
+            "pruning_search": "uniform",
+        }
     one, two = tmp_path / "one", tmp_path / "two"
     data = "shapes:train=120,val=41"
     finished(["main.py", *main_words(data, one, *switches, batch_size=8, **common)], one, **cache)
@@ -236,7 +240,7 @@ def test_the_command_with_two_processes(tmp_path: Path, cache: dict[str, str], p
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["shapes:train=40,val=41", "shapes-multi:train=40,val=41"])
 def test_evaluation_over_two_ranks_is_exact(tmp_path: Path, cache: dict[str, str], data: str) -> None:
-    """41 pictures in batches of 4: the last ranks' batches differ in size, and one is empty."""
+    """41 images in batches of 4: the last ranks' batches differ in size, and one is empty."""
     from image_classification.models import create_model
 
     torch.manual_seed(0)

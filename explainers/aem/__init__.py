@@ -1,7 +1,7 @@
 """Amortised explanation models (Ganjdanesh et al. 2022): a selector that names what a classifier looks at."""
 
 from explainers.aem.masks import MASK_PRESETS, MaskGeometry
-from explainers.aem.saved import SelectorExplanation, load_selector, save_selector
+from explainers.aem.saved_selector import SelectorExplanation, load_selector, save_selector
 from explainers.aem.selector import Selector, SelectorDesign
 
 __all__ = [

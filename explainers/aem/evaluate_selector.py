@@ -4,7 +4,7 @@
         --json figures.json
 
 With a predictor: KL, agreement and area of the masks. Where the split has pixel masks or boxes: how often the mask's
-highest pixel lies on the labelled object (all pictures), and its ROC-AUC against the object's pixels.
+highest pixel lies on the labelled object (all images), and its ROC-AUC against the object's pixels.
 """
 
 from __future__ import annotations
@@ -12,27 +12,31 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from scipy import ndimage
 
-from explainers.aem.evaluation import SelectorMasks, judge_masks
-from explainers.aem.files import OpenedSelector, SelectorFileConfig, open_selector
-from explainers.aem.predictor import check_predictor, load_predictor
-from explainers.ground_truth import annotated
-from explainers.job import PictureConfig, check_writable, picture_loader
-from explainers.localization import pixel_auc, pointing_hit
-from explainers.localize import needed_annotations
-from image_classification.cli import parse_config, to_plain
-from image_classification.config import check, flag
-from image_classification.data.build import ReadConfig
+from explainers.aem.mask_quality import SelectorMasks, judge_masks
+from explainers.aem.opened_selector import OpenedSelector, SelectorFileConfig, open_selector
+from explainers.differentiable.explanation import ExplainedClass, explained_classes
+from explainers.measures.ground_truth import annotated
+from explainers.measures.localization import pixel_auc, pointing_hit
+from explainers.measures.tables import without_nan
+from explainers.verbs.attribution_job import ImagesJob, check_writable, image_loader
+from explainers.verbs.ground_truth_checks import needed_annotations
+from image_classification.cli import to_plain
+from image_classification.config import check, flag, section
 from image_classification.data.loader import Batch
-from image_classification.distributed import Distributed, DistributedConfig, setup_distributed
+from image_classification.distributed import Distributed, setup_distributed
+from image_classification.extras import optional_import
+from image_classification.file_writing import write_text
 from image_classification.precision import Precision, PrecisionConfig
+from image_classification.verbs import configured
+
+with optional_import():
+    from scipy import ndimage
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -40,7 +44,7 @@ class EvaluateConfig(SelectorFileConfig):
     """What is measured"""
 
     predictor: str | None = flag(
-        None, "--predictor", metavar="FILE", help="judges masked pictures: KL, agreement, area"
+        None, "--predictor", metavar="FILE", help="judges masked images: KL, agreement, area"
     )
     localization: bool = flag(
         True, "--localization", help="compare masks with pixel masks or boxes, where the split has them"
@@ -59,124 +63,129 @@ class EvaluateConfig(SelectorFileConfig):
         )
 
 
-def main(argv: Sequence[str]) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateSelectorConfig(ImagesJob):
+    """Everything that `evaluate-selector` is told."""
+
+    explainer: EvaluateConfig = section(EvaluateConfig)
+    precision: PrecisionConfig = section(PrecisionConfig)
+
+
+def run(configs: EvaluateSelectorConfig) -> int:
     """Run the verb; see the module's text."""
-    sections = {
-        "explainer": EvaluateConfig, "pictures": PictureConfig, "data": ReadConfig,
-        "precision": PrecisionConfig, "distributed": DistributedConfig,
-    }  # fmt: skip
-    configs = parse_config(
-        sections, argv, prog="python -m explainers evaluate-selector", description="Figures of a selector."
-    )
-    config: EvaluateConfig = configs["explainer"]
+    config = configs.explainer
     if config.json is not None:
         check_writable(Path(config.json).absolute().parent, "--json")
-    with setup_distributed(configs["distributed"]) as distributed:
+    with setup_distributed(configs.distributed) as distributed:
         figures = _measure(configs, distributed)
         if distributed.is_main:
             for name, value in figures.items():
                 print(f"{name:<20} {value:.4f}")
             if config.json is not None:
-                Path(config.json).write_text(as_json(figures, to_plain(configs)), encoding="utf-8")
+                write_text(Path(config.json), as_json(figures, to_plain(configs)))
     return 0
 
 
-def as_json(figures: Mapping[str, float], config: dict[str, Any]) -> str:
+def as_json(figures: Mapping[str, float], config: Mapping[str, object]) -> str:
     """Figures and configuration as JSON: NaN becomes null."""
-    plain = {name: None if math.isnan(value) else value for name, value in figures.items()}
-    return json.dumps({"figures": plain, "config": config}, indent=2, allow_nan=False) + "\n"
+    plain = {"figures": without_nan(figures), "config": config}
+    return json.dumps(plain, indent=2, allow_nan=False) + "\n"
 
 
-def _measure(configs: Mapping[str, object], distributed: Distributed) -> dict[str, float]:
+def _measure(configs: EvaluateSelectorConfig, distributed: Distributed) -> dict[str, float]:
     """All figures that can be had."""
-    config, data, pictures = configs["explainer"], configs["data"], configs["pictures"]
-    assert isinstance(config, EvaluateConfig)
-    assert isinstance(data, ReadConfig)
-    assert isinstance(pictures, PictureConfig)
-    opened = open_selector(config, data, pictures, distributed)
+    config, data, images = configs.explainer, configs.data, configs.images
+    opened = open_selector(config, data, images, distributed)
     table = opened.manifest.targets
     annotated_split = table.mask_paths is not None or table.boxes is not None
     localizing = config.localization and annotated_split
     check(
         localizing or config.predictor is not None,
-        f"{data.data} has neither masks nor boxes in its {pictures.split} split, and there is no --predictor: nothing "
+        f"{data.data} has neither masks nor boxes in its {images.split} split, and there is no --predictor: nothing "
         "can be measured; give --predictor FILE",
     )
-    precision = Precision(configs["precision"], distributed.device)  # type: ignore[arg-type]
+    precision = Precision(configs.precision, distributed.device)
     figures: dict[str, float] = {}
     with_masks, with_boxes = needed_annotations(opened.manifest, ["point"]) if localizing else (False, False)
-    loader = picture_loader(
+    loader = image_loader(
         opened.manifest,
         opened.preset,
         data,
-        pictures,
+        images,
         distributed,
         with_masks=with_masks,
         with_boxes=with_boxes,
     )
     with loader:
         if config.predictor is not None:
-            predictor, record = load_predictor(config.predictor, device=distributed.device)
-            check_predictor(
-                record, opened.black_box, path=config.predictor, image_size=opened.preset.image_size,
-                num_classes=opened.dataset.num_classes, kind=opened.explanation.design.kind,
-            )  # fmt: skip
+            predictor = opened.load_predictor(config.predictor, distributed.device)
             figures |= judge_masks(
-                SelectorMasks(opened.explanation.selector, opened.black_box), predictor, loader,
-                precision=precision, distributed=distributed, multi_label=opened.dataset.multi_label,
-            )  # fmt: skip
+                SelectorMasks(opened.explanation.selector, opened.black_box, config.explained_class),
+                predictor,
+                loader,
+                precision=precision,
+                distributed=distributed,
+                multi_label=opened.dataset.multi_label,
+            )
         if localizing:
-            figures |= localisation_figures(opened, loader, distributed)
+            figures |= localisation_figures(opened, loader, distributed, config.explained_class)
     return figures
 
 
 @torch.no_grad()
 def localisation_figures(
-    opened: OpenedSelector, loader: Iterable[Batch], distributed: Distributed
+    opened: OpenedSelector,
+    loader: Iterable[Batch],
+    distributed: Distributed,
+    explained: ExplainedClass = "predicted",
 ) -> dict[str, float]:
-    """Whether masks lie on objects, over all pictures with a labelled object in view. Collective.
+    """Whether masks lie on objects, over all images with a labelled object in view. Collective.
 
-    The class that is explained is the network's own; the object is any that the picture's label names.
+    The class that is explained is the network's own, or the label; the object is any that the image's label names.
 
     Returns:
-        `on_object`: share of pictures where the mask's highest pixel (an RBF mask's centre) lies on the object, in
+        `on_object`: share of images where the mask's highest pixel (an RBF mask's centre) lies on the object, in
             percent.
         `within_object`: the same with the object's holes filled (the middle of a ring).
         `auc`: mean ROC-AUC of the mask against the object's pixels, percent.
         `width`: mean σ of RBF masks in pixels.
-        `objects`: number of pictures.
+        `objects`: number of images.
     """
-    selector = opened.explanation.selector
+    explanation = opened.explanation
+    selector = explanation.selector
     rbf = selector.design.kind == "rbf"
-    hits, filled, aucs, widths, count, defined = 0.0, 0.0, 0.0, 0.0, 0, 0
+    # Hits, hits with holes filled, AUCs, widths σ, images, images with a defined AUC.
+    sums = np.zeros(6)
     for batch in loader:
         if not len(batch):
             continue
-        raw, _ = opened.explanation.raw_and_logits(opened.black_box, batch.images)
-        masks = selector.mask(raw, batch.images.shape[-1])[:, 0].cpu().numpy()
-        sigmas = selector.centres(raw, batch.images.shape[-1])[1].tolist() if rbf else [0.0] * len(batch)
+        size = batch.images.shape[-1]
+        labels = explained_classes(explained, batch.targets, batch.targets) if explained == "label" else None
+        raw, _ = explanation.raw_and_logits(opened.black_box, batch.images, labels)
+        masks = selector.mask(raw, size)[:, 0].cpu().numpy()
+        widths = selector.centres(raw, size)[1].tolist() if rbf else [0.0] * len(batch)
         for truth in annotated(batch):
             wanted = [truth.masks[label] for label in truth.labels if label in truth.masks]
             if not wanted:
                 continue
-            thing = np.logical_or.reduce(wanted)
-            area = pixel_auc(masks[truth.row], thing)
-            hits += pointing_hit(masks[truth.row], thing)
-            filled += pointing_hit(masks[truth.row], ndimage.binary_fill_holes(thing))
-            widths += sigmas[truth.row]
-            count += 1
-            if not math.isnan(area):
-                aucs, defined = aucs + area, defined + 1
-    (total,) = distributed.all_reduce_sum(
-        torch.tensor(
-            [hits, filled, aucs, widths, count, defined], dtype=torch.float64, device=distributed.device
-        )
-    )
-    hits, filled, aucs, widths, count, defined = total.tolist()
+            mask = masks[truth.row]
+            target = np.logical_or.reduce(wanted)
+            hit = pointing_hit(mask, target)
+            hit_filled = pointing_hit(mask, ndimage.binary_fill_holes(target))
+            auc = pixel_auc(mask, target)
+            defined = not math.isnan(auc)
+            sums += [hit, hit_filled, auc if defined else 0.0, widths[truth.row], 1, defined]
+    (total,) = distributed.all_reduce_sum(torch.tensor(sums, device=distributed.device))
+    hits, hits_filled, aucs, width, count, num_defined = total.tolist()
     figures = {
         "on_object": 100 * hits / count if count else math.nan,
-        "within_object": 100 * filled / count if count else math.nan,
-        "auc": 100 * aucs / defined if defined else math.nan,
+        "within_object": 100 * hits_filled / count if count else math.nan,
+        "auc": 100 * aucs / num_defined if num_defined else math.nan,
         "objects": float(count),
     }
-    return figures | ({"width": widths / count} if rbf and count else {})
+    if rbf and count:
+        figures["width"] = width / count
+    return figures
+
+
+VERB = configured(EvaluateSelectorConfig, run)

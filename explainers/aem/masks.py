@@ -4,7 +4,9 @@ Ganjdanesh et al. 2022, "Interpretations Steered Network Pruning via Amortized I
 relaxation is Maddison et al. 2017 (concrete distribution).
 
     r(u, v; c, σ) = exp(−((u − c_x)² + (v − c_y)²) / (2σ²))
-    c = A·tanh((a, b)/A) + S/2,   σ = softplus(w)
+    c = A·tanh((b, a)/A) + S/2,   σ = softplus(w)
+
+The first raw output a moves the row, the second b the column.
 
 Note:
     The published program draws masks one by one and divides each by its largest sampled value, with the divisor
@@ -26,10 +28,10 @@ _LEAST_WIDTH = 1e-2
 
 @dataclasses.dataclass(frozen=True)
 class MaskGeometry:
-    """Where RBF masks may lie and how wide they are, in pixels of the picture.
+    """Where RBF masks may lie and how wide they are, in pixels of the image.
 
     Attributes:
-        image_size: Side S of the pictures.
+        image_size: Side S of the images.
         travel: A; centres stay within S/2 ± A.
         least_width, most_width: Range of σ of the masks that the predictor is trained on.
         initial_width: Bias of the selector's third output.
@@ -54,12 +56,15 @@ class MaskGeometry:
             raise ValueError(f"initial width {self.initial_width}: give a positive number of pixels")
 
     def scaled(self, image_size: int) -> MaskGeometry:
-        """The same geometry for pictures of another size."""
+        """The same geometry for images of another size."""
         factor = image_size / self.image_size
         return MaskGeometry(
-            image_size, self.travel * factor, self.least_width * factor, self.most_width * factor,
+            image_size,
+            self.travel * factor,
+            self.least_width * factor,
+            self.most_width * factor,
             self.initial_width * factor,
-        )  # fmt: skip
+        )
 
 
 #: The published constants.
@@ -73,14 +78,15 @@ def centres_and_widths(raw: Tensor, geometry: MaskGeometry) -> tuple[Tensor, Ten
     """What three raw outputs mean.
 
     Args:
-        raw: (N, 3): a, b, w.
+        raw: (N, 3): a (row), b (column), w.
         geometry: Travel and size.
 
     Returns:
         (N, 2) centres (x to the right, y down) and (N,) widths σ, in pixels, at least float32.
     """
     raw = at_least_float32(raw)
-    centres = geometry.travel * torch.tanh(raw[:, :2] / geometry.travel) + geometry.image_size / 2
+    towards = raw[:, :2].flip(1) / geometry.travel
+    centres = geometry.travel * torch.tanh(towards) + geometry.image_size / 2
     return centres, F.softplus(raw[:, 2])
 
 

@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from explainers.aem.losses import area_penalty, imitation_loss, total_variation
 from explainers.aem.masks import MaskGeometry, random_rbf_masks, relaxed_bernoulli, to_size
 from explainers.aem.selector import Selector
-from explainers.features import FeatureTaps
+from explainers.aem.selector_losses import area_penalty, imitation_loss, total_variation
+from explainers.differentiable.explanation import ExplainedClass, explained_classes
+from explainers.differentiable.features import FeatureTaps
 from image_classification.distributed import Distributed
 from image_classification.models import main_and_auxiliary_logits, unwrap
 
@@ -26,7 +27,7 @@ class RandomMasks:
 
     Attributes:
         kind: "rbf": random RBF masks; "real-x": each cell in or out with probability ½.
-        geometry: Of RBF masks; its `image_size` is the side of the pictures for both kinds.
+        geometry: Of RBF masks; its `image_size` is the side of the images for both kinds.
         grid: Height and width in cells of "real-x" masks: the resolution of the selector's.
         temperature, hard: See `relaxed_bernoulli`.
     """
@@ -101,6 +102,7 @@ class SelectorObjective:
         predictor: q, frozen, in evaluation mode.
         weights: Constants.
         multi_label: See `imitation_loss`.
+        explained: The class that gates the selector.
     """
 
     def __init__(
@@ -110,19 +112,20 @@ class SelectorObjective:
         weights: SelectorWeights,
         *,
         multi_label: bool = False,
+        explained: ExplainedClass = "predicted",
     ) -> None:
         self.black_box, self.predictor, self.weights = black_box, predictor, weights
-        self.multi_label = multi_label
+        self.multi_label, self.explained = multi_label, explained
         self._sums: Tensor | None = None
 
     def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Objective.__call__`; labels are only counted, not learned. Returns q's logits on masked pictures."""
+        """See `Objective.__call__`; labels are not learned. Returns q's logits on masked images."""
         selector = unwrap(model)
         assert isinstance(selector, Selector)
         with torch.no_grad(), FeatureTaps(self.black_box, selector.design.taps) as caught:
             wanted, _ = main_and_auxiliary_logits(self.black_box(images))
             features = caught.features
-        raw = model(features, wanted.argmax(1))
+        raw = model(features, explained_classes(self.explained, wanted, targets))
         weights = self.weights
         masks = selector.sample(raw, weights.temperature, hard=weights.hard)
         logits, _ = main_and_auxiliary_logits(self.predictor(images * masks))

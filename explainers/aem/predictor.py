@@ -1,4 +1,4 @@
-"""The predictor: a copy of the classifier that learns to imitate it on masked pictures (Ganjdanesh et al. 2022)."""
+"""The predictor: a copy of the classifier that learns to imitate it on masked images (Ganjdanesh et al. 2022)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import nn
 
 from explainers.aem.masks import MaskGeometry
 from explainers.aem.records import read_record
-from explainers.explanation import network_digest
-from image_classification.checkpoint import VERSION, save_atomically
-from image_classification.config import ConfigError, check
+from explainers.differentiable.explanation import network_digest
+from image_classification.checkpoint import save_atomically
+from image_classification.checkpoint_format import FORMAT
+from image_classification.config import SettingError, check_setting
 from image_classification.models import (
     build_from_structure,
     capture_structure,
     identity_of,
     model_for_weights,
 )
-from image_classification.models.weights import FORMAT
 
 #: Key of a checkpoint's `callbacks` under which a predictor's description lies.
 PREDICTOR_RECORD = "predictor"
@@ -33,7 +33,7 @@ class PredictorRecord:
 
     Attributes:
         kind: "rbf" or "real-x".
-        geometry: Frame and widths of the masks; its `image_size` is the side of the pictures.
+        geometry: Frame and widths of the masks; its `image_size` is the side of the images.
         arch: Architecture of the black box.
         digest: `network_digest` of the black box.
         num_classes: Number of logits.
@@ -45,7 +45,7 @@ class PredictorRecord:
     digest: str
     num_classes: int
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_plain(self) -> dict[str, object]:
         """For a checkpoint."""
         return dataclasses.asdict(self)
 
@@ -59,9 +59,12 @@ class PredictorRecord:
         try:
             arch = plain["arch"]
             return cls(
-                str(plain["kind"]), MaskGeometry(**plain["geometry"]), None if arch is None else str(arch),
-                str(plain["digest"]), int(plain["num_classes"]),
-            )  # fmt: skip
+                str(plain["kind"]),
+                MaskGeometry(**plain["geometry"]),
+                None if arch is None else str(arch),
+                str(plain["digest"]),
+                int(plain["num_classes"]),
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(f"no description of a predictor ({error!r})") from error
 
@@ -75,15 +78,14 @@ def describe_predictor(
     return PredictorRecord(kind, geometry, arch, network_digest(black_box), num_classes)
 
 
-def new_predictor(black_box: nn.Module, *, fresh: bool, device: torch.device | None = None) -> nn.Module:
+def new_predictor(black_box: nn.Module, *, fresh: bool) -> nn.Module:
     """A network of the black box's structure, trainable, in training mode.
 
     Args:
         black_box: A network of `create_model`, pruned or not.
         fresh: Start from fresh weights instead of the black box's.
-        device: Where to build it.
     """
-    predictor = build_from_structure(capture_structure(black_box), device=device)
+    predictor = build_from_structure(capture_structure(black_box))
     if not fresh:
         predictor.load_state_dict(black_box.state_dict())
     return predictor.train()
@@ -93,27 +95,30 @@ def save_predictor(path: str | Path, predictor: nn.Module, record: PredictorReco
     """Write a predictor as `load_predictor` reads it; training writes the same with what it needs to go on."""
     structure = capture_structure(predictor).to_plain()
     payload = {
-        "format": FORMAT, "version": VERSION, "arch": structure["arch"], "structure": structure,
-        "state_dict": predictor.state_dict(), "callbacks": {PREDICTOR_RECORD: record.to_plain()},
-    }  # fmt: skip
+        "format": FORMAT,
+        "arch": structure["arch"],
+        "structure": structure,
+        "state_dict": predictor.state_dict(),
+        "callbacks": {PREDICTOR_RECORD: record.to_plain()},
+    }
     save_atomically(payload, Path(path))
 
 
 def load_predictor(
-    path: str | Path, *, device: torch.device | str | None = None, flag: str = "--predictor"
+    path: str | Path, *, device: torch.device | str | None = None
 ) -> tuple[nn.Module, PredictorRecord]:
     """Read a predictor, frozen and in evaluation mode.
 
     Raises:
-        ConfigError: There is no such file, or it holds no predictor.
+        SettingError: There is no such file, or it holds no predictor.
         WeightsError: It is damaged, or contradicts itself.
     """
     path = Path(path)
-    _, plain = read_record(path, flag, "predictor", PREDICTOR_RECORD)
+    _, plain = read_record(path, PREDICTOR_RECORD)
     try:
         record = PredictorRecord.from_plain(plain)
     except ValueError as error:
-        raise ConfigError(f"{flag} {path}: {error}") from error
+        raise SettingError("predictor", str(path), str(error)) from error
     model = model_for_weights(None, path, device=device)
     return model.eval().requires_grad_(False), record
 
@@ -127,42 +132,43 @@ def check_predictor(
     num_classes: int,
     kind: str | None = None,
 ) -> None:
-    """Make sure that a predictor imitates this black box on such pictures.
+    """Make sure that a predictor imitates this black box on such images.
 
     Args:
         record: From `load_predictor`.
         black_box: The classifier.
         path: For messages.
-        image_size: Side of the pictures.
+        image_size: Side of the images.
         num_classes: Of the data.
         kind: Kind of masks that is wanted, None for any.
 
     Raises:
-        ConfigError: What differs.
+        SettingError: What differs.
     """
     identity = identity_of(black_box)
     arch = None if identity is None else identity.arch
-    name = f"--predictor {path}"
-    check(
+
+    def require(condition: bool, problem: str) -> None:
+        check_setting(condition, "predictor", str(path), problem)
+
+    require(
         record.arch is None or arch is None or record.arch == arch,
-        f"{name} imitates --arch {record.arch}, not {arch}: train one for {arch} with `train-predictor`",
+        f"it imitates {record.arch}, not {arch}: train one for {arch} with `train-predictor`",
     )
-    check(
+    require(
         record.num_classes == num_classes,
-        f"{name} was trained for {record.num_classes} classes, but the data has {num_classes}",
+        f"it was trained for {record.num_classes} classes, but the data has {num_classes}",
     )
-    check(
+    require(
         record.geometry.image_size == image_size,
-        f"{name} was trained on pictures of {record.geometry.image_size} pixels, not {image_size}: give --image-size "
+        f"it was trained on images of {record.geometry.image_size} pixels, not {image_size}: give `image_size` "
         f"{record.geometry.image_size}",
     )
-    check(
+    require(
         kind is None or kind == record.kind,
-        f"{name} judges {record.kind} masks, not --selector-type {kind}: train one with `train-predictor "
-        f"--selector-type {kind}`",
+        f"it judges {record.kind} masks, not {kind} masks: train one for {kind} masks with `train-predictor`",
     )
-    check(
+    require(
         record.digest == network_digest(black_box),
-        f"{name} was trained to imitate other weights than --pretrained-weights: give the file that it was trained "
-        "with, or train another",
+        "it was trained to imitate other weights: give the weights that it was trained with, or train another",
     )

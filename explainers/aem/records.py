@@ -1,37 +1,40 @@
-"""Records in checkpoints: what a file of `train-predictor` or `train-selector` says about itself."""
+"""Records in checkpoints: the descriptions that `train-predictor` and `train-selector` write."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from image_classification.config import ConfigError, check
+from image_classification.config import SettingError, check_setting
 from image_classification.models import read_safely
 
 
-def read_record(path: Path, flag: str, kind: str, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_record(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """A checkpoint and the record in it.
 
     Args:
         path: The file.
-        flag: The flag that named it.
-        kind: "predictor" or "selector".
-        key: Of the record, among the callbacks' states.
+        kind: "predictor" or "selector": the setting that named the file, and the record's key among the callbacks'
+            states.
 
     Raises:
-        ConfigError: There is no such file, or it holds no such record.
+        SettingError: There is no such file, or it holds no such record.
         WeightsError: It is damaged.
     """
-    check(
+    check_setting(
         path.is_file(),
-        f"{flag} {path}: there is no such file; `python -m explainers train-{kind}` writes one",
+        kind,
+        str(path),
+        f"there is no such file; `python -m explainers train-{kind}` writes one",
     )
     payload = read_safely(path)
     callbacks = payload.get("callbacks") if isinstance(payload, dict) else None
-    record = callbacks.get(key) if isinstance(callbacks, dict) else None
+    record = callbacks.get(kind) if isinstance(callbacks, dict) else None
     if not isinstance(record, dict):
-        raise ConfigError(
-            f"{flag} {path} holds no {kind}: give a checkpoint (model_best.pth.tar) that `python -m explainers "
-            f"train-{kind}` wrote"
+        raise SettingError(
+            kind,
+            str(path),
+            f"the file holds no {kind}: give a checkpoint (model_best.pth.tar) that `python -m explainers "
+            f"train-{kind}` wrote; a file of the published program becomes one by `python -m pruning import FILE OUT`",
         )
     return payload, record

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +26,13 @@ from explainers.aem.masks import (
     relaxed_bernoulli,
     to_size,
 )
-from explainers.base import dtype_of
-from explainers.features import FeatureTaps, find_taps
+from explainers.attribution.method import dtype_of
+from explainers.differentiable.features import FeatureTaps, find_taps
+from image_classification.config import check_choice
 from image_classification.models import evaluating
 
-KINDS = ("rbf", "real-x")
-DECODERS = ("published", "light")
+Kind = Literal["rbf", "real-x"]
+DecoderName = Literal["published", "light"]
 LIGHT_WIDTH = 64
 
 
@@ -46,7 +47,9 @@ class SelectorDesign:
         taps: Modules of the classifier whose feature maps are read, shallow to deep.
         widths: Channels of these maps.
         sizes: Heights and widths of these maps.
-        geometry: Frame and range of RBF masks; its `image_size` is the side of the pictures.
+        geometry: Frame and range of RBF masks; its `image_size` is the side of the images.
+        row_first: Whether the first raw output of an RBF selector moves the row of its centre, as published. In files
+            from before this was recorded it moves the column.
     """
 
     kind: str
@@ -56,21 +59,20 @@ class SelectorDesign:
     widths: tuple[int, ...]
     sizes: tuple[tuple[int, int], ...]
     geometry: MaskGeometry
+    row_first: bool = True
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"--selector-type {self.kind}: choose from {', '.join(KINDS)}")
-        if self.decoder not in DECODERS:
-            raise ValueError(f"--decoder {self.decoder}: choose from {', '.join(DECODERS)}")
+        check_choice("kind", self.kind, get_args(Kind))
+        check_choice("decoder", self.decoder, get_args(DecoderName))
         if not len(self.taps) == len(self.widths) == len(self.sizes) >= 2:
             raise ValueError(f"a selector needs at least 2 scales, one width and size for each: {self}")
 
     @property
     def image_size(self) -> int:
-        """Side of the pictures."""
+        """Side of the images."""
         return self.geometry.image_size
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_plain(self) -> dict[str, object]:
         """As dicts, lists and numbers, for `torch.save` and JSON."""
         plain = dataclasses.asdict(self)
         return plain | {
@@ -95,6 +97,7 @@ class SelectorDesign:
                 widths=tuple(map(int, plain["widths"])),
                 sizes=tuple((int(height), int(width)) for height, width in plain["sizes"]),
                 geometry=MaskGeometry(**plain["geometry"]),
+                row_first=bool(plain.get("row_first", False)),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no description of a selector ({error!r})") from error
@@ -110,7 +113,7 @@ def design_selector(
     decoder: str = "published",
     num_scales: int | None = None,
 ) -> SelectorDesign:
-    """A selector for a classifier and a size of pictures.
+    """A selector for a classifier and a size of images.
 
     Args:
         model: The classifier; run once or twice in evaluation mode on the example.
@@ -121,7 +124,7 @@ def design_selector(
         num_scales: Number of the deepest scales to read; None: `default_num_scales`.
 
     Raises:
-        ValueError: The pictures are too small for the classifier to have so many scales.
+        ValueError: The images are too small for the classifier to have so many scales.
     """
     wanted = default_num_scales(geometry.image_size) if num_scales is None else num_scales
     taps = find_taps(model, example_images, wanted)
@@ -129,13 +132,18 @@ def design_selector(
         model(example_images[:1].to(dtype_of(model)))
         shapes = [tuple(feature.shape) for feature in caught.features]
     return SelectorDesign(
-        kind, decoder, num_classes, taps, tuple(shape[1] for shape in shapes),
-        tuple((shape[2], shape[3]) for shape in shapes), geometry,
-    )  # fmt: skip
+        kind,
+        decoder,
+        num_classes,
+        taps,
+        tuple(shape[1] for shape in shapes),
+        tuple((shape[2], shape[3]) for shape in shapes),
+        geometry,
+    )
 
 
 def default_num_scales(image_size: int) -> int:
-    """3 scales for CIFAR-sized pictures and 4 for ImageNet-sized ones, as published."""
+    """3 scales for CIFAR-sized images and 4 for ImageNet-sized ones, as published."""
     return 3 if image_size < 96 else 4
 
 
@@ -155,9 +163,10 @@ class Selector(nn.Module):
         if design.kind == "rbf":
             # One kernel over the whole remaining map.
             self.head = nn.Conv2d(self.decoder.out_channels, 3, design.sizes[0])
-            nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+            assert self.head.bias is not None
+            nn.init.zeros_(self.head.bias)
             with torch.no_grad():
-                self.head.bias[2] = design.geometry.initial_width  # type: ignore[index]
+                self.head.bias[2] = design.geometry.initial_width
         else:
             self.head = nn.Conv2d(self.decoder.out_channels, 2, 1, bias=False)
 
@@ -169,10 +178,10 @@ class Selector(nn.Module):
             classes: (N,) int64.
 
         Returns:
-            Raw output: (N, 3) = (a, b, w) for "rbf", (N, 2, h, w) at the shallowest scale for "real-x".
+            Raw output: (N, 3) = (row, column, width) for "rbf", (N, 2, h, w) at the shallowest scale for "real-x".
 
         Raises:
-            ValueError: Feature maps of other shapes than the design's: other pictures or another network.
+            ValueError: Feature maps of other shapes than the design's: other images or another network.
         """
         self._check(features)
         *shallow, deepest = features
@@ -181,7 +190,7 @@ class Selector(nn.Module):
         decoded = at_least_float32(self.decoder([*shallow, deepest * gate]))
         # Half precision would round a centre to an eighth of a pixel.
         with torch.autocast(decoded.device.type, enabled=False):
-            raw = self.head(decoded)
+            raw: Tensor = self.head(decoded)
         return raw.flatten(1) if self.design.kind == "rbf" else raw
 
     def _check(self, features: Sequence[Tensor]) -> None:
@@ -189,8 +198,8 @@ class Selector(nn.Module):
         found = [tuple(feature.shape[1:]) for feature in features]
         if found != expected:
             raise ValueError(
-                f"the selector was made for feature maps of {expected} (pictures of {self.design.image_size} pixels), "
-                f"but gets {found}: give the network and --image-size that it was trained with"
+                f"the selector was made for feature maps of {expected} (images of {self.design.image_size} pixels), "
+                f"but gets {found}: give the network and the size of images that it was trained with"
             )
 
     def phi(self, raw: Tensor) -> Tensor:
@@ -211,10 +220,10 @@ class Selector(nn.Module):
         if self.design.kind == "real-x":
             return to_size(self.cells(raw), size)
         geometry = self.design.geometry
-        return rbf_masks(*centres_and_widths(raw, geometry), size, geometry)
+        return rbf_masks(*centres_and_widths(self._row_first(raw), geometry), size, geometry)
 
     def sample(self, raw: Tensor, temperature: float, *, hard: bool = False) -> Tensor:
-        """Relaxed Bernoulli samples of the masks, (N, 1, S, S) for pictures of side S.
+        """Relaxed Bernoulli samples of the masks, (N, 1, S, S) for images of side S.
 
         Per-pixel masks are drawn at their own resolution: a cell is in or out as a whole.
         """
@@ -224,11 +233,15 @@ class Selector(nn.Module):
         return relaxed_bernoulli(self.mask(raw, size), temperature, hard=hard)
 
     def centres(self, raw: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Centres (N, 2) and widths (N,) of RBF masks in pixels of pictures of side `size`."""
+        """Centres (N, 2) and widths (N,) of RBF masks in pixels of images of side `size`."""
         assert self.design.kind == "rbf", "only RBF masks have a centre and a width"
-        centres, widths = centres_and_widths(raw, self.design.geometry)
+        centres, widths = centres_and_widths(self._row_first(raw), self.design.geometry)
         scale = size / self.design.image_size
         return centres * scale, widths * scale
+
+    def _row_first(self, raw: Tensor) -> Tensor:
+        """(N, 3) raw outputs in the order row, column, width."""
+        return raw if self.design.row_first else raw[:, [1, 0, 2]]
 
 
 class PublishedDecoder(nn.Module):
@@ -267,7 +280,8 @@ class _Level(nn.Module):
 
     def forward(self, x: Tensor, feature: Tensor) -> Tensor:
         up = _fit(self.relu(self.shuffle(self.expand(x))), feature)
-        return self.block(torch.cat([up, feature], 1))
+        refined: Tensor = self.block(torch.cat([up, feature], 1))
+        return refined
 
 
 class _Block(nn.Module):
@@ -307,13 +321,16 @@ class LightDecoder(nn.Module):
         self.smooth = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(self.out_channels, self.out_channels, 3, padding=1, bias=False),
-                nn.BatchNorm2d(self.out_channels), nn.ReLU(),
+                nn.BatchNorm2d(self.out_channels),
+                nn.ReLU(),
             )
             for _ in widths[1:]
-        )  # fmt: skip
+        )
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """(N, C, h, w) per scale, shallow to deep, to (N, out_channels, h, w) of the shallowest."""
+        rest: list[Tensor]
+        x: Tensor
         *rest, x = [lateral(feature) for lateral, feature in zip(self.lateral, features, strict=True)]
         for smooth, side in zip(self.smooth, reversed(rest), strict=True):
             x = smooth(F.relu(side + F.interpolate(x, size=side.shape[2:], mode="nearest")))

@@ -1,24 +1,22 @@
-"""`python -m explainers train-predictor`: a copy of a classifier learns to imitate it on masked pictures.
+"""`python -m explainers train-predictor`: a copy of a classifier learns to imitate it on masked images.
 
     python -m explainers train-predictor shapes --arch resnet20 --pretrained-weights f.pth.tar --workspace q/
 
-writes `q/model_best.pth.tar` (best agreement on held-out training pictures) and `q/checkpoint.pth.tar` (the latest,
+writes `q/model_best.pth.tar` (best agreement on held-out training images) and `q/checkpoint.pth.tar` (the latest,
 for `--resume auto`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from torch import nn
 
-from explainers.aem.config import PredictorConfig, training_sections
-from explainers.aem.evaluation import FixedRandomMasks, judge_masks
+from explainers.aem.mask_quality import FixedRandomMasks, judge_masks
 from explainers.aem.objectives import PredictorObjective, RandomMasks
 from explainers.aem.predictor import PREDICTOR_RECORD, describe_predictor, new_predictor
 from explainers.aem.selector import default_num_scales
+from explainers.aem.selector_config import PredictorConfig, PredictorJobConfig
 from explainers.aem.training import (
     HELD_OUT_BATCHES,
     build_black_box,
@@ -28,28 +26,20 @@ from explainers.aem.training import (
     mask_grid_size,
 )
 from image_classification import job as jobs
-from image_classification.cli import parse_config
 from image_classification.data.loader import Loader
 from image_classification.distributed import Distributed
+from image_classification.verbs import configured
 
-EPOCHS = 100
 
-
-def main(argv: Sequence[str]) -> int:
+def start(configs: PredictorJobConfig) -> int:
     """Run the verb; see the module's text."""
-    configs = parse_config(
-        training_sections(PredictorConfig, EPOCHS),
-        argv,
-        prog="python -m explainers train-predictor",
-        description="Train a predictor: it imitates a network on masked pictures, for train-selector.",
-    )
     check_configs(configs, "train-predictor")
     return jobs.run_job(configs, run)
 
 
-def run(configs: Mapping[str, Any], distributed: Distributed) -> None:
+def run(configs: PredictorJobConfig, distributed: Distributed) -> None:
     """One process's share."""
-    config: PredictorConfig = configs["explainer"]
+    config = configs.explainer
     job = jobs.prepare(configs, distributed, HELD_OUT_BATCHES)
     try:
         black_box = build_black_box(job)
@@ -64,9 +54,10 @@ def run(configs: Mapping[str, Any], distributed: Distributed) -> None:
         check_record(job, PREDICTOR_RECORD, plain)
         fresh = config.predictor_init == "fresh"
         predictor = jobs.make_model(job) if job.resumed else new_predictor(black_box, fresh=fresh)
+        jobs.remember_data(job, predictor)
         predictor = job.precision.place(predictor)
         job.logger.message(
-            f"predictor of {configs['model'].arch} for {config.selector_type} masks of {image_size} pixels"
+            f"predictor of {configs.model.arch} for {config.selector_type} masks of {image_size} pixels"
         )
         build_trainer(
             job,
@@ -82,7 +73,7 @@ def run(configs: Mapping[str, Any], distributed: Distributed) -> None:
         job.close()
 
 
-def _masks(job: jobs.Job, config: PredictorConfig, black_box: nn.Module) -> RandomMasks:
+def _masks(job: jobs.Job[jobs.JobConfig], config: PredictorConfig, black_box: nn.Module) -> RandomMasks:
     """The masks to learn from."""
     image_size = job.loaders.preset.image_size
     grid = (image_size, image_size)
@@ -93,7 +84,11 @@ def _masks(job: jobs.Job, config: PredictorConfig, black_box: nn.Module) -> Rand
 
 
 def _measure(
-    job: jobs.Job, black_box: nn.Module, masks: RandomMasks, predictor: nn.Module, loader: Loader
+    job: jobs.Job[jobs.JobConfig],
+    black_box: nn.Module,
+    masks: RandomMasks,
+    predictor: nn.Module,
+    loader: Loader,
 ) -> dict[str, float]:
     """Figures of a predictor on random masks, the same ones every time."""
     fixed = FixedRandomMasks(masks, black_box, job.distributed.rank)
@@ -104,5 +99,8 @@ def _measure(
         precision=job.precision,
         distributed=job.distributed,
         multi_label=job.multi_label,
-        max_batches=job.configs["train"].max_batches,
+        max_batches=job.configs.train.max_batches,
     )
+
+
+VERB = configured(PredictorJobConfig, start)

@@ -9,27 +9,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from explainers.aem.callbacks import FixedPictures, Judge
-from explainers.features import FeatureTaps, find_taps
+from explainers.aem.selector_callbacks import BestBy, FixedImages, Judge
+from explainers.differentiable.features import FeatureTaps, find_taps
 from image_classification.callbacks import Callback
 from image_classification.config import ConfigError, check
 from image_classification.data.loader import Loader
-from image_classification.job import Job, make_trainer
+from image_classification.job import Job, JobConfig, make_trainer
 from image_classification.models import build_model
 from image_classification.objective import Objective
 from image_classification.trainer import Trainer, described_classifier
 
-#: Held-out batches per process that are asked for; never more than a twentieth of the training pictures.
+#: Held-out batches per process that are asked for; never more than a twentieth of the training images.
 HELD_OUT_BATCHES = 40
 
 
-def check_configs(configs: Mapping[str, Any], verb: str) -> None:
-    """Refuse flags of the main job that mean nothing here.
+def check_configs(configs: JobConfig, verb: str) -> None:
+    """Refuse flags of the main job that have no meaning for these verbs.
 
     Raises:
         ConfigError: Naming the flag.
     """
-    model, train, loss = configs["model"], configs["train"], configs["loss"]
+    model, train, loss = configs.model, configs.train, configs.loss
     check(
         model.pretrained_weights is not None,
         "--pretrained-weights is missing: give the trained network that is to be explained",
@@ -40,7 +40,7 @@ def check_configs(configs: Mapping[str, Any], verb: str) -> None:
     check(not loss.label_smoothing, f"--label-smoothing: {verb} learns from the network, not from labels")
 
 
-def build_black_box(job: Job) -> nn.Module:
+def build_black_box(job: Job[JobConfig]) -> nn.Module:
     """The classifier that is explained: frozen, in evaluation mode, on its device.
 
     Raises:
@@ -48,7 +48,7 @@ def build_black_box(job: Job) -> nn.Module:
     """
     device = job.distributed.device
     model = build_model(
-        job.configs["model"],
+        job.configs.model,
         num_classes=job.loaders.train.num_classes,
         image_size=job.loaders.preset.image_size,
         device=device,
@@ -56,13 +56,13 @@ def build_black_box(job: Job) -> nn.Module:
     return job.precision.place(model).eval().requires_grad_(False)
 
 
-def example_images(job: Job) -> torch.Tensor:
-    """One empty picture of the size in use."""
+def example_images(job: Job[JobConfig]) -> torch.Tensor:
+    """A blank image (1, 3, S, S) of the size in use."""
     size = job.loaders.preset.image_size
     return torch.zeros(1, 3, size, size, device=job.distributed.device)
 
 
-def mask_grid_size(job: Job, black_box: nn.Module, num_scales: int) -> tuple[int, int]:
+def mask_grid_size(job: Job[JobConfig], black_box: nn.Module, num_scales: int) -> tuple[int, int]:
     """Resolution of per-pixel masks: that of the shallowest scale that is read."""
     example = example_images(job)
     (tap,) = find_taps(black_box, example, num_scales)[:1]
@@ -72,8 +72,8 @@ def mask_grid_size(job: Job, black_box: nn.Module, num_scales: int) -> tuple[int
     return height, width
 
 
-def check_record(job: Job, name: str, record: Mapping[str, Any]) -> None:
-    """A resumed run must go on with what it began with.
+def check_record(job: Job[JobConfig], name: str, record: Mapping[str, object]) -> None:
+    """Make sure that a resumed run has the settings and weights that it was started with.
 
     Raises:
         ConfigError: The checkpoint is of something else.
@@ -83,7 +83,7 @@ def check_record(job: Job, name: str, record: Mapping[str, Any]) -> None:
     before = job.resumed["callbacks"].get(name)
     if before is None:
         raise ConfigError(
-            f"--resume: the checkpoint holds no {name} in training: give one that this command wrote"
+            f"--resume: the checkpoint is not one of a {name}'s training: give one that this command wrote"
         )
     for key, value in record.items():
         check(
@@ -94,15 +94,15 @@ def check_record(job: Job, name: str, record: Mapping[str, Any]) -> None:
 
 
 def build_trainer(
-    job: Job,
+    job: Job[JobConfig],
     model: nn.Module,
     objective: Objective,
     *,
     name: str,
-    record: Mapping[str, Any],
+    record: Mapping[str, object],
     measure: Callable[[nn.Module, Loader], dict[str, float]],
     interval: int,
-    best_by: str,
+    best_by: BestBy,
     masks: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
     callbacks: Sequence[Callback] = (),
     describe: Callable[[nn.Module], dict[str, Any]] = described_classifier,
@@ -114,21 +114,23 @@ def build_trainer(
         model: What learns.
         objective: What it minimises.
         name, record, measure, interval, best_by: See `Judge`.
-        masks: See `FixedPictures`; None shows none.
+        masks: See `FixedImages`; None shows none.
         callbacks: Further ones.
         describe: See `Trainer`.
     """
     held_out = job.loaders.calibration
-    assert held_out is not None, "the job was prepared with held-out pictures"
-    val = None if job.configs["train"].training_only else job.loaders.val
+    assert held_out is not None, "the job was prepared with held-out images"
+    val = None if job.configs.train.training_only else job.loaders.val
     judge = Judge(name, record, measure, held_out, val, interval, best_by)
     shown: list[Callback] = []
-    if masks is not None and job.configs["log"].tensorboard is not None:
-        shown.append(FixedPictures(masks, job.loaders.val, interval))
-    # The judge decides which model is best; the trainer's own validation measures accuracy on labels.
+    if masks is not None and job.configs.log.tensorboard is not None:
+        shown.append(FixedImages(masks, job.loaders.val, interval))
+    # The judge chooses the best model; the trainer's own validation, which measures accuracy on labels, is off.
     quiet = dataclasses.replace(
         job,
-        configs={**job.configs, "train": dataclasses.replace(job.configs["train"], training_only=True)},
+        configs=dataclasses.replace(
+            job.configs, train=dataclasses.replace(job.configs.train, training_only=True)
+        ),
     )
     return make_trainer(
         quiet, model, objective=objective, callbacks=[judge, *shown, *callbacks], describe=describe

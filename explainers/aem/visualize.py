@@ -1,4 +1,4 @@
-"""`python -m explainers visualize`: what a selector keeps of some pictures, as one page.
+"""`python -m explainers visualize`: a page of images, their masks by a selector, and the masked images.
 
 python -m explainers visualize shapes --selector g/model_best.pth.tar --num-images 6 --output masks.png
 """
@@ -6,35 +6,47 @@ python -m explainers visualize shapes --selector g/model_best.pth.tar --num-imag
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from explainers.aem.files import OpenedSelector, SelectorFileConfig, open_selector
-from explainers.aem.plots import MaskedPicture, save_mask_page
-from explainers.aem.predictor import check_predictor, load_predictor
-from explainers.job import PictureConfig, check_writable, picture_loader
-from explainers.plots import to_picture
-from image_classification.cli import parse_config
-from image_classification.config import check, flag
+from explainers.aem.mask_pages import MaskedImage, save_mask_page
+from explainers.aem.opened_selector import OpenedSelector, SelectorFileConfig, open_selector
+from explainers.differentiable.explanation import explained_classes
+from explainers.plots import to_image
+from explainers.verbs.attribution_job import ImageConfig, Split, check_writable, image_loader
+from image_classification.config import check, flag, section
 from image_classification.data.build import ReadConfig
+from image_classification.data.loader import Batch
 from image_classification.distributed import DistributedConfig, setup_distributed
 from image_classification.models import main_and_auxiliary_logits
+from image_classification.verbs import configured
+
+_THRESHOLD = 0.5
 
 
 @dataclasses.dataclass(kw_only=True)
 class VisualizeConfig(SelectorFileConfig):
     """What is shown"""
 
-    num_images: int = flag(6, "--num-images", "--num-im-show", "-n", help="number of pictures")
-    split: str = flag("val", "--split", choices=("val", "train"), help="split that they are drawn from")
+    num_images: int = flag(
+        6, "--num-images", "--num-pictures", "--num-im-show", "-n", help="number of images"
+    )
+    split: Split = flag("val", "--split", help="split that they are drawn from")
     predictor: str | None = flag(
-        None, "--predictor", metavar="FILE", help="also say what this predictor sees in the masked pictures"
+        None, "--predictor", metavar="FILE", help="also say what this predictor sees in the masked images"
+    )
+    binarised: bool = flag(
+        False, "--binarised", help="a further column: the mask's pixels from 0.5 on, as published"
     )
     output: str = flag(
-        "masks.png", "--output", "-o", metavar="FILE", help="the page; the suffix says the format"
+        "masks.png",
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="the page; the suffix says the format, such as .pdf",
     )
 
     def __post_init__(self) -> None:
@@ -46,50 +58,53 @@ class VisualizeConfig(SelectorFileConfig):
         )
 
 
-def main(argv: Sequence[str]) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisualizeJobConfig:
+    """Everything that `visualize` is told."""
+
+    explainer: VisualizeConfig = section(VisualizeConfig)
+    data: ReadConfig = section(ReadConfig)
+    distributed: DistributedConfig = section(DistributedConfig)
+
+
+def run(configs: VisualizeJobConfig) -> int:
     """Run the verb; see the module's text."""
-    configs = parse_config(
-        {"explainer": VisualizeConfig, "data": ReadConfig, "distributed": DistributedConfig},
-        argv,
-        prog="python -m explainers visualize",
-        description="Pictures, a selector's masks, masked pictures.",
-    )
-    config: VisualizeConfig = configs["explainer"]
-    data: ReadConfig = configs["data"]
+    config = configs.explainer
+    data = configs.data
     output = Path(config.output)
     check_writable(output.absolute().parent, "--output")
-    with setup_distributed(configs["distributed"]) as distributed:
-        pictures = PictureConfig(split=config.split, num_pictures=config.num_images)
-        opened = open_selector(config, data, pictures, distributed)
+    with setup_distributed(configs.distributed) as distributed:
+        images = ImageConfig(split=config.split, num_images=config.num_images)
+        opened = open_selector(config, data, images, distributed)
         predictor = None
         if config.predictor is not None:
-            predictor, record = load_predictor(config.predictor, device=distributed.device)
-            check_predictor(
-                record, opened.black_box, path=config.predictor, image_size=opened.preset.image_size,
-                num_classes=opened.dataset.num_classes, kind=opened.explanation.design.kind,
-            )  # fmt: skip
-        loader = picture_loader(opened.manifest, opened.preset, data, pictures, distributed)
-        rows: list[MaskedPicture] = []
+            predictor = opened.load_predictor(config.predictor, distributed.device)
+        loader = image_loader(opened.manifest, opened.preset, data, images, distributed)
+        rows: list[MaskedImage] = []
         with loader:
             for batch in loader:
                 if len(batch):
-                    rows += _rows(opened, predictor, batch.images)
+                    rows += _rows(opened, predictor, batch, config)
         if rows:  # with several processes each would write its share; rank 0's is the page
             save_mask_page(
                 output.with_stem(output.stem + (f"-{distributed.rank}" if distributed.rank else "")), rows
             )
         if distributed.is_main:
-            print(f"masks of {len(rows)} pictures in {output}")
+            print(f"masks of {len(rows)} images in {output}")
     return 0
 
 
 @torch.no_grad()
 def _rows(
-    opened: OpenedSelector, predictor: torch.nn.Module | None, images: Tensor
-) -> Iterator[MaskedPicture]:
+    opened: OpenedSelector, predictor: torch.nn.Module | None, batch: Batch, config: VisualizeConfig
+) -> Iterator[MaskedImage]:
     """Rows of a batch."""
+    images = batch.images
     selector, size = opened.explanation.selector, images.shape[-1]
-    raw, logits = opened.explanation.raw_and_logits(opened.black_box, images)
+    labels = None
+    if config.explained_class == "label":
+        labels = explained_classes("label", batch.targets, batch.targets)
+    raw, logits = opened.explanation.raw_and_logits(opened.black_box, images, labels)
     masks = selector.mask(raw, size)
     said = _said(opened, logits)
     said_masked = ["masked"] * len(images)
@@ -99,20 +114,24 @@ def _rows(
     rbf = selector.centres(raw, size) if selector.design.kind == "rbf" else None
     mean, std = opened.preset.mean, opened.preset.std
     for index, (image, mask) in enumerate(zip(images.cpu(), masks.cpu(), strict=True)):
-        x, y = (None, None) if rbf is None else rbf[0][index].tolist()
-        yield MaskedPicture(
+        centre = None
+        if rbf is not None:
+            x, y = rbf[0][index].tolist()
+            centre = (x, y)
+        yield MaskedImage(
             title=said[index],
             masked_title=said_masked[index],
-            picture=to_picture(image.numpy(), mean, std),
-            masked=to_picture((image * mask).numpy(), mean, std),
+            image=to_image(image.numpy(), mean, std),
+            masked=to_image((image * mask).numpy(), mean, std),
             mask=mask[0].numpy(),
-            centre=None if x is None or y is None else (x, y),
+            centre=centre,
             width=None if rbf is None else float(rbf[1][index]),
+            binary=(mask[0] >= _THRESHOLD).numpy() if config.binarised else None,
         )
 
 
 def _said(opened: OpenedSelector, logits: Tensor) -> list[str]:
-    """`square 97 %` per picture."""
+    """`square 97 %` per image."""
     chances = logits.sigmoid() if opened.dataset.multi_label else logits.softmax(1)
     best, classes = chances.max(1)
     names = opened.dataset.class_names
@@ -120,3 +139,6 @@ def _said(opened: OpenedSelector, logits: Tensor) -> list[str]:
         f"{names[index]} {100 * chance:.0f} %"
         for index, chance in zip(classes.tolist(), best.tolist(), strict=True)
     ]
+
+
+VERB = configured(VisualizeJobConfig, run)

@@ -1,11 +1,11 @@
 """Classifier-agnostic saliency maps, CASM (Żołna, Geras, Cho 2020, arXiv:1805.08249).
 
-A decoder reads a classifier's features and says which part of a picture to remove so that no classifier recognises it
+A decoder reads a classifier's features and says which part of an image to remove so that no classifier recognises it
 any more: not the present one, and not those that it was on the way here. Classifier and decoder are trained together.
 """
 
+from explainers.casm.casm_explanation import CasmExplanation
 from explainers.casm.decoder import CasmDecoder
-from explainers.casm.explanation import CasmExplanation
 from explainers.casm.model import Casm, load_casm, save_casm
 
 __all__ = ["Casm", "CasmDecoder", "CasmExplanation", "load_casm", "save_casm"]

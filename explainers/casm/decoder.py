@@ -6,11 +6,13 @@ For a ResNet-50 names and shapes of its tensors are those of the published progr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Upsample = Literal["nearest", "bilinear"]
 #: Channels that each stage is reduced to, as published.
 WIDTH = 64
 
@@ -39,7 +41,7 @@ class CasmDecoder(nn.Module):
         self.final = nn.Sequential(nn.Conv2d(joined, 1, 3, padding=1), nn.Sigmoid())
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """The part of the picture to remove.
+        """The part of the image to remove.
 
         Args:
             features: (N, C_i, h_i, w_i), the base first.
@@ -56,9 +58,11 @@ class CasmDecoder(nn.Module):
         for index, stage in enumerate(stages, 1):
             reduced = self.get_submodule(f"conv1x1_{index}")(stage)
             parts.append(F.interpolate(reduced, size=base.shape[2:], mode="bilinear", align_corners=False))
-        return self.final(torch.cat(parts, dim=1))
+        logits: Tensor = self.final(torch.cat(parts, dim=1))
+        return logits
 
 
-def enlarged(mask: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
-    """(N, 1, h, w) to (N, 1, H, W), each element a block, as published; float32."""
-    return F.interpolate(mask.float(), size=tuple(size), mode="nearest")
+def enlarged(mask: Tensor, size: torch.Size | tuple[int, ...], upsample: Upsample = "nearest") -> Tensor:
+    """(N, 1, h, w) to (N, 1, H, W), each element a block, or between their centres linearly; float32."""
+    corners = None if upsample == "nearest" else False
+    return F.interpolate(mask.float(), size=tuple(size), mode=upsample, align_corners=corners)

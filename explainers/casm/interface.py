@@ -1,7 +1,7 @@
 """Score your own architecture: two functions that take and give NumPy arrays.
 
-`python -m explainers score-casm … --interface FILE.py` scores whatever FILE.py makes of each file in `--casms-path`. It
-defines
+`python -m explainers score-casm … --interface FILE.py` scores the masks that FILE.py computes from each file in
+`--casms-path`. It defines
 
     def load_model(path: str) -> object
         # whatever describes the model; it is handed to the other function as it is
@@ -9,9 +9,9 @@ defines
     def get_masks_and_check_predictions(images, targets, model) -> tuple[masks, rectangles, correct]
         # images:     (B, 3, S, S) float32, normalised unless --not-normalize is given, then in 0 … 1
         # targets:    (B,) int64
-        # masks:      (B, S, S) in [0, 1], the continuous masks of the whole pictures
+        # masks:      (B, S, S) in [0, 1], the continuous masks of the whole images
         # rectangles: (B, S, S) of 0 and 1: one block of ones each, where the object is thought to be
-        # correct:    (B,) of 0 and 1: whether the model's classifier is right about the picture
+        # correct:    (B,) of 0 and 1: whether the model's classifier is right about the image
 
 `CasmInterface` is the same for our own CASMs, and the default.
 """
@@ -20,17 +20,16 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from explainers.casm.model import Casm, load_casm
-from explainers.localization import Rectangle, object_rectangle
-from image_classification.config import ConfigError, check
+from explainers.measures.localization import Rectangle, object_rectangle
+from image_classification.config import ConfigError, SettingError, check, check_setting
 
 _FUNCTIONS = ("load_model", "get_masks_and_check_predictions")
 
@@ -38,7 +37,7 @@ _FUNCTIONS = ("load_model", "get_masks_and_check_predictions")
 class Interface(Protocol):
     """The two functions; a module that defines them is one."""
 
-    def load_model(self, path: str) -> Any:
+    def load_model(self, path: str) -> object:
         """Read a model."""
 
     def get_masks_and_check_predictions(
@@ -70,17 +69,9 @@ class CasmInterface:
         logits, masks = model(torch.from_numpy(images).to(self.device))
         continuous = masks[:, 0].cpu().numpy()
         rectangles = np.zeros(continuous.shape, np.uint8)
-        for picture, mask in zip(rectangles, continuous, strict=True):
-            object_rectangle(mask).of(picture)[...] = 1
+        for image, mask in zip(rectangles, continuous, strict=True):
+            object_rectangle(mask).of(image)[...] = 1
         return continuous, rectangles, (logits.argmax(1).cpu().numpy() == targets).astype(np.uint8)
-
-
-class _Loaded:
-    """The two functions of a user's file."""
-
-    def __init__(self, load: Callable[..., Any], ask: Callable[..., Any]) -> None:
-        self.load_model = load
-        self.get_masks_and_check_predictions = ask
 
 
 def load_interface(path: Path) -> Interface:
@@ -89,35 +80,36 @@ def load_interface(path: Path) -> Interface:
     Raises:
         ConfigError: There is no such file, it cannot be run, or a function is missing.
     """
-    check(path.is_file(), f"--interface {path}: there is no such file")
+    check_setting(path.is_file(), "interface", str(path), "there is no such file")
     spec = importlib.util.spec_from_file_location("scored_architecture", path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"--interface {path}: no Python file; its name must end in .py")
+        raise SettingError("interface", str(path), "the name of a Python file must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look their module up
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's file raises
         del sys.modules[spec.name]
-        raise ConfigError(f"--interface {path} cannot be run: {type(error).__name__}: {error}") from error
+        problem = f"it cannot be run: {type(error).__name__}: {error}"
+        raise SettingError("interface", str(path), problem) from error
     missing = [name for name in _FUNCTIONS if not callable(getattr(module, name, None))]
-    check(not missing, f"--interface {path} does not define {' and '.join(missing)}")
-    return _Loaded(*(getattr(module, name) for name in _FUNCTIONS))
+    check_setting(not missing, "interface", str(path), f"it does not define {' and '.join(missing)}")
+    return cast("Interface", module)
 
 
 def checked_answer(
-    answer: Any, count: int, size: tuple[int, int], who: str
+    answer: object, count: int, size: tuple[int, int], who: str
 ) -> tuple[NDArray[np.float64], list[Rectangle], NDArray[np.bool_]]:
     """What `get_masks_and_check_predictions` gave, in our types.
 
     Args:
         answer: Its result.
-        count: Number of pictures.
-        size: Of the pictures.
+        count: Number of images.
+        size: Of the images.
         who: For messages.
 
     Returns:
-        Masks (B, S, S), a rectangle per picture (`EMPTY` without a pixel of 1), correct (B,).
+        Masks (B, S, S), a rectangle per image (`EMPTY` without a pixel of 1), correct (B,).
 
     Raises:
         ConfigError: Wrong number of results, wrong shapes, NaN, values outside of [0, 1].
@@ -126,8 +118,10 @@ def checked_answer(
         raise ConfigError(f"{who}: get_masks_and_check_predictions must give masks, rectangles and correct")
     masks, blocks, correct = (np.asarray(part) for part in answer)
     for name, array, shape in (
-        ("masks", masks, (count, *size)), ("rectangles", blocks, (count, *size)), ("correct", correct, (count,)),
-    ):  # fmt: skip
+        ("masks", masks, (count, *size)),
+        ("rectangles", blocks, (count, *size)),
+        ("correct", correct, (count,)),
+    ):
         check(array.shape == shape, f"{who}: {name} have shape {array.shape}, not {shape}")
     masks = masks.astype(np.float64)
     sound = np.isfinite(masks).all() and masks.min(initial=0) >= 0 and masks.max(initial=0) <= 1

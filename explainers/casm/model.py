@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from explainers.casm.decoder import CasmDecoder, enlarged
-from explainers.casm.taps import Taps, find_casm_taps
-from explainers.features import FeatureTaps
-from image_classification.checkpoint import VERSION, save_atomically
+from explainers.casm.classifier_taps import Taps, find_casm_taps
+from explainers.casm.decoder import CasmDecoder, Upsample, enlarged
+from explainers.differentiable.features import FeatureTaps
+from image_classification.checkpoint import save_atomically
+from image_classification.checkpoint_format import FORMAT
 from image_classification.models import (
     Structure,
     build_from_structure,
@@ -27,7 +28,7 @@ from image_classification.models import (
     read_safely,
     unwrap,
 )
-from image_classification.models.weights import FORMAT, WeightsError
+from image_classification.models.weights import WeightsError, load_exactly
 
 KEY = "casm"
 
@@ -39,8 +40,9 @@ class Casm(nn.Module):
         classifier: Any classifier.
         decoder: Made for the channels of `taps`.
         taps: Modules of the classifier that the decoder reads, the base first.
-        image_size: Side of the pictures it was made for, in pixels.
+        image_size: Side of the images it was made for, in pixels.
         kept: See `FeatureTaps`.
+        upsample: How masks are brought to the images' size.
     """
 
     def __init__(
@@ -50,13 +52,16 @@ class Casm(nn.Module):
         taps: tuple[str, ...],
         image_size: int,
         kept: Mapping[str, Tensor] | None = None,
+        upsample: Upsample = "nearest",
     ) -> None:
         super().__init__()
-        self.classifier, self.decoder = classifier, decoder
+        self.classifier, self.decoder, self.upsample = classifier, decoder, upsample
         self.taps, self.image_size, self.kept = tuple(taps), image_size, dict(kept or {})
 
     @classmethod
-    def for_classifier(cls, classifier: nn.Module, image_size: int, width: int) -> Casm:
+    def for_classifier(
+        cls, classifier: nn.Module, image_size: int, width: int, upsample: Upsample = "nearest"
+    ) -> Casm:
         """A fresh decoder for a classifier; device and memory format are left to the caller.
 
         Raises:
@@ -64,7 +69,7 @@ class Casm(nn.Module):
         """
         device = next(classifier.parameters()).device
         found: Taps = find_casm_taps(classifier, torch.zeros(1, 3, image_size, image_size, device=device))
-        return cls(classifier, CasmDecoder(found.channels, width), found.names, image_size)
+        return cls(classifier, CasmDecoder(found.channels, width), found.names, image_size, upsample=upsample)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -72,13 +77,13 @@ class Casm(nn.Module):
         return dict(zip(self.taps, self.decoder.channels, strict=True))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (N, L) and masks (N, 1, H, W) in (0, 1), float32, of pictures (N, 3, H, W)."""
+        """Logits (N, L) and masks (N, 1, H, W) in (0, 1), float32, of images (N, 3, H, W)."""
         with FeatureTaps(self.classifier, self.taps, self.kept, self.widths) as taps:
             logits, _ = main_and_auxiliary_logits(self.classifier(images))
             features = taps.features
-        return logits, enlarged(self.decoder(features), images.shape[2:])
+        return logits, enlarged(self.decoder(features), images.shape[2:], self.upsample)
 
-    def entry(self) -> dict[str, Any]:
+    def entry(self) -> dict[str, object]:
         """The `casm` entry of a checkpoint: plain data and tensors."""
         return {
             "taps": list(self.taps),
@@ -87,6 +92,7 @@ class Casm(nn.Module):
             "image_size": self.image_size,
             "kept": {name: positions.cpu() for name, positions in self.kept.items()},
             "decoder": self.decoder.state_dict(),
+            "upsample": self.upsample,
         }
 
 
@@ -100,7 +106,6 @@ def save_casm(path: str | Path, casm: Casm) -> None:
     structure = capture_structure(casm.classifier).to_plain()
     payload = {
         "format": FORMAT,
-        "version": VERSION,
         "arch": structure["arch"],
         "structure": structure,
         "state_dict": unwrap(casm.classifier).state_dict(),
@@ -120,10 +125,11 @@ def load_casm(path: str | Path, *, device: torch.device | str | None = None) -> 
     payload = read_safely(path)
     if not (isinstance(payload, Mapping) and payload.get("format") == FORMAT and KEY in payload):
         raise WeightsError(
-            f"{path} holds no saliency mapping (CASM): give a file that `python -m explainers train-casm` wrote"
+            f"{path} holds no saliency mapping (CASM): give a file that `python -m explainers train-casm` wrote; "
+            "a file of the published program becomes one by `python -m pruning import FILE OUT`"
         )
     classifier = build_from_structure(Structure.from_plain(payload["structure"]), device=device)
-    _load(classifier, payload["state_dict"], path, "classifier")
+    load_exactly(classifier, payload["state_dict"], path, "classifier")
     casm = casm_from_entry(classifier, payload[KEY], path)
     return casm.to(device).eval().requires_grad_(False)
 
@@ -148,39 +154,12 @@ def casm_from_entry(classifier: nn.Module, entry: Mapping[str, Any], path: Path)
             "does not have: it was trained on another architecture"
         )
     decoder = CasmDecoder(entry["channels"], entry["width"])
-    _load(decoder, entry["decoder"], path, "decoder")
-    return Casm(classifier, decoder, tuple(entry["taps"]), int(entry["image_size"]), entry["kept"])
-
-
-def _load(module: nn.Module, state: Mapping[str, Tensor], path: Path, what: str) -> None:
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise WeightsError(
-            f"{path}: its {what} contradicts itself: {' '.join(str(error).split())}"
-        ) from error
-
-
-def find_casms(folder: Path) -> list[Path]:
-    """Files of CASMs in a folder: its own checkpoint files, and those in folders right below it, as runs leave them.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or no file in it.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--casms-path {folder}: there is no such folder")
-    endings = (".pth.tar", ".pth", ".pt", ".chk")
-    here = [path for path in folder.iterdir() if path.name.endswith(endings)]
-    below = [path for path in folder.glob("*/checkpoint.pth.tar") if path.is_file()]
-    found = sorted(path for path in [*here, *below] if path.is_file() and not path.name.startswith("."))
-    if not found:
-        raise FileNotFoundError(
-            f"--casms-path {folder}: no checkpoint in it, nor a folder with checkpoint.pth.tar; train one with "
-            "`python -m explainers train-casm`"
-        )
-    return found
-
-
-def casm_name(path: Path) -> str:
-    """What tables call a CASM: its run's folder, or its file."""
-    return path.parent.name if path.name == "checkpoint.pth.tar" else path.name
+    load_exactly(decoder, entry["decoder"], path, "decoder")
+    return Casm(
+        classifier,
+        decoder,
+        tuple(entry["taps"]),
+        int(entry["image_size"]),
+        entry["kept"],
+        entry.get("upsample", "nearest"),
+    )

@@ -1,7 +1,7 @@
-"""Pictures with the mask's part taken out, left alone, or painted over; and masks that know no picture, for comparison.
+"""Images with the mask's part kept, removed or inpainted; and masks that do not depend on the image, for comparison.
 
 Żołna et al. 2020, section 5.2: b is the mask binarised at the quantile that its own mean gives; masked-in x·b,
-masked-out x·(1 − b), and masked-out pictures inpainted. A pixel that is taken out has the data set's mean colour.
+masked-out x·(1 − b), and masked-out images inpainted. A pixel that is taken out has the data set's mean colour.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from explainers.inpaint import inpaint
-from explainers.localization import saliency_threshold
+from explainers.casm.inpaint import inpaint
+from explainers.measures.localization import saliency_threshold
 
-#: Kinds of pictures, in the order of tables.
+#: Kinds of images, in the order of tables.
 KINDS = ("whole", "masked in", "masked out", "inpainted")
-#: Masks without a network; a grid of 56 on pictures of 224 pixels, others in proportion.
+#: Masks without a network; a grid of 56 on images of 224 pixels, others in proportion.
 BASELINES = ("zeros", "ones", "random grid", "random pixels")
 _CELL = 4
 
@@ -30,13 +30,13 @@ def binarised(masks: Tensor) -> Tensor:
 
 
 def baseline_masks(name: str, sample_ids: Tensor, size: int) -> Tensor:
-    """Masks that are the same whatever the picture shows.
+    """Masks that do not depend on the image's content.
 
     Args:
         name: Of `BASELINES`. The random ones have each cell (a square of 4 pixels) or pixel with probability ½, drawn
-            by the picture's number, so that the same picture gets the same mask.
+            by the image's number, so that the same image gets the same mask.
         sample_ids: (N,) int64.
-        size: Side of the pictures, in pixels.
+        size: Side of the images, in pixels.
 
     Returns:
         (N, 1, size, size) bool, on the CPU.
@@ -45,15 +45,15 @@ def baseline_masks(name: str, sample_ids: Tensor, size: int) -> Tensor:
         return torch.full((len(sample_ids), 1, size, size), name == "ones")
     cell = _CELL if name == "random grid" else 1
     cells = -(-size // cell)
-    drawn = [
-        np.random.default_rng([cell, number]).random((cells, cells)) < 0.5 for number in sample_ids.tolist()
-    ]
+    drawn = []
+    for number in sample_ids.tolist():
+        drawn.append(np.random.default_rng([cell, number]).random((cells, cells)) < 0.5)
     grid = torch.from_numpy(np.stack(drawn)) if drawn else torch.zeros(0, cells, cells, dtype=torch.bool)
     return grid.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, None, :size, :size]
 
 
 def modified(images: Tensor, mask: Tensor, kind: str, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Pictures as a kind of `KINDS` has them.
+    """Images as a kind of `KINDS` has them.
 
     Args:
         images: (N, 3, H, W), normalised.

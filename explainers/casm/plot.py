@@ -1,8 +1,8 @@
-"""`python -m explainers plot-casm`: pictures, what the mask keeps and removes, inpainted, and the mask, as published.
+"""`python -m explainers plot-casm`: images, what the mask keeps and removes, inpainted, and the mask, as published.
 
     python -m explainers plot-casm DATA --casm-path CASMS/L100/checkpoint.pth.tar --plots-path plots --columns 7
 
-Rows: picture, masked in, masked out, masked out and inpainted, mask (Żołna et al. 2020, figure 2).
+Rows: image, masked in, masked out, masked out and inpainted, mask (Żołna et al. 2020, figure 2).
 """
 
 from __future__ import annotations
@@ -14,26 +14,34 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from explainers.casm.files import casm_networks
-from explainers.casm.model import casm_name
+from explainers.casm.casm_paths import casm_name, casm_networks
+from explainers.casm.inpaint import import_opencv
 from explainers.casm.modify import binarised, modified
-from explainers.inpaint import import_opencv
-from explainers.job import PictureConfig, check_writable, input_preset, open_split, picture_loader
-from explainers.plots import Picture, to_picture
-from image_classification.cli import parse_config
-from image_classification.config import check, flag
-from image_classification.data.build import ReadConfig
+from explainers.plots import Pixels, to_image
+from explainers.verbs.attribution_job import (
+    ImageConfig,
+    ImagesJob,
+    check_writable,
+    image_loader,
+    input_preset,
+    open_split,
+)
+from image_classification.config import check, flag, section
 from image_classification.data.dataset import Preset
 from image_classification.data.progress import progress_bar
-from image_classification.distributed import DistributedConfig, setup_distributed
+from image_classification.distributed import setup_distributed
+from image_classification.extras import optional_import
+from image_classification.verbs import configured
+
+with optional_import():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
 #: Grey of what is taken out, as published.
 GREY = 0.35
-ROWS = ("picture", "masked in", "masked out", "inpainted", "mask")
+ROWS = ("image", "masked in", "masked out", "inpainted", "mask")
 _CELL_INCHES = 1.25
 
 
@@ -41,42 +49,50 @@ _CELL_INCHES = 1.25
 class PlotConfig:
     """What is drawn"""
 
-    casm_path: Path | None = flag(None, "--casm-path", metavar="FILE", help="the saliency mapping")
-    plots_path: Path | None = flag(None, "--plots-path", metavar="DIR", help="folder of the pages")
-    columns: int = flag(7, "--columns", help="pictures per page")
+    casm_path: Path = flag(None, "--casm-path", metavar="FILE", help="the saliency mapping")
+    plots_path: Path = flag(None, "--plots-path", metavar="DIR", help="folder of the pages")
+    columns: int = flag(7, "--columns", help="images per page")
 
     def __post_init__(self) -> None:
         check(self.casm_path is not None, "--casm-path is missing: give the file of a saliency mapping")
         check(self.plots_path is not None, "--plots-path is missing: give the folder to write pages into")
-        check(self.columns >= 1, f"--columns {self.columns}: a page needs at least 1 picture")
+        check(self.columns >= 1, f"--columns {self.columns}: a page needs at least 1 image")
 
 
 @dataclasses.dataclass(kw_only=True)
-class PlottedConfig(PictureConfig):
-    """Which pictures, and how they are cut."""
+class PlottedConfig(ImageConfig):
+    """Which images, and how they are cut."""
 
-    num_pictures: int | None = flag(
-        28, "--num-pictures", "-n", parse=int, help="draw so many pictures, drawn once and for all"
+    num_images: int | None = flag(
+        28,
+        "--num-images",
+        "--num-pictures",
+        "-n",
+        parse=int,
+        help="number of images to draw, the same random ones every time",
     )
     annotation_path: str | None = None
+    pot: float | None = None
 
 
-def main(argv: Sequence[str]) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlotCasmConfig(ImagesJob):
+    """Everything that `plot-casm` is told."""
+
+    plot: PlotConfig = section(PlotConfig)
+    images: PlottedConfig = section(PlottedConfig)
+
+
+def run(configs: PlotCasmConfig) -> int:
     """Run the verb; see the module's text."""
-    sections = {
-        "plot": PlotConfig, "pictures": PlottedConfig, "data": ReadConfig, "distributed": DistributedConfig,
-    }  # fmt: skip
-    configs = parse_config(
-        sections, argv, prog="python -m explainers plot-casm", description="Pages of saliency masks (CASM)."
-    )
-    plot, data = configs["plot"], configs["data"]
-    with setup_distributed(configs["distributed"]) as distributed:
+    plot, data = configs.plot, configs.data
+    with setup_distributed(configs.distributed) as distributed:
         check_writable(plot.plots_path, "--plots-path")
         import_opencv()
-        dataset, manifest = open_split(data, configs["pictures"], distributed)
+        dataset, manifest = open_split(data, configs.images, distributed)
         (network,) = casm_networks([plot.casm_path], data, dataset, distributed.device)
         preset = input_preset(data, dataset, [network])
-        loader = picture_loader(manifest, preset, data, configs["pictures"], distributed)
+        loader = image_loader(manifest, preset, data, configs.images, distributed)
         share = math.ceil(len(manifest) / distributed.world_size)
         with loader, progress_bar("drawing", share, distributed.is_main) as advance:
             for batch in loader:
@@ -92,12 +108,12 @@ def main(argv: Sequence[str]) -> int:
                 advance(len(batch))
         distributed.barrier()
         if distributed.is_main:
-            print(f"{len(manifest):,} pictures drawn in {plot.plots_path}")
+            print(f"{len(manifest):,} images drawn in {plot.plots_path}")
     return 0
 
 
-def columns_of(images: Tensor, masks: Tensor, preset: Preset) -> list[list[Picture]]:
-    """The five cells of each picture, as `ROWS` has them, each (S, S, 3) in [0, 1].
+def columns_of(images: Tensor, masks: Tensor, preset: Preset) -> list[list[Pixels]]:
+    """The five cells of each image, as `ROWS` has them, each (S, S, 3) in [0, 1].
 
     Args:
         images: (N, 3, S, S), normalised.
@@ -108,29 +124,35 @@ def columns_of(images: Tensor, masks: Tensor, preset: Preset) -> list[list[Pictu
     painted = modified(images, kept, "inpainted", preset.mean, preset.std)
     columns = []
     for image, mask, binary, filled in zip(images, masks, kept, painted, strict=True):
-        picture = to_picture(image.float().cpu().numpy(), preset.mean, preset.std)
+        pixels = to_image(image.float().cpu().numpy(), preset.mean, preset.std)
         inside = binary[0].cpu().numpy()[..., None]
         columns.append(
             [
-                picture,
-                np.where(inside, picture, GREY),
-                np.where(inside, GREY, picture),
-                to_picture(filled.float().cpu().numpy(), preset.mean, preset.std),
+                pixels,
+                np.where(inside, pixels, GREY),
+                np.where(inside, GREY, pixels),
+                to_image(filled.float().cpu().numpy(), preset.mean, preset.std),
                 np.repeat(mask[0].float().cpu().numpy()[..., None], 3, axis=2),
             ]
         )
     return columns
 
 
-def save_page(path: Path, columns: Sequence[Sequence[Picture]], title: str, num_columns: int) -> None:
+def save_page(path: Path, columns: Sequence[Sequence[Pixels]], title: str, num_columns: int) -> None:
     """Write a page; shorter ones keep the size of their cells."""
     figure = Figure(figsize=(num_columns * _CELL_INCHES + 0.35, len(ROWS) * _CELL_INCHES + 0.3), dpi=130)
     FigureCanvasAgg(figure)
     height, width = figure.get_figheight(), figure.get_figwidth()
     grid = figure.add_gridspec(
-        len(ROWS), num_columns, left=0.3 / width, right=1 - 0.05 / width, bottom=0.05 / height, top=1 - 0.25 / height,
-        wspace=0.03, hspace=0.03,
-    )  # fmt: skip
+        len(ROWS),
+        num_columns,
+        left=0.3 / width,
+        right=1 - 0.05 / width,
+        bottom=0.05 / height,
+        top=1 - 0.25 / height,
+        wspace=0.03,
+        hspace=0.03,
+    )
     for row, name in enumerate(ROWS):
         for column, cells in enumerate(columns):
             axes = figure.add_subplot(grid[row, column])
@@ -143,3 +165,6 @@ def save_page(path: Path, columns: Sequence[Sequence[Picture]], title: str, num_
                 axes.set_ylabel(name, fontsize=8)
     figure.suptitle(title, fontsize=9, y=1 - 0.06 / height, va="top")
     figure.savefig(path)
+
+
+VERB = configured(PlotCasmConfig, run)

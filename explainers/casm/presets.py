@@ -1,18 +1,21 @@
-"""How the space of classifiers is thinned out: the published settings, and the flags that depart from them.
+"""Which classifiers a mask must confuse ("thinning"): the published settings, and flags that change them.
 
-Żołna et al. 2020, section 3.2 and appendix: which classifiers f a mask must confuse while f itself is trained.
+Żołna et al. 2020, section 3.2 and appendix.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+from explainers.casm.decoder import WIDTH, Upsample
 from image_classification.config import check, flag
+
+NUM_PAST = 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Thinning:
-    """Which classifiers judge masked pictures.
+    """Which classifiers judge masked images.
 
     Attributes:
         fixed: The classifier is not trained; the mask depends on this one classifier.
@@ -36,7 +39,7 @@ class _Preset:
     lambda_adversarial: float
 
 
-#: Name in the paper → settings: F first (fixed), L last, FL first and last, L100 and L1000 every so many batches.
+#: Name in the paper → settings: F first (fixed), L last, FL first and last, L100 and L1000 every 100 and 1,000 batches.
 PRESETS = {
     "F": _Preset(True, 0.0, 0, 2.5, 9.0),
     "L": _Preset(False, 0.0, 0, 14.0, 18.0),
@@ -51,9 +54,11 @@ class CasmConfig:
     """Saliency mapping"""
 
     reproduce: str = flag(
-        "L", "--reproduce", choices=tuple(PRESETS),
+        "L",
+        "--reproduce",
+        choices=tuple(PRESETS),
         help="Published thinning: F fixed classifier, L the last, FL first and last, L100 and L1000 past ones too.",
-    )  # fmt: skip
+    )
     adversarial: bool = flag(
         False, "--adversarial", help="Masks maximise the classifier's loss instead of its entropy."
     )
@@ -61,15 +66,19 @@ class CasmConfig:
         None, "--fixed-classifier", help="Do not train the classifier; default: as --reproduce says."
     )
     hp: float | None = flag(
-        None, "--hp", metavar="SHARE",
+        None,
+        "--hp",
+        metavar="SHARE",
         help="Probability that a past classifier judges a batch; default: as --reproduce says.",
-    )  # fmt: skip
+    )
     smf: int | None = flag(
-        None, "--smf", metavar="N",
+        None,
+        "--smf",
+        metavar="N",
         help="Store the classifier every N batches, 0: only the first; default: as --reproduce says.",
-    )  # fmt: skip
+    )
     num_past: int = flag(
-        30, "--num-past", help="Most classifiers that are stored; then one is replaced at random."
+        NUM_PAST, "--num-past", help="Most classifiers that are stored; then one is replaced at random."
     )
     lambda_r: float | None = flag(
         None, "--lambda-r", help="Weight of the size of masks; default: as --reproduce and --adversarial say."
@@ -77,13 +86,19 @@ class CasmConfig:
     pot: float = flag(0.2, "--pot", help="Share of the training set that one epoch shows.")
     lr: float = flag(1e-3, "--lr", help="Learning rate of the classifier (SGD).")
     lr_casm: float = flag(1e-3, "--lr-casm", help="Learning rate of the decoder (Adam).")
-    lrde: int = flag(
-        20, "--lrde", help="Epochs after which both learning rates fall to a tenth, again and again."
-    )
+    lrde: int = flag(20, "--lrde", help="Epochs between two drops of both learning rates to a tenth.")
     momentum: float = flag(0.9, "--momentum", "--mom", help="Momentum of the classifier's SGD.")
     weight_decay: float = flag(1e-4, "--weight-decay", "--wd", help="Weight decay of classifier and decoder.")
     clip_casm: float = flag(10.0, "--clip-casm", help="Largest gradient norm of the decoder.")
-    decoder_width: int = flag(64, "--decoder-width", help="Channels that the decoder reduces each stage to.")
+    decoder_width: int = flag(
+        WIDTH, "--decoder-width", help="Channels that the decoder reduces each stage to."
+    )
+
+    upsample: Upsample = flag(
+        "nearest",
+        "--upsample",
+        help="How masks are brought to the images' size: each element a block, as published by default, or bilinear.",
+    )
 
     def __post_init__(self) -> None:
         check(self.hp is None or 0 <= self.hp <= 1, f"--hp {self.hp}: a probability lies in [0, 1]")
@@ -112,7 +127,7 @@ class CasmConfig:
             f"--smf {self.smf} has no effect where past classifiers never judge: raise --hp or choose FL, L100, L1000",
         )
         check(
-            self.num_past == 30 or thinning.past > 0,
+            self.num_past == NUM_PAST or thinning.past > 0,
             f"--num-past {self.num_past} has no effect where past classifiers never judge: raise --hp",
         )
 

@@ -2,100 +2,119 @@
 
     python -m explainers score-casm DATA --annotation-path ANN --casms-path CASMS [--log-path LOGS --save-to-file]
 
-For each CASM: F1, F1a, LE and OM against boxes, the saliency metric, mask statistics; `max` (the whole picture) and
-`centre` (a central box) beside. `--interface FILE.py` scores another architecture, see `interface`.
+For each CASM: F1, F1a, LE and OM against boxes, the saliency metric, mask statistics; the same for `max`
+(the whole image) and `centre` (a central box). `--interface FILE.py` scores another architecture, see `interface`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from explainers.casm.files import FilesConfig, casm_networks, write_results
+from explainers.casm.casm_objective import (
+    PUBLISHED_STATISTICS,
+    STATISTICS,
+    mask_figures,
+    published_figures,
+    published_summary,
+    summary,
+)
+from explainers.casm.casm_paths import FilesConfig, casm_name, casm_networks, find_casms, write_results
 from explainers.casm.interface import CasmInterface, Interface, checked_answer, load_interface
-from explainers.casm.model import Casm, casm_name, find_casms
-from explainers.casm.objective import mask_figures, summary
-from explainers.ground_truth import Annotated, annotated, check_ground_truth
-from explainers.job import PictureConfig, input_preset, open_split, picture_loader
-from explainers.localization import Rectangle, box_figures
-from explainers.perturbation import saliency_metric
-from explainers.tables import print_table
-from image_classification.cli import parse_config, to_plain
-from image_classification.config import ConfigError, check, flag
-from image_classification.data.build import ReadConfig
-from image_classification.data.dataset import Preset
+from explainers.casm.model import Casm
+from explainers.measures.ground_truth import Annotated, annotated
+from explainers.measures.localization import Rectangle, box_figures
+from explainers.measures.perturbation import saliency_metric
+from explainers.measures.tables import Cell, print_table
+from explainers.verbs.attribution_job import ImagesJob, image_loader, input_preset, open_split
+from explainers.verbs.ground_truth_checks import check_ground_truth
+from image_classification.cli import to_plain
+from image_classification.config import ConfigError, check, flag, section
 from image_classification.data.loader import Batch, PlannedLoader
 from image_classification.data.progress import progress_bar
-from image_classification.distributed import Distributed, DistributedConfig, setup_distributed
+from image_classification.distributed import Distributed, setup_distributed
+from image_classification.verbs import configured
 
-#: Side of the published pictures and the margin of `centre` on them, in pixels.
+#: Side of the published images and the margin of `centre` on them, in pixels.
 _PUBLISHED_SIZE, _MARGIN = 224, 33
 FIGURES = ("f1", "f1a", "le", "om", "saliency", "top1")
-STATISTICS = ("mask_mean", "mask_std", "mask_entropy", "mask_tv")
 _PERCENT = {"le", "om", "top1"}
+#: Masks that are scored for comparison, see `baseline_rectangle`.
+BASELINES = ("max", "centre")
 
 
 @dataclasses.dataclass(kw_only=True)
 class ScoreConfig:
     """What is scored."""
 
+    figures: Literal["own", "published"] = flag(
+        "own",
+        "--figures",
+        help="statistics of masks: own (deviation over images, binary entropy in nats, mean absolute difference of "
+        "neighbours) or published (as the published score.py computes them)",
+    )
+
     interface: Path | None = flag(
-        None, "--interface", metavar="FILE.py",
+        None,
+        "--interface",
+        metavar="FILE.py",
         help="score another architecture: a file that defines load_model and get_masks_and_check_predictions",
-    )  # fmt: skip
+    )
     not_normalize: bool = flag(
-        False, "--not-normalize", help="with --interface: give it pictures in 0 … 1, not normalised"
+        False, "--not-normalize", help="with --interface: give it images in 0 … 1, not normalised"
     )
 
     def __post_init__(self) -> None:
         check(
             self.interface is not None or not self.not_normalize,
-            "--not-normalize is for an --interface of your own; our networks need normalised pictures",
+            "--not-normalize is for an --interface of your own; our networks need normalised images",
         )
 
 
-def main(argv: Sequence[str]) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreCasmConfig(ImagesJob):
+    """Everything that `score-casm` is told."""
+
+    files: FilesConfig = section(FilesConfig)
+    score: ScoreConfig = section(ScoreConfig)
+
+
+def run(configs: ScoreCasmConfig) -> int:
     """Run the verb; see the module's text."""
-    sections = {
-        "files": FilesConfig, "score": ScoreConfig, "pictures": PictureConfig, "data": ReadConfig,
-        "distributed": DistributedConfig,
-    }  # fmt: skip
-    configs = parse_config(
-        sections, argv, prog="python -m explainers score-casm",
-        description="Localisation figures and statistics of saliency mappings (CASM).",
-    )  # fmt: skip
-    with setup_distributed(configs["distributed"]) as distributed:
-        files: FilesConfig = configs["files"]
+    with setup_distributed(configs.distributed) as distributed:
+        files = configs.files
         distributed.check_on_main(files.check_outputs)
         rows = score(configs, distributed)
         if distributed.is_main:
+            names = PUBLISHED_STATISTICS if configs.score.figures == "published" else STATISTICS
             print_table(
-                "saliency mappings against boxes", rows, ("casm", "mask"), (*FIGURES, *STATISTICS), _PERCENT
+                "saliency mappings against boxes", rows, ("casm", "mask"), (*FIGURES, *names), _PERCENT
             )
             write_results(files, rows, to_plain(configs))
     return 0
 
 
-def score(configs: dict[str, Any], distributed: Distributed) -> list[dict[str, Any]]:
+def score(configs: ScoreCasmConfig, distributed: Distributed) -> list[dict[str, Cell]]:
     """A row for each CASM, and for `max` and `centre` under its classifier. Collective.
 
     Raises:
-        ConfigError, FileNotFoundError, WeightsError: Before the first picture is read.
+        ConfigError, FileNotFoundError, WeightsError: Before the first image is read.
     """
-    data: ReadConfig = configs["data"]
-    settings: ScoreConfig = configs["score"]
-    paths = find_casms(configs["files"].casms_path)
-    dataset, manifest = open_split(data, configs["pictures"], distributed)
+    data = configs.data
+    settings = configs.score
+    paths = find_casms(configs.files.casms_path)
+    dataset, manifest = open_split(data, configs.images, distributed)
     distributed.check_on_main(lambda: check_ground_truth(manifest, masks=False, boxes=True))
     interface: Interface
+    models: list[object]
     if settings.interface is None:
         interface = CasmInterface(distributed.device)
         networks = casm_networks(paths, data, dataset, distributed.device)
@@ -104,51 +123,46 @@ def score(configs: dict[str, Any], distributed: Distributed) -> list[dict[str, A
     else:
         interface, preset = load_interface(settings.interface), data.resolved_preset(dataset.preset)
         models = [interface.load_model(str(path)) for path in paths]
+    if data.resize is None:  # as published: no border is cut off the short side, and boxes lose less to it
+        preset = dataclasses.replace(preset, resize=preset.image_size)
     if settings.not_normalize:
         preset = dataclasses.replace(preset, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    rows: list[dict[str, Any]] = []
-    with _loader(manifest, preset, configs, distributed) as loader:
+    rows: list[dict[str, Cell]] = []
+    with image_loader(manifest, preset, data, configs.images, distributed, with_boxes=True) as loader:
         for path, model in zip(paths, models, strict=True):
             rows += _score_one(casm_name(path), interface, model, loader, distributed)
     return rows
 
 
-def _loader(
-    manifest: Any, preset: Preset, configs: dict[str, Any], distributed: Distributed
-) -> PlannedLoader:
-    return picture_loader(
-        manifest, preset, configs["data"], configs["pictures"], distributed, with_boxes=True
-    )
-
-
 def _score_one(
-    name: str, interface: Interface, model: Any, loader: PlannedLoader, distributed: Distributed
-) -> list[dict[str, Any]]:
+    name: str, interface: Interface, model: object, loader: PlannedLoader, distributed: Distributed
+) -> list[dict[str, Cell]]:
     """One CASM and the two baselines."""
-    sums = {mask: _Sums() for mask in ("casm", "max", "centre")}
+    sums = {mask: _Sums() for mask in ("casm", *BASELINES)}
     share = math.ceil(loader.num_samples / distributed.world_size)
     with progress_bar(name, share, distributed.is_main) as advance:
         for batch in loader:
             if not len(batch):
                 continue
             images, targets = batch.images.float().cpu().numpy(), _one_label(batch.targets)
+            size = images.shape[2], images.shape[3]
             answer = interface.get_masks_and_check_predictions(images, targets.cpu().numpy(), model)
-            masks, found, correct = checked_answer(answer, len(batch), images.shape[2:], name)
+            masks, found, correct = checked_answer(answer, len(batch), size, name)
             truths = [_boxes(truth, loader) for truth in annotated(batch)]
             saliency = _saliency(model, batch, targets, found)
             sums["casm"].add(masks, found, truths, correct, saliency)
-            for mask in ("max", "centre"):
-                size = images.shape[2], images.shape[3]
+            for mask in BASELINES:
                 block = baseline_rectangle(mask, size)
                 filled = np.broadcast_to(as_mask(block, size), masks.shape)
-                saliency = _saliency(model, batch, targets, [block] * len(batch))
-                sums[mask].add(filled, [block] * len(batch), truths, correct, saliency)
+                found = [block] * len(batch)
+                saliency = _saliency(model, batch, targets, found)
+                sums[mask].add(filled, found, truths, correct, saliency)
             advance(len(batch))
     return [{"casm": name, "mask": mask, **each.figures(distributed)} for mask, each in sums.items()]
 
 
 def baseline_rectangle(name: str, size: tuple[int, int]) -> Rectangle:
-    """`max`: the whole picture; `centre`: without a margin of 33 pixels at 224, others in proportion."""
+    """`max`: the whole image; `centre`: without a margin of 33 pixels at 224, others in proportion."""
     height, width = size
     if name == "max":
         return Rectangle(0, 0, width, height)
@@ -169,26 +183,29 @@ def _one_label(targets: Tensor) -> Tensor:
 
 
 def _boxes(truth: Annotated, loader: PlannedLoader) -> NDArray[np.float64]:
-    """(k, 4) boxes of the classes that a picture is labelled with."""
+    """(k, 4) boxes of the classes that an image is labelled with."""
     of_labels = [truth.boxes[label] for label in truth.labels if label in truth.boxes]
     if not of_labels:
         manifest = loader.manifest
         names = ", ".join(manifest.class_names[label] for label in truth.labels)
         raise ConfigError(
-            f"a picture labelled {names} has boxes of other classes only: the annotations belong to another set; give "
+            f"an image labelled {names} has boxes of other classes only: the annotations belong to another set; give "
             "the right --annotation-path"
         )
     return np.concatenate(of_labels)
 
 
-def _saliency(model: Any, batch: Batch, targets: Tensor, found: Sequence[Rectangle]) -> NDArray[np.float64]:
-    """The saliency metric under the CASM's own classifier; NaN for architectures that do not say probabilities."""
+def _saliency(
+    model: object, batch: Batch, targets: Tensor, found: Sequence[Rectangle]
+) -> NDArray[np.float64]:
+    """The saliency metric under the CASM's own classifier; NaN for other architectures, whose logits are not known."""
     if not isinstance(model, Casm):
         return np.full(len(batch), math.nan)
 
     @torch.inference_mode()
     def predict(images: Tensor) -> Tensor:
-        return model(images)[0]
+        logits: Tensor = model(images)[0]
+        return logits
 
     return saliency_metric(predict, batch.images, targets, found).cpu().numpy()
 
@@ -198,45 +215,54 @@ class _Sums:
 
     def __init__(self) -> None:
         self.sums = dict.fromkeys(FIGURES, 0.0)
-        self.statistics = torch.zeros(4, dtype=torch.float64)
+        self.statistics = torch.zeros(2, 4, dtype=torch.float64)
         self.count = 0
 
     def add(
-        self, masks: NDArray[np.float64], found: Sequence[Rectangle], truths: Sequence[NDArray[np.float64]],
-        correct: NDArray[np.bool_], saliency: NDArray[np.float64],
-    ) -> None:  # fmt: skip
-        """Count a batch."""
-        for index, values in enumerate(self._each(masks, found, truths, correct)):
-            for name, value in values.items():
-                self.sums[name] += value
-            self.sums["saliency"] += float(saliency[index])
-        self.statistics += mask_figures(torch.from_numpy(np.array(masks))[:, None]).sum(0)
-        self.count += len(masks)
-
-    def _each(
-        self, masks: NDArray[np.float64], found: Sequence[Rectangle], truths: Sequence[NDArray[np.float64]],
+        self,
+        masks: NDArray[np.float64],
+        found: Sequence[Rectangle],
+        truths: Sequence[NDArray[np.float64]],
         correct: NDArray[np.bool_],
-    ) -> Iterator[dict[str, float]]:  # fmt: skip
+        saliency: NDArray[np.float64],
+    ) -> None:
+        """Count a batch.
+
+        Args:
+            masks: (N, H, W).
+            found: Where each mask's object is thought to be.
+            truths: (k, 4) boxes per image.
+            correct: (N,) whether the classifier is right.
+            saliency: (N,) the saliency metric.
+        """
         for mask, rectangle, boxes, right in zip(masks, found, truths, correct, strict=True):
             figures = box_figures(mask, boxes, rectangle)
-            yield {
-                "f1": figures.f1,
-                "f1a": figures.f1_mean,
-                "le": 1.0 - figures.located,
-                "om": 1.0 - (figures.located and bool(right)),
-                "top1": float(right),
-            }
+            self.sums["f1"] += figures.f1
+            self.sums["f1a"] += figures.f1_mean
+            self.sums["le"] += 1.0 - figures.located
+            self.sums["om"] += 1.0 - (figures.located and bool(right))
+            self.sums["top1"] += float(right)
+        for value in saliency:
+            self.sums["saliency"] += float(value)
+        tensors = torch.from_numpy(np.array(masks))[:, None]
+        for row, figures_of in enumerate((mask_figures, published_figures)):
+            self.statistics[row] += figures_of(tensors).sum(0)
+        self.count += len(masks)
 
-    def figures(self, distributed: Distributed) -> dict[str, Any]:
+    def figures(self, distributed: Distributed) -> dict[str, Cell]:
         """Means over all ranks. Collective."""
         sums, statistics, count = distributed.all_reduce_sum(
             torch.tensor([self.sums[name] for name in FIGURES], dtype=torch.float64),
             self.statistics,
             torch.tensor(self.count),
         )
-        pictures = int(count)
-        means = {
-            name: value / pictures if pictures else math.nan
-            for name, value in zip(FIGURES, sums.tolist(), strict=True)
-        }
-        return {**means, **summary(statistics, pictures), "pictures": pictures}
+        num_images = int(count)
+        means: dict[str, Cell] = {}
+        for name, total in zip(FIGURES, sums.tolist(), strict=True):
+            means[name] = total / num_images if num_images else math.nan
+        own, published = statistics
+        counted = summary(own, num_images) | published_summary(published, num_images)
+        return {**means, **counted, "images": num_images}
+
+
+VERB = configured(ScoreCasmConfig, run)

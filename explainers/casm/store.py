@@ -1,13 +1,13 @@
-"""The classifiers that f was on its way here: kept on the CPU, bounded, replaced and drawn at random.
+"""Earlier states of the classifier in training, in main memory: a bounded store, replaced and drawn from at random.
 
-Which one is replaced or drawn is a function of (seed, iteration), so that all ranks and resumed runs agree without
-talking about it.
+Which state is replaced or drawn is a function of (seed, iteration), so that all ranks and resumed runs agree without
+communication.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 from torch import Tensor, nn
@@ -71,12 +71,12 @@ class PastClassifiers:
             self._loaded = index
         return self._judge
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, list[dict[str, Tensor]]]:
         """For checkpoints."""
         return {"states": self.states}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo of `state_dict`."""
+    def load_state_dict(self, state: Mapping[str, list[dict[str, Tensor]]]) -> None:
+        """Take up a state of `state_dict`."""
         self.states = list(state["states"])
         self._loaded = None
 

@@ -8,40 +8,40 @@ writes CASMS/L100/: checkpoint.pth.tar (to use, and to `--resume auto` from), co
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
+from explainers.casm.casm_trainer import CasmTrainer, epoch_length
 from explainers.casm.model import Casm
 from explainers.casm.presets import CasmConfig
-from explainers.casm.trainer import CasmTrainer, epoch_length
 from explainers.casm.validation import CasmValidation
-from explainers.job import check_writable
+from explainers.verbs.attribution_job import check_writable
 from image_classification import job as jobs
-from image_classification.callbacks import FirstBatch, ResourceMonitor, TrainState
+from image_classification.callbacks import TrainState
 from image_classification.checkpoint import CheckpointConfig
-from image_classification.cli import parse_config, to_plain
-from image_classification.config import check, flag
+from image_classification.cli import to_plain
+from image_classification.config import check, flag, section
 from image_classification.data.build import DataConfig
-from image_classification.distributed import Distributed, DistributedConfig
-from image_classification.log import LogConfig
+from image_classification.distributed import Distributed
+from image_classification.job import CommonConfig
 from image_classification.losses import LossConfig, build_loss
-from image_classification.models import ModelConfig
+from image_classification.nan_guard import NanPolicy
 from image_classification.objective import TaskObjective
 from image_classification.optim import OptimConfig, build_optimizer
-from image_classification.precision import PrecisionConfig
 from image_classification.schedules import Schedule, ScheduleConfig
-from image_classification.trainer import TrainConfig
+from image_classification.train_config import TrainConfig
+from image_classification.training_callbacks import FirstBatch, ResourceMonitor
+from image_classification.verbs import configured
 
-# Sections of the common job in which fields that mean nothing here have no flag.
+# Sections of the common job, without the flags that have no meaning for CASM.
 
 
 @dataclasses.dataclass(kw_only=True)
 class CasmDataConfig(DataConfig):
-    """What is loaded, and how. A masked picture has one class: pictures are not mixed."""
+    """What is loaded, and how. A masked image has one class: images are not mixed."""
 
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -58,7 +58,8 @@ class CasmTrainConfig(TrainConfig):
     training_only: bool = flag(False, "--training-only", help="Do not validate.")
     optimizer_batch_size: int = -1
     use_ema: float | None = None
-    on_nan: str = "stop"
+    figures: Literal["all", "published"] = "all"
+    on_nan: NanPolicy = "stop"
     nan_budget: int = 0
     evaluate: bool = False
 
@@ -66,6 +67,8 @@ class CasmTrainConfig(TrainConfig):
 @dataclasses.dataclass(kw_only=True)
 class CasmCheckpointConfig(CheckpointConfig):
     """Files"""
+
+    folder_setting: ClassVar[str] = "casms_path"
 
     casms_path: Path | None = flag(
         None, "--casms-path", metavar="DIR", help="Folder of saliency mappings; this one gets a folder in it."
@@ -100,31 +103,31 @@ class OneLabelLoss(LossConfig):
     multi_label: bool = False
 
 
-SECTIONS: dict[str, type] = {
-    "casm": CasmConfig, "data": CasmDataConfig, "model": ModelConfig, "train": CasmTrainConfig, "loss": OneLabelLoss,
-    "precision": PrecisionConfig, "checkpoint": CasmCheckpointConfig, "log": LogConfig,
-    "distributed": DistributedConfig,
-}  # fmt: skip
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CasmJobConfig(CommonConfig):
+    """Everything that `train-casm` is told."""
+
+    casm: CasmConfig = section(CasmConfig)
+    data: CasmDataConfig = section(CasmDataConfig)
+    train: CasmTrainConfig = section(CasmTrainConfig)
+    loss: OneLabelLoss = section(OneLabelLoss)
+    checkpoint: CasmCheckpointConfig = section(CasmCheckpointConfig)
 
 
-def main(argv: Sequence[str]) -> int:
+def start(configs: CasmJobConfig) -> int:
     """Run the verb; see the module's text."""
-    configs = parse_config(
-        SECTIONS, argv, prog="python -m explainers train-casm",
-        description="Train a classifier-agnostic saliency mapping (CASM).",
-    )  # fmt: skip
     return jobs.run_job(completed(configs), run)
 
 
-def completed(configs: Mapping[str, Any]) -> dict[str, Any]:
-    """What one section takes from another: the mapping's name, where the log goes, what cannot go together.
+def completed(configs: CasmJobConfig) -> CasmJobConfig:
+    """The configuration with the mapping's name and the folder of the log filled in, and checked as a whole.
 
     Raises:
         ConfigError: Flags that contradict each other.
     """
-    casm, files, log = configs["casm"], configs["checkpoint"], configs["log"]
+    casm, files, log = configs.casm, configs.checkpoint, configs.log
     check(
-        not configs["precision"].compile,
+        not configs.precision.compile,
         "--compile: features are read by hooks, which compiled networks leave out; leave --compile out",
     )
     _check_classifier(configs, resuming=files.resume is not None)
@@ -136,21 +139,21 @@ def completed(configs: Mapping[str, Any]) -> dict[str, Any]:
             raport_file=str(folder / log.raport_file) if log.raport_file else "",
             tensorboard=None if log.tensorboard is None else str(folder / log.tensorboard),
         )
-    return {**configs, "checkpoint": named, "log": log}
+    return dataclasses.replace(configs, checkpoint=named, log=log)
 
 
-def _check_classifier(configs: Mapping[str, Any], *, resuming: bool) -> None:
-    """A classifier that stays as it is must be one that knows something."""
-    casm: CasmConfig = configs["casm"]
+def _check_classifier(configs: CasmJobConfig, *, resuming: bool) -> None:
+    """Make sure that a classifier that is not trained has trained weights."""
+    casm = configs.casm
     check(
-        not casm.thinning.fixed or configs["model"].pretrained_weights is not None or resuming,
+        not casm.thinning.fixed or configs.model.pretrained_weights is not None or resuming,
         f"--reproduce {casm.reproduce} keeps the classifier as it is: give it with --pretrained-weights",
     )
 
 
-def run(configs: Mapping[str, Any], distributed: Distributed) -> None:
+def run(configs: CasmJobConfig, distributed: Distributed) -> None:
     """One process's share of the job."""
-    distributed.check_on_main(lambda: check_writable(configs["checkpoint"].workspace, "--casms-path"))
+    distributed.check_on_main(lambda: check_writable(configs.checkpoint.workspace, "--casms-path"))
     job = jobs.prepare(configs, distributed)
     try:
         # `--resume auto` may have found nothing to resume.
@@ -158,25 +161,27 @@ def run(configs: Mapping[str, Any], distributed: Distributed) -> None:
         manifest = job.loaders.train.manifest
         check(
             manifest is None or not manifest.targets.multi_label,
-            f"DATA {configs['data'].data}: pictures have several labels, and CASM asks whether the one was recognised; "
-            "take a set with one label a picture",
+            f"DATA {configs.data.data}: images have several labels, but CASM needs one label an image; "
+            "take another set",
         )
         make_casm_trainer(job, jobs.make_model(job)).fit()
     finally:
         job.close()
 
 
-def make_casm_trainer(job: jobs.Job, classifier: nn.Module) -> CasmTrainer:
+def make_casm_trainer(job: jobs.Job[CasmJobConfig], classifier: nn.Module) -> CasmTrainer:
     """The trainer of a classifier and a fresh decoder, continued from the resumed checkpoint if there is one."""
-    configs, train = job.configs, job.configs["train"]
-    settings: CasmConfig = configs["casm"]
+    configs, train = job.configs, job.configs.train
+    settings = configs.casm
     loader = job.loaders.train
     check(
         len(loader) > 0,
-        f"--batch-size {loader.batch_size}: the training set has {loader.num_samples} pictures, less than a batch",
+        f"--batch-size {loader.batch_size}: the training set has {loader.num_samples} images, less than a batch",
     )
     with jobs.naming_the_flag("--arch"):
-        casm = Casm.for_classifier(classifier, job.loaders.preset.image_size, settings.decoder_width)
+        casm = Casm.for_classifier(
+            classifier, job.loaders.preset.image_size, settings.decoder_width, settings.upsample
+        )
     job.precision.place(casm)
     steps = epoch_length(len(loader), settings.pot)
     optim = OptimConfig(momentum=settings.momentum, weight_decay=settings.weight_decay, bn_weight_decay=True)
@@ -193,14 +198,14 @@ def make_casm_trainer(job: jobs.Job, classifier: nn.Module) -> CasmTrainer:
             build_optimizer(optim, classifier, settings.lr),
             _schedule(settings.lr, settings, steps, train.epochs),
         ),
-        objective=TaskObjective(build_loss(configs["loss"])),
+        objective=TaskObjective(build_loss(configs.loss)),
         precision=job.precision,
         distributed=job.distributed,
         logger=job.logger,
         checkpointer=job.checkpointer,
         train_loader=loader,
-        callbacks=[ResourceMonitor(job.monitor), *([FirstBatch()] if configs["log"].tensorboard else [])],
-        print_freq=configs["log"].print_freq,
+        callbacks=[ResourceMonitor(job.monitor), *([FirstBatch()] if configs.log.tensorboard else [])],
+        print_freq=configs.log.print_freq,
         saved_config=to_plain(configs),
     )
     torch.manual_seed(train.seed + job.distributed.rank)
@@ -214,3 +219,6 @@ def _schedule(lr: float, settings: CasmConfig, steps: int, epochs: int) -> Sched
     """A tenth every `--lrde` epochs."""
     drops = [float(epoch) for epoch in range(settings.lrde, epochs, settings.lrde)]
     return Schedule(ScheduleConfig(lr=lr, lr_schedule="step", lr_step_epochs=drops), steps, epochs)
+
+
+VERB = configured(CasmJobConfig, start)

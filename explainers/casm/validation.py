@@ -1,4 +1,4 @@
-"""What the masks do on the validation set after each epoch: accuracy on whole and on masked-out pictures, statistics.
+"""CASM on the validation set after each epoch: accuracy on whole and on masked-out images, statistics of masks.
 
 Here the mask is taken as it is, in (0, 1); the published evaluations binarise it (`score-casm`, `eval-casm`).
 """
@@ -9,14 +9,31 @@ import math
 
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
+from explainers.casm.casm_objective import mask_figures, negative_entropy, summary
 from explainers.casm.model import Casm
-from explainers.casm.objective import mask_figures, negative_entropy, summary
 from image_classification.data.loader import Batch, Loader
 from image_classification.distributed import Distributed
-from image_classification.log import Logger
+from image_classification.extras import optional_import
+from image_classification.models import evaluating
+from image_classification.observe.figures import Figure, register_figures
+from image_classification.observe.log import Logger
 from image_classification.precision import Precision
+
+with optional_import():
+    from torchvision.utils import make_grid
+
+register_figures(
+    ("train", "val"),
+    {
+        "masked_top1": Figure(".2f", "%", steers=True),
+        "mask_mean": Figure(".3f", steers=True),
+        "mask_std": Figure(".3f"),
+        "mask_entropy": Figure(".3f", "nats"),
+        "mask_tv": Figure(".4f"),
+    },
+)
+register_figures("val", {"masked_entropy": Figure(".3f", "nats")})
 
 _NUM_SHOWN = 8
 
@@ -25,10 +42,10 @@ class CasmValidation:
     """Measures a CASM on a loader; collective.
 
     Args:
-        loader: Validation pictures.
+        loader: Validation images.
         precision: Autocast of the forward passes.
         distributed: Ranks to add over.
-        max_batches: Stop after so many batches on each rank, None for all.
+        max_batches: Largest number of batches on each rank, None for all.
     """
 
     def __init__(
@@ -38,17 +55,12 @@ class CasmValidation:
         self.max_batches = max_batches
 
     def __call__(self, casm: Casm, logger: Logger, iteration: int) -> dict[str, float]:
-        """`val.top1` on whole pictures, `val.masked_top1` and `val.masked_entropy` (nats) on masked-out ones, ….
+        """`val.top1` on whole images, `val.masked_top1` and `val.masked_entropy` (nats) on masked-out ones, ….
 
         Classifier and decoder evaluate meanwhile, and get their modes back.
         """
-        modes = {module: module.training for module in casm.modules()}
-        casm.eval()
-        try:
+        with evaluating(casm):
             return self._run(casm, logger, iteration)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
 
     @torch.inference_mode()
     def _run(self, casm: Casm, logger: Logger, iteration: int) -> dict[str, float]:
@@ -89,10 +101,11 @@ class CasmValidation:
 
 
 def _gallery(images: Tensor, mask: Tensor) -> Tensor:
-    """Pictures, what is left of them, and masks, one below the other: (3, H, W) in 0 … 1."""
+    """Images, what is left of them, and masks, one below the other: (3, H, W) in 0 … 1."""
     shown = images[:_NUM_SHOWN].float()
     low, high = shown.amin((1, 2, 3), keepdim=True), shown.amax((1, 2, 3), keepdim=True)
-    pictures = (shown - low) / (high - low).clamp(min=1e-6)
+    bright = (shown - low) / (high - low).clamp(min=1e-6)
     masks = mask[:_NUM_SHOWN].float()
-    rows = torch.cat([pictures, pictures * (1 - masks), masks.expand_as(pictures)])
-    return make_grid(rows, nrow=len(shown))
+    rows = torch.cat([bright, bright * (1 - masks), masks.expand_as(bright)])
+    grid: Tensor = make_grid(rows, nrow=len(shown))
+    return grid

@@ -2,7 +2,7 @@
 
 Cubuk et al., AutoAugment (CVPR 2019) and RandAugment (NeurIPS 2020); Müller, Hutter, TrivialAugment (ICCV 2021).
 A policy turns the uniform numbers of a sample into operations and magnitudes, on the host; `apply_operations` runs
-them on uint8 pictures wherever these are, so that every backend gets the same pixels. Magnitudes and operators are
+them on uint8 images wherever these are, so that every backend gets the same pixels. Magnitudes and operators are
 those of `torchvision.transforms.v2` (nearest-neighbour geometry, black fill).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -19,26 +19,28 @@ from torch import Tensor
 from torchvision import transforms as torchvision_transforms
 from torchvision.transforms.v2 import functional as F
 
+from image_classification.config import check_choice
+
 KINDS = (
-    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
-    "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert",
-)  # fmt: skip
+    *("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
+    *("Brightness", "Color", "Contrast", "Sharpness"),
+    *("Posterize", "Solarize", "AutoContrast", "Equalize", "Invert"),
+)
 """Names of the operations; an operation is stored as its index here."""
 
 GEOMETRIC = frozenset({"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"})
 _SIGNED = GEOMETRIC | {"Brightness", "Color", "Contrast", "Sharpness"}
-_WIDE_KINDS = tuple(
-    name for name in KINDS if name != "Invert"
-)  # what RandAugment and TrivialAugment draw from
+#: What RandAugment and TrivialAugment draw from.
+_WIDE_KINDS = tuple(name for name in KINDS if name != "Invert")
 _NUM_WIDE_BINS = 31
 _NUM_AUTOAUGMENT_BINS = 10
 
-POLICY_NAMES = ("none", "autoaugment", "randaugment", "trivialaugment")
+PolicyName = Literal["none", "autoaugment", "randaugment", "trivialaugment"]
 
 
 @dataclass(frozen=True)
 class Operations:
-    """What is to be done to each picture of a batch, one column after the other.
+    """What is to be done to each image of a batch, one column after the other.
 
     Attributes:
         kinds: (N, K) int64 index into `KINDS`.
@@ -50,7 +52,7 @@ class Operations:
     magnitudes: NDArray[np.float64]
 
     def rows(self, index: slice | NDArray[np.int64]) -> Operations:
-        """The operations of some of the pictures."""
+        """The operations of some of the images."""
         return Operations(self.kinds[index], self.magnitudes[index])
 
 
@@ -73,9 +75,14 @@ class Policy(Protocol):
 
 
 def magnitude_table(
-    num_bins: int, *, shear: float, shift: tuple[float, float], degrees: float, colour: float,
+    num_bins: int,
+    *,
+    shear: float,
+    shift: tuple[float, float],
+    degrees: float,
+    colour: float,
     posterize: float,
-) -> dict[str, NDArray[np.float64]]:  # fmt: skip
+) -> dict[str, NDArray[np.float64]]:
     """Magnitude by strength (0 … num_bins − 1) for every kind, unsigned.
 
     Args:
@@ -180,38 +187,42 @@ class AutoAugment:
 
 
 def make_policy(
-    name: str, size: tuple[int, int], *, learned_on: str = "imagenet", num_ops: int = 2, magnitude: int = 9
+    name: PolicyName,
+    size: tuple[int, int],
+    *,
+    learned_on: str = "imagenet",
 ) -> Policy | None:
-    """A policy by its name in `POLICY_NAMES`; None for "none".
+    """A policy by its name; None for "none".
 
     Args:
         name: Which policy.
         size: Output height and width in pixels.
         learned_on: Data set of AutoAugment's pairs: "imagenet" or "cifar10".
-        num_ops, magnitude: Of RandAugment.
+
+    Raises:
+        SettingError: There is no such policy.
     """
+    check_choice("auto_augment", name, get_args(PolicyName))
     if name == "none":
         return None
     if name == "autoaugment":
         return AutoAugment(size, learned_on)
     if name == "randaugment":
-        return RandAugment(size, num_ops, magnitude)
-    if name == "trivialaugment":
-        return TrivialAugmentWide()
-    raise ValueError(f"--auto-augment {name} is none of {', '.join(POLICY_NAMES)}")
+        return RandAugment(size)
+    return TrivialAugmentWide()
 
 
-def apply_operations(pictures: Tensor, operations: Operations) -> Tensor:
-    """Run each picture's operations; pictures that share operation and magnitude go through in one call.
+def apply_operations(images: Tensor, operations: Operations) -> Tensor:
+    """Run each image's operations; images that share operation and magnitude go through in one call.
 
     Args:
-        pictures: (N, 3, H, W) uint8, on any device; left as they are.
-        operations: For N pictures.
+        images: (N, 3, H, W) uint8, on any device; left as they are.
+        operations: For N images.
 
     Returns:
         (N, 3, H, W) uint8.
     """
-    result = pictures.clone()
+    result = images.clone()
     for column in range(operations.kinds.shape[1]):
         rows = np.stack([operations.kinds[:, column], operations.magnitudes[:, column]], axis=1)
         groups, members = np.unique(rows, axis=0, return_inverse=True)
@@ -224,37 +235,40 @@ def apply_operations(pictures: Tensor, operations: Operations) -> Tensor:
     return result
 
 
-def apply_operation(pictures: Tensor, name: str, magnitude: float) -> Tensor:
-    """One operation on (…, 3, H, W) uint8 pictures, with torchvision's operators and conventions."""
+def apply_operation(images: Tensor, name: str, magnitude: float) -> Tensor:
+    """One operation on (…, 3, H, W) uint8 images, with torchvision's operators and conventions."""
+    changed: Tensor
     if name in ("ShearX", "ShearY"):
         degrees = math.degrees(math.atan(magnitude))
         shear = [degrees, 0.0] if name == "ShearX" else [0.0, degrees]
         # sheared about the top-left corner, as in the original implementation
-        return F.affine(pictures, angle=0.0, translate=[0, 0], scale=1.0, shear=shear, center=[0, 0])
-    if name in ("TranslateX", "TranslateY"):
+        changed = F.affine(images, angle=0.0, translate=[0, 0], scale=1.0, shear=shear, center=[0, 0])
+    elif name in ("TranslateX", "TranslateY"):
         pixels = int(magnitude)
         shift = [pixels, 0] if name == "TranslateX" else [0, pixels]
-        return F.affine(pictures, angle=0.0, translate=shift, scale=1.0, shear=[0.0, 0.0])
-    if name == "Rotate":
-        return F.rotate(pictures, angle=magnitude)
-    if name == "Brightness":
-        return F.adjust_brightness(pictures, brightness_factor=1.0 + magnitude)
-    if name == "Color":
-        return F.adjust_saturation(pictures, saturation_factor=1.0 + magnitude)
-    if name == "Contrast":
-        return F.adjust_contrast(pictures, contrast_factor=1.0 + magnitude)
-    if name == "Sharpness":
-        return F.adjust_sharpness(pictures, sharpness_factor=1.0 + magnitude)
-    if name == "Posterize":
-        return F.posterize(pictures, bits=int(magnitude))
-    if name == "Solarize":
-        return F.solarize(pictures, threshold=255.0 * magnitude)
-    if name == "AutoContrast":
-        return F.autocontrast(pictures)
-    if name == "Equalize":
-        return F.equalize(pictures)
-    if name == "Invert":
-        return F.invert(pictures)
-    if name == "Identity":
-        return pictures
-    raise ValueError(f"unknown operation {name}; known are {', '.join(KINDS)}")
+        changed = F.affine(images, angle=0.0, translate=shift, scale=1.0, shear=[0.0, 0.0])
+    elif name == "Rotate":
+        changed = F.rotate(images, angle=magnitude)
+    elif name == "Brightness":
+        changed = F.adjust_brightness(images, brightness_factor=1.0 + magnitude)
+    elif name == "Color":
+        changed = F.adjust_saturation(images, saturation_factor=1.0 + magnitude)
+    elif name == "Contrast":
+        changed = F.adjust_contrast(images, contrast_factor=1.0 + magnitude)
+    elif name == "Sharpness":
+        changed = F.adjust_sharpness(images, sharpness_factor=1.0 + magnitude)
+    elif name == "Posterize":
+        changed = F.posterize(images, bits=int(magnitude))
+    elif name == "Solarize":
+        changed = F.solarize(images, threshold=255.0 * magnitude)
+    elif name == "AutoContrast":
+        changed = F.autocontrast(images)
+    elif name == "Equalize":
+        changed = F.equalize(images)
+    elif name == "Invert":
+        changed = F.invert(images)
+    elif name == "Identity":
+        changed = images
+    else:
+        raise ValueError(f"unknown operation {name}; known are {', '.join(KINDS)}")
+    return changed

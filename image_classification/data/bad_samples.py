@@ -1,4 +1,4 @@
-"""What happens when a picture cannot be read: `--on-bad-sample stop` or `substitute`.
+"""What happens when an image cannot be read: stop, or take a substitute.
 
 The substitute of a sample is the next sample, by id, that can be read, cut as it is cut for itself in that epoch. So
 it depends on the data alone, not on backend, worker or on when the fault was found.
@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from image_classification.config import check_choice
 from image_classification.data.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
-POLICIES = ("stop", "substitute")
+BadSamplePolicy = Literal["stop", "substitute"]
 
 
 class BadSampleError(RuntimeError):
-    """A picture that cannot be read. The message names the file, the reason and the flag."""
+    """An image that cannot be read. The message names the file, the reason and the flag."""
 
 
 class BadSamples:
@@ -29,12 +31,14 @@ class BadSamples:
 
     Args:
         manifest: Samples without a readable header are known from the start.
-        policy: "stop" or "substitute".
+        policy: Stop, or take another sample.
+
+    Raises:
+        SettingError: There is no such policy.
     """
 
-    def __init__(self, manifest: Manifest, policy: str) -> None:
-        if policy not in POLICIES:
-            raise ValueError(f"--on-bad-sample {policy} is none of {', '.join(POLICIES)}")
+    def __init__(self, manifest: Manifest, policy: BadSamplePolicy) -> None:
+        check_choice("on_bad_sample", policy, get_args(BadSamplePolicy))
         self.manifest, self.policy = manifest, policy
         num_pixels = manifest.heights.astype(np.int64) * manifest.widths
         # Pillow refuses to decode beyond twice its limit ("decompression bomb"); so does every backend
@@ -61,7 +65,7 @@ class BadSamples:
         if earlier.size:
             return int(earlier[0])
         raise BadSampleError(
-            f"not one of the {len(self.manifest)} pictures under {self.manifest.root} can be read"
+            f"not one of the {len(self.manifest)} images under {self.manifest.root} can be read"
         )
 
     def report(self, reasons: Mapping[int, str]) -> None:
@@ -75,7 +79,7 @@ class BadSamples:
             if self.policy == "stop":
                 raise BadSampleError(
                     f"{path} cannot be read: {reason}. Repair or remove it (`python -m image_classification verify` "
-                    "names all that is broken), or train on with --on-bad-sample substitute"
+                    "names all that is broken), or train on with `on_bad_sample` substitute"
                 )
             self.known[sample_id] = True
             if not self._reported[sample_id]:

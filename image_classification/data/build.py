@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
-from image_classification.config import ConfigError, check, flag
-from image_classification.data import dali
-from image_classification.data.augment import POLICY_NAMES, make_policy
-from image_classification.data.bad_samples import POLICIES
+from image_classification.channel_statistics import Triple
+from image_classification.config import SettingError, check, flag
+from image_classification.data.augment import Policy, PolicyName, make_policy
+from image_classification.data.backends import Backend, backend_names, choose_backend, find_backend
+from image_classification.data.bad_samples import BadSamplePolicy
 from image_classification.data.calibration import split_calibration
-from image_classification.data.dali import DaliLoader
-from image_classification.data.dataset import IMAGENET_PRESET, Dataset, Preset
+from image_classification.data.dataset import (
+    IMAGENET_NUM_TRAIN,
+    IMAGENET_NUM_VAL,
+    IMAGENET_PRESET,
+    Augmentation,
+    Dataset,
+    Preset,
+)
 from image_classification.data.device_stage import DeviceStage
-from image_classification.data.folder import FolderLoader
-from image_classification.data.loader import Loader, PlannedLoader
+from image_classification.data.loader import Loader, LoaderOptions, PlannedLoader
 from image_classification.data.manifest import Manifest
 from image_classification.data.mixup import Mixup
 from image_classification.data.plan import (
@@ -27,28 +32,36 @@ from image_classification.data.plan import (
     PadCrop,
     Planner,
     RandomResizedCrop,
-    WholePicture,
+    WholeImage,
 )
-from image_classification.data.resident import ResidentLoader
-from image_classification.data.synthetic import NUM_TRAIN_SAMPLES, NUM_VAL_SAMPLES, SyntheticLoader
 from image_classification.data.workers import num_cores
+from image_classification.network_input import EvaluationGeometry
 
-BACKENDS = ("auto", "dali-gpu", "dali-cpu", "pytorch", "resident", "synthetic", "syntetic")
-AUGMENTATIONS = ("default", "imagenet", "cifar", "none")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
 class ReadConfig:
-    """What is loaded, and how: all that jobs need which look at pictures and train nothing."""
+    """What is loaded, and how: all that jobs need which look at images and train nothing."""
 
     data: str = flag(
-        "shapes", "data", nargs="?",
+        "shapes",
+        "data",
+        nargs="?",
         help="directory (ImageNet, CIFAR or VOC layout), archive, or the generated `shapes`, `shapes-multi`",
-    )  # fmt: skip
+    )
     data_backend: str = flag(
-        "auto", "--data-backend", choices=BACKENDS,
+        "auto",
+        "--data-backend",
+        choices=backend_names,
         help="who decodes and cuts; auto: DALI where it is installed (dali-gpu with CUDA, else dali-cpu), or pytorch",
-    )  # fmt: skip
+    )
+    rescan: bool = flag(
+        False,
+        "--rescan",
+        help="look at every image file for changes; otherwise folders' times say where to look, which misses a file "
+        "that was overwritten in place",
+    )
     workers: int = flag(
         min(4, num_cores()),
         "--workers",
@@ -59,36 +72,56 @@ class ReadConfig:
         None,
         "--batch-size",
         "-b",
-        help="pictures per process and step; default: the data set's (256, CIFAR 128, shapes 64)",
+        help="images per process and step; default: the data set's (256, CIFAR 128, shapes 64)",
     )
     image_size: int | None = flag(
-        None, "--image-size", parse=int, help="side of the network's input in pixels; default: the data set's"
+        None,
+        "--image-size",
+        parse=int,
+        help="side of the network's input in pixels; default: the given network's, else the data set's",
     )
     resize: int | None = flag(
-        None, "--resize", parse=int,
-        help="short side of evaluation pictures before the centre crop, in pixels; default: the data set's proportion",
-    )  # fmt: skip
-    on_bad_sample: str = flag(
-        "stop", "--on-bad-sample", choices=POLICIES, help="what to do about a picture that cannot be read"
+        None,
+        "--resize",
+        parse=int,
+        help="short side of evaluation images before the centre crop, in pixels; default: the data set's proportion",
     )
-    prefetch: int = flag(2, "--prefetch", help="batches read ahead (per worker with pytorch)")
+    geometry: EvaluationGeometry | None = flag(
+        None,
+        "--geometry",
+        help="images that are not augmented: crop (short side resized, centre cut out) or whole (the image stretched to"
+        " the input's size, as published for VOC); default: the given network's, else crop",
+    )
+    difficult: bool = flag(
+        False,
+        "--difficult",
+        help="VOC: objects that are marked as difficult count as others do, as published for attribution preservation",
+    )
+    on_bad_sample: BadSamplePolicy = flag(
+        LoaderOptions.on_bad_sample, "--on-bad-sample", help="what to do about an image that cannot be read"
+    )
+    prefetch: int = flag(
+        LoaderOptions.prefetch, "--prefetch", help="batches read ahead (per worker with pytorch)"
+    )
     mean: tuple[float, ...] | None = flag(
         None,
         "--mean",
         nargs=3,
         parse=float,
-        help="normalisation, of values in 0 … 1; default: the data set's",
+        help="normalisation, of values in 0 … 1; default: the given network's, else the data set's",
     )
-    std: tuple[float, ...] | None = flag(
-        None, "--std", nargs=3, parse=float, help="normalisation, of values in 0 … 1; default: the data set's"
-    )
+    std: tuple[float, ...] | None = flag(None, "--std", nargs=3, parse=float, help="as --mean")
 
     def __post_init__(self) -> None:
         check(
             self.batch_size is None or self.batch_size >= 1,
             f"--batch-size {self.batch_size} must be at least 1",
         )
-        check(self.workers >= 0, f"--workers {self.workers} must not be negative")
+        most = max(64, 8 * num_cores())
+        check(
+            0 <= self.workers <= most,
+            f"--workers {self.workers} is not between 0 and {most}, which is more than this machine can use",
+        )
         check(self.prefetch >= 1, f"--prefetch {self.prefetch} must be at least 1")
         for name in ("image_size", "resize"):
             value = getattr(self, name)
@@ -113,6 +146,7 @@ class ReadConfig:
             resize=resize,
             mean=_triple(self.mean or preset.mean),
             std=_triple(self.std or preset.std),
+            geometry=self.geometry or preset.geometry,
             batch_size=self.batch_size or preset.batch_size,
         )
 
@@ -121,14 +155,13 @@ class ReadConfig:
 class DataConfig(ReadConfig):
     """What is loaded, and how."""
 
-    augmentation: str = flag(
-        "default", "--augmentation", choices=AUGMENTATIONS,
+    augmentation: Augmentation = flag(
+        "default",
+        "--augmentation",
         help="geometry of training: imagenet (random-resized crop, flip), cifar (pad 4, crop, flip) or none (as in "
         "evaluation); default: the data set's",
-    )  # fmt: skip
-    auto_augment: str = flag(
-        "none", "--auto-augment", choices=POLICY_NAMES, help="automatic augmentation policy"
     )
+    auto_augment: PolicyName = flag("none", "--auto-augment", help="automatic augmentation policy")
     mixup: float = flag(0.0, "--mixup", help="α of mixup; 0 is off")
     cutmix: float = flag(
         0.0, "--cutmix", help="α of CutMix; 0 is off; with --mixup each pair takes one of the two"
@@ -136,7 +169,7 @@ class DataConfig(ReadConfig):
     calibration_size: int = flag(
         0,
         "--calibration-size",
-        help="training pictures kept aside, stratified by class, for scoring; never trained on",
+        help="training images kept aside, stratified by class, for scoring; never trained on",
     )
 
     def __post_init__(self) -> None:
@@ -163,7 +196,7 @@ class Placement:
     memory_format: torch.memory_format = torch.contiguous_format
 
     def stage(self, preset: Preset) -> DeviceStage:
-        """The device stage for a kind of picture."""
+        """The device stage for a kind of image."""
         return DeviceStage(preset.mean, preset.std, device=self.device, memory_format=self.memory_format)
 
 
@@ -173,7 +206,7 @@ class Loaders:
 
     Attributes:
         train, val: Of the two splits; the training loader has no sample of the calibration split.
-        calibration: Evaluation pictures from the training split, classes mixed; None unless asked for.
+        calibration: Evaluation images from the training split, classes mixed; None unless asked for.
         backend: The one that was chosen.
         preset: Image size, normalisation and so on that were used.
     """
@@ -191,19 +224,8 @@ class Loaders:
                 loader.close()
 
 
-def choose_backend(name: str, device: torch.device) -> str:
-    """Resolve "auto" and the older spelling of "synthetic"."""
-    if name == "syntetic":
-        return "synthetic"
-    if name != "auto":
-        return name
-    if not dali.is_available():
-        return "pytorch"
-    return "dali-gpu" if device.type == "cuda" else "dali-cpu"
-
-
-def training_geometry(augmentation: str, preset: Preset) -> Geometry:
-    """The geometry that `--augmentation` means for a data set."""
+def training_geometry(augmentation: Augmentation, preset: Preset) -> Geometry:
+    """The geometry that an augmentation means for a data set."""
     size = (preset.image_size, preset.image_size)
     if augmentation == "default":
         augmentation = preset.augmentation
@@ -215,45 +237,52 @@ def training_geometry(augmentation: str, preset: Preset) -> Geometry:
 
 
 def evaluation_geometry(preset: Preset) -> Geometry:
-    """Resize and centre crop."""
+    """Resize and centre crop, or the whole image."""
+    if preset.geometry == "whole":
+        return WholeImage((preset.image_size, preset.image_size))
     return CentreCrop((preset.image_size, preset.image_size), preset.resize)
 
 
 def make_loader(
-    backend: str,
+    backend: Backend | str,
     manifest: Manifest,
     planner: Planner,
     stage: DeviceStage,
     config: ReadConfig,
-    **options: Any,
+    *,
+    mixup: Mixup | None = None,
+    with_boxes: bool = False,
+    with_masks: bool = False,
 ) -> PlannedLoader:
-    """A loader of real pictures.
+    """A loader of real images.
 
     Args:
-        backend: "dali-gpu", "dali-cpu", "pytorch" or "resident".
+        backend: From `choose_backend`, or the name of one.
         manifest, planner, stage: See `PlannedLoader`.
         config: For workers, prefetch and the policy for bad samples.
-        options: `mixup`, `with_boxes`, `with_masks` of `PlannedLoader`.
+        mixup, with_boxes, with_masks: See `LoaderOptions`.
+
+    Raises:
+        SettingError: The backend does not exist, does not work on the stage's device, or reads no images.
     """
-    classes: dict[str, Callable[..., PlannedLoader]] = {
-        "dali-gpu": partial(DaliLoader, gpu=True),
-        "dali-cpu": DaliLoader,
-        "pytorch": FolderLoader,
-        "resident": ResidentLoader,
-    }
-    if backend not in classes:
-        raise ConfigError(
-            f"--data-backend {backend} does not load pictures: choose one of {', '.join(classes)}"
-        )
-    return classes[backend](
-        manifest,
-        planner,
-        stage,
+    if isinstance(backend, str):
+        backend = find_backend(backend)
+    problem = backend.problem(stage.device)
+    if not backend.needs_dataset:
+        problem = "it loads no images: choose another backend"
+    if problem is not None:
+        raise SettingError("data_backend", backend.name, problem)
+    options = LoaderOptions(
         on_bad_sample=config.on_bad_sample,
+        mixup=mixup,
+        with_boxes=with_boxes,
+        with_masks=with_masks,
         prefetch=config.prefetch,
         workers=config.workers,
-        **options,
     )
+    loader = backend.make(manifest, planner, stage, options)
+    assert isinstance(loader, PlannedLoader), f"backend {backend.name} made a {type(loader).__name__}"
+    return loader
 
 
 def evaluation_loader(
@@ -262,25 +291,19 @@ def evaluation_loader(
     config: ReadConfig,
     place: Placement,
     *,
-    shuffle: bool = False,
-    whole: bool = False,
     with_boxes: bool = False,
     with_masks: bool = False,
 ) -> PlannedLoader:
-    """A loader of evaluation pictures: validation, calibration, explanation.
+    """A loader of evaluation images: validation, calibration, explanation.
 
     Args:
         manifest: The split; each sample comes once over all ranks.
         preset: With the flags applied, see `DataConfig.resolved_preset`.
         config: Backend, batch size and the like.
         place: Device and rank.
-        shuffle: Order by (seed, epoch) instead of by id.
-        whole: Stretch the whole picture to the input size instead of the centre crop.
         with_boxes, with_masks: Whether batches carry them.
     """
-    size = (preset.image_size, preset.image_size)
-    geometry: Geometry = WholePicture(size) if whole else evaluation_geometry(preset)
-    planner = _planner(manifest, geometry, preset, place, shuffle=shuffle)
+    planner = _planner(manifest, evaluation_geometry(preset), preset, place)
     backend = choose_backend(config.data_backend, place.device)
     return make_loader(
         backend, manifest, planner, place.stage(preset), config, with_boxes=with_boxes, with_masks=with_masks
@@ -291,7 +314,7 @@ def training_loader(
     manifest: Manifest, preset: Preset, config: DataConfig, place: Placement
 ) -> PlannedLoader:
     """The loader of the training split, augmented as configured. Arguments as `evaluation_loader`."""
-    # the pairs of AutoAugment are those learned on the data set's kind of picture
+    # the pairs of AutoAugment are those learned on the data set's kind of image
     learned_on = "cifar10" if preset.augmentation == "cifar" else "imagenet"
     size = (preset.image_size, preset.image_size)
     policy = make_policy(config.auto_augment, size, learned_on=learned_on)
@@ -305,7 +328,13 @@ def training_loader(
 
 
 def _planner(
-    manifest: Manifest, geometry: Geometry, preset: Preset, place: Placement, **options: Any
+    manifest: Manifest,
+    geometry: Geometry,
+    preset: Preset,
+    place: Placement,
+    *,
+    training: bool = False,
+    policy: Policy | None = None,
 ) -> Planner:
     return Planner(
         manifest.heights,
@@ -315,7 +344,8 @@ def _planner(
         seed=place.seed,
         rank=place.rank,
         world_size=place.world_size,
-        **options,
+        training=training,
+        policy=policy,
     )
 
 
@@ -329,6 +359,7 @@ def build_loaders(
     world_size: int = 1,
     memory_format: torch.memory_format = torch.contiguous_format,
     num_classes: int = 1000,
+    training: bool = True,
 ) -> Loaders:
     """The loaders of a training job on one rank.
 
@@ -339,42 +370,65 @@ def build_loaders(
         seed: Of order, crops, augmentation, mixing and the calibration split.
         rank, world_size: This process among all.
         num_classes: For synthetic data without a data set.
+        training: Off where nothing is trained: the training split is then read like the others, however small it is.
 
     Raises:
-        ConfigError: A backend that cannot work here, or flags that do not go together.
-        ValueError: A training split smaller than a global batch.
+        SettingError: A backend that cannot work here, settings that do not go together, or a training split smaller
+            than a global batch.
     """
     place = Placement(device=device, seed=seed, rank=rank, world_size=world_size, memory_format=memory_format)
     backend = choose_backend(config.data_backend, device)
-    if backend == "synthetic":
-        return _synthetic(config, dataset, place, num_classes)
+    if not backend.needs_dataset:
+        return _made_up(backend, config, dataset, place, num_classes)
     if dataset is None:
-        raise ConfigError(f"--data-backend {backend} needs a data set; without one choose synthetic")
+        raise SettingError("data_backend", backend.name, "needs a data set; without one choose synthetic")
     kept_aside: Manifest | None = None
     if config.calibration_size:
         dataset, kept_aside = split_calibration(dataset, config.calibration_size, seed)
     preset = config.resolved_preset(dataset.preset)
+    if training and config.batch_size is None:
+        preset = _batch_that_fits(preset, len(dataset.train), place)
     calibration = None
     if kept_aside is not None:
         calibration = evaluation_loader(kept_aside, preset, config, place)
     return Loaders(
-        train=training_loader(dataset.train, preset, config, place),
+        train=(training_loader if training else evaluation_loader)(dataset.train, preset, config, place),
         val=evaluation_loader(dataset.val, preset, config, place),
         calibration=calibration,
-        backend=backend,
+        backend=backend.name,
         preset=preset,
     )
 
 
-def _synthetic(config: DataConfig, dataset: Dataset | None, place: Placement, num_classes: int) -> Loaders:
-    """Loaders of noise, as long as the data set's where there is one."""
-    preset = config.resolved_preset(IMAGENET_PRESET if dataset is None else dataset.preset)
-    num_train, num_val, multi_label = NUM_TRAIN_SAMPLES, NUM_VAL_SAMPLES, False
+def _batch_that_fits(preset: Preset, num_images: int, place: Placement) -> Preset:
+    """The preset, with the default batch lowered to what a small training set has."""
+    most = num_images // place.world_size
+    if not 0 < most < preset.batch_size:
+        return preset
+    if place.rank == 0:
+        logger.warning(
+            "the training set has %d images: batches of %d per process in place of the default %d",
+            num_images,
+            most,
+            preset.batch_size,
+        )
+    return replace(preset, batch_size=most)
+
+
+def _made_up(
+    backend: Backend, config: DataConfig, dataset: Dataset | None, place: Placement, num_classes: int
+) -> Loaders:
+    """Loaders that read no images, as long as those of the data set where there is one."""
+    num_train, num_val = IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL
+    preset, multi_label = IMAGENET_PRESET, False
     if dataset is not None:
-        num_train, num_val, multi_label = len(dataset.train), len(dataset.val), dataset.multi_label
+        num_train, num_val = len(dataset.train), len(dataset.val)
+        preset, multi_label = dataset.preset, dataset.multi_label
+        num_classes = dataset.num_classes
+    preset = config.resolved_preset(preset)
     make = partial(
-        SyntheticLoader,
-        num_classes=num_classes if dataset is None else dataset.num_classes,
+        backend.make,
+        num_classes=num_classes,
         size=(preset.image_size, preset.image_size),
         batch_size=preset.batch_size,
         device=place.device,
@@ -386,9 +440,9 @@ def _synthetic(config: DataConfig, dataset: Dataset | None, place: Placement, nu
     )
     calibration = make(num_samples=config.calibration_size) if config.calibration_size else None
     train = make(num_samples=num_train - config.calibration_size, training=True)
-    return Loaders(train, make(num_samples=num_val), calibration, "synthetic", preset)
+    return Loaders(train, make(num_samples=num_val), calibration, backend.name, preset)
 
 
-def _triple(values: tuple[float, ...]) -> tuple[float, float, float]:
+def _triple(values: tuple[float, ...]) -> Triple:
     first, second, third = values
     return first, second, third

@@ -1,6 +1,6 @@
-"""A calibration split: pictures taken out of train for choosing what to prune, never trained on.
+"""A calibration split: images taken out of train for choosing what to prune, never trained on.
 
-Selecting channels on validation pictures would leak them into the result, and selecting on pictures that are also
+Selecting channels on validation images would leak them into the result, and selecting on images that are also
 trained on favours what was memorised; so a stratified part of train is set aside before the first epoch.
 """
 
@@ -10,6 +10,7 @@ import dataclasses
 
 import numpy as np
 
+from image_classification.config import check_setting
 from image_classification.data.dataset import Dataset
 from image_classification.data.manifest import Manifest
 from image_classification.data.targets import TargetTable
@@ -23,7 +24,7 @@ def split_calibration(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, 
 
     Args:
         dataset: The set to take from; it is not changed.
-        size: Number of samples, `--calibration-size`.
+        size: Number of samples.
         seed: Decides which samples of each class are taken.
 
     Returns:
@@ -31,14 +32,14 @@ def split_calibration(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, 
         order, so that each of its batches mixes the classes.
 
     Raises:
-        ValueError: `size` is below 1 or more than half of train.
+        SettingError: `size` is below 1 or more than half of train.
     """
     available = len(dataset.train)
-    if not 1 <= size <= available // 2:
-        raise ValueError(
-            f"--calibration-size {size} does not fit: train has {available:,} pictures, and between 1 and half of "
-            f"them ({available // 2:,}) can be set aside for calibration"
-        )
+    problem = (
+        f"does not fit: train has {available:,} images, and between 1 and half of them ({available // 2:,}) can be "
+        "set aside for calibration"
+    )
+    check_setting(1 <= size <= available // 2, "calibration_size", size, problem)
     generator = np.random.Generator(np.random.Philox(key=seed))
     strata = _strata(dataset.train.targets)
     groups = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
@@ -52,11 +53,12 @@ def split_calibration(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, 
 
 def _strata(targets: TargetTable) -> np.ndarray:
     """The class that each sample counts for: (N,) int64, -1 for a multi-label sample without any."""
-    labels = targets.labels
+    labels: np.ndarray = targets.labels
     if labels.ndim == 1:
         return labels
     if not targets.multi_label:
-        return labels.argmax(axis=1)
+        only_class: np.ndarray = labels.argmax(axis=1)
+        return only_class
     present = labels > 0
     frequency = np.where(present, present.sum(axis=0), len(labels) + 1)
     return np.where(present.any(axis=1), frequency.argmin(axis=1), -1)
@@ -64,8 +66,9 @@ def _strata(targets: TargetTable) -> np.ndarray:
 
 def _proportional(counts: np.ndarray, total: int) -> np.ndarray:
     """Whole numbers that sum to `total`, in proportion to `counts`, by largest remainder."""
+    # In whole numbers: counts·total = quota·sum + remainder, so that nothing depends on rounding.
     exact_numerators = counts * total
-    quotas = exact_numerators // counts.sum()
+    quotas: np.ndarray = exact_numerators // counts.sum()
     remainders = exact_numerators % counts.sum()
     short = total - int(quotas.sum())
     quotas[np.argsort(-remainders, kind="stable")[:short]] += 1

@@ -1,6 +1,6 @@
 """Decoding a plan on the host with Pillow: the reference that every other backend agrees with.
 
-Pictures come as they are stored (EXIF orientation ignored), as RGB with 8 bits. The resize is Pillow's antialiased
+Images come as they are stored (EXIF orientation ignored), as RGB with 8 bits. The resize is Pillow's antialiased
 triangle filter, the same as torchvision's.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from image_classification.data.bad_samples import BadSamples
@@ -24,33 +24,33 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
 
 
 class UnreadableError(Exception):
-    """Why one picture cannot be decoded."""
+    """Why one image cannot be decoded."""
 
 
 @dataclass
 class Decoded:
-    """The pictures of a batch before the device stage.
+    """The images of a batch before the device stage.
 
     Attributes:
         plan: What they show, substitutes included.
-        pictures: (N, H, W, 3) uint8, valid until the next batch is asked for.
+        images: (N, H, W, 3) uint8, valid until the next batch is asked for.
         bad: Reason by id of samples found unreadable on the way.
     """
 
     plan: BatchPlan
-    pictures: Tensor
+    images: Tensor
     bad: dict[int, str] = field(default_factory=dict)
 
     def pin_memory(self) -> Decoded:
-        """The pictures in page-locked memory; torch's DataLoader looks for this method."""
-        return Decoded(self.plan, self.pictures.pin_memory(), self.bad)
+        """The images in page-locked memory; torch's DataLoader looks for this method."""
+        return Decoded(self.plan, self.images.pin_memory(), self.bad)
 
 
-def open_picture(path: Path, expected_size: tuple[int, int] | None = None) -> Image.Image:
+def open_image(path: Path, expected_size: tuple[int, int] | None = None) -> Image.Image:
     """Decode a file fully.
 
     Args:
-        path: Picture in any of `FORMATS`, whatever its name.
+        path: Image in any of `FORMATS`, whatever its name.
         expected_size: Height and width; another size means that the file was changed since it was scanned.
 
     Raises:
@@ -58,78 +58,78 @@ def open_picture(path: Path, expected_size: tuple[int, int] | None = None) -> Im
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow, about large pictures and odd metadata
-            with Image.open(path, formats=FORMATS) as picture:
-                if expected_size is not None and (picture.height, picture.width) != expected_size:
+            warnings.simplefilter("ignore")  # of Pillow, about large images and odd metadata
+            with Image.open(path, formats=FORMATS) as image:
+                if expected_size is not None and (image.height, image.width) != expected_size:
                     raise UnreadableError(
-                        f"it has {picture.height}×{picture.width} pixels, not the {expected_size[0]}×"
+                        f"it has {image.height}×{image.width} pixels, not the {expected_size[0]}×"
                         f"{expected_size[1]} of its header when the data set was scanned"
                     )
-                picture.load()
-                return _to_rgb(picture)
+                image.load()
+                return _to_rgb(image)
     except Image.DecompressionBombError as error:
         raise UnreadableError(str(error)) from error
     except (OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error) as error:
         # Pillow's plug-ins raise all of these for damaged files
-        name = "an unknown format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        name = "an unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UnreadableError(name or type(error).__name__) from error
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB; Pillow would clip 16-bit grey at 255 instead of scaling it."""
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.float64)
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float64)
         grey = np.clip(np.floor(values / 257.0 + 0.5), 0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def cut(
-    picture: Image.Image, window: np.ndarray, size: tuple[int, int], *, flip: bool, crop_first: bool
+    image: Image.Image, window: np.ndarray, size: tuple[int, int], *, flip: bool, crop_first: bool
 ) -> np.ndarray:
     """Execute one row of a plan: (H, W, 3) uint8. Arguments as in `BatchPlan`."""
     top, left, height, width = (float(value) for value in window)
     output = (size[1], size[0])
     if crop_first:
         # Pillow fills with black what lies outside
-        picture = picture.crop((int(left), int(top), int(left + width), int(top + height)))
-        if picture.size != output:
-            picture = picture.resize(output, Image.Resampling.BILINEAR)
+        image = image.crop((int(left), int(top), int(left + width), int(top + height)))
+        if image.size != output:
+            image = image.resize(output, Image.Resampling.BILINEAR)
     else:
-        box = (left, top, min(left + width, picture.width), min(top + height, picture.height))
-        picture = picture.resize(output, Image.Resampling.BILINEAR, box=box)
+        box = (left, top, min(left + width, image.width), min(top + height, image.height))
+        image = image.resize(output, Image.Resampling.BILINEAR, box=box)
     if flip:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(picture)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(image)
 
 
 def decode_batch(plan: BatchPlan, planner: Planner, samples: BadSamples) -> Decoded:
     """Decode a plan, replacing unreadable samples if the policy says so; nothing is logged or raised for them.
 
-    Under the policy "stop" the result of a batch with an unreadable sample names it and has no pictures.
+    Under the policy "stop" the result of a batch with an unreadable sample names it and has no images.
     """
-    pictures = np.empty((len(plan), *plan.size, 3), dtype=np.uint8)
+    images = np.empty((len(plan), *plan.size, 3), dtype=np.uint8)
     ids = plan.sample_ids.copy()
     bad: dict[int, str] = {}
     for row, sample_id in enumerate(plan.sample_ids):
-        picture = None
-        while picture is None:
+        image = None
+        while image is None:
             try:
-                picture = open_sample(int(ids[row]), samples)
+                image = open_sample(int(ids[row]), samples)
             except UnreadableError as error:
                 bad[int(ids[row])] = str(error)
                 samples.known[ids[row]] = True
                 if samples.policy == "stop":
-                    return Decoded(plan, torch.from_numpy(pictures[:0]), bad)
+                    return Decoded(plan, torch.from_numpy(images[:0]), bad)
                 ids[row] = samples.next_good(int(ids[row]))
         source, place = plan, row
         if ids[row] != sample_id:
             source, place = planner.plan(plan.epoch, plan.step, ids[row : row + 1]), 0
         flip = bool(source.flips[place])
-        pictures[row] = cut(picture, source.windows[place], plan.size, flip=flip, crop_first=plan.crop_first)
+        images[row] = cut(image, source.windows[place], plan.size, flip=flip, crop_first=plan.crop_first)
     if bad:
         plan = planner.plan(plan.epoch, plan.step, ids)
-    return Decoded(plan, torch.from_numpy(pictures), bad)
+    return Decoded(plan, torch.from_numpy(images), bad)
 
 
 def open_sample(sample_id: int, samples: BadSamples) -> Image.Image:
@@ -142,4 +142,4 @@ def open_sample(sample_id: int, samples: BadSamples) -> Image.Image:
     size = (int(manifest.heights[sample_id]), int(manifest.widths[sample_id]))
     if size[0] == 0:
         raise UnreadableError("the file is missing or its header is damaged")
-    return open_picture(manifest.path(sample_id), size)
+    return open_image(manifest.path(sample_id), size)

@@ -1,4 +1,4 @@
-"""What a picture file says about itself in its first bytes: size and a quick identity, without decoding.
+"""What an image file says about itself in its first bytes: size and a quick identity, without decoding.
 
 JPEG and PNG headers are read here, because that is several times faster than opening the file with Pillow, and a
 data set may have a million files; every other format goes through Pillow. The *content* decides the format: a PNG
@@ -19,6 +19,18 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".ti
 _HEAD_BYTES = 1024
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
+_OTHER_SIGNATURES = (
+    _PNG_SIGNATURE,
+    b"RIFF",
+    b"BM",
+    b"II*\0",
+    b"MM\0*",
+    b"\0\0\0\x0cjP  ",
+    b"\xffO\xffQ",
+    *(f"P{kind}".encode() for kind in range(1, 7)),
+)
+_END_OF_IMAGE = b"\xff\xd9"
+_TAIL_BYTES = 1024
 # start-of-frame markers: C0 to CF without DHT (C4), JPG (C8) and DAC (CC)
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
@@ -26,15 +38,26 @@ _MAX_SEGMENTS = 4096  # real files have tens; a file of fill bytes must not keep
 
 
 class Header(NamedTuple):
-    """Raw size in pixels as stored (EXIF orientation ignored), 0 × 0 if unreadable, and identity of a file."""
+    """What a file says in its first and last bytes.
+
+    Attributes:
+        height, width: Raw pixels as stored (EXIF orientation ignored); 0 × 0 if unreadable.
+        digest: Identity of the file.
+        intact: Whether it begins like an image of a common format and, if it is a JPEG, has an end-of-image marker.
+            A JPEG that was cut off is otherwise noticed only by windows that reach down to the missing part.
+    """
 
     height: int
     width: int
     digest: int
+    intact: bool
 
 
-def is_picture(name: str) -> bool:
-    """Whether a file name has a picture's suffix, in any case. Hidden files (macOS's `._x.jpg`) are none."""
+_NOTHING = Header(0, 0, 0, False)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name has an image's suffix, in any case. Hidden files (macOS's `._x.jpg`) do not count."""
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
@@ -43,21 +66,24 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
-        return Header(0, 0, 0)
+        return _NOTHING
     try:
         head = os.read(descriptor, _HEAD_BYTES)
-        digest = _digest(os.fstat(descriptor).st_size, head)
+        num_bytes = os.fstat(descriptor).st_size
+        digest = _digest(num_bytes, head)
+        intact = head.startswith(_OTHER_SIGNATURES)
         if head.startswith(_JPEG_SIGNATURE):
             size = _jpeg_size(descriptor, head)
+            intact = _END_OF_IMAGE in os.pread(descriptor, _TAIL_BYTES, max(0, num_bytes - _TAIL_BYTES))
         elif head.startswith(_PNG_SIGNATURE):
             size = _png_size(head)
         else:
             size = _pillow_size(path)
-    except OSError:  # a directory named like a picture, a disk error
-        return Header(0, 0, 0)
+    except OSError:  # a directory named like an image, a disk error
+        return _NOTHING
     finally:
         os.close(descriptor)
-    return Header(*size, digest)
+    return Header(*size, digest, intact)
 
 
 def _digest(num_bytes: int, head: bytes) -> int:
@@ -106,7 +132,7 @@ def _png_size(head: bytes) -> tuple[int, int]:
 def _pillow_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Size of any other format."""
     try:
-        with Image.open(path) as picture:
-            return picture.height, picture.width
+        with Image.open(path) as image:
+            return image.height, image.width
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError):
         return 0, 0

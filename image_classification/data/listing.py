@@ -1,4 +1,4 @@
-"""Finding the picture files below a directory, with what tells cheaply whether they have changed since."""
+"""Finding the image files below a directory, with what tells cheaply whether they have changed since."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from image_classification.data.imagefile import is_picture
+from image_classification.data.imagefile import is_image
 
 _NUM_THREADS = 16  # the work waits for the file system, network ones above all
 
@@ -21,20 +21,47 @@ class FileEntry(NamedTuple):
     mtime_ns: int
 
 
-def list_pictures(root: Path, folder: str) -> list[FileEntry]:
-    """The pictures under `root/folder`, subfolders and symbolic links included, sorted by path."""
-    return sorted(_walk(root / folder, folder, frozenset()))
+def list_images(root: Path, folder: str, directories: dict[str, int] | None = None) -> list[FileEntry]:
+    """The images under `root/folder`, subfolders and symbolic links included, sorted by path.
+
+    Args:
+        root: Directory that paths are relative to.
+        folder: Where to look.
+        directories: Gets the modification time, in nanoseconds, of every directory that was looked into, by path.
+    """
+    seen: dict[str, int] = {} if directories is None else directories
+    return sorted(_walk(root / folder, folder, frozenset(), seen))
 
 
-def list_class_folders(root: Path, folders: Sequence[str]) -> list[list[FileEntry]]:
-    """`list_pictures` of several folders, in parallel: network file systems answer slowly, but many at a time."""
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        return list(pool.map(lambda folder: list_pictures(root, folder), folders))
+def stat_images(root: Path, paths: Sequence[str], *, listed_in: str) -> list[FileEntry]:
+    """The entries of image files that a list names.
+
+    Args:
+        root: Directory that the paths are relative to.
+        paths: POSIX paths, whose order is kept.
+        listed_in: The list, for the message.
+
+    Raises:
+        FileNotFoundError: One of the files is missing.
+    """
+
+    def entry(path: str) -> FileEntry:
+        try:
+            status = os.stat(root / path)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{root / path} is missing, but {listed_in} lists it") from None
+        return FileEntry(path, status.st_size, status.st_mtime_ns)
+
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:  # network file systems answer slowly, but many at a time
+        return list(pool.map(entry, paths))
 
 
-def _walk(directory: Path, relative: str, above: frozenset[tuple[int, int]]) -> Iterable[FileEntry]:
-    """All picture files below a directory. `above` are the directories on the way here, to end link cycles."""
+def _walk(
+    directory: Path, relative: str, above: frozenset[tuple[int, int]], directories: dict[str, int]
+) -> Iterable[FileEntry]:
+    """All image files below a directory. `above` are the directories on the way here, to end link cycles."""
     status = os.stat(directory)
+    directories[relative] = status.st_mtime_ns
     identity = (status.st_dev, status.st_ino)
     if identity in above:
         return
@@ -43,8 +70,8 @@ def _walk(directory: Path, relative: str, above: frozenset[tuple[int, int]]) -> 
             path = f"{relative}/{entry.name}" if relative else entry.name
             if entry.is_dir():
                 if not entry.name.startswith("."):
-                    yield from _walk(Path(entry.path), path, above | {identity})
-            elif is_picture(entry.name):
+                    yield from _walk(Path(entry.path), path, above | {identity}, directories)
+            elif is_image(entry.name):
                 try:
                     status = entry.stat()
                     yield FileEntry(path, status.st_size, status.st_mtime_ns)

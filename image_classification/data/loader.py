@@ -2,7 +2,8 @@
 
 A cursor is (epoch, step) of the *consumer*: while batch k is being processed it says k + 1, however far the backend
 has read ahead. Training goes on from the cursor, so that leaving the loop in the middle of an epoch and entering it
-again, or loading a state into a new process, continues with the next sample. Evaluation starts anew every time.
+again, or loading a state into a new process, continues with the next sample. Evaluation always starts
+from the beginning. A saved cursor counts samples, so that more or fewer processes go on from it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
-from image_classification.data.bad_samples import BadSamples
+from image_classification.config import SettingError
+from image_classification.data.bad_samples import BadSamplePolicy, BadSamples
 from image_classification.data.decode import Decoded
 from image_classification.data.device_stage import DeviceStage
 from image_classification.data.manifest import Manifest
@@ -88,7 +90,7 @@ class Loader(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where a state says; ValueError if data or batch are not the same."""
+        """Continue where a state says; ValueError if the data are not the same or a batch would begin elsewhere."""
         ...
 
     def close(self) -> None:
@@ -100,14 +102,27 @@ class CursorLoader(ABC):
     """Cursor, state and resources of a loader, independent of where its batches come from."""
 
     def __init__(
-        self, *, num_samples: int, num_classes: int, batch_size: int, num_steps: int, training: bool, seed: int,
-        world_size: int, fingerprint: str,
-    ) -> None:  # fmt: skip
-        self.num_samples, self.num_classes, self.batch_size = num_samples, num_classes, batch_size
-        self.training, self.num_substituted = training, 0
+        self,
+        *,
+        num_samples: int,
+        num_classes: int,
+        batch_size: int,
+        num_steps: int,
+        training: bool,
+        seed: int,
+        world_size: int,
+        fingerprint: str,
+    ) -> None:
+        self.num_samples = num_samples
+        self.num_classes = num_classes
+        self.batch_size = batch_size
+        self.training = training
+        self.num_substituted = 0
         self._num_steps = num_steps
-        self._epoch, self._step, self._resumed = 0, 0, False
-        self._identity = {"seed": seed, "global_batch": batch_size * world_size, "fingerprint": fingerprint}
+        self._epoch, self._step = 0, 0
+        self._resumed = False
+        self._global_batch = batch_size * world_size
+        self._identity = {"seed": seed, "fingerprint": fingerprint}
         self._stream: Generator[Batch, None, None] | None = None
         self._stream_at = (0, 0)
         self._turn = 0
@@ -134,7 +149,7 @@ class CursorLoader(ABC):
         for step in range(self._step, self._num_steps):
             try:
                 batch = next(self._stream_from(epoch, step))
-            except BaseException:  # whatever it was, a stream that raised cannot go on
+            except BaseException:  # a stream that raised cannot go on, whatever the reason
                 self._end_stream()
                 raise
             self._step = step + 1
@@ -142,7 +157,9 @@ class CursorLoader(ABC):
             self._stream_at = (epoch + 1, 0) if at_end else (epoch, step + 1)
             yield batch
             if turn != self._turn:
-                raise RuntimeError("this loader was iterated anew: an older loop over it cannot go on")
+                raise RuntimeError(
+                    "this loader is being iterated again: an older loop over it cannot continue"
+                )
         self._step = 0
         if self.training:
             self._epoch = epoch + 1
@@ -163,29 +180,38 @@ class CursorLoader(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Loader.state_dict`: plain numbers and strings."""
-        return {"epoch": self._epoch, "step": self._step, **self._identity}
+        position = {"epoch": self._epoch, "step": self._step, "global_batch": self._global_batch}
+        return {**position, **self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Loader.load_state_dict`.
 
         Raises:
-            ValueError: Other data, augmentation, seed or global batch than the state's.
+            ValueError: Other data, augmentation or seed than the state's, or a place within one of this loader's
+                batches.
         """
         hints = {
-            "seed": "pass the same --seed",
-            "global_batch": "choose --batch-size so that ranks × --batch-size is the same",
+            "seed": "give the same `seed`",
             "fingerprint": "the files, their targets, or the image size and augmentation flags were changed",
         }
-        missing = {"epoch", "step", *hints} - state.keys()
+        missing = {"epoch", "step", "global_batch", *hints} - state.keys()
         if missing:
-            raise ValueError(f"this is no loader state: {', '.join(sorted(missing))} missing")
+            raise ValueError(f"this is not a loader state: {', '.join(sorted(missing))} missing")
         for name, hint in hints.items():
             if state[name] != self._identity[name]:
                 raise ValueError(
                     f"cannot resume in the middle of the data: {name} was {state[name]}, is {self._identity[name]} "
-                    f"({hint}, or start with --pretrained-weights instead of --resume)"
+                    f"({hint}, or start with `pretrained_weights` instead of `resume`)"
                 )
-        self._epoch, self._step = int(state["epoch"]), int(state["step"])
+        num_done = int(state["step"]) * int(state["global_batch"])
+        step, within = divmod(num_done, self._global_batch)
+        if within:
+            raise ValueError(
+                f"cannot resume in the middle of a batch: {num_done} samples of the epoch are done, and all processes "
+                f"together now take {self._global_batch} at a time: choose `batch_size` so that processes × "
+                f"`batch_size` divides {num_done} ({state['global_batch']} did)"
+            )
+        self._epoch, self._step = int(state["epoch"]), step
         self._resumed = True
 
     def close(self) -> None:
@@ -201,50 +227,80 @@ class CursorLoader(ABC):
         self.close()
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoaderOptions:
+    """How a plan is executed; what it shows is the planner's.
+
+    Attributes:
+        on_bad_sample: What happens when an image cannot be read.
+        mixup: Mixing of batches, or None.
+        with_boxes, with_masks: Whether batches carry them.
+        prefetch: Batches to be ready ahead of the consumer.
+        workers: Processes or threads that decode; 0 for none besides this one.
+    """
+
+    on_bad_sample: BadSamplePolicy = "stop"
+    mixup: Mixup | None = None
+    with_boxes: bool = False
+    with_masks: bool = False
+    prefetch: int = 2
+    workers: int = 2
+
+
 class PlannedLoader(CursorLoader):
-    """A loader of pictures that executes a plan. A backend implements `_decoded`.
+    """A loader of images that executes a plan. A backend is a subclass that implements `decoded`.
 
     Args:
         manifest: The split.
         planner: Its plan on this rank.
-        stage: What makes float images of uint8 pictures.
-        on_bad_sample: "stop" or "substitute".
-        mixup: Mixing of batches, or None.
-        with_boxes, with_masks: Whether batches carry them.
-        prefetch: Batches to be ready ahead of the consumer.
-        workers: Processes or threads that decode.
+        stage: Turns uint8 images into normalised float32 images on the training device.
+        options: Mixing, annotations, workers.
+
+    Attributes:
+        samples: Which samples are known to be unreadable, and what happens then.
 
     Raises:
-        ValueError: Boxes or masks together with automatic augmentation, which they do not follow.
+        SettingError: Boxes or masks together with automatic augmentation or mixing, which they do not follow.
     """
 
     def __init__(
-        self, manifest: Manifest, planner: Planner, stage: DeviceStage, *, on_bad_sample: str = "stop",
-        mixup: Mixup | None = None, with_boxes: bool = False, with_masks: bool = False, prefetch: int = 2,
-        workers: int = 2,
-    ) -> None:  # fmt: skip
-        if (with_boxes or with_masks) and (planner.policy is not None or mixup is not None):
-            raise ValueError(
-                "boxes and masks do not follow --auto-augment, --mixup and --cutmix: switch these off"
-            )
-        policy = "none" if planner.policy is None else planner.policy.name
+        self, manifest: Manifest, planner: Planner, stage: DeviceStage, options: LoaderOptions
+    ) -> None:
+        policy, mixup = planner.policy, options.mixup
+        annotated = options.with_boxes or options.with_masks
+        problem = "boxes and masks do not follow it: switch it off"
+        if annotated and policy is not None:
+            raise SettingError("auto_augment", policy.name, problem)
+        if annotated and mixup is not None:
+            setting = "mixup" if mixup.mixup else "cutmix"
+            raise SettingError(setting, mixup.mixup or mixup.cutmix, problem)
+        policy_name = "none" if policy is None else policy.name
         mixing = "none" if mixup is None else f"{mixup.mixup:g},{mixup.cutmix:g}"
-        fingerprint = f"{manifest.fingerprint} {planner.geometry} auto-augment={policy} mixup={mixing}"
         super().__init__(
-            num_samples=len(manifest), num_classes=len(manifest.class_names), batch_size=planner.batch_size,
-            num_steps=planner.num_steps, training=planner.training, seed=planner.seed,
-            world_size=planner.world_size, fingerprint=fingerprint,
-        )  # fmt: skip
-        self.manifest, self.planner, self.stage, self.mixup = manifest, planner, stage, mixup
-        self.samples = BadSamples(manifest, on_bad_sample)
-        self.with_boxes, self.with_masks = with_boxes, with_masks
-        self.prefetch, self.workers = prefetch, workers
+            num_samples=len(manifest),
+            num_classes=len(manifest.class_names),
+            batch_size=planner.batch_size,
+            num_steps=planner.num_steps,
+            training=planner.training,
+            seed=planner.seed,
+            world_size=planner.world_size,
+            fingerprint=f"{manifest.fingerprint} {planner.geometry} auto-augment={policy_name} mixup={mixing}",
+        )
+        self.manifest = manifest
+        self.planner = planner
+        self.stage = stage
+        self.mixup = mixup
+        self.samples = BadSamples(manifest, options.on_bad_sample)
+        self.with_boxes = options.with_boxes
+        self.with_masks = options.with_masks
+        self.prefetch = options.prefetch
+        self.workers = options.workers
 
     @abstractmethod
-    def _decoded(self, plans: Iterator[BatchPlan]) -> Generator[Decoded, None, None]:
-        """Execute plans, none of which is empty, in order."""
+    def decoded(self, plans: Iterator[BatchPlan]) -> Generator[Decoded, None, None]:
+        """Execute plans, none of which is empty, in order: one `Decoded` for each."""
 
-    def _plans(self, epoch: int, step: int) -> Iterator[BatchPlan]:
+    def plans(self, epoch: int, step: int) -> Iterator[BatchPlan]:
         """The rank's plans from a position on, known bad samples replaced, empty ones left out."""
         for at_epoch, at_step in self.planner.positions(epoch, step):
             ids = self.samples.resolve(self.planner.ids(at_epoch, at_step))
@@ -260,7 +316,7 @@ class PlannedLoader(CursorLoader):
 
     def _on_host(self, epoch: int, step: int) -> Generator[Batch, None, None]:
         """Batches in order; a rank without samples in a step gets an empty one."""
-        decoded = self._decoded(self._plans(epoch, step))
+        decoded = self.decoded(self.plans(epoch, step))
         try:
             for at_epoch, at_step in self.planner.positions(epoch, step):
                 planned = self.planner.ids(at_epoch, at_step)
@@ -278,7 +334,7 @@ class PlannedLoader(CursorLoader):
     def _finish(self, decoded: Decoded) -> Batch:
         """Device stage, targets, mixing."""
         plan, table = decoded.plan, self.manifest.targets
-        images = self.stage(decoded.pictures, plan.operations)
+        images = self.stage(decoded.images, plan.operations)
         targets = table.lookup(plan.sample_ids)
         if images.device.type == "cuda":
             targets = targets.pin_memory().to(images.device, non_blocking=True)
@@ -299,7 +355,7 @@ def _on_side_stream(
 ) -> Generator[Batch, None, None]:
     """Copy and finish batches on a stream of their own: the next one overlaps with the consumer's computation."""
     side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))  # constants and resident pictures were made there
+    side.wait_stream(torch.cuda.current_stream(device))  # constants and resident images were made there
     try:
         while True:
             with torch.cuda.stream(side):

@@ -4,7 +4,7 @@ Zhang et al., mixup: Beyond Empirical Risk Minimization (ICLR 2018); Yun et al.,
 
 Neighbours in the shuffled batch (0 and 1, 2 and 3, …) are partners; each pair has its own λ ~ Beta(α, α), drawn from
 (seed, epoch, id of its first sample). With an even batch size the result is thus the same for any number of ranks
-and accumulation steps and after every resume. An odd last picture stays as it is.
+and accumulation steps and after every resume. An odd last image stays as it is.
 
 Note: The papers draw one λ for the whole batch and partners from a permutation of it. The marginal distribution of a
 mixed sample is the same.
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from image_classification.config import check_setting
 from image_classification.data.philox import Stream, uniforms
 from image_classification.data.plan import BatchPlan
 
@@ -41,49 +42,63 @@ def beta_quantile(alpha: float, numbers: NDArray[np.float64]) -> NDArray[np.floa
 
 
 class Mixup:
-    """Mixes the pictures and targets of a batch in pairs.
+    """Mixes the images and targets of a batch in pairs.
 
     Args:
-        mixup, cutmix: α of each, 0 for off; where both are on, every pair takes one of them by a coin's flip.
+        mixup, cutmix: α of each, 0 for off; where both are on, every pair takes one of them by the toss of a coin.
         num_classes: Length of the soft target that a class index becomes.
         seed: Of λ, boxes and coin.
+
+    Raises:
+        SettingError: An α is negative, or both are 0.
     """
 
     num_uniforms = 4
 
     def __init__(self, mixup: float, cutmix: float, *, num_classes: int, seed: int) -> None:
-        if mixup < 0 or cutmix < 0 or mixup + cutmix == 0:
-            raise ValueError(
-                f"--mixup {mixup} and --cutmix {cutmix} are not negative, and one of them is positive"
-            )
-        self.mixup, self.cutmix = mixup, cutmix
-        self.num_classes, self.seed = num_classes, seed
+        check_setting(cutmix >= 0, "cutmix", cutmix, "give 0 for off, or more")
+        enough = mixup >= 0 and mixup + cutmix > 0
+        check_setting(enough, "mixup", mixup, "give 0 or more, and more than 0 where CutMix is off")
+        self.mixup = mixup
+        self.cutmix = cutmix
+        self.num_classes = num_classes
+        self.seed = seed
 
     def weights(self, plan: BatchPlan) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """What the plan's pairs are mixed with.
 
         Returns:
-            (N,) weight of the picture itself, and (N, 4) top, left, bottom, right of the box that comes from the
+            (N,) weight of the image itself, and (N, 4) top, left, bottom, right of the box that comes from the
             partner in whole output pixels (empty where the pair is blended).
         """
         num_pairs = len(plan) // 2
-        weights, boxes = np.ones(len(plan)), np.zeros((len(plan), 4), dtype=np.int64)
+        weights = np.ones(len(plan))
+        boxes = np.zeros((len(plan), 4), dtype=np.int64)
         if num_pairs == 0:
             return weights, boxes
+        # Four uniform numbers a pair: the coin, λ, and the centre of the box (vertical, horizontal).
         numbers = uniforms(self.seed, Stream.MIXUP, plan.epoch, plan.sample_ids[0 : 2 * num_pairs : 2], 4)
-        cuts = numbers[:, 0] < (0.0 if self.cutmix == 0 else 1.0 if self.mixup == 0 else 0.5)
-        pair_weights, pair_boxes = np.ones(num_pairs), np.zeros((num_pairs, 4), dtype=np.int64)
+        cuts = numbers[:, 0] < self._share_of_cutmix()
+        pair_weights = np.ones(num_pairs)
+        pair_boxes = np.zeros((num_pairs, 4), dtype=np.int64)
         if self.mixup:
             pair_weights = beta_quantile(self.mixup, numbers[:, 1])
         if self.cutmix:
             boxes_drawn = self._boxes(beta_quantile(self.cutmix, numbers[:, 1]), numbers[:, 2:], plan.size)
             pair_boxes = np.where(cuts[:, None], boxes_drawn, 0)
             top, left, bottom, right = pair_boxes.T
+            # A box that is cut off at the border is smaller than 1 − λ: the weight is what is really left.
             share = 1.0 - (bottom - top) * (right - left) / (plan.size[0] * plan.size[1])
             pair_weights = np.where(cuts, share, pair_weights)
         weights[: 2 * num_pairs] = np.repeat(pair_weights, 2)
         boxes[: 2 * num_pairs] = np.repeat(pair_boxes, 2, axis=0)
         return weights, boxes
+
+    def _share_of_cutmix(self) -> float:
+        """Probability that a pair takes CutMix."""
+        if self.mixup and self.cutmix:
+            return 0.5
+        return 1.0 if self.cutmix else 0.0
 
     def _boxes(
         self, kept: NDArray[np.float64], centres: NDArray[np.float64], size: tuple[int, int]
@@ -127,7 +142,7 @@ class Mixup:
 
     @staticmethod
     def _own_share(weight: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """(N, 1, H, W) weight of the picture itself: 0 inside and 1 outside of a box, λ everywhere without one."""
+        """(N, 1, H, W) weight of the image itself: 0 inside and 1 outside of a box, λ everywhere without one."""
         top, left, bottom, right = (edge.view(-1, 1, 1, 1) for edge in boxes.unbind(1))
         row = torch.arange(size[0], device=boxes.device).view(1, 1, -1, 1)
         column = torch.arange(size[1], device=boxes.device).view(1, 1, 1, -1)

@@ -4,13 +4,14 @@ Order is a function of (seed, epoch); window, flip and automatic augmentation of
 only execute the plan, so the pixels of a sample depend neither on the backend nor on batch size, rank, number of
 workers or restarts: two ranks of B samples see what one rank of 2B sees, or one rank of B that accumulates twice.
 
-Windows are (top, left, height, width) in raw pixels and may leave the picture, which is black there. Geometry of
+Windows are (top, left, height, width) in raw pixels and may leave the image, which is black there. Geometry of
 training: Szegedy et al., Going Deeper with Convolutions (CVPR 2015), with torchvision's ten tries; He et al., Deep
 Residual Learning (CVPR 2016), section 4.2, for CIFAR.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -18,10 +19,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from image_classification.config import check_setting
 from image_classification.data.augment import Operations, Policy
 from image_classification.data.philox import Stream, permutation, uniforms
 
 Floats = NDArray[np.float64]
+_ORDERING = threading.Lock()  # threads that read ahead share a planner with the consumer
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class BatchPlan:
         flips: (N,) bool, mirrored left to right after the resize.
         size: Output height and width.
         crop_first: True: the window (of whole pixels) is cut out and then resized, so that the filter sees nothing
-            beyond it. False: the picture is resized and then cropped; the filter sees what lies around the window.
+            beyond it. False: the image is resized and then cropped; the filter sees what lies around the window.
         operations: Automatic augmentation, or None.
     """
 
@@ -56,9 +59,13 @@ class BatchPlan:
         index = slice(start, stop)
         operations = None if self.operations is None else self.operations.rows(index)
         return replace(
-            self, step=step, sample_ids=self.sample_ids[index], windows=self.windows[index],
-            flips=self.flips[index], operations=operations,
-        )  # fmt: skip
+            self,
+            step=step,
+            sample_ids=self.sample_ids[index],
+            windows=self.windows[index],
+            flips=self.flips[index],
+            operations=operations,
+        )
 
 
 class Geometry(Protocol):
@@ -81,12 +88,12 @@ class Geometry(Protocol):
 
     @property
     def inside(self) -> bool:
-        """Whether windows never leave the picture."""
+        """Whether windows never leave the image."""
         ...
 
     @property
     def flip(self) -> bool:
-        """Whether half of the pictures are mirrored."""
+        """Whether half of the images are mirrored."""
         ...
 
     def windows(self, heights: Floats, widths: Floats, numbers: Floats) -> Floats:
@@ -119,10 +126,10 @@ class RandomResizedCrop:
         ratio = np.exp(log_low + numbers[:, tries : 2 * tries] * (log_high - log_low))
         tried_width = np.rint(np.sqrt(target * ratio))
         tried_height = np.rint(np.sqrt(target / ratio))
-        fits = (
-            (tried_width > 0) & (tried_width <= widths[:, None])
-            & (tried_height > 0) & (tried_height <= heights[:, None])
-        )  # fmt: skip
+        fits_across = (tried_width > 0) & (tried_width <= widths[:, None])
+        fits_down = (tried_height > 0) & (tried_height <= heights[:, None])
+        fits = fits_across & fits_down
+        # Each row takes its first window that fits, at a random place; the central one where none of ten fits.
         first = fits.argmax(axis=1)
         rows = np.arange(len(heights))
         central_height, central_width = self._central(heights, widths)
@@ -146,9 +153,9 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True)
 class PadCrop:
-    """The picture shifted by up to `pad` output pixels, black where it ends: the training geometry of CIFAR.
+    """The image shifted by up to `pad` output pixels, black where it ends: the training geometry of CIFAR.
 
-    A picture of another size than the output is shifted by the corresponding whole number of raw pixels.
+    An image of another size than the output is shifted by the corresponding whole number of raw pixels.
     """
 
     size: tuple[int, int]
@@ -181,10 +188,8 @@ class CentreCrop:
     num_uniforms = 0
 
     def __post_init__(self) -> None:
-        if self.resize < max(self.size):
-            raise ValueError(
-                f"--resize {self.resize} is smaller than --image-size {max(self.size)}: raise --resize"
-            )
+        problem = f"smaller than the image size {max(self.size)}: raise it"
+        check_setting(self.resize >= max(self.size), "resize", self.resize, problem)
 
     def windows(self, heights: Floats, widths: Floats, numbers: Floats) -> Floats:
         """See `Geometry.windows`."""
@@ -196,14 +201,14 @@ class CentreCrop:
         left = np.rint((resized_width - self.size[1]) / 2)
         per_row, per_column = heights / resized_height, widths / resized_width
         height, width = self.size[0] * per_row, self.size[1] * per_column
-        # rounding must not carry the window a hair out of the picture
+        # rounding must not carry the window a hair out of the image
         top = np.clip(top * per_row, 0, np.maximum(heights - height, 0))
         left = np.clip(left * per_column, 0, np.maximum(widths - width, 0))
         return np.stack([top, left, height, width], axis=1)
 
 
 @dataclass(frozen=True)
-class WholePicture:
+class WholeImage:
     """Everything, stretched to the output's size."""
 
     size: tuple[int, int]
@@ -230,13 +235,13 @@ class Planner:
         geometry: Where windows come from.
         batch_size: B, per rank.
         seed: Of order, windows, flips and operations.
-        training: Shuffled anew every epoch, the incomplete batch dropped, epochs following each other without end.
-        shuffle: Order by seed and epoch although it is no training, for calibration; ignored in training.
+        training: Shuffled again every epoch, the incomplete batch dropped, epochs following each other without end.
+        shuffle: Order by seed and epoch although it is not training.
         policy: Automatic augmentation.
         rank, world_size: r and W.
 
     Raises:
-        ValueError: Training has fewer samples than a global batch.
+        SettingError: Training has fewer samples than a global batch.
     """
 
     def __init__(
@@ -253,25 +258,29 @@ class Planner:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"--batch-size {batch_size} must be at least 1")
+        check_setting(batch_size >= 1, "batch_size", batch_size, "give 1 or more images")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} does not exist among {world_size}")
-        self.heights, self.widths = heights, widths
-        self.geometry, self.policy = geometry, policy
-        self.batch_size, self.seed = batch_size, seed
-        self.training, self.shuffle = training, shuffle or training
-        self.rank, self.world_size = rank, world_size
+        self.heights = heights
+        self.widths = widths
+        self.geometry = geometry
+        self.policy = policy
+        self.batch_size = batch_size
+        self.seed = seed
+        self.training = training
+        self.shuffle = shuffle or training
+        self.rank = rank
+        self.world_size = world_size
         self.global_batch = batch_size * world_size
         self.num_samples = len(heights)
         full, rest = divmod(self.num_samples, self.global_batch)
         self.num_steps = full if training else full + (rest > 0)
-        self._order: tuple[int, NDArray[np.int64]] | None = None
-        if training and full == 0:
-            raise ValueError(
-                f"the training set has {self.num_samples} samples, fewer than one global batch of "
-                f"{self.global_batch} ({world_size} × --batch-size {batch_size}): lower --batch-size"
-            )
+        self._orders: dict[int, NDArray[np.int64]] = {}
+        problem = (
+            f"the training set has {self.num_samples} samples, fewer than one global batch of {self.global_batch} "
+            f"({world_size} × {batch_size}): lower it"
+        )
+        check_setting(full > 0 or not training, "batch_size", batch_size, problem)
 
     def positions(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
         """(epoch, step) from there on: to the epoch's end, or, in training, on through all later epochs."""
@@ -288,9 +297,15 @@ class Planner:
         stop = min(start + self.batch_size, self.num_samples)
         if not self.shuffle:
             return np.arange(start, max(stop, start), dtype=np.int64)
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, permutation(self.seed, epoch, self.num_samples))
-        return self._order[1][start:stop]
+        return self._order(epoch)[start:stop]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        """The samples of an epoch in order. Two epochs are kept: who reads ahead is in the next one already."""
+        with _ORDERING:
+            if epoch not in self._orders:
+                self._orders = {other: self._orders[other] for other in sorted(self._orders)[-1:]}
+                self._orders[epoch] = permutation(self.seed, epoch, self.num_samples)
+            return self._orders[epoch]
 
     def batch(self, epoch: int, step: int) -> BatchPlan:
         """The plan of this rank's batch."""
@@ -324,4 +339,4 @@ class Planner:
 
     def __getstate__(self) -> dict[str, object]:
         """Workers get plans with their sample ids, not the order of a whole epoch."""
-        return {**self.__dict__, "_order": None}
+        return {**self.__dict__, "_orders": {}}

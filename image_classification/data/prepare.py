@@ -1,14 +1,15 @@
-"""`prepare`: a copy of a data set with pictures resized once to a short side, which makes every later epoch cheaper.
+"""`prepare`: a copy of a data set with images resized once to a short side, which makes every later epoch cheaper.
 
 Random-resized crops rarely need more than 256 pixels, while most of the decoding time of a full-size photograph goes
 into pixels that are thrown away. The copy keeps splits, class folders and file names.
 
-Only plain folders of pictures are prepared: boxes and masks are given in pixels of the original pictures and would
+Only plain folders of images are prepared: boxes and masks are given in pixels of the original images and would
 no longer fit, so a set that has them is refused.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import warnings
@@ -20,10 +21,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from image_classification.data.cache import atomic_path
+from image_classification.config import check_setting
 from image_classification.data.progress import progress_bar
-from image_classification.data.verify import Broken, find_pictures
+from image_classification.data.verify import Broken, declare_common, find_images, print_broken
 from image_classification.data.workers import map_in_processes
+from image_classification.file_writing import atomic_path, write_text
+from image_classification.verbs import declared
 
 _SETTINGS_FILE = "prepare.json"
 _JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe")
@@ -31,21 +34,20 @@ _JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe")
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """How pictures are written.
+    """How images are written.
 
     Attributes:
-        short_side: Pixels of the shorter side, `--short-side`.
-        quality: JPEG quality, `--quality`.
+        short_side: Pixels of the shorter side.
+        quality: JPEG quality, 1 to 100.
     """
 
     short_side: int = 256
     quality: int = 92
 
     def __post_init__(self) -> None:
-        if self.short_side < 1:
-            raise ValueError(f"--short-side {self.short_side}: give a number of pixels, at least 1")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"--quality {self.quality}: JPEG quality goes from 1 to 100")
+        problem = "give a number of pixels, at least 1"
+        check_setting(self.short_side >= 1, "short_side", self.short_side, problem)
+        check_setting(1 <= self.quality <= 100, "quality", self.quality, "JPEG quality goes from 1 to 100")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class PrepareReport:
 
 
 class Task(NamedTuple):
-    """One picture: source and target directory, relative path, how to write it, name if it has to become a JPEG."""
+    """One image: source and target directory, relative path, how to write it, name if it has to become a JPEG."""
 
     source: str
     target: str
@@ -83,7 +85,7 @@ class Task(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a picture: "resized", "converted", "copied", "kept" or "broken", and why it is broken."""
+    """What became of an image: "resized", "converted", "copied", "kept" or "broken", and why it is broken."""
 
     path: str
     action: str
@@ -98,24 +100,24 @@ def prepare(
     num_workers: int | None = None,
     progress: bool = True,
 ) -> PrepareReport:
-    """Write a resized copy of every picture of a directory.
+    """Write a resized copy of every image of a directory.
 
     A run that was interrupted goes on where it stopped: outputs appear under their name only when they are whole.
 
     Args:
-        source: Directory of pictures, with any folders in it.
+        source: Directory of images, with any folders in it.
         target: Directory of the copy; created if needed.
         config: Size and quality.
-        num_workers: Processes; one per available core by default, 0 for none beside this one.
+        num_workers: Processes; one per available core by default, 0 for none besides this one.
         progress: Show a bar.
 
     Raises:
         FileNotFoundError: There is no such source.
-        ValueError: No pictures, a set with boxes or masks, a target inside of the source (or the reverse), or a
+        ValueError: No images, a set with boxes or masks, a target inside of the source (or the reverse), or a
             target that was prepared with other settings.
     """
     config = config or PrepareConfig()
-    paths = find_pictures(source)
+    paths = find_images(source)
     _check_plain(source)
     if source.resolve().is_relative_to(target.resolve()) or target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{source} and {target} lie within each other: choose a separate output directory")
@@ -135,9 +137,9 @@ def prepare(
 
 
 def jpeg_names(paths: list[str]) -> list[str]:
-    """The name that each picture has if it is written as JPEG.
+    """The name that each image has if it is written as JPEG.
 
-    JPEG files keep theirs; `x.png` becomes `x.jpg`, or `x.png.jpg` where the folder has another picture called `x`.
+    JPEG files keep theirs; `x.png` becomes `x.jpg`, or `x.png.jpg` where the folder has another image called `x`.
     """
     stems = Counter(str(PurePosixPath(path).with_suffix("")).lower() for path in paths)
     names = []
@@ -153,18 +155,18 @@ def jpeg_names(paths: list[str]) -> list[str]:
 
 
 def prepare_one(task: Task) -> Outcome:
-    """Write the copy of one picture, unless it is there."""
+    """Write the copy of one image, unless it is there."""
     source = Path(task.source, task.path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks about odd metadata
-            with Image.open(source) as picture:
-                action = _action(picture, task.config.short_side)
+            with Image.open(source) as image:
+                action = _action(image, task.config.short_side)
                 output = Path(task.target, task.path if action == "copied" else task.jpeg_path)
                 if output.is_file():
                     return Outcome(task.path, "kept", "")
-                picture.load()  # a small picture is copied only if it is whole, too
-                rgb = None if action == "copied" else resize(to_rgb(picture), task.config.short_side)
+                image.load()  # a small image is copied only if it is whole, too
+                rgb = None if action == "copied" else resize(to_rgb(image), task.config.short_side)
     except Exception as error:  # Pillow's decoders raise many kinds; each of them is the answer here
         return Outcome(task.path, "broken", str(error) or type(error).__name__)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -176,29 +178,29 @@ def prepare_one(task: Task) -> Outcome:
     return Outcome(task.path, action, "")
 
 
-def _action(picture: Image.Image, short_side: int) -> str:
-    """What has to be done with a picture, by its header."""
-    if min(picture.size) > short_side:
+def _action(image: Image.Image, short_side: int) -> str:
+    """What has to be done with an image, by its header."""
+    if min(image.size) > short_side:
         return "resized"
-    return "copied" if picture.mode == "RGB" else "converted"
+    return "copied" if image.mode == "RGB" else "converted"
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any decoded picture as 8-bit RGB. 16-bit grey keeps its upper byte; an alpha channel is dropped."""
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.int64)
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any decoded image as 8-bit RGB. 16-bit grey keeps its upper byte; an alpha channel is dropped."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
         return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
-def resize(picture: Image.Image, short_side: int) -> Image.Image:
-    """Shrink to a short side, antialiased; smaller pictures stay as they are. Pixels as stored: EXIF is not applied."""
-    width, height = picture.size
+def resize(image: Image.Image, short_side: int) -> Image.Image:
+    """Shrink to a short side, antialiased; smaller images stay as they are. Pixels as stored: EXIF is not applied."""
+    width, height = image.size
     if min(width, height) <= short_side:
-        return picture
+        return image
     scale = short_side / min(width, height)
     size = (max(round(width * scale), short_side), max(round(height * scale), short_side))
-    return picture.resize(size, Image.Resampling.BICUBIC)
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def _check_plain(source: Path) -> None:
@@ -208,13 +210,13 @@ def _check_plain(source: Path) -> None:
         found = next((path for path in source.glob(pattern) if path.is_dir()), None)
         if found is not None:
             raise ValueError(
-                f"{source} has boxes or masks ({found}), which would not fit resized pictures: "
-                "prepare is for plain folders of pictures"
+                f"{source} has boxes or masks ({found}), which would not fit resized images: "
+                "prepare is for plain folders of images"
             )
 
 
 def _check_settings(target: Path, config: PrepareConfig) -> None:
-    """Remember the settings beside the pictures, and refuse to mix two."""
+    """Store the settings next to the images, and refuse to mix two."""
     path = target / _SETTINGS_FILE
     settings = asdict(config)
     if path.is_file():
@@ -224,6 +226,43 @@ def _check_settings(target: Path, config: PrepareConfig) -> None:
                 f"{target} was prepared with {earlier}, now {settings} is asked for: choose another directory"
             )
         return
-    target.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as unfinished:
-        unfinished.write_text(json.dumps(settings) + "\n")
+    write_text(path, json.dumps(settings) + "\n")
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    declare_common(parser)
+    parser.add_argument("output", type=Path, help="directory of the copy")
+    parser.add_argument(
+        "--short-side",
+        type=int,
+        default=PrepareConfig.short_side,
+        metavar="PIXELS",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--quality",
+        type=int,
+        default=PrepareConfig.quality,
+        help="JPEG quality, 1 to 100; default: %(default)s",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the verb; the exit status is 1 if images are broken."""
+    report = prepare(
+        arguments.directory,
+        arguments.output,
+        PrepareConfig(short_side=arguments.short_side, quality=arguments.quality),
+        num_workers=arguments.workers,
+        progress=not arguments.quiet,
+    )
+    print(
+        f"{report.num_resized:,} resized, {report.num_converted:,} converted to RGB, {report.num_copied:,} copied, "
+        f"{report.num_kept:,} kept from an earlier run, {len(report.broken):,} broken"
+    )
+    print_broken(report.broken)
+    return report.exit_code
+
+
+VERB = declared(declare, run)

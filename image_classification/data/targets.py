@@ -2,11 +2,11 @@
 
 A loader transports nothing but sample ids (the row in the manifest); whatever belongs to a sample is looked up here
 once its crop window and flip are known. So every backend has every kind of target, and boxes and masks follow the
-crop exactly, because they use the window that the picture was cut with.
+crop exactly, because they use the window that the image was cut with.
 
 Geometry. Pixel (column i, row j) covers the square [i, i+1) × [j, j+1); its centre lies at i + 0.5. A window (top,
 left, height, width) in raw pixels is stretched to the output of H × W pixels, then mirrored if the sample is
-flipped; this is the convention of half-pixel centres that the picture's own resize uses.
+flipped; this is the convention of half-pixel centres that the image's own resize uses.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TargetTable:
         box_classes: Per sample (k,) int64 class index of each box.
         mask_paths: Per sample the path, relative to the manifest's root, of a PNG that holds class index + 1, 0 for
             background and 255 for void; "" where a sample has no mask; None if the set has none.
-        multi_label: Whether the columns of (N, L) labels are independent (multi-hot) instead of a distribution.
+        multi_label: Whether the columns of (N, L) labels are independent (multi-hot) rather than a distribution.
     """
 
     labels: np.ndarray
@@ -47,8 +47,7 @@ class TargetTable:
         expected = np.int64 if self.labels.ndim == 1 else np.float32
         if self.labels.ndim not in (1, 2) or self.labels.dtype != expected:
             raise ValueError(
-                "labels are (N,) int64 class indices or (N, L) float32, "
-                f"not {self.labels.shape} {self.labels.dtype}"
+                f"labels are (N,) int64 class indices or (N, L) float32, not {self.labels.shape} {self.labels.dtype}"
             )
         if self.multi_label and self.labels.ndim != 2:
             raise ValueError("multi-label targets are (N, L) multi-hot rows, not class indices")
@@ -75,6 +74,27 @@ class TargetTable:
             mask_paths=None if self.mask_paths is None else tuple(self.mask_paths[i] for i in ids),
             multi_label=self.multi_label,
         )
+
+    def renumbered(self, places: Sequence[int], num_classes: int) -> TargetTable:
+        """The same targets with class i called `places[i]`, of `num_classes` classes.
+
+        Raises:
+            ValueError: There are pixel masks, whose files hold the class indices.
+        """
+        if list(places) == list(range(num_classes)):
+            return self
+        if self.mask_paths is not None:
+            raise ValueError(
+                "its masks hold class indices of another order: give the data that it was trained on"
+            )
+        order = np.asarray(places, dtype=np.int64)
+        if self.labels.ndim == 1:
+            labels = order[self.labels]
+        else:
+            labels = np.zeros((len(self), num_classes), np.float32)
+            labels[:, order] = self.labels
+        classes = None if self.box_classes is None else tuple(order[each] for each in self.box_classes)
+        return TargetTable(labels, self.boxes, classes, None, self.multi_label)
 
     def as_multi_label(self, num_classes: int) -> TargetTable:
         """Class indices as multi-hot rows with a single one; what is multi-label already stays as it is.
@@ -124,6 +144,7 @@ class TargetTable:
         height, width = size
         results = []
         for sample, (top, left, rows, columns), flip in zip(sample_ids, windows, flips, strict=True):
+            # x and y are (k, 2): the two edges of each box, moved into the window and scaled to the output.
             x = (self.boxes[sample][:, 0::2].astype(np.float64) - left) * (width / columns)
             y = (self.boxes[sample][:, 1::2].astype(np.float64) - top) * (height / rows)
             if flip:
@@ -145,11 +166,11 @@ class TargetTable:
         """Masks of a batch in the pixels of the output crop, by nearest neighbour (arguments as in `boxes_in`).
 
         Returns:
-            (n, H, W) uint8: class index + 1, 0 background (also where the window leaves the picture), 255 void; a
+            (n, H, W) uint8: class index + 1, 0 background (also where the window leaves the image), 255 void; a
             sample without a mask is void throughout, since nothing is known about its pixels.
 
         Raises:
-            ValueError: The set has no masks, or a mask file is none; the message names the file.
+            ValueError: The set has no masks, or a file is not a mask; the message names it.
         """
         if self.mask_paths is None:
             raise ValueError("this data set has no masks")
@@ -188,16 +209,16 @@ def read_mask(path: Path) -> np.ndarray:
     """The stored indices of a mask PNG: (H, W) uint8, palette or grey, never through its colours.
 
     Raises:
-        ValueError: The file is no picture of one 8-bit channel.
+        ValueError: The file is not an image with one 8-bit channel.
         FileNotFoundError: There is no such file.
     """
     try:
-        with Image.open(path) as picture:
-            if picture.mode not in ("P", "L"):
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L"):
                 raise ValueError(
-                    f"{path}: a mask has one 8-bit channel (palette or grey), not mode {picture.mode!r}"
+                    f"{path}: a mask has one 8-bit channel (palette or grey), not mode {image.mode!r}"
                 )
-            return np.array(picture)
+            return np.array(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"the mask {path} is missing") from None
     except (OSError, SyntaxError) as error:

@@ -1,21 +1,26 @@
-"""`verify`: decode every picture of a directory once, in parallel, and name what is broken before training finds it."""
+"""`verify`: decode every image of a directory once, in parallel, and name what is broken before training finds it."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from image_classification.data.cache import atomic_path
-from image_classification.data.listing import list_pictures
+from image_classification.data.listing import list_images
 from image_classification.data.progress import progress_bar
 from image_classification.data.workers import map_in_processes
+from image_classification.file_writing import write_text
+from image_classification.verbs import declared
+
+_SHOWN = 50
 
 
 class Finding(NamedTuple):
@@ -40,13 +45,13 @@ class VerifyReport:
 
     Attributes:
         root: The verified directory.
-        num_pictures: Files decoded.
+        num_images: Files decoded.
         kinds: How many of each format and colour mode, such as "JPEG RGB".
         broken: What cannot be decoded, by path.
     """
 
     root: str
-    num_pictures: int
+    num_images: int
     kinds: dict[str, int]
     broken: tuple[Broken, ...]
 
@@ -57,24 +62,22 @@ class VerifyReport:
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as unfinished:
-            unfinished.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+        write_text(path, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
 
 def verify(root: Path, *, num_workers: int | None = None, progress: bool = True) -> VerifyReport:
-    """Decode every picture below a directory, whatever its layout (masks, being PNG files, too).
+    """Decode every image below a directory, whatever its layout (masks, being PNG files, too).
 
     Args:
         root: The directory.
-        num_workers: Processes; one per available core by default, 0 for none beside this one.
+        num_workers: Processes; one per available core by default, 0 for none besides this one.
         progress: Show a bar.
 
     Raises:
         FileNotFoundError: There is no such directory.
-        ValueError: It has no pictures.
+        ValueError: It has no images.
     """
-    paths = find_pictures(root)
+    paths = find_images(root)
     findings: list[Finding] = []
     with progress_bar(f"verifying {root}", len(paths), progress) as advance:
         for finding in map_in_processes(decode_fully, [(str(root), path) for path in paths], num_workers):
@@ -82,7 +85,7 @@ def verify(root: Path, *, num_workers: int | None = None, progress: bool = True)
             advance(1)
     return VerifyReport(
         root=str(root),
-        num_pictures=len(findings),
+        num_images=len(findings),
         kinds=dict(Counter(finding.kind for finding in findings if finding.reason is None).most_common()),
         broken=tuple(
             Broken(finding.path, finding.reason) for finding in findings if finding.reason is not None
@@ -90,18 +93,18 @@ def verify(root: Path, *, num_workers: int | None = None, progress: bool = True)
     )
 
 
-def find_pictures(root: Path) -> list[str]:
-    """Paths of all pictures below a directory, relative to it, sorted.
+def find_images(root: Path) -> list[str]:
+    """Paths of all images below a directory, relative to it, sorted.
 
     Raises:
         FileNotFoundError: There is no such directory.
-        ValueError: It has no pictures.
+        ValueError: It has no images.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"there is no directory {root}")
-    paths = [entry.path for entry in list_pictures(root, "")]
+    paths = [entry.path for entry in list_images(root, "")]
     if not paths:
-        raise ValueError(f"there are no pictures in {root}")
+        raise ValueError(f"there are no images in {root}")
     return paths
 
 
@@ -110,17 +113,57 @@ def decode_fully(item: tuple[str, str]) -> Finding:
     root, path = item
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks about odd metadata are no reason to call a file broken
-            with Image.open(os.path.join(root, path)) as picture:
-                kind = f"{picture.format} {picture.mode}"
-                picture.load()
+            warnings.simplefilter("ignore")  # a remark about odd metadata does not make a file broken
+            with Image.open(os.path.join(root, path)) as image:
+                kind = f"{image.format} {image.mode}"
+                image.load()
     except FileNotFoundError:
         return Finding(path, "", "dangling link or vanished file")
     except Exception as error:  # Pillow's decoders raise many kinds; each of them is the answer here
-        reason = (
-            "no picture of a known format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        )
+        reason = "no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
         if os.path.getsize(os.path.join(root, path)) == 0:
             reason = "empty file"
         return Finding(path, "", reason or type(error).__name__)
     return Finding(path, kind, None)
+
+
+def declare_common(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every verb that goes through a directory of images."""
+    parser.add_argument("directory", type=Path, help="directory of images, any folders in it included")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=None,
+        help="processes; one per core by default, 0 for none beside this one",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    declare_common(parser)
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="FILE", help="write the report there as well"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the verb; the exit status is 1 if images are broken."""
+    report = verify(arguments.directory, num_workers=arguments.workers, progress=not arguments.quiet)
+    if arguments.json is not None:
+        report.save(arguments.json)
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in report.kinds.items())
+    print(f"{report.num_images:,} images, {len(report.broken):,} broken ({kinds or 'none whole'})")
+    print_broken(report.broken)
+    return report.exit_code
+
+
+def print_broken(broken: Sequence[Broken]) -> None:
+    """The first broken files and why, one a line."""
+    for entry in broken[:_SHOWN]:
+        print(f"  {entry.path}: {entry.reason}")
+    if len(broken) > _SHOWN:
+        print(f"  … and {len(broken) - _SHOWN:,} more")
+
+
+VERB = declared(declare, run)

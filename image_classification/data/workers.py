@@ -9,6 +9,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import TypeVar
 
+from image_classification.config import check_setting
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _CHUNK = 16
@@ -30,11 +32,11 @@ def map_in_processes(
         num_workers: Processes; one per core by default, 0 to work in this process.
 
     Raises:
+        SettingError: `num_workers` is negative.
         RuntimeError: A worker died, as happens when a decoding library crashes.
     """
     workers = num_cores() if num_workers is None else num_workers
-    if workers < 0:
-        raise ValueError(f"--workers {workers}: give 0 (no processes beside this one) or more")
+    check_setting(workers >= 0, "workers", workers, "give 0 (no process besides this one) or more")
     if workers == 0 or len(items) <= _CHUNK:
         yield from map(function, items)
         return
@@ -45,7 +47,7 @@ def map_in_processes(
         except BrokenProcessPool as error:
             raise RuntimeError(
                 "a worker process died (out of memory, or a decoder crashed on a damaged file); "
-                "--workers 0 stops at the file in question"
+                "without workers it stops at the file in question"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)

@@ -1,40 +1,36 @@
 """Classifiers of torchvision (`torchvision/NAME`) and timm (`timm/NAME`), always without pretrained weights.
 
-Nothing is downloaded: weights come from a file (`--pretrained-weights`). GoogLeNet and Inception keep their
+Nothing is downloaded: weights come from a file. GoogLeNet and Inception keep their
 auxiliary heads and torchvision's own input transform, which its published weights expect after the usual
 normalisation.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-import torchvision
 from torch import Tensor, nn
 
-from image_classification.models.registry import IMAGENET_MEAN, IMAGENET_STD, ArchInfo, ModelError, nearest
+from image_classification.channel_statistics import IMAGENET
+from image_classification.config import nearest
+from image_classification.extras import MissingPackageError, optional_import
+from image_classification.models.registry import ArchInfo, ModelError, ModelSettingError
 
 LIBRARIES = ("torchvision", "timm")
 # Options of the libraries' builders that would read files, reach for the network or build no classifier.
 _REFUSED_OPTIONS = (
     *("weights", "weights_backbone", "pretrained", "progress", "checkpoint_path", "pretrained_cfg"),
-    *(
-        "pretrained_cfg_overlay",
-        "pretrained_strict",
-        "cache_dir",
-        "features_only",
-        "num_classes",
-        "model_name",
-    ),
-    *("scriptable", "no_jit"),
+    *("pretrained_cfg_overlay", "pretrained_strict", "cache_dir", "features_only", "num_classes"),
+    *("model_name", "scriptable", "no_jit"),
 )
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
 
-def main_and_auxiliary_logits(output: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+def main_and_auxiliary_logits(output: object) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Split what a classifier returns into its logits and those of its auxiliary heads.
 
     GoogLeNet and Inception return a named tuple while training (torchvision weights their auxiliary losses
@@ -59,26 +55,23 @@ def split_name(arch: str) -> tuple[str, str] | None:
     return (library, name) if library in LIBRARIES and name else None
 
 
-def import_timm() -> ModuleType:
-    """The timm package.
+def import_library(library: str) -> ModuleType:
+    """torchvision's `models` module, or the timm package.
 
     Raises:
         ModelError: It is not installed.
     """
     try:
-        import timm
-    except ImportError as error:
-        raise ModelError(
-            "--arch timm/… needs the timm package: pip install 'lucidprune[timm]' (or pip install timm)"
-        ) from error
-    return timm
+        with optional_import():
+            return importlib.import_module("torchvision.models" if library == "torchvision" else library)
+    except MissingPackageError as error:
+        raise ModelSettingError("arch", f"{library}/…", str(error)) from error
 
 
 def library_names(library: str) -> list[str]:
     """Names of all classifiers of a library, without prefix."""
-    if library == "torchvision":
-        return torchvision.models.list_models(module=torchvision.models)
-    return list(import_timm().list_models())
+    models = import_library(library)
+    return list(models.list_models(module=models) if library == "torchvision" else models.list_models())
 
 
 def libraries_with(name: str) -> list[str]:
@@ -88,37 +81,57 @@ def libraries_with(name: str) -> list[str]:
         try:
             if name in library_names(library):
                 found.append(f"{library}/{name}")
-        except ModelError:  # timm is not installed: nothing to suggest from it
+        except ModelError:  # the library is not installed: nothing to suggest from it
             continue
     return found
 
 
 def _check_known(library: str, name: str) -> None:
-    known = name in library_names(library) if library == "torchvision" else import_timm().is_model(name)
+    known = (
+        name in library_names(library) if library == "torchvision" else import_library("timm").is_model(name)
+    )
     if not known:
-        raise ModelError(
-            f"--arch {library}/{name}: {library} has no such network{nearest(name, library_names(library))}"
-        )
+        problem = f"{library} has no such network{nearest(name, library_names(library))}"
+        raise ModelSettingError("arch", f"{library}/{name}", problem)
+
+
+def is_no_classifier(library: str, name: str) -> bool:
+    """Whether torchvision has a network of this name for something else: detection, segmentation, video."""
+    if library != "torchvision" or name in library_names(library):
+        return False
+    return name in import_library(library).list_models()
+
+
+def build_no_classifier(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
+    """Build torchvision's network for detection, segmentation or video with fresh weights."""
+    models = import_library("torchvision")
+    arguments = {**options, "num_classes": num_classes}
+    for setting in ("weights", "weights_backbone"):
+        if setting in inspect.signature(models.get_model_builder(name)).parameters:
+            arguments[setting] = None
+    network: nn.Module = models.get_model(name, **arguments)
+    return network
 
 
 def external_info(library: str, name: str) -> ArchInfo:
-    """The pictures that a library's network expects, from its metadata; nothing is built or downloaded."""
+    """The images that a library's network expects, from its metadata; nothing is built or downloaded."""
     _check_known(library, name)
     if library == "timm":
         try:
-            cfg = import_timm().get_pretrained_cfg(name)
+            cfg = import_library("timm").get_pretrained_cfg(name)
         except RuntimeError as error:  # an unknown tag behind the dot
-            raise ModelError(f"--arch timm/{name}: {error}") from error
+            raise ModelSettingError("arch", f"timm/{name}", str(error)) from error
         size = int(cfg.input_size[-1])
         return ArchInfo(
             size, int(size / (cfg.crop_pct or 0.875)), cfg.mean, cfg.std, bool(cfg.fixed_input_size)
         )
     fixed = _torchvision_size_option(name) is not None
-    weights = list(torchvision.models.get_model_weights(name))
-    if not weights:
+    weights: Any = import_library("torchvision").get_model_weights(name)
+    if not list(weights):
         return ArchInfo(224, 256, fixed_size=fixed)
-    preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-    mean, std = tuple(preset.mean or IMAGENET_MEAN), tuple(preset.std or IMAGENET_STD)
+    preset = weights.DEFAULT.transforms()
+    mean = tuple(preset.mean or IMAGENET.mean)
+    std = tuple(preset.std or IMAGENET.std)
     return ArchInfo(preset.crop_size[0], preset.resize_size[0], mean, std, fixed)
 
 
@@ -140,37 +153,40 @@ def build_external(
     info = external_info(library, name)
     for option in options:
         if option in _REFUSED_OPTIONS:
-            raise ModelError(
-                f"--arch {library}/{name} does not take {option}={options[option]!r} here; weights come "
-                "from a file (--pretrained-weights) and classes from the data (--num-classes)"
+            problem = (
+                f"it does not take {option}={options[option]!r} here; weights come from a file and classes from the "
+                "data"
             )
+            raise ModelSettingError("arch", f"{library}/{name}", problem)
         if option == "widths":
-            raise ModelError(
-                f"--arch {library}/{name} has no 'widths': only our own networks are built narrower; "
-                "prune this one, or load its structure"
-            )
+            problem = "only our own networks have 'widths': prune this one, or load its structure"
+            raise ModelSettingError("arch", f"{library}/{name}", problem)
     arguments = dict(options)
     try:
         if library == "timm":
             if image_size is not None and image_size != info.image_size and info.fixed_size:
                 arguments.setdefault("img_size", image_size)
-            return import_timm().create_model(name, pretrained=False, num_classes=num_classes, **arguments)
+            timm_network: nn.Module = import_library("timm").create_model(
+                name, pretrained=False, num_classes=num_classes, **arguments
+            )
+            return timm_network
         if name in _WITH_AUXILIARY_HEADS:
             arguments = {"aux_logits": True, "init_weights": True, "transform_input": True, **arguments}
         size, keyword = image_size or info.image_size, _torchvision_size_option(name)
         if keyword is not None:
             arguments.setdefault(keyword, size if keyword == "image_size" else (size, size))
-        return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **arguments)
+        models = import_library("torchvision")
+        network: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **arguments)
+        return network
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        # The constructors say little and differently; name what was asked for beside their words.
+        # The constructors say little and differently; add what was asked for to their words.
         asked = f"num_classes={num_classes}, image_size={image_size}, options={dict(options)}"
-        hint = (
-            f"; it is made for --image-size {info.image_size}"
-            if image_size not in (None, info.image_size)
-            else ""
-        )
+        hint = ""
+        if image_size not in (None, info.image_size):
+            hint = f"; it is made for images of {info.image_size} pixels"
         reason = str(error) or f"{type(error).__name__} in {_raised_in(error)}"
-        raise ModelError(f"--arch {library}/{name} cannot be built with {asked}: {reason}{hint}") from error
+        problem = f"cannot be built with {asked}: {reason}{hint}"
+        raise ModelSettingError("arch", f"{library}/{name}", problem) from error
 
 
 def _raised_in(error: BaseException) -> str:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from image_classification.models import external, mobilenetv2, resnet, resnet_cifar, vgg
+from image_classification.config import nearest
+from image_classification.models import external, mobilenetv2, mobilenetv2_isp, resnet, resnet_cifar, vgg
+from image_classification.models.own_code import build_own, check_trusted, is_own_code, own_info, trust
 from image_classification.models.registry import (
     ArchInfo,
-    ModelError,
+    ModelSettingError,
     check_options,
     find_own,
-    nearest,
     own_names,
 )
+from image_classification.network_input import NetworkInput
 
 _ATTRIBUTE = "lucidprune_identity"
+_INPUT_ATTRIBUTE = "lucidprune_input"
+_CLASS_NAMES = "lucidprune_class_names"
 # The families of our own networks; importing them entered their members into the register.
-FAMILIES = (resnet, resnet_cifar, vgg, mobilenetv2)
+FAMILIES = (resnet, resnet_cifar, vgg, mobilenetv2, mobilenetv2_isp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +40,13 @@ class ModelIdentity:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def build(self) -> nn.Module:
-        """The architecture, unpruned, with fresh weights."""
+        """The architecture, unpruned, with fresh weights. Unlike `create_model` it may be no classifier."""
+        check_trusted(self.arch)
+        named = external.split_name(self.arch)
+        if named is not None and external.is_no_classifier(*named):
+            model = external.build_no_classifier(named[1], self.num_classes, self.options)
+            remember_identity(model, self)
+            return model
         return create_model(
             self.arch,
             num_classes=self.num_classes,
@@ -57,13 +67,12 @@ def create_model(
     """Build a classifier with fresh weights.
 
     Args:
-        arch: One of our own (`model_names()`), `torchvision/NAME` or `timm/NAME`.
+        arch: One of our own (`model_names()`), `torchvision/NAME`, `timm/NAME`, or `package.module:Callable`.
         num_classes: Number of logits.
         model_config: Initialisation of our own networks: classic (default), fanin, grp-fanin, grp-fanout.
-        image_size: Side of the input in pixels; only networks of a fixed size need it. None: the
-        architecture's. **kwargs: Options of the architecture. Our own have `widths` (module name to number
-        of output channels);
-            CIFAR ResNets have `shortcut` ("A" or "B"). Others go to the library's constructor.
+        image_size: Side of the input in pixels; only networks of a fixed size need it. None: the architecture's.
+        kwargs: Options of the architecture. Our own have `widths` (module name to number of output channels);
+            CIFAR ResNets have `shortcut` ("A", "B" or "pooled"). Others go to the library's constructor.
 
     Returns:
         The network, in training mode. It remembers these arguments (`identity_of`), also in copies; the
@@ -72,55 +81,67 @@ def create_model(
     Raises:
         ModelError: Unknown architecture or option, or a combination that cannot be built.
     """
-    _check_count("--num-classes", num_classes)
+    _check_count("num_classes", num_classes)
     if image_size is not None:
-        _check_count("--image-size", image_size)
+        _check_count("image_size", image_size)
+    trust([arch])
     model = _build(arch, num_classes, model_config, image_size, kwargs)
     identity = ModelIdentity(arch, model_config, num_classes, image_size, kwargs)
-    setattr(model, _ATTRIBUTE, identity)
+    remember_identity(model, identity)
     return model
 
 
-def _check_count(flag: str, value: Any) -> None:
+def remember_identity(model: nn.Module, identity: ModelIdentity) -> None:
+    """Let a network know what builds it; copies do too, and the state dict does not change by it."""
+    setattr(model, _ATTRIBUTE, identity)
+
+
+def remember_class_names(model: nn.Module, names: Sequence[str] | None) -> None:
+    """Let a network know what its logits stand for, by class index; copies and files made of it do too."""
+    setattr(unwrap(model), _CLASS_NAMES, None if names is None else tuple(names))
+
+
+def class_names_of(model: nn.Module) -> tuple[str, ...] | None:
+    """Names of a network's classes by class index (through any wrapper); None where nobody has told them."""
+    return getattr(unwrap(model), _CLASS_NAMES, None)
+
+
+def _check_count(setting: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ModelError(f"{flag} needs a whole number ≥ 1, not {value!r}")
+        raise ModelSettingError(setting, value, "give a whole number, at least 1")
 
 
 def _build(
     arch: str, num_classes: int, model_config: str | None, image_size: int | None, options: dict[str, Any]
 ) -> nn.Module:
     named = external.split_name(arch)
-    if named is not None:
+    if named is not None or is_own_code(arch):
         if model_config is not None:
-            raise ModelError(
-                f"-c/--model-config {model_config} applies to our own networks; --arch {arch} has the "
-                "initialisation of its library: leave -c out"
-            )
+            problem = f"it is for our own networks; {arch} has an initialisation of its own: leave it out"
+            raise ModelSettingError("model_config", model_config, problem)
+        if named is None:
+            return build_own(arch, num_classes, image_size, options)
         return external.build_external(*named, num_classes, image_size, options)
     architecture = find_own(arch)
     if architecture is None:
         raise _unknown(arch)
     check_options(architecture, options)
     if image_size is not None and image_size < architecture.min_image_size:
-        raise ModelError(
-            f"--image-size {image_size} is too small for --arch {arch}: it needs at least "
-            f"{architecture.min_image_size}"
-        )
+        problem = f"too small for {arch}, which needs at least {architecture.min_image_size}"
+        raise ModelSettingError("image_size", image_size, problem)
     return architecture.build(num_classes=num_classes, model_config=model_config, **options)
 
 
-def _unknown(arch: str) -> ModelError:
+def _unknown(arch: str) -> ModelSettingError:
     elsewhere = external.libraries_with(arch)
     if elsewhere:
-        return ModelError(
-            f"--arch {arch} is none of our own networks; write --arch {' or --arch '.join(elsewhere)}"
-        )
-    similar = nearest(arch, own_names())
-    names = ", ".join(name for name in own_names() if name[-3:-1] != "_x")
-    return ModelError(
-        f"--arch {arch} is unknown{similar or f'; own networks: {names}'} "
-        "(any classifier of torchvision is torchvision/NAME, any of timm timm/NAME)"
-    )
+        return ModelSettingError("arch", arch, f"none of our own networks; write {' or '.join(elsewhere)}")
+    hint = nearest(arch, own_names())
+    if not hint:
+        names = [name for name in own_names() if name[-3:-1] != "_x"]
+        hint = f"; own networks: {', '.join(names)}"
+    libraries = "any classifier of torchvision is torchvision/NAME, any of timm timm/NAME, your own package.module:Name"
+    return ModelSettingError("arch", arch, f"unknown{hint} ({libraries})")
 
 
 def model_names() -> list[str]:
@@ -137,6 +158,8 @@ def arch_info(arch: str) -> ArchInfo:
     named = external.split_name(arch)
     if named is not None:
         return external.external_info(*named)
+    if is_own_code(arch):
+        return own_info(arch)
     architecture = find_own(arch)
     if architecture is None:
         raise _unknown(arch)
@@ -157,3 +180,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 def identity_of(model: nn.Module) -> ModelIdentity | None:
     """What a network was built with (through any wrapper); None when `create_model` did not build it."""
     return getattr(unwrap(model), _ATTRIBUTE, None)
+
+
+def remember_input(model: nn.Module, images: NetworkInput | None) -> None:
+    """Let a network know what images it was trained for; copies and files do too."""
+    setattr(unwrap(model), _INPUT_ATTRIBUTE, images)
+
+
+def input_of(model: nn.Module) -> NetworkInput | None:
+    """What images a network was trained for (through any wrapper); None where nobody has said."""
+    return getattr(unwrap(model), _INPUT_ATTRIBUTE, None)

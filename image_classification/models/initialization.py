@@ -18,7 +18,8 @@ from typing import Literal
 
 from torch import nn
 
-from image_classification.models.registry import ModelError, nearest
+from image_classification.config import nearest
+from image_classification.models.registry import ModelSettingError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,8 @@ class InitConfig:
     fan: Literal["fan_in", "fan_out"]
     zero_last_bn: bool
 
+
+ModelConfigName = Literal["classic", "fanin", "grp-fanin", "grp-fanout"]
 
 MODEL_CONFIGS: dict[str, InitConfig] = {
     "classic": InitConfig("fan_out", zero_last_bn=False),
@@ -42,10 +45,8 @@ def init_config(model_config: str | None) -> InitConfig:
     """The configuration called `model_config` (None: classic)."""
     name = DEFAULT_MODEL_CONFIG if model_config is None else model_config
     if name not in MODEL_CONFIGS:
-        raise ModelError(
-            f"-c/--model-config {name!r} is unknown{nearest(name, MODEL_CONFIGS)} "
-            f"Choose from {', '.join(MODEL_CONFIGS)}."
-        )
+        problem = f"choose from {', '.join(MODEL_CONFIGS)}{nearest(name, MODEL_CONFIGS)}"
+        raise ModelSettingError("model_config", name, problem)
     return MODEL_CONFIGS[name]
 
 
@@ -56,7 +57,7 @@ def initialise(
     last_bns: Iterable[nn.Module] = (),
     linear_std: float | None = None,
 ) -> None:
-    """Draw all weights of `model` anew.
+    """Draw all weights of `model` again.
 
     Args:
         model: Network made of convolutions, batch norms and linear layers.
@@ -71,11 +72,11 @@ def initialise(
     config = init_config(model_config)
     last_bns = list(last_bns)
     if config.zero_last_bn and not last_bns:
-        raise ModelError(
-            f"-c/--model-config {model_config} starts the last batch norm of each residual block at zero, "
-            "and this "
-            "architecture has none: use classic or fanin"
+        problem = (
+            "it starts the last batch norm of each residual block at zero, and this network has no residual blocks: "
+            "choose classic or fanin"
         )
+        raise ModelSettingError("model_config", model_config, problem)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode=config.fan, nonlinearity="relu")

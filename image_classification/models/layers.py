@@ -1,4 +1,4 @@
-"""Building blocks that our own networks share: the residual sum, the zero-padded shortcut, and free widths.
+"""Building blocks that our own networks share: the residual sum, the zero-padded shortcuts, and free widths.
 
 Every operation of our networks is a module, so that hooks, attribution rules and the pruning engine see it;
 no module serves two places, and nothing works in place, so that a feature map caught by a hook stays as it
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from image_classification.models.registry import ModelError, nearest
+from image_classification.config import nearest
+from image_classification.models.registry import ModelError
 
 
 class Add(nn.Module):
@@ -47,10 +48,29 @@ class ZeroPadShortcut(nn.Module):
         return f"stride={self.stride}, pad_front={self.pad_front}, pad_back={self.pad_back}"
 
 
+class PooledShortcut(nn.Module):
+    """Parameter-free shortcut between stages as the ISP program has it (Ganjdanesh et al. 2022).
+
+    Averages 2 × 2 pixels (fewer at the end of an odd side), then adds `pad_back` channels of zeros behind the input's.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(2, ceil_mode=True)
+        self.pad_back = out_channels - in_channels
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C + pad_back, ⌈H/2⌉, ⌈W/2⌉)."""
+        return F.pad(self.pool(images), (0, 0, 0, 0, 0, self.pad_back))
+
+    def extra_repr(self) -> str:
+        return f"pad_back={self.pad_back}"
+
+
 class Widths:
     """Numbers of output channels by module name, asked for while a network is built.
 
-    A layer that nobody named follows its default, or the layer that it is coupled with; a given width that
+    A layer that is not named follows its default, or the layer that it is coupled with; a given width that
     contradicts a coupling is an error that names the module.
     """
 
@@ -89,11 +109,11 @@ class Widths:
         return self._given.get(name)
 
     def check_all_used(self) -> None:
-        """Raise `ModelError` for a name that is no layer of free width."""
+        """Raise `ModelError` for a name that is not a layer of free width."""
         for name in self._given:
             if name not in self._known:
                 raise ModelError(
-                    f"widths: {name!r} is no layer of this network whose width can be chosen"
+                    f"widths: {name!r} is not a layer of this network whose width can be chosen"
                     f"{nearest(name, self._known)}"
                 )
 

@@ -1,7 +1,7 @@
-"""MobileNetV2 (Sandler et al. 2018) for ImageNet and for 32×32 pictures. Parameter names are torchvision's.
+"""MobileNetV2 (Sandler et al. 2018) for ImageNet and for 32×32 images. Parameter names are torchvision's.
 
-The CIFAR variant keeps the channels and drops two strides (stem and second stage), so that 32×32 pictures
-end in a 4×4 map.
+The CIFAR variant keeps the channels and drops two strides (stem and second stage), so that 32×32 images
+end in a 4×4 map. The ISP program has another one, `mobilenetv2_isp.py`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C', H/stride, W/stride)."""
-        branch = self.conv(x)
+        branch: Tensor = self.conv(x)
         return branch if self.add is None else self.add(branch, x)
 
 
@@ -78,7 +78,7 @@ class MobileNetV2(nn.Module):
             for index in range(depth):
                 name = f"features.{len(self.features)}.conv"
                 stride = first_stride if index == 0 and not (small_images and stage == 1) else 1
-                hidden = _hidden_width(name, expansion, _planes_in(stage, index), widths)
+                hidden = _hidden_width(name, expansion, planes_in(stage, index), widths)
                 last = f"{name}.{1 if hidden is None else 2}"
                 if hidden is None:
                     widths.tied(f"{name}.0.0", channels, stream_name)
@@ -96,10 +96,11 @@ class MobileNetV2(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (N, 3, H, W) float, normalised. Returns logits: (N, num_classes)."""
-        return self.classifier(self.flatten(self.avgpool(self.features(images))))
+        logits: Tensor = self.classifier(self.flatten(self.avgpool(self.features(images))))
+        return logits
 
 
-def _planes_in(stage: int, index: int) -> int:
+def planes_in(stage: int, index: int) -> int:
     """Input channels of a block in the unaltered architecture; its expansion is measured by them."""
     if index > 0:
         return STAGES[stage][1]

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR_STD = (0.2470, 0.2435, 0.2616)
+from image_classification import channel_statistics
+from image_classification.channel_statistics import Triple
+from image_classification.config import SettingError, nearest
+from image_classification.network_input import EvaluationGeometry, NetworkInput
 
 
 class ModelError(ValueError):
-    """A network that cannot be built as asked. The message names the flag, the value and the way out."""
+    """A network that cannot be built as asked. The message says what is wrong and what to do."""
+
+
+class ModelSettingError(SettingError, ModelError):
+    """An argument that no network can be built with, such as an unknown `arch`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ArchInfo:
-    """The pictures that an architecture expects.
+    """The images that an architecture expects.
 
     Attributes:
         image_size: Side of the square network input in pixels.
@@ -29,22 +31,29 @@ class ArchInfo:
         mean: Per-channel mean of RGB in [0, 1].
         std: Per-channel standard deviation of RGB in [0, 1].
         fixed_size: The network is built for one image size and takes no other afterwards.
+        geometry: "crop", or "whole" where the whole image is stretched to the square.
     """
 
     image_size: int
     resize: int
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    mean: Triple = channel_statistics.IMAGENET.mean
+    std: Triple = channel_statistics.IMAGENET.std
     fixed_size: bool = False
+    geometry: EvaluationGeometry = "crop"
+
+    @property
+    def network_input(self) -> NetworkInput:
+        """The same as a network carries it with it."""
+        return NetworkInput(self.image_size, self.resize, self.mean, self.std, self.geometry)
 
 
 IMAGENET = ArchInfo(224, 256)
-CIFAR = ArchInfo(32, 32, CIFAR_MEAN, CIFAR_STD)
+CIFAR = ArchInfo(32, 32, *channel_statistics.CIFAR10)
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """One entry of the register: how to build it, and for which pictures.
+    """One entry of the register: how to build it, and for which images.
 
     `build` takes `num_classes`, `model_config`, `widths` (module name to number of channels, or None) and the
     architecture's own keyword arguments, whose names `options` lists.
@@ -57,7 +66,7 @@ class Architecture:
     min_image_size: int
 
 
-_ARCHITECTURES: dict[str, Architecture] = {}
+ARCHITECTURES: dict[str, Architecture] = {}
 
 
 def register(
@@ -66,15 +75,15 @@ def register(
     """Decorator that enters a building function into the register under `name`.
 
     Args:
-        name: For `--arch`; lower case with underscores.
-        info: The pictures that the architecture expects.
+        name: For `create_model`; lower case with underscores.
+        info: The images that the architecture expects.
         options: Keyword arguments of the function besides `num_classes`, `model_config` and `widths`.
         min_image_size: Smallest side of the input in pixels.
     """
 
     def enter(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        assert name not in _ARCHITECTURES, f"{name} is registered twice"
-        _ARCHITECTURES[name] = Architecture(name, build, info, ("widths", *options), min_image_size)
+        assert name not in ARCHITECTURES, f"{name} is registered twice"
+        ARCHITECTURES[name] = Architecture(name, build, info, ("widths", *options), min_image_size)
         return build
 
     return enter
@@ -82,26 +91,21 @@ def register(
 
 def own_names() -> list[str]:
     """Names of our own architectures, sorted."""
-    return sorted(_ARCHITECTURES)
+    return sorted(ARCHITECTURES)
 
 
 def find_own(name: str) -> Architecture | None:
     """The entry called `name`, or None. A hyphen stands for an underscore (`resnext101-32x4d`)."""
-    return _ARCHITECTURES.get(name.replace("-", "_"))
+    return ARCHITECTURES.get(name.replace("-", "_"))
 
 
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """`; did you mean X?` with the most similar candidates, or an empty string when none is close."""
-    matches = difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(matches)}?" if matches else ""
-
-
-def check_options(architecture: Architecture, options: Mapping[str, Any]) -> None:
-    """Raise `ModelError` for a keyword argument that `architecture` does not have."""
+def check_options(architecture: Architecture, options: Iterable[str]) -> None:
+    """Raise `ModelSettingError` for a keyword argument that `architecture` does not have."""
     for name in options:
         if name not in architecture.options:
-            raise ModelError(
-                f"--arch {architecture.name} has no option {name!r} (it has "
-                f"{', '.join(architecture.options)})"
-                f"{nearest(name, architecture.options)}"
+            raise ModelSettingError(
+                "arch",
+                architecture.name,
+                f"it has no option {name!r} but {', '.join(architecture.options)}"
+                f"{nearest(name, architecture.options)}",
             )

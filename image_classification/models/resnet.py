@@ -50,16 +50,18 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions around a shortcut."""
+    """Two 3×3 convolutions around a shortcut; `downsample` is None where the shape stays."""
 
-    def __init__(self, in_channels: int, inner: int, out_channels: int, stride: int, project: bool) -> None:
+    def __init__(
+        self, in_channels: int, inner: int, out_channels: int, stride: int, downsample: nn.Module | None
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, inner, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(inner)
         self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(inner, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.downsample = shortcut(in_channels, out_channels, stride) if project else None
+        self.downsample = downsample
         self.add = Add()
         self.relu2 = nn.ReLU()
 
@@ -69,11 +71,12 @@ class BasicBlock(nn.Module):
         return self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C', H/stride, W/stride)."""
+        """(N, C, H, W) to (N, C', ⌈H/stride⌉, ⌈W/stride⌉)."""
         branch = self.relu1(self.bn1(self.conv1(x)))
         branch = self.bn2(self.conv2(branch))
         kept = x if self.downsample is None else self.downsample(x)
-        return self.relu2(self.add(branch, kept))
+        merged: Tensor = self.relu2(self.add(branch, kept))
+        return merged
 
 
 class Bottleneck(nn.Module):
@@ -112,7 +115,8 @@ class Bottleneck(nn.Module):
         branch = self.relu2(self.bn2(self.conv2(branch)))
         branch = self.bn3(self.conv3(branch))
         kept = x if self.downsample is None else self.downsample(x)
-        return self.relu3(self.add(branch, kept))
+        merged: Tensor = self.relu3(self.add(branch, kept))
+        return merged
 
 
 class ResNet(nn.Module):
@@ -161,9 +165,9 @@ class ResNet(nn.Module):
         if project:
             self._stream_name = last
         if not spec.bottleneck:
-            return BasicBlock(
-                in_channels, widths.free(f"{name}.conv1", planes), out_channels, stride, project
-            )
+            downsample = shortcut(in_channels, out_channels, stride) if project else None
+            inner = widths.free(f"{name}.conv1", planes)
+            return BasicBlock(in_channels, inner, out_channels, stride, downsample)
         inner = planes * spec.group_width * spec.groups // 64
         inner1 = widths.free(f"{name}.conv1", inner, spec.groups)
         inner2 = widths.free(f"{name}.conv2", inner, spec.groups)
@@ -173,7 +177,8 @@ class ResNet(nn.Module):
         """images: (N, 3, H, W) float, normalised. Returns logits: (N, num_classes)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(self.flatten(self.avgpool(x)))
+        logits: Tensor = self.fc(self.flatten(self.avgpool(x)))
+        return logits
 
 
 def build_resnet(

@@ -12,14 +12,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from image_classification.models.factory import ModelIdentity, create_model, identity_of, unwrap
+from image_classification.models.attention import CutAttention, fit_attention
+from image_classification.models.factory import ModelIdentity, identity_of, input_of, remember_input, unwrap
+from image_classification.models.lazy_modules import settle
+from image_classification.models.modes import drop_graphs
 from image_classification.models.registry import ModelError
+from image_classification.network_input import NetworkInput
 
 IntegerValue = int | list[int]
 Factory = Callable[[], nn.Module]
@@ -40,6 +44,7 @@ class Structure:
         model_config, num_classes, image_size, options: The other arguments of `create_model`.
         attributes: Module name to attribute to value, where it differs from the fresh network's.
         shapes: Name to shape of every parameter and buffer.
+        input: The images that it was trained for, where that is known.
     """
 
     arch: str | None
@@ -49,42 +54,49 @@ class Structure:
     attributes: dict[str, dict[str, IntegerValue]]
     shapes: dict[str, list[int]]
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    input: NetworkInput | None = None
 
     def to_plain(self) -> dict[str, Any]:
-        """As dicts, lists, strings and integers, for JSON or `torch.save`."""
-        return dataclasses.asdict(self)
+        """As dicts, lists, strings and numbers, for JSON or `torch.save`."""
+        plain = dataclasses.asdict(self)
+        if self.input is None:
+            del plain["input"]
+        else:
+            plain["input"] = self.input.to_plain()
+        return plain
 
     @classmethod
-    def from_plain(cls, plain: Any) -> Structure:
+    def from_plain(cls, plain: object) -> Structure:
         """Read what `to_plain` wrote.
 
         Raises:
             StructureError: It is not of that form.
         """
-        _check_plain(plain)
-        return cls(**plain)
+        values = dict(_check_plain(plain))
+        if "input" in values:
+            try:
+                values["input"] = NetworkInput.from_plain(values["input"])
+            except ValueError as error:
+                raise StructureError(f"not a structure: {error}") from error
+        return cls(**values)
 
     def fresh(self, factory: Factory | None = None) -> nn.Module:
         """The architecture as its name (or the factory) builds it, unpruned."""
         if (self.arch is None) != (factory is not None):
-            raise StructureError(
-                "this structure belongs to a class of your own: give the factory that builds it"
-                if self.arch is None
-                else f"this structure is of --arch {self.arch}, which needs no factory: leave it out"
-            )
+            if self.arch is None:
+                raise StructureError(
+                    "this structure belongs to a class of your own: give the factory that builds it"
+                )
+            raise StructureError(f"this structure is of {self.arch}, which needs no factory: leave it out")
         if factory is not None:
             return factory()
         assert self.arch is not None
         try:
-            return create_model(
-                self.arch,
-                num_classes=1000 if self.num_classes is None else self.num_classes,
-                model_config=self.model_config,
-                image_size=self.image_size,
-                **self.options,
-            )
+            num_classes = 1000 if self.num_classes is None else self.num_classes
+            identity = ModelIdentity(self.arch, self.model_config, num_classes, self.image_size, self.options)
+            return identity.build()
         except TypeError as error:  # options of the wrong type reach our own constructors
-            raise StructureError(f"options {self.options} do not fit --arch {self.arch}: {error}") from error
+            raise StructureError(f"options {self.options} do not fit {self.arch}: {error}") from error
 
     def with_num_classes(self, num_classes: int) -> Structure:
         """The same network with another number of classes: the layers that hold one row per class change."""
@@ -125,10 +137,10 @@ def capture_structure(model: nn.Module, *, factory: Factory | None = None) -> St
         )
     build = identity.build if factory is None and identity is not None else factory
     assert build is not None
-    fresh = on_meta(build)
+    shapes = {name: list(tensor.shape) for name, tensor in named_tensors(model)}
+    fresh = settle(on_meta(build), shapes)
     _check_same_modules(model, fresh)
     head = ModelIdentity("") if factory is not None or identity is None else identity
-    shapes = {name: list(tensor.shape) for name, tensor in named_tensors(model)}
     shapes.update(_sized_while_running(model, fresh))
     structure = Structure(
         arch=head.arch or None,
@@ -138,6 +150,7 @@ def capture_structure(model: nn.Module, *, factory: Factory | None = None) -> St
         attributes=_differing_attributes(model, fresh),
         shapes=shapes,
         options=_plain_options(head.options),
+        input=input_of(model),
     )
     _check_fits(structure, fresh)
     _check_known_modules(model)
@@ -162,9 +175,11 @@ def build_from_structure(
     Raises:
         StructureError: The structure does not fit the architecture; the first module that differs is named.
     """
-    _check_fits(structure, on_meta(lambda: structure.fresh(factory)))  # before anything large is allocated
+    on_trial = settle(on_meta(lambda: structure.fresh(factory)), structure.shapes)
+    _check_fits(structure, on_trial)  # before anything large is allocated
     with building_on(device):
-        model = structure.fresh(factory)
+        model = settle(structure.fresh(factory), structure.shapes)
+    drop_graphs(model)
     modules = dict(model.named_modules())
     for name, attributes in structure.attributes.items():
         for attribute, value in attributes.items():
@@ -174,11 +189,13 @@ def build_from_structure(
         shape = structure.shapes[name]
         if list(tensor.shape) != shape:
             tensor.data = tensor.data[tuple(slice(size) for size in shape)].clone()
+    fit_attention(model)
     _check_known_modules(model)
+    remember_input(model, structure.input)
     return model
 
 
-def building_on(device: torch.device | str | None) -> AbstractContextManager[Any]:
+def building_on(device: torch.device | str | None) -> AbstractContextManager[object]:
     """Context in which new tensors lie on `device`; None leaves PyTorch's default."""
     return nullcontext() if device is None else torch.device(device)
 
@@ -205,16 +222,16 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def integer_attributes(module: nn.Module) -> dict[str, int | list[int] | tuple[int, ...]]:
-    """Attributes that are whole numbers, or lists or tuples of them; booleans are none."""
+    """Attributes that are whole numbers, or lists or tuples of them; booleans do not count."""
     return {name: value for name, value in vars(module).items() if _is_integer_value(value)}
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_integer_value(value: Any) -> bool:
-    if type(value) in (list, tuple, torch.Size):
+def _is_integer_value(value: object) -> bool:
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple, torch.Size):
         return len(value) > 0 and all(_is_integer(item) for item in value)
     return _is_integer(value)
 
@@ -249,9 +266,7 @@ def _check_same_modules(model: nn.Module, fresh: nn.Module) -> None:
     ours, theirs = dict(model.named_modules()), dict(fresh.named_modules())
     for name, module in theirs.items():
         # Parametrisations make a class of its own for every module.
-        if name not in ours or type_before_parametrizations(ours[name]) is not type_before_parametrizations(
-            module
-        ):
+        if name not in ours or _class_of(ours[name]) is not _class_of(module):
             here = type(ours[name]).__name__ if name in ours else "missing"
             raise StructureError(
                 f"module {_called(name)} is {type(module).__name__} in a fresh network and {here} here: "
@@ -264,13 +279,17 @@ def _check_same_modules(model: nn.Module, fresh: nn.Module) -> None:
             )
 
 
+def _class_of(module: nn.Module) -> type[nn.Module]:
+    return nn.MultiheadAttention if isinstance(module, CutAttention) else type_before_parametrizations(module)
+
+
 def _check_fits(structure: Structure, fresh: nn.Module) -> None:
     """Names are the fresh network's own, and nothing is larger than there."""
     modules = dict(fresh.named_modules())
     for name, attributes in structure.attributes.items():
         if name not in modules:
             raise StructureError(
-                f"the structure has a module {_called(name)}, which the architecture has not"
+                f"the structure has a module {_called(name)}, which the architecture does not have"
             )
         for attribute, value in attributes.items():
             _check_attribute(name, attribute, value, integer_attributes(modules[name]))
@@ -286,9 +305,8 @@ def _check_fits(structure: Structure, fresh: nn.Module) -> None:
         )
         if not within:
             raise StructureError(
-                f"module {_called(name.rpartition('.')[0])}: tensor {name!r} would have shape {shape}, which "
-                "does not "
-                f"fit into the architecture's {list(tensor.shape)}"
+                f"module {_called(name.rpartition('.')[0])}: tensor {name!r} would have shape {shape}, which does "
+                f"not fit into the architecture's {list(tensor.shape)}"
             )
     for name in structure.shapes:
         if name not in tensors:
@@ -299,7 +317,9 @@ def _check_fits(structure: Structure, fresh: nn.Module) -> None:
     _check_shared(structure, fresh)
 
 
-def _check_attribute(module: str, attribute: str, value: IntegerValue, fresh: Mapping[str, Any]) -> None:
+def _check_attribute(
+    module: str, attribute: str, value: IntegerValue, fresh: Mapping[str, IntegerValue | tuple[int, ...]]
+) -> None:
     if attribute not in fresh:
         raise StructureError(f"module {_called(module)} has no whole-number attribute {attribute!r}")
     before = fresh[attribute]
@@ -308,8 +328,7 @@ def _check_attribute(module: str, attribute: str, value: IntegerValue, fresh: Ma
         0 <= new <= old or new == old for new, old in zip(_as_list(value), _as_list(before), strict=True)
     ):
         raise StructureError(
-            f"module {_called(module)}: attribute {attribute!r} would be {value}, which does not fit into "
-            "the "
+            f"module {_called(module)}: attribute {attribute!r} would be {value}, which does not fit into the "
             f"architecture's {before}"
         )
 
@@ -330,13 +349,13 @@ def _check_known_modules(model: nn.Module) -> None:
     """The attributes of the usual layers agree with their tensors."""
     for name, module in model.named_modules():
         expected: list[int] | None = None
-        weight = getattr(module, "weight", None)
+        # A weight that a hook computes (weight norm of the old kind) is anew with every forward pass.
+        weight = getattr(module, "weight", None) if _is_held(module, "weight") else None
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             groups = module.groups
             if groups < 1 or module.in_channels % groups or module.out_channels % groups:
                 raise StructureError(
-                    f"module {_called(name)}: {module.in_channels} input and {module.out_channels} output "
-                    "channels "
+                    f"module {_called(name)}: {module.in_channels} input and {module.out_channels} output channels "
                     f"cannot be divided into {groups} groups"
                 )
             expected = [module.out_channels, module.in_channels // groups, *module.kernel_size]
@@ -351,9 +370,13 @@ def _check_known_modules(model: nn.Module) -> None:
         if expected is not None and isinstance(weight, Tensor) and list(weight.shape) != expected:
             raise StructureError(
                 f"module {_called(name)} ({type(module).__name__}): its attributes ask for a tensor of shape "
-                f"{expected}, "
-                f"but it has {list(weight.shape)}"
+                f"{expected}, but it has {list(weight.shape)}"
             )
+
+
+def _is_held(module: nn.Module, name: str) -> bool:
+    """Whether a tensor is a parameter or buffer of a module, or follows from a parametrisation."""
+    return name in module._parameters or name in module._buffers or is_parametrized(module, name)
 
 
 def _sized_while_running(model: nn.Module, fresh: nn.Module) -> dict[str, list[int]]:
@@ -389,30 +412,28 @@ def _check_unsaved_buffers(model: nn.Module, fresh: nn.Module, build: Factory) -
         leading = originals[name][tuple(slice(size) for size in buffer.shape)]
         if not torch.equal(leading.to(buffer.dtype), buffer.cpu()):
             raise StructureError(
-                f"module {_called(name.rpartition('.')[0])}: buffer {name!r} was cut, is in no state dict, "
-                "and is not "
-                "the leading part of a fresh one: it could not be restored"
+                f"module {_called(name.rpartition('.')[0])}: buffer {name!r} was cut, is in no state dict, and is "
+                "not the leading part of a fresh one: it could not be restored"
             )
 
 
-def _plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def _plain_options(options: Mapping[str, object]) -> dict[str, object]:
     for name, value in options.items():
         if not _is_plain(value):
             raise StructureError(
-                f"option {name}={value!r} cannot be saved as plain data: use numbers, strings, lists and "
-                "dicts of "
+                f"option {name}={value!r} cannot be saved as plain data: use numbers, strings, lists and dicts of "
                 "them, or build the network by a factory"
             )
     return {name: _copied(value) for name, value in options.items()}
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: _copied(item) for key, item in value.items()}
     return [_copied(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, Mapping):
         return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     if isinstance(value, (list, tuple)):
@@ -422,12 +443,13 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, float, str))
 
 
-def _check_plain(plain: Any) -> None:
-    """Raise `StructureError` unless `plain` has the form that `to_plain` writes."""
+def _check_plain(plain: object) -> dict[str, Any]:
+    """What was given, if it has the form that `to_plain` writes; else raise `StructureError`."""
     names = {field.name for field in dataclasses.fields(Structure)}
-    if not isinstance(plain, dict) or set(plain) != names:
+    names -= {"input"}  # files from before it was recorded lack it
+    if not isinstance(plain, dict) or set(plain) - {"input"} != names:
         raise StructureError(f"not a structure: expected the keys {', '.join(sorted(names))}")
-    head_checks = {
+    head_checks: dict[str, Callable[[object], bool]] = {
         "arch": lambda value: value is None or isinstance(value, str),
         "model_config": lambda value: value is None or isinstance(value, str),
         "num_classes": lambda value: value is None or (_is_integer(value) and 0 < value <= _LARGEST_INTEGER),
@@ -441,7 +463,7 @@ def _check_plain(plain: Any) -> None:
             raise StructureError(f"not a structure: {name} is {str(plain[name])[:80]!r}")
     for module, attributes in plain["attributes"].items():
         if not isinstance(module, str) or not isinstance(attributes, dict):
-            raise StructureError(f"not a structure: attributes of {module!r} are no table")
+            raise StructureError(f"not a structure: attributes of {module!r} are not a table")
         for attribute, value in attributes.items():
             if not isinstance(attribute, str) or not (_is_integer(value) or _is_integer_list(value)):
                 raise StructureError(
@@ -450,7 +472,8 @@ def _check_plain(plain: Any) -> None:
     for tensor, shape in plain["shapes"].items():
         if not isinstance(tensor, str) or not (shape == [] or _is_integer_list(shape)):
             raise StructureError(f"not a structure: the shape of tensor {tensor!r} is {shape!r}")
+    return plain
 
 
-def _is_integer_list(value: Any) -> bool:
+def _is_integer_list(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and _is_integer_value(value)

@@ -3,7 +3,7 @@
 - `vgg16_bn`: ImageNet, parameter names of torchvision (`features.N`, `classifier.0/3/6`).
 - `vgg16_bn_voc`: 7×7 map, dropout and one linear layer (`classifier.1`): the network of the attribution
   preservation experiments on Pascal VOC (seed paper: Park et al. 2020), whose files it reads.
-- `vgg16_bn_cifar`: 32×32 pictures, global pooling and one linear layer.
+- `vgg16_bn_cifar`: 32×32 images, global pooling and one linear layer.
 
 `_x2`, `_x4`, `_x8` behind any of them divide all widths: the students of distillation.
 """
@@ -23,7 +23,7 @@ from image_classification.models.registry import CIFAR, IMAGENET, ArchInfo, regi
 STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 PLANES = (64, 128, 256, 512, 512)
 # Pixels and statistics of the VOC experiments of the attribution-preservation paper.
-VOC = ArchInfo(227, 227, (0.4589, 0.4355, 0.4032), (0.2239, 0.2186, 0.2206))
+VOC = ArchInfo(227, 227, (0.4589, 0.4355, 0.4032), (0.2239, 0.2186, 0.2206), geometry="whole")
 INFOS = {"imagenet": IMAGENET, "voc": VOC, "cifar": CIFAR}
 
 
@@ -72,7 +72,8 @@ class VGG(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (N, 3, H, W) float, normalised. Returns logits: (N, num_classes)."""
-        return self.classifier(self.flatten(self.avgpool(self.features(images))))
+        logits: Tensor = self.classifier(self.flatten(self.avgpool(self.features(images))))
+        return logits
 
 
 def build_vgg(

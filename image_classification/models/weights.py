@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from image_classification.models.factory import create_model, identity_of, unwrap
+from image_classification.checkpoint_format import FormatError, check_payload, is_ours
+from image_classification.models.factory import create_model, identity_of, remember_class_names, unwrap
+from image_classification.models.own_code import check_trusted
 from image_classification.models.registry import ModelError
 from image_classification.models.structure import (
     Factory,
@@ -31,8 +33,8 @@ from image_classification.models.structure import (
     named_tensors,
     on_meta,
 )
+from image_classification.network_input import NetworkInput
 
-FORMAT = "lucidprune"
 _STATE_KEYS = ("state_dict", "model", "model_state_dict", "net")
 _EMA_KEYS = ("ema", "ema_state_dict", "state_dict_ema", "model_ema")
 _ZIP_START = b"PK\x03\x04"
@@ -52,21 +54,39 @@ class LoadedWeights:
         path: Where it was read.
         arch: The architecture that the file names, if any.
         structure: Present in our own checkpoints; says the widths of a pruned network.
+        averaged: These are the averaged weights.
+        class_names: Names by class index, where the file knows them.
     """
 
     state: dict[str, Tensor]
     path: Path
     arch: str | None = None
     structure: Structure | None = None
+    averaged: bool = False
+    class_names: tuple[str, ...] | None = None
 
 
-def load_weights(path: str | Path, *, ema: bool = False) -> LoadedWeights:
+def takes_average(content: object, ema: bool | None) -> bool:
+    """Whether the averaged weights of a file are the ones to take.
+
+    Args:
+        content: Of the file.
+        ema: What was asked for; None: the average wherever a checkpoint of ours carries one, for it is what validation
+            judged and what made the file the best.
+    """
+    if ema is not None:
+        return ema
+    return is_ours(content) and content.get("ema") is not None
+
+
+def load_weights(path: str | Path, *, ema: bool | None = None) -> LoadedWeights:
     """Read a weights file of any of the usual kinds.
 
     Args:
         path: A checkpoint of ours, a plain state dict, or a dict with one under `state_dict`, `model` and the
             like; prefixes of DataParallel, DDP (`module.`) and `torch.compile` (`_orig_mod.`) are taken off.
-        ema: Take the averaged weights (exponential moving average) instead of the last ones.
+        ema: Whether to take the averaged weights (exponential moving average) or the last ones; None: see
+            `takes_average`.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -79,30 +99,53 @@ def load_weights(path: str | Path, *, ema: bool = False) -> LoadedWeights:
     arch = content.get("arch")
     raw_structure = content.get("structure")
     structure = None
-    if content.get("format") == FORMAT and raw_structure is not None:
+    if is_ours(content) and raw_structure is not None:
         try:
             structure = Structure.from_plain(raw_structure)
         except StructureError as error:
             raise WeightsError(f"{path}: {error}") from error
-    state = _clean_names(_find_state(content, path, ema))
-    return LoadedWeights(state, path, arch if isinstance(arch, str) else None, structure)
+    averaged = takes_average(content, ema)
+    state = _find_state(content, path, averaged)
+    if structure is None or not state.keys() <= structure.shapes.keys():
+        state = _clean_names(state)
+    names = content.get("class_names") if is_ours(content) else None
+    return LoadedWeights(
+        state,
+        path,
+        arch if isinstance(arch, str) else None,
+        structure,
+        averaged,
+        None if names is None else tuple(names),
+    )
+
+
+def saved_input(path: str | Path) -> NetworkInput | None:
+    """The images that the network in a file was trained for; None where the file does not say, or cannot be read.
+
+    Reads no tensors; what is wrong with a file is told when its weights are loaded.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return Structure.from_plain(content["structure"]).input if is_ours(content) else None
+    except Exception:  # the unpickler meets arbitrary bytes here and raises nearly anything
+        return None
 
 
 def read_safely(path: str | Path) -> Any:
     """What `torch.save` put into a file: tensors (on the CPU) and plain values.
 
-    Verifies the check sums of every record, and runs no code from the file.
+    Verifies the check sums of every record, runs no code from the file, and holds a checkpoint of ours against its
+    schema (`checkpoint_format`).
 
     Raises:
         FileNotFoundError: There is no such file.
-        WeightsError: Truncated, altered, not written by `torch.save`, or not only tensors and plain values.
+        WeightsError: Truncated, altered, not written by `torch.save`, not only tensors and plain values, or one of ours
+            that breaks its schema.
     """
     path = Path(path)
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(
-            f"weights file {path} {what}: check the path (--pretrained-weights, --resume)"
-        )
+        raise FileNotFoundError(f"weights file {path} {what}: check the path")
     with path.open("rb") as file:
         start = file.read(len(_ZIP_START))
     if not start:
@@ -112,9 +155,39 @@ def read_safely(path: str | Path) -> Any:
     try:
         # An argparse namespace is a bag of values; many training programs of the field save theirs.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler meets arbitrary bytes here and raises nearly anything
         raise WeightsError(_unreadable(path, error)) from error
+    if is_ours(content):
+        try:
+            check_payload(content)
+        except FormatError as error:
+            raise WeightsError(f"{path}: {error}") from error
+    return content
+
+
+def load_exactly(model: nn.Module, state: Mapping[str, Tensor], path: Path, what: str = "network") -> None:
+    """`load_state_dict`, which alone would turn whole or complex numbers into weights without a word.
+
+    Args:
+        model: Takes the tensors.
+        state: Of the same names, shapes and kinds of numbers.
+        path: Where they come from, for the message.
+        what: They belong to, for the message.
+
+    Raises:
+        WeightsError: Something is missing, has another shape or kind, or is unexpected.
+    """
+    for name, target in model.state_dict().items():
+        value = state.get(name)
+        if value is not None and isinstance(target, Tensor) and not _same_kind(value, target):
+            raise WeightsError(f"{path}: its {what} holds {name!r} as {value.dtype}, not {target.dtype}")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise WeightsError(
+            f"{path}: its {what} contradicts itself: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _verify_records(path: Path) -> None:
@@ -142,27 +215,28 @@ def _unreadable(path: Path, error: Exception) -> str:
     if wanted:
         return (
             f"{path} holds more than tensors and plain values (it asks for {wanted.group(1)}), and was not "
-            "opened: it could run code. Save state_dict() of the network instead of the whole object"
+            "opened: it could run code. Save state_dict() of the network instead of the whole object; files of the "
+            "published programs are read by `python -m pruning import`"
         )
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return f"{path} is damaged, or no file of torch.save ({reason}): give a checkpoint or a saved state dict"
 
 
-def _find_state(content: Mapping[Any, Any], path: Path, ema: bool) -> dict[str, Tensor]:
+def _find_state(content: Mapping[object, object], path: Path, ema: bool) -> dict[str, Tensor]:
     """The state dict within a file's content."""
     state: Any = None
     if ema:
         state = next((content[key] for key in _EMA_KEYS if isinstance(content.get(key), Mapping)), None)
         if state is None:
-            raise WeightsError(f"{path} carries no averaged weights (EMA): leave --pretrained-ema out")
+            raise WeightsError(f"{path} carries no averaged weights (EMA): leave `pretrained_ema` out")
     if state is None:
         state = next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), Mapping)), content)
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
             raise WeightsError(
-                f"{path} holds no state dict: entry {str(name)[:80]!r} is no plain tensor but "
-                f"{type(value).__name__} "
-                f"(its entries: {', '.join(str(key)[:40] for key in list(state)[:8])})"
+                f"{path} holds no state dict: entry {str(name)[:80]!r} is not a plain tensor but "
+                f"{type(value).__name__} (its entries: {', '.join(str(key)[:40] for key in list(state)[:8])}); "
+                "files of the published programs are read by `python -m pruning import`"
             )
     if not state:
         raise WeightsError(f"{path} holds an empty state dict")
@@ -173,7 +247,7 @@ def _clean_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take off what wrappers add to names: `_orig_mod.` anywhere, `module.` where all names begin with it."""
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     while True:
-        # Averaged models count their updates beside the network they wrap.
+        # Averaged models count their updates next to the network they wrap.
         names = [name for name in state if name != "n_averaged"]
         if not names or not all(name.startswith("module.") for name in names):
             return state
@@ -191,7 +265,7 @@ def head_tensors(model: nn.Module) -> set[str]:
     identity = identity_of(model)
     if identity is None:
         raise ModelError(
-            "--new-head works for networks that create_model built; load yours with its own head instead"
+            "`new_head` works for networks that create_model built; load yours with its own head instead"
         )
     other = dataclasses.replace(identity, num_classes=identity.num_classes + 1)
     pairs = zip(named_tensors(on_meta(identity.build)), named_tensors(on_meta(other.build)), strict=True)
@@ -263,7 +337,7 @@ def _translated(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]
         re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name): tensor
         for name, tensor in state.items()
     }
-    no_memory: dict[int, Any] = {}
+    no_memory: dict[int, Tensor] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
         no_memory[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
@@ -278,7 +352,12 @@ def _translated(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def _fits(value: Tensor, target: Tensor) -> bool:
-    return value.shape == target.shape and value.is_floating_point() == target.is_floating_point()
+    return value.shape == target.shape and _same_kind(value, target)
+
+
+def _same_kind(value: Tensor, target: Tensor) -> bool:
+    """Real numbers of any precision are one kind; anything else is of its own."""
+    return value.dtype == target.dtype or (value.is_floating_point() and target.is_floating_point())
 
 
 def _without_wrapper(state: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -294,14 +373,14 @@ def _misfit(model: nn.Module, given: LoadedWeights, name: str, target: Tensor, v
     module = f"{given.path} does not fit the network at module {name.rpartition('.')[0]!r}"
     if value is None:
         return f"{module}: it has no {name!r}{_arch_hint(model, given)}"
-    if value.is_floating_point() != target.is_floating_point():
+    if not _same_kind(value, target):
         return f"{module}: {name!r} is {value.dtype} there and {target.dtype} in the network"
     shapes = f"{module}: {name!r} has shape {list(value.shape)} there and {list(target.shape)} in the network"
     per_class = identity_of(model) is not None and name in head_tensors(model)
     if per_class and not _other_arch(model, given) and value.dim() == target.dim():
         return (
-            f"{shapes}: other classes. Give --num-classes {value.shape[0]} to keep its classifier, or "
-            "--new-head to start a new one"
+            f"{shapes}: other classes. Give `num_classes` {value.shape[0]} to keep its classifier, or `new_head` to "
+            "start a new one"
         )
     return f"{shapes}: a network of other widths{_arch_hint(model, given)}"
 
@@ -316,10 +395,10 @@ def _other_arch(model: nn.Module, given: LoadedWeights) -> bool:
 
 def _arch_hint(model: nn.Module, given: LoadedWeights) -> str:
     if _other_arch(model, given):
-        return f". The file says that it holds {given.arch}: give --arch {given.arch}"
+        return f". The file says that it holds {given.arch}: give `arch` {given.arch}"
     if given.structure is not None:
         return ". The file describes a pruned network: build it by model_for_weights"
-    return ". Give the --arch that the weights were trained with"
+    return ". Give the `arch` that the weights were trained with"
 
 
 def model_for_weights(
@@ -329,7 +408,7 @@ def model_for_weights(
     num_classes: int | None = None,
     model_config: str | None = None,
     image_size: int | None = None,
-    ema: bool = False,
+    ema: bool | None = None,
     new_head: bool = False,
     factory: Factory | None = None,
     device: torch.device | str | None = None,
@@ -341,10 +420,8 @@ def model_for_weights(
         arch: Architecture; None takes the one that a checkpoint of ours names.
         path: Weights file, see `load_weights`.
         num_classes: Number of classes; None takes the file's (1000 where it does not say).
-        model_config, image_size, kwargs: As in `create_model`; where a checkpoint of ours says otherwise
-        than None or
-            nothing, its own values hold.
-        ema: Take the averaged weights.
+        model_config, image_size, kwargs: As in `create_model`; those that are not given are a checkpoint's own.
+        ema: Whether to take the averaged weights; None: wherever a checkpoint of ours carries them.
         new_head: Start a new classifier, for other classes.
         factory: Builds the unpruned network of a class of the user's own (with arch None).
         device: Where to build it.
@@ -356,7 +433,9 @@ def model_for_weights(
     structure = weights.structure
     if structure is None:
         if factory is None and arch is None and weights.arch is None:
-            raise WeightsError(f"{weights.path} does not say its architecture: give --arch")
+            raise WeightsError(f"{weights.path} does not say its architecture: give `arch`")
+        if arch is None and weights.arch is not None:
+            check_trusted(weights.arch)
         with building_on(device):
             model = (
                 factory()
@@ -378,6 +457,8 @@ def model_for_weights(
         _check_large_enough(weights.state, structure, weights.path, new_head)
         model = build_from_structure(structure, factory=factory, device=device)
     apply_weights(model, weights, new_head=new_head)
+    if not new_head:
+        remember_class_names(model, weights.class_names)
     return model
 
 
@@ -395,12 +476,12 @@ def _asked_structure(
     arch: str | None,
     num_classes: int | None,
     new_head: bool,
-    options: dict[str, Any],
+    options: Mapping[str, object],
 ) -> Structure:
     """The file's structure, if it is what was asked for; with a new head, for other classes."""
     if arch is not None and structure.arch != arch:
         held = structure.arch or "a class of your own (give its factory)"
-        raise WeightsError(f"{path} holds {held}, not --arch {arch}: give --arch {structure.arch}")
+        raise WeightsError(f"{path} holds {held}, not `arch` {arch}: give `arch` {structure.arch}")
     for name, value in options.items():
         if structure.options.get(name) != value:
             raise WeightsError(
@@ -411,8 +492,8 @@ def _asked_structure(
         return structure
     if not new_head:
         raise WeightsError(
-            f"{path} was trained for {structure.num_classes} classes, not {num_classes}: give --num-classes "
-            f"{structure.num_classes} to keep its classifier, or --new-head to start a new one"
+            f"{path} was trained for {structure.num_classes} classes, not {num_classes}: give `num_classes` "
+            f"{structure.num_classes} to keep its classifier, or `new_head` to start a new one"
         )
     return structure.with_num_classes(num_classes)
 
@@ -424,7 +505,6 @@ def _check_large_enough(
     for name, tensor in state.items():
         if not new_head and structure.shapes.get(name) != list(tensor.shape):
             raise WeightsError(
-                f"{path} contradicts itself at module {name.rpartition('.')[0]!r}: its structure gives "
-                f"{name!r} shape "
-                f"{structure.shapes.get(name)}, its tensors {list(tensor.shape)}"
+                f"{path} contradicts itself at module {name.rpartition('.')[0]!r}: its structure gives {name!r} "
+                f"shape {structure.shapes.get(name)}, its tensors {list(tensor.shape)}"
             )

@@ -17,12 +17,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pruning.building import label
-from pruning.channel_graph import ChannelGraph
-from pruning.labelling import Labeller, LayerUse, operation_name
-from pruning.labels import Slot, Value, compress, support
-from pruning.operators import arguments
-from pruning.tracing import Operation, Ref, Trace, record, set_trace_mode, undisturbed
+from image_classification.config import SettingError
+from pruning.engine.building import label
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.labeller import Labeller, LayerUse, operation_name
+from pruning.engine.labels import Slot, Value, compress, support
+from pruning.engine.operators import arguments
+from pruning.engine.tracing import Operation, Ref, Trace, record, set_trace_mode, undisturbed
+
+#: Shapes, strides and the like of a layer as plain data.
+Geometry = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Kernel:
     name: str
     out_units: np.ndarray
     in_units: np.ndarray
-    geometry: dict[str, Any]
+    geometry: Geometry
     rows: float
 
 
@@ -70,7 +74,7 @@ class Activations:
     traffic: list[Extent]
 
 
-def trace_activations(model: nn.Module, images: tuple[Any, ...], graph: ChannelGraph) -> Activations:
+def trace_activations(model: nn.Module, images: tuple[object, ...], graph: ChannelGraph) -> Activations:
     """Run the network on the images, in evaluation mode, and describe its activations.
 
     Args:
@@ -87,9 +91,8 @@ def trace_activations(model: nn.Module, images: tuple[Any, ...], graph: ChannelG
     kernels = _kernels(trace, labeller, sizes)
     contracted = {number for number, _ in kernels}
     allocations, moments = _allocations(trace, lives, sizes, batch)
-    return Activations(
-        allocations, moments, [kernel for _, kernel in kernels], _traffic(trace, sizes, contracted)
-    )
+    traffic = _traffic(trace, sizes, contracted)
+    return Activations(allocations, moments, [kernel for _, kernel in kernels], traffic)
 
 
 # -- sizes -------------------------------------------------------------------------------------------------
@@ -135,16 +138,20 @@ class _Sizes:
 
 
 def _units_of_atoms(labeller: Labeller, graph: ChannelGraph) -> np.ndarray:
-    """Unit of every atom: of parameters from the graph; of others (padding) from what they are united with."""
-    unit_of_atom = np.full(labeller.table.num_atoms, -1, dtype=np.int64)
-    of_parameter = np.zeros(labeller.table.num_atoms, dtype=bool)
+    """Unit of every atom, (num_atoms,), -1 for those of no unit."""
+    num_atoms = labeller.table.num_atoms
+    unit_of_atom = np.full(num_atoms, -1, dtype=np.int64)
+    of_parameter = np.zeros(num_atoms, dtype=bool)
     for atoms in labeller.parameter_atoms.values():
         of_parameter[atoms] = True
     for axis in graph.axes:
         if (axis.tensor, axis.dim) in labeller.parameter_atoms:
             unit_of_atom[labeller.parameter_atoms[axis.tensor, axis.dim]] = axis.units
+
+    # Atoms of parameters have their unit from the graph. Others (of padding, say) belong to the unit of any atom in
+    # the same component; -1 is the smallest value, so the maximum finds it.
     root = labeller.table.components()
-    of_component = np.full(labeller.table.num_atoms, -1, dtype=np.int64)
+    of_component = np.full(num_atoms, -1, dtype=np.int64)
     np.maximum.at(of_component, root, unit_of_atom)
     return np.where(of_parameter, unit_of_atom, of_component[root])
 
@@ -154,8 +161,12 @@ def _units_of_atoms(labeller: Labeller, graph: ChannelGraph) -> np.ndarray:
 
 @dataclasses.dataclass
 class _Lives:
-    """Storages by number: (operator, position among its outputs, bytes), operator -1 for inputs; and which are
-    alive while each operator runs."""
+    """What became of every storage during a pass; storages go by number.
+
+    Attributes:
+        born: (operator that made it, position among its outputs, bytes); operator -1 for inputs.
+        alive: For every operator, the storages that are alive while it runs.
+    """
 
     born: list[tuple[int, int, int]]
     alive: list[frozenset[int]]
@@ -165,7 +176,7 @@ class _Observer(TorchDispatchMode):
     """Follows every storage from the operator that makes it until it is released."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.lives = _Lives([], [])
         self._operation = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -193,7 +204,7 @@ class _Observer(TorchDispatchMode):
         return result
 
 
-def _observe(model: nn.Module, images: tuple[Any, ...]) -> _Lives:
+def _observe(model: nn.Module, images: tuple[object, ...]) -> _Lives:
     set_trace_mode(model, False)
     observer = _Observer(model)
     for position, leaf in enumerate(leaf for leaf in tree_leaves(images) if isinstance(leaf, Tensor)):
@@ -207,12 +218,17 @@ def _allocations(trace: Trace, lives: _Lives, sizes: _Sizes, batch: int) -> tupl
     """Storages that follow from the images, and the largest sets of them that are alive together."""
     operations = [operation for operation in trace.operations if not operation.replayed]
     if len(lives.alive) != len(operations):
-        raise ValueError(
-            "--budget memory and latency need a network that runs the same operators every time; two passes over the "
-            f"same images ran {len(operations)} and {len(lives.alive)}. Use macs or params"
+        raise SettingError(
+            "budget",
+            "memory or latency",
+            "the network must run the same operators every time, but two passes over the same images ran "
+            f"{len(operations)} and {len(lives.alive)}. Use macs or params",
         )
+
+    # Which traced value fills each storage, and so on which widths its size depends. The storage may be larger than
+    # the value (padding, a buffer): its bytes at the present widths are spread over the value's elements.
     extents: list[Extent] = []
-    column: dict[int, int] = {}
+    column: dict[int, int] = {}  # number of a storage → its column below
     for number, (operation, position, num_bytes) in enumerate(lives.born):
         value = trace.inputs[position] if operation < 0 else operations[operation].outputs[position]
         if value is None or not trace.tensors[value].derived or num_bytes == 0:
@@ -221,18 +237,23 @@ def _allocations(trace: Trace, lives: _Lives, sizes: _Sizes, batch: int) -> tupl
         present = elements.factor * math.prod(len(vector) for vector in elements.vectors)
         column[number] = len(extents)
         extents.append(Extent(elements.factor * num_bytes / (batch * present), elements.vectors))
+
+    # One row per operator, one column per storage: 1 where the storage is alive while the operator runs.
     alive = np.zeros((len(lives.alive), len(extents)), dtype=np.float32)
     for moment, numbers in enumerate(lives.alive):
-        alive[moment, [column[number] for number in numbers if number in column]] = 1
+        columns = [column[number] for number in numbers if number in column]
+        alive[moment, columns] = 1
     return extents, _maximal(alive)
 
 
 def _maximal(alive: np.ndarray) -> np.ndarray:
     """Rows (sets, as 0 and 1) that lie within no other row."""
     alive = np.unique(alive, axis=0)
-    common, size = alive @ alive.T, alive.sum(axis=1)
+    common = alive @ alive.T  # (i, j): members that sets i and j share
+    size = alive.sum(axis=1)
     within = (common == size[:, None]) & ~np.eye(len(alive), dtype=bool)
-    return alive[~within.any(axis=1)].astype(bool)
+    largest: np.ndarray = alive[~within.any(axis=1)].astype(bool)
+    return largest
 
 
 # -- operators ---------------------------------------------------------------------------------------------

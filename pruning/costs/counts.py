@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruning.channel_graph import ChannelGraph
+from pruning.engine.channel_graph import ChannelGraph
 
 ONE = 0
 """Row whose count is always 1: fills up products with fewer factors than others."""

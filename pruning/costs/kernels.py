@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pruning.costs.activations import Kernel
+from pruning.costs.activations import Geometry, Kernel
 
 _SMALLEST_WEIGHT_POOL = 1 << 22
 
 
 def kernel_shapes(
-    geometry: dict[str, Any], rows: int, num_out: int, num_in: int
+    geometry: Geometry, rows: int, num_out: int, num_in: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """Input shape, weight shape and number of groups at other widths.
 
@@ -77,7 +76,7 @@ class KernelBench:
         return torch.rand(size, device=self._device).sub_(0.5).to(self._dtype)
 
     def _call(
-        self, geometry: dict[str, Any], shape: tuple[int, ...], weight_shape: tuple[int, ...], groups: int
+        self, geometry: Geometry, shape: tuple[int, ...], weight_shape: tuple[int, ...], groups: int
     ) -> Callable[[], Tensor]:
         x = self._shaped(self._inputs[: math.prod(shape)], shape)
         bias = self._weights[: self._outputs(geometry, weight_shape)] if geometry["bias"] else None
@@ -90,7 +89,7 @@ class KernelBench:
         )
 
     @staticmethod
-    def _outputs(geometry: dict[str, Any], weight_shape: tuple[int, ...]) -> int:
+    def _outputs(geometry: Geometry, weight_shape: tuple[int, ...]) -> int:
         return weight_shape[1] if geometry.get("transposed") else weight_shape[0]
 
     def _weight(self, shape: tuple[int, ...]) -> Tensor:
@@ -123,6 +122,8 @@ def grid_widths(units: np.ndarray, points: int, step: int) -> list[int]:
     found = {size}
     for share in np.linspace(1 / 8, 1, points)[:-1]:
         width = max(step, round(share * size / step) * step)
-        width += 1 if step == 1 and width % 2 == 0 else 0
-        found |= {width} if width < size else set()
+        if step == 1 and width % 2 == 0:
+            width += 1
+        if width < size:
+            found.add(width)
     return sorted(found)

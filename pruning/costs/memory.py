@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pruning.costs.activations import Activations
 from pruning.costs.counts import CountTable, OnDevices
-from pruning.costs.products import Products
+from pruning.costs.product_costs import Products
 
 
 class PeakMemory:

@@ -6,13 +6,11 @@ as cold for each as they are inside a network.
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 
 Call = Callable[[], object]
 _CALLS_PER_READING_CUDA = 10
@@ -27,10 +25,11 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device, many: bool = False) -> None:
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         self._calls = _CALLS_PER_READING_CUDA if many and self._cuda else 1
         if self._cuda:
-            self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            with torch.cuda.device(device):
+                self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def read(self, call: Call) -> float:
         """Seconds of one call."""
@@ -38,13 +37,15 @@ class Stopwatch:
             start = time.perf_counter()
             call()
             return time.perf_counter() - start
-        torch.cuda.synchronize()
-        self._start.record()
+        torch.cuda.synchronize(self._device)
+        stream = torch.cuda.current_stream(self._device)
+        self._start.record(stream)
         for _ in range(self._calls):
             call()
-        self._end.record()
+        self._end.record(stream)
         self._end.synchronize()
-        return self._start.elapsed_time(self._end) / 1000 / self._calls
+        milliseconds: float = self._start.elapsed_time(self._end)
+        return milliseconds / 1000 / self._calls
 
 
 def interleaved_medians(
@@ -71,17 +72,3 @@ def interleaved_medians(
         for reading, call in zip(readings, calls, strict=True):
             reading.append(stopwatch.read(call))
     return [statistics.median(reading) for reading in readings]
-
-
-@contextlib.contextmanager
-def inference(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's mode is as before afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -1,16 +1,24 @@
 """Criteria: which channels matter. Importing this package registers all of them.
 
 criterion = create_criterion("discriminant", features="post")
-scores = score_groups(model, graph, batches, criterion)          # pruning/scoring.py
+scores = score_groups(model, graph, batches, criterion)          # pruning/criteria/scoring.py
 """
 
-from pruning.criteria.adapter import TorchPruningImportance
-from pruning.criteria.base import (
+from pruning.criteria.bn_scale import BNScale
+from pruning.criteria.combine import (
+    DEFAULT_NORMALISATION,
+    NORMALISATIONS,
+    Combined,
+    combine_scores,
+    normalise_scores,
+)
+from pruning.criteria.criterion import (
     FEATURE_CHOICES,
     Criterion,
     FeatureCriterion,
     GradientCriterion,
     GroupWeights,
+    NetworkCriterion,
     WeightCriterion,
     WeightMember,
     create_criterion,
@@ -18,22 +26,16 @@ from pruning.criteria.base import (
     criterion_names,
     register_criterion,
 )
-from pruning.criteria.bn_scale import BNScale
-from pruning.criteria.combine import (
-    DEFAULT_NORMALISATION,
-    NORMALISATIONS,
-    combine_scores,
-    normalise_scores,
-)
-from pruning.criteria.combined import Combined
 from pruning.criteria.discriminant import Discriminant, discriminant_scores
 from pruning.criteria.fisher import Fisher
 from pruning.criteria.fpgm import FPGM
 from pruning.criteria.hrank import HRank
 from pruning.criteria.magnitude import Magnitude, MagnitudeL2
-from pruning.criteria.random import Random
+from pruning.criteria.random_scores import Random
+from pruning.criteria.reconstruction import Reconstruction
 from pruning.criteria.saliency import Saliency
 from pruning.criteria.taylor import Taylor, Taylor2019
+from pruning.criteria.torch_pruning import TorchPruningImportance
 
 __all__ = [
     "DEFAULT_NORMALISATION",
@@ -51,7 +53,9 @@ __all__ = [
     "HRank",
     "Magnitude",
     "MagnitudeL2",
+    "NetworkCriterion",
     "Random",
+    "Reconstruction",
     "Saliency",
     "Taylor",
     "Taylor2019",

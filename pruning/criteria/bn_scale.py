@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pruning.criteria.base import GroupWeights, WeightCriterion, register_criterion
+from pruning.criteria.criterion import GroupWeights, WeightCriterion, register_criterion
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 

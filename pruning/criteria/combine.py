@@ -4,22 +4,28 @@ Combination, per group:      score = (1 − β) · a/‖a‖₂ + β · b/‖b�
 Normalisation, per group:    score ÷ scale, scale = mean, sum, max, L2 norm of the group's scores, or the MACs that one
 of its units saves.
 
-Why `mean` is the default for one ranking over all groups: it makes "as good as the average of its group" equal
-to 1 whatever the width, so wide and narrow groups shrink in proportion unless their scores are uneven. `sum` and `l2`
-give wide groups small scores and empty them first; `max` hangs on a single channel; `none` compares numbers
-with different units (DI, ranks and norms grow with the size of the map or filter); `macs` is the loss per
-MAC and fits scores that estimate a change of the loss (fisher, taylor).
+Why `mean` is the default for one ranking over all groups: it makes "as good as the average of its group" equal to 1
+whatever the width, so wide and narrow groups shrink in proportion unless their scores are uneven. `sum` and `l2` give
+wide groups small scores and empty them first. `max` depends on a single channel. `none` compares numbers of different
+units (DI, ranks and norms grow with the size of the map or filter). `macs` is the loss per MAC and fits scores that
+estimate a change of the loss (fisher, taylor).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-NORMALISATIONS = ("mean", "sum", "max", "l2", "macs", "none")
-DEFAULT_NORMALISATION = "mean"
+from image_classification.config import SettingError, check_choice, check_setting
+from pruning.criteria.criterion import Criterion
+
+Normalisation = Literal["mean", "sum", "max", "l2", "macs", "none"]
+NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
+DEFAULT_NORMALISATION: Normalisation = "mean"
+DEFAULT_WEIGHT = 0.5
 
 _SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda values: values.abs().mean(),
@@ -32,7 +38,7 @@ _SCALES: dict[str, Callable[[Tensor], Tensor]] = {
 def combine_scores(
     first: Mapping[int, Tensor], second: Mapping[int, Tensor], weight: float
 ) -> dict[int, Tensor]:
-    """Scores that hold both criteria.
+    """Scores by both criteria together.
 
     Args:
         first: Group index → (width,), a.
@@ -43,10 +49,9 @@ def combine_scores(
         The groups that both have scored. All-zero scores stay zero.
 
     Raises:
-        ValueError: β is not a share.
+        SettingError: β is not a share.
     """
-    if not 0 <= weight <= 1:
-        raise ValueError(f"the weight of the second criterion is {weight}: give a share between 0 and 1")
+    check_setting(0 <= weight <= 1, "weight", weight, "give a share between 0 and 1")
     return {
         index: (1 - weight) * _divided(scores, scores.norm())
         + weight * _divided(second[index], second[index].norm())
@@ -57,39 +62,58 @@ def combine_scores(
 
 def normalise_scores(
     scores: Mapping[int, Tensor],
-    method: str = DEFAULT_NORMALISATION,
+    normalisation: Normalisation = DEFAULT_NORMALISATION,
     macs_per_unit: Mapping[int, float] | None = None,
 ) -> dict[int, Tensor]:
     """Scores of all groups on one scale, so that one ranking can go over all of them.
 
     Args:
-        scores: Group index → (width,) ≥ 0. Scales are made of absolute values, as scores that say a removal would do
-            good (saliency after a rewrite) may be negative.
-        method: One of `NORMALISATIONS`.
-        macs_per_unit: For "macs": what removing one unit of a group saves. Where that is nothing, no score is low
-            enough.
+        scores: Group index → (width,). Scales are made of absolute values, since scores may be negative where a
+            removal would improve matters (saliency after a rewrite).
+        normalisation: One of `NORMALISATIONS`.
+        macs_per_unit: For "macs": what removing one unit of a group saves. Units that save nothing get infinite
+            scores, so that they stay.
 
     Returns:
         New tensors. All-zero scores stay zero.
 
     Raises:
-        ValueError: An unknown method, or "macs" without the savings.
+        SettingError: An unknown method, or "macs" without the savings.
     """
-    if method not in NORMALISATIONS:
-        raise ValueError(f"--score-normalisation {method!r}: choose from {', '.join(NORMALISATIONS)}")
-    if method == "macs":
-        if macs_per_unit is None:
-            raise ValueError("--score-normalisation macs needs the MACs that each group's units save")
-        return {
-            index: values / macs_per_unit[index]
-            if macs_per_unit[index] > 0
-            else torch.full_like(values, torch.inf)
-            for index, values in scores.items()
-        }
-    if method == "none":
+    check_choice("normalisation", normalisation, NORMALISATIONS)
+    if normalisation == "none":
         return {index: values.clone() for index, values in scores.items()}
-    return {index: _divided(values, _SCALES[method](values)) for index, values in scores.items()}
+    if normalisation == "macs":
+        if macs_per_unit is None:
+            raise SettingError("normalisation", "macs", "needs `macs_per_unit`, what each group's units save")
+        return {index: _per_saving(values, macs_per_unit[index]) for index, values in scores.items()}
+    return {index: _divided(values, _SCALES[normalisation](values)) for index, values in scores.items()}
+
+
+def _per_saving(values: Tensor, saving: float) -> Tensor:
+    return values / saving if saving > 0 else torch.full_like(values, torch.inf)
 
 
 def _divided(values: Tensor, scale: Tensor) -> Tensor:
     return values / scale if scale != 0 else values.clone()
+
+
+class Combined(Criterion):
+    """Two criteria with a weight; `score_groups` takes it like any other.
+
+    Args:
+        first: a.
+        second: b.
+        weight: β in [0, 1], the share of the second.
+
+    Raises:
+        SettingError: β is not a share.
+    """
+
+    def __init__(self, first: Criterion, second: Criterion, weight: float = DEFAULT_WEIGHT) -> None:
+        check_setting(0 <= weight <= 1, "weight", weight, "give a share between 0 and 1")
+        self.first, self.second, self.weight = first, second, weight
+
+    def combine(self, first: dict[int, Tensor], second: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Scores of both as one: group index → (width,), the groups that both have scored."""
+        return combine_scores(first, second, self.weight)

@@ -10,7 +10,7 @@ channels X̄_c (N × positions) centred over the batch, centred targets Ȳ and a
 How it is computed here, in two steps:
 
 1. Per layer, in one pass over the feature map: the products of every channel with itself, A_c = D_c D_cᵀ, where D
-   holds the differences to the first picture of the batch. That takes the mean out before anything is multiplied,
+   holds the differences to the first image of the batch. That takes the mean out before anything is multiplied,
    without a pass to find it; what is left of the mean is removed exactly from the small sum K (both sides
    centred in float64), and cannot enter the score because 1ᵀZ = 0.
    Half of A_c follows from symmetry; a quarter is left out at the price of two products instead of one.
@@ -27,19 +27,25 @@ the centred data.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from pruning.criteria.base import FeatureCriterion, register_criterion
+from image_classification.config import SettingError, check_choice, check_setting
+from image_classification.models import exact_float32
+from pruning.criteria.criterion import DEFAULT_FEATURES, FeatureCriterion, Features, register_criterion
+from pruning.criteria.pixel_classes import drawn_positions
+from pruning.task import class_map, kind_of_shape
 
 PUBLISHED_RIDGE = 0.1
-LAYOUTS = ("channels_first", "channels_last")
-PRECISIONS = ("auto", "float32", "float64")
+Layout = Literal["channels_first", "channels_last"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+Precision = Literal["auto", "float32", "float64"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+DEFAULT_PRECISION: Precision = "auto"
 
 _FULL_RATE_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 """Compute capabilities of GPUs that multiply float64 about as fast as float32."""
@@ -47,13 +53,13 @@ _FULL_RATE_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 _WORRYING_CONDITION = 30.0  # measured: by this bound float32 products are good to 1e-5 up to here
 
 # Differences of a block of channels stay in the cache between two operations: this much per thread.
-_CPU_BLOCK_BYTES = 4 << 20
+CPU_BLOCK_BYTES = 4 << 20
 _GPU_BLOCK_BYTES = 512 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerSummary:
-    """What is kept of a feature map of N pictures until its scores are due: products, or the differences D.
+    """What is kept of a feature map of N images until its scores are due: products, or the differences D.
 
     With h = ⌊N/2⌋, the symmetric D_c D_cᵀ of every channel is kept as two of its blocks:
 
@@ -84,11 +90,14 @@ class LayerSummary:
         return self.differences
 
     def kernel(self) -> Tensor:
-        """Σ_c D_c D_cᵀ over all N pictures, the first of which has zeros: (N, N) float64."""
+        """Σ_c D_c D_cᵀ over all N images, the first of which has zeros: (N, N) float64."""
         if self.left is None or self.corner is None:
             rows = self._differences.flatten(1).double()
             return torch.nn.functional.pad(rows @ rows.T, (1, 0, 1, 0))
-        left, corner = self.left.sum(0, dtype=torch.float64), self.corner.sum(0, dtype=torch.float64)
+        # [first half of the rows, second half] × [first half of the columns, second half]: `left` holds the first
+        # columns, the block above `corner` is its transposed lower half.
+        left = self.left.sum(0, dtype=torch.float64)
+        corner = self.corner.sum(0, dtype=torch.float64)
         half = left.shape[1]
         right = torch.cat([left[half:].T, corner])
         return torch.nn.functional.pad(torch.cat([left, right], dim=1), (1, 0, 1, 0))
@@ -98,6 +107,7 @@ class LayerSummary:
         if self.left is None or self.corner is None:
             wide = self._differences.double()
             return (wide * (weights @ wide.flatten(1)).view_as(wide)).sum((0, 2))
+        # The block that is not kept equals the transposed lower half of `left`, which therefore counts twice.
         half = self.left.shape[2]
         for_left = torch.cat([weights[:half, :half], 2 * weights[half:, :half]])
         return _dot(self.left, for_left) + _dot(self.corner, weights[half:, half:])
@@ -115,7 +125,7 @@ def discriminant_scores(
     targets: Tensor,
     *,
     ridge: float = PUBLISHED_RIDGE,
-    layout: str = "channels_first",
+    layout: Layout = "channels_first",
     precision: torch.dtype = torch.float64,
 ) -> Tensor:
     """DI scores of the channels of one feature map.
@@ -127,16 +137,15 @@ def discriminant_scores(
         ridge: ρ, more than 0.
         layout: One of `LAYOUTS`.
         precision: Type of the products over positions; everything N × N is float64 anyway. float32 is faster
-            and good to 1e-6, but not for batches with near-duplicate pictures.
+            and good to 1e-6, but not for batches with near-duplicate images.
 
     Returns:
-        (C,) float64, ≥ 0, on the features' device. Zeros for a single picture, which discriminates nothing.
+        (C,) float64, ≥ 0, on the features' device. Zeros for a single image, which discriminates nothing.
 
     Raises:
         ValueError: ρ is not positive, an unknown layout, or shapes that do not agree.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r}: choose from {', '.join(LAYOUTS)}")
+    check_choice("layout", layout, LAYOUTS)
     if layout == "channels_last":
         features = features.movedim(-1, 1)
     summary = summarise_layer(features, precision)
@@ -148,10 +157,10 @@ def target_products(targets: Tensor, num_samples: int) -> Tensor:
     """ȲȲᵀ, (N, N) float64, of class indices (N,) or of target vectors (N, L).
 
     Raises:
-        ValueError: The number of targets is not that of the pictures.
+        ValueError: The number of targets is not that of the images.
     """
     if len(targets) != num_samples or targets.dim() not in (1, 2):
-        raise ValueError(f"targets of shape {tuple(targets.shape)} do not fit {num_samples} pictures")
+        raise ValueError(f"targets of shape {tuple(targets.shape)} do not fit {num_samples} images")
     if targets.dim() == 1:
         return _centred((targets[:, None] == targets[None, :]).double())
     wide = targets.double()
@@ -172,23 +181,26 @@ def summarise_layer(features: Tensor, precision: torch.dtype = torch.float32) ->
     num_others, num_positions = len(maps) - 1, maps.shape[2]
     if num_others > 2 * num_positions or num_others < 1:
         return LayerSummary(differences=maps[1:].to(precision) - maps[:1].to(precision))
-    with full_float32_products():
+    with exact_float32():
         return _channel_products(maps, precision)
 
 
 def _channel_products(maps: Tensor, precision: torch.dtype) -> LayerSummary:
     """D_c D_cᵀ of every channel of (N, C, P), a block of channels at a time."""
     num_samples, num_channels, num_positions = maps.shape
+    half = num_samples // 2
     if maps.stride(2) != 1 and maps.device.type == "cpu":
         maps = _channel_major(maps)
-    by_channel = maps.transpose(0, 1)
+    by_channel = maps.transpose(0, 1)  # (C, N, P)
+
+    # As many channels at a time as fit into the cache (or a share of the GPU's memory).
     bytes_per_channel = num_samples * num_positions * precision.itemsize
-    limit = _block_bytes(maps.device)
-    per_block = min(num_channels, max(1, limit // bytes_per_channel))
+    per_block = min(num_channels, max(1, _block_bytes(maps.device) // bytes_per_channel))
     buffer = maps.new_empty(per_block, num_samples - 1, num_positions, dtype=precision)
-    half = num_samples // 2
     left = maps.new_empty(num_channels, num_samples - 1, half, dtype=precision)
     corner = maps.new_empty(num_channels, num_samples - 1 - half, num_samples - 1 - half, dtype=precision)
+
+    # D of every channel: its maps less that of the first image. Then the two blocks of D Dᵀ that are kept.
     for start in range(0, num_channels, per_block):
         block = by_channel[start : start + per_block]
         differences = buffer[: len(block)]
@@ -203,11 +215,11 @@ def _channel_products(maps: Tensor, precision: torch.dtype) -> LayerSummary:
 
 
 def _block_bytes(device: torch.device) -> int:
-    return _CPU_BLOCK_BYTES * torch.get_num_threads() if device.type == "cpu" else _GPU_BLOCK_BYTES
+    return CPU_BLOCK_BYTES * torch.get_num_threads() if device.type == "cpu" else _GPU_BLOCK_BYTES
 
 
 def _channel_major(maps: Tensor) -> Tensor:
-    """Contiguous copy of a channels-last (N, C, P); picture by picture, as torch has a fast 2-D transposition."""
+    """Contiguous copy of a channels-last (N, C, P); image by image, as torch has a fast 2-D transposition."""
     copy = torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
     for source, target in zip(maps, copy, strict=True):
         target.copy_(source)
@@ -231,15 +243,14 @@ def scores_of_layers(
     Raises:
         ValueError: ρ is not positive.
     """
-    if ridge <= 0:
-        raise ValueError(f"--di-ridge {ridge}: must be more than 0")
+    check_setting(ridge > 0, "ridge", ridge, "must be more than 0")
     if not summaries or len(target_gram) < 2:
         zeros = [
             torch.zeros(s.num_channels, dtype=torch.float64, device=target_gram.device) for s in summaries
         ]
         return zeros, torch.ones(len(summaries), dtype=torch.float64, device=target_gram.device)
     factors = _factorise(torch.stack([summary.kernel() for summary in summaries]), ridge)
-    weights = _solve(factors, target_gram)[:, 1:, 1:]  # the first picture's differences are zero
+    weights = _solve(factors, target_gram)[:, 1:, 1:]  # the first image's differences are zero
     scores = [2 * s.contract(w).clamp_min(0) for s, w in zip(summaries, weights, strict=True)]
     pivots = factors.diagonal(dim1=-2, dim2=-1)
     return scores, (pivots.amax(-1) / pivots.amin(-1)).square()
@@ -252,6 +263,7 @@ def _factorise(kernels: Tensor, ridge: float) -> Tensor:
     identity = torch.eye(num_samples, dtype=kernels.dtype, device=kernels.device)
     mean_eigenvalue = kernels.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     kernels = kernels + ridge * identity + mean_eigenvalue / num_samples
+    factors: Tensor
     factors, _ = torch.linalg.cholesky_ex(kernels)  # the checking form would wait for the host
     return factors
 
@@ -269,24 +281,24 @@ def _centred(matrix: Tensor) -> Tensor:
     return rows - rows.mean(-2, keepdim=True)
 
 
-@contextlib.contextmanager
-def full_float32_products() -> Iterator[None]:
-    """Matrix products of float32 in float32 also where the job allows TF32, and no autocast."""
-    products: Any = torch.backends.cuda.matmul
-    before = products.fp32_precision  # the newer of two settings, which must not be mixed
-    products.fp32_precision = "ieee"
-    try:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        products.fp32_precision = before
-
-
 def has_fast_float64(device: torch.device) -> bool:
     """Whether products in float64 cost about what float32 costs, or little beside a forward pass."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) in _FULL_RATE_FLOAT64
     return device.type == "cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelSummary:
+    """A feature map's drawn positions, with the products of their targets, (M, M) float64."""
+
+    layer: LayerSummary
+    target_gram: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        return self.layer.nbytes + self.target_gram.nbytes
 
 
 @register_criterion("discriminant")
@@ -297,7 +309,7 @@ class Discriminant(FeatureCriterion):
         features: "pre" is the published choice, "post" what the next layer sees.
         ridge: ρ.
         precision: Of the products over positions. float32 is good to 1e-6 on ordinary batches, but not when
-            pictures of a batch look nearly the same to a layer; float64 always is. "auto" takes float64 where it
+            images of a batch look nearly the same to a layer; float64 always is. "auto" takes float64 where it
             is cheap (CPUs, data-centre GPUs); elsewhere float32, and a batch passes again in float64 where a
             condition number says so (one wait for the device per batch).
     """
@@ -305,31 +317,60 @@ class Discriminant(FeatureCriterion):
     pending_bytes: ClassVar[int] = 256 << 20
 
     def __init__(
-        self, features: str = "post", ridge: float = PUBLISHED_RIDGE, precision: str = "auto"
+        self,
+        features: Features = DEFAULT_FEATURES,
+        ridge: float = PUBLISHED_RIDGE,
+        precision: Precision = DEFAULT_PRECISION,
     ) -> None:
         super().__init__(features)
-        if ridge <= 0:
-            raise ValueError(f"--di-ridge {ridge}: must be more than 0")
-        if precision not in PRECISIONS:
-            raise ValueError(f"--di-precision {precision!r}: choose from {', '.join(PRECISIONS)}")
+        check_setting(ridge > 0, "ridge", ridge, "must be more than 0")
+        check_choice("precision", precision, PRECISIONS)
         self.ridge = ridge
         self.precision = precision
         self._repeating = False
         self._conditions: list[Tensor] = []
         self._worst_condition = 0.0
 
+    def check_targets(self, targets: Any) -> None:
+        """Refuse what are no class targets."""
+        if kind_of_shape(targets) is not None:
+            return
+        given = "there are none"
+        if isinstance(targets, Tensor):
+            given = f"they are {targets.dtype} of shape {tuple(targets.shape)}"
+        elif targets is not None:
+            given = f"they are {type(targets).__name__}"
+        raise SettingError(
+            "criterion",
+            "discriminant",
+            "it accepts class targets: (N,) whole numbers, (N, L) soft or multi-hot, or a class per position, "
+            f"(N, H, W); {given} in this batch: take taylor, by the loss, or magnitude",
+        )
+
     def score(self, features: Tensor, targets: Tensor) -> Tensor:
         """Scores (C,) of one feature map (N, C, …)."""
         return self.finish([self.summarise(features, targets)], targets)[0]
 
-    def summarise(self, features: Tensor, targets: Tensor) -> LayerSummary:
+    def summarise(self, features: Tensor, targets: Tensor) -> LayerSummary | PixelSummary:
         """Products of the channels of one feature map."""
-        return summarise_layer(features, self._dtype(features.device))
+        precision = self._dtype(features.device)
+        classes = class_map(targets)
+        if classes is None:
+            return summarise_layer(features, precision)
+        vectors, labels = drawn_positions(features, classes)
+        return PixelSummary(summarise_layer(vectors, precision), target_products(labels, len(labels)))
 
-    def finish(self, summaries: Sequence[LayerSummary], targets: Tensor) -> list[Tensor]:
-        """Scores of several layers of one batch, from one batched factorisation."""
-        scores, conditions = scores_of_layers(summaries, target_products(targets, len(targets)), self.ridge)
-        if summaries and self._dtype(targets.device) == torch.float32:
+    def finish(self, summaries: Sequence[LayerSummary | PixelSummary], targets: Tensor) -> list[Tensor]:
+        """Scores of several layers of one batch, from one batched factorisation where they share their targets."""
+        whole = [summary for summary in summaries if isinstance(summary, LayerSummary)]
+        if len(whole) == len(summaries):
+            return self._scores(whole, target_products(targets, len(targets)))
+        by_position = [summary for summary in summaries if isinstance(summary, PixelSummary)]
+        return [self._scores([summary.layer], summary.target_gram)[0] for summary in by_position]
+
+    def _scores(self, summaries: Sequence[LayerSummary], target_gram: Tensor) -> list[Tensor]:
+        scores, conditions = scores_of_layers(summaries, target_gram, self.ridge)
+        if summaries and self._dtype(target_gram.device) == torch.float32:
             self._conditions.append(conditions.amax())
         return scores
 
@@ -357,6 +398,6 @@ class Discriminant(FeatureCriterion):
         if not worst:
             return []
         return [
-            "discriminant scores: pictures of a calibration batch look nearly the same to some layer (condition "
-            f"number above {worst:.0e}), so float32 scores may be off; use --di-precision auto or float64"
+            "discriminant scores: images of a calibration batch look nearly the same to some layer (condition "
+            f"number above {worst:.0e}), so float32 scores may be off; use precision='auto' or 'float64'"
         ]

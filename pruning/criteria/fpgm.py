@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pruning.criteria.base import GroupWeights, WeightCriterion, register_criterion
+from pruning.criteria.criterion import GroupWeights, WeightCriterion, register_criterion
 
 _BLOCK_COLUMNS = 4096  # of large fully connected layers only a part is widened to float64 at a time
 

@@ -1,8 +1,8 @@
 """Rank of feature maps: Lin et al., "HRank: filter pruning using high-rank feature map" (CVPR 2020).
 
-score_c = mean over pictures of rank(X_c), X_c the H × W map of channel c (the paper's eq. 8). The paper observes
-that the mean hardly depends on the pictures, so a few per batch are enough: that bounds the cost, which is one
-singular value decomposition per channel and picture.
+score_c = mean over images of rank(X_c), X_c the H × W map of channel c (the paper's eq. 8). The paper observes
+that the mean hardly depends on the images, so a few per batch are enough: that bounds the cost, which is one
+singular value decomposition per channel and image.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruning.criteria.base import FeatureCriterion, register_criterion
+from image_classification.config import check_setting
+from pruning.criteria.criterion import Average, FeatureCriterion, Features, register_criterion
 
 _BLOCK_ELEMENTS = 1 << 22
 
@@ -21,7 +22,7 @@ def mean_ranks(features: Tensor) -> Tensor:
     """Mean rank of each channel's maps.
 
     Args:
-        features: (N, C, H, W); other layouts (N, C, …) are taken as one row per picture, so rank 0 or 1.
+        features: (N, C, H, W); other layouts (N, C, …) are taken as one row per image, so rank 0 or 1.
 
     Returns:
         (C,) float64.
@@ -37,19 +38,18 @@ def mean_ranks(features: Tensor) -> Tensor:
 
 @register_criterion("hrank")
 class HRank(FeatureCriterion):
-    """Mean rank over the first pictures of every batch.
+    """Mean rank over the first images of every batch.
 
     Args:
         features: Published: "pre", though after batch norm and ReLU for some of the networks.
-        num_images: Pictures per batch.
+        num_images: Images per batch.
     """
 
-    average: ClassVar[str] = "batches"
+    average: ClassVar[Average] = "batches"
 
-    def __init__(self, features: str = "pre", num_images: int = 4) -> None:
+    def __init__(self, features: Features = "pre", num_images: int = 4) -> None:
         super().__init__(features)
-        if num_images < 1:
-            raise ValueError(f"hrank: num_images {num_images}: give at least 1")
+        check_setting(num_images >= 1, "num_images", num_images, "give at least 1")
         self.num_images = num_images
 
     def score(self, features: Tensor, targets: Tensor) -> Tensor:

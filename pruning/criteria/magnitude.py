@@ -6,17 +6,22 @@ way; over all members of a coupled group as in DepGraph (Fang et al., CVPR 2023)
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
-from pruning.criteria.base import GroupWeights, WeightCriterion, register_criterion
+from image_classification.config import check_choice, check_setting
+from pruning.criteria.criterion import GroupWeights, WeightCriterion, register_criterion
 
-MEMBER_CHOICES = ("out", "all")
+Members = Literal["out", "all"]
+MEMBERS: tuple[Members, ...] = get_args(Members)
 
 
 def powered_norms(rows: Tensor, power: int) -> Tensor:
     """Σ|w|^power over every row of (C, D): (C,) float64."""
-    return torch.linalg.vector_norm(rows, ord=power, dim=1, dtype=torch.float64) ** power
+    norms: Tensor = torch.linalg.vector_norm(rows, ord=power, dim=1, dtype=torch.float64)
+    return norms**power
 
 
 @register_criterion("magnitude")
@@ -28,18 +33,18 @@ class Magnitude(WeightCriterion):
         members: "out": weights that make the unit (filters), as published. "all": also those that read it.
     """
 
-    def __init__(self, power: int = 1, members: str = "out") -> None:
-        if power not in (1, 2):
-            raise ValueError(f"magnitude: power {power} is not offered; choose 1 (L1) or 2 (L2)")
-        if members not in MEMBER_CHOICES:
-            raise ValueError(f"magnitude: members {members!r}; choose from {', '.join(MEMBER_CHOICES)}")
+    def __init__(self, power: int = 1, members: Members = "out") -> None:
+        check_setting(power in (1, 2), "power", power, "choose 1 (L1) or 2 (L2)")
+        check_choice("members", members, MEMBERS)
         self.power = power
         self.members = members
 
     def score_group(self, group: GroupWeights) -> Tensor | None:
-        """Norms, (width,); None if the group has no weights of the kind asked for."""
+        """Norms, (width,); of whatever carries the units where no weight of the kind asked for does."""
         roles = ("out",) if self.members == "out" else ("out", "in")
         chosen = [m for m in group.members if m.role in roles and m.values.dim() > 1]
+        # Weights that are computed from parameters may have none that makes the units, only some that carry them.
+        chosen = chosen or [m for m in group.members if m.values.dim() > 1] or list(group.members)
         if not chosen:
             return None
         sums = [m.add_to_units(powered_norms(m.slices(), self.power), group.width) for m in chosen]
@@ -50,5 +55,5 @@ class Magnitude(WeightCriterion):
 class MagnitudeL2(Magnitude):
     """`Magnitude` with p = 2."""
 
-    def __init__(self, members: str = "out") -> None:
+    def __init__(self, members: Members = "out") -> None:
         super().__init__(power=2, members=members)

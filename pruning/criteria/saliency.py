@@ -1,6 +1,6 @@
 """Saliency: how far the network's explanation moves when a unit goes.
 
-φ(x; m) are the numbers that explain the network's decision on picture x (the centre and width of a selector's mask, a
+φ(x; m) are the numbers that explain the network's decision on image x (the centre and width of a selector's mask, a
 Grad-CAM map, …) with gates m on the units, φ° those of the original network. Saliency-matching pruning (Ganjdanesh et
 al., ECCV 2022) asks that ‖φ(x; m) − φ°(x)‖² stay small. With r = φ(x; 1) − φ° and J_c = ∂φ/∂m_c at m = 1, its
 Gauss–Newton model says what removing unit c alone does to it:
@@ -13,24 +13,28 @@ score below zero. `target="present"` leaves it out: how far φ moves from where 
 
 φ of K numbers takes K backward passes, which give every unit of every layer at once and exactly. Where K is more than
 `max_passes` (maps, masks), ‖J_c‖² = E_v (v·J_c)² with P random vectors v of ±1 (Hutchinson 1990): unbiased, with a
-standard deviation of at most √(2/P) of a picture's value, so √(2/(P·N)) of a mean over N alike pictures: 4 % for P = 4
-and 320 pictures. r·J_c then takes one more pass and is exact. The signs are a function of the picture, so ranks,
+standard deviation of at most √(2/P) of an image's value, so √(2/(P·N)) of a mean over N alike images: 4 % for P = 4
+and 320 images. r·J_c then takes one more pass and is exact. The signs are a function of the image, so ranks,
 batches and resumed runs draw alike.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from explainers.gated_features import gated_features
-from pruning.criteria.base import FeatureGate, GradientCriterion, register_criterion
-from pruning.original import OriginalExplanations, picture_keys
+from image_classification.config import check_choice, check_setting
+from pruning.criteria.criterion import GradientCriterion, register_criterion
+from pruning.criteria.explained import Explained, FeatureGate
+from pruning.task import Task, inputs_of
 
-TARGETS = ("original", "present")
+Target = Literal["original", "present"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+DEFAULT_PASSES = 4
+DEFAULT_TARGET: Target = "original"
 
 
 @register_criterion("saliency")
@@ -51,39 +55,37 @@ class Saliency(GradientCriterion):
     pieces: ClassVar[int] = 2
 
     def __init__(
-        self, originals: OriginalExplanations, max_passes: int = 4, target: str = "original"
+        self, originals: Explained, max_passes: int = DEFAULT_PASSES, target: Target = DEFAULT_TARGET
     ) -> None:
         super().__init__()
-        if max_passes < 1:
-            raise ValueError(f"--saliency-passes {max_passes}: at least 1 backward pass is needed")
-        if target not in TARGETS:
-            raise ValueError(f"--saliency-target {target!r}: choose from {', '.join(TARGETS)}")
+        check_setting(max_passes >= 1, "max_passes", max_passes, "at least 1 backward pass is needed")
+        check_choice("target", target, TARGETS)
         self.originals, self.max_passes, self.target = originals, max_passes, target
         self._residual: Tensor | None = None
         self._num_probes: int | None = None
 
     def watched(self) -> tuple[str, ...]:
         """The feature maps that the explanation reads."""
-        return self.originals.present.taps
+        return self.originals.taps
 
     def gated_objectives(
-        self, model: nn.Module, images: Tensor, targets: Tensor, gate: FeatureGate
+        self, model: nn.Module, batch: Any, task: Task, gate: FeatureGate
     ) -> tuple[Tensor, ...]:
-        """Sums over the pictures of φ's numbers, or of random projections of them; then of r·φ where it is needed."""
+        """Sums over the images of φ's numbers, or of random projections of them; then of r·φ where it is needed."""
+        images = inputs_of(batch)
         classes, original = self.originals.lookup(images)
-        with gated_features(gate):
-            phi = self.originals.present(model, images, classes).float()
+        phi = self.originals.gated(model, images, classes, gate).float()
         self._residual = (phi.detach() - original) if self.target == "original" else None
         if phi.shape[1] <= self.max_passes:
             self._num_probes = None
             return tuple(phi.sum(0).unbind())
         self._num_probes = self.max_passes
-        signs = random_signs(picture_keys(images), self.max_passes, phi.shape[1]).to(phi.device)
+        signs = random_signs(self.originals.keys(images), self.max_passes, phi.shape[1]).to(phi.device)
         objectives = (signs * phi).sum((1, 2)).unbind()
         return objectives if self._residual is None else (*objectives, (self._residual * phi).sum())
 
     def reduce(self, gate_gradients: Tensor) -> Tensor:
-        """(K, N, U) → (U,), summed over pictures."""
+        """(K, N, U) → (U,), summed over images."""
         curvatures = gate_gradients[: self._num_probes].square().sum((0, 1)) / (self._num_probes or 1)
         if self._residual is None:
             return curvatures
@@ -95,7 +97,7 @@ class Saliency(GradientCriterion):
 
 
 def random_signs(keys: list[int], num_probes: int, size: int) -> Tensor:
-    """(P, N, K) float32 of ±1, drawn for each picture from its own number."""
+    """(P, N, K) float32 of ±1, drawn for each image from its own number."""
     drawn = []
     for key in keys:
         generator = np.random.Generator(np.random.Philox(key=key % 2**64))

@@ -1,12 +1,12 @@
 """First-order Taylor criteria: how far the loss moves, to first order, when a unit goes.
 
-With a gate m on a feature map a and g = ∂ℓ/∂a, the derivative of one picture's loss by the gate is Σ g·a over
+With a gate m on a feature map a and g = ∂ℓ/∂a, the derivative of one image's loss by the gate is Σ g·a over
 positions (and over the members of a coupled group, whose gates are one).
 
     taylor        Molchanov et al., "Pruning convolutional neural networks for resource efficient inference" (ICLR
-                  2017), eq. 7–8:                   score_c = mean over pictures of |Σ g_c·a_c|
+                  2017), eq. 7–8:                   score_c = mean over images of |Σ g_c·a_c|
     taylor-2019   Molchanov et al., "Importance estimation for neural network pruning" (CVPR 2019), eq. 8 with
-                  gates (their eq. 10):             score_c = mean over batches of (mean over pictures of Σ g_c·a_c)²
+                  gates (their eq. 10):             score_c = mean over batches of (mean over images of Σ g_c·a_c)²
 
 Note: the 2017 paper divides by the number of positions and by the layer's L2 norm. The first is constant
 within a layer and makes layers incomparable in a change of the loss, so it is left out; the second is
@@ -20,7 +20,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pruning.criteria.base import GradientCriterion, register_criterion
+from pruning.criteria.criterion import Average, GradientCriterion, register_criterion
 
 
 @register_criterion("taylor")
@@ -28,7 +28,7 @@ class Taylor(GradientCriterion):
     """Mean absolute first-order change of the loss."""
 
     def reduce(self, gate_gradients: Tensor) -> Tensor:
-        """(K, N, U) → (U,), summed over pictures."""
+        """(K, N, U) → (U,), summed over images."""
         return gate_gradients.abs().sum((0, 1))
 
 
@@ -36,7 +36,7 @@ class Taylor(GradientCriterion):
 class Taylor2019(GradientCriterion):
     """Squared first-order change of a batch's mean loss."""
 
-    average: ClassVar[str] = "batches"
+    average: ClassVar[Average] = "batches"
 
     def reduce(self, gate_gradients: Tensor) -> Tensor:
         """(K, N, U) → (U,) of one batch."""

@@ -17,6 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from pruning.report import Plain
 from pruning.report.trajectory import Trajectory
 
 #: Stand-in colour → CSS variable of the page.
@@ -108,9 +109,15 @@ def _mark_stages(panels: Sequence[Axes], course: Trajectory, width: float) -> No
         if last - first < 0.13 * end and width < 6:
             continue  # no room for its name
         panels[0].annotate(
-            kind, ((first + last) / 2, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 17),
-            textcoords="offset points", ha="center", fontsize=8.5, color=MUTED,
-        )  # fmt: skip
+            kind,
+            ((first + last) / 2, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 17),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8.5,
+            color=MUTED,
+        )
 
 
 def _accuracy(axes: Axes, course: Trajectory, _targets: Mapping[str, float]) -> None:
@@ -153,7 +160,7 @@ def _legend(axes: Axes) -> None:
     )
 
 
-def widths(rows: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
+def widths(rows: Sequence[Plain]) -> dict[str, str] | None:
     """Channels of every layer: pale what was there, dark what is left."""
     if not rows:
         return None
@@ -169,9 +176,14 @@ def widths(rows: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
         axes.set_yticks(places, shown, fontsize=7.5 if width > 6 else 7)
         for place, was, now in zip(places, before, after, strict=True):
             axes.annotate(
-                f"{now} of {was}" if now != was else f"{was}", (was, float(place)), xytext=(3, 0),
-                textcoords="offset points", va="center", fontsize=6.8, color=MUTED,
-            )  # fmt: skip
+                f"{now} of {was}" if now != was else f"{was}",
+                (was, float(place)),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=6.8,
+                color=MUTED,
+            )
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlim(0, max(before) * (1.1 if width > 6 else 1.3))
         axes.grid(visible=True, axis="x")
@@ -209,9 +221,15 @@ def scores(values: np.ndarray, groups: Sequence[str], numbers: Sequence[int]) ->
 
 
 def _table_chart(
-    name: str, values: np.ndarray, groups: Sequence[str], numbers: Sequence[int], label: str,
-    limits: tuple[float, float], *, logarithmic: bool = False,
-) -> dict[str, str] | None:  # fmt: skip
+    name: str,
+    values: np.ndarray,
+    groups: Sequence[str],
+    numbers: Sequence[int],
+    label: str,
+    limits: tuple[float, float],
+    *,
+    logarithmic: bool = False,
+) -> dict[str, str] | None:
     if values.size == 0:
         return None
 
@@ -219,7 +237,7 @@ def _table_chart(
         figure = Figure(figsize=(width, 0.95 + 0.2 * len(groups)), layout="constrained")
         axes = figure.subplots()
         low, high = limits if limits[1] > limits[0] else (limits[0] - 0.5, limits[1] + 0.5)
-        picture = axes.imshow(
+        image = axes.imshow(
             values, aspect="auto", interpolation="nearest", cmap=_COLOURS, vmin=low, vmax=high
         )
         names = [_shortened(group, 30 if width > 6 else 17) for group in groups]
@@ -230,9 +248,7 @@ def _table_chart(
         axes.set_xlabel("rewrite")
         axes.grid(visible=False)
         axes.tick_params(length=0)
-        bar = figure.colorbar(
-            picture, ax=axes, orientation="horizontal", location="top", aspect=40, shrink=0.7
-        )
+        bar = figure.colorbar(image, ax=axes, orientation="horizontal", location="top", aspect=40, shrink=0.7)
         bar.set_label(label)
         bar.outline.set_visible(False)
         if logarithmic:

@@ -9,20 +9,21 @@ import dataclasses
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from explainers.record import UnsupportedOperatorError
+from explainers.attribution.record import UnsupportedOperatorError
 from image_classification.config import check
-from image_classification.environment import describe_environment
-from image_classification.models import arch_info, identity_of
+from image_classification.models import arch_info, identity_of, input_of
+from image_classification.observe.environment import describe_environment
+from pruning.costs.budget import DEFAULT_SHARE
+from pruning.report import Plain
 from pruning.report.lineage import Lineage, Stage, find_lineage
-from pruning.report.measure import Pictures, accuracy_of, explain, open_pictures
+from pruning.report.measure import EvaluationImages, accuracy_of, explain, open_images
 from pruning.report.networks import (
-    COSTS,
     Network,
+    cost_rows,
     costs_of,
     layer_widths,
     load_network,
@@ -44,7 +45,7 @@ class Settings:
         data: Takes the place of the run's data.
         skip: Some of `PARTS`, which then are not measured.
         methods: Attribution methods.
-        num_pictures: Pictures that explanations are compared on.
+        num_images: Images that explanations are compared on.
         batch_sizes, num_batches: Of the speed measurement.
         device: Where to compute.
     """
@@ -53,7 +54,7 @@ class Settings:
     data: str | None = None
     skip: Sequence[str] = ()
     methods: Sequence[str] = ("gradcam",)
-    num_pictures: int = 200
+    num_images: int = 200
     batch_sizes: Sequence[int] = (1, 32)
     num_batches: int = 30
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
@@ -66,12 +67,12 @@ class Content:
     Attributes:
         plain: JSON-able data.
         course: Figures over iterations.
-        gallery: Pictures as data URIs, which the JSON leaves out.
+        gallery: Images as data URIs, which the JSON leaves out.
     """
 
-    plain: dict[str, Any]
+    plain: Plain
     course: Trajectory
-    gallery: list[dict[str, Any]]
+    gallery: list[Plain]
 
 
 def collect(run: Path, settings: Settings) -> Content:
@@ -97,25 +98,26 @@ def collect(run: Path, settings: Settings) -> Content:
     course = trajectory_of(lineage.stages)
     if not any(stage.entries for stage in lineage.stages):
         missing.append("course of training: the run wrote no report (--raport-file '')")
-    plain: dict[str, Any] = {
+    plain: Plain = {
         "run": str(run),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "stages": [_stage(stage) for stage in lineage.stages],
-        "budget": _budget(lineage),
+        "budget": budget_table(lineage),
         "widths": [],
         "trajectory": dataclasses.asdict(course),
         "rewrites": _rewrites(lineage, course),
+        "criterion": criteria_of(lineage),
         "environment": describe_environment(settings.device),
         "config": final.config,
     }
-    pictures = _pictures(final, settings, missing)
-    size = _image_size(final, pictures, pruned)
+    images = _images(final, settings, pruned, missing)
+    size = _image_size(final, images, pruned)
     plain["costs"] = _costs(original, pruned, size)
     plain["image_size"] = size
     if original is not None:
         plain["widths"] = layer_widths(original.model, pruned.model)
-    plain["accuracy"] = _accuracy(lineage, original, pictures, settings, missing)
-    gallery = _explanations(plain, original, pruned, pictures, settings, missing)
+    plain["accuracy"] = _accuracy(lineage, original, images, settings, missing)
+    gallery = _explanations(plain, original, pruned, images, settings, missing)
     plain["speed"] = _speed(original, pruned, size, final, settings, missing)
     plain["missing"] = missing
     return Content(plain, course, gallery)
@@ -149,7 +151,7 @@ def _original(lineage: Lineage, pruned: Network, settings: Settings, missing: li
     return fresh
 
 
-def _stage(stage: Stage) -> dict[str, Any]:
+def _stage(stage: Stage) -> Plain:
     started = [line["time"] for line in stage.invocations]
     return {
         "kind": stage.kind,
@@ -176,8 +178,13 @@ def _seconds(stage: Stage) -> float | None:
     return sum(seconds.values()) if seconds else None
 
 
-def _budget(lineage: Lineage) -> list[dict[str, Any]]:
-    """Metric, share that was asked for, share that was reached."""
+def budget_table(lineage: Lineage) -> list[Plain]:
+    """What the stages were to reach, and did.
+
+    Returns:
+        Rows of `metric`, and of the shares of the original cost that were `asked` for and `reached`, over all stages
+        that pruned.
+    """
     records = [record for stage in lineage.stages for record in stage.rewrites]
     pruning = [stage for stage in lineage.stages if stage.rewrites]
     if not records:
@@ -187,7 +194,7 @@ def _budget(lineage: Lineage) -> list[dict[str, Any]]:
         if stage.config.get("prune_rate"):
             continue  # its rates say which channels go; no cost was asked for
         share = stage.config.get("one_shot_pruning")
-        words = stage.config.get("budget") or [f"macs={1 - share if share is not None else 0.5}"]
+        words = stage.config.get("budget") or [f"macs={DEFAULT_SHARE if share is None else 1 - share}"]
         for word in words:
             metric, _, amount = str(word).partition("=")
             asked[metric] = asked.get(metric, 1.0) * float(amount)
@@ -201,9 +208,30 @@ def _budget(lineage: Lineage) -> list[dict[str, Any]]:
     return rows
 
 
-def _rewrites(lineage: Lineage, course: Trajectory) -> list[dict[str, Any]]:
+def criteria_of(lineage: Lineage) -> str | None:
+    """What chose the channels in the stages that removed some; None where none did."""
+    names = [
+        "learned gates"
+        if stage.config.get("pruning_method") == "learned"
+        else str(stage.config.get("pruning_criterion", "a criterion that the run does not name"))
+        for stage in lineage.stages
+        if stage.rewrites
+    ]
+    return ", then ".join(dict.fromkeys(names)) or None
+
+
+def _epochs_until(lineage: Lineage, stage: Stage | None) -> int | None:
+    """Epochs of training that a network has had when a stage ended, over all stages; None where one does not say."""
+    if stage is None:
+        return None
+    stages = lineage.stages[: lineage.stages.index(stage) + 1]
+    epochs = [each.progress.get("epoch") for each in stages]
+    return None if None in epochs or stages[0].start is not None else sum(each or 0 for each in epochs)
+
+
+def _rewrites(lineage: Lineage, course: Trajectory) -> list[Plain]:
     """Records of all stages with the iteration on the common axis."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Plain] = []
     for stage, (_, offset, _) in zip(lineage.stages, course.stages, strict=True):
         for record in stage.rewrites:
             kept = {key: record[key] for key in ("widths", "costs", "loss", "scores", "seconds")}
@@ -211,7 +239,7 @@ def _rewrites(lineage: Lineage, course: Trajectory) -> list[dict[str, Any]]:
     return rows
 
 
-def width_table(rewrites: Sequence[dict[str, Any]]) -> tuple[list[str], np.ndarray]:
+def width_table(rewrites: Sequence[Plain]) -> tuple[list[str], np.ndarray]:
     """Groups that gave way, in order of their first loss, and their shares (groups, rewrites) after each rewrite."""
     groups = list(dict.fromkeys(name for record in rewrites for name in record["widths"]))
     shares = np.ones((len(groups), len(rewrites)))
@@ -227,7 +255,7 @@ def width_table(rewrites: Sequence[dict[str, Any]]) -> tuple[list[str], np.ndarr
     return groups, shares
 
 
-def score_table(rewrites: Sequence[dict[str, Any]], course: Trajectory) -> tuple[list[str], np.ndarray]:
+def score_table(rewrites: Sequence[Plain], course: Trajectory) -> tuple[list[str], np.ndarray]:
     """All scored groups and their median scores (groups, rewrites)."""
     groups = list(course.scores)
     column = {record["iteration"]: number for number, record in enumerate(rewrites)}
@@ -239,26 +267,26 @@ def score_table(rewrites: Sequence[dict[str, Any]], course: Trajectory) -> tuple
     return groups, values
 
 
-def _pictures(final: Stage, settings: Settings, missing: list[str]) -> Pictures | None:
+def _images(final: Stage, settings: Settings, pruned: Network, missing: list[str]) -> EvaluationImages | None:
     if final.config.get("data_backend") in ("synthetic", "syntetic") and settings.data is None:
-        missing.append("explanations: the run had synthetic data; --data DATA gives real pictures")
+        missing.append("explanations: the run had synthetic data; --data DATA gives real images")
         return None
     try:
-        return open_pictures(final.config, settings.device, settings.data)
+        return open_images(final.config, settings.device, settings.data, input_of(pruned.model))
     except (OSError, ValueError) as error:
         missing.append(f"explanations, and accuracy that was not logged: the data cannot be opened ({error})")
         return None
 
 
-def _image_size(final: Stage, pictures: Pictures | None, pruned: Network) -> int:
-    if pictures is not None:
-        return pictures.preset.image_size
+def _image_size(final: Stage, images: EvaluationImages | None, pruned: Network) -> int:
+    if images is not None:
+        return images.preset.image_size
     identity = identity_of(pruned.model)
     arch = final.config.get("arch") or (identity.arch if identity is not None else "")
     return final.config.get("image_size") or arch_info(arch).image_size
 
 
-def _costs(original: Network | None, pruned: Network, size: int) -> list[dict[str, Any]]:
+def _costs(original: Network | None, pruned: Network, size: int) -> list[Plain]:
     after = costs_of(pruned.model, size)
     before = None if original is None else costs_of(original.model, size)
     return [
@@ -270,17 +298,17 @@ def _costs(original: Network | None, pruned: Network, size: int) -> list[dict[st
             "before": None if before is None else before[metric],
             "after": after[metric],
         }
-        for metric, (name, unit, divisor) in COSTS.items()
+        for metric, (name, unit, divisor) in cost_rows().items()
     ]
 
 
 def _accuracy(
     lineage: Lineage,
     original: Network | None,
-    pictures: Pictures | None,
+    images: EvaluationImages | None,
     settings: Settings,
     missing: list[str],
-) -> list[dict[str, Any]]:
+) -> list[Plain]:
     """Figures before pruning, after it and after fine-tuning, from the logs or measured now."""
     first = lineage.first_pruning()
     wanted: list[tuple[str, Stage | None, Path | None]] = []
@@ -301,16 +329,29 @@ def _accuracy(
     rows = []
     for name, origin, path in wanted:
         logged = _logged(origin, path, lineage.last)
+        epochs = _epochs_until(lineage, origin)
         if logged is not None:
-            rows.append({"when": name, "source": "logged by the run", **logged})
-        elif path is not None and pictures is not None and "accuracy" not in settings.skip:
+            rows.append({"when": name, "epochs": epochs, "source": "logged by the run", **logged})
+        elif path is not None and images is not None and "accuracy" not in settings.skip:
             network = load_network(name, path, lineage.last.config.get("arch"))
-            rows.append(
-                {"when": name, "source": "measured for this report", **accuracy_of(network, pictures)}
-            )
+            figures = accuracy_of(network, images)
+            rows.append({"when": name, "epochs": epochs, "source": "measured for this report", **figures})
         else:
             missing.append(f"accuracy {name}: it was not logged and was not measured")
+    if len(rows) > 1 and rows[0]["when"] == "before pruning":
+        missing.append(_no_control(rows[0]["epochs"], rows[-1]["epochs"]))
     return rows
+
+
+def _no_control(before: object, after: object) -> str:
+    """What the first and the last accuracy cannot tell: what the unpruned network would have learned meanwhile."""
+    trained = "longer"
+    if isinstance(before, int) and isinstance(after, int):
+        trained = f"{after - before} epochs longer"
+    return (
+        f"what pruning costs: the last network was trained {trained} than the one before pruning, and no unpruned one "
+        "was trained as long; --original FILE compares with such a network"
+    )
 
 
 def _logged(stage: Stage | None, path: Path | None, final: Stage) -> dict[str, float] | None:
@@ -327,23 +368,25 @@ def _logged(stage: Stage | None, path: Path | None, final: Stage) -> dict[str, f
 
 
 def _explanations(
-    plain: dict[str, Any], original: Network | None, pruned: Network, pictures: Pictures | None,
-    settings: Settings, missing: list[str],
-) -> list[dict[str, Any]]:  # fmt: skip
+    plain: Plain,
+    original: Network | None,
+    pruned: Network,
+    images: EvaluationImages | None,
+    settings: Settings,
+    missing: list[str],
+) -> list[Plain]:
     plain["explanations"] = None
     if "explanations" in settings.skip:
         missing.append("explanations: left out as asked (--skip explanations)")
         return []
-    if original is None or original.weights is None or pictures is None:
+    if original is None or original.weights is None or images is None:
         return []
     try:
-        found = explain(
-            original, pruned, pictures, methods=settings.methods, num_pictures=settings.num_pictures
-        )
+        found = explain(original, pruned, images, methods=settings.methods, num_images=settings.num_images)
     except UnsupportedOperatorError as error:
         missing.append(f"explanations: {error}; --method chooses another")
         return []
-    gallery = found.pop("gallery")
+    gallery: list[Plain] = found.pop("gallery")
     if "localization" not in found:
         missing.append("point accuracy and AUC: the data has neither masks nor boxes")
     plain["explanations"] = found
@@ -352,12 +395,15 @@ def _explanations(
 
 def _speed(
     original: Network | None, pruned: Network, size: int, final: Stage, settings: Settings, missing: list[str]
-) -> list[dict[str, Any]]:
+) -> list[Plain]:
     if "speed" in settings.skip:
         missing.append("speed: left out as asked (--skip speed)")
         return []
     return compare_speed(
-        [network for network in (original, pruned) if network is not None], size, settings.device,
-        batch_sizes=settings.batch_sizes, num_batches=settings.num_batches,
+        [network for network in (original, pruned) if network is not None],
+        size,
+        settings.device,
+        batch_sizes=settings.batch_sizes,
+        num_batches=settings.num_batches,
         memory_format=final.config.get("memory_format", "nchw"),
-    )  # fmt: skip
+    )

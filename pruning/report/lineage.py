@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from image_classification.checkpoint import BEST_FILENAME
+from image_classification.checkpoint_format import is_ours
 from image_classification.config import check
 from image_classification.models import read_safely
-from image_classification.provenance import read_invocations
-from image_classification.report import read_report
+from image_classification.observe.json_report import read_report
+from image_classification.observe.provenance import read_invocations
+from image_classification.yaml_reading import read_yaml_mapping
+from pruning.report import Plain
 
 CONFIG = "config.yaml"
 
@@ -35,17 +36,17 @@ class Stage:
         invocations: How it was started, and on what.
         checkpoint: Its latest checkpoint, None if there is none.
         progress: `epoch`, `iteration`, `steps_per_epoch` of that checkpoint.
-        rewrites: Records of its rewrites, as `pruning.record.RewriteRecord`, oldest first.
+        rewrites: Records of its rewrites, as `pruning.rewrites.rewrite_record.RewriteRecord`, oldest first.
     """
 
     workspace: Path
     kind: str
-    config: dict[str, Any]
-    entries: list[dict[str, Any]]
-    invocations: list[dict[str, Any]]
+    config: Plain
+    entries: list[Plain]
+    invocations: list[Plain]
     checkpoint: Path | None
     progress: dict[str, int]
-    rewrites: list[dict[str, Any]]
+    rewrites: list[Plain]
 
     @property
     def start(self) -> str | None:
@@ -55,10 +56,9 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Lineage:
-    """The stages of a result, oldest first, and the file that the first one started from."""
+    """The stages of a result, oldest first."""
 
     stages: tuple[Stage, ...]
-    foreign_start: Path | None
 
     @property
     def last(self) -> Stage:
@@ -88,16 +88,15 @@ def find_lineage(run: Path) -> Lineage:
         ConfigError: A folder holds several results; they are named.
     """
     workspace = run if (run / CONFIG).is_file() else _last_of(run)
-    stages, foreign = [read_stage(workspace)], None
+    stages = [read_stage(workspace)]
     while stages[0].start is not None:
         weights = find_weights(stages[0])
         known = {stage.workspace.resolve() for stage in stages}
         if weights is None or not (weights.parent / CONFIG).is_file() or weights.parent.resolve() in known:
-            foreign = weights
             break
         stages.insert(0, read_stage(weights.parent))
     named = [dataclasses.replace(stage, kind=_kind(stages, index)) for index, stage in enumerate(stages)]
-    return Lineage(tuple(named), foreign)
+    return Lineage(tuple(named))
 
 
 def _kind(stages: Sequence[Stage], index: int) -> str:
@@ -123,22 +122,40 @@ def _last_of(folder: Path) -> Path:
 
 def read_stage(workspace: Path) -> Stage:
     """What a workspace holds. Its kind is settled by `find_lineage`, which knows the stages before it."""
-    config = yaml.safe_load((workspace / CONFIG).read_text(encoding="utf-8")) or {}
+    config: Plain = {str(key): value for key, value in read_yaml_mapping(workspace / CONFIG, "RUN").items()}
+    check(
+        isinstance(config.get("data"), str) and isinstance(config.get("arch"), str),
+        f"RUN {workspace}: its {CONFIG} is not that of a run (it names no data, or no arch): give the --workspace of a "
+        "run of main.py",
+    )
     report = config.get("raport_file")
     entries = read_report(workspace / report) if report and (workspace / report).is_file() else []
     names = (config.get("checkpoint_filename", "checkpoint.pth.tar"), BEST_FILENAME)
     checkpoint = next((workspace / name for name in names if (workspace / name).is_file()), None)
-    payload: Mapping[str, Any] = {} if checkpoint is None else read_safely(checkpoint)
-    progress = {key: payload[key] for key in ("epoch", "iteration", "steps_per_epoch") if key in payload}
+    content = None if checkpoint is None else read_safely(checkpoint)
+    check(
+        checkpoint is None or is_ours(content),
+        f"RUN {workspace}: {checkpoint} is no checkpoint of a run: take its own file back, or delete it",
+    )
+    payload: Plain = dict(content) if is_ours(content) else {}
+    progress: dict[str, int] = {
+        key: payload[key] for key in ("epoch", "iteration", "steps_per_epoch") if key in payload
+    }
     return Stage(
-        workspace, "training", config, entries, read_invocations(workspace), checkpoint, progress,
-        _rewrites(payload.get("callbacks") or {}),
-    )  # fmt: skip
+        workspace,
+        "training",
+        config,
+        entries,
+        read_invocations(workspace),
+        checkpoint,
+        progress,
+        rewrites_of(payload.get("callbacks") or {}),
+    )
 
 
-def _rewrites(callbacks: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Records of rewrites, whichever callback of the run made them, as plain JSON data."""
-    records: list[dict[str, Any]] = []
+def rewrites_of(callbacks: Plain) -> list[Plain]:
+    """Records of rewrites in a checkpoint's `callbacks`, whichever of them made them, as plain JSON data."""
+    records: list[Plain] = []
     for state in callbacks.values():
         if not isinstance(state, Mapping):
             continue
@@ -149,7 +166,7 @@ def _rewrites(callbacks: Mapping[str, Any]) -> list[dict[str, Any]]:
     return sorted(json.loads(json.dumps(records)), key=lambda record: record["iteration"])
 
 
-def _of_learned_gates(record: Mapping[str, Any]) -> dict[str, Any]:
+def _of_learned_gates(record: Mapping[str, Any]) -> Plain:
     """The one rewrite of learned gates, which happens before training and has no scores."""
     return {
         "iteration": 0,

@@ -10,33 +10,36 @@ import dataclasses
 import io
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from explainers.base import Prepared, create_method
-from explainers.evaluate import localize
-from explainers.movement import rank_correlation, structural_similarity
-from explainers.plots import overlay, to_picture
+from explainers.attribution.method import Prepared, create_method
+from explainers.measures.evaluate import localize
+from explainers.measures.movement import rank_correlation, structural_similarity
+from explainers.plots import overlay, to_image
+from image_classification.data.backends import AUTO, choose_backend
 from image_classification.data.build import DataConfig, Placement, evaluation_loader
 from image_classification.data.dataset import Dataset, Preset
 from image_classification.data.layouts import open_dataset
 from image_classification.data.loader import Batch, PlannedLoader
 from image_classification.distributed import Distributed
 from image_classification.evaluation import Evaluator
-from image_classification.log import LogConfig, Logger
 from image_classification.models import main_and_auxiliary_logits
+from image_classification.network_input import NetworkInput
+from image_classification.observe.log import LogConfig, Logger
 from image_classification.precision import Precision, PrecisionConfig
+from pruning.report import Plain
 from pruning.report.networks import Network
 
 _SIDE = 144
+_NUM_SHOWN = 8  # images in the gallery
 _FIGURES = ("point", "auc", "energy")
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
+class EvaluationImages:
     """The validation split of a run, as its networks get it.
 
     Attributes:
@@ -51,11 +54,19 @@ class Pictures:
     preset: Preset
     device: torch.device
 
-    def loader(self, count: int | None = None, *, annotated: bool = False) -> PlannedLoader:
-        """The split, or `count` pictures that are drawn from it once and for all."""
-        manifest = self.dataset.val
+    def loader(
+        self, count: int | None = None, *, annotated: bool = False, training: bool = False
+    ) -> PlannedLoader:
+        """The split, or `count` images that are drawn from it, the same ones every time.
+
+        Args:
+            count: How many; None: all.
+            annotated: With masks, or else boxes, where there are any.
+            training: Of the training images, read as in evaluation.
+        """
+        manifest = self.dataset.train if training else self.dataset.val
         if count is not None and count < len(manifest):
-            # Regular steps would meet the same class again and again where classes take turns.
+            # Not every n-th image: where classes take turns, those would all be of one class.
             chosen = np.random.default_rng(0).permutation(len(manifest))[:count]
             manifest = manifest.subset(np.sort(chosen))
         return evaluation_loader(
@@ -69,48 +80,55 @@ class Pictures:
 
     @property
     def has_masks(self) -> bool:
-        """Whether every picture has a pixel mask."""
+        """Whether every image has a pixel mask."""
         paths = self.dataset.val.targets.mask_paths
         return paths is not None and all(paths)
 
     @property
     def has_boxes(self) -> bool:
-        """Whether pictures have boxes."""
+        """Whether images have boxes."""
         return self.dataset.val.targets.boxes is not None
 
 
-def open_pictures(settings: dict[str, Any], device: torch.device, data: str | None = None) -> Pictures:
+def open_images(
+    settings: Plain, device: torch.device, data: str | None = None, images: NetworkInput | None = None
+) -> EvaluationImages:
     """The validation data of a run.
 
     Args:
         settings: Its resolved configuration.
-        device: Where pictures go.
+        device: Where images go.
         data: Takes the place of the run's data, which may have moved.
+        images: What its network was trained for, where no flag says otherwise.
 
     Raises:
         ConfigError, OSError, ValueError: It cannot be opened.
     """
     known = {field.name for field in dataclasses.fields(DataConfig)}
     values = {name: value for name, value in settings.items() if name in known}
-    values |= {"calibration_size": 0, "data": data or settings["data"]}
-    if values.get("data_backend") in ("dali-gpu", "synthetic", "syntetic") and device.type == "cpu":
-        values["data_backend"] = "auto"
-    config = DataConfig(**values)
-    dataset = open_dataset(config.data, multi_label=bool(settings.get("multi_label")))
-    return Pictures(config, dataset, config.resolved_preset(dataset.preset), device)
+    config = DataConfig(**{**values, "calibration_size": 0, "data": data or settings["data"]})
+    backend = choose_backend(config.data_backend, device)
+    if not backend.needs_dataset or backend.problem(device) is not None:
+        config.data_backend = AUTO
+    dataset = open_dataset(
+        config.data, multi_label=bool(settings.get("multi_label")), difficult=config.difficult
+    )
+    return EvaluationImages(
+        config, dataset, config.resolved_preset(dataset.preset.for_network(images)), device
+    )
 
 
-def accuracy_of(network: Network, pictures: Pictures) -> dict[str, float]:
+def accuracy_of(network: Network, images: EvaluationImages) -> dict[str, float]:
     """Loss and figures in percent on the whole validation split, without the prefix."""
-    precision = Precision(PrecisionConfig(), pictures.device)
-    with pictures.loader() as loader, Logger(LogConfig(), pictures.dataset.val.root, is_main=False) as quiet:
+    precision = Precision(PrecisionConfig(), images.device)
+    with images.loader() as loader, Logger(LogConfig(), images.dataset.val.root, is_main=False) as quiet:
         evaluator = Evaluator(
             loader,
             precision,
-            Distributed(device=pictures.device),
-            multi_label=pictures.dataset.multi_label,
+            Distributed(device=images.device),
+            multi_label=images.dataset.multi_label,
         )
-        found = evaluator(network.model.to(pictures.device), quiet)
+        found = evaluator(network.model.to(images.device), quiet)
     wanted = ("top1", "map", "top5", "f1", "loss")
     return {name: found[f"val.{name}"] for name in wanted if f"val.{name}" in found}
 
@@ -118,53 +136,49 @@ def accuracy_of(network: Network, pictures: Pictures) -> dict[str, float]:
 def explain(
     original: Network,
     pruned: Network,
-    pictures: Pictures,
+    images: EvaluationImages,
     *,
     methods: Sequence[str],
-    num_pictures: int,
-    num_shown: int = 8,
-) -> dict[str, Any]:
+    num_images: int,
+) -> Plain:
     """What both networks look at.
 
     Args:
         original, pruned: The networks.
-        pictures: Where from.
+        images: Where from.
         methods: Attribution methods.
-        num_pictures: How many pictures the figures are of.
-        num_shown: How many the gallery shows.
+        num_images: How many images the figures are of.
 
     Returns:
-        `num_pictures`; `localization`: rows of point, AUC and energy by network and method (absent without masks or
+        `num_images`; `localization`: rows of point, AUC and energy by network and method (absent without masks or
         boxes); `drift`: per method the rank correlation and the SSIM of the two networks' maps for the labelled class,
-        `mean` and `p10` (a tenth of the pictures moved further); `gallery`: pictures as data URIs.
+        `mean` and `p10` (a tenth of the images moved further); `gallery`: images as data URIs.
     """
-    example = torch.zeros(1, 3, pictures.preset.image_size, pictures.preset.image_size)
-    example = example.to(pictures.device)
+    example = torch.zeros(1, 3, images.preset.image_size, images.preset.image_size)
+    example = example.to(images.device)
     prepared = {
         network.name: {
-            method: create_method(method).prepare(network.model.to(pictures.device), example)
+            method: create_method(method).prepare(network.model.to(images.device), example)
             for method in methods
         }
         for network in (original, pruned)
     }
-    result: dict[str, Any] = {"methods": list(methods)}
-    if pictures.has_masks or pictures.has_boxes:
-        result["localization"] = _localization([original, pruned], prepared, pictures, num_pictures)
-    with pictures.loader(num_pictures) as loader:
-        result |= _drift_and_gallery(
-            prepared[original.name], prepared[pruned.name], pictures, loader, num_shown
-        )
+    result: Plain = {"methods": list(methods)}
+    if images.has_masks or images.has_boxes:
+        result["localization"] = _localization([original, pruned], prepared, images, num_images)
+    with images.loader(num_images) as loader:
+        result |= _drift_and_gallery(prepared[original.name], prepared[pruned.name], images, loader)
     return result
 
 
 def _localization(
     networks: Sequence[Network],
     prepared: dict[str, dict[str, Prepared]],
-    pictures: Pictures,
-    num_pictures: int,
-) -> list[dict[str, Any]]:
+    shown: EvaluationImages,
+    num_images: int,
+) -> list[Plain]:
     rows = []
-    with pictures.loader(num_pictures, annotated=True) as loader:
+    with shown.loader(num_images, annotated=True) as loader:
         for network in networks:
 
             @torch.no_grad()
@@ -172,10 +186,15 @@ def _localization(
                 return main_and_auxiliary_logits(model(images))[0]
 
             found = localize(
-                network.name, prepared[network.name], predict, loader, metrics=_FIGURES,
-                multi_label=pictures.dataset.multi_label, distributed=Distributed(device=pictures.device),
+                network.name,
+                prepared[network.name],
+                predict,
+                loader,
+                metrics=_FIGURES,
+                multi_label=shown.dataset.multi_label,
+                distributed=Distributed(device=shown.device),
                 max_pairs=loader.batch_size,
-            )  # fmt: skip
+            )
             for row in found:
                 values = {name: None if math.isnan(value) else value for name, value in row.figures.items()}
                 rows.append({"network": row.network, "method": row.method, **values, **row.counts})
@@ -185,14 +204,13 @@ def _localization(
 def _drift_and_gallery(
     before: dict[str, Prepared],
     after: dict[str, Prepared],
-    pictures: Pictures,
+    images: EvaluationImages,
     loader: PlannedLoader,
-    num_shown: int,
-) -> dict[str, Any]:
+) -> Plain:
     moved: dict[str, dict[str, list[float]]] = {
         method: {"rank_correlation": [], "ssim": []} for method in before
     }
-    gallery: list[dict[str, Any]] = []
+    gallery: list[Plain] = []
     count = 0
     for batch in loader:
         if not len(batch):
@@ -208,12 +226,12 @@ def _drift_and_gallery(
             similar = structural_similarity(first.map, second.map, signed=first.signed or second.signed)
             moved[method]["ssim"] += similar.tolist()
         count += len(batch)
-        for row in range(min(len(batch), num_shown - len(gallery))):
-            gallery.append(_shown(batch, row, int(targets[row]), maps, pictures))
-    return {"num_pictures": count, "drift": _drift(moved), "gallery": gallery}
+        for row in range(min(len(batch), _NUM_SHOWN - len(gallery))):
+            gallery.append(_shown(batch, row, int(targets[row]), maps, images))
+    return {"num_images": count, "drift": _drift(moved), "gallery": gallery}
 
 
-def _drift(moved: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
+def _drift(moved: dict[str, dict[str, list[float]]]) -> list[Plain]:
     rows = []
     for method, similarities in moved.items():
         for name, values in similarities.items():
@@ -226,22 +244,22 @@ def _drift(moved: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _shown(batch: Batch, row: int, target: int, maps: dict[str, Any], pictures: Pictures) -> dict[str, Any]:
-    """One line of the gallery: the picture, and per method both maps, as data URIs."""
-    preset = pictures.preset
-    picture = to_picture(batch.images[row].float().cpu().numpy(), preset.mean, preset.std)
+def _shown(batch: Batch, row: int, target: int, maps: Plain, images: EvaluationImages) -> Plain:
+    """One line of the gallery: the image, and per method both maps, as data URIs."""
+    preset = images.preset
+    image = to_image(batch.images[row].float().cpu().numpy(), preset.mean, preset.std)
     pairs = []
     for method, both in maps.items():
-        uris = [_uri(overlay(picture, found.map[row].cpu().numpy(), found.signed)) for found in both]
+        uris = [_uri(overlay(image, found.map[row].cpu().numpy(), found.signed)) for found in both]
         logits = [found.logits[row] for found in both]
-        said = [pictures.dataset.class_names[int(values.argmax())] for values in logits]
+        said = [images.dataset.class_names[int(values.argmax())] for values in logits]
         pairs.append({"method": method, "before": uris[0], "after": uris[1], "said": said})
-    return {"label": pictures.dataset.class_names[target], "picture": _uri(picture), "maps": pairs}
+    return {"label": images.dataset.class_names[target], "image": _uri(image), "maps": pairs}
 
 
-def _uri(picture: np.ndarray) -> str:
-    """A picture (H, W, 3) in [0, 1] as a JPEG data URI, enlarged if it is small."""
-    image = Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
+def _uri(pixels: np.ndarray) -> str:
+    """An image (H, W, 3) in [0, 1] as a JPEG data URI, enlarged if it is small."""
+    image = Image.fromarray((np.clip(pixels, 0, 1) * 255).round().astype(np.uint8))
     if image.width < _SIDE:
         image = image.resize((_SIDE, round(_SIDE * image.height / image.width)), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()

@@ -5,23 +5,22 @@ from __future__ import annotations
 import dataclasses
 import io
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from image_classification.models import identity_of, model_for_weights
-from pruning.cost import CostModel
-from pruning.graph import trace_groups
-from pruning.structure import pruned_state
+from pruning.costs import CostModel, cost_named, cost_names
+from pruning.engine.trace_groups import trace_groups
+from pruning.files.saved_network import pruned_state
+from pruning.report import Plain
 
-#: Metric → (name for people, unit, divisor).
-COSTS = {
-    "macs": ("Multiply-accumulates", "MMACs", 1e6),
-    "params": ("Parameters", "M", 1e6),
-    "memory": ("Peak activation memory, one picture", "MiB", 2**20),
-    "file": ("Weights on disk", "MiB", 2**20),
-}
+
+def cost_rows() -> dict[str, tuple[str, str, float]]:
+    """Metric → (name for people, unit, divisor): the costs that hold on every machine, and the file's size."""
+    costs = [cost_named(name) for name in cost_names()]
+    rows = {cost.name: (cost.title, cost.unit, cost.divisor) for cost in costs if not cost.measured}
+    return rows | {"file": ("Weights on disk", "MiB", 2**20)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +38,9 @@ class Network:
     weights: Path | None
 
 
-def load_network(name: str, path: Path, arch: str | None = None, num_classes: int | None = None) -> Network:
+def load_network(name: str, path: Path, arch: str | None = None) -> Network:
     """A network from a checkpoint, on the CPU."""
-    model = model_for_weights(arch, path, num_classes=num_classes)
+    model = model_for_weights(arch, path)
     return Network(name, model.eval().requires_grad_(False), path)
 
 
@@ -54,10 +53,11 @@ def unpruned(network: Network) -> Network | None:
 
 
 def costs_of(model: nn.Module, image_size: int) -> dict[str, float]:
-    """MACs, parameters, peak activation memory (bytes, one picture) and bytes of the weights file."""
+    """Metric → cost, for those of `cost_rows`."""
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     graph = trace_groups(model, images)
-    costs = CostModel(graph, model, images[:1], ("macs", "params", "memory")).report()
+    metrics = [name for name in cost_names() if not cost_named(name).measured]
+    costs = CostModel(graph, model, images[:1], metrics).report()
     return {**costs, "file": float(weights_size(model))}
 
 
@@ -68,7 +68,7 @@ def weights_size(model: nn.Module) -> int:
     return buffer.getbuffer().nbytes
 
 
-def layer_widths(before: nn.Module, after: nn.Module) -> list[dict[str, Any]]:
+def layer_widths(before: nn.Module, after: nn.Module) -> list[Plain]:
     """Output channels of every convolution and linear layer, in order of declaration.
 
     Returns:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import jinja2
 import yaml
 
-from pruning.report import charts
+from pruning.costs import cost_named, cost_names
+from pruning.report import Plain, charts
 from pruning.report.content import Content, score_table, width_table
 
 NBSP = "\N{NO-BREAK SPACE}"
-_METRIC_NAMES = {"macs": "MACs", "params": "parameters", "memory": "activation memory", "latency": "latency"}
-_ACCURACY_NAMES = {"top1": "top-1", "top5": "top-5", "map": "mAP", "f1": "F1", "loss": "loss"}
+_ACCURACY_NAMES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "map": "mAP",
+    "f1": "F1",
+    "map_images": "mAP over images",
+    "f1_images": "F1 over images",
+    "loss": "loss",
+}
 _POINT_NAMES = {
     "point": "pointing game",
     "point_15px": "pointing game, 15 px",
@@ -26,9 +32,12 @@ _POINT_NAMES = {
 def render(content: Content) -> str:
     """The page."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pruning.report"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=jinja2.PackageLoader("pruning.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {"number": number, "percent": percent, "change": change, "duration": duration}
     plain = content.plain
     return environment.get_template("report.html.j2").render(
@@ -38,11 +47,19 @@ def render(content: Content) -> str:
         charts=_charts(content),
         gallery=content.gallery,
         accuracy_names=[name for name in _ACCURACY_NAMES if any(name in row for row in plain["accuracy"])],
-        names=_ACCURACY_NAMES | _METRIC_NAMES | _POINT_NAMES,
+        names=_ACCURACY_NAMES | _metric_names(content) | _POINT_NAMES,
         localization=_localization(plain),
         speed=_speed(plain),
         config=yaml.safe_dump(plain["config"], sort_keys=True, allow_unicode=True),
     )
+
+
+def _metric_names(content: Content) -> dict[str, str]:
+    """Metric → what it is called within a sentence; its own name where it is not registered here."""
+    budgets = [row["metric"] for row in content.plain["budget"]]
+    recorded = [metric for record in content.plain["rewrites"] for metric in record["costs"]]
+    known = {name: cost_named(name).short for name in cost_names()}
+    return {name: name for name in (*budgets, *recorded)} | known
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -63,14 +80,14 @@ def percent(share: float | None) -> str:
 
 
 def change(after: float | None, before: float | None) -> str:
-    """How much less or more, in percent of what was."""
+    """The difference in percent of what was before."""
     if after is None or not before:
         return "–"
     return f"{100 * (after / before - 1):+.1f}{NBSP}%".replace("-", "−")
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds for people."""
+    """Seconds, minutes or hours, with the unit."""
     if seconds is None:
         return "–"
     if seconds < 90:
@@ -78,8 +95,8 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _cards(plain: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The figures that one looks for first."""
+def _cards(plain: Plain) -> list[dict[str, str]]:
+    """The figures that readers look for first."""
     cards = []
     costs = {row["metric"]: row for row in plain["costs"]}
     for metric in ("macs", "params"):
@@ -89,13 +106,14 @@ def _cards(plain: Mapping[str, Any]) -> list[dict[str, str]]:
         ]
         cards.append(
             {
-                "name": _METRIC_NAMES[metric],
+                "name": cost_named(metric).short,
                 "value": change(row["after"], row["before"]) if row["before"] else amounts[-1],
                 "detail": f"{' → '.join(amounts)} {row['unit']}",
             }
         )
     accuracy = plain["accuracy"]
-    headline = "map" if any("map" in row for row in accuracy) else "top1"
+    present = {name for row in accuracy for name in row}
+    headline = next((name for name in ("map", "map_images") if name in present), "top1")
     values = [(row["when"], row[headline]) for row in accuracy if headline in row]
     if values:
         detail = ", ".join(f"{value:.1f} {when}" for when, value in values[:-1])
@@ -118,14 +136,9 @@ def _cards(plain: Mapping[str, Any]) -> list[dict[str, str]]:
         )
     speeds = [row for row in _speed(plain) if row["ratio"] is not None]
     if speeds:
-        best = speeds[-1]
-        cards.append(
-            {
-                "name": f"speed, batch {best['batch_size']}",
-                "value": f"{best['ratio']:.2f}×",
-                "detail": best["detail"],
-            }
-        )
+        ratios = [f"{table['ratio']:.2f}×" for table in speeds]
+        details = [f"batch {table['batch_size']}: {table['detail']}" for table in speeds]
+        cards.append({"name": "speed", "value": " … ".join(ratios), "detail": "; ".join(details)})
     return cards
 
 
@@ -144,12 +157,12 @@ def _charts(content: Content) -> dict[str, dict[str, str] | None]:
     }
 
 
-def _shown_widths(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _shown_widths(rows: list[Plain]) -> list[Plain]:
     """All layers of a network of ordinary depth; of a very deep one those that changed."""
     return rows if len(rows) <= 80 else [row for row in rows if row["before"] != row["after"]]
 
 
-def _localization(plain: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _localization(plain: Plain) -> list[Plain]:
     """Per method: figures of both networks side by side."""
     found = plain["explanations"]
     if not found or "localization" not in found:
@@ -176,12 +189,13 @@ def _figure(key: str, value: float | None) -> str:
     return f"{value:.3f}" if key == "auc" else f"{100 * value:.1f} %"
 
 
-def _speed(plain: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _speed(plain: Plain) -> list[Plain]:
     """Per batch size: rows of both networks, and how much faster the second is."""
     tables = []
     for batch_size in dict.fromkeys(row["batch_size"] for row in plain["speed"]):
         rows = [row for row in plain["speed"] if row["batch_size"] == batch_size]
         ratio = rows[0]["p50"] / rows[1]["p50"] if len(rows) == 2 else None
-        detail = " → ".join(f"{1000 * row['p50']:.2f}" for row in rows) + " ms a batch"
+        detail = " → ".join(f"{1000 * row['p50']:.2f}" for row in rows)
+        detail += f" ms a batch, median of {rows[0]['num_batches']}"
         tables.append({"batch_size": batch_size, "rows": rows, "ratio": ratio, "detail": detail})
     return tables

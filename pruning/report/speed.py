@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from image_classification.inference_speed import speed_images, speed_row, time_batches
-from image_classification.monitor import Monitor
-from image_classification.precision import Precision, PrecisionConfig
+from image_classification.observe.monitor import Monitor
+from image_classification.precision import MemoryFormat, Precision, PrecisionConfig
+from pruning.report import Plain
 from pruning.report.networks import Network
 
 _ROUNDS = 5
@@ -27,21 +28,22 @@ def compare_speed(
     *,
     batch_sizes: Sequence[int] = (1, 32),
     num_batches: int = 30,
-    memory_format: str = "nchw",
-) -> list[dict[str, Any]]:
+    memory_format: MemoryFormat = PrecisionConfig.memory_format,
+) -> list[Plain]:
     """Latency and throughput.
 
     Args:
         networks: What to measure.
-        image_size: Side of the pictures in pixels.
+        image_size: Side of the images in pixels.
         device: Where to compute, in float32.
-        batch_sizes: Pictures a batch.
+        batch_sizes: Images a batch.
         num_batches: Batches that count, per network and batch size.
         memory_format: `nchw` or `nhwc`.
 
     Returns:
-        A row per batch size and network: `network`, the fields of `inference_speed.SpeedRow` (seconds a batch) and,
-        where NVML has it, `joules_per_image`.
+        A row per batch size and network: `network`, `num_batches`, `load` (processes that wanted to run meanwhile, per
+        core; None where the system does not say), the fields of `inference_speed.SpeedRow` (seconds a batch) and, where
+        NVML has it, `joules_per_image`.
     """
     precision = Precision(PrecisionConfig(memory_format=memory_format), device)
     placed = {network.name: precision.place(network.model).eval() for network in networks}
@@ -57,14 +59,27 @@ def compare_speed(
                 if share:
                     seconds[name] += time_batches(model, images, precision, share)
         for name, model in placed.items():
-            row = {"network": name, **dataclasses.asdict(speed_row(batch_size, seconds[name]))}
+            row = {
+                "network": name,
+                "num_batches": len(seconds[name]),
+                "load": _load(),
+                **dataclasses.asdict(speed_row(batch_size, seconds[name])),
+            }
             energy = _joules_per_image(model, images, precision)
             rows.append(row if energy is None else {**row, "joules_per_image": energy})
     return rows
 
 
+def _load() -> float | None:
+    """Mean over the last minute of the processes that run or wait to, per core."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except OSError:
+        return None
+
+
 def _joules_per_image(model: nn.Module, images: torch.Tensor, precision: Precision) -> float | None:
-    """Energy of the GPU per picture; None without a GPU or where NVML does not say."""
+    """Energy of the GPU per image; None without a GPU or where NVML does not say."""
     if precision.device.type != "cuda":
         return None
     num_batches = -(-_ENERGY_IMAGES // len(images))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from pruning.report import Plain
 from pruning.report.lineage import Stage
 
 #: Figures that say how good a classifier is, the best one first: multi-label data has mAP, others top-1.
-HEADLINES = ("top1", "map")
+HEADLINES = ("top1", "map", "map_images")
 
 
 @dataclasses.dataclass
@@ -17,7 +17,7 @@ class Trajectory:
     """Points (iteration over all stages, value).
 
     Attributes:
-        headline: `top1` or `map`; in percent.
+        headline: one of `HEADLINES`; in percent.
         validation, training: The headline, after epochs and (top-1 only) within them.
         costs: Metric → points (iteration, share of the original); two points per rewrite, before and after it. What a
             second pruning stage leaves is a share of what the first one left.
@@ -38,8 +38,8 @@ class Trajectory:
 def trajectory_of(stages: Sequence[Stage]) -> Trajectory:
     """Put the stages' figures one after the other."""
     course, offset = Trajectory(), 0
-    if any("val.map" in entry.get("data", {}) for stage in stages for entry in figures(stage)):
-        course.headline = "map"
+    logged = {key for stage in stages for entry in figures(stage) for key in entry.get("data", {})}
+    course.headline = next((name for name in ("map", "map_images") if f"val.{name}" in logged), "top1")
     for stage in stages:
         length = stage.progress.get("iteration", 0)
         steps = stage.progress.get("steps_per_epoch", 0)
@@ -51,7 +51,7 @@ def trajectory_of(stages: Sequence[Stage]) -> Trajectory:
     return course
 
 
-def figures(stage: Stage) -> list[dict[str, Any]]:
+def figures(stage: Stage) -> list[Plain]:
     """The lines of a stage's report that hold figures."""
     return [
         entry for entry in stage.entries if entry.get("type") == "LOG" and isinstance(entry.get("step"), list)
@@ -64,8 +64,9 @@ def _add_figures(course: Trajectory, stage: Stage, steps: int, offset: int) -> N
     scores: dict[str, dict[int, float]] = {}
     for entry in figures(stage):
         step, data = entry["step"], entry["data"]
-        if len(step) == 1 and data.get(f"val.{course.headline}") is not None:
-            validation[offset + (step[0] + 1) * steps] = data[f"val.{course.headline}"]
+        found = judged(data).get(course.headline)
+        if len(step) == 1 and found is not None:
+            validation[offset + (step[0] + 1) * steps] = found
         if len(step) == 2:
             iteration = offset + step[0] * steps + step[1]
             if data.get(f"train.{course.headline}") is not None:
@@ -83,7 +84,8 @@ def _add_rewrites(course: Trajectory, stage: Stage, offset: int, length: int) ->
     start = {metric: points[-1][1] for metric, points in course.costs.items()}
     for record in stage.rewrites:
         iteration = offset + max(record["iteration"], 0)
-        before, after = record["loss"]
+        losses = record["loss"]  # before the cut, after it and, where one followed, after the repair
+        before, after = losses[0], losses[-1]
         course.losses.append([iteration, before, after])
         for metric, (was, now, base) in record["costs"].items():
             points = course.costs.setdefault(metric, [[0, 1.0]])
@@ -100,10 +102,16 @@ def _points(values: Mapping[int, float]) -> list[list[float]]:
 def last_accuracy(stage: Stage) -> dict[str, float] | None:
     """The last validation that a stage logged: `loss` and figures in percent; None without one."""
     for entry in reversed(figures(stage)):
-        data = {key.removeprefix("val."): value for key, value in entry["data"].items()}
+        data = judged(entry["data"])
         found = {
             name: data[name] for name in (*HEADLINES, "top5", "f1", "loss") if data.get(name) is not None
         }
-        if any(f"val.{name}" in entry["data"] and name in found for name in HEADLINES):
+        if any(name in found for name in HEADLINES):
             return found
     return None
+
+
+def judged(data: Plain) -> Plain:
+    """Figures of a validation without their prefix: of the averaged weights where there are any, for those are kept."""
+    prefix = "val_ema." if any(key.startswith("val_ema.") for key in data) else "val."
+    return {key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)}

@@ -10,55 +10,91 @@ from torch import nn
 
 from image_classification.config import check
 from image_classification.models import model_for_weights
-from pruning.export import FORMATS, SUFFIXES, TOLERANCE, export_network
-from pruning.verbs.pictures import first_images, noise_images, open_validation, size_of
+from image_classification.verbs import declared
+from pruning.files.exporting import DEFAULT_FORMAT, FORMATS, SUFFIXES, TOLERANCE, export_network
+from pruning.verbs.images import first_images, noise_images, open_validation, size_of
+from pruning.verbs.quantised import quantise_and_compare
 
 _ONNX_BLOCK = 8
 """Channels of a block in the layout that ONNX Runtime computes convolutions in fast, on a CPU."""
+
+_LEAST_JUDGED = 512  # validation images that INT8 is judged on, where there are as many
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("checkpoint", type=Path, help="network, pruned or not")
-    parser.add_argument("--format", choices=FORMATS, default="onnx", help="what to write; onnx by default")
     parser.add_argument(
-        "--output", "-o", type=Path, default=None, metavar="FILE",
+        "--format", choices=FORMATS, default=DEFAULT_FORMAT, help="what to write; default: %(default)s"
+    )
+    parser.add_argument(
+        "--output",
+        "-o",
+        type=Path,
+        default=None,
+        metavar="FILE",
         help=f"default: the checkpoint's name with {', '.join(SUFFIXES.values())}",
-    )  # fmt: skip
+    )
     parser.add_argument("--arch", default=None, help="not needed for a checkpoint of ours")
-    parser.add_argument("--ema", action="store_true", help="take the averaged weights")
     parser.add_argument(
-        "--image-size", type=int, default=None, help="side of the pictures; default: the network's"
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="take the averaged weights, or with --no- the last ones; default: the averaged ones where there are any",
+    )
+    parser.add_argument(
+        "--image-size", type=int, default=None, help="side of the images; default: the network's"
     )
     parser.add_argument(
         "--data",
         default=None,
-        help="data set whose validation pictures the file is checked on; default: noise",
+        help="data set whose validation images the file is checked on; default: noise",
     )
-    parser.add_argument("--num-pictures", "-n", type=int, default=32, help="how many")
+    parser.add_argument("--num-images", "--num-pictures", "-n", type=int, default=32, help="how many")
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="an INT8 version as well (onnx only; needs --data), compared with the float file",
+    )
+    parser.add_argument(
+        "--calibration-images",
+        type=int,
+        default=128,
+        metavar="N",
+        help="training images that set INT8 ranges",
+    )
+    parser.add_argument(
+        "--original",
+        type=Path,
+        default=None,
+        metavar="CHECKPOINT",
+        help="with --int8: compare this network as well",
+    )
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="largest difference of a logit")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Export, check, and print how to load the file."""
-    check(arguments.num_pictures >= 3, f"--num-pictures {arguments.num_pictures}: give at least 3")
+    check(arguments.num_images >= 3, f"--num-images {arguments.num_images}: give at least 3")
+    _check_int8(arguments)
     check(arguments.tolerance > 0, f"--tolerance {arguments.tolerance}: must be positive")
     path = arguments.output or _default(arguments.checkpoint, SUFFIXES[arguments.format])
     model = model_for_weights(
         arguments.arch, arguments.checkpoint, image_size=arguments.image_size, ema=arguments.ema
     )
+    validation = None
     if arguments.data is None:
-        images = noise_images(arguments.num_pictures, size_of(model, arguments.image_size))
-        what = "pictures of noise"
+        images = noise_images(arguments.num_images, size_of(model, arguments.image_size))
+        what = "images of noise"
     else:
-        pictures = open_validation(
+        validation = open_validation(
             arguments.data, model, arguments.checkpoint, arguments.image_size, torch.device("cpu")
         )
-        images = first_images(pictures, arguments.num_pictures)
-        what = f"validation pictures of {arguments.data}"
+        images = first_images(validation, arguments.num_images)
+        what = f"validation images of {arguments.data}"
     exported = export_network(model, path, arguments.format, images, tolerance=arguments.tolerance)
     size = "×".join(map(str, images.shape[1:]))
-    print(f"wrote {path} ({path.stat().st_size / 2**20:.2f} MiB): any number of pictures {size}, normalised")
+    print(f"wrote {path} ({path.stat().st_size / 2**20:.2f} MiB): any number of images {size}, normalised")
     print(f"largest difference of a logit on {exported.num_images} {what}: {exported.difference:.1e}")
     if arguments.format == "onnx" and (uneven := _num_uneven(model)):
         print(
@@ -66,7 +102,34 @@ def run(arguments: argparse.Namespace) -> int:
             f"them on a CPU. Prune with --round-to {_ONNX_BLOCK} for it"
         )
     print(f"\nload it with:\n\n{exported.loader}")
+    if arguments.int8:
+        assert validation is not None
+        networks = {arguments.checkpoint.name: model}
+        if arguments.original is not None:
+            networks[f"original: {arguments.original.name}"] = model_for_weights(None, arguments.original)
+        small = quantise_and_compare(
+            networks, path, validation, arguments.calibration_images, max(arguments.num_images, _LEAST_JUDGED)
+        )
+        print(f"wrote {small} and {small.with_suffix('.json').name}; it loads as the float file does")
     return 0
+
+
+def _check_int8(arguments: argparse.Namespace) -> None:
+    """Refuse flags that cannot go together.
+
+    Raises:
+        ConfigError: Naming them.
+    """
+    if not arguments.int8:
+        check(
+            arguments.original is None,
+            "--original has no effect without --int8: add it, or leave --original out",
+        )
+        return
+    check(arguments.format == "onnx", f"--int8 is for --format onnx, not {arguments.format}")
+    check(arguments.data is not None, "--int8 needs images: give --data")
+    problem = f"--calibration-images {arguments.calibration_images}: give at least 1"
+    check(arguments.calibration_images >= 1, problem)
 
 
 def _num_uneven(model: nn.Module) -> int:
@@ -79,3 +142,6 @@ def _default(checkpoint: Path, suffix: str) -> Path:
     """`runs/demo/checkpoint.pth.tar` → `runs/demo/checkpoint.onnx`."""
     stem = checkpoint.name.removesuffix(".tar").removesuffix(".pth").removesuffix(".pt")
     return checkpoint.with_name(stem + suffix)
+
+
+VERB = declared(declare, run)

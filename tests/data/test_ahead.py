@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from image_classification.data.ahead import one_ahead
+from image_classification.data.backends.dali.dali_loader import one_ahead
 
 
 class Source:

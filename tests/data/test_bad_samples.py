@@ -9,14 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from image_classification.data import dali
+from image_classification.config import SettingError
+from image_classification.data.backends import dali
+from image_classification.data.backends.dali import dali_loader
 from image_classification.data.bad_samples import BadSampleError, BadSamples
-from image_classification.data.decode import UnreadableError, cut, open_picture
-from image_classification.data.plan import CentreCrop, RandomResizedCrop, WholePicture
-from tests.support.pictures import (
+from image_classification.data.decode import UnreadableError, cut, open_image
+from image_classification.data.imagefile import Header
+from image_classification.data.plan import CentreCrop, RandomResizedCrop, WholeImage
+from tests.support.images import (
     loader_of,
     manifest_of,
-    smooth_picture,
+    smooth_image,
     to_levels,
     varied_sizes,
     write_jpegs,
@@ -37,14 +40,14 @@ def damage(path, kind):
         "header only": data[:250],
         "empty": b"",
         "random bytes": np.random.default_rng(0).bytes(3000),
-        "text": b"not a picture\n" * 40,
+        "text": b"not an image\n" * 40,
     }
     if kind == "missing":
         path.unlink()
     elif kind == "gif":
-        smooth_picture(50, 60, 0).save(path, format="GIF")
+        smooth_image(50, 60, 0).save(path, format="GIF")
     elif kind == "truncated png":
-        smooth_picture(50, 60, 0).save(path, format="PNG")
+        smooth_image(50, 60, 0).save(path, format="PNG")
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     else:
         path.write_bytes(contents[kind])
@@ -64,7 +67,7 @@ KINDS = [
 
 
 def damaged_manifest(root, kind, *, after_scan):
-    """Twelve pictures of which number 5 is bad, found by the scan or only afterwards."""
+    """Twelve images of which number 5 is bad, found by the scan or only afterwards."""
     names = write_jpegs(root, varied_sizes(12, seed=3))
     if after_scan:
         manifest = manifest_of(root, names)
@@ -82,7 +85,7 @@ def test_stop_names_the_file_and_the_flag(tmp_path, backend, kind, after_scan):
     ids = []
     with (
         loader_of(manifest, backend, CentreCrop((32, 32), 40), batch_size=3) as loader,
-        pytest.raises(BadSampleError, match=r"0005\.jpg cannot be read: .* --on-bad-sample substitute"),
+        pytest.raises(BadSampleError, match=r"0005\.jpg .* `on_bad_sample` substitute"),
     ):
         for batch in loader:
             ids += batch.sample_ids.tolist()
@@ -125,7 +128,7 @@ def test_substitute_takes_the_next_sample(tmp_path, backend, kind, after_scan, c
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_substitutes_in_training_are_cut_as_themselves(tmp_path, backend):
-    """A picture that stands in for another one has the window that it has for itself in that epoch."""
+    """An image that stands in for another one has the window that it has for itself in that epoch."""
     manifest = damaged_manifest(tmp_path, "truncated", after_scan=True)
     options = {"batch_size": 6, "training": True, "on_bad_sample": "substitute", "seed": 4}
     with loader_of(manifest, backend, RandomResizedCrop((24, 24)), **options) as loader:
@@ -134,8 +137,8 @@ def test_substitutes_in_training_are_cut_as_themselves(tmp_path, backend):
             ids, images = torch.cat([ids for ids, _ in batches]), torch.cat([images for _, images in batches])
             assert sorted(ids.tolist()) == [0, 1, 2, 3, 4, 6, 6, 7, 8, 9, 10, 11]
             plan = loader.planner.plan(epoch, 0, np.array([BAD + 1]))
-            picture = open_picture(manifest.path(BAD + 1))
-            expected = cut(picture, plan.windows[0], (24, 24), flip=bool(plan.flips[0]), crop_first=True)
+            decoded = open_image(manifest.path(BAD + 1))
+            expected = cut(decoded, plan.windows[0], (24, 24), flip=bool(plan.flips[0]), crop_first=True)
             for image in images[ids == BAD + 1]:
                 assert (image - torch.from_numpy(expected.copy()).permute(2, 0, 1)).abs().max() < 2.1
         assert loader.num_substituted == 2
@@ -147,9 +150,7 @@ def test_neighbours_that_are_all_bad(tmp_path, backend):
     manifest = manifest_of(tmp_path, names)
     for i in (3, 4, 5):
         damage(tmp_path / names[i], ("truncated", "empty", "missing")[i - 3])
-    with loader_of(
-        manifest, backend, WholePicture((8, 8)), batch_size=6, on_bad_sample="substitute"
-    ) as loader:
+    with loader_of(manifest, backend, WholeImage((8, 8)), batch_size=6, on_bad_sample="substitute") as loader:
         (batch,) = loader
     assert batch.sample_ids.tolist() == [0, 1, 2, 0, 0, 0]
     assert loader.num_substituted == 3
@@ -162,8 +163,8 @@ def test_nothing_can_be_read(tmp_path, backend):
     for name in names:
         damage(tmp_path / name, "empty")
     with (
-        loader_of(manifest, backend, WholePicture((8, 8)), workers=0, on_bad_sample="substitute") as loader,
-        pytest.raises(BadSampleError, match="not one of the 3 pictures"),
+        loader_of(manifest, backend, WholeImage((8, 8)), workers=0, on_bad_sample="substitute") as loader,
+        pytest.raises(BadSampleError, match="3 images"),
     ):
         list(loader)
 
@@ -172,13 +173,16 @@ def test_nothing_can_be_read(tmp_path, backend):
 @pytest.mark.parametrize("kind", ["truncated", "empty", "missing", "gif"])
 def test_a_pipeline_that_fails_is_replaced(tmp_path, kind, monkeypatch):
     """Should a file get past the first look, DALI's own failure costs no sample."""
-    monkeypatch.setattr(dali, "looks_whole", lambda path: True)
+    monkeypatch.setattr(dali_loader, "read_header", lambda path: Header(1, 1, 1, True))
     manifest = damaged_manifest(tmp_path, kind, after_scan=True)
     with (
-        loader_of(manifest, "dali-cpu", WholePicture((32, 32)), batch_size=2, on_bad_sample="substitute") as loader,
-        loader_of(manifest, "pytorch", WholePicture((32, 32)), batch_size=2, workers=0, on_bad_sample="substitute")
-        as reference,
-    ):  # fmt: skip
+        loader_of(
+            manifest, "dali-cpu", WholeImage((32, 32)), batch_size=2, on_bad_sample="substitute"
+        ) as loader,
+        loader_of(
+            manifest, "pytorch", WholeImage((32, 32)), batch_size=2, workers=0, on_bad_sample="substitute"
+        ) as reference,
+    ):
         for _ in range(2):
             for batch, expected in zip(loader, reference, strict=True):
                 assert torch.equal(batch.sample_ids, expected.sample_ids)
@@ -189,17 +193,17 @@ def test_a_pipeline_that_fails_is_replaced(tmp_path, kind, monkeypatch):
 def test_a_file_that_changed_since_the_scan(tmp_path):
     names = write_jpegs(tmp_path, [(50, 60), (50, 60)])
     manifest = manifest_of(tmp_path, names)
-    smooth_picture(20, 30, 1).save(tmp_path / names[1])
+    smooth_image(20, 30, 1).save(tmp_path / names[1])
     with (
-        loader_of(manifest, "pytorch", WholePicture((8, 8)), workers=0) as loader,
-        pytest.raises(BadSampleError, match=r"0001\.jpg cannot be read: it has 20×30 pixels, not the 50×60"),
+        loader_of(manifest, "pytorch", WholeImage((8, 8)), workers=0) as loader,
+        pytest.raises(BadSampleError, match=r"0001\.jpg .* 20×30 pixels"),
     ):
         list(loader)
 
 
 def odd_files(root):
-    """Unusual pictures that every backend must read, all named .JPEG."""
-    base = smooth_picture(60, 80, 0)
+    """Unusual images that every backend must read, all named .JPEG."""
+    base = smooth_image(60, 80, 0)
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn by 90°", which nobody does
     grey = np.asarray(base.convert("L")).astype(np.uint16)
@@ -219,7 +223,7 @@ def odd_files(root):
     write_png16(root / "grey16.JPEG", grey * 257)
     write_png16(root / "rgb16.JPEG", np.asarray(base).astype(np.uint16) * 257)
     Image.new("RGB", (1, 1), (9, 99, 200)).save(root / "pixel.JPEG", quality=95)
-    smooth_picture(3, 20_000, 5).save(root / "long.JPEG")
+    smooth_image(3, 20_000, 5).save(root / "long.JPEG")
     base.save(root / "trailing.JPEG")
     (root / "trailing.JPEG").write_bytes((root / "trailing.JPEG").read_bytes() + b"more" * 500)
     return sorted(path.name for path in root.iterdir())
@@ -230,7 +234,7 @@ def odd_files(root):
 def test_odd_files_agree(tmp_path, backend, training):
     names = odd_files(tmp_path)
     if backend == "resident":
-        names.remove("long.JPEG")  # all pictures would be padded to its size
+        names.remove("long.JPEG")  # all images would be padded to its size
     manifest = manifest_of(tmp_path, names)
     geometry = RandomResizedCrop((24, 24)) if training else CentreCrop((24, 24), 28)
     options = {"batch_size": len(names), "training": training}
@@ -250,19 +254,78 @@ def test_odd_files_agree(tmp_path, backend, training):
 def test_sixteen_bits_are_scaled(tmp_path):
     values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     write_png16(tmp_path / "a.png", values)
-    pixels = np.asarray(open_picture(tmp_path / "a.png"))
+    pixels = np.asarray(open_image(tmp_path / "a.png"))
     assert np.abs(pixels[..., 0] - values / 257.0).max() <= 0.5
 
 
 def test_reasons(tmp_path):
-    smooth_picture(20, 20, 0).save(tmp_path / "a.gif")
+    smooth_image(20, 20, 0).save(tmp_path / "a.gif")
     with pytest.raises(UnreadableError, match="unknown format"):
-        open_picture(tmp_path / "a.gif")
+        open_image(tmp_path / "a.gif")
     with pytest.raises(UnreadableError, match="No such file"):
-        open_picture(tmp_path / "b.jpg")
+        open_image(tmp_path / "b.jpg")
 
 
 def test_unknown_policy(tmp_path):
     manifest = manifest_of(tmp_path, write_jpegs(tmp_path, [(40, 40)]))
-    with pytest.raises(ValueError, match="--on-bad-sample skip is none of stop, substitute"):
+    with pytest.raises(ValueError, match="on_bad_sample='skip'"):
         BadSamples(manifest, "skip")
+
+
+class BrokenPipeline:
+    """Fails for another reason than a file."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+    def feed_input(self, name: str, value: object) -> None:
+        pass
+
+    def schedule_run(self) -> None:
+        raise RuntimeError(self.message)
+
+
+@needs_dali
+@pytest.mark.parametrize(
+    ("message", "kind", "words"),
+    [
+        (
+            "[/opt/dali/alloc.cc] CUDA allocation failed: out of memory",
+            torch.OutOfMemoryError,
+            "DALI: .*out of memory",
+        ),
+        ("CUDA runtime API error cudaErrorIllegalAddress (700)", RuntimeError, "cudaErrorIllegalAddress"),
+        (
+            "Internal error of the executor",
+            SettingError,
+            r"4 times .* can all be decoded .*executor.*choose pytorch",
+        ),
+    ],
+)
+def test_failures_that_are_no_files_fault_end_the_job(tmp_path, monkeypatch, message, kind, words):
+    """They are neither taken for bad files nor survived for ever, pipeline after pipeline."""
+    built: list[BrokenPipeline] = []
+
+    def build(loader: object) -> BrokenPipeline:
+        built.append(BrokenPipeline(message))
+        return built[-1]
+
+    monkeypatch.setattr(dali_loader.DaliLoader, "_build", build)
+    manifest = manifest_of(tmp_path, write_jpegs(tmp_path, [(40, 50)] * 24))
+    with (
+        loader_of(
+            manifest, "dali-cpu", WholeImage((32, 32)), batch_size=2, on_bad_sample="substitute"
+        ) as loader,
+        pytest.raises(kind, match=words),
+    ):
+        list(loader)
+    assert len(built) <= 16
+    assert loader.num_substituted == 0
+
+
+@needs_dali
+def test_buffers_are_made_for_usual_images(tmp_path):
+    manifest = manifest_of(tmp_path, write_jpegs(tmp_path, [(40, 50)] * 3))
+    manifest.heights[1], manifest.widths[1] = 65500, 65500  # a header that lies
+    loader = loader_of(manifest, "dali-cpu", WholeImage((32, 32)), batch_size=2)
+    assert loader._usual_largest() == (40, 50)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from image_classification.data import manifest as manifest_module
+from image_classification.data import scan
 from image_classification.data.calibration import split_calibration
 from image_classification.data.dataset import IMAGENET_PRESET, Dataset
 from image_classification.data.imagefile import read_header
 from image_classification.data.layouts import open_dataset
-from image_classification.data.listing import list_pictures
-from image_classification.data.manifest import Manifest, read_headers
+from image_classification.data.listing import list_images
+from image_classification.data.manifest import Manifest
+from image_classification.data.paths import Paths
+from image_classification.data.scan import scan_folders, scan_list
 from image_classification.data.targets import TargetTable
 
 
@@ -32,9 +36,9 @@ from image_classification.data.targets import TargetTable
         ("a.webp", {}),
         ("a.BMP", {}),
     ],
-)  # fmt: skip
-def test_header_agrees_with_pillow(tmp_path: Path, write_picture, name: str, options: dict) -> None:
-    path = write_picture(tmp_path / name, width=53, height=31, **options)
+)
+def test_header_agrees_with_pillow(tmp_path: Path, write_image, name: str, options: dict) -> None:
+    path = write_image(tmp_path / name, width=53, height=31, **options)
     header = read_header(path)
     assert (header.height, header.width) == (31, 53)
     assert header.digest != 0
@@ -47,8 +51,8 @@ def test_exif_orientation_is_ignored(tmp_path: Path) -> None:
     assert read_header(tmp_path / "a.jpg")[:2] == (20, 30)
 
 
-def test_content_decides_the_format(tmp_path: Path, write_picture) -> None:
-    write_picture(tmp_path / "a.png", width=9, height=7).rename(tmp_path / "a.JPEG")
+def test_content_decides_the_format(tmp_path: Path, write_image) -> None:
+    write_image(tmp_path / "a.png", width=9, height=7).rename(tmp_path / "a.JPEG")
     assert read_header(tmp_path / "a.JPEG")[:2] == (7, 9)
 
 
@@ -66,63 +70,181 @@ def test_content_decides_the_format(tmp_path: Path, write_picture) -> None:
 def test_unreadable_headers_have_no_size(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.jpg").write_bytes(content)
     assert read_header(tmp_path / "bad.jpg")[:2] == (0, 0)
-    assert read_header(tmp_path / "absent.jpg") == (0, 0, 0)
+    assert read_header(tmp_path / "absent.jpg") == (0, 0, 0, False)
 
 
-def test_every_truncation_of_a_header_is_survived(tmp_path: Path, write_picture) -> None:
-    whole = write_picture(tmp_path / "a.jpg", width=21, height=13).read_bytes()
+def test_every_truncation_of_a_header_is_survived(tmp_path: Path, write_image) -> None:
+    whole = write_image(tmp_path / "a.jpg", width=21, height=13).read_bytes()
     for length in range(0, 800, 7):
         (tmp_path / "cut.jpg").write_bytes(whole[:length])
         assert read_header(tmp_path / "cut.jpg")[:2] in ((0, 0), (13, 21))
 
 
-def test_listing(tmp_path: Path, write_picture) -> None:
+def test_listing(tmp_path: Path, write_image) -> None:
     for name in ("b/2.JPG", "b/1.png", "b/deep/3.webp", "b/._1.png", "b/notes.txt", "b/.hidden/4.jpg"):
-        write_picture(tmp_path / name, format="PNG")
+        write_image(tmp_path / name, format="PNG")
     (tmp_path / "b" / "loop").symlink_to(tmp_path / "b")
     (tmp_path / "b" / "linked.jpg").symlink_to(tmp_path / "b" / "2.JPG")
     (tmp_path / "b" / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    paths = [entry.path for entry in list_pictures(tmp_path, "b")]
+    paths = [entry.path for entry in list_images(tmp_path, "b")]
     assert paths == ["b/1.png", "b/2.JPG", "b/dangling.jpg", "b/deep/3.webp", "b/linked.jpg"]
 
 
-def test_scan_is_cached_until_something_changes(
-    class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_picture
-) -> None:
-    scans = []
-    scan = manifest_module._scan
-    monkeypatch.setattr(manifest_module, "_scan", lambda *arguments: scans.append(1) or scan(*arguments))
+@pytest.fixture
+def opened_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files whose headers are read."""
+    names: list[str] = []
+    read = scan.read_header
+    monkeypatch.setattr(scan, "read_header", lambda path: names.append(Path(path).name) or read(path))
+    return names
 
-    def read() -> np.ndarray:
-        entries = list_pictures(class_folders, "train")
-        return read_headers(class_folders, entries, cache_dir=tmp_path / "cache", label="train").widths
 
-    first = read()
-    assert (read() == first).all()
-    assert len(scans) == 1
-    write_picture(class_folders / "train" / "ant" / "0.JPEG", width=99)
-    assert read()[0] == 99
-    assert len(scans) == 2
-    (class_folders / "train" / "ant" / "1.JPEG").unlink()
-    assert len(read()) == len(first) - 1
-    status = os.stat(class_folders / "train" / "ant" / "2.JPEG")
-    os.utime(class_folders / "train" / "ant" / "2.JPEG", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    read()
-    assert len(scans) == 4
-    for cached in (tmp_path / "cache" / "headers").glob("*.npz"):
+def grown_old(root: Path) -> None:
+    """Give all directories a time long ago: what was changed just now is looked at again."""
+    for directory, _, _ in os.walk(root):
+        os.utime(directory, (1e9, 1e9))
+
+
+class TestScan:
+    def scan(self, root: Path, **options: Any) -> list[tuple[str, int]]:
+        folders = [f"train/{path.name}" for path in sorted((root / "train").iterdir())]
+        cache = root.parent / "cache"
+        paths, headers, counts = scan_folders(root, folders, cache_dir=cache, label="train", **options)
+        assert sum(counts) == len(paths)
+        return list(zip(paths, headers.widths.tolist(), strict=True))
+
+    def test_directories_say_what_has_changed(
+        self, class_folders, opened_files, write_image, monkeypatch
+    ) -> None:
+        grown_old(class_folders)
+        first = self.scan(class_folders)
+        assert len(opened_files) == len(first) == 9
+        opened_files.clear()
+        listed: list[str] = []
+        walk = scan.list_images
+        monkeypatch.setattr(
+            scan, "list_images", lambda root, folder, seen: listed.append(folder) or walk(root, folder, seen)
+        )
+        assert self.scan(class_folders) == first
+        assert (opened_files, listed) == ([], [])
+        write_image(class_folders / "train" / "bee" / "new.JPEG", width=77)
+        (class_folders / "train" / "bee" / "1.JPEG").unlink()
+        second = self.scan(class_folders)
+        assert dict(second)["train/bee/new.JPEG"] == 77
+        assert "train/bee/1.JPEG" not in dict(second)
+        assert (opened_files, listed) == (["new.JPEG"], ["train/bee"])
+        assert [row for row in second if "bee" not in row[0]] == [row for row in first if "bee" not in row[0]]
+
+    def test_what_is_overwritten_in_place_is_found_by_rescan(
+        self, class_folders, opened_files, write_image
+    ) -> None:
+        grown_old(class_folders)
+        self.scan(class_folders)
+        write_image(class_folders / "train" / "ant" / "2.JPEG", width=99)
+        assert dict(self.scan(class_folders))["train/ant/2.JPEG"] != 99
+        opened_files.clear()
+        assert dict(self.scan(class_folders, rescan=True))["train/ant/2.JPEG"] == 99
+        assert opened_files == ["2.JPEG"]
+        write_image(
+            class_folders / "train" / "ant" / "0.JPEG", width=98
+        )  # a folder's first file is always looked at
+        assert dict(self.scan(class_folders))["train/ant/0.JPEG"] == 98
+
+    def test_unreadable_files_are_tried_again(self, class_folders, write_image) -> None:
+        broken = class_folders / "train" / "ant" / "1.JPEG"
+        broken.write_bytes(b"broken")
+        grown_old(class_folders)
+        assert dict(self.scan(class_folders))["train/ant/1.JPEG"] == 0
+        write_image(broken, width=55)
+        assert dict(self.scan(class_folders))["train/ant/1.JPEG"] == 55
+
+    def test_folders_that_come_and_go(self, class_folders, write_image) -> None:
+        grown_old(class_folders)
+        self.scan(class_folders)
+        write_image(class_folders / "train" / "aaa" / "0.JPEG", width=44)
+        shutil.rmtree(class_folders / "train" / "ant")
+        rows = self.scan(class_folders)
+        assert rows[0] == ("train/aaa/0.JPEG", 44)
+        assert rows == self.scan(class_folders)
+        shutil.rmtree(class_folders.parent / "cache")
+        assert rows == self.scan(class_folders)
+
+    def test_a_killed_scan_goes_on_where_it_was(self, class_folders, opened_files, monkeypatch) -> None:
+        monkeypatch.setattr(scan, "_CHUNK", 2)
+        monkeypatch.setattr(scan, "_SECONDS_BETWEEN_PARTS", 0.0)
+        monkeypatch.setattr(scan, "_NUM_THREADS", 1)
+        read = scan.read_header
+
+        def dies(path: str) -> Any:
+            if len(opened_files) == 6:
+                raise KeyboardInterrupt
+            return read(path)
+
+        monkeypatch.setattr(scan, "read_header", dies)
+        with pytest.raises(KeyboardInterrupt):
+            self.scan(class_folders)
+        monkeypatch.setattr(scan, "read_header", read)
+        opened_files.clear()
+        rows = self.scan(class_folders)
+        assert 3 <= len(opened_files) <= 5
+        assert all(width > 0 for _, width in rows)
+
+    def test_a_damaged_record_is_made_again(self, class_folders, opened_files) -> None:
+        grown_old(class_folders)
+        first = self.scan(class_folders)
+        (cached,) = (class_folders.parent / "cache" / "scans").glob("*.npz")
         cached.write_bytes(cached.read_bytes()[:100])
-    read()
-    assert len(scans) == 5
+        opened_files.clear()
+        assert self.scan(class_folders) == first
+        assert len(opened_files) == 9
+
+    def test_lists(self, class_folders, opened_files, write_image) -> None:
+        paths = ["train/bee/1.JPEG", "train/ant/0.JPEG", "train/ant/1.JPEG"]
+        grown_old(class_folders)
+
+        def read(names: list[str], **options: bool) -> list[int]:
+            cache = class_folders.parent / "cache"
+            return scan_list(
+                class_folders, names, listed_in="it", cache_dir=cache, label="x", **options
+            ).widths.tolist()
+
+        first = read(paths)
+        assert len(opened_files) == 3
+        assert read(paths) == first
+        assert read(paths[::-1]) == first[::-1]
+        assert read(paths) == first
+        assert len(opened_files) == 3
+        write_image(class_folders / "train" / "ant" / "1.JPEG", width=66)
+        assert read(paths) == first
+        assert read(paths, rescan=True)[2] == 66
+        with pytest.raises(FileNotFoundError, match="it lists it"):
+            read([*paths, "train/none.JPEG"])
+
+
+def test_paths_are_a_sequence() -> None:
+    names = ["a.jpg", "b/ü.jpg", "", "c" * 300, "\udcff.png"]
+    packed = Paths.of(names)
+    assert list(packed) == names
+    assert packed == names
+    assert packed != names[:-1]
+    assert [packed[0], packed[-1], packed[1:3]] == [names[0], names[-1], tuple(names[1:3])]
+    assert "b/ü.jpg" in packed
+    assert packed.subset(np.array([3, 0, 3])) == [names[3], names[0], names[3]]
+    assert packed.subset(np.array([], np.int64)) == []
+    assert packed.rows(1, 4) == names[1:4]
+    assert Paths.concatenated([packed.rows(2, 5), Paths.of(()), packed.rows(0, 2)]) == names[2:] + names[:2]
+    assert Paths.from_arrays(packed.to_arrays("x"), "x") == names
+    with pytest.raises(IndexError):
+        packed[5]
 
 
 def test_unreadable_files_stay_and_are_listed(class_folders: Path, caplog: pytest.LogCaptureFixture) -> None:
     (class_folders / "train" / "bee" / "1.JPEG").write_bytes(b"broken")
     dataset = open_dataset(str(class_folders), progress=False)
-    assert dataset.train.unreadable == ("train/bee/1.JPEG",)
     assert len(dataset.train) == 9
     assert dataset.train.heights[5] == dataset.train.widths[5] == 0
     assert "train/bee/1.JPEG" in caplog.text
-    assert dataset.val.unreadable == ()
+    assert dataset.val.heights.min() > 0
 
 
 def sample_manifest(root: Path) -> Manifest:
@@ -195,9 +317,15 @@ def labelled(labels: np.ndarray, multi_label: bool = False) -> Dataset:
     names = tuple(f"c{number}" for number in range(num_classes))
     sizes = np.full(count, 8, np.int32)
     manifest = Manifest(
-        Path("/nowhere"), "train", tuple(f"{number}.jpg" for number in range(count)), sizes, sizes,
-        np.arange(count, dtype=np.uint64), TargetTable(labels, multi_label=multi_label), names,
-    )  # fmt: skip
+        Path("/nowhere"),
+        "train",
+        tuple(f"{number}.jpg" for number in range(count)),
+        sizes,
+        sizes,
+        np.arange(count, dtype=np.uint64),
+        TargetTable(labels, multi_label=multi_label),
+        names,
+    )
     return Dataset("made", manifest, manifest.subset([0], "val"), names, multi_label, IMAGENET_PRESET)
 
 
@@ -237,5 +365,5 @@ def test_calibration_of_multi_label_sets_has_rare_classes() -> None:
 
 @pytest.mark.parametrize("size", [-1, 0, 51, 1000])
 def test_calibration_size_must_be_sensible(size: int) -> None:
-    with pytest.raises(ValueError, match=f"--calibration-size {size} .*100"):
+    with pytest.raises(ValueError, match=f"calibration_size={size}"):
         split_calibration(labelled(np.repeat([0, 1], 50)), size, seed=0)

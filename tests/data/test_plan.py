@@ -13,11 +13,12 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import v2
 
+from image_classification.data import plan as plan_module
 from image_classification.data.augment import RandAugment
 from image_classification.data.decode import cut
 from image_classification.data.philox import Stream, uniforms
-from image_classification.data.plan import CentreCrop, PadCrop, Planner, RandomResizedCrop, WholePicture
-from tests.support.pictures import smooth_picture
+from image_classification.data.plan import CentreCrop, PadCrop, Planner, RandomResizedCrop, WholeImage
+from tests.support.images import smooth_image
 
 SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
 
@@ -58,10 +59,10 @@ def test_random_resized_crop_is_torchvisions(size, seed):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (2, 3000), (5, 5)])
-def test_extreme_pictures_have_windows_inside(size):
+def test_extreme_images_have_windows_inside(size):
     heights, widths = np.full(500, float(size[0])), np.full(500, float(size[1]))
     numbers = uniforms(0, Stream.WINDOW, 0, np.arange(500), 22)
-    for geometry in (RandomResizedCrop((224, 224)), CentreCrop((224, 224), 256), WholePicture((224, 224))):
+    for geometry in (RandomResizedCrop((224, 224)), CentreCrop((224, 224), 256), WholeImage((224, 224))):
         top, left, height, width = geometry.windows(heights, widths, numbers).T
         assert (height > 0).all()
         assert (width > 0).all()
@@ -89,43 +90,41 @@ def test_distribution_of_areas_and_ratios():
 @pytest.mark.parametrize("size", [(375, 500), (500, 375), (256, 256), (100, 333), (333, 50), (61, 61)])
 @pytest.mark.parametrize("resize", [64, 73])
 def test_centre_crop_is_torchvisions_resize_and_centre_crop(size, resize):
-    picture = smooth_picture(*size, seed=1)
+    image = smooth_image(*size, seed=1)
     window = CentreCrop((56, 64), resize).windows(*np.array([[size[0]], [size[1]]], float), np.empty((1, 0)))[
         0
     ]
-    ours = cut(picture, window, (56, 64), flip=False, crop_first=False)
-    theirs = np.asarray(v2.Compose([v2.Resize(resize), v2.CenterCrop((56, 64))])(picture))
+    ours = cut(image, window, (56, 64), flip=False, crop_first=False)
+    theirs = np.asarray(v2.Compose([v2.Resize(resize), v2.CenterCrop((56, 64))])(image))
     difference = np.abs(ours.astype(int) - theirs)
     assert difference.max() <= 1  # Pillow rounds box coordinates to float32
     assert difference.mean() < 0.05
 
 
-def test_centre_crop_refuses_a_crop_larger_than_the_picture():
-    with pytest.raises(ValueError, match="--resize 200 is smaller than --image-size 224"):
+def test_centre_crop_refuses_a_crop_larger_than_the_image():
+    with pytest.raises(ValueError, match="resize=200"):
         CentreCrop((224, 224), 200)
 
 
 def test_pad_crop_is_the_cifar_recipe():
-    picture = smooth_picture(32, 32, seed=2)
-    padded = v2.Pad(4)(picture)
+    image = smooth_image(32, 32, seed=2)
+    padded = v2.Pad(4)(image)
     numbers = uniforms(0, Stream.WINDOW, 0, np.arange(300), 2)
     windows = PadCrop((32, 32)).windows(np.full(300, 32.0), np.full(300, 32.0), numbers)
     assert {int(top) for top in windows[:, 0]} == set(range(-4, 5))
     for top, left, height, width in windows[:20].astype(int):
         expected = padded.crop((left + 4, top + 4, left + 4 + width, top + 4 + height))
         window = np.array([top, left, height, width])
-        assert np.array_equal(
-            cut(picture, window, (32, 32), flip=False, crop_first=True), np.asarray(expected)
-        )
+        assert np.array_equal(cut(image, window, (32, 32), flip=False, crop_first=True), np.asarray(expected))
 
 
 def test_cut_flips_after_the_resize():
-    picture = smooth_picture(40, 60, seed=3)
+    image = smooth_image(40, 60, seed=3)
     window = np.array([3, 5, 30, 41])
-    straight = cut(picture, window, (16, 16), flip=False, crop_first=True)
-    expected = picture.crop((5, 3, 46, 33)).resize((16, 16), Image.Resampling.BILINEAR)
+    straight = cut(image, window, (16, 16), flip=False, crop_first=True)
+    expected = image.crop((5, 3, 46, 33)).resize((16, 16), Image.Resampling.BILINEAR)
     assert np.array_equal(straight, np.asarray(expected))
-    assert np.array_equal(cut(picture, window, (16, 16), flip=True, crop_first=True), straight[:, ::-1])
+    assert np.array_equal(cut(image, window, (16, 16), flip=True, crop_first=True), straight[:, ::-1])
 
 
 @given(
@@ -186,8 +185,26 @@ def test_shuffled_evaluation_is_a_permutation_by_epoch():
     assert not np.array_equal(*epochs)
 
 
+def test_the_order_of_an_epoch_is_computed_once(monkeypatch):
+    """Although one reader is in the next epoch while another is in this one."""
+    computed = []
+    permutation = plan_module.permutation
+    monkeypatch.setattr(
+        plan_module, "permutation", lambda *place: computed.append(place[1]) or permutation(*place)
+    )
+    sizes = np.full(40, 8, np.int32)
+    planner = Planner(sizes, sizes, RandomResizedCrop((8, 8)), batch_size=4, training=True)
+    ahead, consumer = planner.positions(0, 0), planner.positions(0, 0)
+    for _ in range(4):
+        planner.ids(*next(ahead))
+    for _ in range(26):
+        place = next(ahead)
+        planner.ids(*place)
+        ids = planner.ids(*next(consumer))
+    assert computed == [0, 1, 2]
+    assert ids.tolist() == permutation(0, 2, 40)[20:24].tolist()
+
+
 def test_too_few_samples_for_a_global_batch():
-    with pytest.raises(
-        ValueError, match=r"5 samples, fewer than one global batch of 8 \(2 × --batch-size 4\)"
-    ):
+    with pytest.raises(ValueError, match=r"batch_size=4: .* 5 samples"):
         planner(5, batch_size=4, training=True, world_size=2)

@@ -20,7 +20,7 @@ def damage(root: Path) -> dict[str, bytes]:
     broken = {
         "train/ant/cut.jpg": whole[: len(whole) // 2],
         "train/bee/empty.jpg": b"",
-        "train/bee/text.png": b"not a picture",
+        "train/bee/text.png": b"not an image",
         "val/cat/header.jpg": whole[:20],
     }
     for path, content in broken.items():
@@ -28,24 +28,24 @@ def damage(root: Path) -> dict[str, bytes]:
     return broken
 
 
-def test_verify_names_what_is_broken(class_folders: Path, write_picture) -> None:
+def test_verify_names_what_is_broken(class_folders: Path, write_image) -> None:
     assert verify(class_folders, num_workers=0, progress=False).exit_code == 0
     broken = damage(class_folders)
     (class_folders / "train" / "cat" / "gone.jpg").symlink_to(class_folders / "nowhere")
-    write_picture(class_folders / "val" / "cat" / "grey.png", mode="L")
+    write_image(class_folders / "val" / "cat" / "grey.png", mode="L")
     report = verify(class_folders, num_workers=0, progress=False)
     reasons = {entry.path: entry.reason for entry in report.broken}
     assert reasons.keys() == broken.keys() | {"train/cat/gone.jpg"}
-    assert report.num_pictures == 12 + 5 + 1
+    assert report.num_images == 12 + 5 + 1
     assert report.kinds == {"JPEG RGB": 12, "PNG L": 1}
     assert "truncated" in reasons["train/ant/cut.jpg"].lower()
     assert reasons["train/bee/empty.jpg"] == "empty file"
-    assert reasons["train/bee/text.png"] == "no picture of a known format"
+    assert reasons["train/bee/text.png"] == "no image of a known format"
     assert "dangling" in reasons["train/cat/gone.jpg"]
     assert report.exit_code == 1
 
 
-def test_gigantic_picture_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gigantic_image_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("1", (2000, 2000)).save(tmp_path / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
     report = verify(tmp_path, num_workers=0, progress=False)
@@ -54,22 +54,22 @@ def test_gigantic_picture_is_reported(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_verify_command(class_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(class_folders), "--workers", "0", "--quiet"]) == 0
-    assert "12 pictures, 0 broken (12 JPEG RGB)" in capsys.readouterr().out
+    assert "12 images, 0 broken (12 JPEG RGB)" in capsys.readouterr().out
     damage(class_folders)
     report = tmp_path / "reports" / "r.json"
     assert main(["verify", str(class_folders), "--workers", "0", "--quiet", "--json", str(report)]) == 1
     printed = capsys.readouterr().out
-    assert "16 pictures, 4 broken" in printed
+    assert "16 images, 4 broken" in printed
     assert "train/bee/empty.jpg: empty file" in printed
     saved = json.loads(report.read_text())
-    assert saved["num_pictures"] == 16
+    assert saved["num_images"] == 16
     assert {"path": "train/bee/empty.jpg", "reason": "empty file"} in saved["broken"]
 
 
 @pytest.mark.multiprocess
-def test_processes_find_the_same(tmp_path: Path, write_picture) -> None:
+def test_processes_find_the_same(tmp_path: Path, write_image) -> None:
     for number in range(40):
-        write_picture(tmp_path / "set" / f"{number:02d}.jpg", seed=number, width=300 + number, height=20)
+        write_image(tmp_path / "set" / f"{number:02d}.jpg", seed=number, width=300 + number, height=20)
     (tmp_path / "set" / "07.jpg").write_bytes(b"x")
     assert verify(tmp_path / "set", num_workers=2, progress=False) == verify(
         tmp_path / "set", num_workers=0, progress=False
@@ -82,21 +82,21 @@ def test_processes_find_the_same(tmp_path: Path, write_picture) -> None:
         assert path.read_bytes() == (tmp_path / "none" / path.name).read_bytes()
 
 
-def test_prepare_resizes_converts_and_copies(tmp_path: Path, write_picture) -> None:
+def test_prepare_resizes_converts_and_copies(tmp_path: Path, write_image) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
-    write_picture(source / "train/a/large.JPEG", width=200, height=101)
-    write_picture(source / "train/a/tall.png", width=60, height=90)
-    write_picture(source / "train/a/small.jpg", width=30, height=80)
-    write_picture(source / "train/b/small_grey.jpg", width=30, height=20, mode="L")
-    write_picture(source / "val/b/large_cmyk.jpg", width=300, height=60, mode="CMYK")
-    write_picture(source / "val/b/exact.webp", width=90, height=50)
+    write_image(source / "train/a/large.JPEG", width=200, height=101)
+    write_image(source / "train/a/tall.png", width=60, height=90)
+    write_image(source / "train/a/small.jpg", width=30, height=80)
+    write_image(source / "train/b/small_grey.jpg", width=30, height=20, mode="L")
+    write_image(source / "val/b/large_cmyk.jpg", width=300, height=60, mode="CMYK")
+    write_image(source / "val/b/exact.webp", width=90, height=50)
     report = prepare(source, target, PrepareConfig(short_side=50), num_workers=0, progress=False)
     assert (report.num_resized, report.num_converted, report.num_copied, report.num_kept) == (3, 1, 2, 0)
     sizes = {}
     for path in target.rglob("*.*"):
         if path.suffix != ".json":
-            with Image.open(path) as picture:
-                sizes[path.relative_to(target).as_posix()] = (picture.size, picture.mode, picture.format)
+            with Image.open(path) as image:
+                sizes[path.relative_to(target).as_posix()] = (image.size, image.mode, image.format)
     assert sizes == {
         "train/a/large.JPEG": ((99, 50), "RGB", "JPEG"),
         "train/a/tall.jpg": ((50, 75), "RGB", "JPEG"),
@@ -144,13 +144,13 @@ def test_prepare_goes_on_where_it_stopped(class_folders: Path, tmp_path: Path) -
     assert marker.stat().st_mtime_ns == before
     assert len(list(target.rglob("*.JPEG"))) == 12
     assert not list(target.rglob(".*"))
-    with pytest.raises(ValueError, match=r"was prepared with .*short_side.*choose another directory"):
+    with pytest.raises(ValueError, match=r"short_side.*another directory"):
         prepare(class_folders, target, PrepareConfig(short_side=11), num_workers=0, progress=False)
 
 
 def test_prepare_reports_broken_sources_and_goes_on(class_folders: Path, tmp_path: Path) -> None:
     broken = damage(class_folders)
-    # half a picture that would only have been copied must not be copied either
+    # half an image that would only have been copied must not be copied either
     report = prepare(
         class_folders, tmp_path / "out", PrepareConfig(short_side=500), num_workers=0, progress=False
     )
@@ -178,17 +178,17 @@ def test_names_of_jpeg_copies() -> None:
 def test_refusals(class_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="within each other"):
         prepare(class_folders, class_folders / "out", num_workers=0)
-    with pytest.raises(ValueError, match="--short-side 0"):
+    with pytest.raises(ValueError, match="short_side=0"):
         PrepareConfig(short_side=0)
-    with pytest.raises(ValueError, match="--quality 101"):
+    with pytest.raises(ValueError, match="quality=101"):
         PrepareConfig(quality=101)
-    with pytest.raises(ValueError, match="--workers -1"):
+    with pytest.raises(ValueError, match="workers=-1"):
         verify(class_folders, num_workers=-1)
     (class_folders / "Annotations").mkdir()
-    with pytest.raises(ValueError, match="has boxes or masks"):
+    with pytest.raises(ValueError, match="boxes or masks"):
         prepare(class_folders, tmp_path / "out", num_workers=0)
     (tmp_path / "nothing").mkdir()
     assert main(["verify", str(tmp_path / "nothing")]) == 2
-    assert "no pictures in" in capsys.readouterr().err
+    assert "no images in" in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "absent")]) == 2
     assert "there is no directory" in capsys.readouterr().err

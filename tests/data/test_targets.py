@@ -16,7 +16,7 @@ from image_classification.data.targets import TargetTable, crop_mask, read_mask
 
 
 def slow_crop(mask: np.ndarray, window: tuple[float, ...], flip: bool, size: tuple[int, int]) -> np.ndarray:
-    """Pixel by pixel: mirror the output column, map its centre into the picture, take the pixel that holds it."""
+    """Pixel by pixel: mirror the output column, map its centre into the image, take the pixel that holds it."""
     top, left, height, width = window
     result = np.zeros(size, np.uint8)
     for row in range(size[0]):
@@ -42,7 +42,7 @@ def test_crop_mask_equals_slow_reference(
     assert (crop_mask(mask, np.array(window), flip, (rows, columns)) == expected).all()
 
 
-def test_crop_mask_follows_the_pictures_own_resize() -> None:
+def test_crop_mask_follows_the_images_own_resize() -> None:
     """Pillow's nearest-neighbour resize uses the same half-pixel centres."""
     mask = np.random.default_rng(0).integers(0, 256, (37, 53), dtype=np.uint8)
     resized = Image.fromarray(mask).resize((20, 16), Image.Resampling.NEAREST, box=(5, 3, 45, 35))
@@ -106,7 +106,7 @@ def test_masks_of_a_batch(tmp_path: Path) -> None:
 
 def test_bad_masks_are_named(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "colour.png")
-    (tmp_path / "junk.png").write_bytes(b"no picture")
+    (tmp_path / "junk.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"colour\.png.*RGB"):
         read_mask(tmp_path / "colour.png")
     with pytest.raises(ValueError, match=r"junk\.png"):

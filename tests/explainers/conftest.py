@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from image_classification.models import create_model
-from tests.support.explained import Tiny, pictures, randomise
+from tests.support.explained import Tiny, make_images, randomise
 
 Randomised = Callable[..., nn.Module]
 
@@ -21,7 +21,7 @@ def randomised() -> Randomised:
     def build(arch: str, size: int, *, num_classes: int = 10, seed: int = 0, **options: object) -> nn.Module:
         torch.manual_seed(seed)
         model = create_model(arch, num_classes=num_classes, **options)  # type: ignore[arg-type]
-        return randomise(model, pictures(8, size, seed + 1), seed)
+        return randomise(model, make_images(8, size, seed + 1), seed)
 
     return build
 

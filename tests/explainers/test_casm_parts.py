@@ -1,7 +1,8 @@
-"""CASM's parts: decoder, taps, loss, store, presets, changed pictures, the mask as an explanation."""
+"""CASM's parts: decoder, taps, loss, store, presets, changed images, the mask as an explanation."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,23 +10,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from explainers.casm import Casm, CasmDecoder, CasmExplanation, load_casm, save_casm
+from explainers.casm.casm_objective import (
+    decoder_loss,
+    mask_figures,
+    negative_entropy,
+    published_figures,
+    published_summary,
+    summary,
+)
+from explainers.casm.casm_paths import casm_name, find_casms
+from explainers.casm.classifier_taps import find_casm_taps
 from explainers.casm.decoder import enlarged
-from explainers.casm.model import casm_name, find_casms
+from explainers.casm.inpaint import inpaint
 from explainers.casm.modify import BASELINES, baseline_masks, binarised, modified
-from explainers.casm.objective import decoder_loss, mask_figures, negative_entropy, summary
 from explainers.casm.presets import PRESETS, CasmConfig
 from explainers.casm.store import PastClassifiers
-from explainers.casm.taps import find_casm_taps
-from explainers.features import FeatureTaps
-from explainers.inpaint import inpaint
-from explainers.localization import saliency_threshold
+from explainers.differentiable.features import FeatureTaps
+from explainers.measures.localization import saliency_threshold
+from image_classification.checkpoint import save_atomically
 from image_classification.config import ConfigError
 from image_classification.models import create_model, read_safely
 from image_classification.models.weights import WeightsError
-from tests.support.explained import pictures
+from tests.support.explained import make_images
 
 Randomised = Callable[..., nn.Module]
 
@@ -103,7 +113,7 @@ def test_the_decoder_reads_the_stem_and_every_stage(arch: str, size: int, names:
     assert all(module.training for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     casm = Casm(model.eval(), CasmDecoder(taps.channels, 8).eval(), taps.names, size)
-    logits, mask = casm(pictures(2, size))
+    logits, mask = casm(make_images(2, size))
     assert logits.shape == (2, 4)
     assert mask.shape == (2, 1, size, size)
     assert bool(((mask > 0) & (mask < 1)).all())
@@ -133,7 +143,7 @@ class InPlaceStem(nn.Module):
 
 def test_the_base_is_what_enters_the_first_stage_also_where_it_was_changed_in_place() -> None:
     torch.manual_seed(0)
-    model, images = InPlaceStem(), pictures(2, 16)
+    model, images = InPlaceStem(), make_images(2, 16)
     taps = find_casm_taps(model, images)
     assert taps.names[-2:] == ("stage1", "stage2")
     with torch.no_grad(), FeatureTaps(model, taps.names) as caught:
@@ -151,7 +161,7 @@ def test_a_network_of_one_scale_is_refused() -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return self.fc(self.conv(images).relu().mean((2, 3)))
 
-    with pytest.raises(ValueError, match="larger pictures"):
+    with pytest.raises(ValueError, match="larger images"):
         find_casm_taps(Flat(), torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="at least two depths"):
         CasmDecoder((4,))
@@ -248,8 +258,8 @@ def test_flags_override_a_preset() -> None:
     [
         ({"hp": 1.5}, "--hp 1.5"),
         ({"smf": 10}, "--smf 10 has no effect"),
-        ({"num_past": 5}, "--num-past 5 has no effect"),
-        ({"reproduce": "F", "hp": 0.5}, "--hp with a fixed classifier"),
+        ({"num_past": 5}, "--num-past 5"),
+        ({"reproduce": "F", "hp": 0.5}, "--hp"),
         ({"reproduce": "L100", "smf": -1}, "--smf -1"),
         ({"pot": 0.0}, "--pot 0.0"),
         ({"lambda_r": -1.0}, "--lambda-r"),
@@ -313,7 +323,7 @@ def test_a_casm_survives_its_file(casm: Casm, tmp_path: Path) -> None:
     path = tmp_path / "a.pth.tar"
     save_casm(path, casm)
     loaded = load_casm(path)
-    images = pictures(3, 32)
+    images = make_images(3, 32)
     with torch.no_grad():
         for before, after in zip(casm(images), loaded(images), strict=True):
             assert torch.equal(before, after)
@@ -336,10 +346,10 @@ def test_a_pruned_classifier_keeps_its_casm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda payload: payload.pop("casm"), "holds no saliency mapping"),
+        (lambda payload: payload.pop("casm"), "saliency mapping"),
         (lambda payload: payload["casm"].pop("taps"), "lacks taps"),
         (lambda payload: payload["casm"].update(taps=["maxpool", "layer4"]), "another architecture"),
-        (lambda payload: payload["casm"].update(width=7), "decoder contradicts itself"),
+        (lambda payload: payload["casm"].update(width=7), "decoder"),
     ],
 )
 def test_files_that_hold_no_sound_casm(
@@ -349,7 +359,7 @@ def test_files_that_hold_no_sound_casm(
     save_casm(path, casm)
     payload = read_safely(path)
     spoil(payload)
-    torch.save(payload, path)
+    save_atomically(payload, path)  # with a digest of what is left
     with pytest.raises(WeightsError, match=message):
         load_casm(path)
 
@@ -357,7 +367,7 @@ def test_files_that_hold_no_sound_casm(
 def test_folders_of_casms(casm: Casm, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such folder"):
         find_casms(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="no checkpoint in it"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
         find_casms(tmp_path)
     (tmp_path / "L100").mkdir()
     save_casm(tmp_path / "L100" / "checkpoint.pth.tar", casm)
@@ -369,7 +379,7 @@ def test_folders_of_casms(casm: Casm, tmp_path: Path) -> None:
 
 def test_the_mask_as_an_explanation(casm: Casm) -> None:
     explanation = CasmExplanation(casm)
-    images, classes = pictures(2, 32), torch.zeros(2, dtype=torch.int64)
+    images, classes = make_images(2, 32), torch.zeros(2, dtype=torch.int64)
     phi = explanation(casm.classifier, images, classes)
     assert phi.dtype == torch.float32
     with torch.no_grad():
@@ -377,12 +387,13 @@ def test_the_mask_as_an_explanation(casm: Casm) -> None:
     weight = casm.classifier.layer1[0].conv1.weight.requires_grad_()
     (gradient,) = torch.autograd.grad(phi.sum(), weight)
     assert gradient.abs().sum() > 0
-    assert not any(parameter.requires_grad for parameter in explanation._decoder.parameters())
+    frozen = copy.deepcopy(casm.classifier).requires_grad_(False)
+    assert not explanation(frozen, images, classes).requires_grad  # the decoder itself is frozen
 
 
 def test_removed_channels_count_as_zero(casm: Casm) -> None:
     explanation = CasmExplanation(casm)
-    images, classes = pictures(2, 32), torch.zeros(2, dtype=torch.int64)
+    images, classes = make_images(2, 32), torch.zeros(2, dtype=torch.int64)
     kept = torch.tensor([0, 2, 3, 9])
     zeroed = torch.zeros(64)
     zeroed[kept] = 1
@@ -400,7 +411,7 @@ def test_removed_channels_count_as_zero(casm: Casm) -> None:
         explanation.rewritten({"layer9": kept})
 
 
-# ---------------------------------------------------------------------------- changed pictures
+# ---------------------------------------------------------------------------- changed images
 
 
 def test_masks_are_binarised_at_their_own_quantile() -> None:
@@ -412,8 +423,8 @@ def test_masks_are_binarised_at_their_own_quantile() -> None:
         assert hard.float().mean() == pytest.approx(soft.mean().item(), abs=2 / 64)
 
 
-def test_masked_in_and_out_share_the_picture() -> None:
-    images = pictures(2, 16)
+def test_masked_in_and_out_share_the_image() -> None:
+    images = make_images(2, 16)
     mask = torch.rand(2, 1, 16, 16) < 0.3
     inside, outside = (
         modified(images, mask, kind, (0.5,) * 3, (0.2,) * 3) for kind in ("masked in", "masked out")
@@ -453,3 +464,47 @@ def test_inpainting_fills_from_around_and_touches_nothing_else() -> None:
     assert not filled[1].any()  # nothing to fill from
     with pytest.raises(ValueError, match="give bool"):
         inpaint(images, mask.float(), mean, std)
+
+
+def test_published_statistics_of_masks() -> None:
+    """As score.py has them: −s·log2 s, squared differences, deviation of a sample; slowly, pixel by pixel."""
+    masks = torch.rand(3, 1, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    got = published_summary(published_figures(masks).sum(0), 3)
+    pixels = [mask[0].tolist() for mask in masks]
+    means = [sum(map(sum, rows)) / 20 for rows in pixels]
+    mean = sum(means) / 3
+    entropy = [-s * math.log2(s) for rows in pixels for row in rows for s in row]
+    across = [(row[i] - row[i + 1]) ** 2 for rows in pixels for row in rows for i in range(4)]
+    down = [(rows[j][i] - rows[j + 1][i]) ** 2 for rows in pixels for j in range(3) for i in range(5)]
+    assert got == pytest.approx(
+        {
+            "avg_mask": mean,
+            "std_mask": math.sqrt(sum((m - mean) ** 2 for m in means) / 2),
+            "entropy": sum(entropy) / 60,
+            "tv": sum(across) / len(across) + sum(down) / len(down),
+        }
+    )
+
+
+def test_masks_can_be_enlarged_bilinearly(tmp_path: Path) -> None:
+    classifier = create_model("resnet18", num_classes=3).eval()
+    casm = Casm.for_classifier(classifier, 64, 8, "bilinear").eval()
+    save_casm(tmp_path / "casm.pth.tar", casm)
+    again, images = load_casm(tmp_path / "casm.pth.tar"), make_images(1, 64)
+    with torch.no_grad():
+        small = casm.decoder(_features(casm, images))
+        expected = F.interpolate(small, size=(64, 64), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(again(images)[1], expected)
+        assert not torch.equal(enlarged(small, (64, 64)), expected)
+
+
+def _features(casm: Casm, images: torch.Tensor) -> list[torch.Tensor]:
+    with FeatureTaps(casm.classifier, casm.taps) as taps:
+        casm.classifier(images)
+        return taps.features
+
+
+def test_a_published_file_is_sent_to_the_import(tmp_path: Path) -> None:
+    torch.save({"state_dict_classifier": {}, "state_dict_decoder": {}}, tmp_path / "casm.chk")
+    with pytest.raises(WeightsError, match="python -m pruning import"):
+        load_casm(tmp_path / "casm.chk")

@@ -15,23 +15,46 @@ import torch
 
 from explainers.__main__ import main as explainers_main
 from explainers.casm import load_casm
+from explainers.casm.casm_objective import decoder_loss
+from explainers.casm.casm_trainer import CasmTrainer, epoch_length
 from explainers.casm.decoder import enlarged
-from explainers.casm.objective import decoder_loss
-from explainers.casm.train import SECTIONS, completed, main, make_casm_trainer
-from explainers.casm.trainer import CasmTrainer, epoch_length
-from explainers.features import FeatureTaps
+from explainers.casm.store import PastClassifiers
+from explainers.casm.train import CasmJobConfig, completed, make_casm_trainer
+from explainers.differentiable.features import FeatureTaps
 from image_classification import job as jobs
 from image_classification.cli import parse_config
 from image_classification.distributed import Distributed
 from image_classification.models import capture_structure, create_model, read_safely
-from image_classification.report import read_report
+from image_classification.observe.json_report import read_report
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = "shapes:train=48,val=20,seed=5"
 COMMON = [
-    "--arch", "resnet20", "--image-size", "32", "--decoder-width", "4", "-b", "8", "--data-backend", "pytorch",
-    "-j", "0", "--device", "cpu", "-p", "1", "--epochs", "2", "--pot", "0.5", "--lr", "0.02",
-]  # fmt: skip
+    "--arch",
+    "resnet20",
+    "--image-size",
+    "32",
+    "--decoder-width",
+    "4",
+    "-b",
+    "8",
+    "--data-backend",
+    "pytorch",
+    "-j",
+    "0",
+    "--device",
+    "cpu",
+    "-p",
+    "1",
+    "--epochs",
+    "2",
+    "--pot",
+    "0.5",
+    "--lr",
+    "0.02",
+]
+
+ONE_STEP = ["--epochs", "1", "--prof", "1", "--training-only"]
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +77,16 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+def train(words: list[str]) -> int:
+    return explainers_main(["train-casm", *words])
+
+
 def words(folder: Path, *more: str) -> list[str]:
     return [DATA, "--casms-path", str(folder), *COMMON, *more]
 
 
 def trainer_of(folder: Path, *more: str) -> tuple[jobs.Job, CasmTrainer]:
-    configs = completed(parse_config(SECTIONS, words(folder, *more)))
+    configs = completed(parse_config(CasmJobConfig, words(folder, *more)))
     job = jobs.prepare(configs, Distributed())
     return job, make_casm_trainer(job, jobs.make_model(job))
 
@@ -82,22 +109,8 @@ def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
 
 
 def test_a_run_leaves_a_casm_and_its_record(tmp_path: Path) -> None:
-    assert (
-        main(
-            words(
-                tmp_path,
-                "--reproduce",
-                "L100",
-                "--smf",
-                "2",
-                "--num-past",
-                "2",
-                "--log-path",
-                str(tmp_path / "logs"),
-            )
-        )
-        == 0
-    )
+    settings = ["--reproduce", "L100", "--smf", "2", "--num-past", "2", "--log-path", str(tmp_path / "logs")]
+    assert train(words(tmp_path, *settings)) == 0
     casm = load_casm(tmp_path / "L100" / "checkpoint.pth.tar")
     assert casm.taps == ("relu", "layer1", "layer2", "layer3")
     payload = read_safely(tmp_path / "L100" / "checkpoint.pth.tar")
@@ -124,12 +137,12 @@ def test_a_run_leaves_a_casm_and_its_record(tmp_path: Path) -> None:
     assert len(epochs) == 2
     assert epochs[0]["val.samples"] == 20
     # the saved recipe is one
-    again = parse_config(SECTIONS, ["--config", str(tmp_path / "L100" / "config.yaml")])
-    assert again["casm"].thinning.store_every == 2
+    again = parse_config(CasmJobConfig, ["--config", str(tmp_path / "L100" / "config.yaml")])
+    assert again.casm.thinning.store_every == 2
 
 
 def test_a_fixed_classifier_stays_as_it_is(tmp_path: Path, classifier: str) -> None:
-    assert main(words(tmp_path, "--reproduce", "F", "--pretrained-weights", classifier)) == 0
+    assert train(words(tmp_path, "--reproduce", "F", "--pretrained-weights", classifier)) == 0
     before, after = read_safely(classifier)["state_dict"], read_safely(tmp_path / "F" / "checkpoint.pth.tar")
     assert all(torch.equal(value, after["state_dict"][name]) for name, value in before.items())
     steps = [state["step"].item() for state in after["casm_training"]["optimizer"]["state"].values()]
@@ -139,18 +152,16 @@ def test_a_fixed_classifier_stays_as_it_is(tmp_path: Path, classifier: str) -> N
 def test_who_is_trained_when_a_past_classifier_judges(tmp_path: Path) -> None:
     """f takes one step (clean) per batch if a past f judges, two if it judges itself."""
     for share, expected in (("0", 2), ("1", 1)):
-        job, trainer = trainer_of(
-            tmp_path / share, "--reproduce", "L100", "--hp", share, *(["--smf", "1"] if share == "1" else [])
-        )
+        stored = ["--smf", "1"] if share == "1" else []
+        job, trainer = trainer_of(tmp_path / share, "--reproduce", "L100", "--hp", share, *stored, *ONE_STEP)
         updates = []
         real = trainer.precision.step
         trainer.precision.step = lambda optimizer, *rest, real=real, updates=updates: (  # type: ignore[method-assign]
-            updates.append(optimizer), real(optimizer, *rest)
-        )[1]  # fmt: skip
+            updates.append(optimizer),
+            real(optimizer, *rest),
+        )[1]
         try:
-            trainer.train_loader.set_epoch(0)
-            trainer.state.model.train()
-            trainer._train_step(iter(trainer.train_loader))
+            trainer.fit()
         finally:
             job.close()
         assert updates.count(trainer.state.optimizer) == expected
@@ -166,7 +177,7 @@ def test_a_step_against_plain_autograd(tmp_path: Path) -> None:
         trainer.train_loader.set_epoch(0)
         batch = next(iter(trainer.train_loader))
         trainer.state.model.train()
-        trainer._train_step(iter([batch]))
+        trainer.train_step(iter([batch]))
     finally:
         job.close()
     sgd = torch.optim.SGD(casm.classifier.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
@@ -210,19 +221,19 @@ def test_resume_is_exact_in_the_middle_of_an_epoch(tmp_path: Path, monkeypatch: 
         "2",
         "--training-only",
     ]
-    assert main(words(tmp_path / "whole", *settings)) == 0
-    real = CasmTrainer._train_step
+    assert train(words(tmp_path / "whole", *settings)) == 0
+    real = PastClassifiers.wants
 
-    def dies(self: CasmTrainer, batches: Any) -> None:
-        if self.state.iteration == 5:
+    def interrupted(self: PastClassifiers, iteration: int) -> bool:
+        if iteration == 5:
             raise KeyboardInterrupt
-        real(self, batches)
+        return real(self, iteration)
 
-    monkeypatch.setattr(CasmTrainer, "_train_step", dies)
-    assert main(words(tmp_path / "parts", *settings)) == 130
-    monkeypatch.setattr(CasmTrainer, "_train_step", real)
+    monkeypatch.setattr(PastClassifiers, "wants", interrupted)
+    assert train(words(tmp_path / "parts", *settings)) == 130
+    monkeypatch.setattr(PastClassifiers, "wants", real)
     assert read_safely(tmp_path / "parts" / "L100" / "checkpoint.pth.tar")["iteration"] == 4
-    assert main(words(tmp_path / "parts", *settings, "--resume", "auto")) == 0
+    assert train(words(tmp_path / "parts", *settings, "--resume", "auto")) == 0
     assert_same(
         *(read_safely(tmp_path / part / "L100" / "checkpoint.pth.tar") for part in ("whole", "parts"))
     )
@@ -230,7 +241,7 @@ def test_resume_is_exact_in_the_middle_of_an_epoch(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("amp", [("--amp",), ("--amp", "--static-loss-scale", "128")])
 def test_mixed_precision_trains(tmp_path: Path, amp: tuple[str, ...]) -> None:
-    assert main(words(tmp_path, "--adversarial", "--training-only", "--tensorboard", *amp)) == 0
+    assert train(words(tmp_path, "--adversarial", "--training-only", "--tensorboard", *amp)) == 0
     payload = read_safely(tmp_path / "L-adversarial" / "checkpoint.pth.tar")
     assert all(tensor.isfinite().all() for tensor in tensors(payload["casm"]).values())
     assert list((tmp_path / "L-adversarial" / "tensorboard").iterdir())
@@ -277,17 +288,17 @@ def test_two_ranks_train_one_casm(
         (["--reproduce", "F"], "give it with --pretrained-weights"),
         (["--reproduce", "F", "--resume", "auto"], "give it with --pretrained-weights"),
         (["--compile"], "leave --compile out"),
-        (["--reproduce", "L10"], "did you mean 'L100'"),
+        (["--reproduce", "L10"], "did you mean L100"),
         (["--mixup", "0.2"], "unrecognized argument '--mixup'"),
         (["--calibration-size", "5"], "unrecognized argument"),
         (["--name", "a/b"], "--name 'a/b' is a path"),
-        (["--casms-path", "/proc/casms"], "--casms-path /proc/casms/L cannot be written"),
-        (["--resume", "nowhere.pth"], "--resume: no such file"),
+        (["--casms-path", "/proc/casms"], "--casms-path /proc/casms/L: cannot be written"),
+        (["--resume", "nowhere.pth"], "--resume nowhere.pth: no such file"),
         (["shapes-multi:train=24,val=20"], "several labels"),
         (["-b", "64"], "--batch-size"),
     ],
 )
-def test_what_cannot_be_trained_is_said(
+def test_settings_that_cannot_be_trained_are_refused(
     more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [*words(tmp_path), *more]
@@ -304,14 +315,14 @@ def test_what_cannot_be_trained_is_said(
 def test_resume_refuses_what_is_another_run(
     tmp_path: Path, classifier: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(words(tmp_path, "--training-only", "--epochs", "1")) == 0
+    assert train(words(tmp_path, "--training-only", "--epochs", "1")) == 0
     path = str(tmp_path / "L" / "checkpoint.pth.tar")
     for more, message in (
         (["--lambda-r", "2"], "lambda_r was 14.0, is 2.0"),
         (["--decoder-width", "5"], "decoder has another shape"),
         (["--pot", "1"], "give the same data, --batch-size and --pot"),
     ):
-        assert main(words(tmp_path, "--resume", path, *more)) == 1
+        assert train(words(tmp_path, "--resume", path, *more)) == 2
         assert message in capsys.readouterr().err
     job, trainer = trainer_of(tmp_path, "--resume", path, "--epochs", "1", "--weight-decay", "0.25")
     job.close()

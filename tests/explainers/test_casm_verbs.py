@@ -16,10 +16,10 @@ from explainers.__main__ import main
 from explainers.casm import Casm, save_casm
 from explainers.casm.interface import CasmInterface, checked_answer, load_interface
 from explainers.casm.score import as_mask, baseline_rectangle
-from explainers.localization import Rectangle, box_figures, object_rectangle
+from explainers.measures.localization import Rectangle, box_figures, object_rectangle
 from image_classification.config import ConfigError
 from image_classification.models import capture_structure, create_model
-from tests.support.explained import pictures, randomise
+from tests.support.explained import make_images, randomise
 
 OWN = Path(__file__).resolve().parents[1] / "support" / "own_architecture.py"
 DATA = "shapes:train=24,val=20,seed=5"
@@ -38,7 +38,7 @@ def private_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made_casm(num_classes: int = 12) -> Casm:
     torch.manual_seed(2)
-    model = randomise(create_model("resnet20", num_classes=num_classes), pictures(8, 48))
+    model = randomise(create_model("resnet20", num_classes=num_classes), make_images(8, 48))
     return Casm.for_classifier(model, 48, width=4).eval()
 
 
@@ -79,7 +79,7 @@ def test_score_writes_figures_of_masks_and_baselines(
         ("one.pth.tar", m) for m in ("casm", "max", "centre")
     ]
     assert rows == rows_of(tmp_path / "logs" / "one.pth.tar.json")
-    assert all(row["pictures"] == 20 for row in rows)
+    assert all(row["images"] == 20 for row in rows)
     ours, whole, centre = rows
     assert whole["mask_mean"] == 1
     assert whole["mask_entropy"] == 0
@@ -91,7 +91,7 @@ def test_score_writes_figures_of_masks_and_baselines(
     assert "centre" in capsys.readouterr().out
 
 
-def test_score_asks_an_architecture_of_ones_own(tmp_path: Path) -> None:
+def test_score_casm_uses_the_interface_of_another_architecture(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "box.pt").write_text("7")
     words = [
@@ -105,17 +105,17 @@ def test_score_asks_an_architecture_of_ones_own(tmp_path: Path) -> None:
     assert main(["score-casm", DATA, *words, *COMMON]) == 0
     own, _, centre = rows_of(tmp_path / "f.json")
     # its box is the baseline's: 33 of 224 pixels are 7 of 48
-    assert (own["le"], own["pictures"]) == (centre["le"], 20)
+    assert (own["le"], own["images"]) == (centre["le"], 20)
     assert own["mask_mean"] == pytest.approx(0.1 + 0.7 * (34 / 48) ** 2)
     assert own["saliency"] is None
-    assert own["top1"] == pytest.approx(2 / 20)  # two pictures of the first class among 20 of 12 classes
+    assert own["top1"] == pytest.approx(2 / 20)  # two images of the first class among 20 of 12 classes
     assert main(["score-casm", DATA, *words, *COMMON, "--not-normalize"]) == 0
 
 
-def test_our_casms_answer_like_ones_own(casms: Path) -> None:
+def test_our_casms_follow_the_interface(casms: Path) -> None:
     interface = CasmInterface(torch.device("cpu"))
     model = interface.load_model(str(casms / "one.pth.tar"))
-    images, targets = pictures(5, 48), np.array([0, 1, 2, 3, 4])
+    images, targets = make_images(5, 48), np.array([0, 1, 2, 3, 4])
     masks, blocks, correct = interface.get_masks_and_check_predictions(images.numpy(), targets, model)
     with torch.no_grad():
         logits, expected = model(images)
@@ -148,7 +148,7 @@ def test_baselines_by_hand() -> None:
         ("import nothing_of_the_kind", "cannot be run: ModuleNotFoundError"),
     ],
 )
-def test_files_that_are_no_interface(source: str, message: str, tmp_path: Path) -> None:
+def test_files_without_an_interface_are_refused(source: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "own.py"
     path.write_text(source)
     with pytest.raises(ConfigError, match=message):
@@ -182,7 +182,7 @@ def test_answers_of_the_wrong_form(answer: Any, message: str) -> None:
         checked_answer(answer, 2, (4, 4), "own")
 
 
-def test_eval_asks_all_classifiers_about_all_pictures(casms: Path, tmp_path: Path) -> None:
+def test_eval_asks_all_classifiers_about_all_images(casms: Path, tmp_path: Path) -> None:
     (tmp_path / "nets").mkdir()
     save_network(tmp_path / "nets" / "other.pth.tar")
     words = [
@@ -195,7 +195,7 @@ def test_eval_asks_all_classifiers_about_all_pictures(casms: Path, tmp_path: Pat
     ]
     assert main(["eval-casm", DATA, *words, *COMMON]) == 0
     rows = rows_of(tmp_path / "f.json")
-    figures = {(row["casm"], row["pictures"], row["classifier"]): row for row in rows}
+    figures = {(row["casm"], row["images"], row["classifier"]): row for row in rows}
     assert len(figures) == (1 + 5 * 3) * 2
     for classifier in ("one.pth.tar", "other.pth.tar"):
         whole, black = figures["–", "whole", classifier], figures["zeros", "masked in", classifier]
@@ -218,8 +218,8 @@ def test_plot_draws_pages_of_seven(casms: Path, tmp_path: Path) -> None:
     assert [page.name for page in pages] == ["page-000000.png", "page-000007.png", "page-000008.png"]
     sizes = set()
     for page in pages:
-        with Image.open(page) as picture:
-            sizes.add(picture.size)
+        with Image.open(page) as image:
+            sizes.add(image.size)
     assert len(sizes) == 1
 
 
@@ -246,7 +246,7 @@ def test_casm_is_an_attribution_method(casms: Path, tmp_path: Path) -> None:
         (["score-casm", DATA], "--casms-path is missing"),
         (["score-casm", DATA, "--casms-path", "nowhere"], "--casms-path nowhere: there is no such folder"),
         (["score-casm", DATA, "--casms-path", "{tmp}/nets"], "holds no saliency mapping"),
-        (["score-casm", DATA, "--casms-path", "{tmp}/ten"], "tells 10 classes apart"),
+        (["score-casm", DATA, "--casms-path", "{tmp}/ten"], "has 10 classes, but"),
         (["score-casm", DATA, "--casms-path", "{casms}", "--save-to-file"], "belong together"),
         (["score-casm", DATA, "--casms-path", "{casms}", "--not-normalize"], "--not-normalize is for"),
         (
@@ -307,7 +307,7 @@ def test_casm_is_an_attribution_method(casms: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_done_is_said(
+def test_impossible_requests_are_refused(
     words: list[str], message: str, casms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("nets", "ten", "none"):
@@ -325,9 +325,9 @@ def test_what_cannot_be_done_is_said(
     assert "Traceback" not in shown
 
 
-def test_without_opencv_it_is_said_before_hours_are_lost(
+def test_missing_opencv_is_reported_at_the_start(
     casms: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     assert main(["eval-casm", DATA, "--casms-path", str(casms), *COMMON]) == 2
-    assert "pip install opencv-python-headless" in capsys.readouterr().err
+    assert "lucidprune[inpaint]" in capsys.readouterr().err

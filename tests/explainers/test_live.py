@@ -12,7 +12,7 @@ from torch import Tensor
 
 from explainers.live import SaliencyGallery
 from image_classification.callbacks import Callback
-from image_classification.log import Logger
+from image_classification.observe.log import Logger
 from image_classification.trainer import Trainer
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from explainers.localization import (
+from explainers.measures.localization import (
     EMPTY,
     Rectangle,
     as_saliency,
@@ -21,7 +21,7 @@ from explainers.localization import (
     pointing_hit,
     saliency_threshold,
 )
-from explainers.perturbation import curve_area, deletion_curve, insertion_curve, saliency_metric
+from explainers.measures.perturbation import curve_area, deletion_curve, insertion_curve, saliency_metric
 
 
 def grid(rows: list[str]) -> np.ndarray:

@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.explained import Tiny, pictures
+from support.explained import Tiny, make_images
 from torch import Tensor, nn
 
-from explainers.gradcam import find_layer
-from explainers.matching import (
+from explainers.attribution.gradcam import find_layer
+from explainers.attribution.record import UnsupportedOperatorError
+from explainers.differentiable.matching import (
     MATCHES,
     SENSITIVE,
     AttributionMatcher,
@@ -21,7 +22,6 @@ from explainers.matching import (
     map_distance,
     sensitivities,
 )
-from explainers.record import UnsupportedOperatorError
 from image_classification.models import create_model
 
 LAYER = "conv3"
@@ -46,7 +46,7 @@ def matching_loss(
 
 
 def slow_map(kind: str, model: nn.Module, images: Tensor, classes: list[int]) -> list[list[list[float]]]:
-    """M by loops over pictures, pixels and channels; ∂z/∂A by central differences on A."""
+    """M by loops over images, pixels and channels; ∂z/∂A by central differences on A."""
     with torch.no_grad():
         before = model.conv3(model.pool(_trunk(model, images)))
 
@@ -81,7 +81,7 @@ def _trunk(model: nn.Module, images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", MATCHES)
 def test_maps_against_loops(tiny: nn.Module, kind: str) -> None:
-    images = pictures(3, 6).double()
+    images = make_images(3, 6).double()
     teacher = twin(tiny)
     view = AttributionMatcher(kind, ((LAYER, LAYER),)).look(teacher, images)
     expected = torch.tensor(slow_map(kind, teacher, images, view.classes.tolist()), dtype=torch.float64)
@@ -91,7 +91,7 @@ def test_maps_against_loops(tiny: nn.Module, kind: str) -> None:
 
 
 def slow_distance(kind: str, student: Tensor, teacher: Tensor) -> float:
-    """By hand, picture by picture."""
+    """By hand, image by image."""
     total = 0.0
     for first, second in zip(student.flatten(1).tolist(), teacher.flatten(1).tolist(), strict=True):
         if kind == "gradcam":
@@ -120,7 +120,7 @@ def test_gradient_against_finite_differences(tiny: nn.Module, kind: str, trainin
     """Through the second order, at every parameter that the map depends on, batch statistics included."""
     teacher = twin(tiny)
     student = tiny.train(training).requires_grad_()
-    images = pictures(12, 6, seed=2).double()
+    images = make_images(12, 6, seed=2).double()
     matcher = AttributionMatcher(kind, ((LAYER, LAYER),))
     matching_loss(matcher, student, teacher, images).backward()
     generator, num_nonzero = torch.Generator().manual_seed(1), 0
@@ -151,7 +151,10 @@ def test_gradient_against_finite_differences(tiny: nn.Module, kind: str, trainin
 def test_identical_networks_have_no_loss_and_no_gradient(tiny: nn.Module, kind: str) -> None:
     teacher = copy.deepcopy(tiny).requires_grad_(False)
     loss = matching_loss(
-        AttributionMatcher(kind, ((LAYER, LAYER), ("conv1", "conv1"))), tiny, teacher, pictures(3, 6).double()
+        AttributionMatcher(kind, ((LAYER, LAYER), ("conv1", "conv1"))),
+        tiny,
+        teacher,
+        make_images(3, 6).double(),
     )
     assert loss.item() == pytest.approx(0, abs=1e-20)
     loss.backward()
@@ -159,7 +162,7 @@ def test_identical_networks_have_no_loss_and_no_gradient(tiny: nn.Module, kind: 
 
 
 def test_several_layers_add_up(tiny: nn.Module) -> None:
-    teacher, images = twin(tiny), pictures(3, 6).double()
+    teacher, images = twin(tiny), make_images(3, 6).double()
     alone = [
         matching_loss(AttributionMatcher("swa", (pair,)), tiny, teacher, images).item()
         for pair in (("conv1", "conv1"), (LAYER, LAYER))
@@ -181,7 +184,7 @@ def test_student_of_another_width_and_size(tiny: nn.Module) -> None:
     torch.manual_seed(0)
     student = Other().double()
     loss = matching_loss(
-        AttributionMatcher("swa", (("wide", LAYER),)), student, twin(tiny), pictures(2, 6).double()
+        AttributionMatcher("swa", (("wide", LAYER),)), student, twin(tiny), make_images(2, 6).double()
     )
     loss.backward()
     assert loss > 0
@@ -195,7 +198,7 @@ def test_stochastic_matching_leaves_a_share_out_by_step(tiny: nn.Module) -> None
     assert kept_channels(1, 0.9, (0,)).tolist() == [1.0]
     drawn = torch.stack([kept_channels(10, 0.3, (0, step, 0)) for step in range(400)]).mean(0)
     assert (drawn - 0.7).abs().max() < 0.1
-    teacher, images = twin(tiny), pictures(3, 6).double()
+    teacher, images = twin(tiny), make_images(3, 6).double()
     matcher = AttributionMatcher("swa", ((LAYER, LAYER),), drop_share=0.4, seed=2)
     with torch.no_grad():
         features = teacher.conv3(teacher.pool(_trunk(teacher, images)))
@@ -213,7 +216,7 @@ def test_half_precision_and_channels_last_agree_with_float32() -> None:
     torch.manual_seed(0)
     student = create_model("resnet20", num_classes=4, widths={"layer3.0.conv1": 20}).eval()
     teacher = create_model("resnet20", num_classes=4).eval().requires_grad_(False)
-    images, matcher = pictures(4, 32), AttributionMatcher("swa", (("layer3", "layer3"),))
+    images, matcher = make_images(4, 32), AttributionMatcher("swa", (("layer3", "layer3"),))
 
     def gradient(autocast: bool, memory_format: torch.memory_format) -> tuple[float, Tensor]:
         placed = copy.deepcopy(student).to(memory_format=memory_format)
@@ -243,7 +246,7 @@ def test_half_precision_and_channels_last_agree_with_float32() -> None:
 def test_default_layer_of_other_families(arch: str, randomised: Callable[..., nn.Module]) -> None:
     teacher = randomised(arch, 64, num_classes=4).requires_grad_(False)
     student = randomised(arch, 64, num_classes=4, seed=1)
-    images = pictures(8, 64)
+    images = make_images(8, 64)
     name = find_layer(teacher, images)
     loss = matching_loss(AttributionMatcher("swa", ((name, name),)), student, teacher, images)
     loss.backward()
@@ -255,7 +258,7 @@ def test_hooks_are_gone_also_after_an_error(tiny: nn.Module) -> None:
     matcher = AttributionMatcher("swa", ((LAYER, LAYER),))
     with pytest.raises(RuntimeError), matcher.watch(tiny):
         raise RuntimeError("stop")
-    matching_loss(matcher, tiny, twin(tiny), pictures(2, 6).double())
+    matching_loss(matcher, tiny, twin(tiny), make_images(2, 6).double())
     assert not any(module._forward_hooks for module in tiny.modules())
 
 
@@ -265,10 +268,10 @@ def test_hooks_are_gone_also_after_an_error(tiny: nn.Module) -> None:
         (
             lambda m, x: AttributionMatcher("swe", ((LAYER, LAYER),)),
             ValueError,
-            "--match swe: choose from swa",
+            "kind='swe': choose from swa",
         ),
-        (lambda m, x: AttributionMatcher("swa", ()), ValueError, "--match-layer: at least one"),
-        (lambda m, x: AttributionMatcher("swa", ((LAYER, LAYER),), 1.0), ValueError, "--drop-percent"),
+        (lambda m, x: AttributionMatcher("swa", ()), ValueError, "layers=.*at least one"),
+        (lambda m, x: AttributionMatcher("swa", ((LAYER, LAYER),), 1.0), ValueError, "drop_share=1.0"),
         (
             lambda m, x: AttributionMatcher("swa", (("conv9", "conv9"),)).look(m, x),
             ValueError,
@@ -278,11 +281,11 @@ def test_hooks_are_gone_also_after_an_error(tiny: nn.Module) -> None:
         (lambda m, x: AttributionMatcher("swa", (("relu", "relu"),)).look(m, x), ValueError, "ran 2 times"),
     ],
 )
-def test_what_cannot_be_matched_is_said(
+def test_layers_that_cannot_be_matched_are_refused(
     tiny: nn.Module, attempt: Callable, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        attempt(tiny.requires_grad_(False), pictures(2, 6).double())
+        attempt(tiny.requires_grad_(False), make_images(2, 6).double())
 
 
 def test_a_full_device_is_not_blamed_on_the_layer(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +294,9 @@ def test_a_full_device_is_not_blamed_on_the_layer(tiny: nn.Module, monkeypatch: 
 
     monkeypatch.setattr(torch.autograd, "grad", full)
     with pytest.raises(torch.OutOfMemoryError):
-        AttributionMatcher("swa", ((LAYER, LAYER),)).look(tiny.requires_grad_(False), pictures(2, 6).double())
+        AttributionMatcher("swa", ((LAYER, LAYER),)).look(
+            tiny.requires_grad_(False), make_images(2, 6).double()
+        )
 
 
 def test_layer_that_logits_do_not_depend_on() -> None:
@@ -300,5 +305,5 @@ def test_layer_that_logits_do_not_depend_on() -> None:
             self.conv3(self.conv1(images).detach())
             return self.fc2(self.fc1(torch.ones(len(images), 45)))
 
-    with pytest.raises(UnsupportedOperatorError, match="cannot be differentiated by the matched layer"):
-        AttributionMatcher("swa", ((LAYER, LAYER),)).look(Aside().requires_grad_(False), pictures(2, 6))
+    with pytest.raises(UnsupportedOperatorError):
+        AttributionMatcher("swa", ((LAYER, LAYER),)).look(Aside().requires_grad_(False), make_images(2, 6))

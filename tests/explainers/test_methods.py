@@ -21,17 +21,17 @@ from explainers import (
     create_method,
     method_names,
 )
-from explainers.base import Method, frozen_copy
-from explainers.gradcam import class_activation, find_layer
+from explainers.attribution.gradcam import class_activation, find_layer
+from explainers.attribution.method import Method, frozen_copy
 from image_classification.models import create_model
-from pruning.graph import trace_groups
-from pruning.surgery import prune_channels
-from tests.support.explained import pictures, randomise
+from pruning.engine.surgery import prune_channels
+from pruning.engine.trace_groups import trace_groups
+from tests.support.explained import make_images, randomise
 
 CONSERVING = {
     "lrp zplus": LRP(),
     "lrp epsilon-plus-flat": LRP("epsilon-plus-flat"),
-    "ebp to the pictures": EBP(stop="input"),
+    "ebp to the images": EBP(stop="input"),
     "ebp": EBP(),
     "rap": RAP(),
 }
@@ -44,7 +44,7 @@ ALL: dict[str, Method] = CONSERVING | {
 
 
 def check_conserved(model: nn.Module, size: int, tolerance: float = 1e-3) -> None:
-    images = pictures(3, size, seed=4)
+    images = make_images(3, size, seed=4)
     with torch.no_grad():
         targets = model(images).argmax(1)
     for name, method in CONSERVING.items():
@@ -94,7 +94,7 @@ def pruned(arch: str, size: int) -> nn.Module:
     """A network that the engine has taken 20 to 70 % of every group's channels from."""
     torch.manual_seed(0)
     model = create_model(arch, num_classes=10).eval()
-    graph = trace_groups(model, pictures(1, min(size, 64)))
+    graph = trace_groups(model, make_images(1, min(size, 64)))
     keep = {}
     for group in graph.prunable:
         share = 0.3 + 0.5 * torch.rand(()).item()
@@ -102,7 +102,7 @@ def pruned(arch: str, size: int) -> nn.Module:
         keep[group] = torch.randperm(group.width)[:width].sort().values
     report = prune_channels(model, graph, keep)
     assert report.macs[1] < 0.6 * report.macs[0]
-    return randomise(model, pictures(8, size, seed=1))
+    return randomise(model, make_images(8, size, seed=1))
 
 
 def test_relevance_is_conserved_in_a_pruned_network() -> None:
@@ -125,10 +125,10 @@ def test_relevance_is_conserved_at_full_size_when_pruned(arch: str, size: int) -
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_picture_has_the_same_map_in_any_batch(name: str, randomised) -> None:
-    # float64, because the kernels for one picture round differently, and RAP amplifies that to some percent
+def test_a_image_has_the_same_map_in_any_batch(name: str, randomised) -> None:
+    # float64, because the kernels for one image round differently, and RAP amplifies that to some percent
     model = randomised("resnet20", 32).double()
-    images, targets = pictures(5, 32, seed=2).double(), torch.tensor([0, 3, 3, 9, 1])
+    images, targets = make_images(5, 32, seed=2).double(), torch.tensor([0, 3, 3, 9, 1])
     prepared = ALL[name].prepare(model, images[:2])
     together = prepared(images, targets)
     assert together.map.shape == (5, 32, 32)
@@ -144,13 +144,13 @@ def test_a_picture_has_the_same_map_in_any_batch(name: str, randomised) -> None:
 def test_the_model_stays_exactly_as_it_was(name: str, randomised) -> None:
     model = randomised("resnet20", 32).train()
     model.layer1.eval()  # a mixture of modes
-    model(pictures(4, 32)).sum().backward()
+    model(make_images(4, 32)).sum().backward()
     calls = []
     handle = model.fc.register_forward_hook(lambda *_: calls.append(1))
     state = copy.deepcopy(model.state_dict())
     grads = [p.grad.clone() for p in model.parameters()]
     modes = [module.training for module in model.modules()]
-    images = pictures(2, 32)
+    images = make_images(2, 32)
     prepared = ALL[name].prepare(model, images)
     prepared(images, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="targets"):
@@ -168,7 +168,7 @@ def test_the_model_stays_exactly_as_it_was(name: str, randomised) -> None:
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "centre"])
 def test_maps_change_when_the_weights_are_randomised(name: str, randomised) -> None:
-    images, targets = pictures(4, 32), torch.arange(4)
+    images, targets = make_images(4, 32), torch.arange(4)
     maps = [
         ALL[name].prepare(randomised("resnet20", 32, seed=seed), images)(images, targets).map.flatten(1)
         for seed in (0, 1)
@@ -180,7 +180,7 @@ def test_maps_change_when_the_weights_are_randomised(name: str, randomised) -> N
 
 def test_half_precision_networks_and_channels_last_are_explained(randomised) -> None:
     model = randomised("resnet20", 32)
-    images, targets = pictures(2, 32), torch.tensor([0, 1])
+    images, targets = make_images(2, 32), torch.tensor([0, 1])
     expected = LRP().prepare(model, images)(images, targets)
     last = LRP().prepare(model.to(memory_format=torch.channels_last), images)
     found = last(images.to(memory_format=torch.channels_last), targets)
@@ -198,7 +198,7 @@ def test_memory_does_not_grow_over_batches(randomised) -> None:
     def num_tensors() -> int:
         return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
-    model, images = randomised("resnet20", 32), pictures(2, 32)
+    model, images = randomised("resnet20", 32), make_images(2, 32)
     prepared = [method.prepare(model, images) for method in ALL.values()]
     for method in prepared:
         method(images, torch.tensor([0, 1]))
@@ -227,27 +227,27 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize("name", CONSERVING)
-def test_what_a_method_cannot_do_is_said_with_the_operator(name: str) -> None:
-    with pytest.raises(UnsupportedOperatorError, match=r"no rule for operator aten::bmm"):
-        ALL[name].prepare(Attention(), pictures(1, 4))
-    gradients = IntegratedGradients(steps=4).prepare(Attention(), pictures(1, 4))
-    assert gradients(pictures(2, 4), torch.tensor([0, 1])).map.shape == (2, 4, 4)
+def test_an_unsupported_operator_is_named(name: str) -> None:
+    with pytest.raises(UnsupportedOperatorError, match="aten::bmm"):
+        ALL[name].prepare(Attention(), make_images(1, 4))
+    gradients = IntegratedGradients(steps=4).prepare(Attention(), make_images(1, 4))
+    assert gradients(make_images(2, 4), torch.tensor([0, 1])).map.shape == (2, 4, 4)
 
 
 def test_requests_that_make_no_sense_are_refused(randomised) -> None:
-    prepared = LRP().prepare(randomised("resnet20", 32), pictures(1, 32))
+    prepared = LRP().prepare(randomised("resnet20", 32), make_images(1, 32))
     with pytest.raises(ValueError, match="one class index"):
-        prepared(pictures(2, 32), torch.tensor([1]))
+        prepared(make_images(2, 32), torch.tensor([1]))
     with pytest.raises(ValueError, match="one class index"):
-        prepared(pictures(1, 32), torch.tensor([1.0]))
+        prepared(make_images(1, 32), torch.tensor([1.0]))
     with pytest.raises(ValueError, match="batch"):
-        prepared(pictures(1, 32)[0], torch.tensor([1]))
-    with pytest.raises(ValueError, match="the network has 10 classes"):
-        prepared(pictures(1, 32), torch.tensor([10]))
+        prepared(make_images(1, 32)[0], torch.tensor([1]))
+    with pytest.raises(ValueError, match="10 classes"):
+        prepared(make_images(1, 32), torch.tensor([10]))
 
 
 def test_published_rap_is_the_same_on_plain_networks_and_diverges_with_negative_inputs(randomised) -> None:
-    images, targets = pictures(2, 32), torch.tensor([0, 1])
+    images, targets = make_images(2, 32), torch.tensor([0, 1])
     plain = randomised("vgg11_bn_cifar_x4", 32)
     ours, published = (RAP(flag).prepare(plain, images)(images, targets) for flag in (False, True))
     torch.testing.assert_close(ours.map, published.map)
@@ -262,7 +262,7 @@ def test_the_register() -> None:
     assert create_method("lrp", composite="epsilon-plus-flat").name == "lrp"
     with pytest.raises(ValueError, match="did you mean gradcam"):
         create_method("grad-cam")
-    with pytest.raises(ValueError, match=r"no setting 'composit'.*did you mean composite"):
+    with pytest.raises(ValueError, match="did you mean composite"):
         create_method("lrp", composit="zplus")
     with pytest.raises(ValueError, match="choose from zplus"):
         LRP("alpha")
@@ -275,7 +275,7 @@ def test_the_register() -> None:
 def test_a_network_that_cannot_be_copied_is_named() -> None:
     model = nn.Conv2d(3, 2, 1)
     model.kept = model.weight * 2  # a tensor with history
-    with pytest.raises(TypeError, match="Conv2d cannot be copied"):
+    with pytest.raises(TypeError, match="Conv2d"):
         frozen_copy(model)
 
 
@@ -286,8 +286,13 @@ def test_a_network_that_cannot_be_copied_is_named() -> None:
     ("arch", "size", "layer"),
     [
         ("resnet56", 32, "layer3"),
-        ("vgg16_bn_cifar_x8", 64, "features"),
-        ("vgg16_bn_cifar_x8", 32, "features.42"),  # the last pool leaves one pixel: the ReLU before it
+        (
+            "vgg16_bn_cifar_x8",
+            64,
+            "features.42",
+        ),  # the ReLU before the last pool, as the published program reads it
+        ("vgg16_bn_cifar_x8", 32, "features.42"),
+        ("torchvision/vgg11_bn", 64, "features.27"),
         ("mobilenet_v2_cifar", 32, "features"),
         ("torchvision/resnet18", 64, "layer4"),
         ("torchvision/densenet121", 64, "features"),
@@ -297,12 +302,12 @@ def test_a_network_that_cannot_be_copied_is_named() -> None:
 )
 def test_the_layer_is_found_by_structure(arch: str, size: int, layer: str) -> None:
     model = create_model(arch, num_classes=10).eval()
-    assert find_layer(model, pictures(1, size)) == layer
+    assert find_layer(model, make_images(1, size)) == layer
 
 
 def test_gradcam_equals_captums() -> None:
     captum = pytest.importorskip("captum.attr")
-    images, targets = pictures(3, 64), torch.tensor([0, 4, 7])
+    images, targets = make_images(3, 64), torch.tensor([0, 4, 7])
     for arch, layer in (("torchvision/resnet18", "layer4"), ("torchvision/densenet121", "features.norm5")):
         torch.manual_seed(0)
         model = randomise(create_model(arch, num_classes=10), images)
@@ -316,11 +321,15 @@ def test_gradcam_is_right_where_an_in_place_relu_follows() -> None:
     def network(inplace: bool) -> nn.Sequential:
         torch.manual_seed(0)
         return nn.Sequential(
-            nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(inplace), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Conv2d(3, 5, 3),
+            nn.BatchNorm2d(5),
+            nn.ReLU(inplace),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
             nn.Linear(5, 4),
-        )  # fmt: skip
+        )
 
-    images, targets = pictures(3, 8), torch.tensor([0, 1, 2])
+    images, targets = make_images(3, 8), torch.tensor([0, 1, 2])
     maps = [GradCAM("1").prepare(network(flag).eval(), images)(images, targets).map for flag in (True, False)]
     torch.testing.assert_close(maps[0], maps[1])
     # by hand: A before the ReLU, the mean gradient that of the active pixels
@@ -336,7 +345,7 @@ def test_gradcam_is_right_where_an_in_place_relu_follows() -> None:
 
 def test_gradcam_can_be_differentiated_through(randomised) -> None:
     model = randomised("resnet20", 32).double()
-    images, targets = pictures(2, 32).double(), torch.tensor([1, 2])
+    images, targets = make_images(2, 32).double(), torch.tensor([1, 2])
     maps, logits = class_activation(model, "layer3", images, targets, create_graph=True)
     assert logits.requires_grad
     weight = model.layer3[2].conv2.weight
@@ -355,10 +364,10 @@ def test_gradcam_can_be_differentiated_through(randomised) -> None:
 
 
 def test_gradcam_names_layers_that_do_not_do(randomised) -> None:
-    model, images = randomised("resnet20", 32), pictures(1, 32)
-    with pytest.raises(ValueError, match=r"no layer 'layer33'.*did you mean layer3"):
+    model, images = randomised("resnet20", 32), make_images(1, 32)
+    with pytest.raises(ValueError, match="did you mean layer3"):
         GradCAM("layer33").prepare(model, images)
-    with pytest.raises(ValueError, match="no feature map"):
+    with pytest.raises(ValueError, match="feature map"):
         GradCAM("fc").prepare(model, images)
 
     class Twice(nn.Module):
@@ -372,11 +381,11 @@ def test_gradcam_names_layers_that_do_not_do(randomised) -> None:
 
     with pytest.raises(ValueError, match="ran 2 times"):
         GradCAM("conv").prepare(Twice(), images)
-    with pytest.raises(UnsupportedOperatorError, match="do not depend on layer 'unused'"):
+    with pytest.raises(UnsupportedOperatorError, match="'unused'"):
         GradCAM("unused").prepare(Twice(), images)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
-    with pytest.raises(UnsupportedOperatorError, match="no feature map"):
-        GradCAM().prepare(flat, pictures(1, 4))
+    with pytest.raises(UnsupportedOperatorError):
+        GradCAM().prepare(flat, make_images(1, 4))
 
 
 # --- Integrated gradients, and the others against libraries -------------------------------------------------------
@@ -385,7 +394,7 @@ def test_gradcam_names_layers_that_do_not_do(randomised) -> None:
 def test_integrated_gradients_are_complete_and_equal_captums(randomised) -> None:
     captum = pytest.importorskip("captum.attr")
     model = randomised("vgg11_bn_cifar_x8", 32).double()
-    images, targets = pictures(2, 32).double(), torch.tensor([1, 2])
+    images, targets = make_images(2, 32).double(), torch.tensor([1, 2])
     found = IntegratedGradients(steps=12).prepare(model, images)(images, targets)
     expected = captum.IntegratedGradients(model).attribute(
         images, 0.0, target=targets, n_steps=12, method="gausslegendre"
@@ -404,7 +413,7 @@ def test_lrp_reproduces_zennits_rules(arch: str) -> None:
     from zennit.torchvision import ResNetCanonizer
 
     assert zennit is not None
-    images = pictures(2, 32)
+    images = make_images(2, 32)
     torch.manual_seed(0)
     model = randomise(create_model(arch, num_classes=10), images)
     canonizers = [ResNetCanonizer()] if "resnet" in arch else [SequentialMergeBatchNorm()]
@@ -419,3 +428,54 @@ def test_lrp_reproduces_zennits_rules(arch: str) -> None:
     found = LRP("epsilon-plus-flat").prepare(model, images)(images, targets)
     expected = expected.sum(1)
     assert (found.map - expected).abs().max() <= 2e-3 * expected.abs().max()
+
+
+class ReluTwice(nn.Module):
+    """The last map is the output of a module that runs twice, as torchvision's blocks have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 5, 3, padding=1)
+        self.relu, self.head = nn.ReLU(), nn.Linear(5, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.relu(self.second(self.relu(self.first(images))))
+        return self.head(x.mean((2, 3)))
+
+
+def test_grad_cam_finds_a_layer_that_it_can_use() -> None:
+    prepared = GradCAM().prepare(ReluTwice().eval(), make_images(2, 16))
+    assert prepared.layer == "second"
+    assert prepared(make_images(2, 16), torch.tensor([0, 2])).map.shape == (2, 16, 16)
+
+
+def test_published_rules_lose_what_units_without_contributions_have() -> None:
+    """Two units, the second active by its bias alone: z+ loses its relevance, ours gives it to what it sees."""
+    layer = nn.Conv2d(2, 2, 1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 2, 1), nn.ReLU(), layer, nn.ReLU(), nn.Flatten(), nn.Linear(8, 1)
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_()
+        layer.weight[1] *= -1
+        layer.bias[1] = 100.0
+    images, targets = make_images(1, 2).abs(), torch.tensor([0])
+    for method in (LRP(), LRP(as_published=True)):
+        result = method.prepare(model, images)(images, targets)
+        share = float(result.arrived / result.started)
+        assert (share < 0.9) == method.as_published
+        assert method.as_published or share == pytest.approx(1, abs=1e-4)
+
+
+def test_published_excitation_takes_the_formula_whatever_the_signs() -> None:
+    """x ⊙ w⁺ᵀ(P ⊘ w⁺x) on signed images, by hand; ours lets negative inputs count through negative weights."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2, bias=False)).double().eval()
+    images = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x, positive = images.flatten(), model[1].weight.detach()[1].clamp(min=0)
+    expected = (x * positive / (positive @ x)).view(3, 2, 2).sum(0).clamp(min=0)
+    settings = {"stop": "input", "as_published": True}
+    found = EBP(**settings).prepare(model, images)(images, torch.tensor([1])).map[0]
+    torch.testing.assert_close(found, expected.float())
+    ours = EBP(stop="input").prepare(model, images)(images, torch.tensor([1])).map[0]
+    assert not torch.allclose(ours, expected.float())

@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from explainers import EBP, LRP, RAP, weight_rules
-from explainers.linear_map import LinearMap
-from explainers.rap import start
-from tests.support.explained import Tiny, pictures
+from explainers import EBP, LRP, RAP
+from explainers.attribution import weight_rules
+from explainers.attribution.linear_map import LinearMap
+from explainers.attribution.rap import start
+from tests.support.explained import Tiny, make_images
 
 Array = NDArray[np.float64]
 
@@ -133,7 +134,7 @@ def apply_rule(
     **options: object,
 ) -> Array:
     like = layer.apply(torch.from_numpy(x).view(1, *shape), layer.weight)
-    # A second picture in the batch, all different: pictures must not mix.
+    # A second image in the batch, all different: images must not mix.
     inputs = torch.stack([torch.from_numpy(x).view(shape), torch.randn(shape, dtype=torch.float64).abs()])
     relevance = torch.cat([torch.from_numpy(R).view_as(like), torch.randn_like(like)])
     return rule(layer, inputs, relevance, **options)[0].flatten().numpy()
@@ -238,9 +239,9 @@ def test_raps_start_is_the_published_one() -> None:
 
 
 class Reference:
-    """A pass through `Tiny` with dense matrices, and back by the rules of a method, one picture at a time."""
+    """A pass through `Tiny` with dense matrices, and back by the rules of a method, one image at a time."""
 
-    def __init__(self, model: Tiny, picture: Tensor, *, merge: bool, by_magnitude: bool = False) -> None:
+    def __init__(self, model: Tiny, image: Tensor, *, merge: bool, by_magnitude: bool = False) -> None:
         self.model, self.merge, self.by_magnitude = model, merge, by_magnitude
         norm = model.bn1
         self.scale = (norm.weight / torch.sqrt(norm.running_var + norm.eps)).detach()
@@ -250,7 +251,7 @@ class Reference:
         self.W3, self.C3 = self._matrix(model.conv3.weight, (4, 3, 3), 0)
         self.F1, self.F2 = model.fc1.weight.detach().numpy(), model.fc2.weight.detach().numpy()
         with torch.no_grad():
-            x = picture[None]
+            x = image[None]
             self.x = x.flatten().numpy()
             h1 = norm(model.conv1(x)).relu()
             branch = model.conv2(h1)
@@ -294,7 +295,7 @@ class Reference:
         return R * ratio(self.branch, total), R * ratio(self.h1, total)
 
     def back(self, R4: Array, linear: Callable, conv: Callable, first: Callable) -> Array:
-        """Relevance of the picture from that of `h4`."""
+        """Relevance of the image from that of `h4`."""
         R3 = linear(self.F1, self.h3, R4)
         R_pooled = conv(self.W3, self.C3, self.pooled, R3)
         to_branch, to_shortcut = self.through_sum(self.through_pool(R_pooled))
@@ -306,7 +307,7 @@ def everywhere(W: Array) -> Array:
     return np.ones_like(W, dtype=bool)
 
 
-IMAGES = pictures(3, 6, seed=5).double()
+IMAGES = make_images(3, 6, seed=5).double()
 TARGETS = torch.tensor([0, 1, 2])
 
 
@@ -425,7 +426,7 @@ def test_gates_take_no_relevance_and_equal_factors_share() -> None:
                     x = x * g
             return x.sum((2, 3))
 
-    images = pictures(2, 4)
+    images = make_images(2, 4)
     for how in ("sigmoid", "rescaled", "broadcast", "quotient", "neither"):
         torch.manual_seed(0)
         model = Gated(how).eval()

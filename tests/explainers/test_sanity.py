@@ -1,6 +1,6 @@
 """Maps depend on what a network has learned: they change when its weights are randomised (Adebayo et al. 2018).
 
-Rules that keep positive weights only follow the picture itself to a part (Sixt et al. 2020), so their maps stay more
+Rules that keep positive weights only follow the image itself to a part (Sixt et al. 2020), so their maps stay more
 alike than others; what is asked for is that no method ignores the weights.
 """
 
@@ -16,9 +16,9 @@ from scipy.stats import spearmanr
 from explainers import create_method, method_names
 from explainers.casm import Casm, save_casm
 from image_classification.models import create_model
-from tests.support.explained import pictures, randomise
+from tests.support.explained import make_images, randomise
 
-PICTURES = 4
+IMAGES = 4
 # Methods that look at the network they are asked about.
 METHODS = [name for name in method_names() if name not in ("centre", "casm", "selector")]
 
@@ -37,13 +37,13 @@ def networks() -> tuple[torch.nn.Module, torch.nn.Module]:
     made = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        made.append(randomise(create_model("resnet20", num_classes=6), pictures(8, 32), seed))
+        made.append(randomise(create_model("resnet20", num_classes=6), make_images(8, 32), seed))
     return made[0], made[1]
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_maps_change_with_the_weights(name: str) -> None:
-    images, targets = pictures(PICTURES, 32, seed=4), torch.tensor([0, 1, 2, 3])
+    images, targets = make_images(IMAGES, 32, seed=4), torch.tensor([0, 1, 2, 3])
     maps = []
     for model in (*networks(), networks()[0]):
         maps.append(create_method(name).prepare(model, images)(images, targets).map)
@@ -53,7 +53,7 @@ def test_maps_change_with_the_weights(name: str) -> None:
 
 
 def test_casm_masks_change_with_the_weights_of_either_part(tmp_path) -> None:
-    images, targets = pictures(PICTURES, 32, seed=4), torch.zeros(PICTURES, dtype=torch.int64)
+    images, targets = make_images(IMAGES, 32, seed=4), torch.zeros(IMAGES, dtype=torch.int64)
     model, other = networks()
     torch.manual_seed(3)
     casm = Casm.for_classifier(model, 32, width=4).eval()

@@ -1,4 +1,4 @@
-"""What a trained network's maps find on `shapes`, where the objects are known: more than the centre of the picture."""
+"""What a trained network's maps find on `shapes`, where the objects are known: more than the centre of the image."""
 
 from __future__ import annotations
 

@@ -15,8 +15,11 @@ import torch
 from PIL import Image
 
 from explainers.__main__ import main
-from explainers.job import distinct_names
-from image_classification.models import capture_structure, create_model
+from explainers.verbs.attribution_job import distinct_names
+from image_classification.data.single_image import pixels_of
+from image_classification.models import arch_info, capture_structure, create_model, model_for_weights
+from image_classification.models.factory import remember_class_names
+from pruning.files.saved_network import save_pruned
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = "shapes:train=24,val=20,seed=5"
@@ -58,12 +61,12 @@ def test_attribute_writes_maps_overlays_and_pages(checkpoint: str, tmp_path: Pat
     assert main(["attribute", DATA, "--checkpoint", checkpoint, *words, *COMMON]) == 0
     for method in ("gradcam", "lrp"):
         arrays = sorted((out / method).rglob("*.npy"))
-        pictures = sorted((out / method).rglob("*.png"))
-        assert len(arrays) == len(pictures) == 10
+        images = sorted((out / method).rglob("*.png"))
+        assert len(arrays) == len(images) == 10
         assert np.load(arrays[0]).shape == (48, 48)
-        with Image.open(pictures[0]) as picture:
-            assert picture.size == (48, 48)
-    # batches of 8, then 2; pages of at most 4, named by their first picture
+        with Image.open(images[0]) as image:
+            assert image.size == (48, 48)
+    # batches of 8, then 2; pages of at most 4, named by their first image
     assert [page.name for page in sorted(out.glob("page-*.png"))] == [
         "page-000000.png",
         "page-000004.png",
@@ -116,8 +119,8 @@ def test_localize_compares_methods_and_networks(
         ("pruned.pth.tar", "centre"),
     ]
     for row in rows:
-        assert row["counts"]["pictures"] == row["counts"]["pairs"] == row["counted"]["f1"] == 20
-        assert set(row["figures"]) == {"point", "point_15px", "f1", "f1a", "le", "om"}
+        assert row["counts"]["images"] == row["counts"]["pairs"] == row["counted"]["f1"] == 20
+        assert set(row["figures"]) == {"point", "point_15px", "auc", "f1", "f1a", "le", "om"}
     shown = capsys.readouterr().out
     assert "pruned.pth.tar" in shown
     assert "centre" in shown
@@ -143,9 +146,13 @@ def test_all_ranks_say_what_ground_truth_lacks(checkpoint: str, tmp_path: Path, 
         "explainers",
     ]
     job = subprocess.run(
-        [sys.executable, *launcher, *words], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [sys.executable, *launcher, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     what = "pixel masks" if verb == "localize" else "boxes"
     told = f"python -m explainers {verb}: error: the split 'val' has no {what}"
     logs = [(tmp_path / "logs" / f"rank_{rank}.log").read_text() for rank in range(2)]
@@ -185,8 +192,8 @@ def test_two_ranks_count_what_one_counts(checkpoint: str, tmp_path: Path, cache:
     [
         (["localize", DATA], "--checkpoint is missing"),
         (["localize", DATA, "--checkpoint", "nowhere.pth"], "nowhere.pth: there is no such file"),
-        (["localize", DATA, "--checkpoint", "{net}", "--metric", "aucc"], "did you mean 'auc'"),
-        (["localize", DATA, "--checkpoint", "{net}", "--method", "lpr"], "did you mean 'lrp'"),
+        (["localize", DATA, "--checkpoint", "{net}", "--metric", "aucc"], "did you mean auc"),
+        (["localize", DATA, "--checkpoint", "{net}", "--method", "lpr"], "did you mean lrp"),
         (
             ["localize", DATA, "--checkpoint", "{net}", "--layer", "layer2", "--method", "lrp"],
             "--layer has no effect",
@@ -202,7 +209,7 @@ def test_two_ranks_count_what_one_counts(checkpoint: str, tmp_path: Path, cache:
             ["localize", DATA, "--checkpoint", "{net}", "--arch", "resnet56"],
             "holds resnet20, not --arch resnet56",
         ),
-        (["localize", DATA, "--checkpoint", "{ten}"], "tells 10 classes apart"),
+        (["localize", DATA, "--checkpoint", "{ten}"], "has 10 classes, but"),
         (["localize", "nowhere", "--checkpoint", "{net}"], "does not exist"),
         (
             ["localize", DATA, "--checkpoint", "{net}", "--json", "/proc/none/f.json"],
@@ -217,11 +224,11 @@ def test_two_ranks_count_what_one_counts(checkpoint: str, tmp_path: Path, cache:
             "--output /proc/maps cannot be",
         ),
         (["attribute", DATA, "--checkpoint", "{net}", "--checkpoint", "{ten}"], "explains one network"),
-        (["attribute", DATA, "--checkpoint", "{net}", "-n", "0"], "--num-pictures 0"),
+        (["attribute", DATA, "--checkpoint", "{net}", "-n", "0"], "--num-images 0"),
         (["localise"], "did you mean localize"),
     ],
 )
-def test_what_cannot_be_done_is_said(
+def test_impossible_requests_are_refused(
     words: list[str], message: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ten = save_network(tmp_path / "ten.pth.tar", num_classes=10)
@@ -248,3 +255,47 @@ def test_names_of_checkpoints_tell_them_apart() -> None:
     assert distinct_names(["runs/a/best.pth", "runs/b/best.pth"]) == ["a/best.pth", "b/best.pth"]
     assert distinct_names(["runs/a.pth", "b.pth"]) == ["a.pth", "b.pth"]
     assert distinct_names(["a.pth", "a.pth"]) == ["a.pth#1", "a.pth#2"]
+
+
+def test_localize_by_the_published_protocol(checkpoint: str, tmp_path: Path) -> None:
+    words = ["localize", DATA, "--checkpoint", checkpoint, "--published", "--pot", "0.2", *COMMON]
+    assert main([*words, "--json", str(tmp_path / "f.json")]) == 0
+    rows = localize_rows(tmp_path / "f.json")
+    assert [row["method"] for row in rows] == ["gradcam", "lrp", "ebp", "rap"]
+    for row in rows:
+        assert row["counts"]["images"] == 4  # of 20
+        assert set(row["figures"]) == {"point", "point_15px", "auc"}
+    for more in (["--method", "lrp"], ["--metric", "energy"]):
+        with pytest.raises(SystemExit):
+            main([*words, *more])
+
+
+def test_classify_names_what_image_files_show(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image of another size than the network's, prepared as its input says."""
+    model = model_for_weights(None, checkpoint).eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    names = [f"kind {index}" for index in range(12)]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    words = ["classify", str(tmp_path / "a.png"), "--checkpoint", checkpoint, "--top", "3"]
+    words += ["--class-names", str(tmp_path / "names.txt"), "--json", str(tmp_path / "f.json")]
+    assert main([*words, "--output", str(tmp_path / "page.png")]) == 0
+    assert "kind" in capsys.readouterr().out
+    (said,) = json.loads((tmp_path / "f.json").read_text()).values()
+    with torch.no_grad():
+        image = pixels_of(tmp_path / "a.png", arch_info("resnet20").network_input)
+        expected = model(image[None]).softmax(1)[0].topk(3)
+    assert [entry["name"] for entry in said] == [names[index] for index in expected.indices.tolist()]
+    assert [entry["probability"] for entry in said] == pytest.approx(expected.values.tolist(), abs=1e-5)
+    with Image.open(tmp_path / "page.png") as page:
+        assert min(page.size) > 100
+    (tmp_path / "names.txt").write_text("one")
+    assert main(words) == 2
+    assert "--class-names" in capsys.readouterr().err
+    # A network that knows its classes is asked by name without a list.
+    remember_class_names(model, [f"sort {index}" for index in range(12)])
+    save_pruned(tmp_path / "named.pth.tar", model)
+    assert main([*words[:2], "--checkpoint", str(tmp_path / "named.pth.tar")]) == 0
+    assert "sort" in capsys.readouterr().out

@@ -7,29 +7,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.pictures import manifest_of, write_jpegs
+from support.images import manifest_of, write_jpegs
 from torch import nn
 
 from image_classification.callbacks import TrainState
 from image_classification.checkpoint import CheckpointConfig, Checkpointer
-from image_classification.data import dali
+from image_classification.data.backends import dali
+from image_classification.data.backends.synthetic import SyntheticLoader
 from image_classification.data.build import DataConfig, Placement, evaluation_loader, training_loader
 from image_classification.data.dataset import IMAGENET_PRESET
 from image_classification.data.loader import PlannedLoader
-from image_classification.data.synthetic import SyntheticLoader
 from image_classification.distributed import Distributed
 from image_classification.ema import Ema
-from image_classification.log import LogConfig, Logger
 from image_classification.losses import LossConfig, build_loss
 from image_classification.models import create_model
 from image_classification.objective import TaskObjective
+from image_classification.observe.log import LogConfig, Logger
 from image_classification.optim import OptimConfig, build_optimizer
 from image_classification.precision import Precision, PrecisionConfig
 from image_classification.schedules import Schedule, ScheduleConfig
-from image_classification.trainer import TrainConfig, Trainer
+from image_classification.train_config import TrainConfig
+from image_classification.trainer import Trainer
 from pruning import Pruner, prune
-from pruning.callback import PruningCallback
-from pruning.config import PruningConfig
+from pruning.training.pruning_config import PruningConfig
+from pruning.training.scored import PruningCallback
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,7 +41,7 @@ SIZES = [(90 + 13 * i % 60, 100 + 17 * i % 70) for i in range(24)]
 
 
 def loaders(root: Path, backend: str, device: str) -> list[PlannedLoader]:
-    """Evaluation and training loader of the same pictures."""
+    """Evaluation and training loader of the same images."""
     if not (root / "0000.jpg").exists():
         write_jpegs(root, SIZES)
     manifest = manifest_of(root, [f"{i:04d}.jpg" for i in range(len(SIZES))])
@@ -68,21 +69,30 @@ def test_the_gpu_sees_the_cpus_pixels(tmp_path: Path, backend: str) -> None:
 def trainer(
     workspace: Path, *, pruning: PruningConfig | None = None, ema: bool = True, **precision: object
 ) -> Trainer:
-    """A training job on the GPU with synthetic pictures."""
+    """A training job on the GPU with synthetic images."""
     device = torch.device("cuda")
     settings = Precision(PrecisionConfig(**{"memory_format": "nhwc", **precision}), device)
     torch.manual_seed(0)
     model = settings.place(create_model("resnet20", num_classes=10))
     loader = SyntheticLoader(
-        num_samples=320, num_classes=10, size=(32, 32), batch_size=16, device=device, training=True,
+        num_samples=320,
+        num_classes=10,
+        size=(32, 32),
+        batch_size=16,
+        device=device,
+        training=True,
         memory_format=settings.memory_format,
-    )  # fmt: skip
+    )
     callbacks = []
     if pruning is not None:
         calibration = SyntheticLoader(
-            num_samples=64, num_classes=10, size=(32, 32), batch_size=16, device=device,
+            num_samples=64,
+            num_classes=10,
+            size=(32, 32),
+            batch_size=16,
+            device=device,
             memory_format=settings.memory_format,
-        )  # fmt: skip
+        )
         callbacks.append(PruningCallback(pruning, calibration, 32))
     config = TrainConfig(epochs=1, training_only=True)
     distributed = Distributed(device=device)
@@ -118,11 +128,11 @@ def test_a_training_step_never_waits_for_the_device(tmp_path: Path, precision: d
     job = trainer(tmp_path, **precision)
     batches = iter(job.train_loader)
     for _ in range(3):  # allocations, choice of kernels, the scaler's first tensors
-        job._train_step(batches)
+        job.train_step(batches)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            job._train_step(batches)
+            job.train_step(batches)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -147,7 +157,7 @@ def test_rewrites_on_the_gpu(tmp_path: Path, precision: dict[str, object]) -> No
 
 
 @pytest.mark.parametrize("criterion", ["discriminant", "taylor", "magnitude"])
-def test_pruning_in_a_loop_of_ones_own(criterion: str) -> None:
+def test_pruning_in_a_custom_loop(criterion: str) -> None:
     """The README's: nobody says where the network is, the pruner sees it."""
     torch.manual_seed(0)
     model = create_model("resnet20", num_classes=10).cuda()

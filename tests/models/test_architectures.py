@@ -19,7 +19,7 @@ from image_classification.models import (
     registry,
     unwrap,
 )
-from image_classification.models.layers import ZeroPadShortcut
+from image_classification.models.layers import PooledShortcut, ZeroPadShortcut
 
 # Parameters in millions and GMACs at the architecture's size: torchvision's documentation for ImageNet;
 # He et al. 2015 (table 6) for CIFAR ResNets; timm for resnext101_32x4d.
@@ -125,7 +125,16 @@ def test_voc_layout_has_the_published_names():
 
 
 @pytest.mark.parametrize(
-    "arch", ["resnet18", "resnet20", "resnet20_b", "vgg11_bn_cifar_x8", "mobilenet_v2_cifar"]
+    "arch",
+    [
+        "resnet18",
+        "resnet20",
+        "resnet20_b",
+        "resnet20_isp",
+        "vgg11_bn_cifar_x8",
+        "mobilenet_v2_cifar",
+        "mobilenet_v2_cifar_isp",
+    ],
 )
 @pytest.mark.parametrize("size", [32, 47])
 def test_any_image_size_forwards_and_trains(arch, size):
@@ -167,6 +176,15 @@ def test_zero_padded_shortcut():
     assert not list(module.state_dict())
 
 
+def test_pooled_shortcut():
+    images = torch.randn(2, 4, 5, 6)
+    output = PooledShortcut(4, 10)(images)
+    assert output.shape == (2, 10, 3, 3)
+    assert not output[:, 4:].any()
+    torch.testing.assert_close(output[:, :4, 0, 1], images[:, :, :2, 2:4].mean((2, 3)))
+    torch.testing.assert_close(output[:, :4, 2, 1], images[:, :, 4, 2:4].mean(2))
+
+
 def test_shortcut_as_option_equals_the_name():
     by_option = on_meta("resnet20", shortcut="B").state_dict()
     assert list(by_option) == list(on_meta("resnet20_b").state_dict())
@@ -186,12 +204,12 @@ def test_hyphenated_names_of_the_field():
         ({"arch": "densenet121"}, "torchvision/densenet121"),
         ({"arch": "resnet50d"}, "timm/resnet50d"),
         ({"arch": "resnet20", "shortcutt": "A"}, "did you mean shortcut"),
-        ({"arch": "resnet20", "num_classes": 0}, "--num-classes"),
-        ({"arch": "vgg16_bn", "image_size": 16}, "--image-size 16 is too small"),
-        ({"arch": "resnet20", "image_size": -1}, "--image-size"),
+        ({"arch": "resnet20", "num_classes": 0}, "num_classes=0"),
+        ({"arch": "vgg16_bn", "image_size": 16}, "image_size=16"),
+        ({"arch": "resnet20", "image_size": -1}, "image_size=-1"),
     ],
 )
-def test_what_cannot_be_built_is_said(kwargs, words):
+def test_impossible_networks_are_refused(kwargs, words):
     pytest.importorskip("timm")
     with pytest.raises(ModelError, match=words):
         create_model(**kwargs)
@@ -215,7 +233,7 @@ def test_a_model_remembers_its_making():
 
 
 def test_a_new_architecture_is_one_decorated_function(monkeypatch):
-    monkeypatch.setattr(registry, "_ARCHITECTURES", dict(registry._ARCHITECTURES))
+    monkeypatch.setattr(registry, "ARCHITECTURES", dict(registry.ARCHITECTURES))
 
     @registry.register("toy", ArchInfo(8, 8), options=("width",))
     def build(num_classes, model_config, width=4):

@@ -87,7 +87,7 @@ def test_narrowed_depthwise_and_zero_padded(narrow):
     model.layer2[0].downsample.pad_back = 0
     narrow(24, [], [model.layer3[0].conv1])
     model.layer3[0].downsample.pad_back = 24
-    with pytest.raises(StructureError, match=r"layer3\.0\.downsample.*pad_back.*24.*16"):
+    with pytest.raises(StructureError, match=r"layer3\.0\.downsample.*pad_back"):
         capture_structure(model)
     model.layer3[0].downsample.pad_front, model.layer3[0].downsample.pad_back = 16, 8
     narrow(
@@ -123,7 +123,7 @@ def test_a_buffer_outside_the_state_dict_is_restored_or_refused():
     rebuilt = build_from_structure(capture_structure(model, factory=Blur), factory=Blur)
     torch.testing.assert_close(rebuilt.kernel, model.kernel)
     model.ramp = model.ramp[[1, 3]]
-    with pytest.raises(StructureError, match="'ramp' was cut"):
+    with pytest.raises(StructureError, match="'ramp'"):
         capture_structure(model, factory=Blur)
 
 
@@ -162,13 +162,13 @@ def test_users_own_class_with_shared_and_frozen_parameters():
     torch.testing.assert_close(rebuilt(x), model(x), rtol=0, atol=0)
     structure = capture_structure(model, factory=Tied)
     assert structure.arch is None
-    with pytest.raises(StructureError, match="give the factory"):
+    with pytest.raises(StructureError, match="factory"):
         build_from_structure(structure)
-    with pytest.raises(StructureError, match="was not built by create_model"):
+    with pytest.raises(StructureError, match="create_model"):
         capture_structure(model)
     torn = copy.deepcopy(structure)
     torn.shapes["tied.0.weight"] = [11, 3]
-    with pytest.raises(StructureError, match=r"'tied\.0\.weight' is shared with 'expand\.0\.weight'"):
+    with pytest.raises(StructureError, match=r"'tied\.0\.weight'.*'expand\.0\.weight'"):
         build_from_structure(torn, factory=Tied)
 
 
@@ -208,7 +208,7 @@ def test_another_number_of_classes(narrow):
     assert changed.eval()(torch.randn(1, 3, 32, 32)).shape == (1, 11)
 
 
-def test_options_that_are_no_plain_data_are_refused():
+def test_options_that_are_not_plain_data_are_refused():
     model = create_model("torchvision/resnet18", norm_layer=nn.BatchNorm2d)
     with pytest.raises(StructureError, match="norm_layer"):
         capture_structure(model)
@@ -217,7 +217,7 @@ def test_options_that_are_no_plain_data_are_refused():
 def test_a_changed_module_is_named():
     model = create_model("resnet20")
     model.layer2[1].relu1 = nn.Identity()
-    with pytest.raises(StructureError, match=r"'layer2\.1\.relu1' is ReLU .* Identity"):
+    with pytest.raises(StructureError, match=r"'layer2\.1\.relu1'"):
         capture_structure(model)
     model = create_model("resnet20")
     model.extra = nn.ReLU()
@@ -279,8 +279,8 @@ def test_hostile_structures_are_refused(case):
 
 
 @pytest.mark.parametrize("garbage", [None, [], "resnet50", 3, {}, {"arch": "resnet50"}])
-def test_garbage_is_no_structure(garbage):
-    with pytest.raises(StructureError, match="not a structure"):
+def test_garbage_is_refused_as_a_structure(garbage):
+    with pytest.raises(StructureError):
         Structure.from_plain(garbage)
 
 

@@ -235,7 +235,7 @@ class SqueezeExciteLinear(Wired):
 
 @micro
 class EfficientChannelAttention(Wired):
-    """A convolution over the channel axis: those channels must stay."""
+    """A convolution over the channel axis: it slides over those that stay."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -728,7 +728,7 @@ class Transformer(nn.Module):
 
 @micro
 class BuiltInAttention(nn.Module):
-    """`nn.MultiheadAttention` ties heads to the embedding: both stay, the rest may go."""
+    """`nn.MultiheadAttention` ties heads to the embedding; cut, it becomes a class that does not."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -21,9 +21,9 @@ from pruning.criteria import (
     normalise_scores,
     register_criterion,
 )
-from pruning.criteria.base import cross_entropy
 from pruning.criteria.fpgm import total_distances
 from pruning.criteria.hrank import mean_ranks
+from pruning.criteria.sample_losses import sample_losses
 
 
 def member(
@@ -101,8 +101,8 @@ def test_hrank_against_singular_values() -> None:
     expected = []
     for channel in range(4):
         ranks = []
-        for picture in range(3):
-            values = torch.linalg.svdvals(maps[picture, channel].double())
+        for image in range(3):
+            values = torch.linalg.svdvals(maps[image, channel].double())
             ranks.append(int((values > 1e-5 * values.max()).sum()) if values.max() > 0 else 0)
         expected.append(sum(ranks) / 3)
     assert mean_ranks(maps).tolist() == pytest.approx(expected)
@@ -164,9 +164,9 @@ def test_normalisation() -> None:
         assert normalised[0].tolist() == pytest.approx(values)
         assert normalised[1].tolist() == [0, 0]
     assert normalise_scores(scores, "macs", {0: 2.0, 1: 1.0})[0].tolist() == [0.5, 1.5]
-    with pytest.raises(ValueError, match="--score-normalisation macs"):
+    with pytest.raises(ValueError, match="normalisation='macs'"):
         normalise_scores(scores, "macs")
-    with pytest.raises(ValueError, match="--score-normalisation 'median'"):
+    with pytest.raises(ValueError, match="normalisation='median'"):
         normalise_scores(scores, "median")
 
 
@@ -174,9 +174,9 @@ def test_registry_names_the_nearest() -> None:
     assert {"discriminant", "magnitude", "bn-scale", "taylor", "fisher", "fpgm", "hrank", "random"} <= set(
         criterion_names()
     )
-    with pytest.raises(ValueError, match="did you mean 'fisher'"):
+    with pytest.raises(ValueError, match="did you mean fisher"):
         create_criterion("fischer")
-    with pytest.raises(ValueError, match="--pruning-criterion magnitude"):
+    with pytest.raises(ValueError, match="criterion='magnitude'"):
         create_criterion("magnitude", colour="red")
     with pytest.raises(ValueError, match="is taken"):
         register_criterion("fisher")(type("Other", (FeatureCriterion,), {}))
@@ -184,7 +184,7 @@ def test_registry_names_the_nearest() -> None:
         register_criterion("a+b")
 
 
-def test_a_criterion_of_ones_own() -> None:
+def test_a_custom_criterion() -> None:
     @register_criterion("mean-activation")
     class MeanActivation(FeatureCriterion):
         """Channels that are rarely active."""
@@ -201,7 +201,7 @@ def test_a_criterion_of_ones_own() -> None:
 def test_default_loss_takes_indices_and_probabilities() -> None:
     logits, targets = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
     soft = nn.functional.one_hot(targets, 3)
-    assert torch.allclose(cross_entropy(logits, targets), cross_entropy(logits, soft))
+    assert torch.allclose(sample_losses(logits, targets), sample_losses(logits, soft))
 
 
 def fake_functions() -> types.SimpleNamespace:

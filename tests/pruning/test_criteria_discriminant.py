@@ -76,11 +76,11 @@ def test_near_duplicates_in_float64() -> None:
 def test_feature_maps_of_networks(arch: str) -> None:
     torch.manual_seed(0)
     model = torchvision.models.get_model(arch, weights=None)
-    pictures = sum(
+    images = sum(
         F.interpolate(torch.randn(32, 3, s, s) * 8 / s, size=64, mode="bilinear") for s in (4, 8, 16, 32)
     )
     with torch.no_grad():
-        model(pictures)  # a step of batch-norm statistics
+        model(images)  # a step of batch-norm statistics
     model.eval()
     targets = indices(32, 1000)
     labels = F.one_hot(targets, 1000)[:, targets.unique()]
@@ -97,7 +97,7 @@ def test_feature_maps_of_networks(arch: str) -> None:
         if isinstance(module, torch.nn.Conv2d | torch.nn.ReLU)
     ]
     with torch.no_grad():
-        model(pictures)
+        model(images)
     for handle in handles:
         handle.remove()
     assert len(errors) > 20
@@ -135,11 +135,11 @@ def test_one_hot_vectors_equal_indices() -> None:
 def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     features, targets = torch.randn(8, 37, 6, 6), indices(8)
     whole = discriminant_scores(features, targets)
-    monkeypatch.setattr("pruning.criteria.discriminant._CPU_BLOCK_BYTES", 8 * 8 * 36 * 5)
+    monkeypatch.setattr("pruning.criteria.discriminant.CPU_BLOCK_BYTES", 8 * 8 * 36 * 5)
     assert torch.allclose(discriminant_scores(features, targets), whole)
 
 
-def test_constant_channels_and_single_pictures_score_nothing() -> None:
+def test_constant_channels_and_single_images_score_nothing() -> None:
     features = torch.randn(6, 3, 4, 4)
     features[:, 1] = 1234.5
     scores = discriminant_scores(features, indices(6, 2))
@@ -168,7 +168,7 @@ def test_condition_triggers_the_second_pass() -> None:
     assert criterion.warnings() == []
     criterion.score(bad, targets)
     assert not criterion.must_repeat()  # float32 was asked for by name
-    assert "--di-precision" in criterion.warnings()[0]
+    assert "precision=" in criterion.warnings()[0]
     assert criterion.warnings() == []
 
 
@@ -186,15 +186,15 @@ def test_auto_precision_repeats_where_float64_is_slow(monkeypatch: pytest.Monkey
     assert criterion.summarise(bad, targets).left.dtype == torch.float32
 
 
-def test_refusals_name_flag_and_value() -> None:
+def test_refusals_name_argument_and_value() -> None:
     features, targets = torch.randn(4, 2, 3, 3), torch.arange(4)
-    with pytest.raises(ValueError, match="--di-ridge 0"):
+    with pytest.raises(ValueError, match="ridge=0"):
         discriminant_scores(features, targets, ridge=0)
-    with pytest.raises(ValueError, match="layout 'nchw'"):
+    with pytest.raises(ValueError, match="layout='nchw'"):
         discriminant_scores(features, targets, layout="nchw")
-    with pytest.raises(ValueError, match="do not fit 4 pictures"):
+    with pytest.raises(ValueError, match="4 images"):
         discriminant_scores(features, targets[:3])
-    with pytest.raises(ValueError, match="--di-precision 'half'"):
+    with pytest.raises(ValueError, match="precision='half'"):
         Discriminant(precision="half")
-    with pytest.raises(ValueError, match="--score-features 'middle'"):
+    with pytest.raises(ValueError, match="features='middle'"):
         Discriminant(features="middle")

@@ -15,20 +15,19 @@ from scipy.stats import spearmanr
 from support.explanations import ReadOut
 from torch import Tensor, nn
 
-from explainers.gated_features import gated_features
-from explainers.gradcam_explanation import GradCamExplanation
+from explainers.differentiable.gated_features import gated_features
+from explainers.differentiable.gradcam_explanation import GradCamExplanation
+from explainers.differentiable.remembered import OriginalExplanations, image_keys
 from image_classification.config import ConfigError
 from image_classification.distributed import Distributed
 from pruning.criteria import Combined, Saliency, combine_scores, create_criterion, normalise_scores
+from pruning.criteria.by_name import CriterionSettings, make_criterion
 from pruning.criteria.saliency import random_signs
-from pruning.gates import Gates
-from pruning.graph import trace_groups
-from pruning.named_criteria import make_criterion
-from pruning.original import OriginalExplanations, picture_keys
-from pruning.saliency_flags import SaliencyFlags
-from pruning.scoring import score_groups
-from pruning.surgery import prune_channels
-from pruning.tap_channels import output_place, staying_channels
+from pruning.criteria.scoring import score_groups
+from pruning.engine.gates import Gates
+from pruning.engine.surgery import prune_channels
+from pruning.engine.tap_channels import output_place, staying_channels
+from pruning.engine.trace_groups import trace_groups
 
 SIZE = 12
 Batches = list[tuple[Tensor, Tensor]]
@@ -93,7 +92,7 @@ def trace(model: nn.Module) -> Any:
 def phi_of_gates(
     model: nn.Module, graph: Any, originals: OriginalExplanations, batches: Batches
 ) -> Callable[[Tensor], Tensor]:
-    """Gates (num_units,) → φ (N, K) in float64, all pictures."""
+    """Gates (num_units,) → φ (N, K) in float64, all images."""
     wide = copy.deepcopy(model).double()
 
     def phi(values: Tensor) -> Tensor:
@@ -197,18 +196,18 @@ def test_random_projections_are_unbiased_and_as_exact_as_stated(network: nn.Modu
     curvature = score_groups(network, graph, batches, Saliency(originals, max_passes=40, target="present"))
     stated = (2 / (8 * 128)) ** 0.5
     errors = torch.cat([(probed[i] - exact[i]) / curvature[i] for i in exact])
-    # Pictures are not alike (the effective number is smaller than N), hence the factor.
+    # Images are not alike (the effective number is smaller than N), hence the factor.
     assert errors.square().mean().sqrt() < 2 * stated
     assert errors.mean().abs() < 1.5 * stated
     again = score_groups(network, graph, batches, Saliency(originals, max_passes=8))
     assert all(torch.equal(probed[i], again[i]) for i in exact)
 
 
-def test_signs_belong_to_the_picture() -> None:
+def test_signs_belong_to_the_image() -> None:
     images = torch.randn(4, 3, 5, 5)
-    keys = picture_keys(images)
-    assert picture_keys(images.to(memory_format=torch.channels_last)) == keys
-    assert picture_keys(images[[2, 0]]) == [keys[2], keys[0]]
+    keys = image_keys(images)
+    assert image_keys(images.to(memory_format=torch.channels_last)) == keys
+    assert image_keys(images[[2, 0]]) == [keys[2], keys[0]]
     assert len(set(keys)) == 4
     signs = random_signs(keys, 3, 7)
     assert signs.shape == (3, 4, 7)
@@ -282,16 +281,16 @@ def test_the_network_is_left_as_it_was(network: nn.Module) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
 
 
-def test_unknown_pictures_are_refused(network: nn.Module) -> None:
+def test_unknown_images_are_refused(network: nn.Module) -> None:
     graph, batches = trace(network), make_batches(1)
-    with pytest.raises(ValueError, match="call `remember`"):
+    with pytest.raises(ValueError, match="`remember`"):
         score_groups(network, graph, batches, Saliency(OriginalExplanations(READ_OUT)))
     originals = remembered(network, batches)
     with pytest.raises(ValueError, match="--calibration-size"):
         score_groups(network, graph, make_batches(1, seed=9), Saliency(originals))
 
 
-def test_a_picture_that_occurs_twice_survives_a_checkpoint(network: nn.Module) -> None:
+def test_a_image_that_occurs_twice_survives_a_checkpoint(network: nn.Module) -> None:
     images, targets = make_batches(1)[0]
     batches = [(images[[0, 1, 0, 2, 3]], targets[:5]), (images[[4, 1]], targets[:2])]
     originals, resumed = remembered(network, batches), OriginalExplanations(READ_OUT)
@@ -303,8 +302,8 @@ def test_a_picture_that_occurs_twice_survives_a_checkpoint(network: nn.Module) -
 def test_combination_with_another_criterion(network: nn.Module) -> None:
     graph, batches = trace(network), make_batches(1)
     originals = remembered(network, batches)
-    flags = SaliencyFlags(saliency_weight=0.3)
-    both = make_criterion("discriminant+saliency", originals=originals, flags=flags)
+    settings = CriterionSettings(saliency_weight=0.3)
+    both = make_criterion("discriminant+saliency", settings, originals=originals)
     assert isinstance(both, Combined)
     parts = [
         score_groups(network, graph, batches, some)
@@ -325,17 +324,17 @@ def test_negative_scores_keep_their_order_when_normalised(method: str) -> None:
 
 def test_bad_settings_are_named() -> None:
     originals = OriginalExplanations(READ_OUT)
-    with pytest.raises(ValueError, match="--saliency-passes 0"):
+    with pytest.raises(ValueError, match="max_passes=0"):
         Saliency(originals, max_passes=0)
-    with pytest.raises(ValueError, match="--saliency-target"):
+    with pytest.raises(ValueError, match="target='nearest'"):
         Saliency(originals, target="nearest")
-    with pytest.raises(ConfigError, match="--selector FILE"):
+    with pytest.raises(ConfigError, match="originals=None"):
         make_criterion("saliency")
     with pytest.raises(ConfigError, match="discriminant\\+saliency"):
         make_criterion("saliency+discriminant", originals=originals)
-    with pytest.raises(ConfigError, match="did you mean 'taylor'"):
+    with pytest.raises(ConfigError, match="did you mean taylor"):
         make_criterion("tailor+saliency", originals=originals)
-    with pytest.raises(ValueError, match="--saliency-weight 2"):
+    with pytest.raises(ValueError, match="weight=2"):
         Combined(Saliency(originals), Saliency(originals), 2.0)
 
 
@@ -345,8 +344,11 @@ def test_half_precision(network: nn.Module, dtype: torch.dtype) -> None:
     originals = remembered(network, batches)
     exact = score_groups(network, graph, batches, Saliency(originals, target="present"))
     half = score_groups(
-        network, graph, batches, Saliency(originals, target="present"),
+        network,
+        graph,
+        batches,
+        Saliency(originals, target="present"),
         autocast=lambda: torch.autocast("cpu", dtype=dtype),
-    )  # fmt: skip
+    )
     for index, scores in exact.items():
         assert torch.corrcoef(torch.stack([scores, half[index]]))[0, 1] > 0.95

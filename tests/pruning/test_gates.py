@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pruning.gates import Gates
-from pruning.graph import trace_groups
+from pruning.engine.gates import Gates
+from pruning.engine.surgery import prune_channels
+from pruning.engine.trace_groups import trace_groups
 
 
 class Net(nn.Module):
@@ -83,3 +84,53 @@ def test_no_hook_leaks() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(isinstance(p, nn.Parameter) for p in model.parameters())
     assert len(list(model.parameters())) == 6
+
+
+def test_parameters_keep_their_identity_and_order() -> None:
+    """Also those that an operator outside of any layer reads, and also after an exception in the forward pass."""
+    torch.manual_seed(0)
+
+    class Mixed(nn.Module):
+        """A product with a parameter, which is known by two names, between two convolutions."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1)
+            self.mix = nn.Parameter(torch.randn(6, 5))
+            self.back = nn.Parameter(torch.randn(5, 6))
+            self.same = self.back
+            self.fail = False
+            self.seen: list[list[str]] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append([name for name, _ in self.named_parameters()])
+            x = torch.einsum("nchw,cd->ndhw", self.a(x), self.mix)
+            x = self.b(torch.einsum("ndhw,dc->nchw", x, self.same))
+            if self.fail:
+                raise RuntimeError("on purpose")
+            return x.mean((2, 3))
+
+    model, images = Mixed().eval(), torch.randn(2, 3, 4, 4)
+    graph = trace_groups(model, images)
+    assert graph.ungated.size
+    before = list(model.named_parameters())
+    model.seen.clear()
+
+    def unchanged() -> bool:
+        now = list(model.named_parameters())
+        return [(name, id(p)) for name, p in now] == [(name, id(p)) for name, p in before]
+
+    keep = {group: range(1) for group in graph.prunable}
+    with Gates(model, graph) as gates:
+        gates.set_keep(keep)
+        closed = model(images)
+        assert unchanged()
+        model.fail = True
+        with pytest.raises(RuntimeError, match="on purpose"):
+            model(images)
+        assert unchanged()
+    assert unchanged()
+    assert model.seen == [[name for name, _ in before]] * 2
+    model.fail = False
+    prune_channels(model, graph, keep)
+    torch.testing.assert_close(model(images), closed)

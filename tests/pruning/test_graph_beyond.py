@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from image_classification.models.structure import build_from_structure, capture_structure
-from pruning.gates import Gates
-from pruning.graph import trace_groups
-from pruning.surgery import prune_channels
+from pruning.engine.gates import Gates
+from pruning.engine.surgery import prune_channels
+from pruning.engine.trace_groups import trace_groups
 
 sys.path.insert(0, str(Path(__file__).parent))
+import micro_foreign  # noqa: F401  enters its networks
 from micro_networks import REGISTRY, Head, Wired, conv
 
 
@@ -72,7 +73,7 @@ def test_gates_reach_channels_that_only_a_mean_reads() -> None:
 
 
 class GrownBuffer(Wired):
-    """A table that no state dict keeps and that is made at the size of the first picture (ConViT)."""
+    """A table that no state dict keeps and that is made at the size of the first image (ConViT)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ class GrownBuffer(Wired):
         return self.b(self.a(x) * self.ramp)
 
 
-def test_buffers_that_grew_while_running_are_no_structure() -> None:
+def test_buffers_that_grew_while_running_are_not_part_of_the_structure() -> None:
     model, images = GrownBuffer().eval(), torch.randn(2, 3, 8, 8)
     graph = trace_groups(model, images)
     prune_channels(model, graph, {"a": range(4)})
@@ -157,3 +158,73 @@ def test_what_fails_in_one_module_is_frozen_in_those_of_another_width(widths: tu
     assert set(frozen) == {"one.up", "other.up", "head.fc"}
     assert "computes something else on fewer channels" in frozen["one.up"] + frozen["other.up"]
     assert {group.name for group in graph.prunable} == {"a", "one.down", "other.down"}
+
+
+class CountsByHand(nn.Module):
+    """Views by a number that it holds, beside another number of the same value that has nothing to do with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_classes, self.width = 16, 16
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), self.width, x.shape[2] * x.shape[3]).relu().view_as(x)
+
+
+class WithNumClasses(Wired):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.counts, self.b, self.head = conv(3, 16), CountsByHand(), conv(16, 6), Head(6)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.b(self.counts(self.a(x)))
+
+
+def test_a_number_that_merely_equals_a_width_stays() -> None:
+    torch.manual_seed(0)
+    model, images = WithNumClasses().eval(), torch.randn(2, 3, 8, 8)
+    graph = trace_groups(model, images)
+    prune_channels(model, graph, {"a": range(5)})
+    assert (model.counts.width, model.counts.num_classes) == (5, 16)
+    assert model(images).shape == (2, 5)
+
+
+class ReadsTwo(nn.Module):
+    """Takes two maps; the width of the second is written out in its code."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x.view(len(x), x.shape[1], -1)
+        return torch.cat([x, y.view(len(y), 12, -1)], 1).mean(2)
+
+
+class OneToBlame(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.both = conv(3, 8), conv(3, 12), conv(12, 4), ReadsTwo()
+        self.fc = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = self.b(x)
+        return self.fc(torch.cat([self.both(self.a(x), b), self.c(b).mean((2, 3))], 1))
+
+
+def test_a_group_that_was_suspected_first_is_free_in_the_end() -> None:
+    """`a` touches fewer tensors than `b` and is frozen before it, in vain."""
+    torch.manual_seed(0)
+    graph = trace_groups(OneToBlame().eval(), torch.randn(2, 3, 8, 8))
+    frozen = {group.name for group in graph.groups if not group.prunable}
+    assert frozen == {"b", "fc"}
+
+
+def test_an_expert_without_tokens_is_cut_like_its_twins() -> None:
+    """On other images it may get some."""
+    torch.manual_seed(0)
+    model, images = REGISTRY["SparseExperts"]().eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        model.gate.bias[2] = -1e3
+        graph = trace_groups(model, images)
+        assert not graph.untouched
+        prune_channels(model, graph, {"patch": range(5), "experts.0.0": range(4)})
+        assert [tuple(expert[0].weight.shape) for expert in model.experts] == [(4, 5), (9, 5), (4, 5)]
+        model.gate.bias[2] = 1e3
+        assert model(images).shape == (2, 5)

@@ -11,13 +11,29 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pruning.gates import Gates
-from pruning.graph import trace_groups
-from pruning.rehearsal import condition
-from pruning.surgery import prune_channels
+from pruning.engine.gates import Gates
+from pruning.engine.proof.rehearsal import condition
+from pruning.engine.surgery import prune_channels
+from pruning.engine.trace_groups import trace_groups
 
-BLOCKS = ("conv", "residual", "concat", "chunk", "shuffle", "grouped", "depthwise", "padded", "pixel_shuffle",
-          "squeeze_excite", "inplace", "deconvolution", "slices", "glu", "group_norm", "channels_last")  # fmt: skip
+BLOCKS = (
+    "conv",
+    "residual",
+    "concat",
+    "chunk",
+    "shuffle",
+    "grouped",
+    "depthwise",
+    "padded",
+    "pixel_shuffle",
+    "squeeze_excite",
+    "inplace",
+    "deconvolution",
+    "slices",
+    "glu",
+    "group_norm",
+    "channels_last",
+)
 
 
 class Block(nn.Module):

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from image_classification.models.factory import create_model
-from pruning.gates import Gates
-from pruning.graph import trace_groups
-from pruning.rehearsal import condition
-from pruning.surgery import prune_channels
+from pruning.engine.gates import Gates
+from pruning.engine.proof.rehearsal import condition
+from pruning.engine.surgery import prune_channels
+from pruning.engine.trace_groups import trace_groups
 
 # name, image size, least number of prunable groups, whether only the output may be frozen
 NETWORKS = [

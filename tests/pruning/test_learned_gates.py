@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from image_classification.config import ConfigError
+from image_classification.config import ConfigError, SettingError, told
 from image_classification.models import create_model
-from pruning.budget import Budget
-from pruning.channel_graph import Constraints
-from pruning.config import PruningConfig
-from pruning.cost import CostModel
-from pruning.graph import trace_groups
-from pruning.learned.flags import GateFlags
-from pruning.learned.gates import HyperGates, build_gates, draw_noise, harden, soft_gates
-from pruning.learned.widths import _mask as cut_at
-from pruning.learned.widths import inner_groups, widths_of_gates
+from pruning.costs.budget import Budget
+from pruning.costs.cost_model import CostModel
+from pruning.engine.channel_graph import Constraints
+from pruning.engine.trace_groups import trace_groups
+from pruning.training.gate_flags import GateFlags
+from pruning.training.learned.gate_settings import GateSettings
+from pruning.training.learned.parametrisations import HyperGates, build_gates, draw_noise, harden, soft_gates
+from pruning.training.learned.widths import inner_groups, mask_at, widths_of_gates
+from pruning.training.pruning_config import PruningConfig
 
 
 def network(arch: str = "resnet20", **constraints: Any) -> tuple[nn.Module, Any, CostModel]:
@@ -112,6 +112,14 @@ class TestHypernetwork:
     def test_simple_gates_start_at_nothing(self) -> None:
         assert torch.equal(build_gates("simple", [4, 8], 0)(), torch.zeros(12))
 
+    def test_or_as_published_from_a_normal_distribution(self) -> None:
+        theta = build_gates("simple", [400, 800], 0, "normal")()
+        assert torch.equal(theta, build_gates("simple", [400, 800], 0, "normal")())
+        assert abs(float(theta.detach().mean())) < 0.1
+        assert float(theta.detach().std()) == pytest.approx(1, abs=0.1)
+        with pytest.raises(SettingError, match="gate_init"):
+            GateSettings(gates="hyper", gate_init="normal")
+
 
 class TestInnerGroups:
     def test_of_a_residual_network(self) -> None:
@@ -150,7 +158,7 @@ class TestWidths:
             assert sorted(order[group.width - len(kept) :].tolist()) == kept.tolist()
         # The next lower threshold would be over the budget.
         values = np.unique(np.concatenate(list(logits.values())))
-        wider = cut_at(graph, graph.prunable, logits, values[values < cut.threshold][-1])
+        wider = mask_at(graph, graph.prunable, logits, values[values < cut.threshold][-1])
         assert any(
             costs.cost(metric, wider) > share * costs.baseline(metric)
             for metric, share in budget.shares.items()
@@ -168,7 +176,7 @@ class TestWidths:
         assert "taken as they are" in cut.describe()
 
     @pytest.mark.parametrize(("shift", "what"), [(-5.0, "num_opened"), (5.0, "num_closed")])
-    def test_gates_that_miss_it_are_adjusted_and_it_is_said(self, shift: float, what: str) -> None:
+    def test_gates_that_miss_the_budget_are_adjusted_and_reported(self, shift: float, what: str) -> None:
         _, graph, costs = network()
         groups = inner_groups(graph)
         logits = {index: values + shift for index, values in self.gates(graph, groups).items()}
@@ -186,21 +194,22 @@ class TestWidths:
         ({"gate_lr": 0.0}, "--gate-lr"),
         ({"gate_weight_decay": -1.0}, "--gate-weight-decay"),
         ({"matching_weight": -1.0}, "--matching-weight"),
-        ({"matching_weight": 0.0}, "would learn nothing"),
+        ({"matching_weight": 0.0}, "--gate-task-weight 0"),
         ({"gate_task_weight": -1.0}, "--gate-task-weight"),
         ({"resource_weight": 0.0}, "--resource-weight"),
         ({"resource_growth": 0.9}, "--resource-growth"),
-        ({"iterative_pruning": True}, "--iterative-pruning has no effect without --pruning-method scores"),
-        ({"one_shot_pruning": 0.5}, "--one-shot-pruning has no effect"),
-        ({"pruning_criterion": "magnitude"}, "--pruning-criterion has no effect"),
-        ({"saliency_passes": 2}, "--saliency-passes has no effect"),
-        ({"saliency_explanation": None}, "--selector is missing"),
-        ({"selector": "x.pth"}, "--selector has no effect with --saliency-explanation gradcam"),
+        ({"iterative_pruning": True}, "--iterative-pruning"),
+        ({"one_shot_pruning": 0.5}, "--one-shot-pruning"),
+        ({"pruning_criterion": "magnitude"}, "--pruning-criterion"),
+        ({"saliency_passes": 2}, "--saliency-passes"),
+        ({"saliency_explanation": None}, "--selector"),
+        ({"selector": "x.pth"}, "--saliency-explanation gradcam"),
     ],
 )
 def test_unusable_settings_are_named(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError) as caught:
         PruningConfig(**{"pruning_method": "learned", "saliency_explanation": "gradcam", **settings})
+    assert message in told(caught.value)
 
 
 def test_published_constants_are_the_defaults() -> None:

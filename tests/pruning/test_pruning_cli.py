@@ -11,7 +11,9 @@ from PIL import Image
 
 from image_classification.models import create_model
 from pruning.__main__ import main
-from pruning.structure import save_pruned
+from pruning.criteria.sample_losses import losses_of
+from pruning.files.saved_network import save_pruned
+from pruning.verbs import score_channels as command
 
 
 def test_groups_lists_members_widths_and_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,6 +28,18 @@ def test_groups_lists_members_widths_and_reasons(tmp_path: Path, capsys: pytest.
     assert "output" in rows["fc"]["reason"]
 
 
+def test_groups_says_what_limits_leave(tmp_path: Path) -> None:
+    report = tmp_path / "groups.json"
+    words = ["groups", "resnet20", "--image-size", "32", "--json", str(report)]
+    assert main([*words, "--prune-limit", "layer1.*=0.5", "--prune-limit", "layer3.0.conv1=20"]) == 0
+    rows = {row["group"]: row for row in json.loads(report.read_text())["groups"]}
+    least = {
+        name: rows[name]["least_width"] for name in ("layer1.0.conv1", "layer3.0.conv1", "layer3.1.conv1")
+    }
+    assert least == {"layer1.0.conv1": 8, "layer3.0.conv1": 20, "layer3.1.conv1": 7}
+    assert main([*words, "--prune-limit", "nonsense=0.5"]) != 0
+
+
 def test_groups_of_a_pruned_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "narrow.pth.tar"
     save_pruned(path, create_model("resnet20", num_classes=10, widths={"layer2.1.conv1": 20}))
@@ -35,7 +49,7 @@ def test_groups_of_a_pruned_checkpoint(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_groups_of_a_network_of_another_image_size(tmp_path: Path) -> None:
-    """A transformer's positions are those of the pictures that it was built for."""
+    """A transformer's positions are those of the images that it was built for."""
     path = tmp_path / "small.pth.tar"
     save_pruned(path, create_model("timm/vit_tiny_patch16_224", num_classes=10, image_size=64))
     report = tmp_path / "g.json"
@@ -77,8 +91,39 @@ def test_score_writes_table_plot_and_json(
     assert set(scores) == {"discriminant", "magnitude"}
     assert len(scores["discriminant"]["layer2.1.conv1"]) == 32
     assert min(scores["discriminant"]["layer2.1.conv1"]) >= 0
-    with Image.open(tmp_path / "out" / "scores.png") as picture:
-        assert min(picture.size) > 300
+    with Image.open(tmp_path / "out" / "scores.png") as image:
+        assert min(image.size) > 300
+
+
+def test_score_of_images_with_several_labels_takes_their_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUCIDPRUNE_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    save_pruned(tmp_path / "net.pth.tar", create_model("resnet20", num_classes=12))
+    words = ["score", str(tmp_path / "net.pth.tar"), "shapes-multi:train=48,val=12", "--criterion", "taylor"]
+    words += [
+        "--data-backend",
+        "pytorch",
+        "--batch-size",
+        "8",
+        "--calibration-batches",
+        "2",
+        "--image-size",
+        "24",
+    ]
+    found = {}
+    for multi_label in (True, False):
+        asked = []
+        monkeypatch.setattr(
+            command,
+            "losses_of",
+            lambda given, asked=asked, now=multi_label: asked.append(given) or losses_of(now),
+        )
+        assert main([*words, "--output", str(tmp_path / str(multi_label))]) == 0
+        assert asked == [True]
+        found[multi_label] = json.loads((tmp_path / str(multi_label) / "scores.json").read_text())["taylor"]
+    assert found[True] != found[False]
 
 
 def test_score_by_the_explanation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,10 +156,10 @@ def test_score_by_the_explanation(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["groups", "resnet21"], "resnet21 is unknown"),
+        (["groups", "resnet21"], "--arch resnet21"),
         (["score", "absent.pth", "shapes:train=48,val=12"], "absent.pth does not exist"),
         (["score", "absent.pth", "nowhere"], "absent.pth does not exist"),
-        (["score", "x", "shapes", "--criterion", "discriminat"], "did you mean 'discriminant'"),
+        (["score", "x", "shapes", "--criterion", "discriminat"], "did you mean discriminant"),
         (["score", "x", "shapes", "-b", "1"], "--batch-size 1"),
         (["score", "x", "shapes", "--calibration-batches", "0"], "--calibration-batches 0"),
         (["score", "x", "shapes", "--criterion", "saliency"], "--selector is missing"),

@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 from support.training import MemoryLoader, build_trainer, toy_data
+from torch import nn
 
-from image_classification.config import ConfigError, flag_fields
+from image_classification.config import ConfigError, flag_fields, told
 from image_classification.models import create_model
-from pruning.callback import PruningCallback
-from pruning.config import PruningConfig
-from pruning.named_criteria import make_criterion
+from pruning.criteria.by_name import CriterionSettings, make_criterion
+from pruning.engine.channel_graph import ChannelGraph
 from pruning.pruner import Pruner
 from pruning.search import GlobalSearch, GreedySearch, UniformSearch
+from pruning.search.loss_change import Batches, LossChange
+from pruning.training.pruning_config import PruningConfig
+from pruning.training.scored import PruningCallback
 
 ITERATIVE: dict[str, Any] = {"iterative_pruning": True}
 
@@ -37,47 +40,57 @@ def test_every_flag_without_pruning_is_refused(field: str) -> None:
     if field in ("iterative_pruning", "one_shot_pruning", "pruning_method"):
         return
     default = getattr(PruningConfig(), field)
-    with pytest.raises(ConfigError, match=field.replace("_", "-")):
+    with pytest.raises(ConfigError) as caught:
         PruningConfig(**{field: other_than(default)})
+    assert field.replace("_", "-") in told(caught.value)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"iterative_pruning": True, "one_shot_pruning": 0.5}, "exclude each other"),
+        ({"iterative_pruning": True, "one_shot_pruning": 0.5}, "--one-shot-pruning"),
         ({"one_shot_pruning": 1.5}, "--one-shot-pruning 1.5"),
         ({"one_shot_pruning": 0.5, "budget": ["macs=0.3"]}, "leave --budget out"),
         ({**ITERATIVE, "pruning_step": 0}, "--pruning-step"),
         ({**ITERATIVE, "pruning_start": -1}, "--pruning-start"),
-        ({**ITERATIVE, "pruning_warmup": 100}, "longer than --pruning-step"),
+        ({**ITERATIVE, "pruning_warmup": 100}, "--pruning-warmup 100"),
         ({**ITERATIVE, "pruning_shortlist": -1}, "--pruning-shortlist"),
+        ({**ITERATIVE, "pruning_instalments": 0}, "--pruning-instalments"),
         ({**ITERATIVE, "calibration_batches": 0}, "--calibration-batches"),
         ({**ITERATIVE, "judge_batches": 0}, "--judge-batches"),
         ({**ITERATIVE, "di_ridge": 0.0}, "--di-ridge"),
         ({**ITERATIVE, "round_to": 0}, "--round-to"),
         ({**ITERATIVE, "min_width": 0.0}, "--min-width"),
-        ({**ITERATIVE, "prune_limit": ["layer1"]}, "write PATTERN=LEAST"),
+        ({**ITERATIVE, "prune_limit": ["layer1"]}, "--prune-limit layer1: write PATTERN=LEAST"),
+        ({**ITERATIVE, "pruning_search": "gready"}, "--pruning-search gready: choose from"),
+        ({**ITERATIVE, "budget": ["macs=2"]}, "--budget macs=2"),
+        ({**ITERATIVE, "budget": ["foo=0.5"]}, "--budget foo: unknown cost"),
+        ({**ITERATIVE, "pruning_delta": 0.0}, "--pruning-delta 0"),
+        ({**ITERATIVE, "pruning_delta": -1.0}, "--pruning-delta -1"),
+        ({**ITERATIVE, "min_width": float("nan")}, "--min-width nan"),
+        ({**ITERATIVE, "min_width": float("inf")}, "--min-width inf"),
     ],
 )
 def test_unusable_settings_are_named(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError) as caught:
         PruningConfig(**settings)
+    assert message in told(caught.value)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"one_shot_pruning": 0.5, "pruning_step": 20}, "--pruning-step has no effect without --iterative"),
-        ({"one_shot_pruning": 0.5, "pruning_delta": 0.1}, "--pruning-delta has no effect without --iterative"),
-        ({"one_shot_pruning": 0.5, "pruning_shortlist": 1}, "--pruning-shortlist has no effect without"),
-        ({**ITERATIVE, "score_normalisation": "sum"}, "--score-normalisation has no effect without"),
+        ({"one_shot_pruning": 0.5, "pruning_step": 20}, "--pruning-step .* --iterative-pruning"),
+        ({"one_shot_pruning": 0.5, "pruning_delta": 0.1}, "--pruning-delta .* --iterative-pruning"),
+        ({"one_shot_pruning": 0.5, "pruning_shortlist": 1}, "--pruning-shortlist .* --pruning-search greedy"),
+        ({**ITERATIVE, "score_normalisation": "sum"}, "--score-normalisation .* --pruning-search global"),
         (
             {"one_shot_pruning": 0.5, "prune_rate": ["a"], "score_normalisation": "sum"},
-            "--score-normalisation has no",
+            "--score-normalisation",
         ),
-        ({**ITERATIVE, "pruning_criterion": "taylor", "di_ridge": 0.2}, "--di-ridge has no effect without"),
-        ({**ITERATIVE, "pruning_criterion": "magnitude", "score_features": "pre"}, "--score-features has no effect"),
-        ({**ITERATIVE, "pruning_criterion": "tailor"}, "did you mean 'taylor'"),
+        ({**ITERATIVE, "pruning_criterion": "taylor", "di_ridge": 0.2}, "--di-ridge"),
+        ({**ITERATIVE, "pruning_criterion": "magnitude", "score_features": "pre"}, "--score-features"),
+        ({**ITERATIVE, "pruning_criterion": "tailor"}, "did you mean taylor"),
     ],
 )  # fmt: skip
 def test_flags_of_another_way_to_prune_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -88,7 +101,7 @@ def test_flags_of_another_way_to_prune_are_refused(settings: dict[str, Any], mes
 def test_pruning_is_not_left_out_silently_by_evaluation() -> None:
     PruningConfig().check_evaluation(True)
     PruningConfig(**ITERATIVE).check_evaluation(False)
-    with pytest.raises(ConfigError, match="no effect with --evaluate"):
+    with pytest.raises(ConfigError, match="--evaluate"):
         PruningConfig(**ITERATIVE).check_evaluation(True)
 
 
@@ -101,10 +114,11 @@ def test_defaults_that_depend() -> None:
 
 
 def test_criterion_settings_reach_it() -> None:
-    criterion = make_criterion("discriminant", "pre", 0.5, "float32")
+    settings = CriterionSettings(features="pre", ridge=0.5, precision="float32")
+    criterion = make_criterion("discriminant", settings)
     assert (criterion.features, criterion.ridge, criterion.precision) == ("pre", 0.5, "float32")
-    make_criterion("magnitude", "pre", 0.5, "float32")  # has none of these
-    with pytest.raises(ConfigError, match="did you mean 'taylor'"):
+    make_criterion("magnitude", settings)  # has none of these
+    with pytest.raises(ConfigError, match="did you mean taylor"):
         make_criterion("tailor")
 
 
@@ -115,7 +129,6 @@ def attached(tmp_path: Path, **settings: Any) -> Pruner:
     callback = PruningCallback(config, MemoryLoader(images, targets, 4, False), image_size=8)
     trainer = build_trainer(workspace=tmp_path, callbacks=(callback,), epochs=1)
     callback.on_fit_start(trainer)
-    assert callback.pruner is not None
     return callback.pruner
 
 
@@ -124,15 +137,16 @@ def test_every_flag_reaches_the_pruner(tmp_path: Path) -> None:
     assert isinstance(plain.search, GreedySearch)
     assert plain.search.shortlist == 4
     other = attached(
-        tmp_path, pruning_delta=0.1, pruning_start=2, pruning_shortlist=7, calibration_batches=3, judge_batches=1,
+        tmp_path, pruning_delta=0.1, pruning_start=2, pruning_shortlist=7, pruning_instalments=2, calibration_batches=3,
+        judge_batches=1,
         round_to=4, min_width=0.5, prune_ignore=["layer1.0.conv1"], prune_limit=["layer2.*=0.75"], budget=["macs=0.8"],
         pruning_criterion="taylor",
     )  # fmt: skip
     assert other.num_rewrites == 2
     assert not other.due(4)
     assert other.due(5)
-    assert other.search.shortlist == 7
-    assert (other.max_batches, other.judge_batches) == (3, 1)
+    assert (other.search.shortlist, other.search.instalments) == (7, 2)
+    assert (other.settings.max_batches, other.settings.judge_batches) == (3, 1)
     assert other.criterion.name == "taylor"
     graph = other.graph
     assert "layer1.0.conv1" in graph.frozen
@@ -145,12 +159,20 @@ def test_every_flag_reaches_the_pruner(tmp_path: Path) -> None:
     assert attached(tmp_path, score_features="pre", di_ridge=0.2).criterion.ridge == 0.2
 
 
-def test_judging_by_fewer_batches_reads_fewer(tmp_path: Path) -> None:
-    for judge_batches, expected in ((1, 4), (2, 8)):
+def test_judging_by_fewer_batches_reads_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[int] = []
+
+    class Counting(LossChange):
+        def __init__(self, model: nn.Module, graph: ChannelGraph, batches: Batches, **settings: Any) -> None:
+            judged.append(sum(len(images) for images, _ in batches))
+            super().__init__(model, graph, batches, **settings)
+
+    monkeypatch.setattr("pruning.pruner.LossChange", Counting)
+    for judge_batches in (1, 2):
+        judged.clear()
         pruner = attached(tmp_path, judge_batches=judge_batches)
-        batches = pruner._taken([(torch.randn(4, 3, 8, 8), torch.randint(0, 10, (4,)))] * 4)
-        judge = pruner._judge(batches)
-        assert sum(len(images) for images, _ in judge.batches) == expected
+        pruner.step([(torch.randn(4, 3, 8, 8), torch.randint(0, 10, (4,)))] * 4)
+        assert set(judged) == {4 * judge_batches}
 
 
 def test_dry_run_changes_nothing_and_ends_at_the_budget(tmp_path: Path) -> None:
@@ -197,5 +219,15 @@ def test_the_state_goes_through_a_file_and_refuses_another_network(tmp_path: Pat
     assert again.history == pruner.history
     assert again.graph.signature() == pruner.graph.signature()
     assert again.costs.baseline("macs") == pruner.costs.baseline("macs")
-    with pytest.raises(ValueError, match="the pruning state is of another network"):
+    with pytest.raises(ValueError, match="another network"):
         Pruner(create_model("resnet20", num_classes=10), images[:2], budget={"macs": 0.7}, state=state)
+
+
+def test_rewrites_are_counted_by_epochs_as_published() -> None:
+    assert PruningConfig(iterative_pruning=True, pruning_step=50).interval(1251) == 50
+    assert PruningConfig(iterative_pruning=True, rewrites_per_epoch=2).interval(1251) == 625
+    assert PruningConfig(iterative_pruning=True, rewrites_per_epoch=9).interval(4) == 1
+    with pytest.raises(ConfigError, match="--rewrites-per-epoch"):
+        PruningConfig(iterative_pruning=True, pruning_step=60, rewrites_per_epoch=2)
+    with pytest.raises(ConfigError, match="--rewrites-per-epoch"):
+        PruningConfig(rewrites_per_epoch=2)

@@ -14,14 +14,18 @@ from support.training import MemoryLoader, Recorder, build_trainer, toy_data
 from image_classification.callbacks import Callback
 from image_classification.models import Structure, build_from_structure, read_safely
 from image_classification.trainer import Trainer
-from pruning.callback import PruningCallback
-from pruning.config import PruningConfig
-from pruning.surgery import prune_channels
+from pruning.engine.surgery import prune_channels
+from pruning.training.pruning_config import PruningConfig
+from pruning.training.scored import PruningCallback
 
 #: What makes `callback` prune once: no intervals.
 PRUNED_ONCE: dict[str, Any] = {
-    "iterative_pruning": False, "one_shot_pruning": 0.4, "budget": [], "pruning_step": 50, "pruning_delta": 5e-3,
-}  # fmt: skip
+    "iterative_pruning": False,
+    "one_shot_pruning": 0.4,
+    "budget": [],
+    "pruning_step": 50,
+    "pruning_delta": 5e-3,
+}
 
 
 def callback(**settings: Any) -> PruningCallback:
@@ -85,7 +89,7 @@ def test_the_network_shrinks_on_schedule_and_everything_follows(tmp_path: Path) 
     assert record.widths
     assert all(after < before for before, after in record.widths.values())
     assert record.loss[0] == record.loss[0]
-    assert set(record.seconds) == {"score", "search", "rewrite"}
+    assert set(record.seconds) == {"score", "search", "rewrite", "repair"}
 
 
 def test_with_nothing_due_training_is_the_same_bit_for_bit(tmp_path: Path) -> None:
@@ -124,7 +128,7 @@ class RemoveDead(Callback):
     def on_step_end(self, trainer: Trainer) -> None:
         if trainer.state.iteration != self.iteration:
             return
-        from pruning.graph import trace_groups
+        from pruning.engine.trace_groups import trace_groups
 
         graph = trace_groups(
             trainer.state.model, torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -133,9 +137,12 @@ class RemoveDead(Callback):
         keep = [unit for unit in range(group.width) if unit not in self.dead]
         trainer.release()
         prune_channels(
-            trainer.state.model, graph, {group: keep}, optimizers=[trainer.state.optimizer],
+            trainer.state.model,
+            graph,
+            {group: keep},
+            optimizers=[trainer.state.optimizer],
             emas=[trainer.state.ema.module],
-        )  # fmt: skip
+        )
         trainer.rebind()
 
 
@@ -187,9 +194,11 @@ def test_killed_and_resumed_at_any_iteration(tmp_path: Path, seed: int) -> None:
     stop_at = random.Random(seed).randrange(2, 23)
     with pytest.raises(KeyboardInterrupt):
         trained(
-            tmp_path / "cut", callback(), Recorder(stop_at=stop_at),
+            tmp_path / "cut",
+            callback(),
+            Recorder(stop_at=stop_at),
             checkpoint={"checkpoint_interval": random.Random(seed).choice([1, 2, 5])},
-        )  # fmt: skip
+        )
     if not (tmp_path / "cut" / "checkpoint.pth.tar").exists():
         pytest.skip("stopped before the first checkpoint")
     again = callback()

@@ -10,12 +10,13 @@ import torch
 from support.training import MemoryLoader, build_trainer, toy_data
 from torch import nn
 
-from image_classification.config import ConfigError
+from image_classification.config import ConfigError, told
 from image_classification.models import create_model, read_safely
-from pruning.callback import PruningCallback
-from pruning.config import PruningConfig
+from pruning.engine.channel_graph import Constraints
 from pruning.pruner import Pruner
-from pruning.rates import RateSearch, parse_rates
+from pruning.search.rates import RateSearch, parse_rates
+from pruning.training.pruning_config import PruningConfig
+from pruning.training.scored import PruningCallback
 
 # VGG-16: the first and the last six convolutions, as in Park et al.; 3 in [47] is 34 and 37.
 PUBLISHED = ["features.0", "features.2[47]", "features.3[047]", "features.40"]
@@ -34,15 +35,19 @@ def test_published_rates_of_vgg16_take_the_smallest_filters() -> None:
         if isinstance(module, nn.Conv2d)
     }
     pruner = Pruner(
-        model, torch.randn(2, 3, 32, 32), criterion="magnitude", budget=None, delta=1.0,
+        model,
+        torch.randn(2, 3, 32, 32),
+        criterion="magnitude",
+        budget=None,
+        delta=1.0,
         search=config(prune_rate=PUBLISHED).search(),
-    )  # fmt: skip
+    )
     record = pruner.step([])
     names = list(before)
     cut = {names[0], *names[-6:]}
     assert set(record.widths) == cut
     for name, (width, left) in record.widths.items():
-        assert left == width - round(0.3 * width), name
+        assert left == int(0.7 * width), name  # as published: 44 of 64, 358 of 512
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     kept = first.weight.detach().abs().flatten(1).sum(1)
     assert sorted(kept.tolist()) == sorted(before[names[0]].tolist())[-len(kept) :]
@@ -57,12 +62,17 @@ def test_own_shares_rounding_and_the_last_match_holds() -> None:
     model = create_model("resnet20", num_classes=4)
     settings = config(prune_rate=["layer?.*.conv1=0.25", "layer3.*.conv1"], round_to=8)
     pruner = Pruner(
-        model, torch.randn(2, 3, 32, 32), criterion="magnitude", budget=None, delta=1.0,
-        search=settings.search(), constraints=settings.constraints(),
-    )  # fmt: skip
+        model,
+        torch.randn(2, 3, 32, 32),
+        criterion="magnitude",
+        budget=None,
+        delta=1.0,
+        search=settings.search(),
+        constraints=settings.constraints(),
+    )
     widths = pruner.step([]).widths
     assert widths["layer2.0.conv1"] == [32, 24]
-    assert widths["layer3.0.conv1"] == [64, 48]  # 45 is between 40 and 48
+    assert widths["layer3.0.conv1"] == [64, 48]  # 44 is between 40 and 48
     assert "layer1.0.conv1" not in widths  # 12 is as near to 16 as to 8: the larger
 
 
@@ -100,27 +110,33 @@ def test_in_training_and_resumed(tmp_path: Path) -> None:
             "--prune-rate has no effect without",
         ),
         ({"pruning_search": "global"}, "--pruning-search global and --prune-rate exclude each other"),
-        ({"prune_rate": ["layer1=1.5"]}, r"--prune-rate 'layer1=1\.5': write PATTERN"),
-        ({"prune_rate": ["layer1=x"]}, "--prune-rate 'layer1=x': write PATTERN"),
-        ({"prune_rate": ["a", "a=0.2"]}, "--prune-rate a is given twice"),
+        ({"prune_rate": ["layer1=1.5"]}, "--prune-rate layer1=1.5: write PATTERN"),
+        ({"prune_rate": ["layer1=x"]}, "--prune-rate layer1=x: write PATTERN"),
+        ({"prune_rate": ["a", "a=0.2"]}, "--prune-rate a: is given twice"),
     ],
 )
 def test_flags_that_cannot_apply(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError) as caught:
         config(**{"prune_rate": ["layer1.*"], **settings})
+    assert message in told(caught.value)
 
 
 @pytest.mark.parametrize(
     ("rates", "message"),
     [
-        (["layr1.*"], r"--prune-rate layr1\.\*: no channel group that can be pruned is called so"),
-        (["layer1.0.conv1=0.95"], r"--prune-rate 0\.95 would leave 1 of 16 channels of layer1\.0\.conv1"),
-        (["layer1.0.conv1=0.01"], "the rates are too small to remove a single channel"),
+        (["layr1.*"], r"rates='layr1\.\*'"),
+        (["layer1.0.conv1=0.95"], r"rates='0\.95': .* layer1\.0\.conv1"),
+        (["layer1.0.conv1=0.01"], "layer1.0.conv1=0.01'"),  # 15 of 16 are rounded to 16
     ],
 )
 def test_rates_that_do_not_fit_the_network(rates: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Pruner(
-            create_model("resnet20", num_classes=4), torch.randn(2, 3, 32, 32), criterion="magnitude",
-            budget=None, delta=1.0, search=RateSearch(parse_rates(rates, 0.3)),
-        )  # fmt: skip
+            create_model("resnet20", num_classes=4),
+            torch.randn(2, 3, 32, 32),
+            criterion="magnitude",
+            budget=None,
+            delta=1.0,
+            search=RateSearch(parse_rates(rates, 0.3)),
+            constraints=Constraints(round_to=8),
+        )

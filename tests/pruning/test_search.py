@@ -11,17 +11,28 @@ from torch import Tensor, nn
 
 from image_classification.config import ConfigError
 from image_classification.models import create_model
-from pruning.budget import Budget, BudgetCourse, as_budget
-from pruning.channel_graph import ChannelGraph, Constraints
-from pruning.cost import CostModel
-from pruning.graph import trace_groups
-from pruning.loss_change import LossChange, multi_label_sample_losses, sample_losses
-from pruning.search import GlobalSearch, GreedySearch, Situation, UniformSearch, build_search
-from pruning.surgery import prune_channels
+from pruning.costs.budget import Budget, BudgetCourse, as_budget
+from pruning.costs.cost_model import CostModel
+from pruning.criteria.sample_losses import multi_label_sample_losses, sample_losses
+from pruning.engine.channel_graph import ChannelGraph, Constraints
+from pruning.engine.surgery import prune_channels
+from pruning.engine.trace_groups import trace_groups
+from pruning.search import (
+    Decision,
+    GlobalSearch,
+    GreedySearch,
+    SearchSettings,
+    Situation,
+    UniformSearch,
+    build_search,
+    register_search,
+    search_names,
+)
+from pruning.search.loss_change import LossChange
 
 
 def network(constraints: Constraints | None = None) -> tuple[nn.Module, ChannelGraph, CostModel, Tensor]:
-    """ResNet-20 on 16-pixel pictures, with lively BN statistics."""
+    """ResNet-20 on 16-pixel images, with lively BN statistics."""
     torch.manual_seed(0)
     model = create_model("resnet20", num_classes=10)
     images = torch.randn(8, 3, 16, 16)
@@ -44,13 +55,13 @@ def random_scores(graph: ChannelGraph, seed: int = 0) -> dict[int, np.ndarray]:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give at least one"),
-        (["mac=0.5"], "unknown cost; did you mean 'macs'"),
-        (["macs"], "write METRIC=SHARE"),
-        (["macs=half"], "write METRIC=SHARE"),
-        (["macs=1.5"], "between 0 and 1"),
-        (["macs=0"], "between 0 and 1"),
-        (["macs=0.5", "macs=0.4"], "given twice"),
+        ([], "budget={}"),
+        (["mac=0.5"], "budget='mac': .*did you mean macs"),
+        (["macs"], "METRIC=SHARE"),
+        (["macs=half"], "METRIC=SHARE"),
+        (["macs=1.5"], "budget='macs="),
+        (["macs=0"], "budget='macs="),
+        (["macs=0.5", "macs=0.4"], "budget='macs'"),
     ],
 )
 def test_unusable_budgets_are_named(words: list[str], message: str) -> None:
@@ -74,13 +85,13 @@ def test_the_course_is_known_before_and_ends_at_the_budget() -> None:
     assert last["params"] == pytest.approx(0.8 * costs.baseline("params"))
     assert course.targets(50)["macs"] == pytest.approx(0.75 * costs.baseline("macs"))
     assert BudgetCourse(Budget({"macs": 0.5}), costs, 1.0).num_rewrites == 1
-    with pytest.raises(ConfigError, match="--pruning_delta"):
+    with pytest.raises(ConfigError, match=r"delta=0\.0"):
         BudgetCourse(Budget({"macs": 0.5}), costs, 0.0)
 
 
 def test_an_unreachable_budget_is_refused() -> None:
     _, _, costs, _ = network(Constraints(min_width=0.9))
-    with pytest.raises(ConfigError, match=r"--budget macs=0.1 cannot be reached"):
+    with pytest.raises(ConfigError, match=r"budget='macs=0.1'"):
         BudgetCourse(Budget({"macs": 0.1}), costs, 0.1).check_reachable()
 
 
@@ -95,7 +106,7 @@ def test_estimate_is_the_taylor_expansion_of_the_gated_loss() -> None:
         np.concatenate([g.units[:1] for g in graph.prunable]),
     ]
     estimated = judge.estimate(units)
-    from pruning.gates import Gates
+    from pruning.engine.gates import Gates
 
     model.eval()
     expected = np.zeros(len(units))
@@ -146,7 +157,7 @@ def test_every_search_meets_its_targets(name: str, targets: dict[str, float]) ->
     goals = {metric: share * costs.baseline(metric) for metric, share in targets.items()}
     judge = LossChange(model, graph, data(images))
     situation = Situation(graph, costs, random_scores(graph), goals, judge)
-    decision = build_search(name, shortlist=2).choose(situation)
+    decision = build_search(name, SearchSettings(shortlist=2)).choose(situation)
     prune_channels(model, graph, decision.keep)
     costs.refresh()
     for metric, goal in goals.items():
@@ -170,11 +181,39 @@ def test_greedy_takes_the_measured_best_of_all() -> None:
     judge = LossChange(model, graph, data(images))
     goals = {"macs": 0.95 * costs.baseline("macs")}
     situation = Situation(graph, costs, random_scores(graph), goals, judge)
-    options = GreedySearch()._options(situation, "macs")
-    losses = {i: judge.measure([situation.keep(situation.without(u))])[0] for i, u in options.items()}
     decision = GreedySearch(shortlist=0).choose(situation)
-    assert list(decision.keep) == [min(losses, key=lambda i: losses[i])]
-    assert [c.measured is not None for c in decision.candidates] == [True] * len(options)
+    losses = {candidate.group: candidate.measured for candidate in decision.candidates}
+    assert len(losses) > 1
+    assert None not in losses.values()
+    (chosen,) = decision.keep
+    assert graph.groups[chosen].name == min(losses, key=lambda name: losses[name])
+    assert losses[graph.groups[chosen].name] == judge.measure([decision.keep])[0]
+
+
+def test_instalments_are_paid_by_the_group_that_is_then_the_best() -> None:
+    """Two instalments are two searches in a row, the second one from where the first has ended."""
+    model, graph, costs, images = network()
+    judge = LossChange(model, graph, data(images))
+    scores, whole = random_scores(graph), costs.baseline("macs")
+
+    def situation(share: float) -> Situation:
+        return Situation(graph, costs, scores, {"macs": share * whole}, judge)
+
+    decision = GreedySearch(shortlist=0, instalments=2).choose(situation(0.8))
+    second = situation(0.8)
+    second.mask = graph.keep_mask(GreedySearch(shortlist=0).choose(situation(0.9)).keep)
+    wanted = GreedySearch(shortlist=0).choose(second)
+    assert decision.keep.keys() == wanted.keep.keys()
+    assert all(np.array_equal(decision.keep[index], kept) for index, kept in wanted.keep.items())
+    assert len(decision.keep) == 2
+
+
+def test_estimates_count_what_is_closed_already() -> None:
+    model, graph, _, images = network()
+    judge = LossChange(model, graph, data(images))
+    closed, more = graph.prunable[0].units[:3], graph.prunable[3].units[:2]
+    (together,) = judge.estimate([np.concatenate([closed, more])])
+    assert judge.estimate([more], closed=closed) == pytest.approx(together)
 
 
 def test_constraints_hold_in_every_search() -> None:
@@ -187,7 +226,7 @@ def test_constraints_hold_in_every_search() -> None:
         situation = Situation(
             graph, costs, random_scores(graph), goals, LossChange(model, graph, data(images))
         )
-        build_search(name, 2).choose(situation)
+        build_search(name, SearchSettings(shortlist=2)).choose(situation)
         for group in graph.prunable:
             width = situation.width(group)
             assert width == group.width or (width % 4 == 0 and width >= group.width / 2)
@@ -224,6 +263,19 @@ def test_groups_without_scores_stay() -> None:
     assert situation.width(left_out) == left_out.width
 
 
-def test_unknown_search() -> None:
-    with pytest.raises(ValueError, match="--pruning-search best"):
-        build_search("best")
+def test_a_registered_search_goes_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pruning.search import search as module
+
+    monkeypatch.setattr(module, "_REGISTRY", dict(module._REGISTRY))
+
+    @register_search("nothing")
+    class Nothing:
+        def choose(self, situation: Situation) -> Decision:
+            return Decision({})
+
+    assert "nothing" in search_names()
+    assert isinstance(build_search("nothing", SearchSettings(shortlist=2)), Nothing)
+    with pytest.raises(ValueError, match="is taken"):
+        register_search("nothing")(UniformSearch)
+    with pytest.raises(ValueError, match=r"search='gready'.*did you mean greedy"):
+        build_search("gready")

@@ -19,25 +19,26 @@ from torch.nn.utils import prune as torch_prune
 from image_classification.models import create_model, load_weights, model_for_weights
 from pruning import ShrinkReport, load_pruned, save_pruned, shrink, trace_groups
 from pruning.__main__ import main
-from pruning.constants import NotFollowedError, observed_constants
-from pruning.folding import Folding
-from pruning.groups import Place
-from pruning.rehearsal import condition
-from pruning.shrink import _difference
-from pruning.tracing import named_tensors
+from pruning.engine.groups import Place
+from pruning.engine.operators.unknowns import NotFollowedError
+from pruning.engine.proof.rehearsal import condition
+from pruning.engine.tracing import named_tensors
+from pruning.masked.constants import observed_constants
+from pruning.masked.folding import Folding
+from pruning.masked.shrinking import largest_difference
 
 TOLERANCE = 1e-5
 
 
-def pictures(size: int, seed: int = 1) -> Tensor:
+def make_images(size: int, seed: int = 1) -> Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_equal_outputs(before: nn.Module, after: nn.Module, *sizes: int) -> None:
-    """In float64, since networks of random weights amplify rounding; on pictures that shrinking did not see."""
+    """In float64, since networks of random weights amplify rounding; on images that shrinking did not see."""
     before, after = copy.deepcopy(before).double().eval(), copy.deepcopy(after).double().eval()
     for size in sizes:
-        images = pictures(size, seed=99).double() * 2
+        images = make_images(size, seed=99).double() * 2
         with torch.no_grad():
             expected, got = before(images), after(images)
         assert expected.std() > 1e-3, "the comparison would see nothing"
@@ -48,13 +49,13 @@ def assert_equal_outputs(before: nn.Module, after: nn.Module, *sizes: int) -> No
 def conditioned(model: nn.Module, size: int) -> nn.Module:
     """Weights that tell channels apart, activations of a sensible scale."""
     torch.manual_seed(0)
-    condition(model, (pictures(size),))
+    condition(model, (make_images(size),))
     return model.eval()
 
 
 def mask_channels(model: nn.Module, size: int, share: float = 0.4) -> int:
     """Zero a share of every group's rows, with what follows along them (BN scale and shift); counts the units."""
-    graph = trace_groups(model, pictures(size))
+    graph = trace_groups(model, make_images(size))
     rng, gone = np.random.default_rng(0), np.zeros(graph.num_units, dtype=bool)
     for group in graph.prunable:
         gone[rng.permutation(group.units)[: int(share * group.width)]] = True
@@ -68,7 +69,7 @@ def mask_channels(model: nn.Module, size: int, share: float = 0.4) -> int:
 
 def shrunk(model: nn.Module, size: int) -> tuple[nn.Module, ShrinkReport]:
     smaller = copy.deepcopy(model)
-    return smaller, shrink(smaller, pictures(size))
+    return smaller, shrink(smaller, make_images(size))
 
 
 # -- the networks of the field ------------------------------------------------------------------------------------
@@ -274,7 +275,7 @@ def test_a_layer_keeps_one_channel() -> None:
         model.bn2.weight.zero_()
         model.bn2.bias.zero_()
         model.fc1.bias.copy_(torch.arange(9.0))
-    images = pictures(8)
+    images = make_images(8)
     before = model(images)
     smaller, report = shrunk(model, 8)
     assert report.widths["conv2"] == (12, 1)
@@ -283,7 +284,7 @@ def test_a_layer_keeps_one_channel() -> None:
 
 
 def test_what_is_dead_on_the_examples_only_stays() -> None:
-    """A channel that ReLU cuts off on all ordinary pictures is not dead for certain."""
+    """A channel that ReLU cuts off on all ordinary images is not dead for certain."""
     model = conditioned(Chain(), 8)
     with torch.no_grad():
         model.bn1.bias[0] = -1000.0
@@ -317,7 +318,7 @@ def test_networks_that_look_at_values_are_followed_backwards_only() -> None:
         model.conv2.weight[:, 5:] = 0
     place = Place("conv2", "input", 0, 1, np.arange(8), (1, 8, 8, 8), True, True)
     with pytest.raises(NotFollowedError, match="gt"):
-        observed_constants(model, (pictures(8),), [place])
+        observed_constants(model, (make_images(8),), [place])
     smaller, report = shrunk(model, 8)
     assert report.widths == {"conv1": (8, 5)}
     assert_equal_outputs(model, smaller, 8)
@@ -333,20 +334,20 @@ def test_auxiliary_classifiers_stay_as_they_are() -> None:
     assert_equal_outputs(model, smaller, 64)
 
 
-def test_constants_are_those_of_every_picture() -> None:
-    """What the NaN run calls constant really is, on pictures of any scale; what it does not call so varies."""
+def test_constants_are_those_of_every_image() -> None:
+    """What the NaN run calls constant really is, on images of any scale; what it does not call so varies."""
     model = conditioned(create_model("torchvision/efficientnet_b0", num_classes=10), 64)
     mask_channels(model, 64, 0.3)
-    graph = trace_groups(model, pictures(64))
+    graph = trace_groups(model, make_images(64))
     places = [p for p in graph.places if p.kind == "input" and p.consumer]
-    found = observed_constants(model, (pictures(64),), places)
+    found = observed_constants(model, (make_images(64),), places)
     seen: dict[str, Tensor] = {}
     for place in places:
         model.get_submodule(place.module).register_forward_pre_hook(
             lambda module, args, name=place.module: seen.__setitem__(name, args[0])
         )
     with torch.no_grad():
-        model(pictures(64) * torch.tensor([0.1, 10.0]).reshape(2, 1, 1, 1))
+        model(make_images(64) * torch.tensor([0.1, 10.0]).reshape(2, 1, 1, 1))
     num_constant = 0
     for number, place in enumerate(places):
         values = seen[place.module].movedim(place.dim, 0).flatten(1)
@@ -366,12 +367,12 @@ def test_the_network_is_left_tidy() -> None:
     mask_channels(model, 32)
     model.train()
     model.layer1.eval()
-    shrink(model, pictures(32))
+    shrink(model, make_images(32))
     assert model.training
     assert not model.layer1.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert not any(p.isnan().any() for p in (*model.parameters(), *model.buffers()))
-    model.train()(pictures(32)).sum().backward()
+    model.train()(make_images(32)).sum().backward()
 
 
 def test_masks_of_torch_are_understood(tmp_path: Path) -> None:
@@ -500,13 +501,13 @@ def test_errors_name_what_to_change(
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_outputs_that_are_no_numbers_are_not_equal() -> None:
+def test_nan_outputs_are_not_equal() -> None:
     model = conditioned(Chain(), 8)
     with torch.no_grad():
         model.fc2.bias[0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
-        shrink(model, pictures(8))
-    assert _difference([torch.ones(2)], [torch.tensor([1.0, torch.nan])]) == float("inf")
+        shrink(model, make_images(8))
+    assert largest_difference([torch.ones(2)], [torch.tensor([1.0, torch.nan])]) == float("inf")
 
 
 def test_a_stream_that_nobody_reads_keeps_one_channel() -> None:
@@ -527,9 +528,9 @@ def test_a_stream_that_nobody_reads_keeps_one_channel() -> None:
         model.head.weight.zero_()
         model.branch.weight.zero_()
         model.branch.weight[0, 2] = 1
-    report = shrink(model, pictures(8))
+    report = shrink(model, make_images(8))
     assert [after for _, after in report.widths.values()] == [1]
-    torch.testing.assert_close(model(pictures(8)), model.head.bias.expand(2, 4))
+    torch.testing.assert_close(model(make_images(8)), model.head.bias.expand(2, 4))
 
 
 def test_weights_that_a_hook_computes_are_left_alone() -> None:
@@ -540,9 +541,9 @@ def test_weights_that_a_hook_computes_are_left_alone() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.nn.utils.weight_norm(model.conv2)
-    before = model(pictures(8))
-    shrink(model, pictures(8))
-    torch.testing.assert_close(model(pictures(8)), before, rtol=TOLERANCE, atol=TOLERANCE)
+    before = model(make_images(8))
+    shrink(model, make_images(8))
+    torch.testing.assert_close(model(make_images(8)), before, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_a_mean_over_everything_takes_up_no_offset() -> None:
@@ -551,6 +552,18 @@ def test_a_mean_over_everything_takes_up_no_offset() -> None:
             x = self.conv2(F.relu(self.bn1(self.conv1(x))))
             return self.fc2(self.fc1((self.bn2(x) - x.mean()).mean((2, 3))))
 
-    found = Folding(Centred().eval(), (pictures(8),)).sinks("conv2")
+    found = Folding(Centred().eval(), (make_images(8),)).sinks("conv2")
     assert isinstance(found, str)
     assert "elsewhere than to batch norms" in found
+
+
+def test_masked_channels_that_stay_are_named_by_the_layer_that_is_masked() -> None:
+    torch.manual_seed(0)
+    model = create_model("resnet18", num_classes=4).eval()
+    with torch.no_grad():
+        model.layer2[0].downsample[0].weight[3:5] = 0
+    report = shrink(model, torch.randn(2, 3, 64, 64))
+    (kept,) = report.kept
+    assert (kept.layers, kept.count) == (("layer2.0.downsample.0",), 2)
+    assert "layer2.0.conv2" in kept.reason, "what is coupled with it and not zero"
+    assert "2 masked channels of layer2.0.downsample.0 stay" in report.describe()

@@ -10,9 +10,9 @@ from torch import nn
 
 from image_classification.models import WeightsError
 from image_classification.models.factory import create_model
-from pruning.graph import trace_groups
-from pruning.structure import load_pruned, save_pruned
-from pruning.surgery import prune_channels
+from pruning.engine.surgery import prune_channels
+from pruning.engine.trace_groups import trace_groups
+from pruning.files.saved_network import load_pruned, save_pruned
 
 
 def cut(model: nn.Module, images: torch.Tensor) -> nn.Module:
@@ -56,7 +56,7 @@ def test_own_class_through_a_factory(tmp_path: Path) -> None:
 
 
 def test_bad_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
         load_pruned(tmp_path / "missing.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
     with pytest.raises(WeightsError):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.training import Recorder, build_trainer
+from support.training import MemoryLoader, Recorder, build_trainer, toy_data
 from torch import nn
 
 from image_classification.callbacks import Callback
@@ -15,7 +16,7 @@ from image_classification.config import ConfigError
 from image_classification.models import create_model, model_for_weights, read_safely
 from image_classification.schedules import Schedule, ScheduleConfig
 from image_classification.trainer import Trainer
-from pruning.unstructured import (
+from pruning.training.unstructured import (
     RepeatedSchedule,
     UnstructuredConfig,
     UnstructuredPruning,
@@ -83,6 +84,8 @@ def test_every_convolution_and_linear_layer_once() -> None:
             self.tied.weight = self.last.weight
 
     assert list(prunable_weights(Shared())) == ["first.weight", "last.weight"]
+    both = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 2))
+    assert list(prunable_weights(both, "convolutions")) == ["0.weight"]
 
 
 class Watcher(Callback):
@@ -129,6 +132,32 @@ def test_zeros_are_held_through_every_step(tmp_path: Path, scope: str) -> None:
         assert (momentum[weight == 0] == 0).all()
     assert watcher.rates[:steps] == watcher.rates[2 * steps : 3 * steps]  # the schedule starts anew
     assert watcher.rates[0] > watcher.rates[2 * steps - 1]
+
+
+def test_a_round_is_repaired_by_calibration_images(tmp_path: Path) -> None:
+    """What is left says again what the zeroed weights said, in the network and in its average."""
+    images, targets = toy_data()
+    calibration = MemoryLoader(images, targets, 8, False)
+    distances: dict[str | None, list[float]] = {}
+    for method in ("none", None):
+        config = UnstructuredConfig(unstructured_pruning=0.5)
+        pruning = UnstructuredPruning(config, calibration, repair=method)
+        trainer = build_trainer(workspace=tmp_path, callbacks=(pruning,), ema=0.9)
+        assert trainer.state.ema is not None
+        networks = [trainer.state.model, trainer.state.ema.module]
+        originals = [copy.deepcopy(network).eval() for network in networks]
+        pruning.on_fit_start(trainer)
+        pruning.on_epoch_start(trainer)
+        distances[method] = []
+        for original, network in zip(originals, networks, strict=True):
+            zeros = [weight == 0 for weight in prunable_weights(network).values()]
+            assert all(
+                torch.equal(zero, ~mask) for zero, mask in zip(zeros, pruning.masks.values(), strict=True)
+            )
+            with torch.no_grad():
+                moved = copy.deepcopy(network).eval()(images) - original(images)
+            distances[method].append(float(moved.square().mean()))
+    assert all(after < 0.5 * cut for after, cut in zip(distances[None], distances["none"], strict=True))
 
 
 def test_schedule_of_a_round() -> None:
@@ -185,9 +214,12 @@ def test_a_run_resumed_inside_a_round_ends_alike(tmp_path: Path, stop_at: int, r
     whole = trained(tmp_path / "whole", rewind=rewind, dropout=True)
     with pytest.raises(KeyboardInterrupt):
         trained(
-            tmp_path / "cut", Recorder(stop_at=stop_at), rewind=rewind, dropout=True,
+            tmp_path / "cut",
+            Recorder(stop_at=stop_at),
+            rewind=rewind,
+            dropout=True,
             checkpoint={"checkpoint_interval": 1},
-        )  # fmt: skip
+        )
     pruning = UnstructuredPruning(UnstructuredConfig(unstructured_pruning=0.4, rounds=2, rewind=rewind))
     resumed = build_trainer(
         workspace=tmp_path / "again", callbacks=(pruning,), epochs=4, ema=0.9, dropout=True
@@ -216,10 +248,10 @@ def test_checkpoints_are_ordinary_and_the_best_is_of_the_last_round(tmp_path: Pa
 def test_other_rounds_at_resume_are_refused() -> None:
     state = UnstructuredPruning(UnstructuredConfig(unstructured_pruning=0.2, rounds=4)).state_dict()
     for settings, message in (
-        ({"unstructured_pruning": 0.2, "rounds": 5}, "--rounds 5: the resumed run has 4"),
+        ({"unstructured_pruning": 0.2, "rounds": 5}, "--rounds 5: .* 4"),
         (
             {"unstructured_pruning": 0.3, "rounds": 4},
-            r"--unstructured-pruning 0\.3: the resumed run has 0\.2",
+            r"--unstructured-pruning 0\.3: .* 0\.2",
         ),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -229,12 +261,12 @@ def test_other_rounds_at_resume_are_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rounds": 3}, "--rounds has no effect without --unstructured-pruning"),
-        ({"rewind": 0}, "--rewind has no effect without --unstructured-pruning"),
-        ({"unstructured_scope": "layer"}, "--unstructured-scope has no effect without"),
-        ({"unstructured_pruning": 1.0}, r"--unstructured-pruning 1\.0: give the share"),
-        ({"unstructured_pruning": 0.2, "rounds": 0}, "--rounds 0: at least 1"),
-        ({"unstructured_pruning": 0.2, "rewind": 0}, "--rewind has no effect with a single round"),
+        ({"rounds": 3}, "--rounds .* --unstructured-pruning"),
+        ({"rewind": 0}, "--rewind .* --unstructured-pruning"),
+        ({"unstructured_scope": "layer"}, "--unstructured-scope .* --unstructured-pruning"),
+        ({"unstructured_pruning": 1.0}, r"--unstructured-pruning 1\.0"),
+        ({"unstructured_pruning": 0.2, "rounds": 0}, "--rounds 0"),
+        ({"unstructured_pruning": 0.2, "rewind": 0}, "--rewind"),
     ],
 )
 def test_flags_that_cannot_apply(settings: dict[str, Any], message: str) -> None:

@@ -16,8 +16,8 @@ from support.training import MemoryLoader, build_trainer, toy_data
 
 from image_classification.models import Structure, build_from_structure
 from image_classification.trainer import Trainer
-from pruning.callback import PruningCallback
-from pruning.config import PruningConfig
+from pruning.training.pruning_config import PruningConfig
+from pruning.training.scored import PruningCallback
 
 NAME = "checkpoint.pth.tar"
 PLACES = "killed.txt"
@@ -27,17 +27,26 @@ def miniature(workspace: Path) -> Trainer:
     """24 iterations with rewrites after 4, 8 and 12, continued from the workspace's checkpoint if it has one."""
     torch.set_num_threads(1)
     config = PruningConfig(
-        iterative_pruning=True, pruning_step=4, pruning_delta=0.1, budget=["macs=0.7"], calibration_batches=2,
+        iterative_pruning=True,
+        pruning_step=4,
+        pruning_delta=0.1,
+        budget=["macs=0.7"],
+        calibration_batches=2,
         pruning_warmup=3,
-    )  # fmt: skip
+    )
     images, targets = toy_data(16)
     pruning = PruningCallback(config, MemoryLoader(images, targets, 8, False), image_size=8)
     payload = checkpoint(workspace) if (workspace / NAME).is_file() else None
     model = None if payload is None else build_from_structure(Structure.from_plain(payload["structure"]))
     trainer = build_trainer(
-        workspace=workspace, callbacks=(pruning,), model=model, epochs=2, ema=0.9, dropout=True,
+        workspace=workspace,
+        callbacks=(pruning,),
+        model=model,
+        epochs=2,
+        ema=0.9,
+        dropout=True,
         checkpoint={"checkpoint_interval": 1, "gather_checkpoints": 1},
-    )  # fmt: skip
+    )
     trainer.checkpointer.prepare(None if payload is None else workspace / NAME)
     if payload is not None:
         trainer.restore(payload)

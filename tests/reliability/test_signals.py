@@ -22,9 +22,14 @@ from image_classification.distributed import EXIT_SAVED
 
 REPORT = "experiment_raport.json"
 FLAGS = {
-    "epochs": 2, "batch_size": 10, "checkpoint_interval": 3, "use_ema": 0.9, "mixup": 0.2, "resume": "auto",
+    "epochs": 2,
+    "batch_size": 10,
+    "checkpoint_interval": 3,
+    "use_ema": 0.9,
+    "mixup": 0.2,
+    "resume": "auto",
     "data_backend": "resident",
-}  # fmt: skip
+}
 
 
 def words(shapes: str, workspace: Path, *launcher: str, ranks: int = 2) -> list[str]:
@@ -81,14 +86,11 @@ def test_one_process_saves_and_continues(shapes: str, tmp_path: Path, number: si
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
-def test_two_ranks_save_and_continue(
-    shapes: str, whole: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_two_ranks_save_and_continue(shapes: str, whole: Path, tmp_path: Path) -> None:
     workspace = tmp_path / "run"
     with Process(words(shapes, workspace), tmp_path / "screen") as process:
         process.until(lambda: reached(workspace, (0, 1)))
-        process.popen.send_signal(number)
+        process.popen.send_signal(signal.SIGTERM)
         assert process.wait() == EXIT_SAVED
     assert "Traceback" not in process.err + process.out
     assert 2 <= checkpoint(workspace)["iteration"] < 20
@@ -134,7 +136,7 @@ def test_killed_rank_stops_the_job(shapes: str, tmp_path: Path) -> None:
         process.until(lambda: reached(workspace, (0, 5)))
         os.kill(rank_process(workspace, 1), signal.SIGKILL)
         begin = time.monotonic()
-        assert process.wait() == 128 + signal.SIGKILL
+        assert process.wait() == 228 + signal.SIGKILL
         assert time.monotonic() - begin < 30
     assert "multiproc: rank 1 on" in process.err
     assert "was killed by signal 9 (SIGKILL" in process.err

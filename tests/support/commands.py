@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import os
 import re
 import shlex
@@ -9,6 +12,8 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,12 +84,44 @@ def shortened(command: str, replaced: Mapping[str, str], workspace: Path) -> lis
 
 
 def run(
-    words: list[str], cache: Path | None = None, timeout: float = 300
+    words: list[str], cache: Path | None = None, timeout: float = 300, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command from the repository's root and return what it printed."""
+    """Run a command, from the repository's root unless `cwd` says otherwise, and return what it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if cache is not None:
         environment["LUCIDPRUNE_CACHE"] = str(cache)
     return subprocess.run(
-        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+def run_here(words: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
+    """As `run`, in this process, by the function that the command line calls: nothing is imported anew.
+
+    Args:
+        words: `PYTHON main.py …` or `PYTHON -m PACKAGE …`, as `shortened` returns them; others are left to `run`.
+        cache: The cache folder.
+    """
+    program = [word.removeprefix("./") for word in words[1:3]]
+    if program[0] == "main.py":
+        module, arguments = "main", words[2:]
+    elif program[0] == "-m":
+        module, arguments = f"{program[1]}.__main__", words[3:]
+    else:
+        return run(words, cache, timeout=600)
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setenv("LUCIDPRUNE_CACHE", str(cache))
+        patch.chdir(ROOT)
+        # What a run records of its command.
+        file = "main.py" if module == "main" else str(importlib.import_module(module).__file__)
+        patch.setattr(sys, "argv", [file, *arguments])
+        try:
+            status = importlib.import_module(module).main(arguments)
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())

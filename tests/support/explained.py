@@ -1,4 +1,4 @@
-"""Networks and pictures for the tests of attribution methods."""
+"""Networks and images for the tests of attribution methods."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 
-def pictures(count: int, size: int, seed: int = 0) -> Tensor:
-    """Smooth random pictures, normalised: noise alone would look the same to every layer."""
+def make_images(count: int, size: int, seed: int = 0) -> Tensor:
+    """Smooth random images, normalised: noise alone would look the same to every layer."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, max(size // 4, 1), max(size // 4, 1), generator=generator)
     fine = torch.randn(count, 3, size, size, generator=generator)
@@ -16,7 +16,7 @@ def pictures(count: int, size: int, seed: int = 0) -> Tensor:
 
 
 def randomise(model: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
-    """Random scales and shifts in all batch norms, statistics taken from pictures; in evaluation mode."""
+    """Random scales and shifts in all batch norms, statistics taken from images; in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from explainers.features import FeatureTaps
+from explainers.differentiable.features import FeatureTaps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 from support.commands import ROOT
 
 from image_classification.models import read_safely
-from image_classification.report import read_report
+from image_classification.observe.json_report import read_report
 
-#: Flags of a small, deterministic training on a CPU; pictures of 32 pixels. `main_words` adds others.
+#: Flags of a small, deterministic training on a CPU; images of 32 pixels. `main_words` adds others.
 SMALL = {
     "--arch": "resnet20",
     "--device": "cpu",
@@ -54,11 +54,15 @@ class Process:
         self.out_path, self.err_path = folder / "stdout.txt", folder / "stderr.txt"
         with self.out_path.open("ab") as out, self.err_path.open("ab") as err:
             self.popen = subprocess.Popen(
-                [sys.executable, *words], cwd=ROOT, stdout=out, stderr=err, start_new_session=True,
+                [sys.executable, *words],
+                cwd=ROOT,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
                 # A shell's background job, as tests may be one, hands on that Ctrl-C is to be ignored.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
-            )  # fmt: skip
+            )
 
     def __enter__(self) -> Process:
         return self

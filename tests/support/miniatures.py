@@ -1,7 +1,7 @@
 """Data sets, networks and explainers in miniature: what recipes and documented commands presuppose, made on demand.
 
 Everything is of the real form, and of the architecture that is asked for: a folder of JPEGs, the binary files of
-CIFAR-10, a VOC devkit, checkpoints. Only the pictures are few and small, and nobody has learned anything.
+CIFAR-10, a VOC devkit, checkpoints. Only the images are few and small, and nobody has learned anything.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from support.pictures import write_jpegs
+from support.images import write_jpegs
 from support.voc import annotation_xml, write_devkit
 
 from explainers.aem.masks import MASK_PRESETS
 from explainers.aem.predictor import describe_predictor, new_predictor, save_predictor
-from explainers.aem.saved import save_selector
+from explainers.aem.saved_selector import save_selector
 from explainers.aem.selector import Selector, design_selector
 from explainers.casm import Casm, save_casm
 from image_classification.models import create_model, model_for_weights
-from pruning.structure import save_pruned
+from pruning.files.saved_network import save_pruned
 
-#: Side of the pictures that explainers are made for.
+#: Side of the images that explainers are made for.
 SIZE = 32
 #: Word for `DATA` of each set in miniature → number of classes.
 CLASSES = {"imagenet": 4, "cifar10": 10, "voc": 20, "shapes": 12}
@@ -41,17 +41,17 @@ def write_imagenet(root: Path, num_train: int = 30, num_val: int = 3) -> Path:
 
 
 def write_imagenet_boxes(imagenet: Path, folder: Path) -> Path:
-    """A box for every validation picture, as ImageNet's localisation task has them; returns the folder."""
-    for picture in (imagenet / "val").glob("*/*.jpg"):
-        place = folder / picture.parent.name
+    """A box for every validation image, as ImageNet's localisation task has them; returns the folder."""
+    for image in (imagenet / "val").glob("*/*.jpg"):
+        place = folder / image.parent.name
         place.mkdir(parents=True, exist_ok=True)
-        objects = [(picture.parent.name, (5.0, 8.0, 45.0, 48.0), 0)]
-        (place / f"{picture.stem}.xml").write_text(annotation_xml(objects, 70, 60))
+        objects = [(image.parent.name, (5.0, 8.0, 45.0, 48.0), 0)]
+        (place / f"{image.stem}.xml").write_text(annotation_xml(objects, 70, 60))
     return folder
 
 
 def write_cifar10(root: Path, num_train: int = 80, num_val: int = 20) -> Path:
-    """The binary version of CIFAR-10 with noise for pictures; returns the folder."""
+    """The binary version of CIFAR-10 with noise for images; returns the folder."""
     root.mkdir()
     generator = np.random.default_rng(0)
     files = {f"data_batch_{number}.bin": num_train // 5 for number in range(1, 6)}
@@ -84,7 +84,7 @@ class Miniatures:
         return str(self._made(kind, write_imagenet if kind == "imagenet" else write_cifar10))
 
     def boxes(self) -> Path:
-        """Annotation files of the pictures of `imagenet`."""
+        """Annotation files of the images of `imagenet`."""
         imagenet = Path(self.data("imagenet"))
         return self._made("boxes", lambda path: write_imagenet_boxes(imagenet, path))
 
@@ -139,9 +139,13 @@ class Miniatures:
             black_box = model_for_weights(None, self.classifier(arch, kind)).eval()
             torch.manual_seed(1)
             design = design_selector(
-                black_box, torch.zeros(1, 3, SIZE, SIZE), kind="rbf", geometry=MASK_PRESETS["cifar"].scaled(SIZE),
-                num_classes=CLASSES[kind], decoder="light",
-            )  # fmt: skip
+                black_box,
+                torch.zeros(1, 3, SIZE, SIZE),
+                kind="rbf",
+                geometry=MASK_PRESETS["cifar"].scaled(SIZE),
+                num_classes=CLASSES[kind],
+                decoder="light",
+            )
             save_selector(path, Selector(design), black_box)
 
         return self._made(f"{_plain(arch)}-{kind}-selector.pth.tar", make)

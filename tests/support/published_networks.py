@@ -17,6 +17,7 @@ from torch import Tensor, nn
 PUBLISHED_DIGESTS: dict[str, str] = {
     "casm_resnet50": "a81ab450eff687d08e83512e55100f962312522980b5501ddf5a009955a26496",
     "di_resnet50": "93e0ebd3c670a87e26ffc595047bbdb7194ec8961499cca96ec7cd861d9be291",
+    "isp_cifar_mobilenetv2_selector": "c7a27c6da77208e78051ea384f8858871904ff0fb790a6e1e17ad54adf28c336",
     "isp_cifar_resnet56_blackbox": "6e02ab52816ca9d2f771243df38bc0097b04b6c66de8a02a63835a8387410927",
     "isp_cifar_resnet56_selector_rbf": "93af4e243d1faf3f3b4c83f3348b5e97a90772c63e9b8b31c79e6d7ea6fd46ec",
     "isp_cifar_resnet56_selector_realx": "6355969284525111c9def141e6de3acf8847ef5be931b17409389f6dea81ba77",
@@ -57,7 +58,7 @@ def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, grou
 
 
 class Block(nn.Module):
-    """Residual block, with 2 or 3 convolutions; `shortcut` names the projection, None pads with zeros."""
+    """Residual block, with 2 or 3 convolutions; `shortcut` names the projection, None averages and pads with zeros."""
 
     def __init__(
         self, width_in: int, planes: int, stride: int, bottleneck: bool, shortcut: str | None = "downsample"
@@ -87,8 +88,9 @@ class Block(nn.Module):
             y = self.bn3(self.conv3(F.relu(y)))
         if self.shortcut_name:
             x = getattr(self, self.shortcut_name)(x)
-        elif self.stride > 1 or self.extra:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.extra // 2, self.extra // 2))
+        elif self.extra:
+            x = F.avg_pool2d(x, 2)
+            x = torch.cat([x, x.new_zeros(len(x), self.extra, *x.shape[2:])], 1)
         return F.relu(x + y)
 
 
@@ -124,7 +126,7 @@ class PhotoResNet(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """ResNet-(6n+2) for 32×32 pictures."""
+    """ResNet-(6n+2) for 32×32 images."""
 
     def __init__(
         self, n: int = 9, shortcut: str | None = None, num_classes: int | None = 10, head: str = "fc"
@@ -169,20 +171,19 @@ class Inverted(nn.Module):
 
 
 class IspMobileNet(nn.Module):
-    """MobileNetV2 in the ISP programs' spelling; the stem and the second stage keep the size of small pictures."""
+    """MobileNetV2 for photographs in the ISP program's spelling."""
 
-    def __init__(self, small: bool = False, num_classes: int | None = 1000):
+    def __init__(self, num_classes: int | None = 1000):
         super().__init__()
-        stem = nn.Sequential(conv(3, 32, 3, 1 if small else 2), nn.BatchNorm2d(32), nn.ReLU6())
+        stem = nn.Sequential(conv(3, 32, 3, 2), nn.BatchNorm2d(32), nn.ReLU6())
         blocks, width = [stem], 32
-        plan = ((1, 16, 1, 1), (6, 24, 2, 1 if small else 2), (6, 32, 3, 2), (6, 64, 4, 2))
+        plan = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2))
         for expansion, out, depth, stride in (*plan, (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)):
             for index in range(depth):
                 blocks.append(Inverted(width, out, stride if not index else 1, expansion))
                 width = out
         self.features = nn.Sequential(*blocks)
         self.conv = nn.Sequential(conv(320, 1280, 1), nn.BatchNorm2d(1280), nn.ReLU6())
-        self.small = small
         if num_classes is not None:
             self.classifier = nn.Linear(1280, num_classes)
 
@@ -191,11 +192,56 @@ class IspMobileNet(nn.Module):
         for index, block in enumerate(self.features):
             x = block(x)
             maps[index] = x
-        shallow = [maps[6], maps[13]] if self.small else [maps[3], maps[6], maps[13]]
-        return [*shallow, self.conv(x)]
+        return [maps[3], maps[6], maps[13], self.conv(x)]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.scales(x)[-1].mean((2, 3)))
+
+
+class SmallInverted(nn.Module):
+    """Inverted residual of the CIFAR program: ReLU, always expanded, projected where the width changes."""
+
+    def __init__(self, width_in: int, out: int, stride: int, expansion: int):
+        super().__init__()
+        hidden, self.stride = width_in * expansion, stride
+        self.conv1, self.bn1 = conv(width_in, hidden, 1), nn.BatchNorm2d(hidden)
+        self.conv2, self.bn2 = conv(hidden, hidden, 3, stride, hidden), nn.BatchNorm2d(hidden)
+        self.conv3, self.bn3 = conv(hidden, out, 1), nn.BatchNorm2d(out)
+        self.shortcut = nn.Sequential()
+        if stride == 1 and width_in != out:
+            self.shortcut = nn.Sequential(conv(width_in, out, 1), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y)))))
+        return y if self.stride > 1 else y + self.shortcut(x)
+
+
+class SmallMobileNet(nn.Module):
+    """MobileNetV2 of the CIFAR program: 32×32 images end in 8×8 maps."""
+
+    def __init__(self, num_classes: int | None = 10):
+        super().__init__()
+        self.conv1, self.bn1 = conv(3, 32, 3), nn.BatchNorm2d(32)
+        blocks, width = [], 32
+        plan = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 1), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2))
+        for expansion, out, depth, stride in (*plan, (6, 320, 1, 1)):
+            for index in range(depth):
+                blocks.append(SmallInverted(width, out, 1 if index else stride, expansion))
+                width = out
+        self.layers = nn.Sequential(*blocks)
+        self.conv2, self.bn2 = conv(320, 1280, 1), nn.BatchNorm2d(1280)
+        if num_classes is not None:
+            self.linear = nn.Linear(1280, num_classes)
+
+    def scales(self, x: Tensor) -> list[Tensor]:
+        maps = [F.relu(self.bn1(self.conv1(x)))]
+        for block in self.layers:
+            maps.append(block(maps[-1]))
+        return [maps[6], maps[13], F.relu(self.bn2(self.conv2(maps[-1])))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.scales(x)[-1].mean((2, 3)))
 
 
 class VocVgg(nn.Module):
@@ -293,9 +339,12 @@ class IspSelector(nn.Module):
 
 
 ENCODER_WIDTHS = {
-    "resnet56": (16, 32, 64), "resnet34": (64, 128, 256, 512), "resnet50": (256, 512, 1024, 2048),
-    "mobilenet_v2": (24, 32, 96, 1280), "mobilenet_v2_cifar": (32, 96, 1280),
-}  # fmt: skip
+    "resnet56": (16, 32, 64),
+    "resnet34": (64, 128, 256, 512),
+    "resnet50": (256, 512, 1024, 2048),
+    "mobilenet_v2": (24, 32, 96, 1280),
+    "mobilenet_v2_cifar": (32, 96, 1280),
+}
 
 
 def network(name: str, num_classes: int | None) -> nn.Module:
@@ -303,7 +352,7 @@ def network(name: str, num_classes: int | None) -> nn.Module:
     if name == "resnet56":
         return SmallResNet(num_classes=num_classes)
     if name.startswith("mobilenet"):
-        return IspMobileNet(small=name.endswith("cifar"), num_classes=num_classes)
+        return (SmallMobileNet if name.endswith("cifar") else IspMobileNet)(num_classes)
     return PhotoResNet(bottleneck=name == "resnet50", num_classes=num_classes)
 
 
@@ -329,6 +378,10 @@ def published(kind: str) -> dict[str, Tensor]:
         return prefixed(state_dict_classifier=PhotoResNet(), state_dict_decoder=SaliencyDecoder())
     if kind.startswith("swa"):
         return prefixed(module=VocVgg(tuple(width // (8 if kind.endswith("x8") else 1) for width in VGG16)))
+    if kind == "isp_cifar_mobilenetv2_selector":
+        name = "mobilenet_v2_cifar"
+        parts = selector(name, "resnet", 10, 32), network(name, 10)
+        return prefixed(selector=parts[0], bb_model__model=parts[1])
     if kind == "isp_cifar_resnet56_blackbox":
         return prefixed(model=network("resnet56", 10))
     if kind == "isp_cifar_resnet56_selector_realx":

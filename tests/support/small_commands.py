@@ -10,7 +10,6 @@ import dataclasses
 import importlib
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from explainers.__main__ import VERBS
 from explainers.__main__ import main as explainers_main
 from image_classification.cli import parse_config
 
-#: Flags of verbs that only look at pictures.
+#: Flags of verbs that only look at images.
 _READING = {"--batch-size": "4", "--image-size": str(SIZE), "--workers": "1", "--device": "cpu"}
 _HELD_OUT = {"--calibration-size": "8"}
 _TRAINING = SHORT | {"--print-freq": "1", "--raport-file": "report.json"}
@@ -60,36 +59,15 @@ class SmallCommand:
         result = run([sys.executable, *launcher, *program, *self.words], cache=cache, timeout=600)
         return result.returncode, f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
 
-    def parse(self) -> dict[str, Any]:
-        """Its configuration sections, from the parser of the job that would run it."""
+    def parse(self) -> Any:
+        """Its configuration, from the parser of the job that would run it."""
         if self.program == "main.py":
-            return parse_config(main_job.SECTIONS, self.words)
-        return _parsed_by(self.program, self.words)
+            return parse_config(main_job.MainConfig, self.words)
+        return importlib.import_module(VERBS[self.program][0]).VERB.parse(self.words, "", "")
 
     def given(self, flag: str) -> bool:
         """Whether a flag is among the words."""
         return flag in self.words
-
-
-class _ParsedError(Exception):
-    """Carries configuration sections out of a verb that would go on to use them."""
-
-
-def _parsed_by(verb: str, words: list[str]) -> dict[str, Any]:
-    module = importlib.import_module(VERBS[verb][0])
-    real: Callable[..., dict[str, Any]] = module.parse_config
-
-    def parse(*arguments: Any, **settings: Any) -> None:
-        raise _ParsedError(real(*arguments, **settings))
-
-    module.parse_config = parse  # type: ignore[attr-defined]
-    try:
-        module.main(words)
-    except _ParsedError as parsed:
-        return parsed.args[0]
-    finally:
-        module.parse_config = real  # type: ignore[attr-defined]
-    raise AssertionError(f"{verb} did not parse its words")
 
 
 def small(command: str, miniatures: Miniatures, workspace: Path) -> SmallCommand:
@@ -138,10 +116,12 @@ def _with_miniatures(program: str, words: list[str], miniatures: Miniatures, wor
         "--resnets-path": lambda: miniatures.folder_of_classifiers(arch, kind),
         "--log-path": lambda: workspace / "log",
         "--plots-path": lambda: workspace / "plots",
-        "--casms-path": lambda: workspace if "--reproduce" in words or "--config" in words else (
-            miniatures.casm(arch, kind).parent
+        "--casms-path": lambda: (
+            workspace
+            if "--reproduce" in words or "--config" in words
+            else (miniatures.casm(arch, kind).parent)
         ),
-    }  # fmt: skip
+    }
     for flag, make in folders.items():
         if flag in words:
             words[words.index(flag) + 1] = str(make())
@@ -162,8 +142,10 @@ def _file(flag: str, words: list[str], arch: str, kind: str, miniatures: Miniatu
     if flag == "--teacher":
         return miniatures.classifier(arch.partition("_x")[0], kind)
     makers = {
-        "--selector": miniatures.selector, "--predictor": miniatures.predictor, "--casm-path": miniatures.casm,
-    }  # fmt: skip
+        "--selector": miniatures.selector,
+        "--predictor": miniatures.predictor,
+        "--casm-path": miniatures.casm,
+    }
     return makers.get(flag, miniatures.classifier)(arch, kind)
 
 

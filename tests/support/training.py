@@ -1,4 +1,4 @@
-"""A training job in miniature: pictures in memory, a network of two layers, everything else real."""
+"""A training job in miniature: images in memory, a network of two layers, everything else real."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from image_classification.data.loader import Batch
 from image_classification.distributed import Distributed
 from image_classification.ema import Ema
 from image_classification.evaluation import Evaluator
-from image_classification.log import LogConfig, Logger
 from image_classification.losses import LossConfig, build_loss
 from image_classification.models import create_model
 from image_classification.objective import TaskObjective
+from image_classification.observe.log import LogConfig, Logger
 from image_classification.optim import OptimConfig, build_optimizer
 from image_classification.precision import Precision, PrecisionConfig
 from image_classification.schedules import Schedule, ScheduleConfig
-from image_classification.trainer import TrainConfig, Trainer
+from image_classification.train_config import TrainConfig
+from image_classification.trainer import Trainer
 
 
 class MemoryLoader:
@@ -77,7 +78,7 @@ class MemoryLoader:
 
 
 def toy_data(num_samples: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise pictures (N, 3, 8, 8) with random labels of 10 classes."""
+    """Noise images (N, 3, 8, 8) with random labels of 10 classes."""
     generator = torch.Generator().manual_seed(7)
     images = torch.randn(num_samples, 3, 8, 8, generator=generator)
     return images, torch.randint(0, 10, (num_samples,), generator=generator)
@@ -166,7 +167,8 @@ def build_trainer(
     torch.manual_seed(0)
     model = model or create_model("resnet20", num_classes=10, widths={"layer1.0.conv1": 4})
     config = TrainConfig(**{"epochs": 2, **train})
-    precision = Precision(PrecisionConfig(amp=amp), torch.device("cpu"))
+    precision = Precision(PrecisionConfig(amp=amp), distributed.device)
+    model = precision.place(model)
     optimizer = build_optimizer(OptimConfig(), model, lr)
     images, targets = data or toy_data()
     place = (distributed.rank, distributed.world_size)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from image_classification.data.layouts.voc import CLASS_NAMES
 
-#: Objects of a picture: class, box as VOC writes it, difficult.
+#: Objects of an image: class, box as VOC writes it, difficult.
 Objects = list[tuple[str, tuple[float, ...], int]]
 
 
@@ -24,9 +24,15 @@ def annotation_xml(objects: Objects, width: int = 40, height: int = 30) -> str:
 
 
 def write_devkit(root: Path, num_train: int = 48, num_val: int = 6) -> Path:
-    """Noise pictures of 40×30 pixels with one or two objects, boxes and masks; returns the year's folder."""
+    """Noise images of 40×30 pixels with one or two objects and boxes; every fourth has a mask and is listed for it.
+
+    The second object of every sixth image is difficult. Returns the year's folder.
+    """
     year = root / "VOCdevkit" / "VOC2012"
-    for folder in ("ImageSets/Main", "Annotations", "SegmentationClass", "JPEGImages"):
+    for folder in (
+        *("ImageSets/Main", "ImageSets/Segmentation", "Annotations"),
+        *("SegmentationClass", "JPEGImages"),
+    ):
         (year / folder).mkdir(parents=True)
     generator = np.random.default_rng(0)
     names = [f"2008_{number:03d}" for number in range(num_train + num_val)]
@@ -36,12 +42,16 @@ def write_devkit(root: Path, num_train: int = 48, num_val: int = 6) -> Path:
         objects: Objects = []
         for place, kind in enumerate(sorted(kinds)):
             left = 2 + 18 * place
-            objects.append((kind, (left + 1, 5, left + 15, 20), 0))
+            objects.append((kind, (left + 1, 5, left + 15, 20), int(place == 1 and number % 6 == 5)))
             mask[4:20, left : left + 15] = CLASS_NAMES.index(kind) + 1
         pixels = generator.integers(0, 256, (30, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(year / "JPEGImages" / f"{name}.jpg")
-        Image.fromarray(mask).save(year / "SegmentationClass" / f"{name}.png")
+        if number % 4 == 1:
+            Image.fromarray(mask).save(year / "SegmentationClass" / f"{name}.png")
         (year / "Annotations" / f"{name}.xml").write_text(annotation_xml(objects))
-    (year / "ImageSets" / "Main" / "train.txt").write_text("\n".join(names[:num_train]))
-    (year / "ImageSets" / "Main" / "val.txt").write_text("\n".join(names[num_train:]))
+    sets = {"train": names[:num_train], "val": names[num_train:], "trainval": names}
+    for image_set, listed in sets.items():
+        with_masks = [name for name in listed if (year / "SegmentationClass" / f"{name}.png").exists()]
+        (year / "ImageSets" / "Main" / f"{image_set}.txt").write_text("\n".join(listed))
+        (year / "ImageSets" / "Segmentation" / f"{image_set}.txt").write_text("\n".join(with_masks))
     return year

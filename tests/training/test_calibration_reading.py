@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.images import varied_sizes, write_jpegs
 from support.jobs import assert_same_training, checkpoint, main_words
-from support.pictures import varied_sizes, write_jpegs
 
 from image_classification import job as jobs
 from image_classification.callbacks import Callback
 from image_classification.cli import parse_config
-from image_classification.data import dali
+from image_classification.data.backends import dali
 from image_classification.distributed import Distributed
 from image_classification.trainer import Trainer
 
@@ -23,12 +23,12 @@ needs_dali = pytest.mark.skipif(not dali.is_available(), reason="DALI is not ins
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes in ImageNet's layout: 28 pictures to train on and 4 to validate."""
+    """Two classes in ImageNet's layout: 28 images to train on and 4 to validate."""
     root = tmp_path_factory.mktemp("folders")
-    for split, num_pictures in (("train", 14), ("val", 2)):
+    for split, num_images in (("train", 14), ("val", 2)):
         for name in ("cat", "dog"):
             (root / split / name).mkdir(parents=True)
-            write_jpegs(root / split / name, varied_sizes(num_pictures))
+            write_jpegs(root / split / name, varied_sizes(num_images))
     return root
 
 
@@ -60,14 +60,14 @@ def train(words: list[str], callbacks: Callable[[jobs.Job], list[Callback]]) -> 
         jobs.make_trainer(job, jobs.make_model(job), callbacks=taken).fit()
         job.close()
 
-    assert jobs.run_job(parse_config(jobs.SECTIONS, words, prog="main.py"), body) == 0
+    assert jobs.run_job(parse_config(jobs.JobConfig, words, prog="main.py"), body) == 0
     return taken
 
 
 @pytest.mark.parametrize(
     "backend", ["pytorch", "resident", pytest.param("dali-cpu", marks=needs_dali), "synthetic"]
 )
-def test_reading_calibration_pictures_changes_nothing(backend: str, folder: Path, tmp_path: Path) -> None:
+def test_reading_calibration_images_changes_nothing(backend: str, folder: Path, tmp_path: Path) -> None:
     flags = {"data_backend": backend, "batch_size": 4, "epochs": 2, "calibration_size": 8}
     if backend == "synthetic":
         flags["num_classes"] = 2

@@ -16,13 +16,13 @@ from support.training import MakeTrainer
 from image_classification.checkpoint import (
     CheckpointConfig,
     Checkpointer,
-    atomic_file,
     capture_rng,
     restore_rng,
     save_atomically,
 )
 from image_classification.config import ConfigError
 from image_classification.distributed import Distributed
+from image_classification.file_writing import atomic_file
 from image_classification.job import read_resumable
 from image_classification.models import WeightsError, read_safely
 
@@ -82,7 +82,7 @@ def test_a_fresh_run_keeps_the_files_of_an_older_one(tmp_path: Path) -> None:
 
 def test_unwritable_workspace_is_named_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"--workspace: .*cannot be written"):
+    with pytest.raises(ConfigError, match="workspace="):
         checkpointer(tmp_path / "file" / "below").prepare(None)
 
 
@@ -115,9 +115,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", open_full)
-        with pytest.raises(
-            OSError, match=r"No space left on device.*free space or choose another --workspace"
-        ):
+        with pytest.raises(OSError, match="choose another folder"):
             save_atomically({"weights": torch.zeros(3000)}, path)
     assert torch.equal(read_safely(path)["weights"], torch.ones(3))
     assert names(tmp_path) == {"checkpoint.pth.tar"}
@@ -146,7 +144,7 @@ def test_rng_round_trip() -> None:
 def test_resume_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert checkpointer(tmp_path).resume_path() is None
     assert checkpointer(tmp_path, resume="auto").resume_path() is None
-    with pytest.raises(ConfigError, match=r"--resume: no such file: absent.pth"):
+    with pytest.raises(ConfigError, match=r"resume='absent.pth'"):
         checkpointer(tmp_path, resume="absent.pth").resume_path()
     own = tmp_path / "checkpoint.pth.tar"
     own.touch()
@@ -162,12 +160,12 @@ def test_resume_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_foreign_and_mismatched_files_are_refused(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "foreign.pth")
-    with pytest.raises(ConfigError, match=r"holds no training state; .* use --pretrained-weights"):
+    with pytest.raises(ConfigError, match="--pretrained-weights"):
         read_resumable(tmp_path / "foreign.pth", "resnet20")
     make_trainer(epochs=1).fit()
     path = tmp_path / "checkpoint.pth.tar"
     assert read_resumable(path, "resnet20")["epoch"] == 1
-    with pytest.raises(ConfigError, match="is of --arch resnet20, not resnet56"):
+    with pytest.raises(ConfigError, match="--arch resnet20"):
         read_resumable(path, "resnet56")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -185,8 +183,13 @@ def test_foreign_and_mismatched_files_are_refused(make_trainer: MakeTrainer, tmp
         ({"gather_checkpoints": -2}, "--gather-checkpoints"),
         ({"checkpoint_interval": -1}, "--checkpoint-interval"),
         ({"checkpoint_filename": "a/b"}, "--checkpoint-filename"),
-        ({"checkpoints": False, "checkpoint_interval": 5}, "exclude each other"),
-        ({"checkpoints": False, "gather_checkpoints": 5}, "exclude each other"),
+        ({"checkpoint_filename": ""}, r"--checkpoint-filename: '' .* ends in \.pth"),
+        ({"checkpoint_filename": "experiment_raport.json"}, r"--checkpoint-filename: .* ends in \.pth"),
+        ({"checkpoint_filename": ".pth"}, "--checkpoint-filename"),
+        ({"checkpoint_filename": "model_best.pth.tar"}, "--checkpoint-filename.*best checkpoint"),
+        ({"checkpoint_filename": "checkpoint-3.pth.tar"}, "--checkpoint-filename.*an epoch's"),
+        ({"checkpoints": False, "checkpoint_interval": 5}, "--no-checkpoints"),
+        ({"checkpoints": False, "gather_checkpoints": 5}, "--no-checkpoints"),
     ],
 )
 def test_bad_checkpoint_settings(settings: dict[str, object], message: str) -> None:
@@ -206,7 +209,7 @@ def test_a_kill_before_the_latest_is_written_leaves_no_old_gathered_one(
     def killed(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("image_classification.checkpoint.shutil.copyfileobj", killed)
+    monkeypatch.setattr("image_classification.checkpoint.copy_file", killed)
     with pytest.raises(KeyboardInterrupt):
         keeper.save({"epoch": 2}, end_of_epoch=True)
     assert {"checkpoint.pth.tar", "checkpoint-1.pth.tar"} <= names(tmp_path)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
 from image_classification.distributed import EXIT_SAVED, Distributed, DistributedConfig
 from image_classification.interrupts import StoppedAtOnce, StopSignals, stopping_at_once
-from image_classification.job import run_job
+from image_classification.job import JobConfig, run_job
 
-CONFIGS = {"distributed": DistributedConfig(device="cpu")}
+CONFIGS = JobConfig(distributed=DistributedConfig(device="cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +26,7 @@ def ctrl_c_is_on() -> Iterator[None]:
 def receiving(number: signal.Signals) -> Callable[..., None]:
     """A job that receives a signal."""
 
-    def body(configs: Any, distributed: Distributed) -> None:
+    def body(configs: JobConfig, distributed: Distributed) -> None:
         signal.raise_signal(number)
 
     return body

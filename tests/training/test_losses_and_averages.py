@@ -51,11 +51,13 @@ def test_build_loss_follows_the_flags() -> None:
 
 
 def test_ema_follows_weights_and_statistics() -> None:
+    """With the warm-up of TensorFlow's average: the decay of update n is at most (1 + n) / (10 + n)."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     ema = Ema(model, decay=0.75)
     expected = {name: value.clone().double() for name, value in model.state_dict().items()}
-    for _ in range(5):
+    for n in range(40):
+        decay = min(0.75, (1 + n) / (10 + n))
         model(torch.randn(2, 3, 8, 8))
         with torch.no_grad():
             for parameter in model.parameters():
@@ -63,9 +65,12 @@ def test_ema_follows_weights_and_statistics() -> None:
         ema.update(model)
         for name, value in model.state_dict().items():
             floating = value.is_floating_point()
-            expected[name] = 0.75 * expected[name] + 0.25 * value.double() if floating else value.double()
+            expected[name] = (
+                decay * expected[name] + (1 - decay) * value.double() if floating else value.double()
+            )
     for name, value in ema.module.state_dict().items():
         torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+    assert ema.num_updates == 40
     assert not ema.module.training
     assert not any(parameter.requires_grad for parameter in ema.module.parameters())
 

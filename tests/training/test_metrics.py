@@ -1,4 +1,4 @@
-"""Prediction figures against arithmetic by hand and scikit-learn; exact over any split of the pictures."""
+"""Prediction figures against arithmetic by hand and scikit-learn; exact over any split of the images."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, f1_score
-from support.training import MakeTrainer, MemoryLoader
+from support.training import MemoryLoader
 from torch import nn
 
 from image_classification.distributed import Distributed
 from image_classification.evaluation import Evaluator
-from image_classification.log import LogConfig, Logger
 from image_classification.metrics import ClassificationMetrics, MultiLabelMetrics, TrainingSums, topk_correct
+from image_classification.observe.log import LogConfig, Logger
 from image_classification.precision import Precision, PrecisionConfig
 
 ALONE = Distributed()
@@ -29,7 +29,7 @@ def test_topk_by_hand() -> None:
     assert topk_correct(logits, soft, 1) == 2
 
 
-def test_uneven_batches_count_every_picture_once() -> None:
+def test_uneven_batches_count_every_image_once() -> None:
     torch.manual_seed(0)
     logits, targets = torch.randn(23, 8), torch.randint(0, 8, (23,))
     metrics = ClassificationMetrics()
@@ -43,7 +43,7 @@ def test_uneven_batches_count_every_picture_once() -> None:
 def test_multi_label_against_scikit_learn() -> None:
     torch.manual_seed(0)
     scores, targets = torch.randn(40, 6), (torch.rand(40, 6) < 0.3).float()
-    targets[:, 4] = 0  # a class without a positive picture has no average precision
+    targets[:, 4] = 0  # a class without a positive image has no average precision
     metrics = MultiLabelMetrics()
     for part in torch.arange(40).split(11):
         metrics.update(scores[part], targets[part])
@@ -119,7 +119,16 @@ def test_the_best_figure_is_map_for_several_labels() -> None:
     assert judge.headline == "map"
 
 
-def test_validation_loss_has_no_label_smoothing(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(epochs=1)
-    assert trainer.evaluator is not None
-    assert trainer.evaluator._criterion.label_smoothing == 0.0
+def test_published_figures_count_over_images() -> None:
+    """An image's average precision by hand; F1 of logits from 0.5 on; an image without labels has no precision."""
+    logits = torch.tensor([[3.0, 2.0, 0.4, -1.0], [0.5, 0.6, -2.0, -3.0], [1.0, -1.0, -1.0, -1.0]])
+    targets = torch.tensor([[1, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0.0]])
+    metrics = MultiLabelMetrics(published=True)
+    metrics.update(logits, targets)
+    figures = metrics.compute(Distributed())
+    assert list(figures) == ["map_images", "f1_images"]
+    assert figures["map_images"] == pytest.approx(100 * ((1 + 2 / 3) / 2 + 1 / 2) / 2)
+    assert figures["f1_images"] == pytest.approx(100 * (2 * 1 / 4 + 2 * 1 / 3 + 0) / 3)
+    both = MultiLabelMetrics()
+    both.update(logits, targets)
+    assert both.compute(Distributed()).items() >= figures.items()

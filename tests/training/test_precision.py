@@ -77,11 +77,11 @@ def test_compile_flag_compiles() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"static_loss_scale": 128.0}, "add --amp"),
-        ({"amp_dtype": "bf16"}, "add --amp"),
-        ({"amp": True, "static_loss_scale": 1.0, "dynamic_loss_scale": True}, "exclude each other"),
-        ({"amp": True, "static_loss_scale": 0.0}, "not positive"),
-        ({"compile_mode": "max-autotune"}, "needs --compile"),
+        ({"static_loss_scale": 128.0}, "--amp"),
+        ({"amp_dtype": "bf16"}, "--amp"),
+        ({"amp": True, "static_loss_scale": 1.0, "dynamic_loss_scale": True}, "--dynamic-loss-scale"),
+        ({"amp": True, "static_loss_scale": 0.0}, "--static-loss-scale"),
+        ({"compile_mode": "max-autotune"}, "--compile"),
     ],
 )
 def test_bad_precision(settings: dict[str, object], message: str) -> None:

@@ -5,19 +5,26 @@ from __future__ import annotations
 import os
 import random
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from support.training import MakeTrainer, Recorder, toy_data
+from torch import nn
 
-from image_classification.callbacks import Callback, FirstBatch
+from image_classification.callbacks import Callback
+from image_classification.checkpoint import CheckpointConfig
 from image_classification.config import ConfigError
+from image_classification.finite import first_not_finite, learned_tensors, optimizer_tensors
 from image_classification.interrupts import StopRequested
-from image_classification.log import LogConfig, Logger
+from image_classification.job import JobConfig, run_job
 from image_classification.models import read_safely
 from image_classification.nan_guard import NonFiniteLossError
-from image_classification.trainer import TrainConfig, Trainer
+from image_classification.observe.log import LogConfig, Logger
+from image_classification.train_config import TrainConfig
+from image_classification.trainer import Trainer
+from image_classification.training_callbacks import FirstBatch
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -91,9 +98,7 @@ def test_accumulation_equals_the_large_batch(make_trainer: MakeTrainer) -> None:
 
 
 def test_optimizer_batch_size_must_divide() -> None:
-    with pytest.raises(
-        ConfigError, match=r"--optimizer-batch-size: 100 is no multiple of --batch-size 32 × 2"
-    ):
+    with pytest.raises(ConfigError, match="--optimizer-batch-size"):
         TrainConfig(optimizer_batch_size=100).accumulation_steps(32, 2)
     assert TrainConfig(optimizer_batch_size=256).accumulation_steps(32, 2) == 4
     assert TrainConfig().accumulation_steps(32, 2) == 1
@@ -177,7 +182,7 @@ def test_a_signal_saves_and_stops(make_trainer: MakeTrainer, tmp_path: Path, num
 
     before = signal.getsignal(number)
     trainer = make_trainer(callbacks=(Interrupt(),))
-    with pytest.raises(StopRequested, match=f"stopped by {number.name} after iteration 7"):
+    with pytest.raises(StopRequested, match=number.name):
         trainer.fit()
     assert signal.getsignal(number) is before
     assert read_safely(tmp_path / "checkpoint.pth.tar")["iteration"] == 7
@@ -198,12 +203,91 @@ def test_nan_stops_with_iteration_and_sample_ids(make_trainer: MakeTrainer, tmp_
     trainer = make_trainer(data=poisoned_data(17), training_only=True, checkpoint={"checkpoint_interval": 1})
     with pytest.raises(
         NonFiniteLossError,
-        match=r"not finite at iteration (\d+) on rank 0; sample ids of that batch: \[.*\b17\b.*\]",
+        match=r"iteration (\d+) .*\b17\b",
     ):
         trainer.fit()
     checkpoint = tmp_path / "checkpoint.pth.tar"
     if checkpoint.exists():  # the guard looks before every save
         assert all(value.isfinite().all() for value in read_safely(checkpoint)["state_dict"].values())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"prof": 1}, {"checkpoint": {"checkpoint_interval": 1}}, {"training_only": True}]
+)
+def test_weights_that_are_not_finite_are_never_kept_nor_judged(
+    make_trainer: MakeTrainer, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    """The loss before an update is finite; the update is not."""
+    trainer = make_trainer(lr=1e38, ema=0.5, **settings)
+    with pytest.raises(NonFiniteLossError, match=r"(is not finite after iteration|loss is not finite at) "):
+        trainer.fit()
+    for path in tmp_path.glob("*.tar"):
+        payload = read_safely(path)
+        for key in ("state_dict", "ema"):
+            assert all(value.isfinite().all() for value in payload[key].values())
+    assert trainer.state.best is None
+
+
+def test_weights_and_statistics_of_every_kind_are_looked_at() -> None:
+    """Parameters, statistics, momenta, any precision; constants may be infinite, and large is not infinite."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(2, 2).to(torch.bfloat16))
+    model.register_buffer("mask", torch.full((2,), float("-inf")))
+    model[0].weight.data.fill_(3e38)
+    assert first_not_finite(learned_tensors(model)) is None
+    model[2].weight.data[0, 1] = float("nan")
+    assert first_not_finite(learned_tensors(model)) == "2.weight"
+    model[1].running_var[3] = float("inf")
+    assert first_not_finite(learned_tensors(model, "ema ")) == "ema 2.weight", (
+        "the first by name of parameter"
+    )
+    model[2].weight.data.zero_()
+    assert first_not_finite(learned_tensors(model)) == "1.running_var"
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, lr=0.1)
+    optimizer.state[model[0].weight]["momentum_buffer"] = torch.tensor([float("nan")])
+    assert first_not_finite(optimizer_tensors(optimizer)) == "optimizer momentum_buffer of parameter 0"
+
+
+def test_what_is_best_starts_anew_after_a_rewrite(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """A smaller network does not compete with the one that it was cut from, however good that was."""
+    figures = iter([90.0, 40.0, 30.0, 50.0])
+
+    class Rewrite(Callback):
+        def on_step_end(self, trainer: Trainer) -> None:
+            if trainer.state.iteration == 13:
+                trainer.release()
+                trainer.rebind()
+
+    trainer = make_trainer(epochs=4, callbacks=(Rewrite(),))
+    assert trainer.evaluator is not None
+    trainer.evaluator = FixedFigures(figures)  # type: ignore[assignment]
+    said: list[str] = []
+    trainer.logger.message = said.append  # type: ignore[method-assign]
+    best: list[int | None] = []
+    real = trainer.save
+
+    def save(**how: bool) -> None:
+        best.append(trainer.state.best_epoch)
+        real(**how)
+
+    trainer.save = save  # type: ignore[method-assign]
+    trainer.fit()
+    assert best == [0, 1, 1, 3]
+    assert read_safely(tmp_path / "model_best.pth.tar")["best_prec1"] == 50.0
+    assert (
+        said[-1] == f"the network to use: {tmp_path / 'model_best.pth.tar'}: val.top1 50.00 % after epoch 3"
+    )
+
+
+class FixedFigures:
+    """An evaluator that has seen everything before."""
+
+    headline = "top1"
+
+    def __init__(self, figures: Iterator[float]) -> None:
+        self.figures = figures
+
+    def __call__(self, *arguments: object, **how: object) -> dict[str, float]:
+        return {"val.top1": next(self.figures), "val.loss": 1.0}
 
 
 def test_nan_skip_leaves_weights_and_statistics_alone(make_trainer: MakeTrainer) -> None:
@@ -215,7 +299,7 @@ def test_nan_skip_leaves_weights_and_statistics_alone(make_trainer: MakeTrainer)
 
 def test_nan_budget_is_a_limit(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(data=poisoned_data(17), training_only=True, on_nan="skip", nan_budget=1, epochs=2)
-    with pytest.raises(NonFiniteLossError, match="--nan-budget 1 is used up"):
+    with pytest.raises(NonFiniteLossError, match="`nan_budget` 1"):
         trainer.fit()
 
 
@@ -271,9 +355,9 @@ def test_best_checkpoint_is_the_averaged_network_where_there_is_one(
         ({"epochs": 0}, "--epochs"),
         ({"run_epochs": 0}, "--run-epochs"),
         ({"use_ema": 1.0}, "--use-ema"),
-        ({"nan_budget": 3}, "--on-nan skip and --nan-budget"),
-        ({"on_nan": "skip"}, "--on-nan skip and --nan-budget"),
-        ({"evaluate": True, "training_only": True}, "exclude each other"),
+        ({"nan_budget": 3}, "--nan-budget"),
+        ({"on_nan": "skip"}, "--nan-budget"),
+        ({"evaluate": True, "training_only": True}, "--training-only"),
         ({"prof": 0}, "--prof"),
     ],
 )
@@ -282,7 +366,7 @@ def test_bad_training_settings(settings: dict[str, object], message: str) -> Non
         TrainConfig(**settings)
 
 
-def test_tensorboard_gets_pictures_graph_and_scalars_and_training_does_not_notice(
+def test_tensorboard_gets_images_graph_and_scalars_and_training_does_not_notice(
     make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -300,3 +384,23 @@ def test_tensorboard_gets_pictures_graph_and_scalars_and_training_does_not_notic
     assert events.Tags()["graph"]
     assert {"train/loss", "train/lr", "val/top1"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 12]
+
+
+def test_a_signal_without_checkpoints_promises_nothing(
+    make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupt(Callback):
+        def on_step_end(self, trainer: Trainer) -> None:
+            signal.raise_signal(signal.SIGUSR1)
+
+    trainer = make_trainer(callbacks=(Interrupt(),), checkpoint={"checkpoints": False})
+    with pytest.raises(StopRequested) as stop:
+        trainer.fit()
+    assert not stop.value.saved
+
+    def body(configs: object, distributed: object) -> None:
+        raise stop.value
+
+    configs = JobConfig(checkpoint=CheckpointConfig(checkpoints=False))
+    assert run_job(configs, body) == 128 + signal.SIGTERM
+    assert "nothing was saved (--no-checkpoints)" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Annotation files of Pascal VOC and of ImageNet's localisation task: boxes of objects in one XML file per picture.
+"""Annotation files of Pascal VOC and of ImageNet's localisation task: boxes of objects in one XML file per image.
 
 Both use the same elements but count differently. VOC's pixels start at 1 and the last one belongs to the box, so
 (xmin, xmax) becomes the half-open [xmin − 1, xmax). ImageNet's coordinates are taken as they are, [xmin, xmax).
@@ -19,7 +19,7 @@ class Annotation:
     """What one file says.
 
     Attributes:
-        width, height: The picture's size in pixels, as annotated.
+        width, height: The image's size in pixels, as annotated.
         names: Class name (VOC) or synset id (ImageNet) of each object.
         boxes: (k, 4) float32 `x0, y0, x1, y1` in raw pixels, ends exclusive.
         difficult: (k,) bool, VOC's flag for objects that its evaluation passes over.
@@ -41,7 +41,7 @@ def read_annotation(path: Path, *, one_based: bool) -> Annotation:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is no annotation, has no object, or a box without area.
+        ValueError: The file is not an annotation, has no object, or has a box without area.
     """
     try:
         content = path.read_bytes()
@@ -66,30 +66,30 @@ def read_annotation(path: Path, *, one_based: bool) -> Annotation:
 
 
 def read_imagenet_boxes(
-    annotation_dir: Path, picture_paths: Sequence[str], class_names: Sequence[str]
+    annotation_dir: Path, image_paths: Sequence[str], class_names: Sequence[str]
 ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """Boxes of ImageNet pictures, in the order of `picture_paths`, for a `TargetTable`.
+    """Boxes of ImageNet images, in the order of `image_paths`, for a `TargetTable`.
 
     The file of `…/n01440764/ILSVRC2012_val_00000293.JPEG` is `ILSVRC2012_val_00000293.xml`, either directly in
     `annotation_dir` (the validation set's archive) or in its folder `n01440764/` (the training set's).
 
     Args:
         annotation_dir: Directory of the XML files.
-        picture_paths: A manifest's paths.
+        image_paths: A manifest's paths.
         class_names: Synset ids by class index.
 
     Returns:
-        Per picture (k, 4) float32 boxes and (k,) int64 class indices.
+        Per image (k, 4) float32 boxes and (k,) int64 class indices.
 
     Raises:
         FileNotFoundError, ValueError: As `read_annotation`; also for an object of none of the classes.
     """
     index = {name: number for number, name in enumerate(class_names)}
     boxes, classes = [], []
-    for picture in map(Path, picture_paths):
-        path = annotation_dir / f"{picture.stem}.xml"
+    for image in map(Path, image_paths):
+        path = annotation_dir / f"{image.stem}.xml"
         if not path.is_file():
-            path = annotation_dir / picture.parent.name / f"{picture.stem}.xml"
+            path = annotation_dir / image.parent.name / f"{image.stem}.xml"
         annotation = read_annotation(path, one_based=False)
         boxes.append(annotation.boxes)
         classes.append(class_indices(annotation.names, index, path))
@@ -100,7 +100,7 @@ def class_indices(names: Sequence[str], index: dict[str, int], path: Path) -> np
     """Class indices of objects: (k,) int64.
 
     Raises:
-        ValueError: A name is none of the classes.
+        ValueError: A name is not one of the classes.
     """
     unknown = sorted(set(names) - index.keys())
     if unknown:

@@ -16,7 +16,7 @@ from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from image_classification.data.cache import build_directory, cache_key
+from image_classification.cache import build_directory, cache_key
 from image_classification.data.progress import progress_bar
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
@@ -32,18 +32,17 @@ def unpack(archive: Path, cache_dir: Path, *, progress: bool = True) -> Path:
     """Unpack an archive, or find it unpacked: the entry goes by its absolute path, size and modification time.
 
     Raises:
-        ValueError: The file is no archive of a known kind, is damaged, or has members that point outside of it.
+        ValueError: The file is not an archive of a known kind, is damaged, or has members that point outside of it.
     """
     if not is_archive(archive):
-        raise ValueError(f"{archive} is a file, but no archive: known are {', '.join(ARCHIVE_SUFFIXES)}")
+        raise ValueError(f"{archive} is a file but not an archive; known are {', '.join(ARCHIVE_SUFFIXES)}")
     status = archive.stat()
     key = cache_key(str(archive.resolve()), status.st_size, status.st_mtime_ns)
     target = cache_dir / "archives" / f"{archive.name.split('.')[0]}-{key}"
     unpack_into = _unpack_zip if archive.name.lower().endswith(".zip") else _unpack_tar
     try:
         return build_directory(target, lambda directory: unpack_into(archive, directory, progress))
-    except (tarfile.OutsideDestinationError, tarfile.AbsolutePathError, tarfile.LinkOutsideDestinationError,
-            tarfile.AbsoluteLinkError, tarfile.SpecialFileError) as error:  # fmt: skip
+    except tarfile.FilterError as error:
         raise ValueError(f"{archive} is not safe to unpack: {error}") from error
     except (tarfile.TarError, zipfile.BadZipFile, LZMAError, EOFError, zlib.error) as error:
         raise ValueError(
@@ -82,7 +81,7 @@ def _stays_inside(name: str) -> bool:
 
 
 def _write(source: IO[bytes] | None, destination: Path) -> None:
-    """Write one member. Far cheaper than `TarFile.extract`, which resolves every path anew."""
+    """Write one member. Far cheaper than `TarFile.extract`, which resolves every path again."""
     assert source is not None  # only links and special files have no content
     try:
         sink = destination.open("wb")

@@ -7,6 +7,7 @@ byte strings and nothing else, because a pickle from elsewhere may run code.
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,16 +17,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from image_classification.data.cache import build_directory, cache_key
+from image_classification.cache import build_directory, cache_key
 from image_classification.data.dataset import Dataset
 from image_classification.data.layouts.folders import open_folders
+from image_classification.data.layouts.layout import OpenOptions, register_layout
 from image_classification.data.progress import progress_bar
 
 _PIXELS = 3 * 32 * 32
+#: What unpickling a damaged file raises.
+_DAMAGED = (
+    *(pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError),
+    *(ImportError, MemoryError, OverflowError, UnicodeError),
+)
 
 
-class Pictures(NamedTuple):
-    """Pictures (N, 32, 32, 3) uint8 and class indices (N,) int64."""
+class EvaluationImages(NamedTuple):
+    """Images (N, 32, 32, 3) uint8 and class indices (N,) int64."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -40,7 +47,7 @@ class Format:
         train, test: Names of the files of each split.
         names: File with the class names.
         labels_key: Key of the labels in the Python version; None for the binary version.
-        label_bytes: Bytes before each picture in the binary version, the last of which is the (fine) label.
+        label_bytes: Bytes before each image in the binary version, the last of which is the (fine) label.
         num_classes: Number of classes.
     """
 
@@ -71,21 +78,28 @@ def recognise(root: Path) -> Format | None:
     return None
 
 
-def open_cifar(root: Path, form: Format, *, cache_dir: Path, progress: bool = True) -> Dataset:
+@register_layout(
+    "cifar",
+    recognise=lambda root: recognise(root) is not None,
+    description="the published CIFAR-10 and CIFAR-100 files",
+    priority=-1,
+)
+def open_cifar(root: Path, options: OpenOptions) -> Dataset:
     """Open a directory in one of the published forms.
 
     Raises:
         ValueError: A file is damaged, truncated or holds what a CIFAR file does not; the message names it.
     """
+    form = recognise(root)
+    assert form is not None
     files = [root / name for name in (*form.train, *form.test, form.names)]
     stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    target = cache_dir / "cifar" / f"{form.name}-{cache_key(str(root.resolve()), stamps)}"
-    unpacked = build_directory(target, lambda directory: _write_folders(root, form, directory, progress))
-    opened = open_folders(unpacked, cache_dir=cache_dir, progress=progress)
-    return Dataset(form.name, opened.train, opened.val, opened.class_names, False, opened.preset)
+    target = options.cache_dir / "cifar" / f"{form.name}-{cache_key(str(root.resolve()), stamps)}"
+    unpacked = build_directory(target, lambda folder: _write_folders(root, form, folder, options.progress))
+    return open_folders(unpacked, dataclasses.replace(options, name=form.name))
 
 
-def read_split(root: Path, form: Format, files: tuple[str, ...]) -> Pictures:
+def read_split(root: Path, form: Format, files: tuple[str, ...]) -> EvaluationImages:
     """Decode the files of a split.
 
     Raises:
@@ -101,7 +115,7 @@ def read_split(root: Path, form: Format, files: tuple[str, ...]) -> Pictures:
         raise ValueError(
             f"{root}: labels from {labels.min()} to {labels.max()} for {form.num_classes} classes"
         )
-    return Pictures(images, labels)
+    return EvaluationImages(images, labels)
 
 
 def read_class_names(root: Path, form: Format) -> list[str]:
@@ -122,7 +136,7 @@ def _to_images(rows: np.ndarray) -> np.ndarray:
     return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
 
 
-def _read_python(path: Path, form: Format) -> Pictures:
+def _read_python(path: Path, form: Format) -> EvaluationImages:
     content = _load(path)
     rows, labels = content.get("data"), content.get(form.labels_key or "")
     if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.shape[1:] != (_PIXELS,):
@@ -133,22 +147,24 @@ def _read_python(path: Path, form: Format) -> Pictures:
         or not all(isinstance(n, int) for n in labels)
     ):
         raise ValueError(f"{path} holds no list of {len(rows)} labels under {form.labels_key!r}")
-    return Pictures(_to_images(rows), np.array(labels, np.int64))
+    return EvaluationImages(_to_images(rows), np.array(labels, np.int64))
 
 
-def _read_binary(path: Path, form: Format) -> Pictures:
+def _read_binary(path: Path, form: Format) -> EvaluationImages:
     content = np.fromfile(path, np.uint8)
     record = form.label_bytes + _PIXELS
     if not len(content) or len(content) % record:
-        raise ValueError(f"{path} is truncated: {len(content):,} bytes are no multiple of {record:,}")
+        raise ValueError(f"{path} is truncated: {len(content):,} bytes are not a multiple of {record:,}")
     rows = content.reshape(-1, record)
-    return Pictures(_to_images(rows[:, form.label_bytes :]), rows[:, form.label_bytes - 1].astype(np.int64))
+    return EvaluationImages(
+        _to_images(rows[:, form.label_bytes :]), rows[:, form.label_bytes - 1].astype(np.int64)
+    )
 
 
 class _Unpickler(pickle.Unpickler):
     """Admits what the published files hold: NumPy's uint8 arrays (and Python 2 strings, which need no class)."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
             return np.empty(0).__reduce__()[0]  # the function of that name, wherever this NumPy keeps it
         if (module, name) == ("numpy", "ndarray"):
@@ -171,8 +187,7 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as stream:
             content = _Unpickler(stream, encoding="bytes").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,
-            ImportError, MemoryError, OverflowError, UnicodeError) as error:  # fmt: skip
+    except _DAMAGED as error:
         raise ValueError(f"{path} cannot be read as a CIFAR file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} cannot be read as a CIFAR file: it holds a {type(content).__name__}")
@@ -184,21 +199,21 @@ def _text(value: object) -> str:
 
 
 def _write_folders(root: Path, form: Format, target: Path, progress: bool) -> None:
-    """Write class folders of PNG files, named by the picture's position in the original files."""
+    """Write class folders of PNG files, named by the image's position in the original files."""
     names = read_class_names(root, form)
     for folder, files in (("train", form.train), ("test", form.test)):
-        pictures = read_split(root, form, files)
-        absent = set(range(form.num_classes)) - set(pictures.labels.tolist())
+        images = read_split(root, form, files)
+        absent = set(range(form.num_classes)) - set(images.labels.tolist())
         if absent:
-            raise ValueError(f"{root}: no {folder} pictures of {', '.join(names[i] for i in sorted(absent))}")
+            raise ValueError(f"{root}: no {folder} images of {', '.join(names[i] for i in sorted(absent))}")
         for name in names:
             (target / folder / name).mkdir(parents=True)
-        with progress_bar(f"unpacking {form.name} {folder}", len(pictures.labels), progress) as advance:
-            for path, image in _named(target / folder, names, pictures):
+        with progress_bar(f"unpacking {form.name} {folder}", len(images.labels), progress) as advance:
+            for path, image in _named(target / folder, names, images):
                 Image.fromarray(np.ascontiguousarray(image)).save(path, compress_level=1)
                 advance(1)
 
 
-def _named(folder: Path, names: list[str], pictures: Pictures) -> Iterator[tuple[Path, np.ndarray]]:
-    for number, (image, label) in enumerate(zip(pictures.images, pictures.labels, strict=True)):
+def _named(folder: Path, names: list[str], images: EvaluationImages) -> Iterator[tuple[Path, np.ndarray]]:
+    for number, (image, label) in enumerate(zip(images.images, images.labels, strict=True)):
         yield folder / names[label] / f"{number:05d}.png", image

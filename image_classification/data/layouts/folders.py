@@ -1,4 +1,4 @@
-"""Class folders: `train/<class>/…` and `val/<class>/…`, as ImageNet and the CIFAR pictures are kept.
+"""Class folders: `train/<class>/…` and `val/<class>/…`, as ImageNet and the CIFAR images are kept.
 
 Classes are the folder names in sorted order, as torchvision's `ImageFolder` numbers them, so that published weights
 fit. The validation split may be called `val`, `validation`, `valid` or `test`; the first that exists is taken.
@@ -6,16 +6,20 @@ fit. The validation split may be called `val`, `validation`, `valid` or `test`; 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from image_classification.data.dataset import Dataset, preset_for
-from image_classification.data.imagefile import IMAGE_SUFFIXES, is_picture
-from image_classification.data.listing import list_class_folders
-from image_classification.data.manifest import Manifest, read_headers
+from image_classification.data.imagefile import IMAGE_SUFFIXES, is_image
+from image_classification.data.layouts.layout import OpenOptions, register_layout
+from image_classification.data.manifest import Manifest
+from image_classification.data.scan import scan_folders
 from image_classification.data.targets import TargetTable
+
+logger = logging.getLogger(__name__)
 
 VALIDATION_NAMES = ("val", "validation", "valid", "test")
 
@@ -25,65 +29,64 @@ def recognise(root: Path) -> bool:
     return (root / "train").is_dir()
 
 
-def open_folders(
-    root: Path,
-    *,
-    cache_dir: Path,
-    name: str | None = None,
-    progress: bool = True,
-    require_val: bool = True,
-) -> Dataset:
-    """Open a directory of class folders.
-
-    Args:
-        root: Directory with `train/` and a validation folder.
-        cache_dir: Where the scan of the headers is kept.
-        name: The data set's name in reports; the directory's by default.
-        progress: Show a bar for large sets.
-        require_val: Without it a missing validation folder gives an empty split.
+@register_layout(
+    "folders",
+    recognise=recognise,
+    description="class folders train/<class>/ and val/<class>/ (ImageNet, CIFAR images)",
+    priority=-2,  # a directory of any other layout may have a train/ too
+)
+def open_folders(root: Path, options: OpenOptions) -> Dataset:
+    """Open a directory with `train/` and a validation folder.
 
     Raises:
-        ValueError: A split is missing or empty, a class folder is empty, or the splits have different classes.
+        ValueError: A split is missing or empty, a class folder is empty, or validation has a class that train lacks.
     """
-    train = scan_class_folders(root, "train", "train", cache_dir=cache_dir, progress=progress)
+    train = _scan_class_folders(root, "train", "train", options)
     folder = next((candidate for candidate in VALIDATION_NAMES if (root / candidate).is_dir()), None)
     if folder is not None:
-        val = scan_class_folders(root, folder, "val", cache_dir=cache_dir, progress=progress)
-        _check_same_classes(root, folder, train.class_names, val.class_names)
-    elif require_val:
+        val = _scan_class_folders(root, folder, "val", options)
+        val = _in_classes_of(train, val, root, folder)
+    elif options.require_val:
         raise ValueError(
             f"{root} has train/ but no validation split: expected one of "
-            f"{', '.join(name + '/' for name in VALIDATION_NAMES)} with the same class folders beside it"
+            f"{', '.join(name + '/' for name in VALIDATION_NAMES)} with the same class folders next to it"
         )
     else:
         val = train.subset([], split="val")
-    return Dataset(name or root.name, train, val, train.class_names, False, preset_for(train))
+    return Dataset(options.name, train, val, train.class_names, False, preset_for(train))
 
 
-def scan_class_folders(
-    root: Path, folder: str, split: str, *, cache_dir: Path, progress: bool = True
-) -> Manifest:
+def _scan_class_folders(root: Path, folder: str, split: str, options: OpenOptions) -> Manifest:
     """The manifest of one split, `root/folder/<class>/…`.
 
     Raises:
-        ValueError: No class folders, or one without pictures.
+        ValueError: No class folders, or one without images.
     """
     directory = root / folder
     class_names = class_folders(directory)
     if not class_names:
         raise ValueError(_no_classes_message(directory))
-    listings = list_class_folders(root, [f"{folder}/{name}" for name in class_names])
-    empty = [name for name, listing in zip(class_names, listings, strict=True) if not listing]
+    paths, headers, counts = scan_folders(
+        root,
+        [f"{folder}/{name}" for name in class_names],
+        cache_dir=options.cache_dir,
+        label=folder,
+        rescan=options.rescan,
+        progress=options.progress,
+    )
+    empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
     if empty:
         raise ValueError(
-            f"{len(empty)} of {len(class_names)} class folders in {directory} have no pictures: "
-            f"{_some(empty)}; delete or fill them (pictures end in {', '.join(IMAGE_SUFFIXES)}, in any case)"
+            f"{len(empty)} of {len(class_names)} class folders in {directory} have no images: "
+            f"{_some(empty)}; delete or fill them (images end in {', '.join(IMAGE_SUFFIXES)}, in any case)"
         )
-    entries = [entry for listing in listings for entry in listing]
-    labels = np.repeat(np.arange(len(listings), dtype=np.int64), [len(listing) for listing in listings])
-    headers = read_headers(root, entries, cache_dir=cache_dir, label=folder, progress=progress)
     return Manifest(
-        root, split, tuple(entry.path for entry in entries), *headers, TargetTable(labels), tuple(class_names)
+        root,
+        split,
+        paths,
+        **headers._asdict(),
+        targets=TargetTable(np.repeat(np.arange(len(counts), dtype=np.int64), counts)),
+        class_names=tuple(class_names),
     )
 
 
@@ -95,13 +98,24 @@ def class_folders(directory: Path) -> list[str]:
 
 
 def _no_classes_message(directory: Path) -> str:
-    num_pictures = sum(is_picture(path.name) for path in directory.iterdir())
-    if num_pictures:
+    num_images = sum(is_image(path.name) for path in directory.iterdir())
+    if num_images:
         return (
-            f"{directory} has {num_pictures:,} pictures but no class folders: sort them into one folder per class "
-            "(for ImageNet's validation pictures by the synset id, n01440764/ and so on)"
+            f"{directory} has {num_images:,} images but no class folders: sort them into one folder per class "
+            "(for ImageNet's validation images by the synset id, n01440764/ and so on)"
         )
-    return f"{directory} is empty: expected one folder of pictures per class"
+    return f"{directory} is empty: expected one folder of images per class"
+
+
+def _in_classes_of(train: Manifest, val: Manifest, root: Path, folder: str) -> Manifest:
+    """The validation split with the labels of the training split; it may lack some of the classes."""
+    if set(val.class_names) < set(train.class_names):
+        shown = f"{len(val.class_names)} of the {len(train.class_names)} classes of train/"
+        logger.warning("%s has %s: figures are of these alone", root / folder, shown)
+        places = [train.class_names.index(name) for name in val.class_names]
+        return val.in_classes(train.class_names, places)
+    _check_same_classes(root, folder, train.class_names, val.class_names)
+    return val
 
 
 def _check_same_classes(root: Path, folder: str, train: Sequence[str], val: Sequence[str]) -> None:
@@ -119,6 +133,26 @@ def _check_same_classes(root: Path, folder: str, train: Sequence[str], val: Sequ
     )
 
 
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown}, … ({len(names)} in all)"
+def hint(root: Path) -> str | None:
+    """What keeps a directory of images from being class folders; None where nothing suggests them."""
+    num_images = sum(is_image(path.name) for path in root.iterdir())
+    if num_images:
+        return (
+            f"{root} has {num_images:,} images but neither splits nor class folders: "
+            "sort them into train/<class>/ and val/<class>/"
+        )
+    folders = [root / name for name in class_folders(root)]
+    if any(folder.name in VALIDATION_NAMES for folder in folders):
+        return f"{root} has a validation split but no train/"
+    for folder in folders:
+        if any(is_image(path.name) for path in folder.iterdir()):
+            return (
+                f"{root} has class folders ({folder.name}/ …) but no splits: move them into train/ and a held-out part "
+                "of each into val/"
+            )
+    return None
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown}, … ({len(names)} in all)"

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from explainers.aem.losses import area_penalty, imitation_loss, total_variation
+from explainers.aem.selector_losses import area_penalty, imitation_loss, total_variation
 
 
 def softmax(logits: list[float]) -> list[float]:
@@ -15,7 +15,7 @@ def softmax(logits: list[float]) -> list[float]:
     return [value / sum(exponentials) for value in exponentials]
 
 
-def test_imitation_is_the_divergence_per_picture() -> None:
+def test_imitation_is_the_divergence_per_image() -> None:
     torch.manual_seed(0)
     teacher, student = torch.randn(2, 3, 5, dtype=torch.float64).unbind()
     expected = []

@@ -77,8 +77,8 @@ def test_raw_outputs_become_centres_in_the_frame_and_positive_widths() -> None:
     raw = torch.tensor([[3.0, -2.0, 10.0], [1e4, -1e4, -1e4], [0, 0, 0]], dtype=torch.float64)
     centres, widths = centres_and_widths(raw, MASK_PRESETS["cifar"])
     for index, (a, b, w) in enumerate(raw.tolist()):
-        assert centres[index, 0].item() == pytest.approx(14 * math.tanh(a / 14) + 16, abs=1e-12)
-        assert centres[index, 1].item() == pytest.approx(14 * math.tanh(b / 14) + 16, abs=1e-12)
+        assert centres[index, 1].item() == pytest.approx(14 * math.tanh(a / 14) + 16, abs=1e-12)
+        assert centres[index, 0].item() == pytest.approx(14 * math.tanh(b / 14) + 16, abs=1e-12)
         softplus = max(w, 0) + math.log1p(math.exp(-abs(w)))
         assert widths[index].item() == pytest.approx(softplus, abs=1e-12)
     assert centres.min() >= 2
@@ -87,7 +87,25 @@ def test_raw_outputs_become_centres_in_the_frame_and_positive_widths() -> None:
     assert half_centres.dtype == half_widths.dtype == torch.float32
 
 
-def test_published_constants_scale_with_the_pictures() -> None:
+#: Raw outputs of a published ImageNet selector, and every 56th pixel of the mask that its program draws from them.
+PUBLISHED_RAW = (39.663536, -60.158360, 49.460827)
+PUBLISHED_MASK = (
+    (0.0051, 0.0101, 0.0055, 0.0008),
+    (0.0839, 0.1644, 0.0894, 0.0135),
+    (0.3799, 0.7441, 0.4048, 0.0611),
+    (0.4773, 0.9351, 0.5083, 0.0767),
+)
+
+
+def test_a_mask_lies_where_the_published_program_draws_it() -> None:
+    mask = rbf_masks(*centres_and_widths(torch.tensor([PUBLISHED_RAW]), MASK_PRESETS["imagenet"]), 224)[0, 0]
+    assert divmod(int(mask.argmax()), 224) == (150, 57)  # the first raw output is the row
+    torch.testing.assert_close(
+        mask[::56, ::56] / mask.max(), torch.tensor(PUBLISHED_MASK), rtol=0, atol=6e-4
+    )  # half precision
+
+
+def test_published_constants_scale_with_the_images() -> None:
     cifar, imagenet = MASK_PRESETS["cifar"], MASK_PRESETS["imagenet"]
     assert (cifar.image_size, cifar.travel, cifar.least_width, cifar.most_width) == (32, 14, 5, 11)
     assert (imagenet.image_size, imagenet.travel, imagenet.least_width, imagenet.most_width) == (

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from explainers.aem import MASK_PRESETS, Selector
-from explainers.aem.callbacks import Judge, mask_grid
-from explainers.aem.evaluation import FixedRandomMasks, SelectorMasks, judge_masks
-from explainers.aem.losses import area_penalty, imitation_loss, total_variation
+from explainers.aem.mask_quality import FixedRandomMasks, SelectorMasks, judge_masks
 from explainers.aem.masks import relaxed_bernoulli
 from explainers.aem.objectives import PredictorObjective, RandomMasks, SelectorObjective, SelectorWeights
 from explainers.aem.predictor import new_predictor
-from explainers.aem.saved import SelectorExplanation
+from explainers.aem.saved_selector import SelectorExplanation
 from explainers.aem.selector import design_selector
-from explainers.explanation import network_digest
+from explainers.aem.selector_callbacks import Judge, mask_grid
+from explainers.aem.selector_losses import area_penalty, imitation_loss, total_variation
+from explainers.differentiable.explanation import network_digest
 from image_classification.distributed import Distributed
 from image_classification.models import create_model
 from image_classification.precision import Precision, PrecisionConfig
-from tests.support.explained import pictures, randomise
+from tests.support.explained import make_images, randomise
 
 SIZE = 32
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ ALONE = Distributed(rank=0, world_size=1, local_rank=0, device=CPU)
 def black_box() -> nn.Module:
     torch.manual_seed(0)
     model = create_model("resnet20", num_classes=5, image_size=SIZE)
-    return randomise(model, pictures(8, SIZE)).requires_grad_(False)
+    return randomise(model, make_images(8, SIZE)).requires_grad_(False)
 
 
 def make_selector(black_box: nn.Module, kind: str = "rbf") -> Selector:
@@ -46,8 +46,8 @@ def make_selector(black_box: nn.Module, kind: str = "rbf") -> Selector:
 
 
 @pytest.mark.parametrize("kind", ["rbf", "real-x"])
-def test_predictor_loss_is_the_divergence_on_masked_pictures(black_box: nn.Module, kind: str) -> None:
-    images, labels = pictures(4, SIZE), torch.tensor([0, 1, 2, 3])
+def test_predictor_loss_is_the_divergence_on_masked_images(black_box: nn.Module, kind: str) -> None:
+    images, labels = make_images(4, SIZE), torch.tensor([0, 1, 2, 3])
     masks = RandomMasks(kind, GEOMETRY, (8, 8), 0.1, False)
     predictor = new_predictor(black_box, fresh=False)
     assert network_digest(predictor) == network_digest(black_box)
@@ -80,7 +80,7 @@ def test_fresh_predictors_start_elsewhere(black_box: nn.Module) -> None:
 @pytest.mark.parametrize("kind", ["rbf", "real-x"])
 @pytest.mark.parametrize("hard", [False, True])
 def test_selector_loss_is_the_formula(black_box: nn.Module, kind: str, hard: bool) -> None:
-    images = pictures(4, SIZE)
+    images = make_images(4, SIZE)
     predictor, selector = copy.deepcopy(black_box), make_selector(black_box, kind).eval()
     weights = SelectorWeights(area=0.2, smoothness=1e-3, exponent=0.3, temperature=1.0, hard=hard)
     objective = SelectorObjective(black_box, predictor, weights)
@@ -106,7 +106,7 @@ def test_only_the_selector_learns(black_box: nn.Module) -> None:
     predictor, selector = copy.deepcopy(black_box), make_selector(black_box)
     before = network_digest(black_box), network_digest(predictor)
     objective = SelectorObjective(black_box, predictor, SelectorWeights(0.2, 1e-3, 0.3, 1.0, False))
-    loss, _ = objective(selector, pictures(4, SIZE), torch.zeros(4, dtype=torch.int64))
+    loss, _ = objective(selector, make_images(4, SIZE), torch.zeros(4, dtype=torch.int64))
     loss.backward()
     assert (network_digest(black_box), network_digest(predictor)) == before
     assert all(parameter.grad is None for model in (black_box, predictor) for parameter in model.parameters())
@@ -116,7 +116,7 @@ def test_only_the_selector_learns(black_box: nn.Module) -> None:
 
 
 class Batches:
-    """A loader of a few batches, the last one empty as on a rank without pictures."""
+    """A loader of a few batches, the last one empty as on a rank without images."""
 
     def __init__(self, images: Tensor, batch_size: int) -> None:
         self.parts = [*images.split(batch_size), images[:0]]
@@ -130,7 +130,7 @@ class Batches:
 
 class _Batch(SimpleNamespace):
     def __init__(self, images: Tensor) -> None:
-        super().__init__(images=images)
+        super().__init__(images=images, targets=torch.zeros(len(images), dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -138,7 +138,7 @@ class _Batch(SimpleNamespace):
 
 def test_figures_of_masks_are_exact_means(black_box: nn.Module) -> None:
     torch.manual_seed(3)
-    images = pictures(7, SIZE)
+    images = make_images(7, SIZE)
     predictor = randomise(create_model("resnet20", num_classes=5), images, seed=4).train()
     selector = make_selector(black_box).eval()
     precision = Precision(PrecisionConfig(), CPU)
@@ -158,15 +158,17 @@ def test_figures_of_masks_are_exact_means(black_box: nn.Module) -> None:
         logits = predictor(images * masks)
     agree = (wanted.argmax(1) == logits.argmax(1)).double().mean().item()
     expected = {
-        "kl": imitation_loss(wanted, logits).mean().item(), "agreement": 100 * agree,
-        "area": 100 * masks.mean().item(), "samples": 7,
-    }  # fmt: skip
+        "kl": imitation_loss(wanted, logits).mean().item(),
+        "agreement": 100 * agree,
+        "area": 100 * masks.mean().item(),
+        "samples": 7,
+    }
     assert figures == pytest.approx(expected, rel=1e-4)
 
 
 def test_random_masks_of_an_evaluation_repeat_and_leave_the_generator_alone(black_box: nn.Module) -> None:
     draw = RandomMasks("rbf", GEOMETRY, (SIZE, SIZE), 0.1, False)
-    images, state = pictures(3, SIZE), torch.get_rng_state()
+    images, state = make_images(3, SIZE), torch.get_rng_state()
     first = FixedRandomMasks(draw, black_box, 0)
     masks = [first(images)[1], first(images)[1]]
     again = FixedRandomMasks(draw, black_box, 0)
@@ -191,7 +193,7 @@ class FakeTrainer:
         self.saved.append(self.state.iteration)
 
 
-def test_the_best_by_agreement_on_held_out_pictures_is_kept() -> None:
+def test_the_best_by_agreement_on_held_out_images_is_kept() -> None:
     scores = iter([50.0, 60.0, 55.0, 60.0, 61.0])
 
     def measure(_model: nn.Module, loader: object) -> dict[str, float]:
@@ -203,7 +205,7 @@ def test_the_best_by_agreement_on_held_out_pictures_is_kept() -> None:
         trainer.state.iteration = iteration
         judge.on_step_end(trainer)
     judge.on_epoch_end(trainer)
-    # of equals the later one; validation pictures (99 %) decide nothing
+    # of equals the later one; validation images (99 %) decide nothing
     assert trainer.saved == [10, 20, 40, 45]
     assert trainer.state.best == 61.0
     assert judge.state_dict()["figures"] == {"agreement": 61.0, "iteration": 45.0}
@@ -265,9 +267,27 @@ def test_judging_can_be_cut_short(black_box: nn.Module) -> None:
     figures = judge_masks(
         SelectorMasks(make_selector(black_box).eval(), black_box),
         create_model("resnet20", num_classes=5),
-        Batches(pictures(7, SIZE), 3),
+        Batches(make_images(7, SIZE), 3),
         precision=Precision(PrecisionConfig(), CPU),
         distributed=ALONE,
         max_batches=1,
     )
     assert figures["samples"] == 3
+
+
+def test_the_label_can_gate_the_selector(black_box: nn.Module) -> None:
+    """As published; by default it is what the network predicts."""
+    selector, images = make_selector(black_box).eval(), make_images(4, SIZE)
+    labels = torch.tensor([4, 3, 2, 1])
+    explanation = SelectorExplanation(selector)
+    with torch.no_grad():
+        expected = selector.mask(explanation.raw(black_box, images, labels), SIZE)
+        predicted = selector.mask(explanation.raw_and_logits(black_box, images)[0], SIZE)
+        assert torch.equal(SelectorMasks(selector, black_box, "label")(images, labels)[1], expected)
+        assert torch.equal(SelectorMasks(selector, black_box)(images, labels)[1], predicted)
+    assert not torch.equal(expected, predicted)
+    weights = SelectorWeights(0.2, 1e-3, 0.3, 1.0, False)
+    seen: list[Tensor] = []
+    selector.embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    SelectorObjective(black_box, black_box, weights, explained="label")(selector, images, labels)
+    assert torch.equal(seen[0], labels)

@@ -21,11 +21,11 @@ from explainers.__main__ import main
 from explainers.aem import load_selector
 from explainers.aem.evaluate_selector import as_json
 from explainers.aem.predictor import load_predictor
-from explainers.aem.saved import load_black_box
-from explainers.explanation import network_digest
+from explainers.aem.saved_selector import load_black_box
+from explainers.differentiable.explanation import network_digest
 from image_classification.models import capture_structure, create_model, load_weights
-from image_classification.report import read_report
-from tests.support.explained import pictures, randomise
+from image_classification.observe.json_report import read_report
+from tests.support.explained import make_images, randomise
 
 DATA = "shapes:train=120,val=24,seed=5"
 COMMON = ["--data-backend", "pytorch", "-j", "0", "--device", "cpu", "--image-size", "32"]
@@ -44,11 +44,14 @@ TRAINING = [
 
 def save_network(path: Path, num_classes: int = 12, seed: int = 1, arch: str = "resnet20") -> Path:
     torch.manual_seed(seed)
-    model = randomise(create_model(arch, num_classes=num_classes, image_size=32), pictures(8, 32), seed)
+    model = randomise(create_model(arch, num_classes=num_classes, image_size=32), make_images(8, 32), seed)
     content = {
-        "format": "lucidprune", "version": 1, "arch": arch,
-        "structure": capture_structure(model).to_plain(), "state_dict": model.state_dict(),
-    }  # fmt: skip
+        "format": "lucidprune",
+        "version": 1,
+        "arch": arch,
+        "structure": capture_structure(model).to_plain(),
+        "state_dict": model.state_dict(),
+    }
     torch.save(content, path)
     return path
 
@@ -129,7 +132,7 @@ def test_tensorboard_shows_masks_over_training(place: Place) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     folder = place.folder / "g" / "tensorboard"
     events = event_accumulator.EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
-    assert [event.step for event in events.Images("masks/fixed_pictures")] == [0, 4, 8, 12]
+    assert [event.step for event in events.Images("masks/fixed_images")] == [0, 4, 8, 12]
 
 
 @pytest.mark.parametrize("verb", ["train-predictor", "train-selector"])
@@ -185,9 +188,12 @@ def test_a_pruned_network_can_be_explained(place: Place, tmp_path: Path) -> None
     torch.manual_seed(0)
     model = create_model("resnet20", num_classes=12, image_size=32, widths={"layer2.0.conv1": 11})
     content = {
-        "format": "lucidprune", "version": 1, "arch": "resnet20",
-        "structure": capture_structure(model).to_plain(), "state_dict": model.state_dict(),
-    }  # fmt: skip
+        "format": "lucidprune",
+        "version": 1,
+        "arch": "resnet20",
+        "structure": capture_structure(model).to_plain(),
+        "state_dict": model.state_dict(),
+    }
     torch.save(content, tmp_path / "pruned.pth.tar")
     words = ["--pretrained-weights", str(tmp_path / "pruned.pth.tar"), "--epochs", "1", "--prof", "2"]
     assert place.train("train-predictor", "pruned", *words) == 0
@@ -201,7 +207,7 @@ def test_prof_shortens_judging_too(place: Place, verb: str) -> None:
     assert place.train(verb, f"short-{verb}", "--epochs", "1", "--prof", "1", *words) == 0
     report = place.folder / f"short-{verb}" / "experiment_raport.json"
     logged = [entry["data"] for entry in read_report(report) if entry["type"] == "LOG"]
-    for split in ("held_out", "val"):  # 24 pictures each, 16 a batch
+    for split in ("held_out", "val"):  # 24 images each, 16 a batch
         assert {data[f"{split}.samples"] for data in logged if f"{split}.samples" in data} == {16.0}
 
 
@@ -210,12 +216,20 @@ def test_figures_of_a_selector(place: Place, tmp_path: Path, capsys: pytest.Capt
     assert main(["evaluate-selector", DATA, *words, *COMMON, "--json", str(tmp_path / "f.json")]) == 0
     figures = json.loads((tmp_path / "f.json").read_text())["figures"]
     assert set(figures) == {
-        "kl", "agreement", "area", "samples", "on_object", "within_object", "auc", "objects", "width",
-    }  # fmt: skip
+        "kl",
+        "agreement",
+        "area",
+        "samples",
+        "on_object",
+        "within_object",
+        "auc",
+        "objects",
+        "width",
+    }
     assert figures["samples"] == figures["objects"] == 24
     assert figures["within_object"] >= figures["on_object"]
     assert "on_object" in capsys.readouterr().out
-    # the last epoch's validation measured the last selector, here the best one is asked; both count 24 pictures
+    # the last epoch's validation measured the last selector, here the best one is asked; both count 24 images
     assert main(["evaluate-selector", DATA, *words[:2], *COMMON, "-n", "10"]) == 0
     assert "agreement" not in capsys.readouterr().out
 
@@ -237,11 +251,14 @@ def test_a_page_of_masks(place: Place, tmp_path: Path) -> None:
     page = tmp_path / "pages" / "masks.png"
     words = ["--selector", str(place.best("g")), "--predictor", str(place.best("q")), "--num-images", "3"]
     assert main(["visualize", DATA, *words, *COMMON, "--output", str(page)]) == 0
-    with Image.open(page) as picture:
-        width, height = picture.size
+    published = ["--binarised", "--explain", "label", "--output", str(tmp_path / "masks.pdf")]
+    assert main(["visualize", DATA, *words, *COMMON, *published]) == 0
+    assert (tmp_path / "masks.pdf").read_bytes().startswith(b"%PDF")
+    with Image.open(page) as image:
+        width, height = image.size
         assert 0.9 < height / width < 1.3  # three rows of three
-        # centre and width are drawn in a colour that pictures do not have
-        assert sum(pixel == (255, 79, 216) for pixel in picture.convert("RGB").get_flattened_data()) > 50
+        # centre and width are drawn in a colour that images do not have
+        assert sum(pixel == (255, 79, 216) for pixel in image.convert("RGB").get_flattened_data()) > 50
 
 
 def refused(
@@ -268,14 +285,14 @@ def test_a_selector_needs_a_predictor_of_the_same_network(
     good = ["--predictor", str(place.best("q"))]
     other = save_network(place.folder / "other.pth.tar", seed=7)
     message = refused(place, capsys, "train-selector", *good, "--pretrained-weights", str(other))
-    assert "other weights than --pretrained-weights" in message
+    assert "other weights" in message
     deeper = save_network(place.folder / "deeper.pth.tar", arch="resnet32")
     words = [*good, "--arch", "resnet32", "--pretrained-weights", str(deeper)]
-    assert "imitates --arch resnet20, not resnet32" in refused(place, capsys, "train-selector", *words)
+    assert "imitates resnet20, not resnet32" in refused(place, capsys, "train-selector", *words)
     message = refused(place, capsys, "train-selector", *good, "--image-size", "40")
-    assert "--image-size 32" in message
+    assert "give --image-size 32" in message
     message = refused(place, capsys, "train-selector", *good, "--selector-type", "real-x")
-    assert "--selector-type real-x" in message
+    assert "judges rbf masks, not real-x masks" in message
 
 
 def test_other_classes_are_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,15 +348,15 @@ def test_missing_weights_are_refused(place: Place, capsys: pytest.CaptureFixture
 
 def test_a_resume_with_other_settings_is_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--epochs", "2", "--resume", str(place.last("q"))]
-    assert place.train("train-predictor", "q-other", *words, "--mask-widths", "4", "5") == 1
+    assert place.train("train-predictor", "q-other", *words, "--mask-widths", "4", "5") == 2
     assert "--resume: the checkpoint's predictor has geometry" in capsys.readouterr().err
-    assert place.train("train-selector", "g-other", *words, "--predictor", str(place.best("q"))) == 1
-    assert "holds no selector in training" in capsys.readouterr().err
+    assert place.train("train-selector", "g-other", *words, "--predictor", str(place.best("q"))) == 2
+    assert "not one of a selector's training" in capsys.readouterr().err
     words[-1] = str(place.last("g"))
-    assert place.train("train-predictor", "q-other", *words) == 1
-    assert "holds no predictor in training" in capsys.readouterr().err
+    assert place.train("train-predictor", "q-other", *words) == 2
+    assert "not one of a predictor's training" in capsys.readouterr().err
     words[-1] = str(place.last("q"))
-    assert place.train("train-predictor", "q-other", *words, "--best-by", "kl") == 1
+    assert place.train("train-predictor", "q-other", *words, "--best-by", "kl") == 2
     assert "give --best-by agreement" in capsys.readouterr().err
 
 
@@ -355,8 +372,9 @@ def test_files_of_other_data_are_refused(
     assert main(["evaluate-selector", DATA, "--selector", str(place.best("q")), *COMMON]) == 2
     assert "holds no selector" in capsys.readouterr().err
     words = ["--checkpoint", str(place.network), "--method", "selector"]
-    assert main(["localize", DATA, *words, *COMMON]) == 2
-    assert "--method selector needs --selector" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["localize", DATA, *words, *COMMON])
+    assert "error: --selector" in capsys.readouterr().err
 
 
 @pytest.mark.multiprocess

@@ -14,17 +14,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from support.commands import ROOT, run
+from support.commands import run_here
 
-from explainers.record import UnsupportedOperatorError
+from explainers.attribution.record import UnsupportedOperatorError
 from image_classification.inference_speed import SpeedRow
 from image_classification.models import read_safely
-from image_classification.report import read_report
+from image_classification.observe.json_report import read_report
 from pruning.__main__ import main
 from pruning.report import content, page, speed
-from pruning.report import lineage as lineage_module
 from pruning.report.content import score_table, width_table
-from pruning.report.lineage import Lineage, Stage, find_lineage
+from pruning.report.lineage import Lineage, Stage, find_lineage, rewrites_of
 from pruning.report.networks import Network
 from pruning.report.speed import compare_speed
 from pruning.report.trajectory import Trajectory, last_accuracy, trajectory_of
@@ -68,7 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--workspace",
             str(root / "runs" / name),
         ]
-        done = run([*words, *flags], cache=root / "cache")
+        done = run_here([*words, *flags], root / "cache")
         assert done.returncode == 0, done.stderr[-2000:]
     return root / "runs"
 
@@ -77,7 +76,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(runs: Path) -> tuple[str, dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUCIDPRUNE_CACHE", str(runs.parent / "cache"))
-        words = ["report", str(runs), "--num-pictures", "12", "--num-batches", "5", "--batch-sizes", "1", "2"]
+        words = ["report", str(runs), "--num-images", "12", "--num-batches", "5", "--batch-sizes", "1", "2"]
         assert main([*words, "--device", "cpu"]) == 0
     return (runs / "report.html").read_text(encoding="utf-8"), json.loads((runs / "report.json").read_text())
 
@@ -122,19 +121,29 @@ def test_figures_are_those_of_the_run(runs: Path, report: tuple[str, dict[str, A
     ]
     last = [data["val.top1"] for data in logged if "val.top1" in data][-1]
     assert plain["accuracy"][-1]["top1"] == last
-    assert plain["missing"] == []
+    (uncontrolled,) = plain["missing"]
+    more = plain["accuracy"][-1]["epochs"] - plain["accuracy"][0]["epochs"]
+    assert more > 0
+    assert f"was trained {more} epochs longer than the one before pruning" in uncontrolled
+    pruning = yaml.safe_load((runs / "prune" / "config.yaml").read_text())
+    assert plain["criterion"] == pruning["pruning_criterion"], "not the fine-tuning's"
 
 
 def test_explanations_speed_and_origin_are_there(report: tuple[str, dict[str, Any]]) -> None:
     _, plain = report
     assert {row["network"] for row in plain["explanations"]["localization"]} == {"original", "pruned"}
-    assert plain["explanations"]["num_pictures"] == 12
+    assert plain["explanations"]["num_images"] == 12
     drift = plain["explanations"]["drift"]
     assert [row["similarity"] for row in drift] == ["rank_correlation", "ssim"]
     assert all(row["mean"] is None or -1 <= row["p10"] <= row["mean"] <= 1 for row in drift)
     assert {(row["network"], row["batch_size"]) for row in plain["speed"]} == {
-        ("original", 1), ("pruned", 1), ("original", 2), ("pruned", 2),
-    }  # fmt: skip
+        ("original", 1),
+        ("pruned", 1),
+        ("original", 2),
+        ("pruned", 2),
+    }
+    assert {row["num_batches"] for row in plain["speed"]} != {0}
+    assert all(row["load"] >= 0 for row in plain["speed"])
     for stage in plain["stages"]:
         assert stage["commands"][0].startswith("python ")
         assert "main.py" in stage["commands"][0]
@@ -189,7 +198,9 @@ def test_the_page_is_whole_and_fetches_nothing(report: tuple[str, dict[str, Any]
     assert text.count('<svg class="wide"') == text.count('<svg class="narrow"') == 4
 
 
-def test_what_cannot_be_known_is_said(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_lonely_run_lacks_is_listed(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A run that pruned without pretrained weights, whose data has gone."""
     lonely = tmp_path / "lonely"
     shutil.copytree(runs / "prune", lonely)
@@ -222,13 +233,13 @@ def test_errors_name_the_run(runs: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "holds no config.yaml" in capsys.readouterr().err
     for name in ("one", "two"):
         (tmp_path / "many" / name).mkdir(parents=True)
-        (tmp_path / "many" / name / "config.yaml").write_text("arch: resnet20\n")
+        (tmp_path / "many" / name / "config.yaml").write_text("arch: resnet20\ndata: shapes\n")
     assert main(["report", str(tmp_path / "many")]) == 2
     assert "several results" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "many" / "one")]) == 2
     assert "no checkpoint" in capsys.readouterr().err
-    assert main(["report", str(runs), "--num-pictures", "0"]) == 2
-    assert "--num-pictures 0" in capsys.readouterr().err
+    assert main(["report", str(runs), "--num-images", "0"]) == 2
+    assert "--num-images 0" in capsys.readouterr().err
 
 
 def test_a_line_written_twice_counts_once(runs: Path) -> None:
@@ -273,25 +284,27 @@ def test_numbers_for_people(value: float | None, digits: int, text: str) -> None
     assert page.number(value, digits) == text
 
 
-def test_the_template_is_packaged() -> None:
-    assert '"pruning.report" = ["templates/*.j2"]' in (ROOT / "pyproject.toml").read_text()
-
-
 def test_the_rewrite_of_learned_gates_is_a_rewrite() -> None:
     state = {
         "record": {"widths": {"a": [8, 3]}, "share": {"macs": 0.5}, "loss": [0.1, 0.7], "threshold": 0.5}
     }
-    (record,) = lineage_module._rewrites({"learned_pruning": state, "recorder": {"count": 3}})
+    (record,) = rewrites_of({"learned_pruning": state, "recorder": {"count": 3}})
     assert record["widths"] == {"a": [8, 3]}
     assert record["costs"]["macs"] == [1.0, 0.5, 1.0]
-    assert lineage_module._rewrites({"learned_pruning": {"record": None}}) == []
+    assert rewrites_of({"learned_pruning": {"record": None}}) == []
 
 
 def stage(**more: Any) -> Stage:
     plain: dict[str, Any] = {
-        "workspace": Path("run"), "kind": "pruning", "config": {}, "entries": [], "invocations": [],
-        "checkpoint": None, "progress": {"iteration": 10, "steps_per_epoch": 5}, "rewrites": [],
-    }  # fmt: skip
+        "workspace": Path("run"),
+        "kind": "pruning",
+        "config": {},
+        "entries": [],
+        "invocations": [],
+        "checkpoint": None,
+        "progress": {"iteration": 10, "steps_per_epoch": 5},
+        "rewrites": [],
+    }
     return Stage(**(plain | more))
 
 
@@ -310,13 +323,13 @@ def test_a_second_pruning_stage_goes_on_where_the_first_one_ended() -> None:
     np.testing.assert_allclose(
         course.costs["macs"], [[0, 1], [5, 1], [5, 0.5], [10, 0.5], [15, 0.5], [15, 0.3], [20, 0.3]]
     )
-    budget = content._budget(Lineage(tuple(stages), None))
+    budget = content.budget_table(Lineage(tuple(stages)))
     assert budget == [{"metric": "macs", "asked": 0.25, "reached": pytest.approx(0.3)}]
 
 
 def test_rates_ask_for_no_cost() -> None:
     config = {"one_shot_pruning": 0.3, "prune_rate": ["layer1.*"]}
-    assert content._budget(Lineage((stage(config=config, rewrites=[rewrite(0, 100, 80)]),), None)) == []
+    assert content.budget_table(Lineage((stage(config=config, rewrites=[rewrite(0, 100, 80)]),))) == []
 
 
 def test_a_network_that_a_method_cannot_explain_has_a_report(

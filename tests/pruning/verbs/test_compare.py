@@ -10,8 +10,8 @@ import torch
 
 from image_classification.models import create_model, model_for_weights
 from pruning.__main__ import main
-from pruning.structure import save_pruned
-from pruning.verbs.pictures import open_validation
+from pruning.files.saved_network import save_pruned
+from pruning.verbs.images import open_validation
 
 
 @pytest.fixture
@@ -73,18 +73,18 @@ def test_errors_are_one_line(networks: list[str], tmp_path: Path, capsys: pytest
     assert "12 classes, the network 10" in capsys.readouterr().err
 
 
-def test_pictures_are_those_of_the_run(
+def test_images_are_those_of_the_run(
     networks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run's checkpoint says how its pictures were normalised, and how large they were."""
+    """A run's checkpoint says how its images were normalised, and how large they were."""
     monkeypatch.setenv("LUCIDPRUNE_CACHE", str(tmp_path / "cache"))
     content = torch.load(networks[1], weights_only=True)
     content["config"] = {"image_size": 40, "resize": 44, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}
     path = tmp_path / "run.pth.tar"
     torch.save(content, path)
     model = model_for_weights(None, path)
-    pictures = open_validation("shapes:train=24,val=24", model, path, None, torch.device("cpu"))
-    preset = pictures.preset
+    images = open_validation("shapes:train=24,val=24", model, path, None, torch.device("cpu"))
+    preset = images.preset
     assert (preset.image_size, preset.resize, preset.mean) == (40, 44, (0.1, 0.2, 0.3))
     asked = open_validation("shapes:train=24,val=24", model, path, 64, torch.device("cpu")).preset
     assert (asked.image_size, asked.mean) == (64, (0.1, 0.2, 0.3))

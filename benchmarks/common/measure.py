@@ -1,0 +1,152 @@
+"""Time and memory, measured so that other jobs of the machine disturb as little as possible."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+Call = Callable[[], object]
+Subject = TypeVar("Subject")
+Figure = TypeVar("Figure")
+
+
+class Clock:
+    """Seconds on a device. On a GPU it waits until the device has finished.
+
+    Args:
+        device: Where the work is done.
+        processor_time: On a CPU count this process's processor time, to which other jobs add nothing; otherwise, and
+            on a GPU, the time that passes.
+    """
+
+    def __init__(self, device: torch.device, *, processor_time: bool = False) -> None:
+        self.device = device
+        self._now = time.process_time if processor_time and device.type == "cpu" else time.perf_counter
+
+    def now(self) -> float:
+        """Seconds since some fixed moment."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self._now()
+
+    def seconds(self, call: Call) -> float:
+        """Seconds that one call takes."""
+        begin = self.now()
+        call()
+        return self.now() - begin
+
+
+def in_turns(
+    subjects: Mapping[str, Subject], measure: Callable[[Subject], Figure], repeats: int, warm_up: int = 1
+) -> dict[str, list[Figure]]:
+    """Measure several things in turns, so that a slow spell of the machine hits all of them.
+
+    Args:
+        subjects: Name → what to measure, such as a call.
+        measure: Makes a figure of it, such as `Clock.seconds`.
+        repeats: Rounds that count.
+        warm_up: Rounds before, which choose kernels and fill caches.
+
+    Returns:
+        Name → its figure in every round.
+    """
+    figures: dict[str, list[Figure]] = {name: [] for name in subjects}
+    for number in range(-warm_up, repeats):
+        for name, subject in subjects.items():
+            figure = measure(subject)
+            if number >= 0:
+                figures[name].append(figure)
+    return figures
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """Quotients round by round: what slows one side slows the other one too."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and extremes."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def mean_and_deviation(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and standard deviation; the latter is undefined for a single value, the former without any."""
+    return {
+        "mean": statistics.fmean(values) if values else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def with_deviation(figure: Mapping[str, float | None], digits: int = 1) -> str:
+    """`mean_and_deviation` for a table: "12.3 ± 0.4", "12.3" for a single value, "–" without any."""
+    mean, deviation = figure["mean"], figure["std"]
+    if mean is None:
+        return "–"
+    return f"{mean:.{digits}f}" if deviation is None else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def rerun(*words: str) -> str:
+    """Run this command again with further words, in a fresh process; the last line that it printed."""
+    command = [sys.executable, *sys.argv, *words]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.splitlines()[-1]
+
+
+def restart_peak(device: torch.device) -> int:
+    """Forget the highest memory so far; returns the bytes that are held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: restarts VmHWM
+    return _status_bytes("VmRSS")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Highest memory since `restart_peak`, or since the process began: of a GPU's allocator or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(field: str) -> int:
+    """A line of Linux's account of this process."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def limit_memory(gib: float) -> None:
+    """Let an allocation fail that takes this process above a limit."""
+    limit = int(gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now."""
+    return _status("VmRSS")
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Yields a list that holds, afterwards, the most bytes of this process that were in memory meanwhile (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    peak: list[int] = []
+    yield peak
+    peak.append(_status("VmHWM"))
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"this system does not tell {key}")

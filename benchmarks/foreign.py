@@ -1,0 +1,264 @@
+"""Networks that nobody here prepared: cut to half their MACs, exactly, saved and exported, with what stays frozen.
+
+    python benchmarks/foreign.py                              # all, resumes where it stopped
+    python benchmarks/foreign.py --only ultralytics monai/VNet
+    python benchmarks/foreign.py --torch-pruning              # Torch-Pruning beside it, if it is installed
+
+YOLO from yaml, segmentation_models_pytorch, torchvision's detectors, segmenters and video networks, image models of
+transformers from small configurations, MONAI and pytorchcv: random weights, small inputs. Libraries that are not
+installed are left out and said. Every network is examined in a process of its own, on one thread, with limits on time
+and memory. The table has a line per network; the JSON is written network by network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.metadata
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from common.foreign_networks import FOREIGN
+from common.measure import limit_memory, peak_memory, resident_memory
+from common.networks import uniform_cut
+from common.report import BenchmarkParser, print_table, write_json
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from zoo import LARGEST_SHARE, cell, groups_of, is_exact, is_halved
+
+from image_classification.models.structure import build_from_structure, capture_structure
+from pruning.costs.cost_model import CostModel
+from pruning.engine.examples import output_tensors
+from pruning.engine.gates import Gates
+from pruning.engine.proof.rehearsal import condition
+from pruning.engine.surgery import prune_channels
+from pruning.engine.trace_groups import trace_groups
+from pruning.engine.tracing import undisturbed
+
+COLUMNS = ("cpu_seconds", "memory", "prunable_percent", "macs_left", "difference", "loads", "onnx")
+
+Row = dict[str, Any]
+Rows = dict[str, Row]
+
+
+def network(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    """The network in evaluation mode, its weights spread out so that channels differ, and what it takes."""
+    torch.manual_seed(0)
+    model, given = FOREIGN[name]()
+    condition(model, given)
+    return model.eval(), given
+
+
+def outputs(model: nn.Module, given: tuple[Any, ...]) -> list[Tensor]:
+    """Every tensor of floating point that the network returns in evaluation."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return [tensor for tensor in output_tensors(model.eval()(*given)) if tensor.is_floating_point()]
+
+
+def count_macs(model: nn.Module, given: tuple[Any, ...]) -> int:
+    """MACs of a forward pass by PyTorch's flop counter."""
+    model = copy.deepcopy(model).requires_grad_(False)
+    counter = FlopCounterMode(display=False)
+    with undisturbed(model), counter:
+        model.eval()(*given)
+    return int(counter.get_total_flops() // 2)
+
+
+def difference(expected: list[Tensor], found: list[Tensor]) -> float | None:
+    """The largest relative difference of two lists of outputs; None where their shapes differ."""
+    errors = [0.0]
+    for left, right in zip(expected, found, strict=True):
+        if left.shape != right.shape:
+            return None
+        if left.numel():
+            errors.append(float((left - right).abs().max() / left.abs().max().clamp(min=1e-12)))
+    return max(errors)
+
+
+def examine(name: str) -> Row:
+    """One row of the table."""
+    empty = resident_memory()
+    model, given = network(name)
+    with peak_memory() as usual:
+        outputs(model, given)
+    start = time.process_time()
+    with peak_memory() as analysis:
+        graph = trace_groups(model, given)
+    seconds = time.process_time() - start
+    fresh = copy.deepcopy(model)
+    before = count_macs(model, given)
+    row: Row = {
+        "cpu_seconds": round(seconds, 2),
+        "memory": round((analysis[0] - empty) / max(1, usual[0] - empty), 2),
+        **groups_of(graph),
+        "macs": before,
+    }
+    keep = uniform_cut(model, graph, CostModel(graph, model, given))
+    with Gates(model, graph) as gates:
+        gates.set_keep(keep)
+        expected = outputs(model, given)
+    prune_channels(model, graph, keep)
+    row["difference"] = difference(expected, outputs(model, given))
+    row["macs_left"] = round(count_macs(model, given) / before, 3)
+    row["loads"] = loads(model, fresh, given)
+    row["onnx"] = exports(model, given)
+    return row
+
+
+def loads(model: nn.Module, fresh: nn.Module, given: tuple[Any, ...]) -> bool | str:
+    """Whether structure and weights, as plain data, give the same network again."""
+    try:
+        structure = capture_structure(model, factory=lambda: copy.deepcopy(fresh))
+        loaded = build_from_structure(structure, factory=lambda: copy.deepcopy(fresh))
+        file = io.BytesIO()
+        torch.save(model.state_dict(), file)
+        file.seek(0)
+        loaded.load_state_dict(torch.load(file, weights_only=True))
+        return difference(outputs(model, given), outputs(loaded, given)) == 0
+    except (RuntimeError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {str(error)[:160]}"
+
+
+def exports(model: nn.Module, given: tuple[Any, ...]) -> bool | str:
+    """Whether PyTorch writes an ONNX file of it."""
+    try:
+        torch.onnx.export(model.eval(), given, io.BytesIO(), dynamo=True, verbose=False)
+    except Exception as error:  # any failure of the exporter is a finding
+        return f"{type(error).__name__}: {str(error)[:120]}"
+    return True
+
+
+def examine_torch_pruning(name: str) -> Row:
+    """The same by Torch-Pruning: whether half the MACs go and the network still runs, outputs shaped as before."""
+    import torch_pruning as tp
+
+    original, given = network(name)
+    before, expected = count_macs(original, given), outputs(original, given)
+    for share in (0.3, 0.4, 0.5, 0.6):
+        model = copy.deepcopy(original)
+        start = time.process_time()
+        tp.pruner.MagnitudePruner(
+            model,
+            given if len(given) > 1 else given[0],
+            importance=tp.importance.MagnitudeImportance(p=1),
+            pruning_ratio=share,
+            output_transform=lambda output: sum(tensor.sum() for tensor in output_tensors(output)),
+        ).step()
+        seconds = time.process_time() - start
+        left = count_macs(model, given) / before
+        if left <= LARGEST_SHARE:
+            break
+    shapes = [tensor.shape for tensor in outputs(model, given)] == [tensor.shape for tensor in expected]
+    return {"cpu_seconds": round(seconds, 2), "macs_left": round(left, 3), "same_shapes": shapes}
+
+
+def examine_apart(name: str, tool: str, arguments: argparse.Namespace) -> Row:
+    """Examine a network in a process of its own."""
+    command = [sys.executable, __file__, "--one", name, "--tool", tool, "--threads", "1"]
+    command += ["--memory-limit", str(arguments.memory_limit)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=arguments.time_limit, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"longer than {arguments.time_limit:g} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        return dict(json.loads(lines[-1]))
+    return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]}
+
+
+def wanted(only: list[str] | None) -> list[str]:
+    """Names of the networks that are asked for, of libraries that are installed."""
+    missing = {name.partition("/")[0] for name in FOREIGN}
+    missing = {library for library in missing if importlib.util.find_spec(library) is None}
+    if missing:
+        print(f"not installed, and left out: {', '.join(sorted(missing))}")
+    chosen = [name for name in FOREIGN if not only or name in only or name.partition("/")[0] in only]
+    return [name for name in chosen if name.partition("/")[0] not in missing]
+
+
+def print_rows(rows: Rows) -> None:
+    """One line per network and the totals."""
+    measured = {name: row for name, row in rows.items() if "error" not in row}
+    table = [[name, *(cell(row.get(column)) for column in COLUMNS)] for name, row in measured.items()]
+    print_table(["network", *COLUMNS], table)
+    for name, row in rows.items():
+        if "error" in row:
+            print(f"{name}  {row['error'][:140]}")
+    counts = Counter[str]()
+    for row in measured.values():
+        counts.update(key for key in ("loads", "onnx") if row[key] is True)
+    halved, exact = (sum(map(test, rows.values())) for test in (is_halved, is_exact))
+    print(
+        f"{len(rows)} networks: {halved} cut to half their MACs, {exact} of them exactly; of the {len(measured)} "
+        f"that were cut {counts['loads']} load again and {counts['onnx']} export to ONNX"
+    )
+
+
+def print_comparison(rows: Rows) -> None:
+    """What Torch-Pruning did, and the totals."""
+    for name, row in rows.items():
+        told = row.get("error", "")[:120] or f"{row['macs_left']:.2f} left, same shapes: {row['same_shapes']}"
+        print(f"{name:<48}  {told}")
+    halved = [row for row in rows.values() if is_halved(row)]
+    whole = sum(row["same_shapes"] for row in halved)
+    print(
+        f"Torch-Pruning: {len(rows)} networks, {len(halved)} cut to half, {whole} of them with outputs as before"
+    )
+
+
+def versions(names: list[str]) -> dict[str, str]:
+    """Versions of the libraries that networks come from."""
+    libraries = sorted({name.partition("/")[0] for name in names})
+    return {library: importlib.metadata.version(library) for library in (*libraries, "torch")}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = BenchmarkParser(__doc__, threads=1, cpu_only=True)
+    parser.add_argument("--only", nargs="*", help="libraries, or networks as library/name")
+    parser.add_argument("--time-limit", type=float, default=300, help="seconds per network")
+    parser.add_argument("--memory-limit", type=float, default=10, help="GiB per network")
+    parser.add_argument("--torch-pruning", action="store_true", help="also run Torch-Pruning, if installed")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the file already has")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--tool", default="ours", help=argparse.SUPPRESS)
+    return parser.parse("foreign.json", quick={"only": ["torchvision/lraspp_mobilenet_v3_large"]})
+
+
+def main() -> None:
+    """Run or resume the sweep and print the table."""
+    arguments = parse()
+    if arguments.one:
+        limit_memory(arguments.memory_limit)
+        examiner = examine if arguments.tool == "ours" else examine_torch_pruning
+        print(json.dumps(examiner(arguments.one)))
+        return
+    tools = ["ours", "torch-pruning"] if arguments.torch_pruning else ["ours"]
+    rows: dict[str, Rows] = {tool: {} for tool in ("ours", "torch-pruning")}
+    if arguments.output.exists():
+        stored = json.loads(arguments.output.read_text(encoding="utf-8"))
+        rows |= {tool: stored[tool] for tool in rows if tool in stored}
+    names = wanted(arguments.only)
+    for name in names:
+        for tool in tools:
+            if arguments.fresh or name not in rows[tool]:
+                rows[tool][name] = examine_apart(name, tool, arguments)
+                results = {tool: found for tool, found in rows.items() if found}
+                write_json(arguments, 1, {**results, "versions": versions(names)})
+    print_rows(rows["ours"])
+    if arguments.torch_pruning:
+        print_comparison(rows["torch-pruning"])
+
+
+if __name__ == "__main__":
+    main()

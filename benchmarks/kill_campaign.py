@@ -1,0 +1,184 @@
+"""Jobs killed with SIGKILL at random moments and sent again: they must end as the one that nobody killed, bit for bit.
+
+    python benchmarks/kill_campaign.py [--job NAME …] [--kills N] [--seed S] [--json FILE] [--keep DIR]
+
+The jobs are those of `same/jobs.py` that train. Each runs once undisturbed; then the same command, with `--resume
+auto` and a checkpoint every second iteration, is started again and again, and its whole process group is killed after
+a random time of up to the undisturbed run's length, so that start-up, steps, rewrites, saves and validations are all
+hit. What a run that came through after its kills has left is compared: every tensor and plain value of
+`checkpoint.pth.tar` and `model_best.pth.tar`.
+
+Printed is a table: job, seconds undisturbed, kills, runs that came through, differences. The exit code is 0 where
+nothing differs, 1 where anything does or a job fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.same.comparing import Comparison, read_file
+from benchmarks.same.jobs import JOBS
+
+#: The nine kinds of job that train.
+KINDS = (
+    *("plain", "pruned", "unstructured", "predictor", "selector", "casm", "saliency", "learned", "distilled"),
+)
+COMPARED = ("checkpoint.pth.tar", "model_best.pth.tar")
+RESUMED = "--resume auto --checkpoint-interval 2"
+_MOST_KILLS = 4  # of one run, which is to come through some day
+_BY_NAME = {job.name: job for job in JOBS}
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a job's part of the campaign found.
+
+    Attributes:
+        job: Its name.
+        seconds: Length of the undisturbed run.
+        kills: Processes that were killed.
+        completed: Runs that came through.
+        differences: One sentence each.
+    """
+
+    job: str
+    seconds: float
+    kills: int = 0
+    completed: int = 0
+    differences: list[str] = dataclasses.field(default_factory=list)
+
+
+def start(job: str, folder: Path, log: Path) -> subprocess.Popen[bytes]:
+    """Start a job's training in its folder, in a process group of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (step,) = _BY_NAME[job].steps
+    words = shlex.split(f"{step} {RESUMED}".replace("$tree", str(ROOT)))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, *words[1:]],
+            cwd=folder,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+
+def run_whole(job: str, folder: Path) -> float:
+    """Run a job undisturbed, and what it needs before; the job's own seconds."""
+    for needed in _BY_NAME[job].needs:
+        if not (folder / needed).exists():
+            run_whole(needed, folder)
+    begin = time.monotonic()
+    code = start(job, folder / job, folder / f"{job}.log").wait()
+    if code != 0:
+        raise RuntimeError(f"{job} ended with {code}: see {folder / job}.log")
+    return time.monotonic() - begin
+
+
+def run_killed(job: str, seconds: float, kills: int, folder: Path, chooser: random.Random) -> Outcome:
+    """Kill a job so many times in all, and compare what comes through.
+
+    Args:
+        job: Its name; `folder` holds what an undisturbed run left.
+        seconds: Length of that run.
+        kills: How many.
+        folder: Of the campaign.
+        chooser: Of the moments.
+    """
+    outcome = Outcome(job, seconds)
+    while outcome.kills < kills:
+        killed = folder / f"{job}-killed-{outcome.completed}"
+        mine = 0
+        while True:
+            process = start(job, killed, folder / f"{killed.name}.log")
+            try:
+                wait = chooser.uniform(0, seconds) if mine < _MOST_KILLS and outcome.kills < kills else None
+                code = process.wait(wait)
+                break
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                mine += 1
+                outcome.kills += 1
+        outcome.completed += 1
+        if code != 0:
+            outcome.differences.append(f"{killed.name} ended with {code}: see its log")
+        else:
+            outcome.differences += [f"{killed.name}: {text}" for text in differences(folder / job, killed)]
+    return outcome
+
+
+def differences(whole: Path, killed: Path) -> list[str]:
+    """How the checkpoints of two runs differ, which may lie in folders within the runs' (CASM's)."""
+    comparison = Comparison()
+    names = [str(path.relative_to(whole)) for name in COMPARED for path in sorted(whole.rglob(name))]
+    if not names:
+        return ["the undisturbed run left no checkpoint"]
+    for name in names:
+        if not (killed / name).is_file():
+            comparison.differences.append(f"{name} is missing")
+        else:
+            comparison.compare(name, read_file(whole / name), read_file(killed / name))
+    left = [path.name for path in killed.rglob(".*") if path.suffix == ".tmp" or path.name.endswith(".lock")]
+    return comparison.differences + [f"{name} was left behind" for name in left]
+
+
+def campaign(jobs: Sequence[str], kills: int, seed: int, folder: Path) -> list[Outcome]:
+    """Run the whole of it; a line is printed for every job."""
+    chooser = random.Random(seed)
+    print(f"{'job':<14}{'seconds':>9}{'kills':>7}{'completed':>11}{'differences':>13}", flush=True)
+    outcomes = []
+    for job in jobs:
+        outcome = run_killed(job, run_whole(job, folder), kills, folder, chooser)
+        outcomes.append(outcome)
+        print(
+            f"{job:<14}{outcome.seconds:>9.1f}{outcome.kills:>7}{outcome.completed:>11}{len(outcome.differences):>13}",
+            flush=True,
+        )
+        for text in outcome.differences:
+            print(f"  {text}", flush=True)
+    return outcomes
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--job", action="append", choices=KINDS, help="this job alone; may be given several times"
+    )
+    parser.add_argument("--kills", type=int, default=23, help="of each job; default: %(default)s, 207 in all")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--json", type=Path, help="write the outcomes there")
+    parser.add_argument("--keep", type=Path, help="keep workspaces and logs in this folder, which is new")
+    arguments = parser.parse_args(argv)
+    if arguments.kills < 1:
+        parser.error(f"--kills {arguments.kills}: at least 1 is needed")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (arguments.keep or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        outcomes = campaign(arguments.job or KINDS, arguments.kills, arguments.seed, folder)
+    if arguments.json is not None:
+        plain = [dataclasses.asdict(outcome) for outcome in outcomes]
+        arguments.json.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    return int(any(outcome.differences for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Attribution methods: what a network looks at, as heat-maps."""

@@ -1,0 +1,71 @@
+"""The linear operators of a recorded network: apply them, or their transpose, with any weights of the same shape.
+
+Attribution rules need `w⁺ ∗ x`, `w⁻ ∗ x` and the transposes of both, for convolutions (strided, dilated, grouped,
+transposed) and matrix products alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+#: Stride, padding, dilation, transposed, output padding, groups.
+ConvolutionSettings = tuple[list[int], list[int], list[int], bool, list[int], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearMap:
+    """A convolution or a matrix product `x @ weight`, without its bias.
+
+    Attributes:
+        weight: (C_out, C_in/groups, kH, kW) of a convolution, (C_in, C_out/groups, …) of a transposed one, or
+            (C_in, C_out) of a product.
+        bias: (C_out,) or None.
+        settings: Of a convolution; None for a product.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    settings: ConvolutionSettings | None
+
+    def apply(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """`weight ∗ inputs`, without bias."""
+        if self.settings is None:
+            return inputs @ weight
+        outputs: Tensor = torch.ops.aten.convolution(inputs, weight, None, *self.settings)
+        return outputs
+
+    def transpose(self, outputs: Tensor, weight: Tensor, inputs: Tensor) -> Tensor:
+        """`weightᵀ ∗ outputs`, of the shape of `inputs`."""
+        if self.settings is None:
+            return outputs @ weight.t()
+        stride, padding, dilation, transposed, output_padding, groups = self.settings
+        inputs_gradient: Tensor = torch.ops.aten.convolution_backward(
+            outputs,
+            inputs,
+            weight,
+            None,
+            stride,
+            padding,
+            dilation,
+            transposed,
+            output_padding,
+            groups,
+            [True, False, False],
+        )[0]
+        return inputs_gradient
+
+    def can_scale(self) -> bool:
+        """Whether `scaled` is possible: everything but transposed convolutions."""
+        return self.settings is None or not self.settings[3]
+
+    def scaled(self, scale: Tensor, shift: Tensor) -> LinearMap:
+        """The map followed by `· scale + shift` per output channel, both (C_out,)."""
+        if self.settings is None:
+            weight = self.weight * scale
+        else:
+            weight = self.weight * scale.view(-1, *[1] * (self.weight.dim() - 1))
+        bias = shift if self.bias is None else self.bias * scale + shift
+        return LinearMap(weight, bias, self.settings)

@@ -1,0 +1,224 @@
+"""What an attribution method is (`prepare` it for a network, then ask for maps), and the register of methods.
+
+    prepared = GradCAM().prepare(model, example)
+    prepared(images, targets).map                   # (B, H, W)
+
+`prepare` works on a deep copy in evaluation mode, so the network stays exactly as it was, also when something fails;
+after a rewrite of the network, prepare again.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+from typing import ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from image_classification.config import check_choice, nearest
+from image_classification.models import unwrap
+
+
+@dataclasses.dataclass(frozen=True)
+class Attribution:
+    """Maps of a batch.
+
+    Attributes:
+        map: (B, H, W) float32 at the size of the images, on their device. Larger speaks for the class.
+        signed: Negative values speak against the class; otherwise the map is ≥ 0.
+        started: (B,) float32, what was distributed (a logit, a probability, a difference of logits).
+        arrived: (B,) float32, the sum of what arrived at the images (or where the method stops). NaN where a method
+            keeps no account.
+        logits: (B, num_classes), the network's output.
+    """
+
+    map: Tensor
+    signed: bool
+    started: Tensor
+    arrived: Tensor
+    logits: Tensor
+
+    @classmethod
+    def without_account(
+        cls, map: Tensor, logits: Tensor, targets: Tensor, *, signed: bool = False
+    ) -> Attribution:
+        """The result of a method that distributes nothing: `started` is the target's logit, `arrived` NaN."""
+        chosen = target_logits(logits, targets).float()
+        return cls(map, signed, chosen, torch.full_like(chosen, torch.nan), logits)
+
+
+class Prepared(Protocol):
+    """A method bound to a copy of a network."""
+
+    def __call__(self, images: Tensor, targets: Tensor) -> Attribution:
+        """Explain a batch.
+
+        Args:
+            images: (B, 3, H, W) float, normalised.
+            targets: (B,) int64, the class to explain for each image.
+        """
+        ...
+
+
+class Method(Protocol):
+    """An attribution method with its settings."""
+
+    name: ClassVar[str]
+
+    def prepare(self, model: nn.Module, example: Tensor) -> Prepared:
+        """Bind to a copy of `model`.
+
+        Args:
+            model: Any classifier (B, 3, H, W) → (B, num_classes), bare or wrapped; left as it is.
+            example: Images, at least one, of the size that will be explained; a first run on them finds out whether
+                the method has a rule for everything that the network does.
+
+        Raises:
+            UnsupportedOperatorError: It has not; the message names the operator and the module.
+        """
+        ...
+
+
+M = TypeVar("M", bound="Method")
+_METHODS: dict[str, type[Method]] = {}
+_ALIASES = {"gcam": "gradcam", "integrated_gradients": "ig"}
+#: Modules of this package that register methods, imported when the register is first read.
+_BUILT_IN = (
+    "explainers.attribution.baselines",
+    "explainers.attribution.ebp",
+    "explainers.attribution.gradcam",
+    "explainers.attribution.integrated_gradients",
+    "explainers.attribution.lrp",
+    "explainers.attribution.rap",
+    "explainers.aem.selector_method",
+    "explainers.casm.casm_method",
+)
+
+
+def register_method(name: str) -> Callable[[type[M]], type[M]]:
+    """Class decorator that enters a method under `name`.
+
+    The class is a dataclass; its fields are the method's settings. A field made with `image_classification.config.flag`
+    gets that flag in the verbs that take `--method`.
+
+    Raises:
+        ValueError: Another method has that name.
+    """
+
+    def enter(method: type[M]) -> type[M]:
+        if name in _METHODS or name in _ALIASES:
+            raise ValueError(f"there is a method called {name!r} already: register yours under another name")
+        method.name = name
+        _METHODS[name] = method
+        return method
+
+    return enter
+
+
+@functools.cache
+def _import_built_in() -> None:
+    for module in _BUILT_IN:
+        importlib.import_module(module)
+
+
+def method_names(*, aliases: bool = False) -> list[str]:
+    """Names of all methods, sorted; `aliases` are other spellings that `create_method` takes."""
+    _import_built_in()
+    return sorted([*_METHODS, *(_ALIASES if aliases else ())])
+
+
+def plain_name(name: str) -> str:
+    """The name that a method is registered under; `name` may be an alias."""
+    return _ALIASES.get(name, name)
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of the method called `name`.
+
+    Raises:
+        SettingError: There is no such method.
+    """
+    check_choice("method", name, method_names(aliases=True))
+    return _METHODS[plain_name(name)]
+
+
+def create_method(name: str, **settings: object) -> Method:
+    """The method called `name`.
+
+    Raises:
+        SettingError: There is no such method, or a setting has a value that it cannot use.
+        ValueError: The method has no such setting.
+    """
+    method: Callable[..., Method] = method_class(name)
+    fields = [field.name for field in dataclasses.fields(method) if field.init]  # type: ignore[arg-type]
+    for setting in settings:
+        if setting not in fields:
+            has = ", ".join(sorted(fields)) or "none"
+            raise ValueError(f"{name} has no setting {setting!r} (it has: {has}){nearest(setting, fields)}")
+    return method(**settings)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of a network to compute explanations with.
+
+    It is unwrapped, in evaluation mode, without gradients for its parameters; half precision becomes float32.
+
+    Raises:
+        TypeError: It cannot be copied.
+    """
+    bare = unwrap(model)
+    try:
+        duplicate = copy.deepcopy(bare)
+    except RuntimeError as error:
+        raise TypeError(
+            f"{type(bare).__name__} cannot be copied ({error}); attribution works on a copy, so a network must not "
+            "keep tensors with gradient history among its attributes"
+        ) from error
+    for parameter in duplicate.parameters():
+        parameter.requires_grad_(False)
+    if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in duplicate.state_dict().values()):
+        duplicate.float()
+    return duplicate.eval()
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The floating-point type that a network computes in."""
+    floats = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(floats, torch.float32)
+
+
+def check_request(images: Tensor, targets: Tensor) -> None:
+    """Check shapes and types of the arguments of a prepared method.
+
+    Raises:
+        ValueError: With what is expected.
+    """
+    if images.dim() != 4:
+        raise ValueError(f"images have shape {tuple(images.shape)}; give a batch (B, C, H, W)")
+    if targets.shape != images.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)} and type {targets.dtype}; give one class index (int64) for "
+            f"each of the {len(images)} images"
+        )
+
+
+def target_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """(B,) the logit of each image's target class.
+
+    Raises:
+        ValueError: A target that is no class of the network, or logits of another shape than (B, num_classes).
+    """
+    if logits.dim() != 2:
+        raise ValueError(
+            f"the network returns shape {tuple(logits.shape)}; attribution needs logits (B, num_classes)"
+        )
+    num_classes = logits.shape[1]
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < num_classes:
+        raise ValueError(
+            f"targets run from {int(targets.min())} to {int(targets.max())}, but the network has {num_classes} classes"
+        )
+    return logits.gather(1, targets.to(logits.device)[:, None])[:, 0]

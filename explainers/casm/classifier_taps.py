@@ -1,0 +1,102 @@
+"""Where CASM's decoder reads a classifier: after the stem, and at the end of every stage (arXiv:1805.08249).
+
+In a ResNet for photographs these are the stem's max-pool and the four stages. Other networks are read alike, by
+structure: stages are the last feature maps at each halving of the size, and the base is what enters the first of them.
+
+Note: The finest stage used has a quarter of the image's side, as in the published ResNet-50, or is finer where that
+would leave fewer than three stages (CIFAR ResNets, which halve only twice).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from explainers.attribution.method import dtype_of
+from explainers.differentiable.features import find_taps
+from image_classification.models import evaluating, unwrap
+from image_classification.models.running import ModuleCall, Running, following
+
+_QUARTER = 4
+_MIN_STAGES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """What the decoder reads.
+
+    Attributes:
+        names: Modules, the base first, then shallow to deep.
+        channels: Of their outputs.
+    """
+
+    names: tuple[str, ...]
+    channels: tuple[int, ...]
+
+
+@torch.no_grad()
+def find_casm_taps(model: nn.Module, example: Tensor) -> Taps:
+    """Find the base and the stages of a classifier.
+
+    Args:
+        model: Any classifier (N, 3, H, W) → (N, num_classes), bare or wrapped; left as it is.
+        example: One image of the size to be used.
+
+    Raises:
+        ValueError: It has feature maps of fewer than two sizes.
+    """
+    bare = unwrap(model)
+    names = find_taps(bare, example)
+    watch = _Watch(bare, names)
+    with evaluating(bare), watch.watching():
+        bare(example[:1].to(dtype_of(bare)))
+    largest = example.shape[-1] // _QUARTER
+    small = [name for name in names if watch.shapes[name][-1] <= largest]
+    stages = small if len(small) >= _MIN_STAGES else list(names)
+    base = watch.enters(stages[0])
+    chosen = [base, *stages] if base is not None else stages
+    return Taps(tuple(chosen), tuple(watch.shapes[name][1] for name in chosen))
+
+
+class _Watch:
+    """Notes during a forward pass what modules give, and which module's output enters each stage."""
+
+    def __init__(self, model: nn.Module, stages: tuple[str, ...]) -> None:
+        self.model, self.stages = model, set(stages)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._entered: dict[str, str] = {}
+        self._last: dict[int, tuple[str, Tensor]] = {}
+        self._running = Running()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the forward passes inside."""
+        with following(self.model, entering=self._before, leaving=self._after) as self._running:
+            yield
+        self._last.clear()
+
+    def enters(self, stage: str) -> str | None:
+        """The module whose output enters a stage and has the size of the stage's own output; None if there is none."""
+        name = self._entered.get(stage)
+        # A module that runs several times has no one output to read.
+        if name is None or self._running.num_calls(name) != 1 or len(self.shapes[name]) != 4:
+            return None
+        return name if self.shapes[name][2:] == self.shapes[stage][2:] else None
+
+    def _before(
+        self, call: ModuleCall, module: nn.Module, inputs: tuple[object, ...], _kwargs: object
+    ) -> None:
+        # Of modules that return the same tensor the last one before the stage: what works in place (an activation,
+        # a residual sum) has changed it since the first one returned it.
+        entry = self._last.get(id(inputs[0])) if inputs else None
+        if entry is not None and call.name in self.stages and any(module.children()):
+            self._entered[call.name] = entry[0]
+
+    def _after(self, call: ModuleCall, _module: nn.Module, output: object) -> None:
+        if isinstance(output, Tensor):
+            self.shapes[call.name] = tuple(output.shape)
+            self._last[id(output)] = (call.name, output)

@@ -1,0 +1,1 @@
+"""Explanations with gradients: features, gates, matching losses, what the original network explained."""

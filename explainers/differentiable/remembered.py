@@ -1,0 +1,221 @@
+"""Explanations of the original network, remembered per image, and how far they have moved since.
+
+The target of saliency-matching pruning (Ganjdanesh et al., "Interpretations steered network pruning via amortized
+inferred saliency maps", ECCV 2022) is φ(x; 1) of the network that pruning began with, through all rewrites and all
+training between them. It is computed once on the calibration images and kept by the images' content, so that it
+does not matter which rank, batch or order an image comes in, nor whether the run was resumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from explainers.differentiable.explanation import ExplainedClass, Explanation, explained_classes
+from explainers.differentiable.gated_features import FeatureGate, gated_features
+from image_classification.config import ConfigError
+from image_classification.distributed import Distributed
+from image_classification.models import evaluating, main_and_auxiliary_logits
+
+
+def image_keys(images: Tensor) -> list[int]:
+    """A 64-bit number per image that depends on its pixels only. Reads the images on the host."""
+    host = images.detach().float().cpu().contiguous()
+    digests = (hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest() for image in host)
+    return [int.from_bytes(digest, "little", signed=True) for digest in digests]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where an explanation comes from, to tell whether a resumed run has the same.
+
+    Attributes:
+        name: Flag and file, for messages.
+        digest: Of everything that φ depends on apart from the network.
+    """
+
+    name: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.name} (digest {self.digest[:12]})"
+
+
+class OriginalExplanations:
+    """An explanation together with its values in the original network.
+
+    Args:
+        explanation: φ for the network at its original widths.
+        source: Where it comes from; None leaves that unchecked.
+        explained: The class that is explained.
+
+    Attributes:
+        present: φ for the network as it is now; removed channels count as zero.
+        kept: Tap → original positions of the channels that are left, for taps that have lost some.
+    """
+
+    def __init__(
+        self,
+        explanation: Explanation,
+        source: Source | None = None,
+        explained: ExplainedClass = "predicted",
+    ) -> None:
+        self._whole = explanation
+        self.explained = explained
+        self.source = source
+        self.present = explanation
+        self.kept: dict[str, Tensor] = {}
+        self._rows: dict[int, int] = {}
+        self._values = torch.zeros(0, 0)
+        self._classes = torch.zeros(0, dtype=torch.int64)
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Modules whose output φ reads."""
+        return self.present.taps
+
+    @property
+    def remembered(self) -> bool:
+        """Whether `remember` has been called."""
+        return bool(self._rows)
+
+    @torch.no_grad()
+    def remember(
+        self,
+        model: nn.Module,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        distributed: Distributed | None = None,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """Remember φ of the network as it is now as that of the original. Collective.
+
+        The explained class is the network's arg-max, or the label; it stays an image's class from then on.
+
+        Args:
+            model: The bare network; left as it was.
+            batches: (images, targets) on its device: this rank's share of the calibration images.
+            distributed: The ranks; each gets to know all images.
+            autocast: Makes the context of the forward passes.
+        """
+        distributed = distributed or Distributed()
+        device = next(model.parameters()).device
+        # Key (N,), φ (N, K) and class (N,) of this rank's images; the empty start serves ranks without images.
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        keys, classes = [nothing], [nothing]
+        values: list[Tensor] = []
+        with evaluating(model, keep_random_state=True):
+            for images, targets in batches:
+                with autocast():
+                    logits = main_and_auxiliary_logits(model(images))[0]
+                    chosen = explained_classes(self.explained, logits, targets)
+                    values.append(self.present(model, images, chosen).float())
+                keys.append(torch.tensor(image_keys(images), dtype=torch.int64, device=device))
+                classes.append(chosen)
+        all_values = torch.cat(values) if values else torch.zeros(0, 0, device=device)
+        gathered = (
+            distributed.gather_rows(rows).cpu() for rows in (torch.cat(keys), all_values, torch.cat(classes))
+        )
+        self._take(*gathered)
+
+    def _take(self, keys: Tensor, values: Tensor, classes: Tensor) -> None:
+        self._rows = {key: row for row, key in enumerate(keys.tolist())}
+        self._values, self._classes = values, classes
+
+    def lookup(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Classes (N,) and original φ (N, K) of images, on their device.
+
+        Raises:
+            ValueError: An image was not among those remembered.
+        """
+        if not self._rows:
+            raise ValueError(
+                "no original explanation is known yet: call `remember` on the network to be pruned first"
+            )
+        try:
+            rows = [self._rows[key] for key in image_keys(images)]
+        except KeyError:
+            raise ValueError(
+                "a calibration image is not one of those whose original explanation is known: resume with the data, "
+                "--image-size, --calibration-size, --calibration-batches and --data-backend that the run was started "
+                "with"
+            ) from None
+        return self._classes[rows].to(images.device), self._values[rows].to(images.device)
+
+    def keys(self, images: Tensor) -> list[int]:
+        """See `image_keys`."""
+        return image_keys(images)
+
+    def gated(self, model: nn.Module, images: Tensor, classes: Tensor, gate: FeatureGate) -> Tensor:
+        """φ (N, K) of the network as it is, its feature maps read through `gate`."""
+        with gated_features(gate):
+            return self.present(model, images, classes)
+
+    @torch.no_grad()
+    def moved(
+        self,
+        model: nn.Module,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        distributed: Distributed | None = None,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> float:
+        """Mean squared difference of φ from the original network's, over images and numbers. Collective.
+
+        Arguments as for `remember`; NaN without images.
+        """
+        distributed = distributed or Distributed()
+        device = next(model.parameters()).device
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        with evaluating(model, keep_random_state=True):
+            for images, _ in batches:
+                classes, original = self.lookup(images)
+                with autocast():
+                    present = self.present(model, images, classes)
+                total[0] += (present.double() - original.double()).square().mean(1).sum()
+                total[1] += len(images)
+        (total,) = distributed.all_reduce_sum(total)
+        return float(total[0] / total[1]) if total[1] else float("nan")
+
+    def follow(self, staying: Mapping[str, tuple[int, Tensor]]) -> None:
+        """Follow a rewrite.
+
+        Args:
+            staying: From `staying_channels`, before the rewrite: tap → number of channels, positions that stay.
+        """
+        for tap, (width, positions) in staying.items():
+            before = self.kept.get(tap, torch.arange(width))
+            self.kept[tap] = before[positions]
+        self.present = self._whole.rewritten(self.kept)
+
+    def state_dict(self) -> dict[str, object]:
+        """Original values by image, and the channels that rewrites have left of every tap."""
+        keys = torch.tensor(list(self._rows), dtype=torch.int64)
+        rows = list(self._rows.values())  # an image that occurs twice has one key, and one row is enough
+        return {
+            "keys": keys,
+            "values": self._values[rows],
+            "classes": self._classes[rows],
+            "kept": dict(self.kept),
+            "source": None if self.source is None else dataclasses.asdict(self.source),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state of `state_dict`.
+
+        Raises:
+            ConfigError: Its values are those of another explanation.
+        """
+        known = state.get("source")
+        if known is not None and self.source is not None and known["digest"] != self.source.digest:
+            raise ConfigError(
+                f"{self.source}: the run to resume follows another explanation, that of {Source(**known)}: give the "
+                "one that it was started with, or start afresh"
+            )
+        self._take(state["keys"], state["values"], state["classes"])
+        self.kept = dict(state["kept"])
+        self.present = self._whole.rewritten(self.kept)

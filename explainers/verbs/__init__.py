@@ -1,0 +1,5 @@
+"""Commands on finished networks: attribute, localize, compare."""
+
+from image_classification.extras import need
+
+need("rich", "matplotlib", "scipy", "torchmetrics")

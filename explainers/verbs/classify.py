@@ -1,0 +1,173 @@
+"""`python -m explainers classify`: names and probabilities of what image files show, heat-maps beside the images.
+
+python -m explainers classify dog.jpg cat.jpg --checkpoint best.pth.tar --class-names names.txt --output page.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from explainers.attribution.method import create_method
+from explainers.plots import Panel, save_grid, to_image
+from explainers.verbs.method_flags import offered_methods
+from image_classification.config import ConfigError, check
+from image_classification.data.decode import UnreadableError
+from image_classification.data.single_image import pixels_of
+from image_classification.file_writing import write_text
+from image_classification.models import (
+    arch_info,
+    identity_of,
+    input_of,
+    main_and_auxiliary_logits,
+    model_for_weights,
+    remember_input,
+)
+from image_classification.models.factory import class_names_of
+from image_classification.network_input import NetworkInput
+from image_classification.verbs import declared
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the network")
+    parser.add_argument("--arch", default=None, help="not needed for a checkpoint of ours")
+    parser.add_argument(
+        "--class-names",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="a text file with a name per line, or a JSON list; default: those in the checkpoint, else numbers",
+    )
+    parser.add_argument("--top", type=int, default=5, help="classes to print per image")
+    parser.add_argument(
+        "--multi-label",
+        action="store_true",
+        help="several classes per image: each has a probability of its own",
+    )
+    parser.add_argument(
+        "--method",
+        choices=tuple(offered_methods()),
+        default="gradcam",
+        help="heat-map beside each image, for its first class",
+    )
+    parser.add_argument(
+        "--output",
+        "-o",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="also write a page of images and heat-maps",
+    )
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="FILE", help="also write what is printed as JSON"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the verb."""
+    check(arguments.top >= 1, f"--top {arguments.top}: give at least 1")
+    model = model_for_weights(arguments.arch, arguments.checkpoint).eval().requires_grad_(False)
+    wanted = _wanted(model)
+    images = torch.stack([_read(path, wanted) for path in arguments.images])
+    logits = _logits(model, images)
+    names = _names(arguments.class_names, class_names_of(model), logits.shape[1])
+    chances = logits.sigmoid() if arguments.multi_label else logits.softmax(1)
+    rows = [_best(values, names, arguments.top) for values in chances]
+    for path, row in zip(arguments.images, rows, strict=True):
+        said = ", ".join(f"{entry['name']} {100 * entry['probability']:.1f} %" for entry in row)
+        print(f"{path}: {said}")
+    if arguments.json is not None:
+        plain = {str(path): row for path, row in zip(arguments.images, rows, strict=True)}
+        write_text(arguments.json, json.dumps(plain, indent=2) + "\n")
+    if arguments.output is not None:
+        _save_page(arguments.output, model, images, logits.argmax(1), rows, wanted, arguments.method)
+        print(f"{arguments.output}: {len(rows)} images with {arguments.method}")
+    return 0
+
+
+def _wanted(model: nn.Module) -> NetworkInput:
+    """What the network's images are like; its architecture's where the file does not say."""
+    images, identity = input_of(model), identity_of(model)
+    if images is None:
+        assert identity is not None, "model_for_weights builds networks by name"
+        images = arch_info(identity.arch).network_input
+        remember_input(model, images)
+    return images
+
+
+def _read(path: Path, wanted: NetworkInput) -> Tensor:
+    check(path.is_file(), f"IMAGE {path}: there is no such file")
+    try:
+        return pixels_of(path, wanted)
+    except UnreadableError as error:
+        raise ConfigError(f"IMAGE {path} cannot be read: {error}") from error
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    """(N, L), image by image: files of any number fit into memory."""
+    return torch.cat([main_and_auxiliary_logits(model(image[None]))[0].float() for image in images])
+
+
+def _names(path: Path | None, known: Sequence[str] | None, num_classes: int) -> list[str]:
+    """Names by class index: those of a file, or those that the network came with.
+
+    Raises:
+        ConfigError: The file is missing, or has another number of names.
+    """
+    if path is None:
+        return list(known or (f"class {index}" for index in range(num_classes)))
+    check(path.is_file(), f"--class-names {path}: there is no such file")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"--class-names {path} is not JSON: {error}") from error
+        check(isinstance(content, list), f"--class-names {path}: give a JSON list of names")
+        names = [str(name) for name in content]
+    else:
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+    check(
+        len(names) == num_classes,
+        f"--class-names {path} has {len(names)} names, the network {num_classes} classes: give one per class",
+    )
+    return names
+
+
+def _best(chances: Tensor, names: Sequence[str], count: int) -> list[dict[str, Any]]:
+    values, classes = chances.topk(min(count, len(chances)))
+    return [
+        {"class": index, "name": names[index], "probability": value}
+        for value, index in zip(values.tolist(), classes.tolist(), strict=True)
+    ]
+
+
+def _save_page(
+    path: Path,
+    model: nn.Module,
+    images: Tensor,
+    classes: Tensor,
+    rows: Sequence[Sequence[dict[str, Any]]],
+    wanted: NetworkInput,
+    method: str,
+) -> None:
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    result = create_method(method).prepare(model, images[:1])(images, classes)
+    panels = []
+    for image, heatmap, row in zip(images, result.map.cpu().numpy(), rows, strict=True):
+        shown = to_image(image.numpy(), wanted.mean, wanted.std)
+        title = f"{row[0]['name']} {100 * row[0]['probability']:.0f} %"
+        panels.append([Panel(title, shown), Panel(method, shown, heatmap, result.signed)])
+    save_grid(path, panels)
+
+
+VERB = declared(declare, run)

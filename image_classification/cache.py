@@ -1,0 +1,158 @@
+"""The cache directory: things made once (unpacked archives, generated images, header scans) and found again.
+
+A directory is built beside its final name and renamed when it is whole, under a file lock: several ranks that start
+together build it once, and a job that is killed while building leaves nothing that looks finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: the final rename alone keeps concurrent builders apart
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+#: Errors of a place that cannot be written, as opposed to one of the data.
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def default_cache_dir() -> Path:
+    """`$LUCIDPRUNE_CACHE`, or `~/.cache/lucidprune`.
+
+    Raises:
+        ValueError: There is no such user, or this one has no home.
+    """
+    configured = os.environ.get("LUCIDPRUNE_CACHE")
+    try:
+        return Path(configured or "~/.cache/lucidprune").expanduser()
+    except RuntimeError as error:  # no HOME, or ~nobody
+        raise ValueError(
+            f"there is no home folder to keep the cache in ({error}): point the environment variable LUCIDPRUNE_CACHE "
+            "at a directory that can be written"
+        ) from error
+
+
+def cache_key(*parts: object) -> str:
+    """Short hexadecimal name for whatever identifies a cache entry."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(repr(part).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def ensure_directory(directory: Path) -> None:
+    """Create a directory of the cache.
+
+    Raises:
+        ValueError: The place cannot be written; the message says how to choose another.
+    """
+    missing = [folder for folder in (directory, *directory.parents) if not folder.is_dir()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for folder in reversed(missing):
+            _share(folder, folder.parent)
+    except OSError as error:
+        raise ValueError(
+            f"the cache directory {directory} cannot be created ({error.strerror}): "
+            "point the environment variable LUCIDPRUNE_CACHE at a directory that can be written"
+        ) from error
+
+
+def _share(path: Path, parent: Path) -> None:
+    """Open what is made in a folder that everyone may write to (as /tmp, mode 1777) to everyone too."""
+    mode = parent.stat().st_mode
+    if mode & stat.S_IWOTH:
+        path.chmod(stat.S_IMODE(mode) if path.is_dir() else 0o666)
+
+
+@contextlib.contextmanager
+def naming_the_cache(folder: Path) -> Iterator[None]:
+    """Around writing to the cache: a full disk, or a folder that is not ours, is told with the way out.
+
+    Raises:
+        ValueError: In place of such an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        elsewhere = error.filename is not None and folder not in Path(error.filename).parents
+        if error.errno not in _UNWRITABLE or elsewhere:
+            raise
+        raise ValueError(
+            f"the cache {folder} cannot be written ({error.strerror}): free space there, or point the environment "
+            "variable LUCIDPRUNE_CACHE at a directory that can be written"
+        ) from error
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock `<path>.lock` while inside; yields whether a lock could be had.
+
+    A file system without locks does not stop the job: everything done under the lock ends in an atomic rename.
+    """
+    ensure_directory(path.parent)
+    with contextlib.ExitStack() as stack:
+        held = False
+        with naming_the_cache(path.parent):
+            handle = _open_lock(path.parent / (path.name + ".lock"))
+        if handle is not None and fcntl is not None:
+            stack.callback(os.close, handle)  # which releases the lock
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                held = True
+            except OSError as error:
+                logger.warning("no file lock on %s (%s): going on without one", path.parent, error.strerror)
+        with naming_the_cache(path.parent):
+            yield held
+
+
+def _open_lock(path: Path) -> int | None:
+    """A lock file, made where it is missing; another user's is opened for reading. None where it is closed to us."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        with contextlib.suppress(OSError):
+            return os.open(path, os.O_RDONLY)
+        return None
+    with contextlib.suppress(OSError):  # another user's, which was open to us already
+        _share(path, path.parent)
+    return handle
+
+
+def build_directory(target: Path, build: Callable[[Path], None]) -> Path:
+    """Return `target`, made by `build(empty directory)` if it is not there yet. Whole or absent, never partial."""
+    if target.is_dir():
+        return target
+    with locked(target) as held:
+        if target.is_dir():
+            return target
+        if held:  # what an earlier, killed builder left; no other process can be building while this one holds the lock
+            for leftover in target.parent.glob(target.name + ".building-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=target.name + ".building-", dir=target.parent))
+        try:
+            build(unfinished)
+            unfinished.chmod(0o755)  # mkdtemp's 0700 would shut out the other users of a shared cache
+            _share(unfinished, target.parent)
+            try:
+                unfinished.rename(target)
+            except OSError:
+                if not target.is_dir():
+                    raise
+                # Another process, which got no lock either, was faster: its directory is taken.
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return target

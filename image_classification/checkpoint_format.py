@@ -1,0 +1,246 @@
+"""The format of our checkpoints: one schema, checked on reading, and a digest over all tensors.
+
+A file is an untrusted dictionary of tensors and plain data. Whoever reads one of ours goes through `check_payload`, so
+that a wrong type, shape, range or version is one line and never a number that training silently goes on with. The zip
+archive's check sums find damage within a member; that members were exchanged, only the digest finds.
+
+Version 1 (before 2026-11) has no digest, no class names and no epoch of the best figure; it is still read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+FORMAT = "lucidprune"
+VERSION = 2
+#: The first version with a digest.
+_DIGESTED = 2
+
+
+class FormatError(ValueError):
+    """A checkpoint of ours that breaks its schema. The message names the entry."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """What an entry must be.
+
+    Attributes:
+        holds: Whether a value is of that kind.
+        kind: The kind in words.
+    """
+
+    holds: Callable[[Any], bool]
+    kind: str
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number, not negative, and small enough for a loop."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_state(value: object) -> bool:
+    """Name → plain tensor."""
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and _is_plain_tensor(tensor) for name, tensor in value.items()
+    )
+
+
+def _is_plain_tensor(value: object) -> TypeGuard[Tensor]:
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return not (value.is_quantized or value.is_meta)
+
+
+def _is_optimizer(value: object) -> bool:
+    if not isinstance(value, Mapping) or not {"state", "param_groups"} <= value.keys():
+        return False
+    groups, states = value["param_groups"], value["state"]
+    return (
+        isinstance(groups, list)
+        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups)
+        and isinstance(states, Mapping)
+        and all(is_count(index) and _is_parameter_state(state) for index, state in states.items())
+    )
+
+
+def _is_parameter_state(value: object) -> bool:
+    """What an optimizer keeps of one parameter: tensors, numbers, or None."""
+    return isinstance(value, Mapping) and all(
+        isinstance(key, str)
+        and (item is None or isinstance(item, (bool, int, float)) or _is_plain_tensor(item))
+        for key, item in value.items()
+    )
+
+
+def _is_rng(value: object) -> bool:
+    keys = {"torch", "cuda", "numpy", "python"}
+    return isinstance(value, list) and all(
+        isinstance(state, Mapping) and keys <= state.keys() for state in value
+    )
+
+
+def _is_named_table(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(key, str) and isinstance(item, Mapping) for key, item in value.items()
+    )
+
+
+def _is_class_names(value: object) -> bool:
+    names = value if isinstance(value, (list, tuple)) else [None]
+    return all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+
+
+def _or_none(entry: _Entry) -> _Entry:
+    return _Entry(lambda value: value is None or entry.holds(value), f"{entry.kind}, or none")
+
+
+_COUNT = _Entry(is_count, "a count")
+_POSITIVE = _Entry(lambda value: is_count(value) and value > 0, "a count of at least 1")
+_FINITE = _Entry(_is_finite, "a finite number")
+_TEXT = _Entry(lambda value: isinstance(value, str), "a text")
+_TABLE = _Entry(lambda value: isinstance(value, Mapping), "a table")
+_STATE = _Entry(_is_state, "a table of plain tensors")
+
+#: Entry → what it must be where it is there. Jobs add entries of their own, which they check themselves.
+SCHEMA: dict[str, _Entry] = {
+    "version": _POSITIVE,
+    "arch": _or_none(_TEXT),
+    "structure": _or_none(_TABLE),
+    "class_names": _or_none(_Entry(_is_class_names, "a list of different names")),
+    "state_dict": _STATE,
+    "ema": _or_none(_STATE),
+    "ema_updates": _or_none(_COUNT),
+    "optimizer": _Entry(_is_optimizer, "an optimizer's state"),
+    "scaler": _TABLE,
+    "epoch": _COUNT,
+    "iteration": _COUNT,
+    "steps_per_epoch": _POSITIVE,
+    "world_size": _POSITIVE,
+    "num_skipped": _COUNT,
+    "best_prec1": _or_none(_FINITE),
+    "best_epoch": _or_none(_COUNT),
+    "lr_factor": _Entry(lambda value: _is_finite(value) and 0 <= value <= 1, "a number from 0 to 1"),
+    "loader": _TABLE,
+    "callbacks": _Entry(_is_named_table, "a table of tables"),
+    "rng": _Entry(_is_rng, "a list of random states"),
+    "training_sums": _Entry(
+        lambda value: _is_plain_tensor(value) and value.shape == (2, 3) and bool(value.isfinite().all()),
+        "a finite tensor of shape (2, 3)",
+    ),
+    "config": _TABLE,
+}
+
+
+def sealed(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's entries with format, version and digest: what is written."""
+    entries = {key: value for key, value in payload.items() if key != "digest"}
+    entries |= {"format": FORMAT, "version": VERSION}
+    return {**entries, "digest": digest(entries)}
+
+
+def is_ours(content: object) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a file's content calls itself a checkpoint of ours."""
+    return isinstance(content, Mapping) and content.get("format") == FORMAT
+
+
+def check_payload(payload: Mapping[str, Any]) -> None:
+    """Make sure that a checkpoint of ours is what `sealed` writes.
+
+    Raises:
+        FormatError: Naming the first entry that is not, and what it is.
+    """
+    version = payload.get("version")
+    if is_count(version) and version > VERSION:
+        raise FormatError(
+            f"it was written by a newer version (format {version}; this one reads up to {VERSION}): update lucidprune"
+        )
+    if version is None:
+        raise FormatError("it does not say its version: it is incomplete; take another copy")
+    for key, entry in SCHEMA.items():
+        if key in payload and not entry.holds(payload[key]):
+            raise FormatError(f"its {key} is {_shown(payload[key])}, not {entry.kind}")
+    _check_agreement(payload)
+    if version >= _DIGESTED and payload.get("digest") != digest(payload):
+        raise FormatError(
+            "its tensors are not those that were written (their digest differs): take another copy"
+        )
+
+
+def _check_agreement(payload: Mapping[str, Any]) -> None:
+    """The entries do not contradict each other."""
+    structure, state = payload.get("structure"), payload.get("state_dict", {})
+    shapes = structure.get("shapes") if structure is not None else None
+    if isinstance(shapes, Mapping):
+        for name, tensor in state.items():
+            if shapes.get(name) != list(tensor.shape):
+                raise FormatError(
+                    f"it contradicts itself at module {name.rpartition('.')[0]!r}: its structure gives {name!r} "
+                    f"shape {shapes.get(name)}, its tensors {list(tensor.shape)}"
+                )
+    kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+    averages = {name: (tensor.shape, tensor.dtype) for name, tensor in (payload.get("ema") or {}).items()}
+    if averages and averages != kinds:
+        name = next(name for name in {**kinds, **averages} if kinds.get(name) != averages.get(name))
+        raise FormatError(f"its averaged weights (ema) are not those of its network: they differ at {name!r}")
+    names, num_classes = payload.get("class_names"), (structure or {}).get("num_classes")
+    if names is not None and is_count(num_classes) and len(names) > num_classes:
+        raise FormatError(f"it has {len(names)} class_names for {num_classes} classes")
+    if {"epoch", "iteration", "steps_per_epoch"} <= payload.keys():
+        first = payload["epoch"] * payload["steps_per_epoch"]
+        if not first <= payload["iteration"] <= first + payload["steps_per_epoch"]:
+            raise FormatError(
+                f"its iteration {payload['iteration']} is not in its epoch {payload['epoch']} of "
+                f"{payload['steps_per_epoch']} iterations"
+            )
+    if {"rng", "world_size"} <= payload.keys() and len(payload["rng"]) != payload["world_size"]:
+        raise FormatError(
+            f"its rng has {len(payload['rng'])} states for a world_size of {payload['world_size']}"
+        )
+
+
+def _shown(value: object) -> str:
+    """A value in an error: short, and without building the whole text of what may be huge."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+    if isinstance(value, (str, int, float)) or value is None:
+        return repr(value)[:60]
+    if isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values()):
+        odd = next((key for key, item in value.items() if not _is_plain_tensor(item)), None)
+        return f"a table with {str(odd)[:60]!r} of {type(value.get(odd)).__name__}"
+    return f"a {type(value).__name__}"
+
+
+def digest(payload: Mapping[str, Any]) -> str:
+    """Digest over name, type, shape and bytes of every tensor in a checkpoint, wherever it stands."""
+    state = hashlib.blake2b(digest_size=20)
+    for name, tensor in _tensors(payload, ""):
+        state.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        if tensor.layout == torch.strided and not tensor.is_quantized and tensor.numel():
+            # As raw bytes: NumPy has no bfloat16.
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            state.update(flat.view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+def _tensors(value: object, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Path and value of every tensor; tables in the order of their keys."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield from _tensors(value[key], f"{name}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            yield from _tensors(item, f"{name}/{number}")

@@ -1,0 +1,104 @@
+"""The register of backends: what `--data-backend` may name, what each one needs, and which one `auto` takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from image_classification.config import check_choice
+from image_classification.data.loader import Loader
+from image_classification.package_files import import_files_of
+
+AUTO = "auto"
+
+Factory = TypeVar("Factory", bound=Callable[..., Loader])
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One entry of the register.
+
+    Attributes:
+        name: What `data_backend` calls it.
+        make: Makes a loader of `(manifest, planner, stage, options)`, as `PlannedLoader` takes them. A backend that
+            needs no data set is called with the arguments of `SyntheticLoader` instead.
+        problem: Why it cannot work on a device, with the remedy in the same line; None where it can.
+        preference: How much `auto` prefers it on a device; 0 leaves it to those who name it.
+        aliases: Other spellings of the name.
+        needs_dataset: Whether it reads images; otherwise it makes them up.
+    """
+
+    name: str
+    make: Callable[..., Loader]
+    problem: Callable[[torch.device], str | None]
+    preference: Callable[[torch.device], int]
+    aliases: tuple[str, ...] = ()
+    needs_dataset: bool = True
+
+
+#: Its files enter their backends when they are imported.
+_PACKAGE = __name__.rpartition(".")[0]
+_BACKENDS: dict[str, Backend] = {}
+
+
+def register_backend(
+    name: str,
+    *,
+    problem: Callable[[torch.device], str | None] = lambda device: None,
+    preference: Callable[[torch.device], int] = lambda device: 0,
+    aliases: tuple[str, ...] = (),
+    needs_dataset: bool = True,
+) -> Callable[[Factory], Factory]:
+    """Decorator that enters a loader class, or a function that makes a loader, into the register.
+
+    A function may import what it needs when it is called, so that only the chosen backend is loaded.
+
+    Args:
+        name, problem, preference, aliases, needs_dataset: See `Backend`.
+
+    Raises:
+        ValueError: The name, or an alias, is taken.
+    """
+
+    def enter(make: Factory) -> Factory:
+        backend = Backend(name, make, problem, preference, aliases, needs_dataset)
+        for spelling in (name, *aliases):
+            if spelling == AUTO or spelling in _BACKENDS:
+                raise ValueError(f"there already is a backend called {spelling!r}")
+            _BACKENDS[spelling] = backend
+        return make
+
+    return enter
+
+
+def backend_names() -> tuple[str, ...]:
+    """All that `data_backend` may be: "auto", names and other spellings."""
+    import_files_of(_PACKAGE)
+    return (AUTO, *_BACKENDS)
+
+
+def find_backend(name: str) -> Backend:
+    """The backend that goes by a name or by another spelling of it.
+
+    Raises:
+        SettingError: There is none; the nearest name is suggested.
+    """
+    import_files_of(_PACKAGE)
+    check_choice("data_backend", name, _BACKENDS)
+    return _BACKENDS[name]
+
+
+def choose_backend(name: str, device: torch.device) -> Backend:
+    """The backend of a name; for "auto" the most preferred one that works on the device.
+
+    Raises:
+        SettingError: There is no backend of that name.
+    """
+    if name != AUTO:
+        return find_backend(name)
+    import_files_of(_PACKAGE)
+    working = [backend for backend in _BACKENDS.values() if backend.problem(device) is None]
+    return max(working, key=lambda backend: backend.preference(device))

@@ -1,0 +1,52 @@
+"""Classes by name: which class of a data set is which logit of a network, or which class of another split.
+
+An index means nothing by itself: a renamed folder moves every class behind it in the alphabet. So names are compared,
+and where they are the same, or some of the same, in another order, the labels are renumbered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from image_classification.config import nearest
+
+_SHOWN = 5
+
+
+def positions(
+    names: Sequence[str], known: Sequence[str], *, data: str, source: str, remedy: str
+) -> list[int]:
+    """Where each of `names` stands in `known`.
+
+    Args:
+        names: Of the data's classes.
+        known: Of the classes that the labels are wanted in.
+        data, source: Where either come from, for the message.
+        remedy: How to go on without, for the message.
+
+    Raises:
+        ValueError: A name is not known.
+    """
+    index = {name: number for number, name in enumerate(known)}
+    unknown = [name for name in names if name not in index]
+    if unknown:
+        missing = [name for name in known if name not in set(names)]
+        raise ValueError(
+            f"{data}: {len(unknown)} of its {len(names)} classes are not among the {len(known)} of {source}: "
+            f"{_some(unknown)}{nearest(unknown[0], missing)} ({source} has {_some(missing or known)} besides). {remedy}"
+        )
+    return [index[name] for name in names]
+
+
+def difference(names: Sequence[str], known: Sequence[str]) -> str | None:
+    """How the classes of `names` stand to those of `known`, which has them all, in words; None where they are equal."""
+    if tuple(names) == tuple(known):
+        return None
+    if len(names) < len(known):
+        return f"{len(names)} of its {len(known)} classes occur in the data"
+    return "the data has its classes in another order, and labels are renumbered by name"
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

@@ -1,0 +1,287 @@
+"""What is known of the image files of a split: which there are, and what they say of themselves in their headers.
+
+The first start lists every folder and reads every header (about 50 µs each). What was read is kept every half minute,
+so that a job that is stopped while it scans goes on there. Later starts ask each directory when it was changed, which
+says whether files came, went or took another's place: changed directories are listed again, and files of another size
+or time read again. A file that is overwritten in place changes no directory; so the first file of each folder is looked
+at too, as are all that could not be read, and `rescan` looks at all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from image_classification.cache import cache_key, locked
+from image_classification.data.arrays import read_npz, write_npz
+from image_classification.data.imagefile import read_header
+from image_classification.data.listing import FileEntry, list_images, stat_images
+from image_classification.data.paths import Paths
+from image_classification.data.progress import progress_bar
+
+logger = logging.getLogger(__name__)
+
+_SHOW_PROGRESS_FROM = 20_000
+_CHUNK = 256
+_NUM_THREADS = 16  # the work waits for the file system, network ones above all
+_SECONDS_BETWEEN_PARTS = 30.0
+_FRESH_NS = 2 * 10**9  # a directory that was changed just now may be changed again without another time
+_NEVER = -1
+
+#: One row per file: bytes and time of the file whose header was read, and what it said.
+_ROW = np.dtype(
+    [
+        ("num_bytes", np.int64),
+        ("mtime_ns", np.int64),
+        ("heights", np.int32),
+        ("widths", np.int32),
+        ("digests", np.uint64),
+        ("intact", np.bool_),
+        ("read", np.bool_),
+    ]
+)
+
+
+class Headers(NamedTuple):
+    """Columns read from the files' headers, each (N,): int32, int32, uint64, bool. See `imagefile.Header`."""
+
+    heights: np.ndarray
+    widths: np.ndarray
+    digests: np.ndarray
+    intact: np.ndarray
+
+
+class Files(NamedTuple):
+    """The files of a folder or of a list.
+
+    Attributes:
+        directories: Path → modification time in nanoseconds, of every directory that was looked into.
+        paths: N POSIX paths.
+        rows: (N,) of `_ROW`.
+    """
+
+    directories: dict[str, int]
+    paths: Paths
+    rows: np.ndarray
+
+
+def scan_folders(
+    root: Path,
+    folders: Sequence[str],
+    *,
+    cache_dir: Path,
+    label: str,
+    rescan: bool = False,
+    progress: bool = True,
+) -> tuple[Paths, Headers, list[int]]:
+    """The images of several folders, subfolders and symbolic links included, sorted by path.
+
+    Args:
+        root: Directory that the paths are relative to.
+        folders: POSIX paths.
+        cache_dir: Where the scan is kept, by the absolute path of `root` and `label`.
+        label: The split's name.
+        rescan: Look at every file, whatever directories say.
+        progress: Show a progress bar for large sets.
+
+    Returns:
+        Paths and headers of all, folder after folder, and how many each folder has.
+    """
+
+    def look(folder: str, known: Files | None) -> Files:
+        if known is not None and not rescan and _is_unchanged(root, known):
+            return known
+        directories: dict[str, int] = {}
+        return _noted(list_images(root, folder, directories), directories, known)
+
+    table = _scan(root, folders, look, cache_dir, label, progress)
+    return table.paths, _headers(table.rows), [len(files.paths) for files in table.folders.values()]
+
+
+def scan_list(
+    root: Path,
+    paths: Sequence[str],
+    *,
+    listed_in: str,
+    cache_dir: Path,
+    label: str,
+    rescan: bool = False,
+    progress: bool = True,
+) -> Headers:
+    """What the headers of listed files say. Arguments as `scan_folders` and `listing.stat_images`.
+
+    Raises:
+        FileNotFoundError: One of the files is missing.
+    """
+
+    def look(_: str, known: Files | None) -> Files:
+        if known is not None and not rescan and known.paths == paths and _is_unchanged(root, known):
+            return known
+        parents = {str(PurePosixPath(path).parent) for path in paths}
+        directories = {parent: _changed_at(root / parent) for parent in sorted(parents)}
+        return _noted(stat_images(root, paths, listed_in=listed_in), directories, known)
+
+    return _headers(_scan(root, [""], look, cache_dir, label, progress).rows)
+
+
+def _headers(rows: np.ndarray) -> Headers:
+    return Headers(*(np.ascontiguousarray(rows[name]) for name in Headers._fields))
+
+
+def _is_unchanged(root: Path, known: Files) -> bool:
+    try:
+        if any(_changed_at(root / directory) != then for directory, then in known.directories.items()):
+            return False
+        if len(known.paths) == 0 or not known.rows["num_bytes"][0]:  # 0: a dangling link has no size
+            return True
+        status = os.stat(root / known.paths[0])
+    except OSError:
+        return False
+    return (status.st_size, status.st_mtime_ns) == tuple(known.rows[["num_bytes", "mtime_ns"]][0])
+
+
+def _changed_at(directory: Path) -> int:
+    return os.stat(directory).st_mtime_ns
+
+
+def _noted(entries: Sequence[FileEntry], directories: dict[str, int], known: Files | None) -> Files:
+    """Rows for a listing; what is known of files that have kept size and time is taken over."""
+    now = time.time_ns()
+    times = {path: then if then < now - _FRESH_NS else _NEVER for path, then in directories.items()}
+    rows = np.zeros(len(entries), _ROW)
+    rows["num_bytes"] = [entry.num_bytes for entry in entries]
+    rows["mtime_ns"] = [entry.mtime_ns for entry in entries]
+    paths = Paths.of(entry.path for entry in entries)
+    if known is not None:
+        places = {path: place for place, path in enumerate(known.paths)}
+        old = np.array([places.get(path, -1) for path in paths], np.int64)
+        both = np.flatnonzero(old >= 0)
+        before = known.rows[old[both]]
+        same = (before["num_bytes"] == rows["num_bytes"][both]) & (
+            before["mtime_ns"] == rows["mtime_ns"][both]
+        )
+        rows[both[same]] = before[same]
+    return Files(times, paths, rows)
+
+
+class _Table(NamedTuple):
+    """The files of all folders, one table whose consecutive pieces they are."""
+
+    folders: dict[str, Files]
+    paths: Paths
+    rows: np.ndarray
+
+
+def _scan(
+    root: Path,
+    folders: Sequence[str],
+    look: Callable[[str, Files | None], Files],
+    cache_dir: Path,
+    label: str,
+    progress: bool,
+) -> _Table:
+    """Look at each folder, read the headers that are not known, and keep what was found."""
+    cached = cache_dir / "scans" / f"{cache_key(str(root.resolve()), label)}.npz"
+    with locked(cached), ThreadPoolExecutor(_NUM_THREADS) as pool:
+        known = _load(cached)
+        found = list(pool.map(lambda folder: look(folder, known.folders.get(folder)), folders))
+        table = known
+        if [id(files) for files in found] != [id(files) for files in known.folders.values()]:
+            table = _joined(folders, found)
+        unread = np.flatnonzero(~table.rows["read"] | (table.rows["heights"] == 0))
+        changed, saved = table is not known, time.monotonic()
+        shown = progress and len(unread) >= _SHOW_PROGRESS_FROM
+        with progress_bar(f"scanning {label}", len(unread), shown) as advance:
+            chunks = [unread[start : start + _CHUNK] for start in range(0, len(unread), _CHUNK)]
+            for ids, headers in pool.map(lambda ids: _read(f"{root}/", table.paths, ids), chunks):
+                before = table.rows[ids]
+                for name, column in zip(Headers._fields, zip(*headers, strict=True), strict=True):
+                    table.rows[name][ids] = column
+                table.rows["read"][ids] = True
+                changed = changed or bool((table.rows[ids] != before).any())
+                advance(len(ids))
+                if time.monotonic() - saved > _SECONDS_BETWEEN_PARTS:
+                    _save(cached, table)
+                    saved = time.monotonic()
+        if changed:
+            _save(cached, table)
+    _warn(root, table)
+    return table
+
+
+def _read(
+    prefix: str, paths: Paths, ids: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], list[tuple[Any, ...]]]:
+    limit = 2**31 - 1
+    headers = [read_header(prefix + paths[i]) for i in ids]
+    return ids, [(min(h.height, limit), min(h.width, limit), h.digest, h.intact) for h in headers]
+
+
+def _joined(folders: Sequence[str], parts: Sequence[Files]) -> _Table:
+    paths = Paths.concatenated([part.paths for part in parts])
+    rows = np.concatenate([np.zeros(0, _ROW), *(part.rows for part in parts)])
+    directories = [part.directories for part in parts]
+    return _cut(folders, directories, [len(part.paths) for part in parts], paths, rows)
+
+
+def _cut(
+    folders: Iterable[str],
+    directories: Iterable[dict[str, int]],
+    counts: Sequence[int],
+    paths: Paths,
+    rows: np.ndarray,
+) -> _Table:
+    """A table whose pieces have so many files."""
+    pieces, start = {}, 0
+    for folder, own, count in zip(folders, directories, counts, strict=True):
+        stop = start + count
+        pieces[folder] = Files(own, paths.rows(start, stop), rows[start:stop])
+        start = stop
+    return _Table(pieces, paths, rows)
+
+
+def _save(cached: Path, table: _Table) -> None:
+    parts = table.folders.values()
+    arrays = {
+        "rows": table.rows,
+        "num_files": np.array([len(files.paths) for files in parts], np.int64),
+        "num_directories": np.array([len(files.directories) for files in parts], np.int64),
+        "times": np.array([then for files in parts for then in files.directories.values()], np.int64),
+        **table.paths.to_arrays("paths"),
+        **Paths.of(path for files in parts for path in files.directories).to_arrays("directories"),
+        **Paths.of(table.folders).to_arrays("folders"),
+    }
+    write_npz(cached, arrays)
+
+
+def _load(cached: Path) -> _Table:
+    """What an earlier scan has left; an empty table without one, or where it is damaged."""
+    arrays = read_npz(cached) if cached.is_file() else None
+    if arrays is None or arrays.get("rows", np.zeros(0)).dtype != _ROW:
+        return _joined((), ())
+    directories = iter(zip(Paths.from_arrays(arrays, "directories"), arrays["times"].tolist(), strict=True))
+    own = [dict(itertools.islice(directories, count)) for count in arrays["num_directories"].tolist()]
+    folders, paths = Paths.from_arrays(arrays, "folders"), Paths.from_arrays(arrays, "paths")
+    return _cut(folders, own, arrays["num_files"].tolist(), paths, arrays["rows"])
+
+
+def _warn(root: Path, table: _Table) -> None:
+    unreadable = np.flatnonzero(table.rows["heights"] == 0)
+    if len(unreadable):
+        logger.warning(
+            "%s: %d of %d images have an unreadable header, first %s (`python -m image_classification verify` "
+            "names all that is broken)",
+            root,
+            len(unreadable),
+            len(table.paths),
+            table.paths[int(unreadable[0])],
+        )

@@ -1,0 +1,1 @@
+"""The embedded data set: generated images in which only the object decides the class."""

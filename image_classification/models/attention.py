@@ -1,0 +1,163 @@
+"""PyTorch's own attention at widths that its class does not allow.
+
+`nn.MultiheadAttention` insists on heads × width of a head = width of the embedding. A network that was cut has fewer
+heads, or a narrower embedding, or both. `fit_attention` gives such modules another class; they stay the same objects
+with the same tensors under the same names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CutAttention(nn.MultiheadAttention):
+    """`nn.MultiheadAttention` whose heads and embedding have widths of their own.
+
+    The width of a head, `head_dim`, is what it was; the number of heads and all other widths are those of the tensors.
+    """
+
+    # PyTorch's encoders have a fast path that reads the attention's tensors; this closes it.
+    _qkv_same_embed_dim = property(lambda self: False)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Arguments and results are those of `nn.MultiheadAttention`, nested tensors aside."""
+        batched = query.dim() == 3
+        if is_causal and attn_mask is None:
+            raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
+        q, k, v = (self._with_heads(x, batched) for x in self._projected(query, key, value))
+        if self.bias_k is not None and self.bias_v is not None:
+            k, v = self._lengthened(k, self.bias_k), self._lengthened(v, self.bias_v)
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        # As in PyTorch, the hint replaces the mask where nothing else needs one.
+        is_causal = is_causal and key_padding_mask is None and not need_weights
+        mask = self._mask(q, k, None if is_causal else attn_mask, key_padding_mask)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = q * self.head_dim**-0.5 @ k.transpose(-2, -1)
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            result = weights @ v
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+        else:
+            result = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+        result = F.linear(result.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        if not batched:
+            return result[0], None if weights is None else weights[0]
+        return result if self.batch_first else result.transpose(0, 1), weights
+
+    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, heads × head_dim wide."""
+        if self.in_proj_weight is not None and query is key and key is value:
+            return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        if self.in_proj_weight is not None:
+            weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        signals = (query, key, value)
+        q, k, v = (F.linear(x, w, b) for x, w, b in zip(signals, weights, biases, strict=True))
+        return q, k, v
+
+    def _with_heads(self, x: Tensor, batched: bool) -> Tensor:
+        """(N, L, E), or (L, N, E) or (L, E) → (N, heads, L, head_dim)."""
+        if not batched:
+            x = x[None]
+        elif not self.batch_first:
+            x = x.transpose(0, 1)
+        heads: Tensor = x.unflatten(-1, (-1, self.head_dim))
+        return heads.transpose(1, 2)
+
+    def _lengthened(self, x: Tensor, bias: Tensor) -> Tensor:
+        """(N, heads, S, head_dim) with one more position, the same for all images."""
+        return torch.cat(
+            [x, bias.view(1, 1, -1, self.head_dim).transpose(1, 2).expand(len(x), -1, -1, -1)], 2
+        )
+
+    def _mask(
+        self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None
+    ) -> Tensor | None:
+        """Both masks as one that is added to the scores (N, heads, L, S)."""
+        total = None
+        if attn_mask is not None:
+            total = _added(attn_mask, q)
+            if total.dim() == 3:
+                total = total.view(len(q), -1, *total.shape[1:])
+        if key_padding_mask is not None:
+            padding = _added(key_padding_mask, q).view(len(q), 1, 1, -1)
+            total = padding if total is None else total + padding
+        return None if total is None else F.pad(total, (0, k.shape[2] - total.shape[-1]))
+
+
+def _added(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask as numbers to add: minus infinity where a boolean one is true."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
+
+
+def _is_native(attention: nn.MultiheadAttention) -> bool:
+    """Whether the tensors have widths that PyTorch's class allows."""
+    if attention.in_proj_weight is not None:
+        rows, width = attention.in_proj_weight.shape
+        rows //= 3
+    else:
+        rows, width = attention.q_proj_weight.shape
+    return bool(rows == width == attention.num_heads * attention.head_dim)
+
+
+def fit_attention(model: nn.Module, everywhere: bool = False) -> list[tuple[nn.Module, str, object]]:
+    """Attentions that PyTorch's class does not allow become `CutAttention`, and encoders around them stay plain.
+
+    Args:
+        model: The network, in place.
+        everywhere: Do so with all attentions of PyTorch's own class.
+
+    Returns:
+        What was changed: (module, attribute, value before), for `restore`.
+    """
+    changed: list[tuple[nn.Module, str, object]] = []
+
+    def change(module: nn.Module, attribute: str, value: object) -> None:
+        changed.append((module, attribute, getattr(module, attribute)))
+        setattr(module, attribute, value)
+
+    for module in model.modules():
+        if type(module) is nn.MultiheadAttention and (everywhere or not _is_native(module)):
+            change(module, "__class__", CutAttention)
+    for module in model.modules():
+        cut = any(isinstance(part, CutAttention) for part in module.modules())
+        if cut and isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+            change(module, "use_nested_tensor", False)
+    return changed
+
+
+def restore(changed: list[tuple[nn.Module, str, object]]) -> None:
+    """Undo what `fit_attention` did."""
+    for module, attribute, value in reversed(changed):
+        setattr(module, attribute, value)
+
+
+@contextlib.contextmanager
+def attention_of_any_width(model: nn.Module) -> Iterator[None]:
+    """Inside, all attentions of PyTorch's own class run as `CutAttention` does."""
+    changed = fit_attention(model, everywhere=True)
+    try:
+        yield
+    finally:
+        restore(changed)

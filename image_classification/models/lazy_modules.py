@@ -1,0 +1,49 @@
+"""Lazy modules (`nn.LazyConv2d` and its kin) given their shapes without a first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
+
+
+def settle(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
+    """Let the lazy modules of a fresh network become what they are after their first batch.
+
+    Args:
+        model: The network; changed in place.
+        shapes: Qualified name → shape of its tensors; a lazy module whose tensors are not all there stays lazy.
+
+    Returns:
+        The same network. What it allocates has no values yet.
+    """
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        tensors: dict[str, Any] = {**module._parameters, **module._buffers}
+        own = {key: tensor for key, tensor in tensors.items() if tensor is not None and is_lazy(tensor)}
+        if own and isinstance(module, LazyModuleMixin) and all(prefix + key in shapes for key in own):
+            for key, tensor in own.items():
+                tensor.materialize(tuple(shapes[prefix + key]))
+            _become(module)
+    return model
+
+
+def _become(module: Any) -> None:
+    """What `LazyModuleMixin` does after its first batch, with the counts read off the tensors."""
+    module._initialize_hook.remove()
+    module._load_hook.remove()
+    del module._initialize_hook, module._load_hook
+    if module.cls_to_become is not None:
+        module.__class__ = module.cls_to_become
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        module.in_channels = module.weight.shape[0]
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        module.in_channels = module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.Linear):
+        module.in_features = module.weight.shape[1]
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        counted = module.weight if module.weight is not None else module.running_mean
+        module.num_features = module.num_features if counted is None else len(counted)

@@ -1,0 +1,153 @@
+"""The flags that choose a network and its starting weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from image_classification.config import ConfigError, check, check_choice, flag
+from image_classification.models.factory import create_model
+from image_classification.models.initialization import ModelConfigName
+from image_classification.models.structure import building_on
+from image_classification.models.weights import model_for_weights
+
+
+@dataclasses.dataclass(kw_only=True)
+class ModelConfig:
+    """Which network to train or evaluate, and where its weights start."""
+
+    arch: str = flag(
+        "resnet50",
+        "--arch",
+        "-a",
+        help="network: one of our own, torchvision/NAME or timm/NAME",
+        metavar="NAME",
+    )
+    model_config: ModelConfigName | None = flag(
+        None,
+        "--model-config",
+        "-c",
+        help="initialisation of our own networks: convolutions by fan-out (classic, the default) or fan-in; "
+        "grp-…: the last batch norm of each residual block starts at zero",
+    )
+    num_classes: int | None = flag(None, "--num-classes", help="number of classes (default: from the data)")
+    pretrained_weights: str | None = flag(
+        None,
+        "--pretrained-weights",
+        help="start from these weights: a checkpoint of ours (pruned ones too), a plain state dict, "
+        "torchvision's",
+        metavar="FILE",
+        reads=True,
+    )
+    pretrained_ema: bool | None = flag(
+        None,
+        "--pretrained-ema",
+        help="take the averaged weights of --pretrained-weights, or with --no- the last ones; default: the averaged "
+        "ones of a checkpoint of ours that has them, for validation has judged them",
+    )
+    new_head: bool = flag(
+        False, "--new-head", help="with --pretrained-weights: start a new classifier, for other classes"
+    )
+    ignore_class_names: bool = flag(
+        False,
+        "--ignore-class-names",
+        help="take class i of the data for class i of the weights whatever they are called; otherwise classes that a "
+        "checkpoint knows by name are matched by name",
+    )
+    arch_option: list[str] = flag(
+        [],
+        "--arch-option",
+        help="option of the architecture, such as shortcut=B",
+        metavar="KEY=VALUE",
+        repeatable=True,
+    )
+
+    def __post_init__(self) -> None:
+        check(bool(self.arch), "--arch is empty: give the name of a network")
+        if self.model_config is not None:
+            check_choice("model_config", self.model_config, get_args(ModelConfigName))
+        check(
+            self.num_classes is None or self.num_classes >= 1,
+            f"--num-classes {self.num_classes}: a network needs at least 1 class",
+        )
+        given_ema = self.pretrained_ema is not None
+        for name, given in (("--pretrained-ema", given_ema), ("--new-head", self.new_head)):
+            check(
+                not given or self.pretrained_weights is not None,
+                f"{name} has no effect without --pretrained-weights: give the file, or leave {name} out",
+            )
+        parse_options(self.arch_option)
+
+
+def parse_options(words: list[str]) -> dict[str, Any]:
+    """`["shortcut=B", "drop_rate=0.1"]` as a dict; values are read as YAML.
+
+    Raises:
+        ConfigError: A word is not KEY=VALUE, or a key stands twice.
+    """
+    options: dict[str, Any] = {}
+    if not words:
+        return options
+    from image_classification.yaml_reading import parse_yaml
+
+    for word in words:
+        key, equals, value = word.partition("=")
+        check(bool(key and equals), f"--arch-option {word!r}: write KEY=VALUE, such as shortcut=B")
+        check(key not in options, f"--arch-option {key} is given twice")
+        try:
+            options[key] = parse_yaml(value)
+        except ConfigError:
+            raise ConfigError(f"--arch-option {word!r}: the value cannot be read as YAML") from None
+    return options
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    num_classes: int,
+    image_size: int | None = None,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """The network that a configuration describes, with its starting weights.
+
+    Args:
+        config: Network and weights.
+        num_classes: Number of classes of the data; a `num_classes` of the configuration must not be smaller.
+        image_size: Side of the input in pixels; None: the architecture's own.
+        device: Where to build it.
+
+    Raises:
+        ConfigError: `--num-classes` is smaller than the data's number.
+        ModelError, FileNotFoundError: What cannot be built or loaded.
+    """
+    check(
+        config.num_classes is None or config.num_classes >= num_classes,
+        f"--num-classes {config.num_classes}, but the data has {num_classes} classes: give {num_classes} or "
+        "more",
+    )
+    classes = num_classes if config.num_classes is None else config.num_classes
+    options = parse_options(config.arch_option)
+    if config.pretrained_weights is None:
+        with building_on(device):
+            return create_model(
+                config.arch,
+                num_classes=classes,
+                model_config=config.model_config,
+                image_size=image_size,
+                **options,
+            )
+    return model_for_weights(
+        config.arch,
+        Path(config.pretrained_weights),
+        num_classes=classes,
+        model_config=config.model_config,
+        image_size=image_size,
+        ema=config.pretrained_ema,
+        new_head=config.new_head,
+        device=device,
+        **options,
+    )

@@ -1,0 +1,1 @@
+"""What a run shows and records: console, report, TensorBoard, resources, provenance."""

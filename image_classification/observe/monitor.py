@@ -1,0 +1,203 @@
+"""What a run takes from the machine: the GPU's utilisation, memory, power and energy (NVML); CPU and memory.
+
+A thread samples the process's own GPU about once a second, and keeps sums; the training loop reads their
+means on logging steps. Without a GPU, a driver or the module `pynvml` the GPU's figures are silently absent.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from image_classification.observe.figures import Figure, register_figures
+
+_GIB = 2**30
+
+register_figures("train", {"joules_per_image": Figure(".4f", "J")})
+register_figures("process", {"cpu_cores": Figure(".2f", "cores"), "memory_gib": Figure(".2f", "GiB")})
+register_figures(
+    "gpu",
+    {
+        "util": Figure(".1f", "%"),
+        "memory_gib": Figure(".2f", "GiB"),
+        "peak_memory_gib": Figure(".2f", "GiB"),
+        "power_w": Figure(".1f", "W"),
+        "temperature_c": Figure(".1f", "°C"),
+    },
+)
+
+
+class Monitor:
+    """Figures of this process and its GPU since the last reading.
+
+    Args:
+        device: Where the process computes; only a CUDA device has GPU figures.
+        interval: Seconds between two samples.
+
+    Example:
+        with Monitor(device) as monitor:
+            …
+            logger.log(step, figures | monitor.read(num_images))
+    """
+
+    def __init__(self, device: torch.device, interval: float = 1.0) -> None:
+        self._gpu = _open_gpu(device)
+        self._interval = interval
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+        self._energy = self._gpu.energy() if self._gpu else None
+        self._read_time = time.monotonic()
+        self._cpu_seconds = _cpu_seconds()
+        self._thread: threading.Thread | None = None
+        if self._gpu is not None:
+            self._thread = threading.Thread(target=self._run, name="nvml", daemon=True)
+            self._thread.start()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        assert self._gpu is not None
+        while not self._stop.is_set():
+            sample = self._gpu.sample()
+            with self._lock:
+                for key, value in sample.items():
+                    self._sums[key] = self._sums.get(key, 0.0) + value
+                    self._counts[key] = self._counts.get(key, 0) + 1
+            self._stop.wait(self._interval)
+
+    def restart(self) -> None:
+        """Begin another phase: what came before, such as a validation, belongs to no later reading."""
+        self.read()
+
+    def read(self, num_images: int = 0) -> dict[str, float]:
+        """Means since the last reading.
+
+        Args:
+            num_images: Images that this process handled in that time; with them energy is given per image.
+
+        Returns:
+            `process.cpu_cores` (CPU seconds of this process and its ended children per second) and
+            `process.memory_gib` (resident now); with a GPU `gpu.util` (%), `gpu.memory_gib`, `gpu.power_w`,
+            `gpu.temperature_c`, and `train.joules_per_image` of this process's GPU.
+        """
+        now, cpu_seconds = time.monotonic(), _cpu_seconds()
+        seconds = max(now - self._read_time, 1e-9)
+        figures = {
+            "process.cpu_cores": (cpu_seconds - self._cpu_seconds) / seconds,
+            "process.memory_gib": _resident_bytes() / _GIB,
+        }
+        self._read_time, self._cpu_seconds = now, cpu_seconds
+        if self._gpu is None:
+            return figures
+        with self._lock:
+            figures |= {key: total / self._counts[key] for key, total in self._sums.items()}
+            self._sums, self._counts = {}, {}
+        joules = self._joules(seconds, figures.get("gpu.power_w"))
+        if num_images > 0 and joules is not None:
+            figures["train.joules_per_image"] = joules / num_images
+        return figures
+
+    def _joules(self, seconds: float, power: float | None) -> float | None:
+        """Energy since the last reading: by the GPU's counter, or power × time where it has none."""
+        assert self._gpu is not None
+        before, self._energy = self._energy, self._gpu.energy()
+        if before is not None and self._energy is not None:
+            return self._energy - before
+        return None if power is None else power * seconds
+
+    def close(self) -> None:
+        """Stop sampling and let go of NVML."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._gpu is not None:
+            self._gpu.close()
+            self._gpu = None
+
+
+class _Gpu:
+    """One GPU through NVML. A figure that this GPU does not have is left out of the samples."""
+
+    def __init__(self, nvml: Any, handle: Any) -> None:
+        self._nvml = nvml
+        self._handle = handle
+
+    def sample(self) -> dict[str, float]:
+        nvml, handle = self._nvml, self._handle
+        readings: dict[str, Callable[[], float]] = {
+            "gpu.util": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+            "gpu.memory_gib": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used / _GIB,
+            "gpu.power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            "gpu.temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+        }
+        sample = {}
+        for key, reading in readings.items():
+            try:
+                sample[key] = float(reading())
+            except nvml.NVMLError:
+                continue
+        return sample
+
+    def energy(self) -> float | None:
+        """Joules since the driver was loaded; None where the GPU does not count them."""
+        try:
+            millijoules: int = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+        except self._nvml.NVMLError:
+            return None
+        return millijoules / 1000
+
+    def close(self) -> None:
+        self._nvml.nvmlShutdown()
+
+
+def _open_gpu(device: torch.device) -> _Gpu | None:
+    """The GPU behind a CUDA device, found by its UUID: NVML does not know CUDA_VISIBLE_DEVICES."""
+    if device.type != "cuda":
+        return None
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
+        return None
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return None
+    for name in (f"GPU-{uuid}", f"MIG-{uuid}"):
+        try:
+            return _Gpu(nvml, nvml.nvmlDeviceGetHandleByUUID(name))
+        except nvml.NVMLError:
+            continue
+    nvml.nvmlShutdown()
+    return None
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended, in seconds."""
+    usages = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _resident_bytes() -> int:
+    """Memory that this process holds now; its peak where there is no /proc."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

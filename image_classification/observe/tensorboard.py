@@ -1,0 +1,111 @@
+"""TensorBoard: scalars, images, histograms and the network's graph, over the number of optimizer steps."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from image_classification.config import SettingError
+from image_classification.extras import optional_import
+from image_classification.models import evaluating
+from image_classification.observe.figures import curves
+
+
+class TensorBoard:
+    """Writes event files for `tensorboard --logdir`. The package is imported only here, when it is asked for.
+
+    Args:
+        directory: Where the event files go; a resumed run adds a file and continues its curves.
+
+    Raises:
+        SettingError: TensorBoard is not installed, or the folder cannot be written.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        with optional_import():
+            from torch.utils.tensorboard import SummaryWriter
+        try:
+            self._writer = SummaryWriter(str(directory))
+        except OSError as error:
+            problem = f"cannot be written: {error.strerror}"
+            raise SettingError("tensorboard", str(directory), problem) from error
+        self._iteration = 0
+        self._directory = directory
+        self._failed = False
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Around every use of the writer: a full disk costs the rest of the curves, not the training."""
+        try:
+            yield
+        except OSError as error:
+            self._failed = True
+            warnings.warn(
+                f"TensorBoard's files in {self._directory} are incomplete ({error.strerror or error}): nothing more is "
+                "written there; training goes on",
+                stacklevel=3,
+            )
+
+    def log(
+        self, step: Sequence[int] | str, data: Mapping[str, object], iteration: int | None = None
+    ) -> None:
+        """Write the numbers of a step as scalars, `train.loss` under `train/loss`; parameters as text.
+
+        Args:
+            step: As in the report.
+            data: Metric → value; what is not a finite number is left out.
+            iteration: Number of optimizer steps so far, the horizontal axis; the last one given when None.
+        """
+        self._iteration = self._iteration if iteration is None else iteration
+        if self._failed:
+            return
+        with self._writing():
+            self._log(step, data)
+
+    def _log(self, step: Sequence[int] | str, data: Mapping[str, object]) -> None:
+        if isinstance(step, str):
+            rows = "\n".join(f"| {key} | {value} |" for key, value in data.items())
+            self._writer.add_text(step.lower(), f"| name | value |\n| --- | --- |\n{rows}", self._iteration)
+            return
+        for tag, value in curves(step, data).items():
+            self._writer.add_scalar(tag, value, self._iteration)
+
+    def image(self, tag: str, pixels: torch.Tensor, iteration: int) -> None:
+        """Write an image, (3, H, W) or (1, H, W), uint8 or float in 0…1."""
+        if not self._failed:
+            with self._writing():
+                self._writer.add_image(tag, pixels.detach().cpu(), iteration)
+
+    def histogram(self, tag: str, values: torch.Tensor, iteration: int) -> None:
+        """Write the distribution of a tensor's finite values."""
+        values = values.detach().float().flatten().cpu()
+        if not self._failed:
+            with self._writing():
+                self._writer.add_histogram(tag, values[values.isfinite()], iteration)
+
+    def graph(self, model: nn.Module, images: torch.Tensor) -> None:
+        """Write the network's graph, traced in evaluation mode; model and random state stay as they are.
+
+        Raises:
+            RuntimeError: The network cannot be traced.
+        """
+        if not self._failed:
+            with self._writing(), evaluating(model, keep_random_state=True), torch.no_grad():
+                self._writer.add_graph(model, images)
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        if not self._failed:
+            with self._writing():
+                self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is buffered and close the file."""
+        if not self._failed:
+            with self._writing():
+                self._writer.close()

@@ -1,0 +1,193 @@
+"""Experiment trackers: the figures of a run in MLflow or Weights & Biases, through their own libraries.
+
+Both get the resolved configuration once and every finite figure over the number of optimizer steps. A run that is
+resumed goes on in the tracker's run, whose id lies in the workspace. What fails at the start stops the job. A tracker
+that cannot be reached later is warned of once and left alone for some minutes at a time: its libraries wait long for an
+answer, and training must not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from image_classification.config import SettingError
+from image_classification.extras import optional_import
+from image_classification.file_writing import write_text
+from image_classification.observe.figures import curves
+
+_EXPERIMENT = "lucidprune"
+_MOST_PARAMETERS = 100  # MLflow takes so many at a time
+_LONGEST_PARAMETER = 500
+_PAUSE = 300.0  # seconds in which a tracker that has failed is not asked again
+
+
+class _Tracker:
+    """What both have in common: the axis, and what becomes of failures."""
+
+    setting = ""
+
+    def __init__(self) -> None:
+        self._iteration = 0
+        self._warned = False
+        self._resting_until = 0.0
+
+    @property
+    def _rests(self) -> bool:
+        """Whether it has failed just now."""
+        return time.monotonic() < self._resting_until
+
+    @contextlib.contextmanager
+    def _opening(self, value: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever the library and its network raise
+            problem = (
+                f"cannot be opened: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            )
+            raise SettingError(self.setting, value, problem) from error
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # as above; hours of training are worth more than a curve
+            if not self._warned:
+                warnings.warn(
+                    f"--{self.setting}: figures are missing there ({error}); it is tried again every "
+                    f"{_PAUSE / 60:g} minutes",
+                    stacklevel=2,
+                )
+            self._warned, self._resting_until = True, time.monotonic() + _PAUSE
+
+
+class MlflowTracker(_Tracker):
+    """A run in MLflow, in the experiment that MLFLOW_EXPERIMENT_NAME names, or "lucidprune".
+
+    Args:
+        uri: Tracking server or `sqlite:///FILE`; a folder holds a database of that kind.
+        workspace: Where the run's id is kept.
+        append: Go on with that run.
+
+    Raises:
+        SettingError: MLflow is not installed, or cannot be reached.
+    """
+
+    setting = "mlflow"
+
+    def __init__(self, uri: str, workspace: Path, *, append: bool) -> None:
+        super().__init__()
+        with optional_import():
+            import mlflow
+        noted = workspace / "mlflow_run.txt"
+        with self._opening(uri):
+            self._entities: Any = mlflow.entities
+            self._client: Any = mlflow.MlflowClient(tracking_uri=_database(uri))
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _EXPERIMENT)
+            experiment = self._client.get_experiment_by_name(name)
+            place = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
+            if append and noted.is_file():
+                self._run: str = noted.read_text().strip()
+                self._client.update_run(self._run, status="RUNNING")
+            else:
+                self._run = self._client.create_run(place, run_name=workspace.resolve().name).info.run_id
+                write_text(noted, self._run + "\n")
+
+    def log(
+        self, step: Sequence[int] | str, data: Mapping[str, object], iteration: int | None = None
+    ) -> None:
+        """See `Output`."""
+        self._iteration = self._iteration if iteration is None else iteration
+        if self._rests:
+            return
+        figures, now = curves(step, data), int(1000 * time.time())
+        with self._writing():
+            if isinstance(step, str):
+                self._log_parameters(data)
+            elif figures:
+                metrics = [
+                    self._entities.Metric(key, value, now, self._iteration) for key, value in figures.items()
+                ]
+                self._client.log_batch(self._run, metrics=metrics)
+
+    def _log_parameters(self, data: Mapping[str, object]) -> None:
+        known = set(self._client.get_run(self._run).data.params)  # those of a resumed run cannot change
+        parameters = [
+            self._entities.Param(key, str(value)[:_LONGEST_PARAMETER])
+            for key, value in data.items()
+            if key not in known
+        ]
+        for begin in range(0, len(parameters), _MOST_PARAMETERS):
+            self._client.log_batch(self._run, params=parameters[begin : begin + _MOST_PARAMETERS])
+
+    def flush(self) -> None:
+        """See `Output`; every figure is written at once."""
+
+    def close(self) -> None:
+        """See `Output`."""
+        with self._writing():
+            self._client.set_terminated(self._run)
+
+
+def _database(uri: str) -> str:
+    """A folder as the database in it; MLflow keeps no runs in plain files any more."""
+    if "://" in uri or uri.startswith("sqlite:"):
+        return uri
+    Path(uri).mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{Path(uri).resolve() / 'mlflow.db'}"
+
+
+class WandbTracker(_Tracker):
+    """A run in Weights & Biases; WANDB_MODE=offline keeps it in the workspace.
+
+    Args:
+        project: Its project.
+        workspace: Where its files and the run's id are kept.
+        append: Go on with that run.
+
+    Raises:
+        SettingError: The package is not installed, or the service cannot be reached.
+    """
+
+    setting = "wandb"
+
+    def __init__(self, project: str, workspace: Path, *, append: bool) -> None:
+        super().__init__()
+        with optional_import():
+            import wandb
+        noted = workspace / "wandb_run.txt"
+        with self._opening(project):
+            workspace.mkdir(parents=True, exist_ok=True)
+            known = noted.read_text().strip() if append and noted.is_file() else None
+            self._run: Any = wandb.init(
+                project=project, dir=str(workspace), id=known, resume="allow", name=workspace.resolve().name
+            )
+            self._run.define_metric("*", step_metric="iteration")
+            write_text(noted, f"{self._run.id}\n")
+
+    def log(
+        self, step: Sequence[int] | str, data: Mapping[str, object], iteration: int | None = None
+    ) -> None:
+        """See `Output`."""
+        self._iteration = self._iteration if iteration is None else iteration
+        if self._rests:
+            return
+        figures = curves(step, data)
+        with self._writing():
+            if isinstance(step, str):
+                self._run.config.update(dict(data), allow_val_change=True)
+            elif figures:
+                self._run.log({**figures, "iteration": self._iteration})
+
+    def flush(self) -> None:
+        """See `Output`; the library writes beside the training."""
+
+    def close(self) -> None:
+        """See `Output`."""
+        with self._writing():
+            self._run.finish()

@@ -1,0 +1,14 @@
+"""Importing every file of a package, so that each may enter what it defines into the package's register."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+
+
+@functools.cache
+def import_files_of(package: str) -> None:
+    """Import the modules directly in a package, in the order of their names; a second call does nothing."""
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        importlib.import_module(f"{package}.{module.name}")

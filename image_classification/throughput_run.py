@@ -1,0 +1,30 @@
+"""One rank of a throughput measurement: a training job without validation and checkpoints.
+
+`throughput.py` starts it, `python -m image_classification.throughput_run FLAGS`, once per process.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from image_classification import job as jobs
+from image_classification.cli import parse_config
+from image_classification.distributed import Distributed
+
+
+def run(configs: jobs.JobConfig, distributed: Distributed) -> None:
+    """Train; the report in the workspace has the figures."""
+    job = jobs.prepare(configs, distributed)
+    try:
+        jobs.make_trainer(job, jobs.make_model(job)).fit()
+        if distributed.device.type == "cuda":
+            gib = torch.cuda.max_memory_reserved(distributed.device) / 2**30
+            job.logger.log((), {"gpu.peak_memory_gib": gib})
+    finally:
+        job.close()
+
+
+if __name__ == "__main__":
+    sys.exit(jobs.run_job(parse_config(jobs.JobConfig, sys.argv[1:], prog="throughput"), run))

@@ -1,0 +1,198 @@
+"""One job per workspace: a second one is refused with the first one's process, host and time of start.
+
+The lock is a file with who holds it, under a POSIX record lock of the operating system, which ends with its process
+however that ends and is not handed on to data workers. So a dead process leaves no lock behind on its own machine.
+Record locks may be unknown to a network file system, or not reach other machines; there the file's age decides: its
+owner touches it every `HEARTBEAT` seconds, and one that was not touched for `STALE_AFTER` is nobody's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from image_classification.config import SettingError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+FILENAME = ".lucidprune.lock"
+HEARTBEAT = 10.0
+"""Seconds between two signs of life."""
+STALE_AFTER = 45.0
+"""Seconds without a sign of life after which a lock of another machine is nobody's."""
+
+_held_here: set[Path] = set()
+
+
+class WorkspaceLock:
+    """Keeps other jobs out of a workspace until `release`, or until this process ends.
+
+    Args:
+        workspace: Folder; it exists.
+        setting: What chose it, for messages.
+
+    Raises:
+        SettingError: Another job is at work in it.
+        OSError: The folder cannot be written.
+    """
+
+    def __init__(self, workspace: Path, setting: str = "workspace") -> None:
+        self.setting = setting
+        self.path = workspace.resolve() / FILENAME
+        self._ended = threading.Event()
+        if self.path in _held_here:
+            raise self._refusal({"pid": os.getpid(), "host": socket.gethostname()})
+        self._descriptor = self._acquire()
+        _held_here.add(self.path)
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(_identity()).encode(), 0)
+        self._inode = os.fstat(self._descriptor).st_ino
+        threading.Thread(target=self._beat, name="workspace lock", daemon=True).start()
+
+    def release(self) -> None:
+        """Let other jobs in; the file goes."""
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        _held_here.discard(self.path)
+        with contextlib.suppress(OSError):  # the workspace may be gone
+            if self.path.stat().st_ino == self._inode:
+                self.path.unlink()
+        os.close(self._descriptor)
+
+    def _acquire(self) -> int:
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                free = self._is_free(descriptor)
+                with contextlib.suppress(FileNotFoundError):
+                    if free and os.stat(self.path).st_ino == os.fstat(descriptor).st_ino:
+                        return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # its owner has just removed it: another file stands there, or none
+
+    def _is_free(self, descriptor: int) -> bool:
+        """True with the lock taken; False to try again.
+
+        Raises:
+            SettingError: It is held.
+        """
+        owner = _read(descriptor)
+        try:
+            if fcntl is None:
+                raise OSError
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            supported = True
+        except (BlockingIOError, PermissionError):
+            raise self._refusal(owner) from None
+        except OSError:
+            supported = False  # this file system has no locks
+        if not owner:
+            return True
+        if owner.get("host") == socket.gethostname() and owner.get("boot") == _boot():
+            if not supported and _is_alive(owner):
+                raise self._refusal(owner)
+            return True
+        return self._wait_for_stale(descriptor, owner)
+
+    def _wait_for_stale(self, descriptor: int, owner: dict[str, Any]) -> bool:
+        """Watch another machine's lock until it is too old, or its owner shows life."""
+        touched = os.fstat(descriptor).st_mtime_ns
+        age = max(_now_of(self.path.parent) - touched / 1e9, 0.0)
+        if age < STALE_AFTER:
+            logger.warning(
+                "%s was held by %s %.0f s ago: waiting %.0f s for a sign of life",
+                self.path.parent,
+                _shown(owner),
+                age,
+                STALE_AFTER - age,
+            )
+        end = time.monotonic() + STALE_AFTER - age
+        while time.monotonic() < end:
+            time.sleep(min(1.0, max(end - time.monotonic(), 0.0)))
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(self.path).st_mtime_ns != touched:
+                    raise self._refusal(owner)
+        return True
+
+    def _refusal(self, owner: dict[str, Any]) -> SettingError:
+        return SettingError(
+            self.setting,
+            str(self.path.parent),
+            f"another job is at work in it ({_shown(owner)}): wait for it, end it, or choose another folder",
+        )
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT):
+            with contextlib.suppress(OSError):
+                os.utime(self._descriptor)
+
+
+def _identity() -> dict[str, Any]:
+    """This process, in a way that outlives it: numbers of processes come again."""
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "began": _began(os.getpid()),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _read(descriptor: int) -> dict[str, Any]:
+    """Who is written in a lock file; nothing where it is empty or torn."""
+    with contextlib.suppress(ValueError):
+        content = json.loads(os.pread(descriptor, 4096, 0))
+        if isinstance(content, dict):
+            return content
+    return {}
+
+
+def _shown(owner: dict[str, Any]) -> str:
+    since = f", since {owner['time']}" if "time" in owner else ""
+    return f"process {owner.get('pid', 'unknown')} on {owner.get('host', 'an unknown host')}{since}"
+
+
+def _is_alive(owner: dict[str, Any]) -> bool:
+    pid = owner.get("pid")
+    return isinstance(pid, int) and _began(pid) is not None and _began(pid) == owner.get("began")
+
+
+def _boot() -> str | None:
+    """Which start of the machine this is."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return None
+
+
+def _began(pid: int) -> str | None:
+    """When a process began, in ticks since the machine's start; None where there is none."""
+    with contextlib.suppress(OSError, IndexError):
+        # The name of the program, in parentheses, may hold spaces.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return None
+
+
+def _now_of(folder: Path) -> float:
+    """The file system's own time, which a server may keep otherwise than this machine, in seconds."""
+    probe = folder / f".clock-{os.getpid()}-{os.urandom(4).hex()}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)

@@ -1,0 +1,85 @@
+"""YAML from people's files and words: plain values only, whatever stands there, or one error.
+
+Left out of YAML are aliases, with which a file of a few lines means gigabytes, and every type that JSON does not have:
+a date stays the text that it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from image_classification.config import ConfigError
+from image_classification.extras import optional_import
+
+with optional_import():
+    import yaml
+
+_LARGEST = 1 << 20
+_DEEPEST = 16
+_TYPES = ("null", "bool", "int", "float", "str", "seq", "map")
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """SafeLoader without aliases, dates, sets and depths."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read here: write the value out")
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise yaml.YAMLError(f"it is nested more than {_DEEPEST} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+_PlainLoader.yaml_constructors = {
+    tag: make
+    for tag, make in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in _TYPES
+}
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain value that a text means.
+
+    Raises:
+        ConfigError: It is no YAML of plain values. The message is one line.
+    """
+    try:
+        return yaml.load(text, _PlainLoader)
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(reason) from None
+
+
+def read_yaml_mapping(path: Path, what: str) -> dict[object, Any]:
+    """The mapping that a file holds; an empty file holds an empty one.
+
+    Args:
+        path: The file.
+        what: Names it in messages, such as its flag.
+
+    Raises:
+        ConfigError: The file does not exist, cannot be read, or holds no mapping of plain values.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{what}: no such file: {path}")
+    if path.stat().st_size > _LARGEST:
+        raise ConfigError(f"{what}: {path} is larger than a recipe can be ({_LARGEST >> 20} MiB)")
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (ConfigError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{what}: {path} is not readable YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{what}: {path} must hold a mapping from option names to values")
+    return content

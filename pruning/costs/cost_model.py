@@ -1,0 +1,357 @@
+"""What a network costs at any widths, without running it.
+
+    costs = CostModel(graph, model, images, metrics=("macs", "latency"))
+    costs.cost("macs", mask)                      # of a keep vector; differentiable for a tensor of gates
+    costs.cost_curve("macs", group)               # at every width 0 … w of one group
+
+`built_in.py` lists the costs, `register_cost` adds others. A mask over thousands of units shrinks to a few dozen
+counts (`counts.py`). Every cost is a closed form of these, so an evaluation takes well under a millisecond, and all
+widths of a group are evaluated at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict, overload
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from image_classification.config import SettingError, check_setting
+from pruning.costs.activations import Activations
+from pruning.costs.cost_registry import CostInputs, cost_named
+from pruning.costs.counts import CountTable, Metric
+from pruning.costs.latency_measure import measure_latency, measure_networks, pruned_copy
+from pruning.costs.latency_table import LatencyError, LatencySettings, LatencyTable
+from pruning.engine.channel_graph import ChannelGraph, GroupKey
+
+#: Relative tolerance of comparisons between costs.
+_TINY = 1e-9
+
+
+class CostState(TypedDict):
+    """What a checkpoint holds of a cost model: plain data.
+
+    Attributes:
+        baseline: Metric → cost before any rewrite.
+        latency: The latency table, if there is one.
+        latency_digest: Its digest.
+    """
+
+    baseline: dict[str, float]
+    latency: dict[str, Any] | None
+    latency_digest: str | None
+
+
+class CostModel:
+    """Costs of a network as functions of a keep vector over its graph's units.
+
+    Args:
+        graph: The network's channel graph; it may shrink along with rewrites (`refresh`).
+        model: The bare network. It is run once or twice on the images for "memory" and "latency".
+        example_images: (N, 3, H, W) float, or a tuple of the network's arguments. Costs are those of this size.
+        metrics: Some of `cost_names()`.
+        latency: How to measure; the batch size is that of the images unless it is set here.
+        latency_table: A table to use in place of measuring (rank 0's; `LatencyTable.from_plain`).
+        state: An earlier `state_dict()`: baseline and table come from there, nothing is measured.
+        announce: Gets a line of text as measuring goes on; by default the log does.
+
+    Raises:
+        ValueError: An unknown metric, or a table that does not fit the network.
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        model: nn.Module,
+        example_images: Tensor | tuple[object, ...],
+        metrics: Sequence[str] = ("macs",),
+        *,
+        latency: LatencySettings | None = None,
+        latency_table: LatencyTable | None = None,
+        state: CostState | None = None,
+        announce: Callable[[str], None] | None = None,
+    ) -> None:
+        self.graph = graph
+        self.metrics = tuple(dict.fromkeys(metrics))
+        self._model = model
+        arguments = example_images if isinstance(example_images, tuple) else (example_images,)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._images: tuple[Any, ...] = tuple(a.to(device) if isinstance(a, Tensor) else a for a in arguments)
+        self._settings = latency or LatencySettings()
+        self._announce = announce
+        self.latency_table = latency_table
+        known = None if state is None else state.get("latency")
+        if known is not None:
+            self.latency_table = LatencyTable.from_plain(known)
+        self._build()
+        self._baseline = {name: self.current(name) for name in self.metrics}
+        if state is not None:
+            self.load_state_dict(state)
+
+    # -- making --------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        """Everything that depends on the graph's units."""
+        self._table = CountTable()
+        network = CostInputs(self.graph, self._model, self._images, self._table, self._known_latencies)
+        costs = [cost_named(name) for name in self.metrics]
+        self._metrics = {cost.name: cost.build(network) for cost in costs}
+        self._table.settle(self.graph)
+        self._parts: dict[tuple[str, int], Metric | None] = {}
+        self._allowed: dict[int, np.ndarray] = {}
+
+    def _known_latencies(self, activations: Activations) -> LatencyTable:
+        """The latency table, measured unless it is known."""
+        if self.latency_table is None:
+            self.latency_table = measure_latency(
+                self._model, self.graph, self._images, activations, self._settings, self._announce
+            )
+        return self.latency_table
+
+    def refresh(self) -> None:
+        """Follow a rewrite of the network (`prune_channels`). The baseline stays."""
+        if self._table.follow(self.graph):
+            self._allowed.clear()
+        else:
+            self._build()
+
+    # -- asking --------------------------------------------------------------------------------------------
+
+    @overload
+    def cost(self, metric: str, mask: Tensor) -> Tensor: ...
+    @overload
+    def cost(self, metric: str, mask: np.ndarray | None = None) -> float: ...
+    def cost(self, metric: str, mask: np.ndarray | Tensor | None = None) -> float | Tensor:
+        """Cost of the network under a mask.
+
+        Args:
+            metric: One of the model's metrics.
+            mask: (num_units,) bool or float in [0, 1]; None keeps everything that is there now.
+
+        Returns:
+            A float; for a tensor a scalar float64 tensor on its device, differentiable in the mask.
+        """
+        function = self._metric(metric)
+        if mask is not None and tuple(mask.shape) != (self.graph.num_units,):
+            raise ValueError(
+                f"the mask has shape {tuple(mask.shape)}; the graph has {self.graph.num_units} units (a mask from "
+                "before a rewrite does not fit after it)"
+            )
+        value = function.evaluate(self._table.counts(self._table.kept_per_class(mask)))
+        return value if isinstance(mask, Tensor) else float(value)
+
+    def current(self, metric: str) -> float:
+        """Cost at the present widths."""
+        return self.cost(metric)
+
+    def baseline(self, metric: str) -> float:
+        """Cost when the model was made (or as the loaded state says)."""
+        self._metric(metric)
+        return self._baseline[metric]
+
+    def report(self) -> dict[str, float]:
+        """Every metric at the present widths."""
+        return {name: self.current(name) for name in self.metrics}
+
+    def minimum(self, metric: str) -> float:
+        """Cost with every group at its smallest allowed width (of groups whose units differ, the first ones stay)."""
+        mask = np.ones(self.graph.num_units, dtype=bool)
+        for group in self.graph.prunable:
+            mask[group.units[int(self._allowed_widths(group.index)[0]) :]] = False
+        return self.cost(metric, mask)
+
+    def cost_curve(
+        self,
+        metric: str,
+        group: GroupKey,
+        mask: np.ndarray | None = None,
+        order: Sequence[int] | np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Cost at every width of one group, everything else as in the mask.
+
+        Args:
+            metric: One of the model's metrics.
+            group: The group.
+            mask: (num_units,) bool; None for the present network.
+            order: Positions of the group's kept units in the order they leave. It only matters where units
+                cost unlike amounts; there the default takes first what saves least, so that the curve holds or
+                overestimates the cost whichever units go.
+
+        Returns:
+            (w + 1,) float64 for the w units kept now; entry k is the cost with k of them left. Entry 0 is a limit:
+            no group may be emptied.
+        """
+        function = self._metric(metric)
+        index = self.graph.group(group).index
+        leaving = self._leaving_classes(metric, index, mask, order)
+        width = len(leaving)
+
+        # Row k of `table` holds the kept units per class with k units of the group left. The first width − k entries
+        # of `leaving` have gone by then, and each takes one off its own class.
+        kept = self._table.kept_per_class(mask)
+        table = kept.expand(width + 1, -1).clone()
+        num_gone = width - torch.arange(width + 1)
+        for name in np.unique(leaving).tolist():
+            of_class = np.concatenate([[0], np.cumsum(leaving == name)])
+            table[:, name] -= torch.from_numpy(of_class).to(torch.float64)[num_gone]
+
+        # Where the cost is a sum, only the summands that the group has a part in are evaluated at every width; the
+        # others are what the total has beyond them.
+        part = self._part(metric, index)
+        if part is None:
+            return function.evaluate(self._table.counts(table)).numpy()
+        own = part.evaluate(self._table.counts(table))
+        total = function.evaluate(self._table.counts(kept))
+        return (own + (total - own[-1])).numpy()
+
+    def check_budget(self, metric: str, share: float) -> None:
+        """Make sure that a budget can be met.
+
+        Raises:
+            SettingError: The metric is unknown, cannot change at all, or cannot get down to this share.
+        """
+        self._metric(metric)
+        lowest, present, baseline = self.minimum(metric), self.current(metric), self.baseline(metric)
+        constant = lowest >= present * (1 - _TINY)
+        if constant and share * baseline < present:
+            reasons = "; ".join(sorted(set(self.graph.frozen.values()))[:3])
+            raise SettingError(
+                "budget",
+                f"{metric}={share}",
+                f"{metric} does not depend on any width that may change ({len(self.graph.prunable)} groups can be "
+                f"pruned; why others cannot: {reasons or 'there are none'}); `python -m pruning groups` lists them. "
+                "Choose another cost, or loosen min_width or round_to",
+            )
+        check_setting(
+            lowest <= share * baseline,
+            "budget",
+            f"{metric}={share}",
+            f"cannot be reached: with every group at its smallest allowed width {lowest / baseline:.3f} of the "
+            "baseline remains. Raise the share, or loosen min_width, round_to or ignored",
+        )
+
+    def validate(self, mask: np.ndarray | None = None, seed: int = 0) -> dict[str, float]:
+        """Error of the latency table, against real measurements of the whole network on this device.
+
+        Args:
+            mask: The pruned network to try; by default random widths between 40 and 90 %, not those that the table
+                was fitted to.
+            seed: Of these random widths.
+
+        Returns:
+            Seconds measured and predicted for the present network ("before…") and the pruned one ("after…"), with
+            the relative errors "error_before", "error_after" and "error_ratio" (of the speed-up).
+        """
+        if "latency" not in self.metrics:
+            raise ValueError("validate() checks the latency table: add 'latency' to the metrics")
+        chosen = self._random_mask(seed) if mask is None else mask
+        pruned = pruned_copy(self._model, self.graph, chosen)
+        measured = measure_networks([self._model, pruned], self._images, self._settings)
+        before, after = self.current("latency"), self.cost("latency", chosen)
+        return {
+            "before_measured": measured[0],
+            "before_predicted": before,
+            "after_measured": measured[1],
+            "after_predicted": after,
+            "error_before": before / measured[0] - 1,
+            "error_after": after / measured[1] - 1,
+            "error_ratio": (before / after) / (measured[0] / measured[1]) - 1,
+        }
+
+    # -- state ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> CostState:
+        """Baseline and latency table as plain data (JSON-able)."""
+        table = self.latency_table
+        return {
+            "baseline": dict(self._baseline),
+            "latency": None if table is None else table.to_plain(),
+            "latency_digest": None if table is None else table.digest,
+        }
+
+    def load_state_dict(self, state: CostState) -> None:
+        """Take over an earlier run's baseline and latency table.
+
+        Raises:
+            SettingError: The state lacks a metric of this model.
+            LatencyError: Its latency table was altered.
+        """
+        known = state["baseline"]
+        for name in self.metrics:
+            check_setting(
+                name in known,
+                "budget",
+                name,
+                f"the run to resume had no such budget ({', '.join(known)}); its cost before pruning is not known. Use "
+                "the same budgets as before",
+            )
+        self._baseline = {name: float(state["baseline"][name]) for name in self.metrics}
+        if "latency" not in self.metrics:
+            return
+        if state["latency"] is None:
+            raise LatencyError("the state holds no latency table: measure it again")
+        table = LatencyTable.from_plain(state["latency"])
+        if table.digest != state["latency_digest"]:
+            raise LatencyError("the latency table in the state is not the one it was saved with")
+        if self.latency_table is None or self.latency_table.digest != table.digest:
+            self.latency_table = table
+            self._build()
+
+    # -- inside --------------------------------------------------------------------------------------------
+
+    def _metric(self, name: str) -> Metric:
+        cost_named(name, "metric")
+        if name not in self._metrics:
+            raise ValueError(f"this cost model was made for {', '.join(self.metrics)}, not for {name!r}")
+        return self._metrics[name]
+
+    def _allowed_widths(self, index: int) -> np.ndarray:
+        if index not in self._allowed:
+            self._allowed[index] = np.array(self.graph.allowed_widths(index), dtype=np.int64)
+        return self._allowed[index]
+
+    def _part(self, metric: str, index: int) -> Metric | None:
+        key = (metric, index)
+        if key not in self._parts:
+            classes = np.unique(self._table.classes_of(index))
+            self._parts[key] = self._metrics[metric].part(self._table.rows_touching(classes))
+        return self._parts[key]
+
+    def _leaving_classes(
+        self, metric: str, index: int, mask: np.ndarray | None, order: Sequence[int] | np.ndarray | None
+    ) -> np.ndarray:
+        """Class of each kept unit of a group, in the order in which the units leave; see `cost_curve`."""
+        classes = self._table.classes_of(index)
+        inside = np.ones(len(classes), dtype=bool)
+        if mask is not None:
+            inside = np.asarray(mask)[self.graph.groups[index].units].astype(bool)
+        if order is not None:
+            positions = np.asarray(order, dtype=np.int64)
+            if not np.array_equal(np.sort(positions), np.flatnonzero(inside)):
+                raise ValueError("order: give every kept position of the group once, in the order they leave")
+            return classes[positions]
+        distinct = np.unique(classes)
+        if len(distinct) <= 1:
+            return classes[inside]
+
+        # What one unit of each class saves: row i of `fewer` is the network less one unit of the i-th class. The class
+        # that leaves the highest cost saves least and comes first.
+        kept = self._table.kept_per_class(mask)
+        fewer = kept.expand(len(distinct), -1).clone()
+        fewer[torch.arange(len(distinct)), torch.from_numpy(distinct)] -= 1
+        left = self._metrics[metric].evaluate(self._table.counts(fewer)).numpy()
+        least_saving_first = distinct[np.argsort(-left, kind="stable")]
+        rank = {name: position for position, name in enumerate(least_saving_first)}
+        return np.array(sorted(classes[inside].tolist(), key=lambda name: rank[name]), dtype=np.int64)
+
+    def _random_mask(self, seed: int) -> np.ndarray:
+        generator = np.random.default_rng(seed)
+        mask = np.ones(self.graph.num_units, dtype=bool)
+        for group in self.graph.prunable:
+            widths = self._allowed_widths(group.index)
+            wanted = generator.uniform(0.4, 0.9) * group.width
+            width = int(widths[np.abs(widths - wanted).argmin()])
+            mask[generator.permutation(group.units)[width:]] = False
+        return mask

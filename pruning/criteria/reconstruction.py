@@ -1,0 +1,59 @@
+"""Reconstruction: what least squares cannot make up for when a channel goes.
+
+The units of a group are eliminated one after the other, each time the one whose loss the others make up for best; the
+score of a unit is what has been lost for the layers that read the group when it goes, as a share of their outputs'
+variance. So scores say how a repair will end, and not how large a weight or a derivative is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from image_classification.config import check_setting
+from image_classification.distributed import Distributed
+from pruning.criteria.criterion import NetworkCriterion, register_criterion
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.groups import Group
+from pruning.repair.elimination import DEFAULT_RIDGE, elimination
+from pruning.repair.unit_inputs import reading_units, unit_inputs
+from pruning.task import Task
+
+
+@register_criterion("reconstruction")
+class Reconstruction(NetworkCriterion):
+    """What least squares cannot make up for; see `pruning/repair/elimination.py` for the formula.
+
+    Args:
+        ridge: λ relative to the mean square of a layer's inputs.
+    """
+
+    def __init__(self, ridge: float = DEFAULT_RIDGE) -> None:
+        check_setting(ridge > 0, "ridge", ridge, "must be positive")
+        self.ridge = ridge
+
+    def score_network(
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        groups: Sequence[Group],
+        batches: Sequence[Any],
+        task: Task,
+        distributed: Distributed,
+    ) -> dict[int, Tensor]:
+        """See `NetworkCriterion`. A group that no contraction reads is left out."""
+        inputs = unit_inputs(model, graph, batches, reading_units(graph), task=task, distributed=distributed)
+        found = {}
+        for group in groups:
+            units = torch.from_numpy(group.units)
+            readers = [one for one in inputs if bool(torch.isin(one.units, units).any())]
+            if not readers:
+                continue
+            order, lost = elimination(readers, units, self.ridge)
+            scores = torch.empty(group.width, dtype=torch.float64)
+            scores[order] = lost
+            found[group.index] = scores
+        return found

@@ -1,0 +1,76 @@
+"""Taps on the inputs and outputs of modules that cannot be left behind.
+
+Hooks live in a context manager: they are removed when it is left, also by an exception in the forward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from image_classification.models.running import Args, Kwargs, ModuleCall, following, with_first_argument
+
+Action = Callable[[Tensor], Tensor | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """A place to look at, and what to do there.
+
+    Attributes:
+        module: Qualified name.
+        kind: "input" (the module's first argument) or "output".
+        call: Which call of the module within a forward pass, from 0.
+        action: Gets the tensor; what it returns, if anything, takes the tensor's place.
+    """
+
+    module: str
+    kind: str
+    call: int
+    action: Action
+
+
+@contextlib.contextmanager
+def tapped(model: nn.Module, taps: Iterable[Tap]) -> Iterator[None]:
+    """Tap a network for as long as the context is open.
+
+    Args:
+        model: The bare network (no DDP or compiled wrapper).
+        taps: What to look at; several taps of one place act in their order.
+
+    Raises:
+        ValueError: The network has no module of a tap's name.
+    """
+    actions: dict[tuple[str, ModuleCall], list[Action]] = {}
+    for tap in taps:
+        actions.setdefault((tap.kind, ModuleCall(tap.module, tap.call)), []).append(tap.action)
+
+    def act(kind: str, call: ModuleCall, tensor: Any) -> Any:
+        """What takes the tensor's place; the tensor itself if nothing does."""
+        for action in actions.get((kind, call), ()):
+            result = action(tensor)
+            if result is not None:
+                tensor = result
+        return tensor
+
+    def entering(
+        call: ModuleCall, _module: nn.Module, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs] | None:
+        if ("input", call) not in actions:
+            return None
+        return with_first_argument(args, kwargs, lambda tensor: act("input", call, tensor))
+
+    def leaving(call: ModuleCall, _module: nn.Module, output: Any) -> Any:
+        if ("output", call) not in actions:
+            return None
+        if isinstance(output, tuple):
+            return (act("output", call, output[0]), *output[1:])
+        return act("output", call, output)
+
+    names = [call.name for _, call in actions]
+    with following(model, names, entering=entering, leaving=leaving):
+        yield

@@ -1,0 +1,274 @@
+"""From recorded passes to a channel graph: labels, units, groups and what carries them. Nothing is tried out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from torch import nn
+
+from image_classification.config import check_setting
+from pruning.engine.case import Case, untouched_parameters
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.coupling import Coupling, as_layer, as_units, couple
+from pruning.engine.groups import AttributeAxis, Axis, Group, Layer, Place
+from pruning.engine.kept_statistics import Statistics, family_of
+from pruning.engine.labeller import Labeller, Policy, operation_name
+from pruning.engine.labels import Slot, Value, compress, support
+from pruning.engine.native_layers import tie_recurrent
+from pruning.engine.operators import RULES
+from pruning.engine.pairs import paired_attributes, tie_pairs
+from pruning.engine.tracing import Trace, TracedCall, named_tensors, tensor_names
+
+
+def label(traces: Sequence[Trace], policy: Policy | None = None) -> Labeller:
+    """Propagate labels through all traces."""
+    labeller = Labeller(RULES, policy)
+    for trace in traces:
+        labeller.run(trace)
+    return labeller
+
+
+def label_case(case: Case, policy: Policy | None = None) -> Labeller:
+    """Propagate labels through all traces of a network; submodules that are cut alike share theirs."""
+    labeller = label(case.traces, policy)
+    tie_pairs(case.model, labeller, case.pairs)
+    tie_recurrent(case.model, labeller)
+    return labeller
+
+
+def build_graph(case: Case, labeller: Labeller | None = None) -> ChannelGraph:
+    """Group what label propagation united; nothing is tried out.
+
+    Args:
+        case: The network.
+        labeller: Labels of its traces; by default they are propagated here.
+    """
+    model, traces = case.model, case.traces
+    labeller = labeller or label_case(case)
+    coupling = couple(labeller)
+    places = _places(traces, labeller, coupling)
+    graph = ChannelGraph(
+        groups=_groups(coupling),
+        axes=_axes(model, labeller, coupling),
+        attributes=[*_group_counts(model, labeller, coupling), *_bare_norms(model, places)],
+        places=places,
+        layers=_layers(traces[0], labeller, coupling),
+        constraints=case.constraints,
+        statistics=_statistics(traces, labeller, coupling),
+        unit_of_atom=coupling.unit_of_atom,
+        choices={key: choice.chosen for key, choice in labeller.choices.items()},
+        ungated=_ungated(labeller, coupling, places),
+    )
+    graph.attributes += paired_attributes(graph.attributes, case.pairs)
+    graph.passes = tuple(case.passes)
+    graph.untouched = untouched_parameters(case)
+    _annotate(model, graph)
+    _apply_names(graph)
+    return graph
+
+
+def _layers(trace: Trace, labeller: Labeller, coupling: Coupling) -> list[Layer]:
+    """Contractions with their costs per image; those of a second trace run in training only."""
+    batch = trace.tensors[trace.inputs[0]].shape[0] if trace.inputs else 1
+    layers = []
+    for use in labeller.layers:
+        layer = as_layer(coupling.unit_of_atom, use, batch)
+        layer.training_only = use.trace > 0
+        layers.append(layer)
+    return layers
+
+
+def _axes(model: nn.Module, labeller: Labeller, coupling: Coupling) -> list[Axis]:
+    """Every dimension of every tensor that carries units, in the network's own order of tensors."""
+    names = tensor_names(model)
+    weights = {use.weight for use in labeller.layers} & {name for name, _ in model.named_parameters()}
+    modules = dict(model.named_modules())
+    axes = []
+    order = {name: number for number, name in enumerate(named_tensors(model))}
+    for name, dim in sorted(labeller.parameter_atoms, key=lambda key: (order[key[0]], key[1])):
+        units = as_units(coupling.unit_of_atom, labeller.parameter_atoms[name, dim])
+        if (units >= 0).any():
+            owner = modules.get(name.rpartition(".")[0])
+            transposed = bool(getattr(owner, "transposed", False))
+            role = _role(dim, transposed) if name in weights else "along"
+            axes.append(Axis(name, names[name], dim, units, role))
+    return axes
+
+
+def _role(dim: int, transposed: bool) -> str:
+    """What a dimension of a layer's weight is: (out, in, …), or (in, out, …) of a transposed convolution."""
+    if dim > 1:
+        return "along"
+    return "out" if (dim == 1) == transposed else "in"
+
+
+def _group_counts(model: nn.Module, labeller: Labeller, coupling: Coupling) -> list[AttributeAxis]:
+    """`groups` and `num_groups` of the modules that hold them."""
+    modules = dict(model.named_modules())
+    found: dict[tuple[str, str], AttributeAxis] = {}
+    for module, attribute, atoms in labeller.group_counts:
+        units = as_units(coupling.unit_of_atom, atoms)
+        if getattr(modules[module], attribute, None) == units.size and (units >= 0).any():
+            found.setdefault((module, attribute), AttributeAxis(module, attribute, None, units))
+    return list(found.values())
+
+
+def _bare_norms(model: nn.Module, places: list[Place]) -> list[AttributeAxis]:
+    """`num_features` of normalisations without tensors, which tensors cannot tell."""
+    modules = dict(model.named_modules())
+    found: dict[str, AttributeAxis] = {}
+    for place in places:
+        module = modules[place.module]
+        if not isinstance(module, nn.modules.batchnorm._NormBase) or place.kind != "output":
+            continue
+        tensors = [*module.parameters(), *module.buffers()]
+        if not tensors and module.num_features == place.units.size:
+            found.setdefault(place.module, AttributeAxis(place.module, "num_features", None, place.units))
+    return list(found.values())
+
+
+def _places(traces: list[Trace], labeller: Labeller, coupling: Coupling) -> list[Place]:
+    """First inputs and outputs of module calls that carry units; those of the training pass where they are new."""
+    places: list[Place] = []
+    consumers = {(use.trace, use.module) for use in labeller.layers if use.consumed is not None}
+    for number, trace in enumerate(traces):
+        seen_before = {(place.module, place.call, place.kind) for place in places}
+        for call in trace.calls:
+            for kind, values in (("input", call.inputs[:1]), ("output", call.outputs[:1])):
+                if not values or (call.module, call.call, kind) in seen_before:
+                    continue
+                value = labeller.values[number][values[0]]
+                if value is None:
+                    continue
+                consumer = kind == "input" and call.is_leaf and (number, call.module) in consumers
+                for slot in value.slots:
+                    place = _place(call, kind, value, slot, coupling, consumer)
+                    if place is not None:
+                        places.append(place)
+    return places
+
+
+def _place(
+    call: TracedCall, kind: str, value: Value, slot: Slot, coupling: Coupling, consumer: bool
+) -> Place | None:
+    units = compress(as_units(coupling.unit_of_atom, slot))
+    dims = support(units)
+    if len(dims) != 1 or units.max() < 0:
+        return None
+    return Place(
+        call.module, kind, call.call, dims[0], units.reshape(-1), value.shape, consumer, call.is_leaf
+    )
+
+
+def _groups(coupling: Coupling) -> list[Group]:
+    groups: list[Group] = []
+    taken: dict[str, int] = {}
+    for index, (name, units, reason) in enumerate(coupling.groups):
+        taken[name] = taken.get(name, 0) + 1
+        if taken[name] > 1:
+            name = f"{name}#{taken[name]}"
+        groups.append(Group(index, name, units, not reason, reason, original_width=len(units)))
+    return groups
+
+
+def _statistics(traces: list[Trace], labeller: Labeller, coupling: Coupling) -> list[Statistics]:
+    ordinals = [_ordinals(trace) for trace in traces]
+    found = []
+    for use in labeller.statistics:
+        units = compress(as_units(coupling.unit_of_atom, use.slot))
+        dims = support(units)
+        if len(dims) == 1 and units.max() >= 0:
+            found.append(
+                Statistics(
+                    trace=use.trace,
+                    ordinal=ordinals[use.trace][use.operation],
+                    module=use.module,
+                    operator=use.operator,
+                    dim=dims[0],
+                    rank=units.ndim,
+                    units=units.reshape(-1),
+                )
+            )
+    return found
+
+
+def _ordinals(trace: Trace) -> dict[int, int]:
+    """Index of every operator that takes statistics to its position within its family."""
+    counts: Counter[str] = Counter()
+    found = {}
+    for operation in trace.operations:
+        family = family_of(operation_name(operation.func))
+        if family is not None:
+            found[operation.index] = counts[family]
+            counts[family] += 1
+    return found
+
+
+def _ungated(labeller: Labeller, coupling: Coupling, places: list[Place]) -> np.ndarray:
+    """Units that an operator of the evaluation pass reads elsewhere than at a layer's input, where gates would be.
+
+    Statistics over channels count where no layer reads the channels as well.
+    """
+    count = int(coupling.unit_of_atom.max(initial=-1)) + 1
+    nothing = np.zeros(count + 1, dtype=bool)
+
+    def members(units: np.ndarray) -> np.ndarray:
+        """(units + 1,) bool: which unit ids occur. Positions without one, -1, mark the last entry."""
+        mask = nothing.copy()
+        mask[units.reshape(-1)] = True
+        return mask
+
+    # covered: the units at the input of every layer, by module. read: the units that any layer reads.
+    covered: dict[str, np.ndarray] = {}
+    for place in places:
+        if place.kind == "input" and place.consumer:
+            covered[place.module] = covered.get(place.module, nothing) | members(place.units)
+    found = nothing.copy()
+    read = nothing.copy()
+    for seen in covered.values():
+        read |= seen
+    # An operator that consumes channels which are not at the input of its own module reads them past the gates.
+    for trace, module, atoms in labeller.consumptions:
+        if trace == 0:
+            found |= members(as_units(coupling.unit_of_atom, atoms)) & ~covered.get(module, nothing)
+    read |= found
+    for use in labeller.statistics:
+        if use.trace == 0:
+            found |= members(as_units(coupling.unit_of_atom, use.slot)) & ~read
+    return np.flatnonzero(found[:-1])
+
+
+def _annotate(model: nn.Module, graph: ChannelGraph) -> None:
+    """Kinds of layers, channels per unit, notes on statistics, and single units that cannot leave."""
+    modules = dict(model.named_modules())
+    notes: dict[int, set[str]] = {}
+    for use in graph.statistics:
+        for index in graph.groups_in(use.units):
+            notes.setdefault(index, set()).add(
+                f"statistics of {use.module!r} are taken over the kept channels"
+            )
+    for group in graph.groups:
+        members = graph.members(group)
+        kinds = {type(modules[m.tensor.rpartition(".")[0]]).__name__ for m in members}
+        name = group.name.partition("#")[0]
+        outs = [m for m in members if m.role == "out"]
+        first = [m for m in outs if m.tensor.startswith(f"{name}.")] or outs or members
+        group.kinds = tuple(sorted(kinds))
+        group.channels_per_unit = max(1, int((first[0].positions >= 0).sum()) // max(1, group.width))
+        group.notes = tuple(sorted(notes.get(group.index, ())))
+        if group.prunable and group.width < 2:
+            group.prunable = False
+            group.reason = "all its channels are tied together: they can only go at once"
+
+
+def _apply_names(graph: ChannelGraph) -> None:
+    """Freeze what is to be ignored, and make sure that every pattern names something."""
+    for pattern in graph.constraints.ignored:
+        groups = graph.matching(pattern)
+        check_setting(bool(groups), "ignored", pattern, "no prunable layer has such a name")
+        graph.freeze(groups, f"ignored, as asked for ({pattern})")
+    for pattern, least in graph.constraints.limits.items():
+        known = bool(graph.matching(pattern))
+        check_setting(known, "limits", f"{pattern}={least:g}", "no prunable layer has such a name")

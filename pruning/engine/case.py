@@ -1,0 +1,185 @@
+"""A network under analysis, with what the analysis goes by."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from image_classification.config import SettingError
+from pruning.engine.channel_graph import Constraints
+from pruning.engine.examples import Example, OutputError, Pass
+from pruning.engine.pairs import untouched_twins
+from pruning.engine.steady import chooses
+from pruning.engine.tracing import Trace, record
+
+logger = logging.getLogger(__name__)
+_MOST_NAMES = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network under analysis.
+
+    Attributes:
+        model: The network.
+        passes: Every example in evaluation, then every one in training.
+        traces: The recorded passes that differ from each other; the first is the first example in evaluation.
+        constraints: The user's demands.
+        pairs: Submodules that are cut alike, by name.
+    """
+
+    model: nn.Module
+    passes: list[Pass]
+    traces: list[Trace]
+    constraints: Constraints
+    pairs: Sequence[tuple[str, str]] = ()
+
+
+def open_case(
+    model: nn.Module,
+    examples: Sequence[Example],
+    training_examples: Sequence[Example],
+    constraints: Constraints,
+    pairs: Sequence[tuple[str, str]] = (),
+) -> Case:
+    """Record a network's passes. Call inside `undisturbed`.
+
+    Args:
+        model: The network.
+        examples: What it is given in evaluation.
+        training_examples: What it is given in training; the examples, where there are none.
+        constraints: The user's demands.
+        pairs: Submodules that are cut alike, by name.
+
+    Raises:
+        SettingError: The network does not run on an example.
+    """
+    passes: list[Pass] = []
+    traces: list[Trace] = []
+    for example in examples:
+        _enter(passes, traces, *_recorded(model, example, "example", training=False))
+    for example in training_examples or examples:
+        setting = "training_example" if training_examples else "example"
+        try:
+            example, trace = _recorded(model, example, setting, training=True)
+        except SettingError as error:
+            if training_examples:
+                raise
+            logger.warning(
+                "only the evaluation of the network is looked at; what it does in training may break: %s",
+                error.problem,
+            )
+            continue
+        _enter(passes, traces, example, trace)
+    used = {name for trace in traces for name in trace.used_names}
+    return Case(model, passes, traces, constraints, [*pairs, *untouched_twins(model, used)])
+
+
+def _enter(passes: list[Pass], traces: list[Trace], example: Example, trace: Trace) -> None:
+    """Add a pass, and its trace unless that repeats another."""
+    number = next((i for i, other in enumerate(traces) if _same(other, trace)), len(traces))
+    if number == len(traces):
+        traces.append(trace)
+    passes.append(
+        Pass(
+            example,
+            trace.training,
+            number,
+            trace.steps,
+            frozenset(call.module for call in trace.calls),
+            written=trace.written,
+            divisors=trace.divisors,
+            unsteady=trace.unsteady,
+            choosing=any(chooses(operation.func) for operation in trace.operations),
+        )
+    )
+
+
+def _recorded(model: nn.Module, example: Example, setting: str, training: bool) -> tuple[Example, Trace]:
+    """The pass on two images of the example; on all of it where the network does not run on fewer (graph networks).
+
+    Raises:
+        SettingError: The network does not run on it.
+    """
+    device = next(model.parameters()).device
+    example = example.map(lambda tensor: tensor.to(device))
+    try:
+        few = example.few()
+        return few, record(model, few.args, few.kwargs, training=training)
+    except OutputError as error:
+        raise SettingError(setting, _shapes(example), str(error)) from error
+    except Exception:  # whatever a network raises on part of a batch
+        pass
+    try:
+        return example, record(model, example.args, example.kwargs, training=training)
+    except Exception as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            raise
+        text = (str(error).strip().splitlines() or [""])[0]
+        problem = f"the network does not run on it: {type(error).__name__}: {text}"
+        if training:
+            problem += "; give what it takes in training mode, targets included, as `training_example`"
+        raise SettingError(setting, _shapes(example), problem) from error
+
+
+def _shapes(example: Example) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in example.tensors) or "no tensor"
+
+
+def _same(one: Trace, other: Trace) -> bool:
+    """Whether two passes run the same operators on the same arguments and give the same result."""
+    if (
+        len(one.operations) != len(other.operations)
+        or one.inputs != other.inputs
+        or one.outputs != other.outputs
+    ):
+        return False
+    for left, right in zip(one.operations, other.operations, strict=True):
+        same = left.func is right.func and left.module == right.module and left.outputs == right.outputs
+        if not same or repr((left.args, left.kwargs)) != repr((right.args, right.kwargs)):
+            return False
+    for mine, its in zip(one.tensors, other.tensors, strict=True):
+        if mine.shape != its.shape or mine.name != its.name:
+            return False
+    return all(torch.equal(a, b) for a, b in zip(one.results, other.results, strict=True))
+
+
+def refuse_unready(model: nn.Module) -> None:
+    """Refuse a network that cannot be analysed at all.
+
+    Raises:
+        SettingError: It has no parameters, or a lazy module that has not run yet.
+    """
+    if next(iter(model.parameters()), None) is None:
+        raise SettingError("model", type(model).__name__, "the network has no parameters: nothing to prune")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            problem = f"{name!r} is lazy and has no shape yet: run the network once on a batch first"
+            raise SettingError("model", type(model).__name__, problem)
+
+
+def untouched_parameters(case: Case) -> tuple[str, ...]:
+    """Names of the parameters that no pass has touched and that are not cut like others."""
+    used = {name for trace in case.traces for name in trace.used_names}
+    followers = tuple(f"{second}." for _, second in case.pairs)
+    names = (name for name, _ in case.model.named_parameters() if not name.startswith(followers))
+    return tuple(name for name in names if name not in used)
+
+
+def warn_of_untouched(names: Sequence[str]) -> None:
+    """Say which parameters stay as they are though what they read may become narrower."""
+    if not names:
+        return
+    shown = ", ".join(names[:_MOST_NAMES])
+    if len(names) > _MOST_NAMES:
+        shown += f" and {len(names) - _MOST_NAMES} more"
+    logger.warning(
+        "no pass on the example touches these parameters, which stay as they are: %s. If the network uses them on "
+        "other inputs or through another method, give examples of those too: `example=[a, b]`",
+        shown,
+    )

@@ -1,0 +1,424 @@
+"""The channel graph as data: groups, what carries their units, and how it follows a rewrite.
+
+`trace_groups` makes it from a network; `surgery.py` cuts by it; criteria and cost models read it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from image_classification.config import SettingError, check_setting
+from pruning.engine.examples import Pass
+from pruning.engine.groups import (
+    FROZEN,
+    AttributeAxis,
+    Axis,
+    Group,
+    Layer,
+    Member,
+    Place,
+)
+from pruning.engine.kept_statistics import Statistics
+
+GroupKey = Group | str | int
+Keep = Mapping[Any, Sequence[int] | Tensor | np.ndarray]
+
+
+#: Least share of its channels that a group keeps, as in Kung & Hou (2020, Commun. Inf. Syst. 20(3)).
+DEFAULT_MIN_WIDTH = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraints:
+    """What a user demands of the widths.
+
+    Attributes:
+        round_to: Pruned widths are multiples of this many channels (hardware likes 8). A group may also keep its
+            original width, whatever that is.
+        min_width: Units that every group keeps: a count, or a share if below 1.
+        ignored: Name patterns (`layer4.*`) of modules whose own channels stay (what they read may shrink).
+        limits: Name pattern of groups or modules (as `ignored`) to the units, count or share, that their groups
+            keep at least.
+    """
+
+    round_to: int = 1
+    min_width: float = DEFAULT_MIN_WIDTH
+    ignored: tuple[str, ...] = ()
+    limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        whole = self.round_to >= 1 and self.round_to == int(self.round_to)
+        check_setting(whole, "round_to", self.round_to, "give a whole number ≥ 1")
+        for name in ("ignored", "limits"):
+            if isinstance(getattr(self, name), str):
+                raise SettingError(name, getattr(self, name), "give a sequence of patterns, not one string")
+        _check_least("min_width", self.min_width, str(self.min_width))
+        for pattern, least in self.limits.items():
+            _check_least("limits", least, f"{pattern}={least}")
+
+
+def _check_least(setting: str, least: float, given: str) -> None:
+    """Refuse what is neither a share nor a count.
+
+    Raises:
+        SettingError: `given` is what the user wrote.
+    """
+    possible = 0 < least < math.inf and (least <= 1 or least == int(least))
+    check_setting(possible, setting, given, "give a share in (0, 1) or a whole number ≥ 1")
+
+
+#: No demands: groups may shrink to one unit.
+UNCONSTRAINED = Constraints(min_width=1)
+
+
+class ChannelGraph:
+    """Groups of coupled channels with everything that carries them.
+
+    Attributes:
+        groups: All groups, prunable or not, in order of execution.
+        axes: Every dimension of every tensor that carries units.
+        attributes: Whole numbers held by modules that count units.
+        places: Inputs and outputs of modules that carry units.
+        layers: Contractions with their costs.
+        constraints: The user's demands.
+        statistics: Normalisations whose statistics run over units.
+        choices: How couplings that could go several ways were chosen.
+        ungated: Units that some operator outside of any layer reads, so that gates at layers' inputs miss it.
+        unit_of_atom: Unit of every atom of the label propagation (before any rewrite).
+        passes: The ways in which the network is run when a cut is tried before it is made; a graph from a checkpoint
+            has none until `give_examples` gives it some.
+        untouched: Names of the parameters that no pass has touched.
+        num_units: Number of unit ids.
+    """
+
+    def __init__(
+        self,
+        groups: list[Group],
+        axes: list[Axis],
+        attributes: list[AttributeAxis],
+        places: list[Place],
+        layers: list[Layer],
+        constraints: Constraints,
+        statistics: list[Statistics],
+        unit_of_atom: np.ndarray,
+        choices: Mapping[str, str],
+        ungated: np.ndarray,
+    ) -> None:
+        self.groups = groups
+        self.axes = axes
+        self.attributes = attributes
+        self.places = places
+        self.layers = layers
+        self.constraints = constraints
+        self.statistics = statistics
+        self.unit_of_atom = unit_of_atom
+        self.choices = dict(choices)
+        self.ungated = ungated
+        self.passes: tuple[Pass, ...] = ()
+        self.untouched: tuple[str, ...] = ()
+        self._index()
+
+    def _index(self) -> None:
+        self.num_units = sum(group.width for group in self.groups)
+        self.group_of_unit = np.empty(self.num_units, dtype=np.int64)
+        self.position_of_unit = np.empty(self.num_units, dtype=np.int64)
+        for group in self.groups:
+            self.group_of_unit[group.units] = group.index
+            self.position_of_unit[group.units] = np.arange(group.width)
+        self._touching: dict[str, dict[int, list[int]]] = {}
+        units_of = {"axes": [a.units for a in self.axes], "places": [p.units for p in self.places]}
+        for kind, carriers in units_of.items():
+            table: dict[int, list[int]] = {}
+            for number, units in enumerate(carriers):
+                for index in self.groups_in(units):
+                    table.setdefault(index, []).append(number)
+            self._touching[kind] = table
+
+    def groups_in(self, units: np.ndarray) -> list[int]:
+        """Indices of the groups that some of these unit ids belong to."""
+        return np.unique(self.group_of_unit[units[units >= 0]]).tolist() if units.size else []
+
+    # -- looking at groups ---------------------------------------------------------------------------------
+
+    @property
+    def prunable(self) -> list[Group]:
+        """The groups that may lose units."""
+        return [group for group in self.groups if group.prunable]
+
+    @property
+    def frozen(self) -> dict[str, str]:
+        """Group name to the reason why it stays as it is."""
+        return {group.name: group.reason for group in self.groups if not group.prunable}
+
+    def group(self, key: GroupKey) -> Group:
+        """A group by itself, its index, or its name.
+
+        Raises:
+            ValueError: There is no such group.
+        """
+        if isinstance(key, Group):
+            key = key.index
+        if isinstance(key, (int, np.integer)):
+            if 0 <= key < len(self.groups):
+                return self.groups[int(key)]
+        else:
+            for group in self.groups:
+                if group.name == key:
+                    return group
+            for group in self.groups:
+                if any(member.tensor.rpartition(".")[0] == key for member in self.members(group)):
+                    return group
+        raise ValueError(f"no channel group {key!r}: `python -m pruning groups` lists them")
+
+    def members(self, group: GroupKey) -> list[Member]:
+        """Dimensions of tensors that lose slices with this group."""
+        index = self.group(group).index
+        found = []
+        for number in self._touching["axes"].get(index, []):
+            axis = self.axes[number]
+            found.append(
+                Member(axis.tensor, axis.aliases, axis.dim, axis.role, self.local(index, axis.units))
+            )
+        return found
+
+    def places_of(
+        self, group: GroupKey, kind: str | None = None, consumer: bool | None = None
+    ) -> list[Place]:
+        """Module inputs and outputs that carry this group's units, in order of execution.
+
+        Args:
+            group: The group.
+            kind: Only "input" or "output" places.
+            consumer: Only those whose module contracts the units (True) or does not (False).
+        """
+        places = [self.places[number] for number in self._touching["places"].get(self.group(group).index, [])]
+        places = [place for place in places if kind is None or place.kind == kind]
+        return [place for place in places if consumer is None or place.consumer == consumer]
+
+    def layers_of(self, group: GroupKey) -> list[Layer]:
+        """Layers whose cost depends on this group's width."""
+        index = self.group(group).index
+        return [layer for layer in self.layers if any(index in self.groups_in(axis) for axis in layer.axes)]
+
+    def local(self, group: GroupKey, units: np.ndarray) -> np.ndarray:
+        """Unit ids to positions within one group; -1 for everything else."""
+        index = self.group(group).index
+        valid = np.maximum(units, 0)
+        inside = (units >= 0) & (self.group_of_unit[valid] == index)
+        return np.where(inside, self.position_of_unit[valid], FROZEN)
+
+    def min_width_of(self, group: GroupKey) -> int:
+        """Units that must stay, all constraints taken together."""
+        group = self.group(group)
+        demands = [self.constraints.min_width, *self._limits_of.get(group.index, ())]
+        counts = [int(np.ceil(d * group.original_width - 1e-9)) if d < 1 else int(d) for d in demands]
+        return min(group.width, max(1, *counts)) if group.prunable else group.width
+
+    def matching(self, pattern: str) -> list[Group]:
+        """Groups that a pattern names: by their own name, or by a module whose channels they are."""
+        found = []
+        for group in self.groups:
+            own = [member for member in self.members(group) if member.role != "in"]
+            names = {group.name} | {alias.rpartition(".")[0] for member in own for alias in member.aliases}
+            if any(fnmatch.fnmatch(name, pattern) for name in names):
+                found.append(group)
+        return found
+
+    @functools.cached_property
+    def _limits_of(self) -> dict[int, list[float]]:
+        """Group index → what `limits` demand; no rewrite changes that."""
+        found: dict[int, list[float]] = {}
+        for pattern, least in self.constraints.limits.items():
+            for group in self.matching(pattern):
+                found.setdefault(group.index, []).append(least)
+        return found
+
+    def allowed_widths(self, group: GroupKey) -> list[int]:
+        """All widths that the constraints allow, the present one included, ascending."""
+        group = self.group(group)
+        if not group.prunable:
+            return [group.width]
+        per_unit = group.channels_per_unit
+        lowest = self.min_width_of(group)
+        widths = [w for w in range(lowest, group.width) if (w * per_unit) % self.constraints.round_to == 0]
+        return [*widths, group.width]
+
+    # -- choosing ------------------------------------------------------------------------------------------
+
+    def keep_mask(self, keep: Keep) -> np.ndarray:
+        """Boolean vector over unit ids: True for what stays.
+
+        Args:
+            keep: Group (or name, or index) to the positions of the units that stay.
+
+        Raises:
+            ValueError: A group is frozen, an index is out of range, or too little would stay.
+        """
+        mask = np.ones(self.num_units, dtype=bool)
+        for key, positions in keep.items():
+            group = self.group(key)
+            kept = _as_indices(positions, group)
+            self._check_choice(group, kept)
+            mask[group.units] = False
+            mask[group.units[kept]] = True
+        for axis in self.axes:
+            if axis.units.size and not np.any((axis.units < 0) | mask[np.maximum(axis.units, 0)]):
+                raise ValueError(f"nothing would be left of {axis.tensor!r}, dimension {axis.dim}")
+        return mask
+
+    def _check_choice(self, group: Group, kept: np.ndarray) -> None:
+        if kept.size == group.width and np.array_equal(np.sort(kept), np.arange(group.width)):
+            return
+        if not group.prunable:
+            raise ValueError(f"group {group.name!r} cannot be pruned: {group.reason}")
+        if kept.size and (kept.min() < 0 or kept.max() >= group.width or np.unique(kept).size != kept.size):
+            raise ValueError(
+                f"group {group.name!r}: keep indices must be distinct and within 0…{group.width - 1}"
+            )
+        if kept.size < self.min_width_of(group):
+            raise ValueError(
+                f"group {group.name!r}: {kept.size} of {group.width} would stay; at least "
+                f"{self.min_width_of(group)} must"
+            )
+
+    # -- following a rewrite -------------------------------------------------------------------------------
+
+    def shrink(self, mask: np.ndarray) -> None:
+        """Follow a rewrite: drop the units that `mask` says are gone and renumber the others."""
+        new_id = np.where(mask, np.cumsum(mask) - 1, FROZEN)
+
+        def kept(units: np.ndarray) -> np.ndarray:
+            """The ids that stay, in their new numbering; positions without a unit (-1) always stay."""
+            valid = np.maximum(units, 0)
+            stays = (units < 0) | mask[valid]
+            renumbered: np.ndarray = np.where(units < 0, FROZEN, new_id[valid])[stays]
+            return renumbered
+
+        # Every array of unit ids loses the ids that go, and the others get their new numbers.
+        carriers: list[Axis | AttributeAxis | Statistics] = [*self.axes, *self.attributes, *self.statistics]
+        for carrier in carriers:
+            carrier.units = kept(carrier.units)
+        for place in self.places:
+            units = kept(place.units)
+            place.shape = tuple(len(units) if d == place.dim else s for d, s in enumerate(place.shape))
+            place.units = units
+        for layer in self.layers:
+            layer.axes = tuple(kept(axis) for axis in layer.axes)
+            layer.produced = None if layer.produced is None else kept(layer.produced)
+            layer.consumed = None if layer.consumed is None else kept(layer.consumed)
+        self.ungated = kept(self.ungated[mask[self.ungated]]) if self.ungated.size else self.ungated
+        for group in self.groups:
+            group.units = kept(group.units)
+        self._index()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole graph as lists, strings, numbers and int32 tensors, for a checkpoint.
+
+        A resumed run takes its graph from here instead of tracing the pruned network again: a network with a
+        single head or group left looks like another wiring.
+        """
+        state: dict[str, Any] = {
+            "choices": dict(self.choices),
+            "ungated": _plain(self.ungated),
+            "ignored": list(self.constraints.ignored),
+        }
+        for name in _PARTS:
+            state[name] = [_row(part) for part in getattr(self, name)]
+        return state
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], constraints: Constraints | None = None) -> ChannelGraph:
+        """The graph that `state_dict` described.
+
+        Args:
+            state: From `state_dict`, through a file or not.
+            constraints: The user's demands (they belong to the run, not to the state).
+
+        Raises:
+            ValueError: It is not the state of a channel graph.
+        """
+        try:
+            parts: dict[str, list[Any]] = {}
+            for name, kind in _PARTS.items():
+                rows = [{key: _arrays(value) for key, value in row.items()} for row in state[name]]
+                parts[name] = [kind(**row) for row in rows]
+            return cls(
+                **parts,
+                constraints=constraints or UNCONSTRAINED,
+                unit_of_atom=np.zeros(0, dtype=np.int64),
+                choices=state["choices"],
+                ungated=_arrays(state["ungated"]),
+            )
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"this is not the state of a channel graph: {error!r}") from error
+
+    def signature(self) -> list[tuple[Any, ...]]:
+        """The groups as comparable data: two graphs of the same network have equal signatures."""
+        rows = []
+        for group in self.groups:
+            members = tuple((m.tensor, m.dim, tuple(m.positions.tolist())) for m in self.members(group))
+            rows.append((group.name, group.width, group.prunable, members))
+        return rows
+
+    def freeze(self, groups: Iterable[GroupKey], reason: str) -> None:
+        """Declare groups not prunable."""
+        for key in groups:
+            group = self.group(key)
+            if group.prunable:
+                group.prunable, group.reason = False, reason
+
+    @property
+    def macs(self) -> float:
+        """MACs per image of all layers in evaluation mode, at the present widths."""
+        return sum(layer.macs for layer in self.layers if not layer.training_only)
+
+
+_PARTS: dict[str, Any] = {
+    "groups": Group,
+    "axes": Axis,
+    "attributes": AttributeAxis,
+    "places": Place,
+    "layers": Layer,
+    "statistics": Statistics,
+}
+
+
+def _row(part: Any) -> dict[str, Any]:
+    """The fields of one part of a graph, as a checkpoint can hold them."""
+    return {field.name: _plain(getattr(part, field.name)) for field in dataclasses.fields(part)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.astype(np.int32))
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _arrays(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.numpy().astype(np.int64)
+    return tuple(_arrays(item) for item in value) if isinstance(value, list) else value
+
+
+def _as_indices(positions: Sequence[int] | Tensor | np.ndarray, group: Group) -> np.ndarray:
+    if isinstance(positions, Tensor):
+        positions = positions.detach().cpu().numpy()
+    array = np.asarray(positions)
+    if array.dtype == bool:
+        if array.shape != (group.width,):
+            raise ValueError(
+                f"group {group.name!r}: a mask of shape {array.shape} for {group.width} units; give one value per unit"
+            )
+        return np.flatnonzero(array)
+    return array.astype(np.int64).reshape(-1)

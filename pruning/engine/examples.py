@@ -1,0 +1,184 @@
+"""What a network is given and what it gives back: arguments of any form, and every tensor in its outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
+
+from image_classification.config import SettingError
+from image_classification.models.running import Args, Kwargs
+
+#: One example (a tensor, a tuple of positional or a dict of keyword arguments), or a list of such.
+Examples = Tensor | tuple[Any, ...] | Mapping[str, Any] | list[Any]
+
+_MOST_IMAGES = 2
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, range, type, enum.Enum, np.generic)
+_PLAIN_OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator)
+
+
+class OutputError(ValueError):
+    """An output that may hold tensors where nothing can look."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """Arguments of one call of a network."""
+
+    args: Args = ()
+    kwargs: Kwargs = dataclasses.field(default_factory=dict)
+
+    def run(self, model: nn.Module) -> Any:
+        """Call the network."""
+        return model(*self.args, **self.kwargs)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Example:
+        """The same arguments with every tensor in them changed."""
+
+        def changed(leaf: object) -> object:
+            return change(leaf) if isinstance(leaf, Tensor) else leaf
+
+        args, kwargs = tree_map(changed, (self.args, self.kwargs))
+        return Example(args, kwargs)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor among the arguments."""
+        leaves = tree_leaves((self.args, self.kwargs))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def few(self) -> Example:
+        """The first two images of the batch, which is the first dimension of the first tensor.
+
+        Tensors of another length, and those inside of lists, are left alone.
+        """
+        tensors = [leaf for leaf in (*self.args, *self.kwargs.values()) if isinstance(leaf, Tensor)]
+        if not tensors or tensors[0].dim() < 2:
+            return self
+        batch = tensors[0].shape[0]
+
+        def first(value: Any) -> Any:
+            in_batch = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
+            return value[:_MOST_IMAGES] if in_batch else value
+
+        kwargs = {name: first(value) for name, value in self.kwargs.items()}
+        return Example(tuple(first(value) for value in self.args), kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One way in which a network is run: an example in one of the modes.
+
+    Attributes:
+        example: What it is given.
+        training: Whether it takes the training paths (see `tracing.set_trace_mode`).
+        trace: Number of the recorded pass that it is, or that it repeats operator by operator.
+        steps: (module, function) of everything that the network's code asked of PyTorch.
+        called: Names of the modules that it called.
+        written: Names of the parameters that it writes into.
+        divisors: Names of the vectors that cannot be zero (see `tracing.Trace.divisors`).
+        unsteady: It draws random numbers or computes in half precision (see `steady.py`).
+        choosing: It picks some of its values by size, as detectors do.
+    """
+
+    example: Example
+    training: bool
+    trace: int
+    steps: frozenset[tuple[str, str]]
+    called: frozenset[str]
+    written: frozenset[str] = frozenset()
+    divisors: frozenset[str] = frozenset()
+    unsteady: bool = True
+    choosing: bool = True
+
+
+def as_examples(given: Examples, setting: str = "example") -> list[Example]:
+    """Read what a user gives as example.
+
+    Args:
+        given: A tensor, a tuple of positional arguments, a dict of keyword arguments, or a list of such.
+        setting: Name of the argument, for messages.
+
+    Raises:
+        SettingError: It is none of these, or empty.
+    """
+    found = []
+    for one in given if isinstance(given, list) else [given]:
+        if isinstance(one, Tensor):
+            example = Example((one,))
+        elif isinstance(one, tuple):
+            example = Example(one)
+        elif isinstance(one, Mapping):
+            example = Example((), dict(one))
+        else:
+            problem = "give a tensor, a tuple of positional arguments, a dict of keyword arguments, or a list of such"
+            raise SettingError(setting, type(one).__name__, problem)
+        if any(tensor.numel() == 0 for tensor in example.tensors[:1]):
+            raise SettingError(setting, 0, "there is no image: give one or two of the final size")
+        found.append(example)
+    if not found:
+        raise SettingError(setting, given, "the list is empty: give at least one example")
+    return found
+
+
+def output_tensors(result: object) -> list[Tensor]:
+    """Every tensor in what a network returns: in containers, dataclasses and other objects.
+
+    Raises:
+        OutputError: Something in it is neither a tensor, nor a plain value, nor anything that can be looked into.
+    """
+    return [tensor for _, tensor in _walk(result, "output", set())]
+
+
+def tensors_in(tree: object) -> list[Tensor]:
+    """As `output_tensors`, for what a module takes or returns; what cannot be looked into is passed over."""
+    return [tensor for _, tensor in _walk(tree, "", set(), strict=False)]
+
+
+def _walk(value: Any, path: str, seen: set[int], strict: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """(path, tensor) of everything within a value, each object once."""
+    if isinstance(value, Tensor):
+        yield path, value
+        return
+    if isinstance(value, (*_PLAIN, *_PLAIN_OF_TORCH)) or id(value) in seen:
+        return
+    seen.add(id(value))
+    parts = _parts(value)
+    if parts is None:
+        if strict:
+            raise OutputError(
+                f"the network returns a {type(value).__qualname__} ({path}), in which channels cannot be followed: "
+                "return tensors, in containers, dataclasses or plain objects"
+            )
+        return
+    for name, part in parts:
+        yield from _walk(part, f"{path}{name}", seen, strict)
+
+
+def _parts(value: Any) -> list[tuple[str, Any]] | None:
+    """What a value holds, with the way to each; None if that cannot be told."""
+    if isinstance(value, Mapping):
+        return [(f"[{key!r}]", part) for key, part in value.items()]
+    if type(value) in SUPPORTED_NODES:
+        children, _ = SUPPORTED_NODES[type(value)].flatten_fn(value)
+        return [(f"[{position}]", part) for position, part in enumerate(children)]
+    if isinstance(value, (tuple, list, deque, AbstractSet)):
+        return [(f"[{position}]", part) for position, part in enumerate(value)]
+    if callable(value) or isinstance(value, (Iterator, np.ndarray)):
+        return None
+    attributes = dict(vars(value)) if hasattr(value, "__dict__") else {}
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            if slot not in ("__dict__", "__weakref__") and hasattr(value, slot):
+                attributes[slot] = getattr(value, slot)
+    looked_into = hasattr(value, "__dict__") or attributes
+    return [(f".{name}", part) for name, part in attributes.items()] if looked_into else None

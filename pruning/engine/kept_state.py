@@ -1,0 +1,100 @@
+"""What forward passes change beside their outputs, and how it is put back: buffers, caches, parameters.
+
+A forward pass may write into a buffer, put another tensor in its place (`self.mean = …`), keep what it computed in
+an attribute, or update a momentum teacher. Passes that only look at a network leave none of that behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CONTAINERS = (dict, OrderedDict, list, set)
+_OF_MODES = "training"  # `modes_restored` puts it back, by way of the module's own `train()`
+
+
+@contextlib.contextmanager
+def state_kept(model: nn.Module, written: Iterable[str] = ()) -> Iterator[None]:
+    """Whatever is run inside, tensors and attributes of the network's modules are as before afterwards.
+
+    Tensors are the same objects with the same storage again. The modes must be the same at the end as at the start:
+    modules may change their attributes when they are put into another mode.
+
+    Args:
+        model: The network.
+        written: Names of parameters that a pass writes into; of others only the storage is looked after.
+    """
+    parameters = dict(model.named_parameters())
+    looked_after = [*model.buffers(), *(parameters[name] for name in written if name in parameters)]
+    storages = [(tensor, tensor.data) for tensor in (*parameters.values(), *model.buffers())]
+    values = [(tensor, tensor.detach().clone()) for tensor in looked_after if not _overlaps(tensor)]
+    try:
+        with attributes_kept(model):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, storage in storages:
+                if tensor.data_ptr() != storage.data_ptr() or tensor.shape != storage.shape:
+                    tensor.data = storage
+            for tensor, old in values:
+                tensor.copy_(old)
+
+
+@contextlib.contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """As `state_kept` for attributes alone: what is written into a buffer stays there."""
+    attributes = [(vars(module), _remembered(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for table, before in attributes:
+            _put_back(table, before)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether several positions share one number (`expand`): nothing can write into that."""
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _remembered(table: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Attribute → its value, and a shallow copy of that if it is a container."""
+    found = {}
+    for name, value in table.items():
+        if name != _OF_MODES and not name.endswith("_hooks"):
+            found[name] = (value, value.copy() if type(value) in _CONTAINERS else None)
+    return found
+
+
+def _put_back(table: dict[str, Any], before: dict[str, tuple[Any, Any]]) -> None:
+    for name in [name for name in table if name not in before]:
+        if name != _OF_MODES and not name.endswith("_hooks"):
+            del table[name]
+    for name, (value, copy) in before.items():
+        if table.get(name) is not value:
+            table[name] = value
+        if copy is not None and not _same(value, copy):
+            _refill(value, copy)
+
+
+def _same(value: Any, copy: Any) -> bool:
+    """Whether a container holds the same objects as its copy."""
+    if len(value) != len(copy):
+        return False
+    if isinstance(value, dict):
+        return all(key in value and value[key] is item for key, item in copy.items())
+    if isinstance(value, set):
+        return bool(value == copy)
+    return all(left is right for left, right in zip(value, copy, strict=True))
+
+
+def _refill(value: Any, copy: Any) -> None:
+    value.clear()
+    if isinstance(value, list):
+        value.extend(copy)
+    else:
+        value.update(copy)

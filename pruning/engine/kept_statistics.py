@@ -1,0 +1,87 @@
+"""Statistics over channels, recomputed from the kept channels only.
+
+LayerNorm, GroupNorm with few groups, weight standardisation, a mean or a maximum over channels change their
+values when channels leave. What a pruned network computes is then not the network with zeroed channels, but the
+one whose statistics never saw them. This mode is that reference: inside it, the marked normalisations use the
+kept elements and give zero for the others, and the marked reductions see the kept channels only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from image_classification.models.running import Args, Kwargs
+from pruning.engine.operators import OPERATORS, operator_named
+
+
+@dataclasses.dataclass
+class Statistics:
+    """One normalisation or reduction over channels.
+
+    Attributes:
+        trace: Which recorded pass it belongs to (0: evaluation).
+        ordinal: Its position among the operators of its family (see `family_of`) in the pass.
+        module, operator: Where it was met.
+        dim, rank: The input's dimension that carries units, and its number of dimensions.
+        units: Unit of every position along `dim`.
+    """
+
+    trace: int
+    ordinal: int
+    module: str
+    operator: str
+    dim: int
+    rank: int
+    units: np.ndarray
+
+
+def family_of(operator: str) -> str | None:
+    """The family that an operator counts in, by its name (`native_layer_norm`); None if it takes no statistics."""
+    known = operator_named(operator)
+    return None if known is None or known.statistics is None else known.statistics.family
+
+
+class StatisticsOverKept(TorchDispatchMode):
+    """Recomputes the given statistics from the units that stay.
+
+    Args:
+        uses: From `ChannelGraph.statistics`.
+        mask: Boolean over unit ids: True for what stays.
+        trace: Which recorded pass is being run.
+    """
+
+    def __init__(self, uses: Iterable[Statistics], mask: np.ndarray, trace: int = 0) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self._counts: Counter[str] = Counter()
+        self._kept: dict[tuple[str | None, int], np.ndarray] = {}
+        for use in uses:
+            stays = (use.units < 0) | mask[np.maximum(use.units, 0)]
+            if use.trace == trace and not stays.all():
+                kept = stays.reshape([-1 if d == use.dim else 1 for d in range(use.rank)])
+                key = (family_of(use.operator), use.ordinal)
+                self._kept[key] = self._kept.get(key, True) & kept
+
+    def restart(self) -> None:
+        """Begin another pass."""
+        self._counts.clear()
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        known = OPERATORS.get(func)
+        if known is None or known.statistics is None:
+            return func(*args, **kwargs)
+        family = known.statistics.family
+        kept = self._kept.get((family, self._counts[family]))
+        self._counts[family] += 1
+        if kept is None:
+            return func(*args, **kwargs)
+        return known.statistics.over_kept(func, args, kwargs, kept)

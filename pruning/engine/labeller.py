@@ -1,0 +1,386 @@
+"""Runs a recorded forward pass on channel labels instead of numbers.
+
+The rules for the single operators are in `operators/`; this file holds what they share: the label of every
+value, the atoms of every parameter, and the lists of what was met on the way (layers and what they cost,
+statistics over channels, whole numbers that stand for widths).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
+
+from pruning.engine.labels import AtomTable, Slot, Value, join_slots, make_value, support
+from pruning.engine.tracing import Operation, Ref, TensorInfo, Trace
+
+Rule = Callable[["Labeller", Operation], "Value | list[Value]"]
+Policy = dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Label rules.
+
+    Attributes:
+        of: The rule of an operator.
+        unknown: The rule for what no rule covers: everything it touches stays.
+        write: The rule for a tensor after a part of it was written through a view.
+    """
+
+    of: Callable[[OpOverload], Rule]
+    unknown: Rule
+    write: Rule
+
+
+_MOST_CHANNELS = 1 << 16  # a longer dimension is no channels but a flattened tensor
+
+
+def policy_key(trace: int, operation: int, kind: str) -> str:
+    """Name of a choice: which operator of which pass, and what is chosen."""
+    return f"{trace}:{operation}:{kind}"
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeUse:
+    """A whole number among an operator's arguments that counts channels: it is `len(atoms)`.
+
+    `atoms` is a vector, or a label array of which only the extent along `dim` is counted.
+    """
+
+    module: str
+    stack: tuple[str, ...]
+    operator: str
+    atoms: np.ndarray
+    dim: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerUse:
+    """A contraction (convolution, linear layer, attention product) and what its cost is proportional to.
+
+    MACs = `constant` × Π over `axes` of the number of positions that are kept; `per_image` says that the
+    constant counts all images of the traced batch, rather than work that is done once per pass.
+    """
+
+    trace: int
+    operation: int
+    module: str
+    operator: str
+    constant: int
+    axes: tuple[np.ndarray, ...]
+    produced: np.ndarray | None
+    consumed: np.ndarray | None
+    weight: str | None
+    spatial: int
+    per_image: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class StatisticsUse:
+    """Statistics that run over channels: LayerNorm, some GroupNorms, weight standardisation, a mean.
+
+    `slot` holds the labels of the operator's input.
+    """
+
+    trace: int
+    operation: int
+    module: str
+    operator: str
+    slot: Slot
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A way of coupling that was chosen among several, and for which labels of which module."""
+
+    chosen: str
+    atoms: np.ndarray
+    module: str
+
+
+class Labeller:
+    """Label propagation over one or more traces of the same network, which share their parameters' atoms."""
+
+    def __init__(self, rules: Rules, policy: Policy | None = None) -> None:
+        self.table = AtomTable()
+        self.parameter_atoms: dict[tuple[str, int], np.ndarray] = {}
+        self.joint_slots: list[tuple[Slot, str]] = []
+        self.consumptions: list[tuple[int, str, np.ndarray]] = []
+        self.size_uses: list[SizeUse] = []
+        self.splits: list[list[SizeUse]] = []
+        self.layers: list[LayerUse] = []
+        self.statistics: list[StatisticsUse] = []
+        self.group_counts: list[tuple[str, str, np.ndarray]] = []
+        self.choices: dict[str, Choice] = {}
+        self.policy = policy or {}
+        self.values: list[list[Value | None]] = []
+        self._rules = rules
+        self._trace: Trace | None = None
+        self._kernels: set[str] = set()
+
+    # -- running -------------------------------------------------------------------------------------------
+
+    def run(self, trace: Trace) -> None:
+        """Propagate labels through one trace."""
+        self._trace = trace
+        self.values.append([None] * len(trace.tensors))
+        self._kernels |= kernel_names(trace)
+        for value in trace.inputs:
+            self.values[-1][value] = self._solid_input(value)
+        for operation in trace.operations:
+            self._run_operation(operation)
+        for value, module in trace.scaled:
+            self._keep_width(value, module)
+        for value in trace.outputs:
+            for slot in self.at(value).slots:
+                self.table.freeze(slot, "the network's output")
+
+    def _keep_width(self, query: int, module: str) -> None:
+        """Attention that scales by the width of its heads: heads may go, but not become narrower."""
+        value = self.at(query)
+        last = len(value.shape) - 1
+        for slot in value.slots:
+            if support(slot) == (last,):
+                self.table.freeze(slot, f"scaled_dot_product_attention in {module!r} scales by their number")
+            else:
+                self.table.unite_along(slot, (last,))
+
+    def _solid_input(self, value: int) -> Value:
+        shape = self.info(value).shape
+        slots = []
+        if len(shape) > 1 and shape[1] > 1:
+            atoms = self.table.new(shape[1])
+            self.table.freeze(atoms, "the network's input")
+            slots.append(along(atoms, 1, len(shape)))
+        return Value(shape, tuple(slots))
+
+    def _run_operation(self, operation: Operation) -> None:
+        rule = self._rules.of(operation.func)
+        first = operation.outputs[0] if operation.outputs else None
+        # No rows (an expert without tokens, no boxes) are rows like others; nothing else may be empty.
+        if first is not None and 0 in self.info(first).shape[1:]:
+            rule = self._rules.unknown
+        result = rule(self, operation)
+        results = result if isinstance(result, list) else [result] * len(operation.outputs)
+        for number, value in zip(operation.outputs, results, strict=False):
+            if number is not None:
+                self._set(number, value, operation)
+        if operation.writes_to is not None:
+            written = self._rules.write(self, operation)
+            assert isinstance(written, Value)
+            self.values[-1][operation.writes_to[2]] = written
+
+    def _set(self, number: int, value: Value, operation: Operation) -> None:
+        shape = self.info(number).shape
+        if value.shape != shape:  # an output of another shape (indices, statistics): nothing is known of it
+            value = Value(shape)
+        self.values[-1][number] = value
+        key = policy_key(len(self.values) - 1, operation.index, "keep")
+        for slot in value.slots:
+            if len(support(slot)) > 1:
+                self.joint_slots.append((slot, key))
+
+    # -- asking --------------------------------------------------------------------------------------------
+
+    @property
+    def trace(self) -> Trace:
+        """The trace that is being run."""
+        assert self._trace is not None
+        return self._trace
+
+    def info(self, value: int) -> TensorInfo:
+        """What the trace knows of a value."""
+        return self.trace.tensors[value]
+
+    def at(self, value: int | Ref) -> Value:
+        """Labels of a value (or of the value a `Ref` points at)."""
+        number = value.value if isinstance(value, Ref) else value
+        known = self.values[-1][number]
+        if known is None:
+            known = self.values[-1][number] = self._first_seen(number)
+        return known
+
+    def _first_seen(self, number: int) -> Value:
+        info = self.info(number)
+        if info.name is None:
+            return Value(info.shape, free=info.repeated)
+        slots = []
+        for dim, extent in enumerate(info.shape):
+            if 1 < extent <= _MOST_CHANNELS and (dim < 2 or info.name not in self._kernels):
+                slots.append(along(self.atoms_of(info.name, dim, extent), dim, len(info.shape)))
+        return Value(info.shape, tuple(slots))
+
+    def atoms_of(self, name: str, dim: int, extent: int) -> np.ndarray:
+        """Atoms of one dimension of a parameter or buffer."""
+        key = (name, dim)
+        if key not in self.parameter_atoms:
+            self.parameter_atoms[key] = self.table.new(extent)
+        return self.parameter_atoms[key]
+
+    def out_shape(self, operation: Operation, position: int = 0) -> tuple[int, ...]:
+        """Shape of one of an operator's outputs."""
+        number = operation.outputs[position]
+        return () if number is None else self.info(number).shape
+
+    def describe(self, operation: Operation) -> str:
+        """`view in 'layer1.0.conv2'`, for people."""
+        where = repr(operation.module) if operation.module else "the network itself"
+        return f"{operation_name(operation.func)} in {where}"
+
+    def choice(self, operation: Operation, atoms: np.ndarray, preferred: str) -> str:
+        """Which of two ways of coupling an operator takes: by policy, else the preferred one."""
+        key = policy_key(len(self.values) - 1, operation.index, "couple")
+        chosen = self.policy.get(key, preferred)
+        self.choices[key] = Choice(chosen, atoms, operation.module)
+        return chosen
+
+    def note_layer(
+        self,
+        operation: Operation,
+        constant: int,
+        axes: tuple[np.ndarray, ...],
+        produced: np.ndarray | None,
+        consumed: np.ndarray | None,
+        weight: str | None,
+        spatial: int,
+    ) -> None:
+        """Remember a contraction and its cost (see `LayerUse`)."""
+        out = operation.outputs[0]
+        self.layers.append(
+            LayerUse(
+                trace=len(self.values) - 1,
+                operation=operation.index,
+                module=operation.module,
+                operator=operation_name(operation.func),
+                constant=constant,
+                axes=axes,
+                produced=produced,
+                consumed=consumed,
+                weight=weight,
+                spatial=spatial,
+                per_image=out is None or bool(self.info(out).derived),
+            )
+        )
+
+    def note_statistics(self, operation: Operation, slot: Slot) -> None:
+        """Remember that statistics are taken over these labels (see `StatisticsUse`)."""
+        trace, name = len(self.values) - 1, operation_name(operation.func)
+        self.statistics.append(StatisticsUse(trace, operation.index, operation.module, name, slot))
+
+    def note_consumed(self, operation: Operation, atoms: np.ndarray) -> None:
+        """Remember that these labels end at an operator."""
+        self.consumptions.append((len(self.values) - 1, operation.module, atoms.reshape(-1)))
+
+    # -- making --------------------------------------------------------------------------------------------
+
+    def make(
+        self,
+        operation: Operation,
+        shape: tuple[int, ...],
+        slots: list[Slot],
+        free: frozenset[int] = frozenset(),
+    ) -> Value:
+        """A value with these labels."""
+        return make_value(self.table, shape, slots, free, f"of {self.describe(operation)}")
+
+    def freeze_value(self, value: Value, reason: str, dims: tuple[int, ...] | None = None) -> None:
+        """Freeze all atoms of a value, or those along `dims`."""
+        for slot in value.slots:
+            if dims is None or any(slot.shape[dim] > 1 for dim in dims):
+                self.table.freeze(slot, reason)
+
+    def collapse(self, value: Value, dim: int) -> np.ndarray:
+        """One label per position along `dim` (a vector); what else the slot depends on is united."""
+        slot = value.slot_at(dim)
+        if slot is None:
+            return np.full(value.shape[dim], -1, dtype=np.int64)
+        others = tuple(axis for axis in support(slot) if axis != dim)
+        return self.table.unite_along(slot, others).reshape(-1)
+
+    def combine(self, operation: Operation, values: list[Value], shape: tuple[int, ...]) -> Value:
+        """Element-wise combination with broadcasting: labels that meet are united."""
+        values = [aligned(value, len(shape)) for value in values]
+        where = self.describe(operation)
+        # Slots that vary along a common dimension meet element by element and become one.
+        merged: list[Slot] = []
+        for value in values:
+            for slot in value.slots:
+                merged = self._merge_into(merged, slot)
+        # Another operand that extends along a dimension without labels there has a fixed size. A slot that is fixed
+        # along all its dimensions can lose nothing; along some, it can lose whole slices of the others.
+        kept = []
+        for slot in merged:
+            dims = support(slot)
+            fixed = tuple(d for d in dims if any(v.is_solid(d) and v.slot_at(d) is None for v in values))
+            if len(fixed) == len(dims) > 0:
+                self.table.freeze(slot, f"{where} combines it with values of a fixed size")
+            else:
+                kept.append(self.table.unite_along(slot, fixed))
+        free = [d for d in range(len(shape)) if shape[d] > 1 and not any(v.is_solid(d) for v in values)]
+        return self.make(operation, shape, kept, frozenset(free))
+
+    def _merge_into(self, merged: list[Slot], slot: Slot) -> list[Slot]:
+        apart = []
+        for other in merged:
+            if set(support(other)) & set(support(slot)):
+                slot = join_slots(self.table, other, slot)
+            else:
+                apart.append(other)
+        return [*apart, slot]
+
+
+def origins(trace: Trace, value: int) -> Iterator[str]:
+    """Names of the parameters that a value is, or was made of without the images' help."""
+    info = trace.tensors[value]
+    if info.name is not None:
+        yield info.name
+    maker = trace.maker(value)
+    if info.name is None and not info.derived and maker is not None:
+        for leaf in tree_leaves((maker.args, maker.kwargs)):
+            if isinstance(leaf, Ref):
+                yield from origins(trace, leaf.value)
+
+
+def kernel_names(trace: Trace) -> set[str]:
+    """Parameters that convolutions use: their dimensions from the third on are the kernel's, not channels."""
+    found: set[str] = set()
+    for operation in trace.operations:
+        if "convolution" in str(operation.func) and isinstance(operation.args[1], Ref):
+            found.update(origins(trace, operation.args[1].value))
+    return found
+
+
+def along(atoms: np.ndarray, dim: int, rank: int) -> Slot:
+    """A vector of atoms as a slot of a tensor of `rank` dimensions."""
+    return atoms.reshape([-1 if d == dim else 1 for d in range(rank)])
+
+
+def aligned(value: Value, rank: int) -> Value:
+    """The value with leading dimensions of extent 1, as broadcasting sees it."""
+    extra = rank - len(value.shape)
+    if extra == 0:
+        return value
+    slots = tuple(slot.reshape((1,) * extra + slot.shape) for slot in value.slots)
+    return Value((1,) * extra + value.shape, slots, frozenset(d + extra for d in value.free))
+
+
+def is_pointwise(func: OpOverload) -> bool:
+    """Whether PyTorch declares the operator element-wise; one that works in place counts as its plain form does."""
+    if torch.Tag.pointwise in func.tags:
+        return True
+    name = operation_name(func)
+    if func.namespace != "aten" or not name.endswith("_"):
+        return False
+    plain = getattr(torch.ops.aten, name[:-1], None)
+    overload = getattr(plain, func._overloadname, None)
+    return overload is not None and torch.Tag.pointwise in overload.tags
+
+
+def operation_name(func: OpOverload) -> str:
+    """`aten.add.Tensor` → `add`, `mylib.scale.default` → `mylib.scale`."""
+    return str(func.overloadpacket).removeprefix("aten.")

@@ -1,0 +1,224 @@
+"""Channel labels: which atoms the elements of a tensor carry, and which atoms can only go together.
+
+An *atom* is one position along one dimension of one parameter (row 3 of a convolution's weight, say). Every
+element of an activation carries the atoms that it vanishes with: channel 3 of a convolution's output carries
+row 3 of its weight. Labels are nearly always constant over batch and space, so a tensor's labels are a few
+integer arrays (*slots*) of the tensor's rank whose extent is 1 along every dimension that they don't depend
+on. No two slots of a tensor vary along the same dimension.
+
+Operators move labels about (`operators/`); wherever two labels meet on one element, their atoms must stay or
+go together. What is united that way is found by connected components.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+Slot = np.ndarray
+_DEDUPLICATE_FROM = 4096
+
+
+class AtomTable:
+    """Hands out atoms, collects what must go together (`unite`) and what must stay (`freeze`)."""
+
+    def __init__(self) -> None:
+        self.num_atoms = 0
+        self.freezes: list[tuple[np.ndarray, str]] = []
+        self._left: list[np.ndarray] = []
+        self._right: list[np.ndarray] = []
+
+    def new(self, count: int) -> np.ndarray:
+        """`count` fresh atoms, as a vector."""
+        atoms = np.arange(self.num_atoms, self.num_atoms + count, dtype=np.int64)
+        self.num_atoms += count
+        return atoms
+
+    def freeze(self, atoms: np.ndarray, reason: str) -> None:
+        """Say that these atoms (negative entries aside) can never be removed, and why."""
+        atoms = np.unique(atoms)
+        atoms = atoms[atoms >= 0]
+        if atoms.size:
+            self.freezes.append((atoms, reason))
+
+    def unite(self, left: np.ndarray, right: np.ndarray, reason: str) -> None:
+        """Couple the labels of two arrays element by element, after broadcasting.
+
+        A negative entry is an element that nothing can remove, so its partner is frozen, for `reason`.
+        """
+        if left is right:
+            return
+        left, right = np.broadcast_arrays(left, right)
+        left, right = left.reshape(-1), right.reshape(-1)
+        # Pairs of an atom and a fixed element freeze the atom; pairs of two fixed elements say nothing.
+        if left.size and min(left.min(), right.min()) < 0:
+            self.freeze(np.maximum(left, right)[(left < 0) != (right < 0)], reason)
+            both = (left >= 0) & (right >= 0)
+            left, right = left[both], right[both]
+        different = left != right
+        left, right = left[different], right[different]
+        # Labels repeat over many elements: each pair is kept once, as the number left · num_atoms + right.
+        if left.size > _DEDUPLICATE_FROM:
+            pairs = np.unique(left * self.num_atoms + right)
+            left, right = np.divmod(pairs, self.num_atoms)
+        if left.size:
+            self._left.append(left)
+            self._right.append(right)
+
+    def unite_along(self, slot: Slot, axes: tuple[int, ...]) -> Slot:
+        """Couple all labels of a slot along `axes`; returns the slot reduced to extent 1 there."""
+        axes = tuple(axis for axis in axes if slot.shape[axis] > 1)
+        if not axes:
+            return slot
+        first = slot.max(axis=axes, keepdims=True)
+        self.unite(slot, first, "tied to a channel that cannot be removed")
+        return np.where((slot < 0).any(axis=axes, keepdims=True), -1, first)
+
+    def frozen(self, root: np.ndarray) -> np.ndarray:
+        """Whether the component that an atom names can never be removed, as a vector over all atoms."""
+        found = np.zeros(root.size, dtype=bool)
+        for atoms, _ in self.freezes:
+            found[root[atoms]] = True
+        return found
+
+    def components(self) -> np.ndarray:
+        """The smallest atom of each atom's component, as a vector over all atoms."""
+        root = np.arange(self.num_atoms, dtype=np.int64)
+        if not self._left:
+            return root
+        left = np.concatenate(self._left)
+        right = np.concatenate(self._right)
+        self._left, self._right = [left], [right]
+        while left.size:
+            # Pairs that still lie in two components: the larger root is hung below the smaller one.
+            a, b = root[left], root[right]
+            apart = a != b
+            left, right = left[apart], right[apart]
+            a, b = a[apart], b[apart]
+            np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
+            # Follow the roots until every atom points at a root that points at itself.
+            while True:
+                jumped = root[root]
+                if np.array_equal(jumped, root):
+                    break
+                root = jumped
+        return root
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """Labels of one tensor.
+
+    Attributes:
+        shape: The tensor's shape.
+        slots: Label arrays of the tensor's rank, extent 1 where they do not vary; disjoint supports.
+        free: Dimensions along which the tensor repeats one value, so that any extent would do.
+    """
+
+    shape: tuple[int, ...]
+    slots: tuple[Slot, ...] = ()
+    free: frozenset[int] = frozenset()
+
+    def slot_at(self, dim: int) -> Slot | None:
+        """The slot that varies along `dim`, if there is one."""
+        for slot in self.slots:
+            if slot.shape[dim] > 1:
+                return slot
+        return None
+
+    def is_solid(self, dim: int) -> bool:
+        """Whether the tensor's extent along `dim` matters: more than 1 and not a mere repetition."""
+        return self.shape[dim] > 1 and dim not in self.free
+
+
+def support(slot: Slot) -> tuple[int, ...]:
+    """Dimensions that a slot varies along."""
+    return tuple(dim for dim, extent in enumerate(slot.shape) if extent > 1)
+
+
+def compress(slot: Slot) -> Slot:
+    """Reduce to extent 1 every dimension along which the labels do not change."""
+    for dim in support(slot):
+        first = slot.take([0], axis=dim)
+        if (slot == first).all():
+            slot = first
+    return slot
+
+
+def join_slots(table: AtomTable, first: Slot, second: Slot) -> Slot:
+    """Couple two slots that vary along a common dimension and return the one that serves for both."""
+    table.unite(first, second, "combined with channels that cannot be removed")
+    one, two = set(support(first)), set(support(second))
+    if one <= two and first.min() >= 0:
+        return first
+    if two <= one and second.min() >= 0:
+        return second
+    return np.where((first < 0) | (second < 0), -1, first)
+
+
+def make_value(
+    table: AtomTable,
+    shape: tuple[int, ...],
+    slots: list[Slot],
+    free: frozenset[int] = frozenset(),
+    where: str = "",
+) -> Value:
+    """A `Value` with the invariants kept: disjoint supports, no slot without labels or without extent.
+
+    A label that covers a whole tensor (a single channel that was picked out) cannot go: it is frozen.
+    """
+    kept: list[Slot] = []
+    for slot in slots:
+        if slot.max(initial=-1) < 0:
+            continue
+        if slot.size == 1:
+            table.freeze(slot, f"the only channel of a tensor {where}")
+            continue
+        dims = set(support(slot))
+        while True:
+            meeting = next((i for i, other in enumerate(kept) if dims & set(support(other))), None)
+            if meeting is None:
+                break
+            slot = join_slots(table, kept.pop(meeting), slot)
+            dims = set(support(slot))
+        if dims:
+            kept.append(slot)
+    return Value(shape, tuple(kept), free)
+
+
+def reshape_slot(slot: Slot, old: tuple[int, ...], new: tuple[int, ...]) -> Slot:
+    """Labels of `tensor.reshape(new)`, given those of a tensor of shape `old`.
+
+    Only the dimensions that take part in a change and carry labels are written out in full.
+    """
+    spread, target = [], []
+    for old_dims, new_dims in matching_dims(old, new):
+        varies = any(slot.shape[dim] > 1 for dim in old_dims)
+        spread += [old[dim] if varies else 1 for dim in old_dims]
+        target += [new[dim] if varies else 1 for dim in new_dims]
+    return compress(np.broadcast_to(slot, spread).reshape(target))
+
+
+def matching_dims(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Split both shapes into the shortest runs of dimensions with equal products, in order."""
+    runs: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        run: tuple[list[int], list[int]] = ([], [])
+        left = right = 1
+        if i < len(old):
+            run[0].append(i)
+            left, i = old[i], i + 1
+        if j < len(new):
+            run[1].append(j)
+            right, j = new[j], j + 1
+        while left != right:
+            if left < right or right == 0:
+                run[0].append(i)
+                left, i = left * old[i], i + 1
+            else:
+                run[1].append(j)
+                right, j = right * new[j], j + 1
+        runs.append(run)
+    return runs

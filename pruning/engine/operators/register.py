@@ -1,0 +1,284 @@
+"""The register of operators: one record each, and what the rules share.
+
+An operator is taught in one place:
+
+    @operator("mean", statistics=KEPT, keeps_offsets=averages_positions)
+    @operator("amax amin var std", statistics=KEPT)
+    def statistic(run, operation): ...
+
+The decorated function is its label rule; the rest is optional (see `Operator`). `register_operator` does the same for
+operators of other libraries. What kind an operator is, which attribution needs to know too, stands in
+`image_classification/models/operators.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.utils._pytree import tree_leaves
+
+from image_classification.config import check_setting
+from image_classification.models.operators import declare
+from image_classification.models.running import Args, Kwargs
+from pruning.engine.labeller import Labeller, Rule, SizeUse, is_pointwise, operation_name
+from pruning.engine.labels import Slot, Value, support
+from pruning.engine.operators.unknowns import ConstantRule, elementwise
+from pruning.engine.tracing import Operation, Ref, Trace
+
+#: (operator, arguments, keyword arguments, bool array that broadcasts to the input: what stays) → result.
+KeptRule = Callable[[OpOverload, Args, Kwargs, np.ndarray], Any]
+#: (trace, operation, number of the value that has the offset) → whether the result has it too.
+OffsetRule = Callable[[Trace, Operation, int], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """How statistics over channels are taken over those that are kept.
+
+    Attributes:
+        family: Name of the operators that are counted together in a pass, to find this one again.
+        over_kept: Computes the operator from the kept elements alone.
+    """
+
+    family: str
+    over_kept: KeptRule
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """What the engine knows of an operator.
+
+    Attributes:
+        label: What it does to channel labels.
+        statistics: How its statistics over channels follow when channels leave; None: it takes none.
+        constants: What comes of inputs of which some elements are unknown (NaN); None: NaN goes where PyTorch
+            carries it.
+        keeps_offsets: Whether a constant that is added to every channel of its first input is added to its result.
+    """
+
+    label: Rule
+    statistics: Statistics | None = None
+    constants: ConstantRule | None = None
+    keeps_offsets: OffsetRule | None = None
+
+
+#: Every overload that is known.
+OPERATORS: dict[OpOverload, Operator] = {}
+#: Label rules by schema name, for libraries that may not be imported.
+_ELSEWHERE: dict[str, Rule] = {}
+_BY_NAME: dict[str, Operator] = {}
+
+
+def operator(
+    names: str,
+    *,
+    statistics: Statistics | None = None,
+    constants: ConstantRule | None = None,
+    keeps_offsets: OffsetRule | None = None,
+) -> Callable[[Rule], Rule]:
+    """Register the decorated label rule for every overload of ATen operators (those that this PyTorch has).
+
+    Args:
+        names: The operators, separated by blanks.
+        statistics, constants, keeps_offsets: See `Operator`.
+    """
+
+    def register(label: Rule) -> Rule:
+        for name in names.split():
+            packet = getattr(torch.ops.aten, name, None)
+            if packet is not None:
+                _enter(packet, Operator(label, statistics, constants, keeps_offsets))
+        return label
+
+    return register
+
+
+def elsewhere(names: str) -> Callable[[Rule], Rule]:
+    """Register the decorated label rule for operators of a library that the engine does not import.
+
+    Args:
+        names: Their schema names (`torchvision::nms`), separated by blanks.
+    """
+
+    def register(label: Rule) -> Rule:
+        _ELSEWHERE.update((name, label) for name in names.split())
+        return label
+
+    return register
+
+
+def register_operator(
+    operator: OpOverload | OpOverloadPacket,
+    *,
+    label: Rule | None = None,
+    kind: str = "other",
+    statistics: KeptRule | None = None,
+    constants: ConstantRule | None = None,
+    keeps_offsets: bool = False,
+    nonnegative: bool = False,
+    bounded: bool = False,
+) -> None:
+    """Teach an operator of another library to the engine and to the attribution methods.
+
+    Args:
+        operator: `torch.ops.mylib.scale.default`, or `torch.ops.mylib.scale` for all its overloads.
+        label: `(run, operation)` → labels of its outputs: a `Value`, or a list of one for each output. May be left out
+            for a pointwise operator that takes no vectors: it unites the labels of all tensors that it takes.
+        kind: What it does to a signal, which is how attribution treats it: "linear" (sums, averages, maxima),
+            "pointwise", "normalisation", "movement" or "other". Attribution differentiates linear operators and
+            movements: give them a backward pass.
+        statistics: `(operator, args, kwargs, kept)` → its result from the kept channels alone, for a label rule that
+            says `run.note_statistics`.
+        constants: `(operator, args, kwargs)` → its result where NaN stands for "depends on the image", for `shrink`.
+            Only needed where a zero makes NaN irrelevant, or where the operator loses NaN.
+        keeps_offsets: A constant added to every channel of its first argument is added to its result.
+        nonnegative, bounded: Facts about its results, which some attribution rules use.
+
+    Raises:
+        SettingError: There is no such kind, or it is of no kind that goes without a label rule.
+    """
+    check_setting(
+        label is not None or kind == "pointwise",
+        "label",
+        label,
+        f"give the label rule of {operator}; only pointwise operators do without",
+    )
+    declare(_schema_name(operator), kind, nonnegative=nonnegative, bounded=bounded)
+    if constants is None and kind == "pointwise":
+        constants = elementwise
+    _enter(
+        operator,
+        Operator(
+            label or pointwise,
+            None if statistics is None else Statistics(_schema_name(operator), statistics),
+            constants,
+            always if keeps_offsets else None,
+        ),
+    )
+
+
+def always(trace: Trace, operation: Operation, value: int) -> bool:
+    return True
+
+
+def _overloads(operator: OpOverload | OpOverloadPacket) -> Iterator[OpOverload]:
+    if isinstance(operator, OpOverload):
+        yield operator
+    else:
+        for overload in operator.overloads():
+            yield getattr(operator, overload)
+
+
+def _schema_name(operator: OpOverload | OpOverloadPacket) -> str:
+    return next(_overloads(operator))._schema.name
+
+
+def _enter(operator: OpOverload | OpOverloadPacket, record: Operator) -> None:
+    for overload in _overloads(operator):
+        OPERATORS[overload] = record
+        _BY_NAME[operation_name(overload)] = record
+
+
+def operator_named(name: str) -> Operator | None:
+    """The record of an operator by the name that `operation_name` gives it."""
+    return _BY_NAME.get(name)
+
+
+def label_rule(func: OpOverload) -> Rule:
+    """The label rule of an operator: its own, or that of all element-wise ones, or that of unknown ones."""
+    if func in OPERATORS:
+        return OPERATORS[func].label
+    if func._schema.name in _ELSEWHERE:
+        return _ELSEWHERE[func._schema.name]
+    return pointwise if is_pointwise(func) else unknown
+
+
+def keeps_offset(trace: Trace, operation: Operation, value: int) -> bool:
+    """Whether a constant that is added to every channel of a value is added to the operation's first output too."""
+    record = OPERATORS.get(operation.func)
+    if record is None or record.keeps_offsets is None or operation.args[0] != Ref(value):
+        return False
+    return record.keeps_offsets(trace, operation, value)
+
+
+def arguments(operation: Operation) -> dict[str, Any]:
+    """All arguments by their schema name, defaults filled in."""
+    return named_arguments(operation.func, operation.args, operation.kwargs)
+
+
+def named_arguments(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by their schema name, defaults filled in."""
+    schema = func._schema.arguments
+    bound = {argument.name: argument.default_value for argument in schema}
+    for argument, value in zip(schema, args, strict=False):
+        bound[argument.name] = value
+    bound.update(kwargs)
+    return bound
+
+
+def wrap(dim: int, rank: int) -> int:
+    """A dimension counted from the front."""
+    return dim + rank if dim < 0 else dim
+
+
+def dim_list(dims: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
+    """Dimensions counted from the front; all of them for None or an empty list."""
+    if dims is None or (not isinstance(dims, int) and len(dims) == 0):
+        return tuple(range(rank))
+    return tuple(wrap(dim, rank) for dim in ([dims] if isinstance(dims, int) else dims))
+
+
+def note_size(run: Labeller, operation: Operation, atoms: np.ndarray, dim: int = 0) -> SizeUse:
+    """Remember that `atoms.shape[dim]` stands among the operator's arguments as a number."""
+    use = SizeUse(operation.module, operation.stack, operation_name(operation.func), atoms, dim)
+    run.size_uses.append(use)
+    return use
+
+
+def pointwise(run: Labeller, operation: Operation) -> Value:
+    """Operators that PyTorch declares element-wise."""
+    values = [run.at(leaf) for leaf in tensor_arguments(operation)]
+    return run.combine(operation, values, run.out_shape(operation))
+
+
+def unknown(run: Labeller, operation: Operation) -> list[Value]:
+    """Operators without a rule: what goes in can no longer be removed."""
+    for leaf in tensor_arguments(operation):
+        run.freeze_value(run.at(leaf), f"{run.describe(operation)} is an operator without a rule")
+    return [Value(run.info(out).shape if out is not None else ()) for out in operation.outputs]
+
+
+def tensor_arguments(operation: Operation) -> list[Ref]:
+    """Every tensor among the arguments, nested ones too."""
+    leaves = tree_leaves((operation.args, operation.kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, Ref)]
+
+
+def as_channel(vector: Value, rank: int, dim: int = 1) -> Value:
+    """A vector of per-channel parameters, seen as a tensor that varies along `dim`."""
+    shape = tuple(vector.shape[0] if d == dim else 1 for d in range(rank))
+    return Value(shape, tuple(slot.reshape(shape) for slot in vector.slots if slot.size == vector.shape[0]))
+
+
+def within(run: Labeller, x: Value, dims: Sequence[int], reason: str) -> tuple[Slot, ...]:
+    """Labels of a tensor whose positions along `dims` are mixed or told apart by number: those that stay.
+
+    What is labelled along these dimensions alone is frozen; what is labelled along others too goes as a whole.
+    """
+    slots = []
+    for slot in x.slots:
+        if set(support(slot)) <= set(dims):
+            run.table.freeze(slot, reason)
+        else:
+            slots.append(run.table.unite_along(slot, tuple(dims)))
+    return tuple(slots)
+
+
+def all_dims(shape: tuple[int, ...]) -> frozenset[int]:
+    """The dimensions along which a tensor extends."""
+    return frozenset(dim for dim, size in enumerate(shape) if size > 1)

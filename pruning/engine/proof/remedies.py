@@ -1,0 +1,420 @@
+"""What is done about a trial that fails: a list of remedies, tried in order for every kind of module.
+
+A failure is seen in a module, but what is right in one module is right in all of its kind, so remedies are for
+kinds. Each takes a *measure*, and the graph is built with all measures taken so far. In the end each measure has
+to show that it is needed (`verification.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+from torch import nn
+
+from pruning.engine.building import build_graph
+from pruning.engine.case import Case
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.coupling import as_units
+from pruning.engine.labeller import Labeller, Policy
+from pruning.engine.native_layers import is_native
+from pruning.engine.proof.hidden_widths import tie_shapes, tie_widths
+from pruning.engine.proof.loosening import FLIPPED
+from pruning.engine.proof.trial import Failure, Trial, random_mask
+
+_MOST_SINGLE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Slices of a tensor that must stay, found by trial (or assumed, as in a module of the same kind).
+
+    Attributes:
+        tensor, dim: Which dimension of which parameter or buffer.
+        positions: Which slices, among `extent`. In a tensor of another extent, as a module of the same kind may
+            have, they mean nothing: all of its slices must stay.
+        reason: Why, for people.
+        assumed: Another module of the kind failed, not this one.
+    """
+
+    tensor: str
+    dim: int
+    positions: np.ndarray
+    extent: int
+    reason: str
+    assumed: bool
+
+    def of(self, atoms: np.ndarray) -> np.ndarray:
+        """Those of a tensor's atoms, (extent,), that must stay."""
+        return atoms[self.positions] if len(atoms) == self.extent else atoms
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What one remedy has changed.
+
+    Attributes:
+        remedy: Its name.
+        kind: The kind of modules it is for; "" is the whole network.
+        follows: Whole numbers that modules hold follow the widths that they equal.
+        unfollowed: Modules whose numbers stay as they are nevertheless.
+        tied: Modules in which widths that share a number lose the same.
+        shaped: Modules in which widths may have been computed from each other, and which widths (see `tie_shapes`).
+        couplings: Choices of operators that are made the other way.
+        verdicts: Slices that must stay.
+    """
+
+    remedy: str
+    kind: str = ""
+    follows: bool = False
+    unfollowed: frozenset[str] = frozenset()
+    tied: frozenset[str] = frozenset()
+    shaped: tuple[frozenset[str], str] = (frozenset(), "")
+    couplings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    verdicts: tuple[Verdict, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Measures:
+    """All measures taken so far, in order.
+
+    Attributes:
+        couplings: Choices of operators that were made before any trial.
+        taken: The measures.
+        num_tried: Per kind of module, how many remedies of the list were tried.
+        messages: Per kind of module, what failed first when whole numbers followed.
+        ties_shapes: Widths that may have been computed from each other may be tied.
+    """
+
+    couplings: Policy
+    taken: tuple[Measure, ...] = ()
+    num_tried: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    messages: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ties_shapes: bool = True
+
+    @property
+    def policy(self) -> Policy:
+        """The choices of operators, with those that measures have made the other way."""
+        policy = dict(self.couplings)
+        for measure in self.taken:
+            policy.update(measure.couplings)
+        return policy
+
+    @property
+    def follows(self) -> bool:
+        """Whether whole numbers follow widths."""
+        return any(measure.follows for measure in self.taken)
+
+    @property
+    def unfollowed(self) -> set[str]:
+        """Modules whose whole numbers stay as they are."""
+        return {name for measure in self.taken for name in measure.unfollowed}
+
+    @property
+    def tied(self) -> set[str]:
+        """Modules in which widths that share a number lose the same."""
+        return {name for measure in self.taken for name in measure.tied}
+
+    @property
+    def shaped(self) -> list[tuple[frozenset[str], str]]:
+        """Modules in which widths were computed from each other, and from which."""
+        return [measure.shaped for measure in self.taken if measure.shaped[0]]
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """Slices that must stay."""
+        return [verdict for measure in self.taken for verdict in measure.verdicts]
+
+    def plus(self, measure: Measure) -> Measures:
+        """With one more."""
+        return dataclasses.replace(self, taken=(*self.taken, measure))
+
+    def without(self, measures: Iterable[Measure]) -> Measures:
+        """Without some of them."""
+        gone = {id(measure) for measure in measures}
+        return dataclasses.replace(self, taken=tuple(m for m in self.taken if id(m) not in gone))
+
+    def without_assumptions(self) -> Measures:
+        """Without verdicts on modules that did not fail themselves."""
+        taken = []
+        for measure in self.taken:
+            verdicts = tuple(verdict for verdict in measure.verdicts if not verdict.assumed)
+            if verdicts or not measure.verdicts:
+                taken.append(dataclasses.replace(measure, verdicts=verdicts))
+        return dataclasses.replace(self, taken=tuple(taken))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trouble:
+    """A trial that failed.
+
+    Attributes:
+        case: The network.
+        labeller, graph: As built with all measures so far.
+        failure: What failed.
+        kind: The kind of the module where it failed (see `kind_of`).
+        siblings: Names of all modules of that kind.
+    """
+
+    case: Case
+    labeller: Labeller
+    graph: ChannelGraph
+    failure: Failure
+    kind: str
+    siblings: frozenset[str]
+
+    def following(self, measures: Measures) -> frozenset[str]:
+        """Modules of the kind that hold numbers which follow widths."""
+        holders = {axis.module for axis in self.graph.attributes if axis.found}
+        return frozenset(holders & self.siblings - measures.unfollowed)
+
+
+#: Takes a measure against a trouble; None where it does not apply.
+Remedy = Callable[[Trouble, Measures], "Measures | None"]
+
+
+def follow_numbers(trouble: Trouble, measures: Measures) -> Measures | None:
+    """Whole numbers that modules hold follow the widths that they equal, in the whole network."""
+    return None if measures.follows else measures.plus(Measure("follow_numbers", follows=True))
+
+
+def tie_numbers(trouble: Trouble, measures: Measures) -> Measures | None:
+    """Widths of the kind's modules that share a number lose the same, unless that ties all channels of a group."""
+    modules = trouble.following(measures)
+    if not modules:
+        return None
+    if not tie_widths(trouble.case.model, trouble.labeller, modules):
+        return None
+    if _ties_whole_groups(trouble):
+        return None
+    return measures.plus(Measure("tie_numbers", trouble.kind, tied=modules))
+
+
+def couple_otherwise(trouble: Trouble, measures: Measures) -> Measures | None:
+    """Operators of the kind's modules make the other choice where they have one."""
+    flipped = {}
+    for key, choice in trouble.labeller.choices.items():
+        if choice.module in trouble.siblings and key not in measures.policy and choice.chosen in FLIPPED:
+            flipped[key] = FLIPPED[choice.chosen]
+    if not flipped:
+        return None
+    return measures.plus(Measure("couple_otherwise", trouble.kind, couplings=flipped))
+
+
+def leave_numbers(trouble: Trouble, measures: Measures) -> Measures | None:
+    """Whole numbers of the kind's modules stay as they are."""
+    modules = trouble.following(measures)
+    if not modules:
+        return None
+    return measures.plus(Measure("leave_numbers", trouble.kind, unfollowed=modules))
+
+
+def start_over(trouble: Trouble, measures: Measures) -> Measures | None:
+    """Nothing has helped this kind: its modules are coupled as in the beginning, and numbers follow again."""
+    own = [m for m in measures.taken if m.kind == trouble.kind and not m.follows and not m.verdicts]
+    if not any(measure.tied or measure.couplings or measure.shaped[0] for measure in own):
+        return None
+    return measures.without(own)
+
+
+def _tie_shapes(ties: str) -> Remedy:
+    """The remedy that unites widths which may have been computed from each other; the next replaces the last."""
+
+    def tie(trouble: Trouble, measures: Measures) -> Measures | None:
+        names = trouble.siblings
+        if not (measures.ties_shapes and trouble.failure.raised):
+            return None
+        if not tie_shapes(trouble.case, trouble.labeller, names, ties):
+            return None
+        if _ties_whole_groups(trouble):
+            return None
+        before = [m for m in measures.taken if m.kind == trouble.kind and m.shaped[0]]
+        measure = Measure("tie_shapes", trouble.kind, shaped=(names, ties))
+        return measures.without(before).plus(measure)
+
+    return tie
+
+
+def freeze(trouble: Trouble, measures: Measures) -> Measures:
+    """Channels that the failure is put down to must stay: the last resort, as often as it takes.
+
+    An exception has its cause in the module that raised. What a module merely computes otherwise may be an
+    operator's doing that ran before it, so groups around it are cut one by one to find the one to blame.
+    """
+    local = trouble.failure.raised and trouble.failure.module
+    verdicts = () if local else _verdicts_on_the_culprit(trouble)
+    if not verdicts:
+        verdicts = _verdicts_on_suspects(trouble, measures.messages[trouble.kind])
+    return measures.plus(Measure("freeze", trouble.kind, verdicts=verdicts))
+
+
+#: In the order in which they are tried; after them `freeze`.
+REMEDIES: tuple[Remedy, ...] = (
+    follow_numbers,
+    tie_numbers,
+    couple_otherwise,
+    _tie_shapes("last"),
+    leave_numbers,
+    start_over,
+    _tie_shapes("last"),
+    _tie_shapes("input"),
+    _tie_shapes("divisors"),
+    _tie_shapes("parts"),
+)
+
+
+def remedied(
+    case: Case, measures: Measures, labeller: Labeller, graph: ChannelGraph, failure: Failure
+) -> Measures:
+    """The measures with one more against a failure: the first remedy that was not tried for the kind and applies."""
+    kind, siblings = kind_of(case.model, failure.module)
+    trouble = Trouble(case, labeller, graph, failure, kind, siblings)
+    if measures.follows:
+        messages = {kind: failure.message, **measures.messages}
+        measures = dataclasses.replace(measures, messages=messages)
+    for number in range(measures.num_tried.get(kind, 0), len(REMEDIES)):
+        changed = REMEDIES[number](trouble, measures)
+        if changed is not None:
+            return dataclasses.replace(changed, num_tried={**measures.num_tried, kind: number + 1})
+    return dataclasses.replace(
+        freeze(trouble, measures), num_tried={**measures.num_tried, kind: len(REMEDIES)}
+    )
+
+
+def kind_of(model: nn.Module, name: str) -> tuple[str, frozenset[str]]:
+    """The kind of a module, and the names of all modules of that kind.
+
+    A kind is a class. A PyTorch layer is of the kind "layer of that name within a parent of that class".
+    """
+    modules = dict(model.named_modules())
+    module = modules[name]
+    if not is_native(module):
+        same = {other for other, candidate in modules.items() if type(candidate) is type(module)}
+        return _class_path(module), frozenset(same)
+    parent, _, child = name.rpartition(".")
+    owner = modules[parent]
+    if is_native(owner):
+        return name, frozenset({name})
+    same = set()
+    for other, candidate in modules.items():
+        sibling = f"{other}.{child}".lstrip(".")
+        if type(candidate) is type(owner) and type(modules.get(sibling)) is type(module):
+            same.add(sibling)
+    return f"{_class_path(owner)}.{child}", frozenset(same)
+
+
+def _class_path(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _ties_whole_groups(trouble: Trouble) -> bool:
+    """Whether what was united in the labeller since ties all channels of some group."""
+    tied = build_graph(trouble.case, trouble.labeller)
+    single = [sum(group.width == 1 for group in graph.groups) for graph in (tied, trouble.graph)]
+    return single[0] > single[1]
+
+
+# -- whom a failure is put down to -------------------------------------------------------------------------
+
+
+def _verdicts_on_suspects(trouble: Trouble, message: str) -> tuple[Verdict, ...]:
+    """The most local suspect of the module that failed, and of the others of its kind.
+
+    Without any suspect there, everything that can still be cut is one.
+    """
+    graph, failed = trouble.graph, trouble.failure.module
+    modules = sorted(trouble.siblings) if _suspects(trouble.labeller, graph, failed) else [failed]
+    verdicts = []
+    for module in modules:
+        suspects = _suspects(trouble.labeller, graph, module)
+        if module == failed and not suspects:
+            suspects = {group.index for group in graph.prunable}
+        if suspects:
+            index = _by_locality(graph, suspects)[0]
+            member = graph.members(index)[0]
+            positions = np.flatnonzero(member.positions >= 0)
+            verdicts.append(
+                Verdict(
+                    member.tensor,
+                    member.dim,
+                    positions,
+                    extent=len(member.positions),
+                    reason=f"cannot be cut: {message}",
+                    assumed=module != failed,
+                )
+            )
+    return tuple(verdicts)
+
+
+def _verdicts_on_the_culprit(trouble: Trouble) -> tuple[Verdict, ...]:
+    """Cut groups around the failed module one by one: the first that fails alone, and those like it."""
+    case, graph = trouble.case, trouble.graph
+    for index, owner in _around(graph, trouble.failure.module)[:_MOST_SINGLE]:
+        mask = random_mask(graph, [graph.groups[index]])
+        failure = Trial(case.model, case.passes, graph, mask).failure()
+        if failure is None:
+            continue
+        inside = [m for m in graph.members(index) if owner and m.tensor.startswith(f"{owner}.")]
+        member = (inside or graph.members(index))[0]
+        likes = {owner}
+        if inside:
+            likes |= kind_of(case.model, owner)[1]
+        suffix = member.tensor.removeprefix(owner)
+        positions = np.flatnonzero(member.positions >= 0)
+        verdicts = []
+        for like in sorted(likes):
+            verdicts.append(
+                Verdict(
+                    member.tensor if like in (owner, "") else like + suffix,
+                    member.dim,
+                    positions,
+                    extent=len(member.positions),
+                    reason=f"cannot be cut: {failure.message}",
+                    assumed=like != owner,
+                )
+            )
+        return tuple(verdicts)
+    return ()
+
+
+def _suspects(labeller: Labeller, graph: ChannelGraph, module: str) -> set[int]:
+    """Prunable groups that a module counts, or else reads; then those of the modules around it; then its own."""
+    for name in and_around(module):
+        uses = [use.atoms for use in labeller.size_uses if use.module == name]
+        counted = [as_units(graph.unit_of_atom, atoms).reshape(-1) for atoms in uses]
+        read = [place.units for place in graph.places if place.module == name and place.kind == "input"]
+        for vectors in (counted, read):
+            groups = _prunable_in(graph, vectors)
+            if groups:
+                return groups
+    own = [axis.units for axis in graph.axes if axis.tensor.rpartition(".")[0] == module]
+    return _prunable_in(graph, own)
+
+
+def _around(graph: ChannelGraph, failed: str) -> list[tuple[int, str]]:
+    """Prunable groups in a module, then in the modules around it, with the module each was met in."""
+    found: dict[int, str] = {}
+    for owner in and_around(failed):
+        inside = [p.units for p in graph.places if not owner or f"{p.module}.".startswith(f"{owner}.")]
+        for index in _by_locality(graph, _prunable_in(graph, inside)):
+            found.setdefault(index, owner)
+    return list(found.items())
+
+
+def and_around(module: str) -> list[str]:
+    """A module and all modules around it, innermost first."""
+    names = [module]
+    while names[-1]:
+        names.append(names[-1].rpartition(".")[0])
+    return names
+
+
+def _prunable_in(graph: ChannelGraph, vectors: list[np.ndarray]) -> set[int]:
+    groups = {index for units in vectors for index in graph.groups_in(units)}
+    return {index for index in groups if graph.groups[index].prunable}
+
+
+def _by_locality(graph: ChannelGraph, groups: set[int]) -> list[int]:
+    """Groups, those that touch the fewest tensors first."""
+    return sorted(groups, key=lambda index: (len(graph.members(index)), index))

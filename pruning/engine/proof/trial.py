@@ -1,0 +1,381 @@
+"""One trial: the network with some units cut must compute what the masked network does.
+
+Masked means: all slices that carry removed units are zeroed in the full network, and statistics over channels
+(LayerNorm, some GroupNorms, weight standardisation, means) are taken over the kept channels: what a network does
+that never had the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from image_classification.models.running import ModuleCall, following
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.cutting import Changes, plan_network
+from pruning.engine.examples import Pass, output_tensors
+from pruning.engine.groups import Group, Place
+from pruning.engine.kept_state import state_kept
+from pruning.engine.proof.rehearsal import as_float, in_double, masked, rehearsal
+from pruning.engine.steady import Steady
+from pruning.engine.tracing import Requests, is_leaf, set_trace_mode, undisturbed
+
+TOLERANCE = 1e-4
+_MODULE_TOLERANCE = 1e-3
+
+
+@dataclasses.dataclass
+class Failure:
+    """Where a trial failed: the innermost module, what happened, and whether it was an exception."""
+
+    module: str
+    message: str
+    raised: bool = False
+
+
+class _DifferenceError(Exception):
+    """Ends a run at the first module that computes something else."""
+
+
+class Trial:
+    """A cut that can be tried several times.
+
+    Args:
+        model: The network, under rehearsal.
+        passes: The ways in which it is run.
+        graph: Its channel graph. Attributes may come and go between two tries; what is masked must stay the same.
+        mask: (num_units,) bool, True for the units that stay.
+    """
+
+    def __init__(
+        self, model: nn.Module, passes: Sequence[Pass], graph: ChannelGraph, mask: np.ndarray
+    ) -> None:
+        self.graph = graph
+        self._model, self._passes, self._mask = model, passes, mask
+        self._expected: dict[int, _Run] = {}
+        # (number of the pass, ids of the attributes that followed) of the tries in which all agreed.
+        self._agreed: set[tuple[int, frozenset[int]]] = set()
+
+    def failure(self, repeats: bool = True) -> Failure | None:
+        """Cut the network, compare it with the masked one, and put it back; None if they agree.
+
+        A second try ends at the first module that computes something else, since it is known what each should compute.
+        Passes in which the same graph with the same attributes agreed before are not run again.
+
+        Args:
+            repeats: Also run the passes that repeat another operator by operator as long as nothing is cut.
+        """
+        if self._mask.all():
+            return None
+        following = frozenset(id(axis) for axis in self.graph.attributes)
+        for number, one in enumerate(self._passes):
+            is_repeat = any(other.trace == one.trace for other in self._passes[:number])
+            if (number, following) in self._agreed or (is_repeat and not repeats):
+                continue
+            failure = self._failure_in(one)
+            if failure is not None and not (one.choosing and self._agrees_in_double(one, failure)):
+                return failure
+            self._agreed.add((number, following))
+        return None
+
+    def _failure_in(self, one: Pass) -> Failure | None:
+        found = self._run_cut(one, self._expected.get(one.trace))
+        if found.failure is not None:
+            return found.failure
+        expected = self._expected_of(one)
+        return _difference(expected, found) or _other_steps(one, expected, found)
+
+    def _agrees_in_double(self, one: Pass, failure: Failure) -> bool:
+        """Whether only rounding made the difference, where a network chooses by values that are nearly equal."""
+        if failure.raised:
+            return False
+        with in_double(self._model):
+            found, expected = self._run_cut(one), self._run_masked(one)
+        if found.failure is not None or expected.failure is not None:  # it does not run in double precision
+            return False
+        return _difference(expected, found) is None and _other_steps(one, expected, found) is None
+
+    def raises(self) -> bool:
+        """Whether the cut network raises an exception, whatever it computes otherwise."""
+        return any(self._run_cut(one).failure is not None for one in _distinct(self._passes))
+
+    def _expected_of(self, one: Pass) -> _Run:
+        """What the masked network computes in a pass; run once for all that repeat it."""
+        if one.trace not in self._expected:
+            self._expected[one.trace] = self._run_masked(one)
+        return self._expected[one.trace]
+
+    def _run_cut(self, one: Pass, expected: _Run | None = None) -> _Run:
+        set_trace_mode(self._model, one.training)
+        changes = Changes()
+        plan_network(self._model, self.graph, self._mask, changes)
+        changes.apply()
+        try:
+            return _run(self._model, one, self.graph, None, expected)
+        finally:
+            changes.revert()
+
+    def _run_masked(self, one: Pass) -> _Run:
+        set_trace_mode(self._model, one.training)
+        with masked(self._model, self.graph, self._mask, one.trace, one.divisors):
+            return _run(self._model, one, self.graph, self._mask)
+
+
+def _distinct(passes: Sequence[Pass]) -> list[Pass]:
+    """The first pass of each trace."""
+    return list({one.trace: one for one in reversed(passes)}.values())[::-1]
+
+
+class Trials:
+    """The same network under several cuts. The one that failed last is tried first.
+
+    Args:
+        model, passes, graph: See `Trial`.
+        masks: One per cut.
+
+    Attributes:
+        first: The trial of the first cut.
+    """
+
+    def __init__(
+        self, model: nn.Module, passes: Sequence[Pass], graph: ChannelGraph, masks: Sequence[np.ndarray]
+    ) -> None:
+        self.graph = graph
+        self._trials = [Trial(model, passes, graph, mask) for mask in masks]
+        self.first = self._trials[0]
+
+    def failure(self, repeats: bool = True) -> Failure | None:
+        """The first failure under any of the cuts; `repeats` as for `Trial.failure`."""
+        for trial in list(self._trials):
+            failure = trial.failure(repeats)
+            if failure is not None:
+                self._trials.remove(trial)
+                self._trials.insert(0, trial)
+                return failure
+        return None
+
+
+def failure_of_cut(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> Failure | None:
+    """Try the very cut that is about to be made, in all passes that the graph knows of.
+
+    Args:
+        model: The network, with its own weights.
+        graph: Its channel graph; one that was loaded from a checkpoint knows no passes before it was given examples.
+        mask: (num_units,) bool, True for the units that stay.
+    """
+    if not graph.passes or mask.all():
+        return None
+    device = next(model.parameters()).device
+    passes = []
+    for one in graph.passes:
+        example = one.example.map(lambda tensor: tensor.to(device))
+        passes.append(dataclasses.replace(one, example=example))
+    with undisturbed(model), rehearsal(model, passes):
+        return Trial(model, passes, graph, mask).failure()
+
+
+MaskMaker = Callable[[ChannelGraph], np.ndarray]
+
+
+def random_mask(graph: ChannelGraph, groups: Sequence[Group], seed: int = 7) -> np.ndarray:
+    """Between 30 % and 70 % of each of these groups' units stay, differently for each group."""
+    generator = np.random.Generator(np.random.Philox(seed))
+    mask = np.ones(graph.num_units, dtype=bool)
+    for group in groups:
+        count = int(np.clip(round(group.width * generator.uniform(0.3, 0.7)), 1, group.width - 1))
+        mask[group.units] = False
+        mask[group.units[generator.choice(group.width, count, replace=False)]] = True
+    return mask
+
+
+def random_halves(graph: ChannelGraph) -> np.ndarray:
+    """Random halves of all prunable groups, more or less."""
+    return random_mask(graph, graph.prunable)
+
+
+def one_in_ten(graph: ChannelGraph) -> np.ndarray:
+    """Every prunable group keeps a tenth, at random; two units at least, since one alone has no spread."""
+    generator = np.random.Generator(np.random.Philox(11))
+    mask = np.ones(graph.num_units, dtype=bool)
+    for group in graph.prunable:
+        count = min(max(2, round(group.width / 10)), group.width - 1)
+        mask[group.units] = False
+        mask[group.units[generator.choice(group.width, count, replace=False)]] = True
+    return mask
+
+
+def equal_widths(graph: ChannelGraph) -> np.ndarray:
+    """The last units of all prunable groups stay, as many in each if it is wide enough.
+
+    A forward that compares two widths decides otherwise when they come out equal, and a slice that ends at a fixed
+    number meets other channels when those before it go.
+    """
+    mask = np.ones(graph.num_units, dtype=bool)
+    if graph.prunable:
+        common = max(1, min(group.width for group in graph.prunable) // 2)
+        for group in graph.prunable:
+            mask[group.units[: group.width - common]] = False
+    return mask
+
+
+def all_but_one(graph: ChannelGraph) -> np.ndarray:
+    """The first unit of every prunable group goes. What stays has no divisor in common with the old width."""
+    mask = np.ones(graph.num_units, dtype=bool)
+    for group in graph.prunable:
+        mask[group.units[0]] = False
+    return mask
+
+
+#: The cuts that every graph must stand.
+MASKS: tuple[MaskMaker, ...] = (random_halves, one_in_ten, equal_widths)
+
+
+@dataclasses.dataclass
+class _Run:
+    """What a trial run left: one summary per module call, outputs and steps, or where it stopped."""
+
+    calls: list[tuple[str, Tensor]]
+    outputs: list[Tensor]
+    steps: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+    failure: Failure | None = None
+
+
+def _run(
+    model: nn.Module,
+    one: Pass,
+    graph: ChannelGraph,
+    mask: np.ndarray | None,
+    expected: _Run | None = None,
+) -> _Run:
+    """Run the network and summarise the output of every leaf module, channel by channel.
+
+    Args:
+        model: Cut or masked.
+        one: What it is given.
+        graph: Tells where the channels are.
+        mask: Which of them stay, in a masked network.
+        expected: A run to agree with: the first difference ends this one as a failure.
+    """
+    run = _Run([], [])
+    places: dict[tuple[str, int], list[Place]] = {}
+    for place in graph.places:
+        if place.kind == "output" and place.is_leaf:
+            places.setdefault((place.module, place.call), []).append(place)
+
+    def leaving(call: ModuleCall, module: nn.Module, output: object) -> None:
+        # Of a module that the recorded pass did not call (an expert that got no token) the channels are not known.
+        known = call.name in one.called and is_leaf(module)
+        if known and isinstance(output, Tensor) and output.is_floating_point():
+            with (
+                _disable_current_modes(),
+                torch._C.DisableTorchFunction(),
+            ):  # what is looked at here is no step
+                summary = _summary(output, places.get((call.name, call.number), []), mask)
+                run.calls.append((call.name, summary))
+                if expected is not None:
+                    run.failure = _call_difference(expected, run, len(run.calls) - 1)
+            if run.failure is not None:
+                raise _DifferenceError
+
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    example = as_float(one.example, dtype)
+    torch.manual_seed(0)
+    with (
+        state_kept(model, one.written),
+        following(model, leaving=leaving) as running,
+        Requests(running) as requests,
+        Steady(full_precision=True) if one.unsteady else contextlib.nullcontext(),
+    ):
+        try:
+            run.outputs = output_tensors(example.run(model))
+            run.steps = requests.steps
+        except _DifferenceError:
+            pass
+        except Exception as error:  # whatever a network raises on a cut is what we want to know
+            if _lacks_memory(error):
+                raise
+            where = running.failed or ""
+            kind = type(model.get_submodule(where)).__name__
+            message = f"{kind} {where!r} raises {type(error).__name__}: {_first_line(error)}"
+            run.failure = Failure(where, message, raised=True)
+    return run
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether the machine is to blame, which says nothing about a cut."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:160]
+
+
+def _summary(output: Tensor, places: list[Place], mask: np.ndarray | None) -> Tensor:
+    """(2, C) mean and mean square of every channel that stays; of the whole where no channels are known."""
+    values = output.detach().float()
+    if not places or values.dim() != len(places[0].shape):
+        return torch.stack([values.mean(), values.square().mean()]).reshape(2, 1)
+    for place in places:
+        if mask is None:
+            break
+        stays = np.flatnonzero((place.units < 0) | mask[np.maximum(place.units, 0)])
+        values = values.index_select(place.dim, torch.from_numpy(stays).to(values.device))
+    values = values.movedim(places[0].dim, 0)
+    values = values.reshape(values.shape[0], -1)
+    return torch.stack([values.mean(dim=1), values.square().mean(dim=1)])
+
+
+def _difference(expected: _Run, found: _Run) -> Failure | None:
+    if expected.failure is not None:
+        return expected.failure
+    for number in range(min(len(expected.calls), len(found.calls))):
+        failure = _call_difference(expected, found, number)
+        if failure is not None:
+            return failure
+    if len(expected.outputs) != len(found.outputs):
+        return Failure("", "the number of outputs changes")
+    for left, right in zip(expected.outputs, found.outputs, strict=True):
+        if left.shape != right.shape:
+            return Failure("", "the shape of the output changes")
+        if left.numel() == 0:  # a detector that finds nothing
+            continue
+        error = (left.float() - right.float()).abs().max() / left.float().abs().max().clamp(min=1e-12)
+        if not bool(error <= TOLERANCE):
+            return Failure("", f"the output differs by {float(error):.1e}")
+    return None
+
+
+def _other_steps(one: Pass, expected: _Run, found: _Run) -> Failure | None:
+    """A function that only the whole network calls, or only the cut one: somewhere a width decides.
+
+    The whole network is the one that was recorded, or the masked one: where values decide, these two may differ.
+    """
+    fewest = min(one.steps ^ found.steps, expected.steps ^ found.steps, key=len)
+    for module, name in sorted(fewest):
+        which = "cut" if (module, name) in found.steps else "whole"
+        where = repr(module) if module else "the network itself"
+        return Failure(module, f"only the {which} network calls {name!r} in {where}: a width decides there")
+    return None
+
+
+def _call_difference(expected: _Run, found: _Run, number: int) -> Failure | None:
+    """What differs in one call of a module; None where the expected run has no such call."""
+    if number >= len(expected.calls):
+        return None
+    name, left = expected.calls[number]
+    other, right = found.calls[number]
+    if name != other or left.shape != right.shape:
+        return Failure(other, f"the path or shape changes at {other!r}")
+    # Rows: mean and mean square. Means near 0 (behind an instance norm) are rounding, so both rows are measured by the
+    # second: the mean by the root of the largest mean square, the mean square by itself.
+    power = left[1].amax().clamp(min=1e-12)
+    error = (left - right).abs().amax(dim=1) / torch.stack([power.sqrt(), power])
+    if not bool((error <= _MODULE_TOLERANCE).all()):
+        return Failure(name, f"{name!r} computes something else on fewer channels")
+    return None

@@ -1,0 +1,203 @@
+"""Tries every group before it is called prunable: the rewritten network must equal the masked one.
+
+All groups are cut at once, by random halves (`trial.py`). Where that fails, the first module that raises or differs
+tells whose groups to look at, and a remedy is taken (`remedies.py`). So a few forward passes try everything. Once
+nothing fails, every remedy must show that it is needed: the graph is built without it, and if nothing fails then
+either, it is taken back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from pruning.engine.building import build_graph, label_case
+from pruning.engine.case import Case
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.groups import AttributeAxis
+from pruning.engine.labeller import Labeller
+from pruning.engine.pairs import paired_attributes
+from pruning.engine.proof.hidden_widths import hidden_widths, tie_shapes, tie_widths
+from pruning.engine.proof.loosening import freedom, loosened
+from pruning.engine.proof.rehearsal import rehearsal
+from pruning.engine.proof.remedies import Measures, and_around, kind_of, remedied
+from pruning.engine.proof.trial import MASKS, Trial, Trials, all_but_one, random_mask
+
+_MOST_ROUNDS = 60
+_OTHER_SEEDS = (8, 9)
+
+
+def verified_graph(case: Case, choices: Mapping[str, str] | None = None) -> ChannelGraph:
+    """Build the graph and try it until nothing fails. Call inside `undisturbed`.
+
+    Args:
+        case: The network.
+        choices: Couplings to take over; without them the better ones are looked for.
+    """
+    measures = Measures(dict(choices) if choices else loosened(case))
+    with rehearsal(case.model, case.passes):
+        graph, needed = _verified(case, measures)
+        if not needed.shaped:
+            return graph
+        # Widths that happen to be equal may have been tied as well: freezing can leave more.
+        without, _ = _verified(case, dataclasses.replace(measures, ties_shapes=False))
+    return graph if _removable(graph) > _removable(without) else without
+
+
+def _removable(graph: ChannelGraph) -> int:
+    """How many channels could be removed."""
+    return sum((group.width - 1) * group.channels_per_unit for group in graph.prunable)
+
+
+def _verified(case: Case, measures: Measures) -> tuple[ChannelGraph, Measures]:
+    """The graph with which nothing fails, and all measures that were taken on the way."""
+    for _ in range(_MOST_ROUNDS):
+        labeller, graph = _build(case, measures)
+        trials = _trials(case, graph)
+        failure = trials.failure()
+        if failure is None:
+            trials = _without_needless_measures(case, measures, trials)
+            return _without_needless_numbers(case, trials), measures
+        measures = remedied(case, measures, labeller, graph, failure)
+    _, graph = _build(case, measures)
+    failure = _trials(case, graph).failure()
+    if failure is not None:
+        graph.freeze(graph.prunable, f"could not be verified: {failure.message}")
+    return graph, measures
+
+
+def _trials(case: Case, graph: ChannelGraph) -> Trials:
+    """The cuts that every graph must stand."""
+    return Trials(case.model, case.passes, graph, [mask(graph) for mask in MASKS])
+
+
+def _build(case: Case, measures: Measures) -> tuple[Labeller, ChannelGraph]:
+    """Labels and graph with all measures taken."""
+    labeller = label_case(case, measures.policy)
+    for verdict in measures.verdicts:
+        atoms = labeller.parameter_atoms.get((verdict.tensor, verdict.dim))
+        if atoms is not None:
+            labeller.table.freeze(verdict.of(atoms), verdict.reason)
+    tie_widths(case.model, labeller, measures.tied)
+    for modules, ties in measures.shaped:
+        tie_shapes(case, labeller, modules, ties)
+    graph = build_graph(case, labeller)
+    if measures.follows:
+        unfollowed = measures.unfollowed
+        known = {(axis.module, axis.attribute, axis.item) for axis in graph.attributes}
+        for axis in hidden_widths(case.model, labeller, graph):
+            if axis.module not in unfollowed and (axis.module, axis.attribute, axis.item) not in known:
+                graph.attributes.append(axis)
+        graph.attributes += paired_attributes(graph.attributes, case.pairs)
+    return labeller, graph
+
+
+def _without_needless_measures(case: Case, measures: Measures, trials: Trials) -> Trials:
+    """Take back what the graph does without: first all verdicts that were assumed, then measures one by one.
+
+    That whole numbers follow widths is judged number by number, in `_without_needless_numbers`.
+
+    Args:
+        case: The network.
+        measures: All that were taken.
+        trials: Of the graph with all of them; they pass.
+
+    Returns:
+        Trials that pass, of the graph with the measures that are needed.
+    """
+    if any(verdict.assumed for verdict in measures.verdicts):
+        sure = measures.without_assumptions()
+        bolder = _trials(case, _build(case, sure)[1])
+        if bolder.failure() is None:
+            measures, trials = sure, bolder
+    for measure in measures.taken:
+        if measure.follows:
+            continue
+        fewer = measures.without([measure])
+        bolder = _trials(case, _build(case, fewer)[1])
+        if freedom(bolder.graph) >= freedom(trials.graph) and _holds(case, bolder):
+            measures, trials = fewer, bolder
+    return trials
+
+
+def _holds(case: Case, trials: Trials) -> bool:
+    """Whether nothing fails, under more cuts neither: by chance two widths may lose the same."""
+    if trials.failure() is not None:
+        return False
+    graph = trials.graph
+    masks = [random_mask(graph, graph.prunable, seed) for seed in _OTHER_SEEDS]
+    return Trials(case.model, case.passes, graph, masks).failure() is None
+
+
+def _without_needless_numbers(case: Case, trials: Trials) -> ChannelGraph:
+    """Whole numbers that equal a width by chance, or that nothing counts by, stay as they are.
+
+    Each is judged by one cut, and what is left by all. Where those fail, each is judged again by all.
+    """
+    graph = trials.graph
+    followed = graph.attributes
+    # A view by the old width can succeed by luck, if what stays divides well; with one channel less it raises.
+    odd = Trial(case.model, case.passes, graph, all_but_one(graph))
+
+    def stands_one() -> bool:
+        return trials.first.failure(repeats=False) is None and not odd.raises()
+
+    def stands_all() -> bool:
+        return stands_one() and trials.failure() is None
+
+    _drop_needless(case, trials, stands_one)
+    if trials.failure() is not None:
+        graph.attributes = followed
+        _drop_needless(case, trials, stands_all)
+    return graph
+
+
+def _drop_needless(case: Case, trials: Trials, stands: Callable[[], bool]) -> None:
+    """Let numbers stay as they are if the graph stands without them following.
+
+    At first no number follows. The module in which that fails tells the kind of modules whose numbers are needed, and
+    so on until nothing fails; then the numbers of each of these kinds are judged one by one. What belongs to frozen
+    groups never changes and is not judged.
+    """
+    graph = trials.graph
+    followed = graph.attributes
+    found = _numbers_by_kind(case, graph)
+    kinds = set(found)
+    while kinds:
+        numbers = [axis for kind in kinds for axes in found[kind].values() for axis in axes]
+        graph.attributes = _all_but(followed, numbers)
+        failure = trials.first.failure(repeats=False)
+        if failure is None:
+            break
+        blamed = [kind for kind in _kinds_around(case, failure.module) if kind in kinds]
+        kinds -= set(blamed[:1]) or kinds  # nothing to put it down to: all are judged one by one
+    if not kinds or not stands():
+        graph.attributes = followed
+        kinds = set()
+    for kind in sorted(set(found) - kinds):
+        for axes in found[kind].values():
+            before = graph.attributes
+            graph.attributes = _all_but(before, axes)
+            if not stands():
+                graph.attributes = before
+
+
+def _numbers_by_kind(case: Case, graph: ChannelGraph) -> dict[str, dict[str, list[AttributeAxis]]]:
+    """Kind of modules → name → the numbers that were found to equal a width that may change."""
+    found: dict[str, dict[str, list[AttributeAxis]]] = {}
+    for axis in graph.attributes:
+        may_change = any(graph.groups[index].prunable for index in graph.groups_in(axis.units))
+        if axis.found and may_change:
+            kind, _ = kind_of(case.model, axis.module)
+            found.setdefault(kind, {}).setdefault(axis.attribute, []).append(axis)
+    return found
+
+
+def _kinds_around(case: Case, module: str) -> list[str]:
+    """Kinds of a module and of those around it, innermost first."""
+    return [kind_of(case.model, name)[0] for name in and_around(module)]
+
+
+def _all_but(axes: list[AttributeAxis], others: list[AttributeAxis]) -> list[AttributeAxis]:
+    gone = {id(axis) for axis in others}
+    return [axis for axis in axes if id(axis) not in gone]

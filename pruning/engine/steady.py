@@ -1,0 +1,61 @@
+"""Passes that can be compared: no chance, and float32 throughout.
+
+The cut network draws other random numbers than the whole one, since it draws fewer. And half precision, which a
+`forward` may ask for by `torch.autocast`, rounds sums differently when they have fewer terms.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from image_classification.models.running import Args, Kwargs
+
+_NOISE = frozenset(
+    "rand randn rand_like randn_like normal normal_ uniform uniform_ exponential exponential_ log_normal_ cauchy_ "
+    "geometric_ bernoulli bernoulli_".split()
+)
+_LOW = (torch.float16, torch.bfloat16)
+_CHOOSING = frozenset("topk sort argsort argmax argmin nonzero masked_select nms multinomial".split())
+
+
+def is_unsteady(func: OpOverload, kwargs: Kwargs) -> bool:
+    """Whether an operator draws random numbers or makes tensors of half precision."""
+    return torch.Tag.nondeterministic_seeded in func.tags or kwargs.get("dtype") in _LOW
+
+
+def chooses(func: OpOverload) -> bool:
+    """Whether an operator picks by value: the last digit of two scores decides what follows."""
+    return func.overloadpacket.__name__ in _CHOOSING
+
+
+class Steady(TorchDispatchMode):
+    """Noise is the same number everywhere, dropout drops nothing, and casts to half precision do nothing.
+
+    Args:
+        full_precision: Ignore casts; the network's own tensors must be float32.
+    """
+
+    def __init__(self, full_precision: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self._full_precision = full_precision
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._full_precision and kwargs.get("dtype") in _LOW:
+            kwargs = {**kwargs, "dtype": torch.float32}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if name == "native_dropout":
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        result = func(*args, **kwargs)
+        if name in _NOISE and isinstance(result, Tensor):
+            result.fill_(1 if name.startswith("bernoulli") else 0.5)
+        return result

@@ -1,0 +1,1 @@
+"""Pruned networks in and out of disk."""

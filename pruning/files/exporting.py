@@ -1,0 +1,273 @@
+"""Pruned networks for other tools: ONNX, `torch.export`, and a state dict that needs nothing but torch.
+
+Every file is read back, run on images and compared with the network before it is called finished. The batch size
+stays free; the size of the images is fixed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from image_classification.checkpoint import save_atomically
+from image_classification.config import check, check_choice
+from image_classification.extras import need
+from image_classification.file_writing import atomic_path
+from image_classification.models import capture_structure, class_names_of, main_and_auxiliary_logits, unwrap
+from image_classification.models.external import import_library
+from image_classification.models.registry import ModelError
+from image_classification.models.structure import named_tensors, on_meta
+
+Format = Literal["onnx", "torch-export", "state-dict"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+DEFAULT_FORMAT: Format = "onnx"
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "state-dict": ".pt"}
+TOLERANCE = 1e-4
+#: Where a file keeps the names of the classes, a JSON list: metadata of ONNX, extra file of torch.export, entry of a
+#: state dict.
+CLASS_NAMES = "class_names"
+
+LOADER = """\
+import torch{imports}
+saved = torch.load("{path}", weights_only=True)
+model = {build}
+for name, values in saved["attributes"].items():
+    vars(model.get_submodule(name)).update(values)
+for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    tensor.data = saved["state_dict"].get(name, tensor.data)
+"""
+"""Builds the network from a `state-dict` file: the unpruned architecture first, then its widths and tensors."""
+
+
+class ExportError(ValueError):
+    """A network that a format cannot hold, or a file that computes something else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A finished file.
+
+    Attributes:
+        path: Where it is.
+        format: One of `FORMATS`.
+        difference: Largest absolute difference of a logit, file against network.
+        num_images: Images that it was compared on.
+        loader: Python that loads it.
+    """
+
+    path: Path
+    format: Format
+    difference: float
+    num_images: int
+    loader: str
+
+
+class _Logits(nn.Module):
+    """A classifier whose only output is its logits, whatever else its forward pass returns."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return main_and_auxiliary_logits(self.network(images))[0]
+
+
+def export_network(
+    model: nn.Module, path: str | Path, format: Format, images: Tensor, *, tolerance: float = TOLERANCE
+) -> Exported:
+    """Write a network in a format and make sure that the file computes the same.
+
+    Args:
+        model: Any classifier, pruned or not; it is not touched.
+        path: The file.
+        format: One of `FORMATS`.
+        images: (N, 3, H, W) float, at least 3 images of the final size, that the file is compared on: all at once,
+            and one by itself.
+        tolerance: Largest difference of a logit.
+
+    Raises:
+        ConfigError: An unknown format, or a package that is not installed.
+        ExportError: The format cannot hold the network, or the file computes something else.
+    """
+    check_choice("format", format, FORMATS)
+    check(
+        len(images) >= 3,
+        f"{len(images)} images are too few to tell a free batch size from a fixed one: give 3",
+    )
+    path = Path(path)
+    check(
+        format != "torch-export" or path.suffix == ".pt2",
+        f"{path}: torch.export reads files that end in .pt2 only",
+    )
+    network = copy.deepcopy(unwrap(model)).eval().cpu().float().requires_grad_(False)
+    logits = _Logits(network.to(memory_format=torch.contiguous_format))
+    images = images.cpu().float().contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as unfinished:
+        run, loader = WRITERS[format](logits, unfinished, images)
+        try:
+            difference = _largest_difference(logits, run, images)
+            if not difference <= tolerance:
+                raise ExportError(
+                    f"the file's logits differ from the network's by {difference:.2g}, more than {tolerance:g}"
+                )
+        except (ExportError, RuntimeError) as error:
+            raise ExportError(f"{format}: {_first_line(error)}; no file was written") from error
+    return Exported(path, format, difference, len(images), loader.replace(str(unfinished), str(path)))
+
+
+@torch.no_grad()
+def _largest_difference(network: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor) -> float:
+    """Over all images at once, and over the first by itself: a file with a fixed batch size fails one of them."""
+    differences = []
+    for batch in (images, images[:1]):
+        expected, found = network(batch), run(batch)
+        if found.shape != expected.shape:
+            raise ExportError(
+                f"the file returns logits of shape {tuple(found.shape)}, not {tuple(expected.shape)}"
+            )
+        differences.append((expected - found).abs().max())
+    return float(torch.stack(differences).max())  # NaN, which Python's max() would pass over, is no agreement
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Exporters print progress and warn about their own insides."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _write_onnx(network: _Logits, path: Path, images: Tensor) -> tuple[Callable[[Tensor], Tensor], str]:
+    need("onnx", "onnxscript", "onnxruntime")
+    import onnxruntime
+
+    try:
+        with _quietly():
+            program = torch.onnx.export(
+                network,
+                (images[:2],),
+                dynamo=True,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: Dim("batch")},),
+                verbose=False,
+            )
+            assert program is not None
+            if (names := class_names_of(network.network)) is not None:
+                program.model.metadata_props[CLASS_NAMES] = json.dumps(names)
+            program.save(str(path), external_data=False)
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"onnx: {_first_line(error)}") from error
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(batch: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])
+
+    loader = (
+        "import onnxruntime\n"
+        f'session = onnxruntime.InferenceSession("{path}")\n'
+        '(logits,) = session.run(["logits"], {"images": images})  # (N, 3, H, W) float32, normalised\n'
+    )
+    return run, loader
+
+
+def _write_torch_export(
+    network: _Logits, path: Path, images: Tensor
+) -> tuple[Callable[[Tensor], Tensor], str]:
+    try:
+        with _quietly():
+            program = torch.export.export(network, (images[:2],), dynamic_shapes=({0: Dim("batch")},))
+            names = class_names_of(network.network)
+            extra = {} if names is None else {f"{CLASS_NAMES}.json": json.dumps(names)}
+            torch.export.save(program, path, extra_files=extra)
+    except RuntimeError as error:
+        raise ExportError(f"torch-export: {_first_line(error)}") from error
+    loader = f'import torch\nmodel = torch.export.load("{path}").module()\nlogits = model(images)\n'
+    return torch.export.load(path).module(), loader
+
+
+def _write_state_dict(network: _Logits, path: Path, images: Tensor) -> tuple[Callable[[Tensor], Tensor], str]:
+    model = network.network
+    structure = capture_structure(model)
+    attributes = {
+        name: {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        for name, values in structure.attributes.items()
+    }
+    saved = {
+        "arch": structure.arch,
+        "num_classes": structure.num_classes,
+        CLASS_NAMES: list(class_names_of(model) or []) or None,
+        "attributes": attributes,
+        "state_dict": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+    }
+    save_atomically(saved, path)
+    imports, build = _architecture(model)
+    code = LOADER.format(imports=imports, path=path, build=build)
+    names: dict[str, Any] = {}
+    exec(compile(code, "loader", "exec"), names)  # what is printed is what was tried
+    return _Logits(names["model"].eval()), code
+
+
+#: Format → writes the file; returns what computes logits by it, and Python that loads it.
+WRITERS: dict[Format, Callable[[_Logits, Path, Tensor], tuple[Callable[[Tensor], Tensor], str]]] = {
+    "onnx": _write_onnx,
+    "torch-export": _write_torch_export,
+    "state-dict": _write_state_dict,
+}
+
+
+def _architecture(model: nn.Module) -> tuple[str, str]:
+    """What to import and call for the unpruned architecture; torchvision's wherever it has the same network."""
+    structure = capture_structure(model)
+    arch, count, options = str(structure.arch), structure.num_classes, structure.options
+    if not options and structure.image_size is None and not arch.startswith("timm/"):
+        name = arch.removeprefix("torchvision/")
+        if _same_in_torchvision(name, structure.fresh, count):
+            return (
+                ", torchvision",
+                f'torchvision.models.get_model("{name}", weights=None, num_classes={count})',
+            )
+    given = {
+        "num_classes": count,
+        "model_config": structure.model_config,
+        "image_size": structure.image_size,
+        **options,
+    }
+    words = ", ".join(f"{key}={value!r}" for key, value in given.items() if value is not None)
+    return (
+        "\nfrom image_classification.models import create_model  # of LucidPrune: torchvision has no such network",
+        f'create_model("{arch}", {words})',
+    )
+
+
+def _same_in_torchvision(name: str, fresh: Callable[[], nn.Module], num_classes: int | None) -> bool:
+    """Whether torchvision builds a network with the same tensors under this name."""
+    try:
+        models = import_library("torchvision")
+    except ModelError:  # it is not installed: the network is named as ours
+        return False
+    if name not in models.list_models(module=models):
+        return False
+    theirs = on_meta(lambda: models.get_model(name, weights=None, num_classes=num_classes))
+    shapes = [{key: tensor.shape for key, tensor in named_tensors(net)} for net in (on_meta(fresh), theirs)]
+    return shapes[0] == shapes[1]
+
+
+def _first_line(error: Exception) -> str:
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(error))  # PyTorch's exporter colours its messages
+    lines = text.strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,216 @@
+"""Which of our networks a published state dict belongs to: architecture, widths and classes, read off its shapes."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor, nn
+
+from image_classification.models import ModelError, WeightsError, create_model
+from image_classification.models.resnet import SPECS
+from image_classification.models.structure import named_tensors, on_meta
+from pruning.files.importing.published_part import Part, load_part
+
+# Positions in a published inverted residual block: convolutions and batch norms of one list, ours in nested lists.
+# With and without a gate behind the expansion's activation.
+_EXPANDED = {"0": "0.0", "1": "0.1", "4": "1.0", "5": "1.1", "7": "2", "8": "3"}
+_EXPANDED_PLAIN = {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1", "6": "2", "7": "3"}
+_FIRST = {"0": "0.0", "1": "0.1", "3": "1", "4": "2"}
+_LAST_BLOCK = 18
+
+
+def classifier_part(part: Part) -> Part:
+    """A classifier's tensors under the names of our networks, whatever program spelled them."""
+    part = part.unwrapped("model.", "resnet.", "encoder.", "net.", "mobilenet.")
+    if part.has(r"features\.0\.0\.") or part.has(r"features\.\d+\.conv\."):
+        return _mobilenet_names(part)
+    if part.has(r"layer\d\.\d+\."):
+        return _resnet_names(part)
+    return part
+
+
+def _resnet_names(part: Part) -> Part:
+    """Shortcuts and heads have had other names."""
+    shortcut = "shortcut" if part.has(r"layer\d\.\d+\.shortcut\.") else "downsample"
+    head = "linear" if part.has(r"linear\.") else "fc"
+
+    def ours(name: str) -> str:
+        name = re.sub(rf"^(layer\d\.\d+)\.{shortcut}\.", r"\1.downsample.", name)
+        return re.sub(rf"^{head}\.", "fc.", name)
+
+    def theirs(name: str) -> str:
+        return re.sub(r"^fc\.", f"{head}.", name.replace(".downsample.", f".{shortcut}."))
+
+    return part.renamed(ours, theirs)
+
+
+def _mobilenet_names(part: Part) -> Part:
+    """One list per block, the last convolution and the classifier apart, as the ISP programs have it."""
+    if part.has(r"features\.\d+\.conv\.0\.0\."):
+        return part
+    expanded = _EXPANDED if part.has(r"features\.\d+\.conv\.8\.") else _EXPANDED_PLAIN
+
+    def ours(name: str) -> str:
+        if match := re.match(r"features\.(\d+)\.conv\.(\d+)\.(.*)", name):
+            block, position, rest = match.groups()
+            table = _FIRST if block == "1" else expanded
+            return f"features.{block}.conv.{table.get(position, position)}.{rest}"
+        if re.match(r"conv\.\d+\.", name):
+            return f"features.{_LAST_BLOCK}.{name.removeprefix('conv.')}"
+        return re.sub(r"^classifier\.(weight|bias)$", r"classifier.1.\1", name)
+
+    def theirs(name: str) -> str:
+        if match := re.match(r"features\.(\d+)\.conv\.(\d(?:\.\d)?)\.([a-z_]+)$", name):
+            block, position, rest = match.groups()
+            table = _FIRST if block == "1" else expanded
+            back = {new: old for old, new in table.items()}
+            return f"features.{block}.conv.{back.get(position, position)}.{rest}"
+        name = re.sub(rf"^features\.{_LAST_BLOCK}\.", "conv.", name)
+        return re.sub(r"^classifier\.1\.", "classifier.", name)
+
+    return part.renamed(ours, theirs)
+
+
+def recognise(part: Part, small_images: bool, families: tuple[str, ...] = ("resn", "mobilenet")) -> str:
+    """The architecture's name.
+
+    Args:
+        part: From `classifier_part`.
+        small_images: The ResNets for 32×32 images.
+        families: What the names of the format's architectures begin with.
+
+    Raises:
+        WeightsError: None of ours has such names, or one of another family.
+    """
+    arch = _architecture(part, small_images)
+    if not arch.startswith(families):
+        raise WeightsError(
+            f"{part.source} holds a {arch}, which the program of this format does not have: leave the format open"
+        )
+    return arch
+
+
+def _architecture(part: Part, small_images: bool) -> str:
+    if part.has(r"layers\.\d+\.conv3\."):
+        return "mobilenet_v2_cifar_isp"
+    if part.has(r"features\.\d+\.conv\."):
+        return "mobilenet_v2"
+    depths = _depths(part)
+    if not small_images and set(depths) == {1, 2, 3, 4}:
+        sizes = tuple(depths[stage] for stage in (1, 2, 3, 4))
+        bottleneck = part.has(r"layer\d\.\d+\.conv3\.")
+        for name, spec in SPECS.items():
+            if spec.depths == sizes and spec.bottleneck == bottleneck and spec.groups == _groups(part):
+                return name
+    if small_images and set(depths) == {1, 2, 3}:
+        shortcut = "_b" if part.has(r"layer\d\.\d+\.downsample\.") else "_isp"
+        return f"resnet{6 * depths[1] + 2}{shortcut}"
+    if part.has(r"features\.\d+\."):
+        return _vgg(part)
+    shown = ", ".join(map(repr, list(part.names.values())[:4]))
+    raise WeightsError(f"{part.source}: no architecture of ours has such tensors ({shown}, …)")
+
+
+def _depths(part: Part) -> dict[int, int]:
+    """Number of blocks by stage."""
+    found: dict[int, int] = {}
+    for name in part.tensors:
+        if match := re.match(r"layer(\d)\.(\d+)\.", name):
+            stage, block = int(match[1]), int(match[2])
+            found[stage] = max(found.get(stage, 0), block + 1)
+    return found
+
+
+def _groups(part: Part) -> int:
+    """Groups of the 3×3 convolutions of the last stage."""
+    for name, tensor in part.tensors.items():
+        if re.fullmatch(r"layer4\.\d+\.conv2\.weight", name) and tensor.dim() == 4:
+            reads = part.tensors.get(name.replace("conv2", "conv1"))
+            return 1 if reads is None else max(1, reads.shape[0] // tensor.shape[1])
+    return 1
+
+
+def _vgg(part: Part) -> str:
+    """VGG with batch norm on VOC: depth by the last layer's position, width by the widest layer."""
+    layers = [name for name in part.tensors if name.startswith("features.")]
+    last = max(int(name.split(".")[1]) for name in layers)
+    depth = next((depth for end, depth in ((26, 11), (32, 13), (41, 16)) if last <= end), 19)
+    widest = max(part.tensors[name].shape[0] for name in layers if part.tensors[name].dim())
+    divisor = next((divisor for divisor in (8, 4, 2) if widest <= 512 // divisor), 1)
+    return f"vgg{depth}_bn_voc" + ("" if divisor == 1 else f"_x{divisor}")
+
+
+def num_classes_of(part: Part) -> int:
+    """Rows of the classifier.
+
+    Raises:
+        WeightsError: The file has no classifier, or one that contradicts itself.
+    """
+    if part.has(r"layers\.\d+\.conv3\."):
+        head = "linear"
+    else:
+        head = "fc" if part.has(r"fc\.") or part.has(r"layer\d\.") else "classifier.1"
+    names = [name for name in (f"{head}.weight", f"{head}.bias") if name in part.tensors]
+    rows = [int(part.tensors[name].shape[0]) for name in names if part.tensors[name].dim()]
+    if not rows:
+        raise WeightsError(f"{part.source}: {part.called(f'{head}.weight')!r} is missing, the classifier")
+    if len(set(rows)) > 1:
+        first, second = map(part.called, names)
+        raise WeightsError(f"{part.source}: {first!r} has {rows[0]} rows and {second!r} {rows[1]}")
+    return rows[0]
+
+
+def build_network(part: Part, arch: str) -> nn.Module:
+    """The network of a part, with the widths that its tensors have.
+
+    Args:
+        part: From `classifier_part`.
+        arch: From `recognise`.
+
+    Raises:
+        WeightsError: A tensor is missing, too many or of another shape, or widths contradict each other.
+    """
+    model = empty_network(part, arch, num_classes_of(part))
+    load_part(model, part, arch)
+    return model.eval()
+
+
+def empty_network(part: Part, arch: str, num_classes: int) -> nn.Module:
+    """The network of a part's widths, with fresh weights."""
+    plain = on_meta(lambda: create_model(arch, num_classes=num_classes))
+    widths = _differing_widths(dict(named_tensors(plain)), part)
+    if not widths:
+        return create_model(arch, num_classes=num_classes)
+    try:
+        return create_model(arch, num_classes=num_classes, widths=widths)
+    except ModelError as error:
+        first = next(iter(widths))
+        raise WeightsError(
+            f"{part.source}: {part.called(f'{first}.weight')!r} and others have shapes that do not fit together as "
+            f"{arch} ({error})"
+        ) from error
+
+
+def _differing_widths(fresh: dict[str, Tensor], part: Part) -> dict[str, int]:
+    """Convolution to its number of filters where that is not the architecture's."""
+    widths = {}
+    for name, expected in fresh.items():
+        conv = name.removesuffix(".weight")
+        width = _width(part, conv) if expected.dim() == 4 else None
+        if width is not None and width != expected.shape[0]:
+            widths[conv] = width
+    return widths
+
+
+def _width(part: Part, conv: str) -> int | None:
+    """Number of filters, by a vote of the convolution and its batch norm: an odd one out is then named as an error."""
+    owner, _, last = conv.rpartition(".")
+    norm = last.replace("conv", "bn") if last.startswith("conv") else str(int(last) + 1)
+    prefix = f"{owner}.{norm}" if owner else norm
+    names = [
+        f"{conv}.weight",
+        *(f"{prefix}.{kind}" for kind in ("weight", "bias", "running_mean", "running_var")),
+    ]
+    found = [part.tensors[name] for name in names if name in part.tensors]
+    votes = [int(tensor.shape[0]) for tensor in found if tensor.dim()]
+    return max(votes, key=votes.count) if votes else None

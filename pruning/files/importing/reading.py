@@ -1,0 +1,103 @@
+"""Opens files of other people's programs without running what is in them.
+
+`torch.load(weights_only=True)` takes tensors and plain values. Programs of the field also save their argparse
+Namespace and figures that are NumPy scalars; both are let in, the scalars through functions of ours that make
+nothing but numbers. Anything else is refused by name, unless the user says that the file can be trusted.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from image_classification.models import WeightsError, read_safely
+
+_KINDS = "biufc"
+
+
+def _dtype(*arguments: Any) -> np.dtype[Any]:
+    """`numpy.dtype` for numbers only."""
+    made: np.dtype[Any] = np.dtype(*arguments)
+    if made.kind not in _KINDS:
+        raise ValueError(f"a NumPy value of type {made} is no number")
+    return made
+
+
+def _scalar(dtype: np.dtype[Any], data: bytes = b"") -> Any:
+    """NumPy's scalar from its bytes, for numbers only."""
+    if not isinstance(dtype, np.dtype) or dtype.kind not in _KINDS or not isinstance(data, bytes):
+        raise ValueError("not a NumPy scalar")
+    return np.frombuffer(data, dtype=dtype, count=1)[0]
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """`_codecs.encode` as pickles of version 2 use it to spell bytes."""
+    if encoding != "latin1":
+        raise ValueError(f"bytes in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def harmless() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    """What the unpickler may call beside PyTorch's own list, under the names that files use."""
+    types: list[Any] = [type(np.dtype(name)) for name in ("bool", "int8", "int16", "int32", "int64", "uint8")]
+    types += [
+        type(np.dtype(name)) for name in ("uint16", "uint32", "uint64", "float16", "float32", "float64")
+    ]
+    return [
+        (_dtype, "numpy.dtype"),
+        (_scalar, "numpy.core.multiarray.scalar"),
+        (_scalar, "numpy._core.multiarray.scalar"),
+        (_encode, "_codecs.encode"),
+        *types,
+    ]
+
+
+def read_published(path: str | Path, *, trust_pickle: bool = False) -> Any:
+    """What a file holds.
+
+    Args:
+        path: File of `torch.save`, of the present format or of that before PyTorch 1.6.
+        trust_pickle: Open it even if it holds more than tensors and plain values. This runs whatever code is in it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        WeightsError: It is damaged, or holds something that is not let in; the message names it and the remedy.
+    """
+    path = Path(path)
+    try:
+        with torch.serialization.safe_globals(harmless()):
+            return read_safely(path)
+    except WeightsError as error:
+        if not isinstance(error.__cause__, pickle.UnpicklingError):
+            raise
+        if not trust_pickle:
+            raise WeightsError(
+                f"{path} holds more than tensors and plain values ({_foreign(path, error)}) and was not opened: it "
+                "could run code. If you trust its author, trust_pickle=True opens it"
+            ) from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except (ImportError, AttributeError) as error:
+        raise WeightsError(
+            f"{path} cannot be opened without the program that wrote it ({error}): start in its folder"
+        ) from error
+
+
+def _foreign(path: Path, error: WeightsError) -> str:
+    """What a file asks for that is not let in."""
+    marker = "it asks for "
+    if marker not in str(error):
+        return "its pickle is of a kind that only a full unpickler reads"
+    first = str(error).partition(marker)[2].partition(")")[0]
+    if not zipfile.is_zipfile(path):
+        return first
+    with torch.serialization.safe_globals(harmless()):
+        listed = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    others = sorted(name for name in listed if name not in (first, "argparse.Namespace"))
+    return ", ".join([first, *others[:4], *(["…"] if len(others) > 4 else [])])

@@ -1,0 +1,127 @@
+"""Pruned networks as files: architecture by name, widths as plain data, tensors. No pickled modules.
+
+The structure itself (what differs from the architecture as its name builds it) belongs to
+`image_classification.models.structure`, so that a pruned network loads without this package. Attributes that
+differ are whole numbers: `out_channels`, `groups`, `normalized_shape`, and the hidden widths that the engine
+proved.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from image_classification.checkpoint import save_atomically
+from image_classification.checkpoint_format import is_ours, sealed
+from image_classification.config import SettingError
+from image_classification.models.factory import (
+    class_names_of,
+    remember_class_names,
+    remember_identity,
+    unwrap,
+)
+from image_classification.models.recognising import identity_of_builder
+from image_classification.models.structure import Structure, build_from_structure, capture_structure
+from image_classification.models.weights import load_exactly, read_safely, takes_average
+
+
+def pruned_state(
+    model: nn.Module,
+    *,
+    factory: Callable[[], nn.Module] | None = None,
+    builder: Callable[..., nn.Module] | None = None,
+    **extra: Any,
+) -> dict[str, Any]:
+    """What `save_pruned` writes: plain data and tensors only.
+
+    Args:
+        model: The network, bare or wrapped.
+        factory: Builds the unpruned network, for a class of the user's own; it is needed to load, too.
+        builder: A function of torchvision or timm with its arguments, such as
+            `functools.partial(torchvision.models.resnet50, num_classes=10)`: the file names it, and needs no factory.
+            Only for a network whose builder was not recognised.
+        extra: Further entries of plain data or tensors.
+
+    Raises:
+        SettingError: The builder is none of torchvision's or timm's.
+    """
+    if builder is not None:
+        identity = identity_of_builder(builder)
+        if identity is None:
+            raise SettingError(
+                "builder",
+                builder,
+                "only functions of torchvision and timm are found again by name: give factory=",
+            )
+        remember_identity(unwrap(model), identity)
+    structure = capture_structure(model, factory=factory)
+    saved = unwrap(model).state_dict()
+    tensors = OrderedDict((name, tensor.detach().cpu()) for name, tensor in saved.items())
+    tensors._metadata = getattr(saved, "_metadata", None)  # type: ignore[attr-defined]  # versions of modules
+    names = class_names_of(model)
+    return sealed(
+        {
+            **({} if names is None else {"class_names": list(names)}),
+            **extra,
+            "arch": structure.arch,
+            "structure": structure.to_plain(),
+            "state_dict": tensors,
+        }
+    )
+
+
+def save_pruned(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    factory: Callable[[], nn.Module] | None = None,
+    builder: Callable[..., nn.Module] | None = None,
+    **extra: Any,
+) -> None:
+    """Write a pruned network to a file, at once or not at all.
+
+    Args:
+        path: The file.
+        model, factory, builder, extra: As `pruned_state`.
+
+    Raises:
+        StructureError: The network cannot be rebuilt from its architecture's name.
+    """
+    save_atomically(pruned_state(model, factory=factory, builder=builder, **extra), Path(path))
+
+
+def load_pruned(
+    path: str | Path,
+    factory: Callable[[], nn.Module] | None = None,
+    *,
+    ema: bool | None = None,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """Rebuild a pruned network from a file.
+
+    Args:
+        path: Written by `save_pruned`, or any checkpoint of ours.
+        factory: Builds the unpruned network, for a class of the user's own.
+        ema: Whether to take the averaged weights; None: wherever the file carries them, for they are what was judged.
+        device: Where the network goes; the CPU by default.
+
+    Returns:
+        The network with its weights, in training mode as any new network.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds no network of ours, one that does not fit the architecture, or what breaks the schema.
+    """
+    path = Path(path)
+    content = read_safely(path)
+    if not is_ours(content) or content.get("structure") is None:
+        raise ValueError(f"{path}: holds no network of ours (no entry 'structure')")
+    model = build_from_structure(Structure.from_plain(content["structure"]), factory=factory, device=device)
+    load_exactly(model, content["ema" if takes_average(content, ema) else "state_dict"], path)
+    remember_class_names(model, content.get("class_names"))
+    return model

@@ -1,0 +1,1 @@
+"""Networks whose channels others have masked, made small."""

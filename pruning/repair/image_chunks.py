@@ -1,0 +1,111 @@
+"""Calibration batches, a few images at a time: most are fitted, some are held out and judge."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from image_classification.config import SettingError
+from image_classification.distributed import Distributed
+from pruning.task import Task, inputs_of, num_samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A few images of a batch.
+
+    Attributes:
+        batch: As the batch, with the first dimension of its tensors cut.
+        num_images: In it.
+        held_out: They judge, and are not fitted.
+    """
+
+    batch: Any
+    num_images: int
+    held_out: bool
+
+
+def chunks_of(
+    batches: Sequence[Any], share: float, size: int, task: Task, distributed: Distributed
+) -> list[Chunk]:
+    """Chunks of at most `size` images; every batch gives its share to those held out. Collective.
+
+    Where no batch is large enough to spare an image, all images both fit and judge. Batches that cannot be divided are
+    chunks as they are, of which about a share is held out.
+
+    Raises:
+        SettingError: There are no images on some rank, or all images are alike.
+    """
+    chunks: list[Chunk] = []
+    for number, batch in enumerate(batches):
+        count = num_samples(batch)
+        if count and not task.divides(batch):
+            held_out = int((number + 1) * share) > int(number * share)
+            chunks.append(Chunk(batch, count, held_out))
+            continue
+        spared = min(max(round(count * share), 1), count - 1) if count > 1 else 0
+        for begin, end, held_out in ((spared, count, False), (0, spared, True)):
+            for start in range(begin, end, size):
+                stop = min(start + size, end)
+                chunks.append(Chunk(_part(batch, count, start, stop), stop - start, held_out))
+    device = next(
+        (leaf.device for leaf in tree_leaves(batches) if isinstance(leaf, Tensor)), torch.device("cpu")
+    )
+    here = torch.tensor([not chunks, any(chunk.held_out for chunk in chunks)], device=device).double()
+    (total,) = distributed.all_reduce_sum(here)
+    without, judging = total.tolist()
+    if without:
+        where = (
+            "" if not distributed.is_distributed else f" on {without:.0f} of {distributed.world_size} ranks"
+        )
+        raise SettingError(
+            "calibration",
+            None,
+            f"a repair needs images, and there are none{where}: give some, or repair='none'",
+        )
+    if not judging:
+        chunks = [*chunks, *(dataclasses.replace(chunk, held_out=True) for chunk in chunks)]
+    return chunks
+
+
+def check_differ(chunks: Sequence[Chunk], distributed: Distributed) -> None:
+    """Refuse images that are all alike: whatever is fitted to them says nothing of others. Collective.
+
+    Raises:
+        SettingError: They are.
+    """
+    first: list[Tensor] | None = None
+    found: list[Tensor] = []
+    for chunk in chunks:
+        leaves = [leaf for leaf in tree_leaves(inputs_of(chunk.batch)) if _is_images(leaf, chunk.num_images)]
+        first = first or [leaf[:1] for leaf in leaves]
+        found += [(leaf != one).any().double() for leaf, one in zip(leaves, first, strict=True)]
+    differ = torch.stack(found).sum() if found else torch.ones(())  # of what is no tensor nothing is known
+    (total,) = distributed.all_reduce_sum(differ)
+    count = sum(chunk.num_images for chunk in chunks)
+    if not total and count > 1:
+        raise SettingError(
+            "calibration",
+            None,
+            f"all {count} calibration images are equal, and weights fitted to them would fit nothing else: give "
+            "different images, or repair='none'",
+        )
+
+
+def _is_images(leaf: Any, count: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 1 and len(leaf) == count
+
+
+def _part(batch: Any, count: int, start: int, stop: int) -> Any:
+    """Some images of a batch: the tensors that have one entry for each are cut."""
+
+    def cut(leaf: Any) -> Any:
+        whole = not isinstance(leaf, Tensor) or not leaf.dim() or len(leaf) != count
+        return leaf if whole else leaf[start:stop]
+
+    return tree_map(cut, batch)

@@ -1,0 +1,401 @@
+"""Repairs a rewritten network: what left is said again by what stays, without labels, gradients or training.
+
+    plan = plan_repair(model, graph, mask)                        # before the cut: keeps a copy of the network
+    prune_channels(model, graph, keep)
+    report = plan.repair(model, batches)                          # weights of the cut layers change in place
+
+A quarter of the calibration images is held out: it chooses the ridge of every layer, decides whether a layer's solution
+is kept, and in the end whether the repaired network's outputs are nearer to the original's than those of the cut one
+(and, where there are targets, whether its loss is not larger). If not, the network is left as the cut left it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from image_classification.config import SettingError, check_choice, check_setting
+from image_classification.distributed import Distributed
+from image_classification.models.modes import exact_float32
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.examples import tensors_in
+from pruning.engine.tracing import named_tensors
+from pruning.repair.cut_layers import kept_elements, reading_parameters
+from pruning.repair.image_chunks import Chunk, check_differ, chunks_of
+from pruning.repair.norm_statistics import norms_of, remeasure
+from pruning.repair.pass_memory import PassMemory
+from pruning.repair.repair_wave import Pair, RepairedLayer, Wave, failing_together
+from pruning.repair.solution import RIDGES
+from pruning.repair.survey import layers_behind, survey
+from pruning.task import Task, num_samples, to_device
+
+log = logging.getLogger(__name__)
+Method = Literal["none", "statistics", "least-squares"]
+REPAIR_METHODS: tuple[Method, ...] = get_args(Method)
+Scope = Literal["cut", "behind"]
+REPAIR_SCOPES: tuple[Scope, ...] = get_args(Scope)
+_ALWAYS_IN_FLIGHT = 256  # running again for every layer costs much more than these need
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RepairSettings:
+    """How a rewrite is repaired.
+
+    Attributes:
+        method: `least-squares` solves for the weights of layers; `statistics` only measures batch norms again; `none`
+            leaves the cut as it is.
+        scope: Which layers are solved for: those that lost inputs (`cut`), or all from the first of these on
+            (`behind`), which also takes up what the layers before could not.
+        held_out: Share of the images that judge and do not fit.
+        ridges: Ridges to choose from, relative to the mean square of a layer's inputs.
+        chunk: Images that run at a time.
+        in_flight: Images whose passes are under way together, so that one pass of each network solves for all layers;
+            more are run again for every layer. By default as many as need no more memory than training on the largest
+            of the batches does, and at least 256.
+    """
+
+    method: Method = "least-squares"
+    scope: Scope = "behind"
+    held_out: float = 0.25
+    ridges: tuple[float, ...] = RIDGES
+    chunk: int = 32
+    in_flight: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, REPAIR_METHODS)
+        check_choice("scope", self.scope, REPAIR_SCOPES)
+        check_setting(0 < self.held_out < 1, "held_out", self.held_out, "give a share between 0 and 1")
+        positive = bool(self.ridges) and all(0 < ridge < math.inf for ridge in self.ridges)
+        check_setting(positive, "ridges", self.ridges, "give at least one positive number")
+        check_setting(self.chunk >= 1, "chunk", self.chunk, "at least 1 image is needed")
+        enough = self.in_flight is None or self.in_flight >= 1
+        check_setting(enough, "in_flight", self.in_flight, "at least 1 image is needed")
+
+
+@dataclasses.dataclass(frozen=True)
+class RepairReport:
+    """What a repair did.
+
+    Attributes:
+        layers: The layers that were solved for, in the order in which they run; empty where the solution was not kept.
+        statistics: Batch norms were measured again, and the outputs are nearer for it.
+        distance: Held-out mean squared difference of the outputs from the original's, as a share of their variance:
+            after the cut, and after the repair.
+        kept: The repair was kept.
+        seconds: It took.
+        problem: Why there is no least-squares solution, where the network cannot be solved for or memory ran out.
+    """
+
+    layers: tuple[RepairedLayer, ...]
+    statistics: bool
+    distance: tuple[float, float]
+    kept: bool
+    seconds: float
+    problem: str = ""
+
+    def describe(self) -> str:
+        """One line for people."""
+        before, after = self.distance
+        problem = f" ({self.problem})" if self.problem else ""
+        if not self.kept:
+            return f"repair: nothing was gained{problem}: outputs are off by {before:.3g} of their variance"
+        parts = []
+        if self.layers:
+            parts.append(f"{len(self.layers)} layers by least squares")
+        if self.statistics:
+            parts.append("batch-norm statistics")
+        text = f"repair: {', '.join(parts)}{problem}: outputs off by {before:.3g} → {after:.3g} of their variance"
+        few = [layer for layer in self.layers if layer.num_rows < layer.num_inputs]
+        if few:
+            text += (
+                f"; {len(few)} layers have more inputs than rows ({few[0].parameter}: {few[0].num_inputs} > "
+                f"{few[0].num_rows}), where only the ridge decides: more images would help"
+            )
+        return text
+
+
+@dataclasses.dataclass(frozen=True)
+class _Judgement:
+    """How far a network is from the original on held-out images; `loss` is 0 where there is none."""
+
+    distance: float
+    loss: float
+
+    def better_than(self, other: _Judgement) -> bool:
+        """Nearer, and with no larger a loss."""
+        return self.distance < other.distance and self.loss <= other.loss
+
+
+class RepairPlan:
+    """What a repair needs to know of the network before it is cut; made by `plan_repair` or `plan_weight_repair`."""
+
+    def __init__(
+        self,
+        original: nn.Module,
+        settings: RepairSettings,
+        cut: set[str],
+        *,
+        elements: Mapping[str, Tensor] | None = None,
+        supports: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.original = original
+        self.settings, self.cut = settings, cut
+        self.elements, self.supports = elements or {}, supports or {}
+
+    def repair(
+        self,
+        model: nn.Module,
+        batches: Sequence[Any],
+        *,
+        task: Task | None = None,
+        judged: bool = False,
+        distributed: Distributed | None = None,
+    ) -> RepairReport:
+        """Repair the rewritten network, in place. Collective.
+
+        Args:
+            model: The network after the cut; its modes and the random state are as before afterwards.
+            batches: Calibration batches, as the task takes them.
+            task: How a network is run on a batch and judged; by default it is a classifier.
+            judged: The task's loss must not rise on the held-out images either; needs targets.
+            distributed: Sums are added up over ranks, and all ranks end with the same weights.
+
+        Raises:
+            SettingError: There are no calibration images, they are all alike, or the original network's outputs for
+                them are not finite.
+        """
+        begin = time.perf_counter()
+        distributed, task = distributed or Distributed(), task or Task()
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        batches = [to_device(batch, device) for batch in batches]
+        chunks = chunks_of(batches, self.settings.held_out, self.settings.chunk, task, distributed)
+        check_differ(chunks, distributed)
+        largest = max(num_samples(batch) for batch in batches)
+        repair = _Repair(self, model, chunks, largest, task, judged, distributed)
+        with task.running(self.original), task.running(model), torch.no_grad(), exact_float32():
+            return repair.run(begin)
+
+
+class _Repair:
+    """One repair of one network."""
+
+    def __init__(
+        self,
+        plan: RepairPlan,
+        model: nn.Module,
+        chunks: list[Chunk],
+        largest: int,
+        task: Task,
+        judged: bool,
+        distributed: Distributed,
+    ) -> None:
+        self.largest = largest
+        self.plan, self.model, self.settings = plan, model, plan.settings
+        self.chunks, self.task, self.judged, self.distributed = chunks, task, judged, distributed
+        self.judging = [chunk for chunk in chunks if chunk.held_out]
+        self.fitting = [chunk for chunk in chunks if not chunk.held_out]
+        self.expected: list[Any] = []
+
+    def run(self, begin: float) -> RepairReport:
+        """Least squares, then the statistics; each is kept only if it gains."""
+        at_first = self._outputs()
+        before = {name: tensor.detach().clone() for name, tensor in named_tensors(self.model).items()}
+        layers: list[RepairedLayer] = []
+        results: list[Any] = []
+        problem = ""
+        if self.settings.method == "least-squares":
+            try:
+                layers, results = self._least_squares()
+            except RuntimeError as error:  # memory among others; the cut network trains on as it is
+                _restore(self.model, before)
+                problem = str(error).splitlines()[0]
+                log.warning("the rewrite is not repaired by least squares: %s", problem)
+        if not self.expected:
+            self.expected = [self.task.outputs(self.plan.original, chunk.batch) for chunk in self.judging]
+        try:
+            cut = best = self._judge(at_first)
+        except SettingError:
+            _restore(self.model, before)
+            raise
+        if layers:
+            solved = self._judge(results)
+            if solved.better_than(best):
+                best = solved
+            else:
+                _restore(self.model, before)
+                layers = []
+        measured = False
+        if self.settings.method != "none" and norms_of(self.model):
+            measured, best = self._statistics(best)
+        seconds = time.perf_counter() - begin
+        kept = bool(layers) or measured
+        distances = (cut.distance, best.distance)
+        return RepairReport(tuple(layers), measured, distances, kept, seconds, problem)
+
+    def _outputs(self) -> list[Any]:
+        return [self.task.outputs(self.model, chunk.batch) for chunk in self.judging]
+
+    def _judge(self, results: Sequence[Any]) -> _Judgement:
+        """Compare the network's outputs on the held-out images with the original's. Collective.
+
+        Raises:
+            SettingError: The original's are not finite.
+        """
+        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        total = torch.zeros(6, dtype=torch.float64, device=device)
+        for chunk, expected, found in zip(self.judging, self.expected, results, strict=True):
+            for one, two in zip(_tensors(expected), _tensors(found), strict=True):
+                wide = one.double()
+                difference = (wide - two.double()).square().sum()
+                count = wide.new_tensor(wide.numel())
+                total[:4] += torch.stack([difference, wide.square().sum(), wide.sum(), count])
+            if self.judged:
+                losses = self.task.losses(found, chunk.batch).double()
+                total[4:] += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
+        (total,) = self.distributed.all_reduce_sum(total)
+        difference, squares, sums, count, loss, samples = total.tolist()
+        check_setting(
+            math.isfinite(squares) and math.isfinite(sums),
+            "calibration",
+            None,
+            "the network's outputs for the calibration images are not finite already before the cut: it has "
+            "diverged, or the images hold NaN",
+        )
+        variance = squares - sums**2 / count if count else 0.0
+        share = difference / variance if variance > 0 else difference
+        mean_loss = loss / samples if samples else 0.0
+        return _Judgement(
+            share if math.isfinite(share) else math.inf, mean_loss if math.isfinite(mean_loss) else math.inf
+        )
+
+    def _statistics(self, best: _Judgement) -> tuple[bool, _Judgement]:
+        """Measure batch norms again; whether that gained, and how far the network is now."""
+        buffers = {name: tensor.detach().clone() for name, tensor in self.model.named_buffers()}
+        passes = [functools.partial(self.task.outputs, self.model, chunk.batch) for chunk in self.fitting]
+        remeasure(self.model, passes, self.distributed)
+        again = self._judge(self._outputs())
+        if again.better_than(best):
+            return True, again
+        _restore(self.model, buffers)
+        return False, best
+
+    def _least_squares(self) -> tuple[list[RepairedLayer], list[Any]]:
+        """Solve for the layers; and what the network gives for the held-out images then."""
+        first = self.chunks[0]
+        run = functools.partial(self.task.outputs, self.model, first.batch)
+        with failing_together(self.distributed), PassMemory() as memory:
+            readers = layers_behind(survey(self.model, run, first.num_images), self.plan.cut)
+        if self.settings.scope == "cut":
+            readers = {name: reader for name, reader in readers.items() if name in self.plan.cut}
+        if not readers:
+            return [], []
+        num_images = self.distributed.all_reduce_sum(
+            torch.tensor(float(sum(chunk.num_images for chunk in self.fitting)), dtype=torch.float64)
+        )
+        wave = Wave(
+            self.plan.original,
+            self.model,
+            self.plan.elements,
+            readers,
+            int(num_images[0]),
+            ridges=self.settings.ridges,
+            supports=self.plan.supports,
+            distributed=self.distributed,
+        )
+        pairs = [
+            Pair(
+                functools.partial(self.task.outputs, self.plan.original, chunk.batch),
+                functools.partial(self.task.outputs, self.model, chunk.batch),
+                chunk.held_out,
+            )
+            for chunk in self.chunks
+        ]
+        layers, results = wave.run(pairs, self._in_flight(memory))
+        self.expected = [before for before, _ in results]
+        return layers, [after for _, after in results]
+
+    def _in_flight(self, memory: PassMemory) -> int:
+        """Pairs of passes that may be under way together."""
+        images = self.settings.in_flight
+        if images is None:
+            as_in_training = self.largest * memory.total // max(2 * memory.peak, 1)
+            images = max(as_in_training, _ALWAYS_IN_FLIGHT)
+        return max(images // max(chunk.num_images for chunk in self.chunks), 1)
+
+
+def plan_repair(
+    model: nn.Module,
+    graph: ChannelGraph,
+    mask: np.ndarray,
+    settings: RepairSettings | None = None,
+) -> RepairPlan:
+    """Remember what a repair needs, before the cut.
+
+    Args:
+        model: The network that is going to be cut.
+        graph: Its channel graph, before it shrinks.
+        mask: What stays, from `graph.keep_mask`.
+        settings: How to repair.
+
+    Raises:
+        SettingError: The network cannot be copied.
+    """
+    settings = settings or RepairSettings()
+    original = copied(model, settings.method)
+    elements, cut = kept_elements(model, graph, mask), reading_parameters(graph, mask)
+    return RepairPlan(original, settings, cut, elements=elements)
+
+
+def plan_weight_repair(
+    model: nn.Module, masks: Mapping[str, Tensor], settings: RepairSettings | None = None
+) -> RepairPlan:
+    """Remember what a repair needs, before single weights become zero; they stay zero in the repair.
+
+    Args:
+        model: The network with the weights that are going to be zero.
+        masks: Name of a parameter → bool mask of its shape: the weights that are left.
+        settings: How to repair; layers without a mask are left alone.
+
+    Raises:
+        SettingError: The network cannot be copied.
+    """
+    settings = dataclasses.replace(settings or RepairSettings(), scope="cut")
+    return RepairPlan(copied(model, settings.method), settings, set(masks), supports=masks)
+
+
+def copied(model: nn.Module, method: Method) -> nn.Module:
+    """A copy of a network.
+
+    Raises:
+        SettingError: It cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model).requires_grad_(False)
+    except (RuntimeError, TypeError) as error:
+        raise SettingError(
+            "repair",
+            method,
+            f"a repair needs a copy of the network, and {type(model).__name__} cannot be copied ({error}): "
+            "take 'none'",
+        ) from error
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    """The numbers among a network's outputs."""
+    return [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
+
+
+def _restore(model: nn.Module, state: dict[str, Tensor]) -> None:
+    tensors = named_tensors(model)
+    for name, values in state.items():
+        tensors[name].data.copy_(values)

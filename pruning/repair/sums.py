@@ -1,0 +1,307 @@
+"""What a least-squares problem needs of the images, added up over batches and ranks.
+
+Two forms with the same questions. `Sums` keeps sums over rows U (R, K) and targets Y (R, M): n, ΣU, ΣY, ΣUᵀU, ΣUᵀY,
+ΣY². They do not grow with the number of images. Where a layer reads more inputs than there are rows (the first linear
+layer behind a flattened map), UᵀU would be larger than the rows themselves: `Rows` keeps those.
+
+Products are taken in float32 a block of rows at a time (float64 where the rows are float64) and added up in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from image_classification.distributed import Distributed
+from image_classification.models import exact_float32
+
+#: Rows that are multiplied at a time before their products are added in float64.
+_BLOCK = 8192
+#: Inputs of a layer from which on it is asked whether its rows are fewer.
+WIDE = 2048
+#: Rows that are kept of a wide layer; more are thinned out evenly.
+MOST_ROWS = 8192
+#: Rows that are enough: so many for each input of the layer, and at least so many.
+ENOUGH_PER_INPUT = 64
+ENOUGH = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalEquations:
+    """UᵀU·W = UᵀY, U and Y centred where a bias takes up the means.
+
+    Attributes:
+        multiply: (G, K, M) D → UᵀU·D.
+        right: (G, K, M) UᵀY.
+        diagonal: (G, K) of UᵀU.
+    """
+
+    multiply: Callable[[Tensor], Tensor]
+    right: Tensor
+    diagonal: Tensor
+
+
+class Evidence(Protocol):
+    """A least-squares problem: Y ≈ U·W + b for each of G groups."""
+
+    num_rows: Tensor
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Add rows: inputs (G, R, K), outputs (G, R, M)."""
+
+    def empty_like(self) -> Evidence:
+        """The same form without rows."""
+
+    def reduce(self, distributed: Distributed) -> None:
+        """Add up the ranks. Collective."""
+
+    def joined(self, other: Evidence) -> Evidence:
+        """That of both."""
+
+    def variance(self) -> Tensor:
+        """Σ (Y − mean(Y))² over rows and outputs."""
+
+    def error(self, weights: Tensor, bias: Tensor) -> Tensor:
+        """Σ (Y − U·W − b)² over rows and outputs, for weights (G, K, M) and a bias (G, M)."""
+
+    def best_bias(self, weights: Tensor) -> Tensor:
+        """(G, M) mean of Y − U·W."""
+
+    def ridge(self, present: Tensor, ridge: Tensor | float, has_bias: bool) -> Tensor:
+        """(G, K, M) solution of the ridge towards the present weights; not finite where there is none."""
+
+    def normal(self, has_bias: bool) -> NormalEquations:
+        """What the solution without a ridge satisfies."""
+
+
+def evidence_for(groups: int, inputs: int, outputs: int, num_rows: int, device: torch.device) -> Evidence:
+    """The smaller form for a layer of this size with about so many rows, all ranks together."""
+    if inputs > WIDE and min(num_rows, MOST_ROWS) < inputs:
+        return Rows.empty(groups, inputs, outputs, device, thinned=-(-num_rows // MOST_ROWS))
+    return Sums.zeros(groups, inputs, outputs, device)
+
+
+def step_for(num_rows: float, inputs: int, num_dims: int) -> int:
+    """Step between the positions of a layer's output that are used, an odd number: neighbours say nearly the same.
+
+    Args:
+        num_rows: Positions of all images.
+        inputs: K.
+        num_dims: Dimensions that positions lie along.
+    """
+    enough = max(ENOUGH, ENOUGH_PER_INPUT * inputs)
+    step = int((max(num_rows, 1.0) / enough) ** (1 / num_dims))
+    return max(1, step - 1 + step % 2)
+
+
+@dataclasses.dataclass
+class Sums:
+    """Sums over rows, for each of G groups.
+
+    Attributes:
+        num_rows: n.
+        inputs: (G, K) ΣU.
+        outputs: (G, M) ΣY.
+        gram: (G, K, K) ΣUᵀU.
+        cross: (G, K, M) ΣUᵀY.
+        squares: (G, M) ΣY².
+    """
+
+    num_rows: Tensor
+    inputs: Tensor
+    outputs: Tensor
+    gram: Tensor
+    cross: Tensor
+    squares: Tensor
+
+    @classmethod
+    def zeros(cls, groups: int, inputs: int, outputs: int, device: torch.device) -> Sums:
+        """Nothing added up yet."""
+
+        def zero(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(
+            zero(),
+            zero(groups, inputs),
+            zero(groups, outputs),
+            zero(groups, inputs, inputs),
+            zero(groups, inputs, outputs),
+            zero(groups, outputs),
+        )
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """See `Evidence`."""
+        with exact_float32():
+            for u, y in zip(inputs.split(_BLOCK, 1), outputs.split(_BLOCK, 1), strict=True):
+                u, y = _wide(u), _wide(y)
+                self.gram += (u.mT @ u).double()
+                self.cross += (u.mT @ y).double()
+                self.inputs += u.sum(1, dtype=torch.float64)
+                self.outputs += y.sum(1, dtype=torch.float64)
+                self.squares += y.double().square().sum(1)
+        self.num_rows += inputs.shape[1]
+
+    def empty_like(self) -> Sums:
+        """See `Evidence`."""
+        return Sums(*(torch.zeros_like(part) for part in self.parts()))
+
+    def parts(self) -> list[Tensor]:
+        """The tensors."""
+        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+
+    def reduce(self, distributed: Distributed) -> None:
+        """See `Evidence`."""
+        if distributed.is_distributed:
+            for mine, total in zip(self.parts(), distributed.all_reduce_sum(*self.parts()), strict=True):
+                mine.copy_(total)
+
+    def joined(self, other: Evidence) -> Sums:
+        """See `Evidence`."""
+        assert isinstance(other, Sums)
+        return Sums(*(one + two for one, two in zip(self.parts(), other.parts(), strict=True)))
+
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """Gram (G, K, K) and cross products (G, K, M) of what differs from the means."""
+        mean = self.inputs / self.num_rows
+        gram = self.gram - mean[:, :, None] * self.inputs[:, None, :]
+        return gram, self.cross - mean[:, :, None] * self.outputs[:, None, :]
+
+    def variance(self) -> Tensor:
+        """See `Evidence`."""
+        return (self.squares - self.outputs.square() / self.num_rows).sum()
+
+    def error(self, weights: Tensor, bias: Tensor) -> Tensor:
+        """See `Evidence`."""
+        fitted = self.gram @ weights
+        quadratic = (weights * (fitted - 2 * self.cross)).sum()
+        straight = (bias * (2 * (weights * self.inputs[:, :, None]).sum(1) - 2 * self.outputs)).sum()
+        return self.squares.sum() + quadratic + straight + self.num_rows * bias.square().sum()
+
+    def best_bias(self, weights: Tensor) -> Tensor:
+        """See `Evidence`."""
+        return (self.outputs - (weights * self.inputs[:, :, None]).sum(1)) / self.num_rows
+
+    def ridge(self, present: Tensor, ridge: Tensor | float, has_bias: bool) -> Tensor:
+        """See `Evidence`. W + (UᵀU + λ·I)⁻¹ Uᵀ(Y − U·W)."""
+        gram, cross = self.centred() if has_bias else (self.gram, self.cross)
+        load = ridge * gram.diagonal(dim1=1, dim2=2).mean(1)
+        return present + _solved(gram, load, cross - gram @ present)
+
+    def normal(self, has_bias: bool) -> NormalEquations:
+        """See `Evidence`."""
+        gram, cross = self.centred() if has_bias else (self.gram, self.cross)
+        return NormalEquations(gram.matmul, cross, gram.diagonal(dim1=1, dim2=2))
+
+
+@dataclasses.dataclass
+class Rows:
+    """The rows themselves, for each of G groups.
+
+    Attributes:
+        num_rows: n.
+        inputs: (G, R, K) U.
+        outputs: (G, R, M) Y.
+        thinned: Every so many rows one is kept.
+    """
+
+    num_rows: Tensor
+    inputs: Tensor
+    outputs: Tensor
+    thinned: int = 1
+
+    @classmethod
+    def empty(cls, groups: int, inputs: int, outputs: int, device: torch.device, thinned: int = 1) -> Rows:
+        """No rows yet."""
+        return cls(
+            torch.zeros((), dtype=torch.float64, device=device),
+            torch.zeros(groups, 0, inputs, device=device),
+            torch.zeros(groups, 0, outputs, device=device),
+            thinned,
+        )
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """See `Evidence`."""
+        inputs, outputs = inputs[:, :: self.thinned], outputs[:, :: self.thinned]
+        self.inputs = torch.cat([self.inputs.to(inputs.dtype), inputs], 1)
+        self.outputs = torch.cat([self.outputs.to(outputs.dtype), outputs], 1)
+        self.num_rows += inputs.shape[1]
+
+    def empty_like(self) -> Rows:
+        """See `Evidence`."""
+        return Rows(torch.zeros_like(self.num_rows), self.inputs[:, :0], self.outputs[:, :0], self.thinned)
+
+    def reduce(self, distributed: Distributed) -> None:
+        """See `Evidence`."""
+        if distributed.is_distributed:
+            self.inputs = distributed.gather_rows(self.inputs.transpose(0, 1).contiguous()).transpose(0, 1)
+            self.outputs = distributed.gather_rows(self.outputs.transpose(0, 1).contiguous()).transpose(0, 1)
+            self.num_rows.fill_(self.inputs.shape[1])
+
+    def joined(self, other: Evidence) -> Rows:
+        """See `Evidence`."""
+        assert isinstance(other, Rows)
+        return Rows(
+            self.num_rows + other.num_rows,
+            torch.cat([self.inputs, other.inputs], 1),
+            torch.cat([self.outputs, other.outputs], 1),
+            self.thinned,
+        )
+
+    def variance(self) -> Tensor:
+        """See `Evidence`."""
+        outputs = self.outputs.double()
+        return (outputs - outputs.mean(1, keepdim=True)).square().sum()
+
+    def error(self, weights: Tensor, bias: Tensor) -> Tensor:
+        """See `Evidence`."""
+        return (self._residual(weights) - bias[:, None]).square().sum()
+
+    def best_bias(self, weights: Tensor) -> Tensor:
+        """See `Evidence`."""
+        return self._residual(weights).mean(1)
+
+    def ridge(self, present: Tensor, ridge: Tensor | float, has_bias: bool) -> Tensor:
+        """See `Evidence`. The same solution through the kernel of the rows: W + Uᵀ(UUᵀ + λ·I)⁻¹(Y − U·W)."""
+        inputs, residual = self.inputs, self._residual(present)
+        if has_bias:
+            inputs = inputs - inputs.mean(1, keepdim=True)
+            residual = residual - residual.mean(1, keepdim=True)
+        with exact_float32():
+            kernel = (inputs @ inputs.mT).double()
+            load = ridge * kernel.diagonal(dim1=1, dim2=2).sum(1) / inputs.shape[2]
+            shares = _solved(kernel, load, residual)
+            return present + (inputs.mT @ shares.to(inputs.dtype)).double()
+
+    def normal(self, has_bias: bool) -> NormalEquations:
+        """See `Evidence`."""
+        inputs, outputs = self.inputs.double(), self.outputs.double()
+        if has_bias:
+            inputs = inputs - inputs.mean(1, keepdim=True)
+            outputs = outputs - outputs.mean(1, keepdim=True)
+        return NormalEquations(
+            lambda weights: inputs.mT @ (inputs @ weights), inputs.mT @ outputs, inputs.square().sum(1)
+        )
+
+    def _residual(self, weights: Tensor) -> Tensor:
+        """(G, R, M) Y − U·W."""
+        with exact_float32():
+            return self.outputs.double() - (self.inputs @ weights.to(self.inputs.dtype)).double()
+
+
+def _solved(matrix: Tensor, load: Tensor, right: Tensor) -> Tensor:
+    """(matrix + load·I)⁻¹ right for each group; NaN where the matrix is not positive definite."""
+    loaded = matrix + load[:, None, None] * torch.eye(
+        matrix.shape[1], dtype=matrix.dtype, device=matrix.device
+    )
+    factor, info = torch.linalg.cholesky_ex(loaded)
+    solved = torch.cholesky_solve(right, factor)
+    return torch.where((info == 0)[:, None, None], solved, solved.new_tensor(float("nan")))
+
+
+def _wide(rows: Tensor) -> Tensor:
+    return rows if rows.dtype == torch.float64 else rows.float()

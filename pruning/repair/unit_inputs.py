@@ -1,0 +1,153 @@
+"""What the layers read of each unit: for every contraction that reads units, the products of its inputs.
+
+One pass over calibration batches gives, per contraction, the means and the centred UᵀU of its rows, and which unit each
+of its columns belongs to (a 3 × 3 kernel has nine columns for a unit). With the present weights that says how well the
+other units could stand in for some of them (`elimination.py`), and the weights with which they do (`local_repair.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from image_classification.config import check_setting
+from image_classification.distributed import Distributed
+from image_classification.models.modes import exact_float32
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.repair.contractions import Contraction, ContractionMode
+from pruning.repair.sums import WIDE, Sums, step_for
+from pruning.task import Task
+
+#: Columns of a contraction up to which its products are kept; wider ones are left as the cut leaves them.
+WIDEST = 4 * WIDE
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitInputs:
+    """What one group of one contraction reads.
+
+    Attributes:
+        parameter: The weights.
+        positions: (K, M) elements of the flattened parameter.
+        units: (K,) unit of every column; −1 for columns of none.
+        gram: (K, K) float64 mean of centred UᵀU over rows.
+        mean: (K,) float64.
+        weights: (K, M) float64 as they are now.
+        variance: Of the outputs, summed over them; of all groups of the contraction.
+    """
+
+    parameter: str
+    positions: Tensor
+    units: Tensor
+    gram: Tensor
+    mean: Tensor
+    weights: Tensor
+    variance: Tensor
+
+
+def reading_units(graph: ChannelGraph, units: np.ndarray | None = None) -> set[str]:
+    """Parameters that read some of these units; by default of those that may leave."""
+    if units is None:
+        units = np.concatenate([np.zeros(0, dtype=np.int64), *(group.units for group in graph.prunable)])
+    found: set[str] = set()
+    for axis in graph.axes:
+        if axis.role == "in" and np.isin(axis.units, units).any():
+            found.add(axis.tensor)
+    return found
+
+
+@torch.no_grad()
+def unit_inputs(
+    model: nn.Module,
+    graph: ChannelGraph,
+    batches: Sequence[Any],
+    parameters: Collection[str],
+    *,
+    task: Task | None = None,
+    distributed: Distributed | None = None,
+    strict: bool = True,
+) -> list[UnitInputs]:
+    """Collect the inputs of some contractions in one pass over the batches. Collective.
+
+    Args:
+        model: The network; it evaluates, and is unchanged.
+        graph: Its channel graph.
+        batches: This rank's calibration batches on the network's device.
+        parameters: Whose contractions.
+        task: How the network is run on a batch.
+        distributed: Sums are added up over ranks.
+        strict: Refuse inputs that are not finite; otherwise their contraction is left out.
+
+    Raises:
+        SettingError: Inputs are not finite.
+    """
+    task, distributed = task or Task(), distributed or Distributed()
+    sums: dict[str, Sums] = {}
+    seen: dict[str, Contraction] = {}
+
+    def visit(contraction: Contraction, compute: Callable[[], Tensor]) -> Tensor:
+        output = compute()
+        groups, inputs, _ = contraction.positions.shape
+        if inputs <= WIDEST:
+            name = contraction.parameter
+            num_rows = contraction.outputs(output, 1).shape[1] * len(batches) * distributed.world_size
+            rows = contraction.rows(step_for(num_rows, inputs, contraction.num_dims))
+            if name not in sums:
+                sums[name], seen[name] = Sums.zeros(groups, inputs, 0, rows.device), contraction
+            sums[name].add(rows, rows[..., :0])
+        return output
+
+    with task.running(model), exact_float32():
+        numbers: dict[str, Tensor] = {}
+        for batch in batches:
+            with ContractionMode(model, visit, parameters, numbers):
+                task.outputs(model, batch)
+    tensors = dict(model.named_parameters())
+    found: list[UnitInputs] = []
+    for name in sorted(sums):
+        sums[name].reduce(distributed)
+        finite = bool(sums[name].gram.isfinite().all())
+        if not finite and not strict:
+            continue
+        check_setting(
+            finite,
+            "calibration",
+            None,
+            f"what {name} reads of the calibration images is not finite: the network has diverged, or they hold NaN",
+        )
+        found += _of_contraction(graph, seen[name], sums[name], tensors[name].detach())
+    return found
+
+
+def _of_contraction(
+    graph: ChannelGraph, contraction: Contraction, sums: Sums, weight: Tensor
+) -> list[UnitInputs]:
+    """One entry per group of the contraction."""
+    name = contraction.parameter
+    positions = contraction.positions
+    units = _units_of_elements(graph, name, weight)[positions[:, :, 0].long()]
+    gram = sums.centred()[0] / sums.num_rows
+    mean = sums.inputs / sums.num_rows
+    weights = weight.flatten()[positions.to(weight.device)].double()
+    variance = (weights * (gram @ weights)).sum()
+    return [
+        UnitInputs(name, positions[g], units[g], gram[g], mean[g], weights[g], variance)
+        for g in range(len(positions))
+    ]
+
+
+def _units_of_elements(graph: ChannelGraph, name: str, weight: Tensor) -> Tensor:
+    """(numel,) the unit that every element of a weight reads; −1 for none."""
+    found = torch.full(weight.shape, -1)
+    for axis in graph.axes:
+        if axis.role == "in" and name in axis.aliases:
+            shape = [1] * weight.dim()
+            shape[axis.dim] = -1
+            units = torch.from_numpy(axis.units).reshape(shape).expand(weight.shape)
+            found = torch.where(units >= 0, units, found)
+    return found.flatten()

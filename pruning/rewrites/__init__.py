@@ -1,0 +1,1 @@
+"""What a rewrite starts from, what goes along with it, and what it did."""

@@ -1,0 +1,154 @@
+"""What pruning starts from: channel graph, costs and explanation, made anew or taken from an earlier run's state."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NotRequired, TypedDict
+
+from torch import Tensor, nn
+
+from image_classification.config import ConfigError, SettingError, check_setting
+from image_classification.distributed import Distributed
+from image_classification.models.running import Args
+from pruning.costs.budget import Budget
+from pruning.costs.cost_model import CostModel, CostState
+from pruning.engine.channel_graph import ChannelGraph, Constraints
+from pruning.engine.examples import Examples
+from pruning.engine.trace_groups import give_examples, trace_groups
+
+_ANEW = "or start anew from its weights"
+
+
+class ResumedState(TypedDict):
+    """What every pruning run keeps of its start: the channel graph, and costs with their baseline."""
+
+    graph: dict[str, Any]
+    costs: CostState
+
+
+class PrunerState(ResumedState):
+    """State of a `Pruner`. Those of older versions lack some of it.
+
+    Attributes:
+        completed: Rewrites done.
+        delta, budget: The course of the budget.
+        history: Fields of the `RewriteRecord` of every rewrite.
+        originals: What is known of the original network's explanation; None where none is followed.
+    """
+
+    completed: int
+    delta: NotRequired[float]
+    budget: NotRequired[dict[str, float]]
+    history: list[dict[str, Any]]
+    originals: NotRequired[dict[str, Any] | None]
+
+
+def graph_of(
+    model: nn.Module,
+    example: Examples,
+    constraints: Constraints,
+    state: ResumedState | None,
+    *,
+    training_example: Examples | None = None,
+    pairs: Iterable[tuple[str, str]] = (),
+) -> ChannelGraph:
+    """The network's channel graph: traced, or in a resumed run the one that the checkpoint holds.
+
+    A trace of the narrower network might couple it otherwise; with the stored graph a resumed run has the choices of
+    one that was never interrupted.
+
+    Raises:
+        ConfigError: Other modules were to be left alone when it was traced, or it is of another network.
+    """
+    if state is None:
+        return trace_groups(
+            model, example, training_example=training_example, pairs=pairs, constraints=constraints
+        )
+    before = " ".join(state["graph"].get("ignored", constraints.ignored)) or "none"
+    now = " ".join(constraints.ignored) or "none"
+    check_setting(
+        before == now,
+        "ignored",
+        now,
+        f"the run to resume left {before} alone when its channel groups were found: give the same, {_ANEW}",
+    )
+    graph = ChannelGraph.from_state(state["graph"], constraints)
+    tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    for axis in graph.axes:
+        size = tensors[axis.tensor].shape[axis.dim] if axis.tensor in tensors else None
+        if size != len(axis.units):
+            raise ConfigError(
+                f"the pruning state is of another network: {axis.tensor!r} has {len(axis.units)} slices in dimension "
+                f"{axis.dim} there and {size or 0} here"
+            )
+    give_examples(graph, model, example, training_example)
+    return graph
+
+
+def shared_costs(
+    graph: ChannelGraph,
+    model: nn.Module,
+    example_images: Tensor | Args,
+    metrics: tuple[str, ...],
+    state: ResumedState | None,
+    distributed: Distributed,
+) -> CostModel:
+    """The cost model; a latency table is measured on rank 0 and shared, so that all ranks decide alike. Collective.
+
+    Args:
+        graph, model, example_images, metrics: See `CostModel`.
+        state: Of an earlier run, with the costs under "costs".
+        distributed: The ranks.
+    """
+    known = None if state is None else state["costs"]
+    if "latency" not in metrics or not distributed.is_distributed:
+        return CostModel(graph, model, example_images, metrics, state=known)
+    made: list[CostModel] = []
+    distributed.check_on_main(
+        lambda: made.append(CostModel(graph, model, example_images, metrics, state=known))
+    )
+    costs = made[0] if made else None
+    shared = distributed.broadcast_object(None if costs is None else costs.state_dict())
+    return costs or CostModel(graph, model, example_images, metrics, state=shared)
+
+
+def check_course(state: PrunerState, budget: Budget, delta: float) -> None:
+    """Rewrites are counted: with another step, or a looser budget, the count would mean another cost.
+
+    Raises:
+        SettingError: Naming what differs.
+    """
+    before = state.get("delta", delta)
+    check_setting(
+        before == delta,
+        "delta",
+        delta,
+        f"the run to resume has {before} (1: everything at once); give that, {_ANEW}",
+    )
+    for metric, share in state.get("budget", {}).items():
+        now = budget.shares.get(metric, share)
+        check_setting(
+            now <= share or math.isclose(now, share),
+            "budget",
+            f"{metric}={now}",
+            f"the run to resume has gone for {share:g}; give that or less, {_ANEW}",
+        )
+
+
+def known_originals(state: PrunerState) -> Mapping[str, Any]:
+    """What an earlier run knows of the original network's explanation.
+
+    Raises:
+        SettingError: It followed none.
+    """
+    known = state.get("originals")
+    if known is None:
+        raise SettingError(
+            "originals",
+            "given",
+            "the run to resume followed no explanation, and what it was in the original network is not known any "
+            f"more; follow none, {_ANEW}",
+        )
+    return known

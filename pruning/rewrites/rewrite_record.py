@@ -1,0 +1,93 @@
+"""What rewrites did: as plain data for checkpoints and reports, and in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.groups import Group
+
+
+@dataclasses.dataclass(frozen=True)
+class RewriteRecord:
+    """What one rewrite did, as plain data.
+
+    Attributes:
+        rewrite: Number of the rewrite, from 1.
+        iteration: Training iteration it happened after; -1 outside of training.
+        widths: Group name → [before, after], changed groups only.
+        costs: Metric → [before, after, baseline].
+        loss: Calibration loss [before, after], or [before, after the cut, after the repair]; all without any training.
+        scores: Group name → [lowest score that stayed, highest score that went].
+        candidates: The best candidates that were weighed.
+        seconds: `score`, `search`, `rewrite` and, if there was one, `repair`.
+        explanation: Mean squared distance of the explanation from the original network's [before, after], if one is
+            followed.
+        repair: What the repair did, in words; empty without one.
+    """
+
+    rewrite: int
+    iteration: int
+    widths: dict[str, list[int]]
+    costs: dict[str, list[float]]
+    loss: list[float]
+    scores: dict[str, list[float]]
+    candidates: list[dict[str, Any]]
+    seconds: dict[str, float]
+    explanation: list[float] = dataclasses.field(default_factory=list)
+    repair: str = ""
+
+    def describe(self) -> str:
+        """One line of text."""
+        widths = ", ".join(f"{name} {before}→{after}" for name, (before, after) in self.widths.items())
+        costs = ", ".join(
+            f"{metric} {100 * after / base:.1f} %" for metric, (_, after, base) in self.costs.items()
+        )
+        moved = ""
+        if self.explanation:
+            moved = f"; explanation moved by {self.explanation[0]:.4g} → {self.explanation[1]:.4g}"
+        known = [loss for loss in self.loss if not math.isnan(loss)]  # NaN without calibration data
+        losses = f"; calibration loss {' → '.join(f'{loss:.4f}' for loss in known)}" if known else ""
+        repair = f"; {self.repair}" if self.repair else ""
+        return (
+            f"rewrite {self.rewrite}: {widths or 'nothing to remove'}; {costs} of the original{losses}{repair}{moved}; "
+            f"{sum(self.seconds.values()):.2f} s"
+        )
+
+
+def describe_group(
+    graph: ChannelGraph, group: Group, scores: Tensor | None, history: Sequence[RewriteRecord]
+) -> str:
+    """A group in words, a line per fact: what it couples, how far it may shrink, its scores and its rewrites.
+
+    Args:
+        graph: Its graph.
+        group: The group.
+        scores: (width,) scores of its present channels, if there are any.
+        history: The rewrites so far.
+    """
+    members = sorted({member.tensor.rpartition(".")[0] for member in graph.members(group)})
+    lines = [
+        f"group {group.name}: {group.width} of {group.original_width} units × {group.channels_per_unit} channels",
+        f"  coupled modules: {', '.join(members)}",
+    ]
+    if group.prunable:
+        lines.append(f"  may shrink to {graph.allowed_widths(group)[0]}")
+    else:
+        lines.append(f"  cannot be pruned: {group.reason}")
+    lines += [f"  note: {note}" for note in group.notes]
+    if scores is not None:
+        lines.append(
+            f"  scores: {scores.min():.4g} … {scores.median():.4g} … {scores.max():.4g} (least, median, most)"
+        )
+    for record in history:
+        if group.name in record.widths:
+            before, after = record.widths[group.name]
+            when = f" after iteration {record.iteration}" if record.iteration >= 0 else ""
+            lines.append(f"  rewrite {record.rewrite}{when}: {before} → {after}")
+    return "\n".join(lines)

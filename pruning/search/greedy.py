@@ -1,0 +1,136 @@
+"""Kung and Hou's search (2020, Commun. Inf. Syst. 20(3)): one group at a time makes room for the whole target.
+
+For every group there is one candidate: this group alone loses its lowest-scored units until the target is met. The
+candidates are sorted by the estimated change of the calibration loss, the first ones are measured, and the best is
+taken. With instalments the way to the target is divided, and each part is paid by the group that is then the best.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from image_classification.config import check_setting
+from pruning.search.search import (
+    DEFAULT_INSTALMENTS,
+    DEFAULT_SHORTLIST,
+    Candidate,
+    Decision,
+    Situation,
+    register_search,
+)
+
+
+@register_search("greedy")
+@dataclasses.dataclass
+class GreedySearch:
+    """The group that can meet the target at the smallest rise of the calibration loss loses units.
+
+    Args:
+        shortlist: Candidates that are measured after the estimate has sorted them; 0 measures all, 1 trusts the
+            estimate.
+        instalments: Parts that the way to the target is paid in, each by a group of its own; 1 as published.
+    """
+
+    shortlist: int = DEFAULT_SHORTLIST
+    instalments: int = DEFAULT_INSTALMENTS
+
+    def __post_init__(self) -> None:
+        check_setting(self.shortlist >= 0, "shortlist", self.shortlist, "must not be negative")
+        check_setting(self.instalments >= 1, "instalments", self.instalments, "at least 1 is needed")
+
+    def choose(self, situation: Situation) -> Decision:
+        """See `Search`.
+
+        Where no single group can meet the target, the best one shrinks as far as it may, then another.
+        """
+        stages: list[list[Candidate]] = []
+        ends = dict(situation.targets)
+        starts = {metric: situation.costs.cost(metric, situation.mask) for metric in ends}
+        for part in range(1, self.instalments + 1):
+            paid = part / self.instalments
+            situation.targets = {
+                metric: end + (1 - paid) * max(starts[metric] - end, 0.0) for metric, end in ends.items()
+            }
+            stages += self._towards_targets(situation)
+        return Decision(situation.keep(situation.mask), stages[0] if stages else [])
+
+    def _towards_targets(self, situation: Situation) -> list[list[Candidate]]:
+        """Close units of the situation's mask until the targets are met, or nothing is left; what was weighed."""
+        stages: list[list[Candidate]] = []
+        while (metric := situation.most_behind()) is not None:
+            options = self._options(situation, metric)
+            if not options:
+                break
+            best, candidates = self._best(situation, options)
+            stages.append(candidates)
+            situation.mask = situation.without(options[best])
+        return stages
+
+    def _options(self, situation: Situation, metric: str) -> dict[int, np.ndarray]:
+        """Group index → units that it would lose to meet the target alone, or else to save as much as it can.
+
+        It may be that no group saves anything by itself: memory is the largest of several moments, and two may be
+        equally large. Then every group that the cost depends on is offered with the share of units that is too much.
+        """
+        costs = situation.costs
+        small = 1e-9 * costs.baseline(metric)
+        now = costs.cost(metric, situation.mask)
+        target = situation.targets[metric] + small
+        whole: dict[int, np.ndarray] = {}
+        partial: dict[int, np.ndarray] = {}
+        for group in situation.groups:
+            widths = situation.widths_below(group)
+            if not widths:
+                continue
+            curve = costs.cost_curve(metric, group, situation.mask, situation.leaving(group))
+            enough = [width for width in widths if curve[width] <= target]
+            most = min(curve[width] for width in widths)
+            if enough:
+                whole[group.index] = situation.lowest(group, max(enough))
+            elif most < now - small:
+                width = max(width for width in widths if curve[width] <= most + small)
+                partial[group.index] = situation.lowest(group, width)
+        return whole or partial or self._together(situation, metric, target / now)
+
+    @staticmethod
+    def _together(situation: Situation, metric: str, share: float) -> dict[int, np.ndarray]:
+        """Group index → units that go if it keeps this share, for groups that the cost depends on."""
+        gates = torch.from_numpy(situation.mask.astype(np.float64)).requires_grad_()
+        situation.costs.cost(metric, gates).backward()
+        assert gates.grad is not None
+        found = {}
+        for group in situation.groups:
+            widths = situation.widths_below(group)
+            if widths and bool(gates.grad[torch.from_numpy(group.units)].any()):
+                fitting = [width for width in widths if width <= share * situation.width(group)]
+                found[group.index] = situation.lowest(group, fitting[-1] if fitting else widths[0])
+        return found
+
+    def _best(self, situation: Situation, options: Mapping[int, np.ndarray]) -> tuple[int, list[Candidate]]:
+        """The group of the option with the smallest loss, and all that were weighed.
+
+        Options without an estimate are always measured, unless the estimate alone is trusted: then they come last.
+        """
+        judge = situation.loss_change
+        assert judge is not None, "the greedy search judges by calibration data"
+        indices = list(options)
+        estimated = judge.estimate(list(options.values()), closed=np.flatnonzero(~situation.mask))
+        order = np.argsort(estimated, kind="stable")  # NaN goes last
+        truth: dict[int, float] = {}
+        if self.shortlist != 1:
+            unknown = order[np.isnan(estimated[order])]
+            short = order[: self.shortlist or None]
+            chosen = [*short, *unknown[~np.isin(unknown, short)]]
+            cuts = [situation.keep(situation.without(options[indices[i]])) for i in chosen]
+            truth = {int(i): float(loss) for i, loss in zip(chosen, judge.measure(cuts), strict=True)}
+        best = min(truth, key=lambda i: truth[i]) if truth else int(order[0])
+        candidates = []
+        for i in order.tolist():
+            name = situation.graph.groups[indices[i]].name
+            estimate = None if np.isnan(estimated[i]) else float(estimated[i])
+            candidates.append(Candidate(name, len(options[indices[i]]), estimate, truth.get(i)))
+        return indices[best], candidates

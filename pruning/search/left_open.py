@@ -1,0 +1,104 @@
+"""What pruning goes by where the user leaves it open: criterion and search, by what calibration batches hold.
+
+no batches                                  magnitude, global
+classes of samples or of positions          discriminant
+other targets, and a loss                   taylor
+neither                                     magnitude
+a loss is known                             greedy, else global
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from image_classification.config import SettingError
+from image_classification.distributed import Distributed
+from pruning.criteria.explained import Autocast
+from pruning.task import TargetKind, Task, kind_of_targets, num_samples, targets_of, to_device
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What the calibration batches of all ranks hold.
+
+    Attributes:
+        batches: There are any.
+        targets: What classes their targets are, of samples or of positions; None where they are no classes.
+        problem: Why the outputs cannot be judged; None where they can.
+    """
+
+    batches: bool
+    targets: TargetKind | None
+    problem: SettingError | None
+
+    @property
+    def judged(self) -> bool:
+        """Whether a loss is known."""
+        return self.batches and self.problem is None
+
+    def criterion(self) -> tuple[str, str]:
+        """Name of the criterion that fits, and why."""
+        if not self.batches:
+            return "magnitude", "there are no calibration batches"
+        if self.targets is not None:
+            of = "samples" if self.targets == "classes" else "positions"
+            return "discriminant", f"the targets are classes of {of}"
+        if self.judged:
+            return "taylor", "the targets are no classes, but a loss is known"
+        return "magnitude", "the batches have neither class targets nor a loss"
+
+    def search(self) -> str:
+        """Name of the search that fits."""
+        return "greedy" if self.judged else "global"
+
+
+def look(
+    task: Task,
+    model: nn.Module,
+    batches: Sequence[Any],
+    distributed: Distributed | None = None,
+    autocast: Autocast = nullcontext,
+) -> Evidence:
+    """Look at the first batch, and run the network on it once. Collective.
+
+    Args:
+        task: How the network is run and judged.
+        model: The network; unchanged.
+        batches: This rank's calibration batches; a rank may have none.
+        distributed: The ranks, which come to one view.
+        autocast: Makes the context of the forward pass.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    batch = next((batch for batch in batches if num_samples(batch)), None)
+    problem = None
+    kind: TargetKind | None = None
+    if batch is not None:
+        batch = to_device(batch, device)
+        kind = kind_of_targets(targets_of(batch))
+        problem = _problem(task, model, batch, autocast)
+    flags = [batch is not None, kind == "classes", kind == "pixels", problem is not None]
+    seen = torch.tensor(flags, dtype=torch.float64)
+    (total,) = (distributed or Distributed()).all_reduce_sum(seen.to(device))
+    any_batch, any_classes, any_pixels, any_problem = (total > 0).tolist()
+    if any_problem and problem is None:
+        problem = SettingError("loss", None, "another rank's outputs cannot be judged: give loss=")
+    if any_classes or any_pixels:
+        kind = "classes" if any_classes else "pixels"
+    return Evidence(any_batch, kind, problem)
+
+
+def _problem(task: Task, model: nn.Module, batch: Any, autocast: Autocast) -> SettingError | None:
+    """Why the network's outputs on a batch have no loss; None where they have one."""
+    with task.running(model), torch.no_grad(), autocast():
+        outputs = task.outputs(model, batch)
+        try:
+            task.losses(outputs, batch)
+        except SettingError as error:
+            return error
+    return None

@@ -1,0 +1,185 @@
+"""How much the calibration loss grows when channels go: a second-order estimate for any set of units, and the truth.
+
+The estimate needs one forward and one backward pass for all candidates together. With mask m on the units, sample
+loss ℓ_n and s_nu = ∂ℓ_n/∂m_u at m = 1, removing the set S changes the mean loss by about
+
+    Δ(S) = −mean_n Σ_{u∈S} s_nu + ½ mean_n (Σ_{u∈S} s_nu)²
+
+the first-order Taylor term (Molchanov et al. 2017, arXiv:1611.06440) and the empirical Fisher approximation of the
+curvature (Theis et al. 2018, arXiv:1801.05787), which here includes the interaction of units removed together.
+The truth is measured through gates, without a copy of the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from image_classification.distributed import Distributed
+from image_classification.models.modes import random_state_kept
+from pruning.criteria.criterion import GradientCriterion
+from pruning.criteria.scoring import score_groups
+from pruning.engine.channel_graph import ChannelGraph, Keep
+from pruning.engine.gates import Gates
+from pruning.repair.local_repair import LocalRepair
+from pruning.task import Task, num_samples, to_device
+
+#: Calibration batches of this rank.
+Batches = Sequence[Any]
+
+
+class LossChange:
+    """Loss changes of candidate cuts on a fixed set of calibration batches.
+
+    Args:
+        model: The bare network; run in the task's mode and left as it was.
+        graph: Its channel graph.
+        batches: This rank's calibration batches; a rank may have none.
+        task: How the network is run on a batch and judged; by default it is a classifier.
+        distributed: Sums are reduced over ranks, so all ranks see the same numbers.
+        autocast: Context factory of the forward passes.
+        repair: Candidates are judged as it would repair them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        batches: Batches,
+        *,
+        task: Task | None = None,
+        distributed: Distributed | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        repair: LocalRepair | None = None,
+    ) -> None:
+        self.model = model
+        self.graph = graph
+        self.device = next(model.parameters()).device
+        self.batches = [to_device(batch, self.device) for batch in batches]
+        self.task = task or Task()
+        self.distributed = distributed or Distributed()
+        self.autocast, self.repair = autocast, repair
+        self._gradients: Tensor | None = None
+        self._unknown = graph.ungated
+        self._loss: float | None = None
+
+    def estimate(self, removed: Sequence[np.ndarray], closed: np.ndarray | None = None) -> np.ndarray:
+        """Estimated change of the mean loss for each set of units.
+
+        Args:
+            removed: Arrays of unit ids.
+            closed: Units that are gone in each case; those of them without derivatives are overlooked.
+
+        Returns:
+            (len(removed),) float64, equal on all ranks; NaN for sets with units whose derivatives are not to be had:
+            no layer's input shows them (see `ChannelGraph.ungated`), or the loss has none by them.
+        """
+        gradients = self._unit_gradients()
+        sums = torch.zeros(len(removed), dtype=torch.float64, device=gradients.device)
+        gone = np.setdiff1d(np.zeros(0, dtype=np.int64) if closed is None else closed, self._unknown)
+        for number, units in enumerate(removed):
+            together = torch.from_numpy(np.concatenate([gone, units])).to(gradients.device)
+            total = gradients[:, together].sum(dim=1, dtype=torch.float64)
+            sums[number] = (0.5 * total.square() - total).sum()
+        reduced, count = self.distributed.all_reduce_sum(sums, torch.tensor(float(len(gradients))))
+        found = (reduced.cpu() / count.cpu().clamp(min=1)).numpy()
+        found[[bool(np.isin(units, self._unknown).any()) for units in removed]] = np.nan
+        return found
+
+    def loss_as_it_is(self) -> float:
+        """Mean calibration loss of the network as it is; NaN without data. Remembered."""
+        if self._loss is None:
+            self._loss = float(self.measure([{}])[0])
+        return self._loss
+
+    def _unit_gradients(self) -> Tensor:
+        """(number of this rank's samples, num_units) float32: s_nu, made in one pass and remembered."""
+        if self._gradients is None:
+            memory = _GradientMemory()
+            scored = score_groups(
+                self.model,
+                self.graph,
+                self.batches,
+                memory,
+                task=self.task,
+                distributed=self.distributed,
+                autocast=self.autocast,
+            )
+            unscored = [group.units for group in self.graph.prunable if group.index not in scored]
+            self._unknown = np.concatenate([self.graph.ungated, *unscored])
+            # A rank may be without data.
+            empty = torch.zeros(0, self.graph.num_units, device=self.device)
+            self._gradients = torch.cat(memory.seen) if memory.seen else empty
+            total, count = self.distributed.all_reduce_sum(
+                torch.stack([empty.new_zeros(()), *memory.totals]).sum(),
+                torch.tensor(float(sum(num_samples(batch) for batch in self.batches))),
+            )
+            self._loss = float(total) / float(count)
+        return self._gradients
+
+    @torch.no_grad()
+    def measure(self, candidates: Iterable[Keep], *, repaired: bool = True) -> np.ndarray:
+        """Mean calibration loss with each candidate's cut gated away.
+
+        Args:
+            candidates: Group → positions that stay; an empty mapping is the network as it is.
+            repaired: With the weights of `repair`, if there is one.
+
+        Returns:
+            (number of candidates,) float64, equal on all ranks.
+        """
+        masks = [self.graph.keep_mask(keep) for keep in candidates]
+        repair = self.repair if repaired else None
+        if repair is not None:
+            repair.prepare(masks)
+        sums = torch.zeros(len(masks) + 1, dtype=torch.float64, device=self.device)
+        with self.task.running(self.model), Gates(self.model, self.graph) as gates:
+            for number, mask in enumerate(masks):
+                gates.set_mask(mask)
+                with contextlib.ExitStack() as stack:
+                    # What a network samples is the same for every candidate.
+                    stack.enter_context(random_state_kept(self.model))
+                    if repair is not None:
+                        stack.enter_context(repair.applied(mask))
+                    sums[number] = self._total()
+        sums[-1] = sum(num_samples(batch) for batch in self.batches)
+        (reduced,) = self.distributed.all_reduce_sum(sums)
+        figures = reduced.cpu().numpy()
+        return figures[:-1] / figures[-1] if figures[-1] else np.full(len(masks), np.nan)
+
+    def _total(self) -> Tensor:
+        """Sum of this rank's losses, float64."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in self.batches:
+            with self.autocast():
+                outputs = self.task.outputs(self.model, batch)
+            total += self.task.losses(outputs, batch).double().sum()
+        return total
+
+
+class _GradientMemory(GradientCriterion):
+    """Keeps the derivative of every sample's loss by every unit's gate, instead of reducing it to a score."""
+
+    announces_unscored = False  # units without a gate have no derivative, and `estimate` says so
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+        self.totals: list[Tensor] = []
+
+    def objectives(self, model: nn.Module, batch: Any, task: Task) -> tuple[Tensor, ...]:
+        """The sum of the batch's losses."""
+        total = self.losses(model, batch, task).sum()
+        self.totals.append(total.detach())
+        return (total,)
+
+    def reduce(self, gate_gradients: Tensor) -> Tensor:
+        """Remember (1, N, U) as (N, U); the score is of no use."""
+        self.seen.append(gate_gradients[0])
+        return gate_gradients.new_zeros(gate_gradients.shape[-1])

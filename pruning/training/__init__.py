@@ -1,0 +1,1 @@
+"""Pruning as a part of a training job: the only wing that knows the trainer, its callbacks and flags."""

@@ -1,0 +1,140 @@
+"""What both ways to prune channels in a training job share: calibration images, explanation, budget, figures, state.
+
+`scored.PruningCallback` rewrites at intervals by a criterion, `learned.learned_pruning.LearnedPruning` once, by gates.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from explainers.differentiable.remembered import OriginalExplanations
+from image_classification.callbacks import Callback, TrainLoop
+from image_classification.data.loader import Loader
+from image_classification.observe.figures import Figure, register_figures
+from pruning.costs.budget import Budget
+from pruning.costs.cost_registry import cost_names
+from pruning.criteria.sample_losses import losses_of
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.groups import Group
+from pruning.training.explanations import build_originals
+from pruning.training.pruning_config import PruningConfig
+from pruning.training.repair_flags import RepairConfig
+
+
+def calibration_batches(calibration: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and targets of this rank's calibration batches."""
+    for batch in calibration:
+        if len(batch):
+            yield batch.images, batch.targets
+
+
+class ChannelPruning(Callback, abc.ABC):
+    """Base of the callbacks that rewrite the network smaller.
+
+    Args:
+        config: The flags.
+        calibration: Loader of the calibration split; its reading never moves the training cursor.
+        image_size: Side of the images, at which costs are counted.
+        multi_label: The task's targets are multi-hot.
+        repair: How rewrites are repaired.
+
+    Attributes:
+        loss: Per-sample loss of the task.
+        restored: State of the run that is resumed, kept until the network is traced; None for a fresh start.
+    """
+
+    def __init__(
+        self,
+        config: PruningConfig,
+        calibration: Loader,
+        image_size: int,
+        multi_label: bool = False,
+        repair: RepairConfig | None = None,
+    ) -> None:
+        self.config, self.repair = config, repair or RepairConfig()
+        self.calibration = calibration
+        self.image_size = image_size
+        self.loss = losses_of(multi_label)
+        self.restored: dict[str, Any] | None = None
+        shares = {f"{name}_share": Figure(steers=True) for name in cost_names()}
+        register_figures(("gates", "pruning"), shares)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Remembered until the network is traced."""
+        self.restored = dict(state) or None
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and targets of this rank's calibration batches."""
+        yield from calibration_batches(self.calibration)
+
+    def example_images(self, trainer: TrainLoop) -> Tensor:
+        """(2, 3, S, S) noise on the network's device and in its memory format, the same every time."""
+        # A generator of its own: training must not notice that pruning is attached.
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(2, 3, self.image_size, self.image_size, generator=generator)
+        return images.to(device=trainer.distributed.device, memory_format=trainer.precision.memory_format)
+
+    def originals_of(self, trainer: TrainLoop, *, fresh: bool) -> OriginalExplanations | None:
+        """The explanation that is followed, with room for what it was in the original network.
+
+        Args:
+            trainer: The loop.
+            fresh: The network is the original one still.
+        """
+        return build_originals(
+            self.config,
+            trainer.state.model,
+            image_size=self.image_size,
+            num_classes=trainer.train_loader.num_classes,
+            fresh=fresh,
+        )
+
+    def budget(self) -> Budget:
+        """What may remain, by the flags."""
+        return Budget.parse(self.config.budget_words())
+
+    @staticmethod
+    def check_groups(trainer: TrainLoop, graph: ChannelGraph) -> None:
+        """Make sure that all ranks traced the same groups. Collective."""
+        signature = [str(row) for row in graph.signature()]
+        trainer.distributed.check_agreement("the channel groups", signature)
+
+    @staticmethod
+    def log_rewrite(
+        trainer: TrainLoop,
+        figures: dict[str, float],
+        groups: Sequence[Group],
+        step: tuple[int, int],
+        iteration: int,
+    ) -> None:
+        """Log what a rewrite did.
+
+        Args:
+            trainer: The loop.
+            figures: Losses and shares, without the prefix `pruning.`.
+            groups: The groups whose widths are shown.
+            step: Epoch, and step within it.
+            iteration: Of the whole training.
+        """
+        trainer.logger.scalars("pruning", figures, step, iteration)
+        widths = {group.name: group.width for group in groups}
+        trainer.logger.scalars("width", widths, step, iteration)
+
+    @abc.abstractmethod
+    def explanation_moved(self, trainer: TrainLoop) -> float | None:
+        """Mean squared distance of the explanation from the original network's; None where none is followed."""
+
+    def on_fit_end(self, trainer: TrainLoop) -> None:
+        """Say how far the explanation is from the original network's in the end."""
+        moved = self.explanation_moved(trainer)
+        if moved is None:
+            return
+        trainer.logger.message(
+            f"explanation of the final network: moved by {moved:.4g} (mean squared distance)"
+        )
+        trainer.logger.log((), {"pruning.explanation": moved})

@@ -1,0 +1,108 @@
+"""The job of `main.py`: train, prune, fine-tune or evaluate a network.
+
+Composes the parts that `image_classification.job` builds; every decision lives beside the code that it concerns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from explainers.live import SaliencyGallery
+from image_classification import job as jobs
+from image_classification.callbacks import Callback
+from image_classification.cli import parse_config
+from image_classification.config import section
+from image_classification.distributed import Distributed
+from image_classification.verbs import Verb, configured
+from pruning.training import distill as distillations
+from pruning.training import unstructured as weights
+from pruning.training.distill import DistillConfig
+from pruning.training.learned.learned_pruning import LearnedPruning
+from pruning.training.pruning_config import PruningConfig
+from pruning.training.repair_flags import RepairConfig
+from pruning.training.scored import PruningCallback
+from pruning.training.unstructured import UnstructuredConfig, UnstructuredPruning
+
+DESCRIPTION = (
+    "Train, prune, fine-tune and evaluate image classifiers on folders, CIFAR, VOC or the embedded shapes."
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MainConfig(jobs.JobConfig):
+    """Everything that a training job of this program is told."""
+
+    pruning: PruningConfig = section(PruningConfig)
+    unstructured: UnstructuredConfig = section(UnstructuredConfig)
+    repair: RepairConfig = section(RepairConfig)
+    distill: DistillConfig = section(DistillConfig)
+
+
+def run(configs: MainConfig, distributed: Distributed) -> None:
+    """One process's share of the job."""
+    pruning, repair = configs.pruning, configs.repair
+    pruning.check_evaluation(configs.train.evaluate)
+    pruning.check_files()
+    weights.check_combination(configs.unstructured, configs.train, pruning, repair)
+    distillations.check_combination(configs.distill, configs.train, configs.precision)
+    batches = pruning.wanted_batches() or weights.wanted_batches(configs.unstructured, repair)
+    job = jobs.prepare(configs, distributed, batches, configs.distill.teacher)
+    try:
+        model = jobs.make_model(job)
+        if configs.train.evaluate:
+            jobs.evaluate(job, model)
+            return
+        callbacks: list[Callback] = []
+        if pruning.active:
+            assert job.loaders.calibration is not None
+            size = job.loaders.preset.image_size
+            method = LearnedPruning if pruning.learned else PruningCallback
+            callbacks.append(method(pruning, job.loaders.calibration, size, job.multi_label, repair))
+        if configs.unstructured.active:
+            calibration = job.loaders.calibration
+            callbacks.append(
+                UnstructuredPruning(configs.unstructured, calibration, job.multi_label, repair.repair)
+            )
+        distillation = distillations.build_distillation(job, model, configs.distill)
+        objective = None
+        if distillation is not None:
+            objective = distillation.objective
+            callbacks.append(distillation)
+        if configs.log.tensorboard is not None:
+            callbacks.append(SaliencyGallery())
+        jobs.make_trainer(job, model, objective=objective, callbacks=callbacks).fit()
+    finally:
+        job.close()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, run, and return the exit code."""
+    configs = parse_config(MainConfig, argv, prog="main.py", description=DESCRIPTION)
+    return run_main(configs)
+
+
+def run_main(configs: MainConfig) -> int:
+    """Run the job among the ranks; its exit code."""
+    return jobs.run_job(configs, run)
+
+
+def _prune(given: Mapping[str, object]) -> dict[str, object]:
+    """Iterative pruning, unless another way is given."""
+    ways = ("iterative_pruning", "one_shot_pruning", "pruning_method", "unstructured_pruning")
+    return {} if any(given.get(way) for way in ways) else {"iterative_pruning": True}
+
+
+def _verb(defaults: Callable[[Mapping[str, object]], Mapping[str, object]]) -> Verb[MainConfig]:
+    """The job with other defaults."""
+
+    def parse(argv: Sequence[str], prog: str, description: str) -> MainConfig:
+        return parse_config(MainConfig, argv, prog=prog, description=description, defaults=defaults)
+
+    return Verb(parse, run_main)
+
+
+#: `lucidprune train`, `prune` and `evaluate`.
+TRAIN = configured(MainConfig, run_main)
+PRUNE = _verb(_prune)
+EVALUATE = _verb(lambda given: {"evaluate": True})

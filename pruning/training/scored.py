@@ -1,0 +1,184 @@
+"""Pruning by scores, at intervals: when a rewrite is due, score, choose, rewrite and bind anew.
+
+Flow of one interval, after the optimizer's step and with no graph alive:
+
+    release DDP and compiled wrappers → score → choose → rewrite network, optimizer, average → rebind → log
+
+Everything is a function of the network, the calibration split and the flags. So a run that is killed at any point, also
+in the middle of this, and resumed from its last checkpoint does the same rewrites again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from image_classification.callbacks import TrainLoop
+from pruning.criteria.by_name import make_criterion
+from pruning.pruner import Pruner, PrunerSettings
+from pruning.rewrites.resuming import PrunerState
+from pruning.rewrites.rewrite_record import RewriteRecord
+from pruning.task import on_targets
+from pruning.training.channel_pruning import ChannelPruning
+from pruning.training.widths_image import widths_image
+
+
+class PruningCallback(ChannelPruning):
+    """Prunes the network that a trainer trains by a criterion; arguments as `ChannelPruning`."""
+
+    name = "pruning"
+    _pruner: Pruner | None = None
+
+    @property
+    def pruner(self) -> Pruner:
+        """What does the work; made when training starts."""
+        assert self._pruner is not None, "training has not started"
+        return self._pruner
+
+    def on_fit_start(self, trainer: TrainLoop) -> None:
+        """Trace the network, lay out the course of the budget, and say what is going to happen."""
+        self._pruner = self._make_pruner(trainer)
+        self.check_groups(trainer, self.pruner.graph)
+        trainer.logger.message(self._announcement(trainer))
+        self.pruner.remember(self.batches())
+        if self.config.one_shot_pruning is not None and not self.pruner.done:
+            self._rewrite(trainer)
+
+    def _make_pruner(self, trainer: TrainLoop) -> Pruner:
+        config, state = self.config, trainer.state
+        originals = self.originals_of(trainer, fresh=self.restored is None)
+        criterion = make_criterion(config.pruning_criterion, config.criterion_settings(), originals=originals)
+        settings = PrunerSettings(
+            start=config.pruning_start,
+            max_batches=config.calibration_batches,
+            judge_batches=config.judge_batches,
+            distributed=trainer.distributed,
+            autocast=trainer.precision.autocast,
+            originals=originals,
+        )
+        return Pruner(
+            state.model,
+            self.example_images(trainer),
+            criterion=criterion,
+            budget=None if config.prune_rate else self.budget(),
+            optimizer=state.optimizer,
+            ema=None if state.ema is None else state.ema.module,
+            step=config.interval(trainer.steps_per_epoch),
+            delta=config.pruning_delta if config.iterative_pruning else 1.0,
+            search=config.search(),
+            constraints=config.constraints(),
+            repair=self.repair.choice(),
+            loss=on_targets(self.loss),
+            settings=settings,
+            state=cast("PrunerState | None", self.restored),
+        )
+
+    def _announcement(self, trainer: TrainLoop) -> str:
+        """What the budget needs, and whether the training is long enough for it."""
+        pruner, config = self.pruner, self.config
+        shares = pruner.course.budget.shares
+        budget = ", ".join(f"{metric}={share:.6g}" for metric, share in shares.items())
+        if config.iterative_pruning and not config.budget:
+            budget += " (default)"
+        text = (
+            f"pruning to {budget}: {pruner.num_rewrites - pruner.completed} of {pruner.num_rewrites} rewrites to go, "
+            f"{len(pruner.graph.prunable)} of {len(pruner.graph.groups)} channel groups can be pruned, scores: "
+            f"{config.pruning_criterion}"
+        )
+        if not config.iterative_pruning or pruner.done:
+            return text
+        step = config.interval(trainer.steps_per_epoch)
+        last = config.pruning_start + pruner.num_rewrites * step
+        total = trainer.steps_per_epoch * trainer.config.epochs
+        text += f"; one every {step} iterations, the last after iteration {last} of {total}"
+        if last > total:
+            text += (
+                " — the training is too short for the budget: raise --epochs or --pruning-delta, or lower "
+                "--pruning-step"
+            )
+        return text
+
+    def on_step_end(self, trainer: TrainLoop) -> None:
+        """Rewrite if it is time, and bring the learning rate back after a rewrite."""
+        iteration = trainer.state.iteration
+        if self.config.iterative_pruning and self.pruner.due(iteration):
+            self._rewrite(trainer)
+        trainer.state.lr_factor = self._recovery(iteration)
+
+    def _recovery(self, iteration: int) -> float:
+        """Factor on the learning rate: rises linearly to 1 over `--pruning-warmup` iterations after a rewrite."""
+        if not self.config.pruning_warmup or not self.pruner.history:
+            return 1.0
+        since = iteration - self.pruner.history[-1].iteration
+        return min(1.0, (since + 1) / self.config.pruning_warmup)
+
+    def _rewrite(self, trainer: TrainLoop) -> None:
+        trainer.release()
+        record = self.pruner.step(self.batches(), trainer.state.iteration)
+        trainer.rebind()
+        self._log(trainer, record)
+
+    def _log(self, trainer: TrainLoop, record: RewriteRecord) -> None:
+        state, logger, groups = trainer.state, trainer.logger, self.pruner.graph.prunable
+        iteration = state.iteration
+        step = (state.epoch, iteration - state.epoch * trainer.steps_per_epoch)
+        logger.message(record.describe())
+        self.log_rewrite(trainer, _figures(record), groups, step, iteration)
+        scores = self.pruner.latest_scores()
+        medians = {group: float(values.median()) for group, values in scores.items()}
+        logger.scalars("score", medians, step, iteration)
+        for group, values in scores.items():
+            logger.histogram(f"score/{group}", values, iteration)
+        logger.image("pruning/widths", widths_image(groups), iteration)
+        if record.candidates and record.candidates[0]["estimated"] is not None:
+            best = {"best_estimate": record.candidates[0]["estimated"]}
+            logger.scalars("pruning", best, step, iteration)
+
+    def _shares(self) -> dict[str, float]:
+        """What is left of each cost that the budget names, as a share of the original."""
+        costs = self.pruner.costs
+        return {
+            metric: costs.current(metric) / costs.baseline(metric)
+            for metric in self.pruner.course.budget.shares
+        }
+
+    def on_log(self, trainer: TrainLoop, figures: dict[str, float]) -> None:
+        """Show how far the budget is."""
+        figures |= {f"pruning.{metric}_share": share for metric, share in self._shares().items()}
+
+    def on_fit_end(self, trainer: TrainLoop) -> None:
+        """Say where the network has not come down to the budget, which no file of the run then meets."""
+        super().on_fit_end(trainer)
+        asked = self.pruner.course.budget.shares
+        missed = [
+            f"{metric} {share:.3g} of the original, not {asked[metric]:.3g}"
+            for metric, share in self._shares().items()
+            if share > asked[metric] * (1 + 1e-6)
+        ]
+        if missed:
+            trainer.logger.message(
+                f"the budget was not met: {', '.join(missed)}; train longer, raise --pruning-delta, or lower "
+                "--pruning-step or --min-width"
+            )
+
+    def explanation_moved(self, trainer: TrainLoop) -> float | None:
+        """See `ChannelPruning`."""
+        return self.pruner.explanation_moved(self.batches())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Progress of the pruner; empty before training starts."""
+        return {} if self._pruner is None else dict(self._pruner.state_dict())
+
+
+def _figures(record: RewriteRecord) -> dict[str, float]:
+    """A rewrite's losses, costs, seconds and distances, by key of the report without the prefix."""
+    figures = {"loss_before": record.loss[0], "loss_after": record.loss[1]}
+    if len(record.loss) > 2:
+        figures["loss_repaired"] = record.loss[2]
+    for metric, (_, after, base) in record.costs.items():
+        figures[metric] = after
+        figures[f"{metric}_share"] = after / base
+    for part, seconds in record.seconds.items():
+        figures[f"seconds.{part}"] = seconds
+    if record.explanation:
+        figures["explanation_before"], figures["explanation_after"] = record.explanation
+    return figures

@@ -1,0 +1,433 @@
+"""Iterative magnitude pruning of single weights, in rounds with fine-tuning between them.
+
+Han et al., "Learning both weights and connections for efficient neural networks" (NeurIPS 2015); in rounds, with
+rewinding, Frankle & Carbin (ICLR 2019) and Renda et al. (ICLR 2020); as a compression whose explanations are to be
+kept, Park et al. (NeurIPS 2020): 16 rounds of 20 % of what is left. After round k
+
+    sparsity = 1 − (1 − p)^k          of all weights of convolutions and linear layers (biases and norms stay)
+
+Weights are chosen by `torch.nn.utils.prune.L1Unstructured`. A removed weight is held at zero without any wrapper: its
+gradient is zeroed before every update, and its momentum once, when it is removed, so no optimizer moves it. The network
+stays an ordinary one, zeros included, in every checkpoint; the masks are with the callback's state.
+
+Note:
+    PyTorch's own masks (`weight_orig`, `weight_mask` and a hook) would change the names in every checkpoint and the
+    wrappers of DDP and torch.compile; only its choice of weights is used here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import L1Unstructured
+
+from image_classification.callbacks import Callback, TrainLoop
+from image_classification.config import check, flag
+from image_classification.data.loader import Loader
+from image_classification.schedules import Schedule
+from image_classification.train_config import TrainConfig
+from pruning.criteria.sample_losses import losses_of
+from pruning.pruner import PrunerSettings
+from pruning.repair.repairing import Method as RepairMethod
+from pruning.repair.repairing import plan_weight_repair
+from pruning.repair.rewrite_repair import RewriteRepair, settled
+from pruning.task import Task, on_targets
+from pruning.training.channel_pruning import calibration_batches
+from pruning.training.pruning_config import PruningConfig
+from pruning.training.repair_flags import RepairConfig
+from pruning.training.unused_flags import refuse_unused
+
+Scope = Literal["global", "layer"]
+Layers = Literal["all", "convolutions"]
+_PRUNED: dict[Layers, tuple[type[nn.Module], ...]] = {
+    "all": (nn.modules.conv._ConvNd, nn.Linear),
+    "convolutions": (nn.modules.conv._ConvNd,),
+}
+
+
+@dataclasses.dataclass(kw_only=True)
+class UnstructuredConfig:
+    """Pruning of single weights"""
+
+    unstructured_pruning: float | None = flag(
+        None,
+        "--unstructured-pruning",
+        metavar="SHARE",
+        help="In every round zero this share of the weights that are left, the smallest ones, and hold them at zero.",
+    )
+    rounds: int = flag(
+        1,
+        "--rounds",
+        help="Rounds of --unstructured-pruning; each takes an equal part of --epochs afterwards.",
+    )
+    rewind: int | None = flag(
+        None,
+        "--rewind",
+        metavar="EPOCHS",
+        help="Before every further round put weights back to what they were after so many epochs of the first one "
+        "(0: as the run began); default: go on from the trained ones.",
+    )
+    unstructured_scope: Scope = flag(
+        "global",
+        "--unstructured-scope",
+        help="Compare weights over the whole network (global) or within each layer.",
+    )
+    unstructured_layers: Layers = flag(
+        "all",
+        "--unstructured-layers",
+        help="Layers that lose weights: convolutions and linear layers (all), or convolutions, as published for "
+        "attribution preservation.",
+    )
+
+    def __post_init__(self) -> None:
+        share = self.unstructured_pruning
+        if share is None:
+            names = [field.name for field in dataclasses.fields(self)]
+            refuse_unused(self, names, "--unstructured-pruning")
+            return
+        check(
+            0 < share < 1,
+            f"--unstructured-pruning {share}: give the share to remove in a round, between 0 and 1",
+        )
+        check(self.rounds >= 1, f"--rounds {self.rounds}: at least 1 is needed")
+        check(
+            self.rewind is None or self.rounds > 1,
+            "--rewind has no effect with a single round: raise --rounds, or leave it out",
+        )
+
+    @property
+    def active(self) -> bool:
+        """Whether weights are removed."""
+        return self.unstructured_pruning is not None
+
+
+def check_combination(
+    config: UnstructuredConfig, train: TrainConfig, pruning: PruningConfig, repair: RepairConfig
+) -> None:
+    """Refuse what pruning of single weights cannot be combined with.
+
+    Raises:
+        ConfigError: Naming the flags.
+    """
+    repair.check_used(pruning, unstructured=config.active)
+    if not config.active:
+        return
+    check(
+        config.rewind is None or not repair.wants_images,
+        f"--repair {repair.repair} would repair weights that --rewind puts back: leave one out",
+    )
+    check(
+        not pruning.active,
+        "--unstructured-pruning holds single weights at zero and cannot follow a rewrite of channels: leave it out, or "
+        "--iterative-pruning, --one-shot-pruning and --pruning-method learned",
+    )
+    check(not train.evaluate, "--unstructured-pruning has no effect with --evaluate: leave one out")
+    epochs, rounds = train.epochs, config.rounds
+    more = -(-epochs // rounds) * rounds
+    check(
+        epochs % rounds == 0,
+        f"--epochs {epochs} cannot be divided among --rounds {rounds}: --epochs {more} gives each {more // rounds}",
+    )
+    check(
+        config.rewind is None or 0 <= config.rewind <= epochs // rounds,
+        f"--rewind {config.rewind}: a round has {epochs // rounds} epochs",
+    )
+
+
+def wanted_batches(config: UnstructuredConfig, repair: RepairConfig) -> int:
+    """Calibration batches per process where `--calibration-size` leaves it open."""
+    return PrunerSettings.max_batches if config.active and repair.wants_images else 0
+
+
+def prunable_weights(model: nn.Module, layers: Layers = "all") -> dict[str, nn.Parameter]:
+    """The weights of convolutions (and linear layers) by name; one that several modules share comes once."""
+    weights = {id(module.weight) for module in model.modules() if isinstance(module, _PRUNED[layers])}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in weights}
+
+
+def num_removed_after(num_weights: int, share: float, rounds: int) -> int:
+    """Weights that are gone after so many rounds: 1 − (1 − share)^rounds of all, rounded."""
+    return round(num_weights * (1 - (1 - share) ** rounds))
+
+
+def next_masks(
+    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], share: float, rounds: int, scope: Scope
+) -> dict[str, Tensor]:
+    """The masks after a further round.
+
+    Args:
+        weights: Name → weight.
+        masks: Name → bool mask of its shape, what is left after `rounds − 1` rounds.
+        share: p.
+        rounds: k, from 1.
+        scope: `global` or `layer`.
+
+    Returns:
+        Name → bool mask. What was removed stays removed; the smallest of the rest go until 1 − (1 − p)^k of the
+        weights (of each layer's weights) are gone.
+    """
+    if scope == "layer":
+        found: dict[str, Tensor] = {}
+        for name in weights:
+            found |= _without_smallest({name: weights[name]}, {name: masks[name]}, share, rounds)
+        return found
+    return _without_smallest(weights, masks, share, rounds)
+
+
+def _without_smallest(
+    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], share: float, rounds: int
+) -> dict[str, Tensor]:
+    # All weights that are left in one vector, and how many of them go now.
+    total = sum(weight.numel() for weight in weights.values())
+    alive = torch.cat([weights[name].detach()[masks[name]].float() for name in weights])
+    count = num_removed_after(total, share, rounds) - (total - len(alive))
+    stays = torch.ones_like(alive)
+    if count > 0:
+        stays = L1Unstructured(amount=count).compute_mask(alive, default_mask=stays)
+
+    # The vector back into the masks, weight by weight.
+    found, begin = {}, 0
+    for name in weights:
+        mask = masks[name].clone()
+        end = begin + int(mask.sum())
+        mask[masks[name]] = stays[begin:end].bool()
+        found[name] = mask
+        begin = end
+    return found
+
+
+def mask_digests(masks: Mapping[str, Tensor]) -> dict[str, str]:
+    """A digest of every mask, by name: of which weights stay, not only of how many."""
+    return {
+        name: hashlib.sha256(np.packbits(mask.cpu().numpy()).tobytes()).hexdigest()
+        for name, mask in masks.items()
+    }
+
+
+class RepeatedSchedule(Schedule):
+    """A schedule that starts anew in every round.
+
+    Args:
+        schedule: Of the whole training; its curve is fitted to one round.
+        rounds: How often it runs; its length must be a multiple.
+    """
+
+    def __init__(self, schedule: Schedule, rounds: int) -> None:
+        epochs = schedule.total_steps // schedule.steps_per_epoch // rounds
+        super().__init__(
+            dataclasses.replace(schedule.config, lr=schedule.lr), schedule.steps_per_epoch, epochs
+        )
+
+    def lr_at(self, iteration: int) -> float:
+        """See `Schedule.lr_at`."""
+        return super().lr_at(iteration % self.total_steps)
+
+
+class UnstructuredPruning(Callback):
+    """Removes weights at the beginning of every round and holds them at zero.
+
+    Args:
+        config: The flags.
+        calibration: Loader of the calibration split, whose images repair each round; None: there is none.
+        multi_label: The task's targets are multi-hot.
+        repair: How each round is repaired; None: by least squares where there are calibration images, unless weights
+            are rewound.
+
+    Attributes:
+        masks: Weight's name → bool mask of what is left; empty before the first round.
+        completed: Rounds begun.
+    """
+
+    name = "unstructured"
+
+    def __init__(
+        self,
+        config: UnstructuredConfig,
+        calibration: Loader | None = None,
+        multi_label: bool = False,
+        repair: RepairMethod | None = None,
+    ) -> None:
+        self.config = config
+        self._calibration, self._multi_label = calibration, multi_label
+        self._repair = "none" if config.rewind is not None else repair
+        self.masks: dict[str, Tensor] = {}
+        self.completed = 0
+        self._start: dict[str, Tensor] = {}
+        self._held: list[tuple[nn.Parameter, Tensor]] = []
+
+    # ------------------------------------------------------------------ when
+
+    def on_fit_start(self, trainer: TrainLoop) -> None:
+        """Fit the learning rate to the rounds, take up the masks of a resumed run, say what is going to happen."""
+        config, state = self.config, trainer.state
+        assert config.unstructured_pruning is not None
+        self._epochs = trainer.config.epochs // config.rounds
+        state.schedule = RepeatedSchedule(state.schedule, config.rounds)
+        if self.completed:
+            self._hold(trainer)
+        final = 1 - (1 - config.unstructured_pruning) ** config.rounds
+        trainer.logger.message(
+            f"pruning single weights in {config.rounds} round(s) of {self._epochs} epoch(s), "
+            f"{100 * config.unstructured_pruning:g} % of what is left in each, to {100 * final:.1f} % zeros; the "
+            "learning rate and the best checkpoint start anew in every round"
+        )
+
+    def on_epoch_start(self, trainer: TrainLoop) -> None:
+        """Begin a round if it is time; keep the weights to rewind to."""
+        state, config = trainer.state, self.config
+        at_boundary = state.iteration == state.epoch * trainer.steps_per_epoch
+        if at_boundary and config.rewind == state.epoch == 0:
+            self._keep_start(trainer)
+        if at_boundary and state.epoch == self.completed * self._epochs:
+            self._begin_round(trainer)
+
+    def on_epoch_end(self, trainer: TrainLoop) -> None:
+        """Keep the weights to rewind to, after the epochs that `--rewind` says."""
+        if self.config.rewind is not None and trainer.state.epoch + 1 == self.config.rewind:
+            self._keep_start(trainer)
+
+    def _keep_start(self, trainer: TrainLoop) -> None:
+        state = trainer.state.model.state_dict()
+        self._start = {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    # ------------------------------------------------------------------ a round
+
+    def _begin_round(self, trainer: TrainLoop) -> None:
+        """Choose by the weights as they are, rewind if asked, zero, forget momenta."""
+        config, state = self.config, trainer.state
+        assert config.unstructured_pruning is not None
+        weights = prunable_weights(state.model, self.config.unstructured_layers)
+        check(
+            bool(weights),
+            "--unstructured-pruning: this network has no convolution and no linear layer to take weights from",
+        )
+        known = self.masks or {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
+        self.completed += 1
+        self.masks = next_masks(
+            weights, known, config.unstructured_pruning, self.completed, config.unstructured_scope
+        )
+        trainer.distributed.check_agreement("the weights that stay", mask_digests(self.masks))
+        if config.rewind is not None and self.completed > 1:
+            state.model.load_state_dict(self._start)
+            state.optimizer.state.clear()
+            if state.ema is not None:
+                state.ema.module.load_state_dict(self._start)
+        self._hold(trainer)
+        with self._repaired(trainer):
+            self._zero(trainer)
+        # A checkpoint of an earlier round has fewer zeros: it is not what the next one competes with.
+        state.best = state.best_epoch = None
+        self._report(trainer)
+
+    @contextlib.contextmanager
+    def _repaired(self, trainer: TrainLoop) -> Iterator[None]:
+        """Network and average are zeroed within, and then say with the other weights what these said."""
+        state, distributed = trainer.state, trainer.distributed
+        calibration = [] if self._calibration is None else calibration_batches(self._calibration)
+        batches = list(itertools.islice(calibration, PrunerSettings.max_batches))
+        task = Task(loss=on_targets(losses_of(self._multi_label)))
+        settings = settled(self._repair, batches, task, at_once=False, distributed=distributed)
+        averages = [] if state.ema is None else [state.ema.module]
+        plan = functools.partial(plan_weight_repair, masks=self.masks, settings=settings)
+        repair = RewriteRepair(state.model, averages, plan, settings.method, lenient=self._repair is None)
+        yield
+        report = repair(batches, task, judged=True, distributed=distributed)
+        if report is not None:
+            trainer.logger.message(report.describe())
+
+    def _hold(self, trainer: TrainLoop) -> None:
+        """From now on these weights' gradients are masked."""
+        weights = prunable_weights(trainer.state.model, self.config.unstructured_layers)
+        self.masks = {name: mask.to(weights[name].device) for name, mask in self.masks.items()}
+        self._held = [(weights[name], mask) for name, mask in self.masks.items()]
+
+    @torch.no_grad()
+    def _zero(self, trainer: TrainLoop) -> None:
+        """Zero the removed weights, in the average too, and what the optimizer remembers of them."""
+        for weight, mask in self._held:
+            weight.mul_(mask)
+            for value in trainer.state.optimizer.state.get(weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    value.mul_(mask)
+        if trainer.state.ema is not None:
+            averaged = prunable_weights(trainer.state.ema.module, self.config.unstructured_layers)
+            for name, mask in self.masks.items():
+                averaged[name].mul_(mask)
+
+    def on_backward_end(self, trainer: TrainLoop) -> None:
+        """Hold: a zero with zero gradient and zero momentum stays zero in every optimizer, weight decay included."""
+        for weight, mask in self._held:
+            if weight.grad is not None:
+                weight.grad.mul_(mask)
+
+    # ------------------------------------------------------------------ report and checkpoints
+
+    def _counts(self) -> tuple[int, int]:
+        """Weights that pruning looks at, and those of them that are left."""
+        total = sum(mask.numel() for mask in self.masks.values())
+        left = sum(int(mask.sum()) for mask in self.masks.values())
+        return total, left
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros among the weights that pruning looks at."""
+        total, left = self._counts()
+        return 1 - left / total if total else 0.0
+
+    def _report(self, trainer: TrainLoop) -> None:
+        state = trainer.state
+        total, left = self._counts()
+        trainer.logger.message(
+            f"round {self.completed} of {self.config.rounds}: {100 * self.sparsity:.2f} % of {total:,} weights are "
+            f"zero, {left:,} are left"
+        )
+        figures = {"round": float(self.completed), "sparsity": self.sparsity, "weights_left": float(left)}
+        step = (state.epoch, 0)
+        trainer.logger.scalars("unstructured", figures, step, state.iteration)
+        layers = {name.removesuffix(".weight"): 1 - float(m.float().mean()) for name, m in self.masks.items()}
+        trainer.logger.scalars("sparsity", layers, step, state.iteration)
+
+    def on_log(self, trainer: TrainLoop, figures: dict[str, float]) -> None:
+        """Show the sparsity, counted from the weights themselves."""
+        zeros = torch.stack([(weight == 0).sum() for weight, _ in self._held]).sum()
+        total = sum(weight.numel() for weight, _ in self._held)
+        figures["unstructured.sparsity"] = int(zeros) / total
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rounds, masks, and the weights to rewind to."""
+        return {
+            "completed": self.completed,
+            "rounds": self.config.rounds,
+            "share": self.config.unstructured_pruning,
+            "masks": {name: mask.cpu() for name, mask in self.masks.items()},
+            "start": dict(self._start),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state; masks go to the network's device when training starts.
+
+        Raises:
+            ConfigError: The flags of the rounds are not those of the checkpoint.
+        """
+        self._check_same("--rounds", self.config.rounds, state["rounds"])
+        self._check_same("--unstructured-pruning", self.config.unstructured_pruning, state["share"])
+        self.completed = state["completed"]
+        self.masks = dict(state["masks"])
+        self._start = dict(state["start"])
+
+    @staticmethod
+    def _check_same(name: str, now: float | None, before: float | None) -> None:
+        check(
+            before == now,
+            f"{name} {now}: the resumed run has {before}; give the same, or start anew from its weights with "
+            "--pretrained-weights",
+        )

@@ -1,0 +1,61 @@
+"""`python -m pruning import FILE OUT`: published checkpoints become checkpoints of ours."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from image_classification.config import check
+from image_classification.verbs import declared
+from pruning.files.importing import FORMATS, import_checkpoint
+from pruning.files.importing.imported import arch_of
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    parser.add_argument("file", type=Path, help="a file of one of the published programs")
+    parser.add_argument(
+        "out",
+        type=Path,
+        help="where the classifier goes; predictor, selector and encoder get names beside it",
+    )
+    parser.add_argument(
+        "--format", choices=tuple(FORMATS), default=None, help="default: guessed from the names in the file"
+    )
+    parser.add_argument(
+        "--classifier",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="checkpoint of ours with the classifier of a selector, for files that hold the selector alone",
+    )
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="open a file that holds more than tensors and plain values; this runs whatever code is in it",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the verb."""
+    check(
+        arguments.file.resolve() != arguments.out.resolve(),
+        f"{arguments.out}: the published file itself; give another name",
+    )
+    imported = import_checkpoint(
+        arguments.file,
+        arguments.format,
+        trust_pickle=arguments.trust_pickle,
+        classifier=arguments.classifier,
+    )
+    for role, path in imported.save(arguments.out).items():
+        network = imported.networks.get(role)
+        what = f"selector of a {imported.selector_arch}" if network is None else f"{role}, {arch_of(network)}"
+        what += " with a saliency mapping" if imported.casm is not None and role == "classifier" else ""
+        print(f"{path}: {what} ({imported.format})")
+    for remark in imported.remarks:
+        print(f"note: {remark}")
+    return 0
+
+
+VERB = declared(declare, run)

@@ -1,0 +1,95 @@
+"""`python -m pruning groups`: the coupled channel groups of a network, and what cannot be pruned and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, JustifyMethod
+from rich.table import Table
+
+from image_classification.file_writing import write_text
+from image_classification.verbs import declared
+from pruning.engine.channel_graph import ChannelGraph, Constraints
+from pruning.engine.trace_groups import trace_groups
+from pruning.training.pruning_config import parse_limits
+from pruning.verbs.images import example_images, network_of, size_of
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("arch", help="network: one of our own, torchvision/NAME or timm/NAME")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=None, help="look at this (pruned) network's widths"
+    )
+    parser.add_argument("--num-classes", type=int, default=None, help="default: the checkpoint's, or 1000")
+    parser.add_argument("--image-size", type=int, default=None, help="default: the architecture's")
+    parser.add_argument("--round-to", type=int, default=Constraints.round_to, help="as in training")
+    parser.add_argument("--min-width", type=float, default=Constraints.min_width, help="as in training")
+    parser.add_argument(
+        "--prune-ignore", action="append", default=[], metavar="PATTERN", help="as in training"
+    )
+    parser.add_argument(
+        "--prune-limit", action="append", default=[], metavar="PATTERN=LEAST", help="as in training"
+    )
+    parser.add_argument("--members", action="store_true", help="list the tensors of every group too")
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="FILE", help="write everything there as well"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trace the network, print its groups."""
+    model = network_of(arguments.arch, arguments.checkpoint, arguments.num_classes, arguments.image_size)
+    size = size_of(model, arguments.image_size)
+    constraints = Constraints(
+        arguments.round_to,
+        arguments.min_width,
+        tuple(arguments.prune_ignore),
+        parse_limits(arguments.prune_limit),
+    )
+    graph = trace_groups(model, example_images(size), constraints=constraints)
+    rows = [_group_row(graph, index) for index in range(len(graph.groups))]
+    _print_groups(arguments.arch, graph, rows, arguments.members)
+    if arguments.json is not None:
+        write_text(arguments.json, json.dumps({"arch": arguments.arch, "groups": rows}, indent=2) + "\n")
+    return 0
+
+
+def _group_row(graph: ChannelGraph, index: int) -> dict[str, Any]:
+    """One group as plain data."""
+    group = graph.groups[index]
+    members = graph.members(group)
+    return {
+        "group": group.name,
+        "width": group.width,
+        "channels_per_unit": group.channels_per_unit,
+        "least_width": graph.allowed_widths(group)[0],
+        "modules": list(dict.fromkeys(member.tensor.rpartition(".")[0] for member in members)),
+        "tensors": [{"name": m.tensor, "dim": m.dim, "role": m.role} for m in members],
+        "prunable": group.prunable,
+        "reason": group.reason,
+        "notes": list(group.notes),
+    }
+
+
+def _print_groups(arch: str, graph: ChannelGraph, rows: list[dict[str, Any]], with_members: bool) -> None:
+    table = Table(title=f"{arch}: {len(graph.prunable)} of {len(rows)} channel groups can be pruned")
+    justified: dict[str, JustifyMethod] = {"group": "left", "width": "right", "least": "right"}
+    for column, justify in justified.items():
+        table.add_column(column, justify=justify)
+    table.add_column("coupled modules", overflow="fold")
+    table.add_column("why not, or what to know", overflow="fold")
+    for row in rows:
+        modules = row["modules"] if with_members or len(row["modules"]) <= 4 else [*row["modules"][:3], "…"]
+        unit = f" × {row['channels_per_unit']}" if row["channels_per_unit"] > 1 else ""
+        why = "; ".join(filter(None, [row["reason"], *row["notes"]]))
+        least = str(row["least_width"]) if row["prunable"] else "–"
+        table.add_row(row["group"], f"{row['width']}{unit}", least, ", ".join(modules), why)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+VERB = declared(declare, run)

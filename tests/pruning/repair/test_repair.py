@@ -1,0 +1,293 @@
+"""Repairs against slow float64 least squares, and what must hold whatever the network: equal and silent channels."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from image_classification.config import SettingError
+from pruning import prune_channels, trace_groups
+from pruning.repair.norm_statistics import remeasure
+from pruning.repair.pass_memory import PassMemory
+from pruning.repair.repairing import RepairReport, RepairSettings, plan_repair
+from pruning.repair.sums import Rows, Sums, evidence_for
+from pruning.task import Task
+
+IMAGES = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+FREE = RepairSettings(ridges=(1e-12,))
+
+
+def small(consumer: nn.Module, *after: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), consumer, *after).eval()
+
+
+def cut_and_repaired(
+    model: nn.Module, removed: int, settings: RepairSettings, images: Tensor = IMAGES
+) -> tuple[nn.Module, nn.Module, RepairReport]:
+    """The network after the cut, after the repair, and the report; the last channels of the first group go."""
+    graph = trace_groups(model, images[:2])
+    group = graph.prunable[0]
+    keep = {group.index: np.arange(group.width - removed)}
+    plan = plan_repair(model, graph, graph.keep_mask(keep), settings)
+    cut = copy.deepcopy(model)
+    prune_channels(cut, copy.deepcopy(graph), keep)
+    repaired = copy.deepcopy(cut)
+    report = plan.repair(repaired, [(images,)])
+    return cut, repaired, report
+
+
+CONSUMERS: dict[str, tuple[nn.Module, ...]] = {
+    "conv": (nn.Conv2d(8, 5, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    "conv without bias before a batch norm": (
+        nn.Conv2d(8, 5, 3, stride=2, bias=False), nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    ),
+    "conv without bias": (nn.Conv2d(8, 5, 3, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    "transposed": (nn.ConvTranspose2d(8, 4, 3, stride=2, padding=1, output_padding=1), nn.Flatten()),
+    "grouped": (nn.Conv2d(8, 6, 3, groups=2), nn.Flatten()),
+    "linear on channels": (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONSUMERS)
+def test_a_repair_is_never_worse_and_gains_where_inputs_are_related(name: str) -> None:
+    model = small(*CONSUMERS[name])
+    weight, bias = model[0].weight, model[0].bias
+    with torch.no_grad():  # what goes is made of others, all but a little
+        for gone, kin in ((7, 4), (3, 0)):  # a grouped layer loses one channel of each group
+            weight[gone] = 0.6 * weight[kin] + 0.05 * weight[gone]
+            bias[gone] = 0.6 * bias[kin]
+    cut, repaired, report = cut_and_repaired(model, 1, RepairSettings())
+    fresh = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        before, after = ((net(fresh) - model(fresh)).square().mean() for net in (cut, repaired))
+    assert report.distance[1] <= report.distance[0]
+    assert after < 0.5 * before
+
+
+def test_weights_are_those_of_lstsq() -> None:
+    """Free fit of a 1 × 1 convolution with a bias: NumPy's float64 solution of the same rows."""
+    model = small(nn.Conv2d(8, 5, 1), nn.Flatten())
+    settings = RepairSettings(ridges=(1e-12,), held_out=0.25)
+    _, repaired, report = cut_and_repaired(model, 3, settings)
+    assert report.kept
+    with torch.no_grad():
+        features = model[1](model[0](IMAGES)).double()
+        wanted = model[2].double()(features)
+        rows = features[:, :5].permute(0, 2, 3, 1).reshape(-1, 5).numpy()
+        targets = wanted.permute(0, 2, 3, 1).reshape(-1, 5).numpy()
+    solution, *_ = np.linalg.lstsq(np.hstack([rows, np.ones((len(rows), 1))]), targets, rcond=None)
+    np.testing.assert_allclose(repaired[2].weight.detach()[:, :, 0, 0].T.numpy(), solution[:-1], atol=1e-4)
+    np.testing.assert_allclose(repaired[2].bias.detach().numpy(), solution[-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONSUMERS)
+def test_equal_channels_are_merged(name: str) -> None:
+    model = small(*CONSUMERS[name])
+    with torch.no_grad():
+        for gone, twin in ((7, 4), (3, 0)):
+            model[0].weight[gone], model[0].bias[gone] = model[0].weight[twin], model[0].bias[twin]
+    cut, repaired, _ = cut_and_repaired(model, 1, RepairSettings())
+    with torch.no_grad():
+        difference = (repaired(IMAGES) - model(IMAGES)).abs().max()
+        assert (cut(IMAGES) - model(IMAGES)).abs().max() > 1e-3
+    assert difference < 1e-5 * model(IMAGES).abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("name", CONSUMERS)
+def test_silent_channels_leave_without_a_change(name: str) -> None:
+    model = small(*CONSUMERS[name])
+    with torch.no_grad():
+        for gone in (3, 7):
+            model[0].weight[gone], model[0].bias[gone] = 0, 0
+    cut, repaired, _ = cut_and_repaired(model, 1, RepairSettings())
+    for one, two in zip(cut.state_dict().values(), repaired.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, between two that are called once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.shared = nn.Conv2d(8, 6, 1)
+        self.last = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        return self.last((self.shared(x) + self.shared(x.flip(3) * 0.5)).mean((2, 3)))
+
+
+def test_a_shared_layer_has_one_solution_for_all_its_calls() -> None:
+    model = Twice().eval()
+    with torch.no_grad():
+        model.first.weight[7] = 0.5 * model.first.weight[6]
+        model.first.bias[7] = 0.5 * model.first.bias[6]
+    settings = RepairSettings(ridges=(1e-12,), scope="cut")
+    _, repaired, report = cut_and_repaired(model, 1, settings)
+    assert [layer.parameter for layer in report.layers] == ["shared.weight"]
+    with torch.no_grad():  # x₇ = ½ x₆ at every call, so one weight takes it up
+        wanted = model.shared.weight[:, 6] + 0.5 * model.shared.weight[:, 7]
+        torch.testing.assert_close(repaired.shared.weight[:, 6], wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(repaired(IMAGES), model(IMAGES), atol=1e-4, rtol=1e-4)
+
+
+def test_passes_that_are_run_again_for_every_layer_find_the_same() -> None:
+    """Where the images do not fit into memory together."""
+    networks, reports = [], []
+    for in_flight in (None, 8):
+        settings = RepairSettings(chunk=4, in_flight=in_flight)
+        _, repaired, report = cut_and_repaired(Twice().eval(), 3, settings)
+        networks.append(repaired)
+        reports.append(report)
+    assert [len(report.layers) for report in reports] == [2, 2]
+    assert reports[0].distance == pytest.approx(reports[1].distance, rel=1e-5)
+    for one, two in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_memory_of_a_pass() -> None:
+    """Three maps of 4,000 bytes are made; two of them live at a time. Views and what is given do not count."""
+    x = torch.randn(1000)
+    with PassMemory() as memory:
+        y = x.view(10, 100).relu()
+        z = y + 1
+        (z * 2).add_(1)
+    assert (memory.total, memory.peak) == (12000, 8000)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_memory_format_makes_no_difference(memory_format: torch.memory_format) -> None:
+    plain = small(nn.Conv2d(8, 5, 1), nn.ReLU(), nn.Conv2d(5, 4, 3))
+    model = copy.deepcopy(plain).to(memory_format=memory_format)
+    _, repaired, report = cut_and_repaired(model, 3, RepairSettings())
+    _, wanted, _ = cut_and_repaired(plain, 3, RepairSettings())
+    assert report.kept
+    for one, two in zip(repaired.state_dict().values(), wanted.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
+
+
+def test_layers_behind_the_cut_are_solved_too_and_bring_more() -> None:
+    model = small(
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, groups=16),
+        nn.ReLU(),
+        nn.Conv2d(16, 4, 1),
+    )
+    reports = {
+        scope: cut_and_repaired(model, 4, RepairSettings(scope=scope))[2] for scope in ("cut", "behind")
+    }  # fmt: skip
+    assert [layer.parameter for layer in reports["cut"].layers] == ["2.weight"]
+    assert [layer.parameter for layer in reports["behind"].layers] == ["2.weight", "4.weight", "6.weight"]
+    assert reports["behind"].distance[1] < reports["cut"].distance[1] < reports["cut"].distance[0]
+
+
+def test_the_kernel_form_has_the_same_solution() -> None:
+    """Few rows and many inputs: the rows themselves, instead of their products."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(2, 30, 12, generator=generator, dtype=torch.float64) + 1
+    targets = torch.randn(2, 30, 3, generator=generator, dtype=torch.float64)
+    weights = torch.randn(2, 12, 3, generator=generator, dtype=torch.float64)
+    bias = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+    sums, kept = Sums.zeros(2, 12, 3, torch.device("cpu")), Rows.empty(2, 12, 3, torch.device("cpu"))
+    for evidence in (sums, kept):
+        evidence.add(rows[:, :20], targets[:, :20])
+        evidence.add(rows[:, 20:], targets[:, 20:])
+    for has_bias in (True, False):
+        torch.testing.assert_close(sums.ridge(weights, 0.1, has_bias), kept.ridge(weights, 0.1, has_bias))
+    torch.testing.assert_close(sums.error(weights, bias), kept.error(weights, bias))
+    torch.testing.assert_close(sums.best_bias(weights), kept.best_bias(weights))
+    torch.testing.assert_close(sums.variance(), kept.variance())
+    wide = evidence_for(1, 10_000, 3, 20_000, torch.device("cpu"))
+    assert isinstance(wide, Rows)
+    assert wide.thinned == 3  # 20,000 rows are more than are kept
+
+
+@pytest.mark.parametrize(
+    ("images", "told"),
+    [
+        ([], "there are none"),
+        ([torch.zeros(8, 3, 8, 8)], "all 8 calibration images are equal"),
+        ([torch.full((8, 3, 8, 8), float("nan"))], "not finite"),
+    ],
+)
+def test_images_that_cannot_repair_are_refused(images: list[Tensor], told: str) -> None:
+    model = small(nn.Conv2d(8, 5, 1), nn.Flatten())
+    graph = trace_groups(model, IMAGES[:2])
+    keep = {0: np.arange(5)}
+    plan = plan_repair(model, graph, graph.keep_mask(keep), RepairSettings())
+    prune_channels(model, graph, keep)
+    with pytest.raises(SettingError, match=told):
+        plan.repair(model, images)
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: Tensor
+    more: list[Tensor]
+
+
+class InAnObject(nn.Module):
+    """A network whose outputs are inside an object, one of them what a layer without a bias gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        self.side, self.norm = nn.Conv2d(8, 4, 1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Answer:
+        x = self.first(x).relu()
+        side = self.side(x)
+        return Answer(self.head(x), [side, self.norm(side)])
+
+
+def test_outputs_in_objects_are_judged() -> None:
+    _, _, report = cut_and_repaired(InAnObject().eval(), 3, RepairSettings())
+    assert report.distance[0] > 0.01
+    assert report.kept
+    assert report.distance[1] < report.distance[0]
+
+
+def test_a_loss_that_rises_undoes_the_repair() -> None:
+    model = small(nn.Conv2d(8, 5, 1), nn.Flatten())
+    graph = trace_groups(model, IMAGES[:2])
+    keep = {0: np.arange(5)}
+    plan = plan_repair(model, graph, graph.keep_mask(keep), RepairSettings())
+    prune_channels(model, graph, keep)
+    cut = copy.deepcopy(model)
+    targets = cut(IMAGES).detach()  # nothing but the cut network is right
+
+    def loss(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (outputs - batch[1]).square().mean(1)
+
+    report = plan.repair(model, [(IMAGES, targets)], task=Task(loss=loss), judged=True)
+    assert not report.kept
+    for one, two in zip(cut.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_statistics_are_those_of_training_batches() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)
+    )
+    trained = copy.deepcopy(model).train()
+    for norm in (trained[1], trained[4]):
+        norm.momentum = None  # averages over all batches
+    for batch in IMAGES.split(8):
+        trained(batch)
+    remeasure(model.eval(), [lambda batch=batch: model(batch) for batch in IMAGES.split(8)])
+    for index in (1, 4):
+        torch.testing.assert_close(model[index].running_mean, trained[index].running_mean)
+        torch.testing.assert_close(model[index].running_var, trained[index].running_var)
+        assert model[index].num_batches_tracked == 0
+    assert not model.training

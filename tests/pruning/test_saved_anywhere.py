@@ -1,0 +1,167 @@
+"""Pruned networks of every making survive save and load: of torchvision and timm without a factory, others with one."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+from torch.nn.utils import prune as torch_prune
+
+from image_classification.config import ConfigError
+from image_classification.models import StructureError
+from pruning import Pruner, load_pruned, prune, save_pruned
+
+torchvision = pytest.importorskip("torchvision")
+timm = pytest.importorskip("timm")
+models = torchvision.models
+
+X, Y = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
+
+BUILT: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": lambda: models.resnet18(num_classes=10),
+    "googlenet without heads": lambda: models.googlenet(num_classes=5, aux_logits=False, init_weights=False),
+    "mobilenet_v3_small": lambda: models.mobilenet_v3_small(num_classes=5),
+    "vit_b_32": lambda: models.vit_b_32(num_classes=5, image_size=32),
+    "timm resnet10t": lambda: timm.create_model("resnet10t", num_classes=7, in_chans=3),
+    "timm convnext_atto": lambda: timm.create_model("convnext_atto", num_classes=7),
+}
+
+
+QUICK = ("resnet18", "timm resnet10t")
+CASES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in BUILT]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_library_built_needs_no_factory(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = BUILT[name]()
+    pruner = Pruner(model, X[:2], criterion="magnitude", search="global", budget=0.5, delta=1.0)
+    pruner.step([])
+    pruner.save(tmp_path / "pruned.pth")
+    loaded = load_pruned(tmp_path / "pruned.pth")
+    torch.testing.assert_close(loaded.eval()(X), model.eval()(X), rtol=0, atol=0)
+
+
+def test_segmentation_and_detection_networks_are_built_by_name(tmp_path: Path) -> None:
+    model = models.segmentation.lraspp_mobilenet_v3_large(num_classes=3, weights_backbone=None)
+    pruner = Pruner(model, X[:2], criterion="magnitude", search="global", budget=0.5, delta=1.0)
+    pruner.step([])
+    pruner.save(tmp_path / "pruned.pth")
+    loaded = load_pruned(tmp_path / "pruned.pth")
+    assert torch.equal(loaded.eval()(X)["out"], model.eval()(X)["out"])
+
+
+def test_settings_that_a_builder_hides_are_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A drop-out rate shows in no shape: the network is another one than by default, and loads as it was."""
+    caplog.set_level(logging.INFO)
+    builder = functools.partial(models.mobilenet_v3_small, num_classes=5, dropout=0.4)
+    model = builder()
+    prune(model, X[:2], budget=0.5)
+    assert "MobileNetV3 is saved with a factory" in caplog.text
+    with pytest.raises(StructureError, match=r"give factory="):
+        save_pruned(tmp_path / "pruned.pth", model)
+    save_pruned(tmp_path / "pruned.pth", model, builder=builder)
+    loaded = load_pruned(tmp_path / "pruned.pth")
+    assert torch.equal(loaded.eval()(X), model.eval()(X))
+    assert loaded.classifier[2].p == 0.4
+
+
+def test_only_functions_of_the_libraries_are_builders(tmp_path: Path) -> None:
+    model = Normed("plain")
+    with pytest.raises(ConfigError, match=r"builder=.*give factory="):
+        save_pruned(tmp_path / "pruned.pth", model, builder=functools.partial(Normed, "plain"))
+
+
+# -- modules with weights of other makings -----------------------------------------------------------------
+
+
+class Tanh(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.tanh()
+
+
+def with_own_parametrization(conv: nn.Conv2d) -> nn.Module:
+    torch.nn.utils.parametrize.register_parametrization(conv, "weight", Tanh())
+    return conv
+
+
+DRESSED: dict[str, Callable[[nn.Conv2d], nn.Module]] = {
+    "plain": lambda conv: conv,
+    "tied": lambda conv: conv,
+    "weight norm, old": weight_norm,
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm, old": spectral_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "own parametrization": with_own_parametrization,
+    "torch's masks": lambda conv: torch_prune.l1_unstructured(conv, "weight", 0.3),
+}
+
+
+class Normed(nn.Module):
+    """Three convolutions whose weights are dressed alike."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = (
+            DRESSED[how](nn.Conv2d(before, 16, 3, padding=1)) for before in (3, 16, 16)
+        )
+        if how == "tied":
+            self.third.weight = self.second.weight
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        x = torch.relu(self.second(x))
+        return self.head(torch.relu(self.third(x)).mean((2, 3)))
+
+
+class Lazy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.LazyConv2d(16, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.LazyConvTranspose2d(8, 3), nn.ReLU()
+        )
+        self.head = nn.LazyLinear(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def made(how: str) -> nn.Module:
+    return Lazy() if how == "lazy" else Normed(how)
+
+
+@pytest.mark.parametrize("how", [*DRESSED, "lazy"])
+def test_weights_of_every_making_survive_two_rewrites_and_a_file(how: str, tmp_path: Path) -> None:
+    """They were run before with gradients, train between the rewrites, and go on after loading."""
+    model = made(how)
+    model(X)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    pruner = Pruner(
+        model, X[:2], optimizer=optimizer, criterion="magnitude", search="global", budget=0.5, delta=0.25
+    )
+    while not pruner.done:
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step([])
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+    pruner.save(tmp_path / "pruned.pth", factory=lambda: made(how))
+    loaded: Any = load_pruned(tmp_path / "pruned.pth", factory=lambda: made(how))
+    assert torch.equal(loaded.eval()(X), model.eval()(X))
+    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in model.named_parameters()]
+    if how == "tied":
+        assert loaded.second.weight is loaded.third.weight
+    loaded.train()
+    F.cross_entropy(loaded(X), Y).backward()
+    assert all(parameter.grad is not None for parameter in loaded.parameters())

@@ -1,0 +1,183 @@
+"""A stand-in accelerator: tensors that say `standin:0`, compute on the CPU, and tell when the host reads them.
+
+    with StandIn() as device:
+        model.to(device)                     # as on a GPU: mixing it with CPU tensors raises
+        with device.reads() as reads: …      # places in this repository where the host waited for a value
+
+Every operator goes through a dispatch mode that unwraps, computes, and wraps again. What differs from a GPU: kernels
+are the CPU's, nothing is asynchronous, autocast and compilation are not simulated, the engine cannot trace a network
+there, and only reads that PyTorch's operators make are seen (`item`, copies to the CPU, results whose size depends on
+values).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_any, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+ROOT = Path(__file__).resolve().parents[2]
+aten = torch.ops.aten
+#: Operators whose result's size the host must know.
+SIZED_BY_VALUES = {
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+    aten.unique_dim.default,
+    aten.unique_consecutive.default,
+    aten.bincount.default,
+    aten.repeat_interleave.Tensor,
+}
+COPIES = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default}
+
+
+class _Module:
+    """What `torch.standin` needs to have."""
+
+    def is_available(self) -> bool:
+        return True
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return 1
+
+    def current_device(self) -> int:
+        return 0
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        pass
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
+
+
+_setup_privateuseone_for_python_backend("standin", backend_module=_Module())
+torch.__future__.set_swap_module_params_on_conversion(True)
+
+
+class StandInTensor(torch.Tensor):
+    """A tensor of the stand-in around one of the CPU."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> StandInTensor:
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            layout=inner.layout,
+            device="standin:0",
+            requires_grad=inner.requires_grad,
+        )
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, torch.Tensor], context: None, size: Any, stride: Any
+    ) -> StandInTensor:
+        return StandInTensor(inner["inner"])
+
+    def __repr__(self) -> str:
+        return f"StandInTensor({self.inner!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(f"{func} on a tensor of the stand-in outside of `with StandIn()`")
+
+
+class StandIn(TorchDispatchMode):
+    """The accelerator, while it is switched on; as a context it gives itself, which `device` names."""
+
+    device = torch.device("standin:0")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._reads: list[str] | None = None
+
+    @contextlib.contextmanager
+    def reads(self) -> Iterator[list[str]]:
+        """Collect the places where the host reads a value: `operator at file:line function`."""
+        before, self._reads = self._reads, []
+        try:
+            yield self._reads
+        finally:
+            self._reads = before
+
+    def _read(self, func: Any) -> None:
+        if self._reads is None:
+            return
+        frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(str(ROOT))]
+        frames = [f for f in frames if f.filename != __file__ and "site-packages" not in f.filename]
+        place = frames[-1] if frames else None
+        where = (
+            "?" if place is None else f"{Path(place.filename).relative_to(ROOT)}:{place.lineno} {place.name}"
+        )
+        self._reads.append(f"{func} at {where}")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        tensors: list[torch.Tensor] = []
+        tree_map(
+            lambda value: tensors.append(value) if isinstance(value, torch.Tensor) else None, (args, kwargs)
+        )
+        ours = [tensor for tensor in tensors if isinstance(tensor, StandInTensor)]
+        others = [tensor for tensor in tensors if not isinstance(tensor, StandInTensor) and tensor.ndim > 0]
+        asked = kwargs.get("device")
+        to_us = asked is not None and torch.device(asked).type == "standin"
+        if not ours and not to_us:
+            return func(*args, **kwargs)
+        if ours and others and func not in COPIES and func is not aten.set_.source_Tensor:
+            raise RuntimeError(
+                f"{func}: all tensors must be on one device, found standin:0 and {others[0].device}"
+            )
+        if (
+            func is aten._local_scalar_dense.default
+            or func in SIZED_BY_VALUES
+            or self._reads_a_mask(func, args)
+        ):
+            self._read(func)
+        from_us = func is aten._to_copy.default and asked is not None and not to_us
+        into_host = func is aten.copy_.default and not isinstance(args[0], StandInTensor)
+        if from_us or into_host:
+            self._read(func)
+        if to_us:
+            kwargs["device"] = torch.device("cpu")
+        kwargs.pop("pin_memory", None)
+        args_in, kwargs_in = tree_map(
+            lambda v: v.inner if isinstance(v, StandInTensor) else v, (args, kwargs)
+        )
+        result = func(*args_in, **kwargs_in)
+        if from_us or into_host:
+            return args[0] if into_host else result
+        wrapped = tree_map(lambda v: StandInTensor(v) if isinstance(v, torch.Tensor) else v, result)
+        if not ours:
+            return wrapped
+        return return_and_correct_aliasing(func, args, kwargs, wrapped)
+
+    @staticmethod
+    def _reads_a_mask(func: Any, args: Any) -> bool:
+        """Whether an index is a mask, whose number of elements decides the result's size."""
+        if func not in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
+            return False
+        masks = (torch.bool, torch.uint8)
+        return tree_any(lambda v: isinstance(v, torch.Tensor) and v.dtype in masks, args[1])

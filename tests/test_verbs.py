@@ -1,0 +1,108 @@
+"""`python -m PACKAGE VERB`: what is imported for a verb, and what becomes of errors."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from support.commands import ROOT
+
+import explainers
+import pruning
+from image_classification.config import SettingError
+from image_classification.distributed import EXIT_PEER, PeerError
+from image_classification.verbs import declared, run_verb
+
+PACKAGES = ["image_classification", "explainers", "pruning"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_help_and_slips_are_answered_without_torch(package: str) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{package}', *sys.argv[1:]]\n"
+        f"try: runpy.run_module('{package}', run_name='__main__')\n"
+        "except SystemExit as stop: print(stop.code, 'torch' in sys.modules)\n"
+    )
+    for word, status in (("--help", 0), ("compaer", 2)):
+        shown = subprocess.run([sys.executable, "-c", code, word], cwd=ROOT, capture_output=True, text=True)
+        assert shown.stdout.splitlines()[-1] == f"{status} False", shown
+    assert f"python -m {package}: error: unknown verb 'compaer'" in shown.stderr
+
+
+@pytest.mark.parametrize("package", [explainers, pruning])
+def test_every_public_name_of_a_package_can_be_had(package: ModuleType) -> None:
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match="'nothing'"):
+        getattr(package, "nothing")  # noqa: B009
+
+
+def run_failing(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
+    def run(_: object) -> int:
+        raise error
+
+    module = ModuleType("failing_verb")
+    module.VERB = declared(lambda parser: None, run)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "failing_verb", module)
+    return run_verb({"fail": ("failing_verb", "fails")}, ["fail"], prog="python -m x", description="")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (SettingError("num_horns", -1, "give a number ≥ 0"), 2, "--num-horns -1: give a number ≥ 0"),
+        (FileNotFoundError("there is no file x"), 2, "there is no file x"),
+        (NotImplementedError("no rule for aten::bmm"), 2, "no rule for aten::bmm"),
+        (PeerError("rank 1 failed"), EXIT_PEER, "rank 1 failed"),
+    ],
+)
+def test_an_error_that_can_be_mended_is_one_line(
+    error: Exception,
+    status: int,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_failing(error, monkeypatch) == status
+    assert capsys.readouterr().err == f"python -m x fail: error: {told}\n"
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_failing(KeyboardInterrupt(), monkeypatch) == 130
+    assert capsys.readouterr().err.split() == ["python", "-m", "x", "fail:", "interrupted"]
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        run_failing(RuntimeError("size mismatch"), monkeypatch)
+
+
+def test_a_custom_method_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `docs/howto/own-attribution.md` has it."""
+    page = (ROOT / "docs" / "howto" / "own-attribution.md").read_text(encoding="utf-8")
+    _, source, _ = re.split(r"```(?:python)?\n", page)
+    (tmp_path / "smoothgrad.py").write_text(source, encoding="utf-8")
+    weights = tmp_path / "weights.pth"
+    weights.touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    code = (
+        "import sys\n"
+        "from explainers.__main__ import main\n"
+        "words = ['attribute', 'shapes', '--plugin', 'smoothgrad']\n"
+        "try: main([*words, '--help'])\n"
+        "except SystemExit: pass\n"
+        "settings = ['-m', 'smoothgrad', '--smoothgrad-copies', '0']\n"
+        "sys.exit(main([*words, '--checkpoint', sys.argv[1], *settings]))\n"
+    )
+    command = [sys.executable, "-c", code, str(weights)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert "--smoothgrad-copies" in done.stdout
+    assert "smoothgrad: noisy copies" in " ".join(done.stdout.split())
+    assert done.returncode == 2
+    assert "--smoothgrad-copies 0: give at least 1" in done.stderr
