@@ -517,12 +517,12 @@ def published_files(folder: Path) -> Mapping[str, tuple[Path, str]]:
     """One small file of each kind for the 12 classes of `shapes`, with the architecture that it becomes."""
     vgg = VocVgg(tuple(width // 8 for width in VGG16), num_classes=12)
     casm = casm_content(PhotoResNet((2, 2, 2, 2), False, 12), SaliencyDecoder((64, 128, 256, 512)))
-    boxes = {"resnet20": SmallResNet(3, None, 12), "mobilenet_v2": IspMobileNet(False, 12)}
+    boxes = {"resnet20_isp": SmallResNet(3, None, 12), "mobilenet_v2": IspMobileNet(12)}
     content = {
         "di": (di_content(PhotoResNet((2, 2, 2, 2), False, 12)), "resnet18"),
         "swa": (swa_content(vgg), "vgg16_bn_voc_x8"),
         "casm": (casm, "resnet18"),
-        "isp-cifar": ({"model": prefixed(model=boxes["resnet20"]), "iter": 1}, "resnet20"),
+        "isp-cifar": ({"model": prefixed(model=boxes["resnet20_isp"]), "iter": 1}, "resnet20_isp"),
         "isp-imagenet": ({"model": prefixed(model=boxes["mobilenet_v2"]), "iter": 1}, "mobilenet_v2"),
     }
     return {kind: (write(folder / f"{kind}.pth", what), arch) for kind, (what, arch) in content.items()}
