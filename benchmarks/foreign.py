@@ -18,8 +18,6 @@ import importlib.metadata
 import importlib.util
 import io
 import json
-import subprocess
-import sys
 import time
 from collections import Counter
 from typing import Any
@@ -31,7 +29,7 @@ from common.networks import uniform_cut
 from common.report import BenchmarkParser, print_table, write_json
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import LARGEST_SHARE, cell, groups_of, is_exact, is_halved
+from zoo import LARGEST_SHARE, cell, examine_apart, groups_of, is_exact, is_halved
 
 from image_classification.models.structure import build_from_structure, capture_structure
 from pruning.costs.cost_model import CostModel
@@ -160,22 +158,6 @@ def examine_torch_pruning(name: str) -> Row:
     return {"cpu_seconds": round(seconds, 2), "macs_left": round(left, 3), "same_shapes": shapes}
 
 
-def examine_apart(name: str, tool: str, arguments: argparse.Namespace) -> Row:
-    """Examine a network in a process of its own."""
-    command = [sys.executable, __file__, "--one", name, "--tool", tool, "--threads", "1"]
-    command += ["--memory-limit", str(arguments.memory_limit)]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=arguments.time_limit, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"longer than {arguments.time_limit:g} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        return dict(json.loads(lines[-1]))
-    return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]}
-
-
 def wanted(only: list[str] | None) -> list[str]:
     """Names of the networks that are asked for, of libraries that are installed."""
     missing = {name.partition("/")[0] for name in FOREIGN}
@@ -252,7 +234,7 @@ def main() -> None:
     for name in names:
         for tool in tools:
             if arguments.fresh or name not in rows[tool]:
-                rows[tool][name] = examine_apart(name, tool, arguments)
+                rows[tool][name] = examine_apart((name,), tool, arguments)
                 results = {tool: found for tool, found in rows.items() if found}
                 write_json(arguments, 1, {**results, "versions": versions(names)})
     print_rows(rows["ours"])

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -311,16 +311,16 @@ def silence(layer: nn.Module, name: str, indices: list[int], present: dict[str, 
     present[name] = [index for index in left if index not in gone]
 
 
-def examine_apart(library: str, name: str, tool: str, arguments: argparse.Namespace) -> Row:
-    """Examine a network in a process of its own."""
-    command = [sys.executable, __file__, "--one", library, name, "--tool", tool, "--threads", "1"]
+def examine_apart(named: Sequence[str], tool: str, arguments: argparse.Namespace) -> Row:
+    """Examine a network, by the words of `--one`, in a process of its own that runs this program."""
+    command = [sys.executable, sys.argv[0], "--one", *named, "--tool", tool, "--threads", "1"]
     command += ["--memory-limit", str(arguments.memory_limit)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=arguments.time_limit, check=False
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"longer than {arguments.time_limit} s"}
+        return {"error": f"longer than {arguments.time_limit:g} s"}
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
         return dict(json.loads(lines[-1]))
@@ -424,7 +424,7 @@ def main() -> None:
     for library, name in listed(arguments):
         for tool in tools:
             if arguments.fresh or arguments.only or f"{library}/{name}" not in rows[tool]:
-                rows[tool][f"{library}/{name}"] = examine_apart(library, name, tool, arguments)
+                rows[tool][f"{library}/{name}"] = examine_apart((library, name), tool, arguments)
                 write_json(arguments, 1, {tool: found for tool, found in rows.items() if found})
     if arguments.repair:
         print_repairs(rows["repair"])
