@@ -24,13 +24,15 @@ import dataclasses
 import os
 import random
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, ClassVar, cast
 
 import numpy as np
 import torch
 
+from image_classification.background import Background, snapshot
 from image_classification.checkpoint_format import FORMAT, sealed
 from image_classification.config import SettingError, check, check_setting, flag
 from image_classification.distributed import Distributed
@@ -82,6 +84,12 @@ class CheckpointConfig:
         help="Save every N iterations too; 0: at the end of epochs only.",
     )
     checkpoints: bool = flag(True, "--checkpoints", help="Write checkpoints.")
+    checkpoint_beside: bool = flag(
+        True,
+        "--checkpoint-beside",
+        help="Write checkpoints beside the training, which stands still only while its state is copied to the host's "
+        "memory; otherwise until the file is on disk.",
+    )
 
     def __post_init__(self) -> None:
         check(
@@ -221,10 +229,16 @@ def restore_rng(state: dict[str, Any]) -> None:
 class Checkpointer:
     """Writes a run's checkpoints on rank 0 and keeps as many as asked for.
 
+    Files are written beside the training, one save at a time. One that fails is told about by the next `check`, `save`
+    or `finish`; what stood under the name before is then still there.
+
     Args:
         config: What to keep.
         distributed: Only the main process writes.
         say: Prints a message, such as that a previous run's checkpoint was set aside.
+
+    Attributes:
+        stood_still: Seconds for which saves have kept the training waiting; whoever reads it may set it back.
     """
 
     def __init__(
@@ -234,8 +248,10 @@ class Checkpointer:
         self.distributed = distributed
         self.path = config.workspace / config.checkpoint_filename
         self.best_path = config.workspace / BEST_FILENAME
+        self.stood_still = 0.0
         self._say = say
         self._fresh = False
+        self._background = Background()
 
     def prepare(self, resumed: Path | None) -> None:
         """Make sure the workspace can be written. Collective.
@@ -282,12 +298,16 @@ class Checkpointer:
         self._say(f"{path} of an earlier run was kept as {kept.name}; --resume auto would have continued it")
 
     def save(self, payload: dict[str, Any], *, is_best: bool = False, end_of_epoch: bool = False) -> None:
-        """Write the latest checkpoint, and the best and the epoch's own where they apply.
+        """Write the latest checkpoint, and the best and the epoch's own where they apply; see `check`.
 
         The latest comes last: a run that is killed between the files resumes before this save, and does it again.
+
+        Raises:
+            OSError: This save failed, or with `checkpoint_beside` the one before.
         """
         if not self.config.checkpoints or not self.distributed.is_main:
             return
+        begin = time.perf_counter()
         self._claim()
         paths = [self.path]
         if is_best:
@@ -296,12 +316,36 @@ class Checkpointer:
         if gathering:
             # `epoch` is the one to come; the file is named after the one that ended, counted from 0.
             paths.append(self.config.workspace / f"checkpoint-{payload['epoch'] - 1}.pth.tar")
+        self._background.finish()
+        content = snapshot(payload) if self.config.checkpoint_beside else payload
+        self._background.start(lambda: self._write(content, paths, gathering))
+        if not self.config.checkpoint_beside:
+            self._background.finish()
+        self.stood_still += time.perf_counter() - begin
+
+    def _write(self, payload: dict[str, Any], paths: Sequence[Path], gathering: bool) -> None:
         first, *others = reversed(paths)
         save_atomically({"format": FORMAT, **payload}, first)
         if gathering:
             self._rotate()  # before the latest, after which a killed run that was at its end does nothing any more
         for path in others:
             copy_file(first, path)
+
+    def check(self) -> None:
+        """Without waiting: raise what a save has failed with.
+
+        Raises:
+            OSError: With the file and the remedy.
+        """
+        self._background.check()
+
+    def finish(self) -> None:
+        """Wait until the last save is on disk; errors as `check`."""
+        self._background.finish()
+
+    def finished(self) -> contextlib.AbstractContextManager[None]:
+        """Saves of the inside are on disk at its end, also when it ends in an error; errors as `check`."""
+        return self._background.finished()
 
     def _rotate(self) -> None:
         if self.config.gather_checkpoints < 0:

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import importlib
 import math
+import os
 import sys
 import types
 import typing
@@ -21,6 +22,7 @@ from image_classification.config import ConfigError, FlagSpec, flag_fields, near
 from image_classification.extras import optional_import
 from image_classification.file_writing import write_text
 from image_classification.models.own_code import trust
+from image_classification.older_commands import translated
 from image_classification.recipes import recipes
 from image_classification.yaml_reading import read_yaml_mapping
 
@@ -403,7 +405,8 @@ def parse_config(
 
     Args:
         job: Dataclass of the job, its fields made with `section`; flags are unique over all sections.
-        argv: Command line without the program name; `sys.argv[1:]` when None.
+        argv: Command line without the program name; `sys.argv[1:]` when None. Flags of DeepLearningExamples serve too
+            (`older_commands`).
         prog, description: For `--help`.
         defaults: Values that recipes and flags give, by field → values of fields that they leave open, where these
             differ from the fields' own.
@@ -421,6 +424,13 @@ def parse_config(
         build_parser(job, prog, description).error(told(error))
     parser = build_parser(job, prog, description)
     options = _options(job)
+    try:
+        words, notes = translated(words, {name for option in options for name in option.spellings()})
+    except ConfigError as error:
+        parser.error(str(error))
+    if int(os.environ.get("RANK", "0")) == 0:
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
     namespace = vars(parser.parse_or_fail(words))
     del namespace["plugin"]
     try:

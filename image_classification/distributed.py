@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
+from image_classification.affinity import Affinity, bind_to_gpu
 from image_classification.config import ConfigError, SettingError, check, flag
 from image_classification.exit_codes import EXIT_PEER, EXIT_SAVED
 
@@ -88,7 +89,17 @@ class DistributedConfig:
         600.0, "--dist-timeout", help="Seconds after which a rank that waits for the others gives up."
     )
 
+    gpu_affinity: Affinity = flag(
+        "none",
+        "--gpu-affinity",
+        help="Keep each process on CPU cores near its GPU: all (socket), or a share of its own (socket-unique).",
+    )
+
     def __post_init__(self) -> None:
+        check(
+            self.gpu_affinity == "none" or self.device != "cpu",
+            f"--gpu-affinity {self.gpu_affinity} binds processes to GPUs and --device cpu has none: leave one out",
+        )
         check(self.dist_timeout > 0, f"--dist-timeout {self.dist_timeout}: must be more than 0 seconds")
         check(
             not (self.device == "cpu" and self.dist_backend == "nccl"),
@@ -107,6 +118,7 @@ class Distributed:
         device: Where this process computes.
         backend: "nccl", "gloo", or "none" in a single process.
         host_group: Carries objects from host to host; None where the process group itself does.
+        notes: What was decided about this process; to be logged once.
     """
 
     rank: int = 0
@@ -115,6 +127,7 @@ class Distributed:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     backend: str = "none"
     host_group: dist.ProcessGroup | None = dataclasses.field(default=None, compare=False, repr=False)
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of_process_group(cls, device: torch.device) -> Distributed:
@@ -389,8 +402,9 @@ def setup_distributed(config: DistributedConfig) -> Distributed:
     device = _choose_device(config, local_rank, local_world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    notes = _bind(config, device, local_rank, local_world_size)
     if world_size == 1:
-        return Distributed(device=device)
+        return Distributed(device=device, notes=notes)
     backend = config.dist_backend
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -403,7 +417,18 @@ def setup_distributed(config: DistributedConfig) -> Distributed:
         timeout=datetime.timedelta(seconds=config.dist_timeout),
         device_id=device if backend == "nccl" else None,
     )
-    return Distributed(rank, local_rank, world_size, device, backend, _host_group(backend))
+    return Distributed(rank, local_rank, world_size, device, backend, _host_group(backend), notes)
+
+
+def _bind(
+    config: DistributedConfig, device: torch.device, local_rank: int, local_world_size: int
+) -> tuple[str, ...]:
+    """`--gpu-affinity`, before threads and workers are made that inherit it."""
+    if config.gpu_affinity == "none":
+        return ()
+    if device.type != "cuda":
+        return (f"--gpu-affinity {config.gpu_affinity} has no effect: there is no GPU",)
+    return (bind_to_gpu(config.gpu_affinity, device, local_rank, local_world_size),)
 
 
 def _host_group(backend: str) -> dist.ProcessGroup | None:

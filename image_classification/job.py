@@ -177,7 +177,7 @@ def prepare(
         append = of_another_job or resumed is not None
         record_invocation(workspace, distributed.device, distributed.world_size, append=append)
     logger.log_parameters(to_plain(configs))
-    notes = [f"data backend: {loaders.backend}", *precision.notes, *origin.notes]
+    notes = [f"data backend: {loaders.backend}", *distributed.notes, *precision.notes, *origin.notes]
     if loaders.calibration is not None:
         notes.append(f"{loaders.calibration.num_samples} training images are kept aside for calibration")
     for note in notes:
@@ -324,6 +324,12 @@ def make_model(job: Job[CommonConfig]) -> nn.Module:
             device=device,
         )
     remember_data(job, model)
+    if job.configs.train.sync_batchnorm:
+        check(
+            job.distributed.device.type == "cuda",
+            "--sync-batchnorm: PyTorch synchronises batch norms on GPUs only: leave it out with --device cpu",
+        )
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return job.precision.place(model)
 
 

@@ -1,4 +1,4 @@
-"""Optimizers: SGD, RMSprop, Adam and AdamW from torch, fused on CUDA.
+"""Optimizers: SGD, RMSprop, Adam and AdamW from torch, fused on CUDA; LARS for very large batches.
 
 Which parameters decay is decided by the type of the module that owns them, never by their name.
 """
@@ -13,7 +13,7 @@ from torch import nn
 
 from image_classification.config import check, flag
 
-OptimizerName = Literal["sgd", "rmsprop", "adam", "adamw", "apex-sgd", "apex-adam"]
+OptimizerName = Literal["sgd", "lars", "rmsprop", "adam", "adamw", "apex-sgd", "apex-adam"]
 #: What older commands call rules of NVIDIA apex, whose fused optimizers torch has taken over.
 _SYNONYMS = {"apex-sgd": "sgd", "apex-adam": "adamw"}
 
@@ -38,10 +38,12 @@ class OptimConfig:
     """Optimizer"""
 
     optimizer: OptimizerName = flag(
-        "sgd", "--optimizer", help="Update rule, fused on CUDA; apex-sgd means sgd, apex-adam adamw."
+        "sgd",
+        "--optimizer",
+        help="Update rule; lars is SGD for batches of many thousand images; apex-sgd means sgd, apex-adam adamw.",
     )
     momentum: float = flag(
-        0.9, "--momentum", "--mom", help="Momentum of SGD and RMSprop, first beta of Adam and AdamW."
+        0.9, "--momentum", "--mom", help="Momentum of SGD, LARS and RMSprop, first beta of Adam and AdamW."
     )
     nesterov: bool = flag(False, "--nesterov", help="Nesterov momentum (SGD).")
     weight_decay: float = flag(
@@ -51,8 +53,11 @@ class OptimConfig:
         False, "--bn-weight-decay", help="Decay normalisation parameters and biases too."
     )
     rmsprop_alpha: float = flag(0.9, "--rmsprop-alpha", help="Smoothing constant of RMSprop.")
+    lars_trust: float = flag(
+        0.001, "--lars-trust", help="Length of a layer's step under LARS, as a share of its weights' norm."
+    )
     optimizer_eps: float | None = flag(
-        None, "--optimizer-eps", help="Epsilon; 1e-3 for RMSprop, 1e-8 for Adam and AdamW."
+        None, "--optimizer-eps", "--rmsprop-eps", help="Epsilon; 1e-3 for RMSprop, 1e-8 for Adam and AdamW."
     )
     clip_grad_norm: float | None = flag(
         None, "--clip-grad-norm", help="Largest gradient norm; longer gradients are scaled."
@@ -70,12 +75,67 @@ class OptimConfig:
             self.clip_grad_norm is None or self.clip_grad_norm > 0,
             f"--clip-grad-norm: {self.clip_grad_norm} is not positive; leave the flag out to clip nothing",
         )
+        check(self.lars_trust > 0, f"--lars-trust: {self.lars_trust} is not positive")
         if self.nesterov:
             check(
                 update_rule(self.optimizer) == "sgd",
                 f"--nesterov: {self.optimizer} has no Nesterov momentum",
             )
             check(self.momentum > 0, "--nesterov needs --momentum above 0")
+
+
+class Lars(torch.optim.Optimizer):
+    """SGD with momentum whose step in each weight tensor is as long as a share of the tensor's own norm.
+
+    You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks" (2017), arXiv:1708.03888:
+    λ = trust · ‖w‖ / (‖g‖ + β‖w‖), v ← momentum · v + lr · λ · (g + βw), w ← w − v, β the weight decay. Tensors of one
+    dimension (biases, norms) and tensors that are all zero take plain steps, λ = 1. The host never waits.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate.
+        momentum: Share of the step before.
+        trust: λ of a tensor whose gradient is as long as itself.
+        weight_decay: β.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.9,
+        trust: float = 0.001,
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update all parameters that have a gradient; `closure` as in torch.optim."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+        decayed = gradient.add(weight, alpha=group["weight_decay"])
+        if weight.dim() > 1:
+            length = torch.linalg.vector_norm(weight)
+            total = torch.linalg.vector_norm(gradient) + group["weight_decay"] * length
+            # a tensor without length or gradient has no direction of its own to be measured by
+            ratio = torch.where((length > 0) & (total > 0), group["trust"] * length / total, 1.0)
+            decayed.mul_(ratio)
+        state = self.state[weight]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        state["momentum_buffer"].mul_(group["momentum"]).add_(decayed, alpha=group["lr"])
+        weight.sub_(state["momentum_buffer"])
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool = False) -> list[dict[str, Any]]:
@@ -113,6 +173,8 @@ def build_optimizer(config: OptimConfig, model: nn.Module, lr: float) -> torch.o
     rule = update_rule(config.optimizer)
     if rule == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    if rule == "lars":
+        return Lars(groups, lr=lr, momentum=config.momentum, trust=config.lars_trust)
     if rule == "rmsprop":
         eps = config.optimizer_eps or 1e-3
         return torch.optim.RMSprop(

@@ -24,6 +24,18 @@ class TrainConfig:
     use_ema: float | None = flag(
         None, "--use-ema", metavar="DECAY", help="Average the weights with this decay (0.9999); judged too."
     )
+    early_stopping_patience: int = flag(
+        -1,
+        "--early-stopping-patience",
+        metavar="N",
+        help="End the training when the figure that decides which network is best has not risen for N epochs; "
+        "-1: train to the end.",
+    )
+    sync_batchnorm: bool = flag(
+        False,
+        "--sync-batchnorm",
+        help="Batch norms take mean and variance over the images of all processes (GPUs only).",
+    )
     on_nan: NanPolicy = flag("stop", "--on-nan", help="When the loss is not finite.")
     nan_budget: int = flag(0, "--nan-budget", help="Most updates that --on-nan skip may leave out.")
     evaluate: bool = flag(False, "--evaluate", help="Only measure the network on the validation set.")
@@ -46,6 +58,14 @@ class TrainConfig:
         check(
             self.run_epochs == -1 or self.run_epochs >= 1,
             f"--run-epochs: {self.run_epochs} is not a positive count",
+        )
+        check(
+            self.early_stopping_patience == -1 or self.early_stopping_patience >= 1,
+            f"--early-stopping-patience: {self.early_stopping_patience} is not a positive count",
+        )
+        check(
+            self.early_stopping_patience == -1 or not (self.training_only or self.evaluate),
+            "--early-stopping-patience goes by the validation: leave --training-only and --evaluate out",
         )
         check(0 <= self.seed < 1 << 62, f"--seed: {self.seed} is not between 0 and 2^62")
         check(self.use_ema is None or 0 <= self.use_ema < 1, f"--use-ema: {self.use_ema} is outside [0, 1)")

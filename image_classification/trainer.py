@@ -41,6 +41,7 @@ register_figures(
         "lr": Figure(".5g", steers=True),
         "grad_scale": Figure(".1f"),
         "epoch_seconds": Figure(".1f", "s", steers=True),
+        "checkpoint_seconds": Figure(".3f", "s"),
         "skipped_updates": Figure(".0f", steers=True),
         "substituted_samples": Figure(".0f", steers=True),
     },
@@ -135,7 +136,7 @@ class Trainer(TrainLoop):
                 iteration += 1
                 on_step_end                                        (rewrites happen here; then `rebind`)
                 every --print-freq: on_log; check for NaN
-                every --checkpoint-interval: save
+                every --checkpoint-interval: save                      (files are written beside what follows)
                 if asked to stop: save, raise StopRequested
             validate; on_evaluate_end
             on_epoch_end
@@ -264,26 +265,37 @@ class Trainer(TrainLoop):
         last_epoch = self.config.epochs
         if self.config.run_epochs > 0:
             last_epoch = min(last_epoch, state.epoch + self.config.run_epochs)
-        with StopSignals(self.distributed) as stop:
+        with StopSignals(self.distributed) as stop, self.checkpointer.finished():
             self._emit("on_fit_start")
             self.checkpointer.claim()
-            while state.epoch < last_epoch:
+            while state.epoch < last_epoch and not self._has_stalled():
                 self._emit("on_epoch_start")
                 self._train_epoch(stop)
                 self._check_finite()
                 figures = self._validate()
                 self._emit("on_epoch_end")
                 self._finish_epoch(figures)
-            if state.epoch == self.config.epochs:
+            if state.epoch == self.config.epochs or self._has_stalled():
                 self._emit("on_fit_end")
+                self.checkpointer.finish()
                 self._name_result()
         return figures
+
+    def _has_stalled(self) -> bool:
+        """Whether the best network is `early_stopping_patience` epochs old."""
+        patience, best_epoch = self.config.early_stopping_patience, self.state.best_epoch
+        return patience > 0 and best_epoch is not None and self.state.epoch - 1 - best_epoch >= patience
 
     def _name_result(self) -> None:
         """Say at the end which file is the one to use, and what its figure is of."""
         state = self.state
         if not self.checkpointer.config.checkpoints or self.evaluator is None or state.best_epoch is None:
             return
+        if state.epoch < self.config.epochs:
+            self.logger.message(
+                f"stopped after epoch {state.epoch - 1}: no better network for --early-stopping-patience "
+                f"{self.config.early_stopping_patience} epochs"
+            )
         which = "" if state.ema is None else ", of the averaged weights (EMA), which it is loaded with"
         self.logger.message(
             f"the network to use: {self.checkpointer.best_path}: val.{self.evaluator.headline} {state.best:.2f} % "
@@ -375,6 +387,9 @@ class Trainer(TrainLoop):
     def _log_epoch(self, seconds: float) -> None:
         figures = self.sums.finish_epoch(self.distributed) | self.clock.read_epoch("train")
         figures["train.epoch_seconds"] = seconds
+        if self.checkpointer.stood_still:
+            figures["train.checkpoint_seconds"] = self.checkpointer.stood_still
+            self.checkpointer.stood_still = 0.0
         self.logger.log((self.state.epoch,), figures, iteration=self.state.iteration)
 
     # ------------------------------------------------------------------ validate
@@ -412,11 +427,13 @@ class Trainer(TrainLoop):
     # ------------------------------------------------------------------ save and restore
 
     def _save_or_stop(self, stop: StopSignals) -> None:
+        self.checkpointer.check()
         interval = self.checkpointer.config.checkpoint_interval
         stopping = stop.poll(self.state.iteration)
         if stopping or (interval and self.state.iteration % interval == 0):
             self.save()
         if stopping:
+            self.checkpointer.finish()
             raise StopRequested(
                 f"stopped by {stop.received or 'a signal to another rank'} after iteration {self.state.iteration}",
                 saved=self.checkpointer.config.checkpoints,

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from image_classification.config import nearest
 from image_classification.models import external, mobilenetv2, mobilenetv2_isp, resnet, resnet_cifar, vgg
+from image_classification.models.batch_norms import architecture_options, set_batch_norms
 from image_classification.models.own_code import build_own, check_trusted, is_own_code, own_info, trust
 from image_classification.models.registry import (
     ArchInfo,
@@ -44,7 +45,10 @@ class ModelIdentity:
         check_trusted(self.arch)
         named = external.split_name(self.arch)
         if named is not None and external.is_no_classifier(*named):
-            model = external.build_no_classifier(named[1], self.num_classes, self.options)
+            model = external.build_no_classifier(
+                named[1], self.num_classes, architecture_options(self.options)
+            )
+            set_batch_norms(model, self.options)
             remember_identity(model, self)
             return model
         return create_model(
@@ -72,7 +76,8 @@ def create_model(
         model_config: Initialisation of our own networks: classic (default), fanin, grp-fanin, grp-fanout.
         image_size: Side of the input in pixels; only networks of a fixed size need it. None: the architecture's.
         kwargs: Options of the architecture. Our own have `widths` (module name to number of output channels);
-            CIFAR ResNets have `shortcut` ("A", "B" or "pooled"). Others go to the library's constructor.
+            CIFAR ResNets have `shortcut` ("A", "B" or "pooled"). Others go to the library's constructor. All networks
+            with batch norms have `bn_momentum` and `bn_eps`.
 
     Returns:
         The network, in training mode. It remembers these arguments (`identity_of`), also in copies; the
@@ -85,7 +90,8 @@ def create_model(
     if image_size is not None:
         _check_count("image_size", image_size)
     trust([arch])
-    model = _build(arch, num_classes, model_config, image_size, kwargs)
+    model = _build(arch, num_classes, model_config, image_size, architecture_options(kwargs))
+    set_batch_norms(model, kwargs)
     identity = ModelIdentity(arch, model_config, num_classes, image_size, kwargs)
     remember_identity(model, identity)
     return model

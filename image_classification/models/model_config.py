@@ -66,6 +66,18 @@ class ModelConfig:
         repeatable=True,
     )
 
+    bn_momentum: float | None = flag(
+        None,
+        "--bn-momentum",
+        help="share of a batch in the running statistics of batch norms; default: the architecture's",
+    )
+    bn_eps: float | None = flag(
+        None,
+        "--bn-epsilon",
+        help="what batch norms add to the variance; default: the architecture's",
+        setting="bn_eps",
+    )
+
     def __post_init__(self) -> None:
         check(bool(self.arch), "--arch is empty: give the name of a network")
         if self.model_config is not None:
@@ -80,7 +92,25 @@ class ModelConfig:
                 not given or self.pretrained_weights is not None,
                 f"{name} has no effect without --pretrained-weights: give the file, or leave {name} out",
             )
+        for name, value in (("--bn-momentum", self.bn_momentum), ("--bn-epsilon", self.bn_eps)):
+            check(value is None or 0 < value <= 1, f"{name} {value}: give a number above 0, at most 1")
         parse_options(self.arch_option)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the architecture.
+
+        Raises:
+            ConfigError: A word of `--arch-option` cannot be read, or names what a flag names too.
+        """
+        options = parse_options(self.arch_option)
+        for name, value in (("bn_momentum", self.bn_momentum), ("bn_eps", self.bn_eps)):
+            if value is not None:
+                check(
+                    name not in options, f"--arch-option {name} is given by a flag of its own: leave one out"
+                )
+                options[name] = value
+        return options
 
 
 def parse_options(words: list[str]) -> dict[str, Any]:
@@ -130,7 +160,7 @@ def build_model(
         "more",
     )
     classes = num_classes if config.num_classes is None else config.num_classes
-    options = parse_options(config.arch_option)
+    options = config.options
     if config.pretrained_weights is None:
         with building_on(device):
             return create_model(

@@ -6,7 +6,6 @@ means on logging steps. Without a GPU, a driver or the module `pynvml` the GPU's
 
 from __future__ import annotations
 
-import importlib
 import os
 import resource
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from image_classification.nvml import open_gpu
 from image_classification.observe.figures import Figure, register_figures
 
 _GIB = 2**30
@@ -49,7 +49,8 @@ class Monitor:
     """
 
     def __init__(self, device: torch.device, interval: float = 1.0) -> None:
-        self._gpu = _open_gpu(device)
+        opened = open_gpu(device)
+        self._gpu = None if opened is None else _Gpu(*opened)
         self._interval = interval
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -163,28 +164,6 @@ class _Gpu:
 
     def close(self) -> None:
         self._nvml.nvmlShutdown()
-
-
-def _open_gpu(device: torch.device) -> _Gpu | None:
-    """The GPU behind a CUDA device, found by its UUID: NVML does not know CUDA_VISIBLE_DEVICES."""
-    if device.type != "cuda":
-        return None
-    try:
-        nvml = importlib.import_module("pynvml")
-    except ImportError:
-        return None
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError:
-        return None
-    for name in (f"GPU-{uuid}", f"MIG-{uuid}"):
-        try:
-            return _Gpu(nvml, nvml.nvmlDeviceGetHandleByUUID(name))
-        except nvml.NVMLError:
-            continue
-    nvml.nvmlShutdown()
-    return None
 
 
 def _cpu_seconds() -> float:

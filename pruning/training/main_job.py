@@ -12,7 +12,7 @@ from explainers.live import SaliencyGallery
 from image_classification import job as jobs
 from image_classification.callbacks import Callback
 from image_classification.cli import parse_config
-from image_classification.config import section
+from image_classification.config import check, section
 from image_classification.distributed import Distributed
 from image_classification.verbs import Verb, configured
 from pruning.training import distill as distillations
@@ -44,6 +44,12 @@ def run(configs: MainConfig, distributed: Distributed) -> None:
     pruning, repair = configs.pruning, configs.repair
     pruning.check_evaluation(configs.train.evaluate)
     pruning.check_files()
+    stops_early = configs.train.early_stopping_patience > 0
+    check(
+        not (stops_early and (pruning.active or configs.unstructured.active)),
+        "--early-stopping-patience could end a training before its network is as small as asked: leave it out here, "
+        "and give it to the fine-tuning",
+    )
     weights.check_combination(configs.unstructured, configs.train, pruning, repair)
     distillations.check_combination(configs.distill, configs.train, configs.precision)
     batches = pruning.wanted_batches() or weights.wanted_batches(configs.unstructured, repair)

@@ -9,6 +9,7 @@ from image_classification.config import ConfigError, flag_fields
 from image_classification.models import (
     ModelConfig,
     ModelError,
+    build_from_structure,
     build_model,
     capture_structure,
     create_model,
@@ -83,3 +84,18 @@ def test_settings_that_cannot_apply(kwargs, words):
 def test_fewer_classes_than_the_data_has():
     with pytest.raises(ConfigError, match="--num-classes 5"):
         build_model(ModelConfig(arch="resnet20", num_classes=5), num_classes=10)
+
+
+@pytest.mark.parametrize("arch", ["resnet20", "torchvision/mobilenet_v3_small", "timm/test_efficientnet"])
+def test_momentum_and_epsilon_of_batch_norms_travel_with_the_network(arch):
+    """Batch norms of every architecture have them, and so has the network that a checkpoint's structure builds."""
+    config = ModelConfig(arch=arch, bn_momentum=0.02, bn_eps=2e-3)
+    model = build_model(config, num_classes=3)
+    for network in (model, build_from_structure(capture_structure(model))):
+        norms = [m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        assert {(norm.momentum, norm.eps) for norm in norms} == {(0.02, 2e-3)}
+
+
+def test_networks_without_batch_norms_have_no_such_settings():
+    with pytest.raises(ModelError, match="no batch norm"):
+        build_model(ModelConfig(arch="torchvision/vgg11", bn_eps=1e-3), num_classes=3)

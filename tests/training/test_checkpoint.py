@@ -205,13 +205,15 @@ def test_a_kill_before_the_latest_is_written_leaves_no_old_gathered_one(
         CheckpointConfig(workspace=tmp_path, gather_checkpoints=1), Distributed(), lambda text: None
     )
     keeper.save({"epoch": 1}, end_of_epoch=True)
+    keeper.finish()
 
     def killed(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("image_classification.checkpoint.copy_file", killed)
+    keeper.save({"epoch": 2}, end_of_epoch=True)
     with pytest.raises(KeyboardInterrupt):
-        keeper.save({"epoch": 2}, end_of_epoch=True)
+        keeper.finish()
     assert {"checkpoint.pth.tar", "checkpoint-1.pth.tar"} <= names(tmp_path)
     assert "checkpoint-0.pth.tar" not in names(tmp_path)
     assert read_safely(tmp_path / "checkpoint.pth.tar")["epoch"] == 1

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from image_classification.config import ConfigError
-from image_classification.optim import OptimConfig, build_optimizer, parameter_groups
+from image_classification.optim import Lars, OptimConfig, build_optimizer, parameter_groups
 from image_classification.schedules import Schedule, ScheduleConfig
 
 
@@ -158,3 +158,37 @@ def test_default_rate_grows_with_the_step() -> None:
 def test_warmup_longer_than_training() -> None:
     with pytest.raises(ConfigError, match="--epochs 10"):
         schedule("cosine", warmup=10)
+
+
+def test_lars_is_the_published_rule() -> None:
+    """Two steps against the formula in float64; vectors and tensors of zeros take plain steps."""
+    torch.manual_seed(0)
+    layer, empty = nn.Linear(4, 3), nn.Parameter(torch.zeros(2, 2))
+    groups = [
+        {"params": [layer.weight], "weight_decay": 0.1},
+        {"params": [layer.bias, empty], "weight_decay": 0.0},
+    ]
+    optimizer = Lars(groups, lr=0.5, momentum=0.9, trust=0.02)
+    expected = [p.detach().double().clone() for p in (layer.weight, layer.bias, empty)]
+    velocity = [torch.zeros_like(p) for p in expected]
+    for _ in range(2):
+        gradients = [torch.randn(p.shape) for p in expected]
+        for index, (parameter, gradient) in enumerate(
+            zip((layer.weight, layer.bias, empty), gradients, strict=True)
+        ):
+            parameter.grad = gradient.clone()
+            weight, decay = expected[index], 0.1 if index == 0 else 0.0
+            share = 1.0
+            if weight.dim() > 1 and weight.norm() > 0:
+                share = 0.02 * weight.norm() / (gradient.double().norm() + decay * weight.norm())
+            velocity[index] = 0.9 * velocity[index] + 0.5 * share * (gradient.double() + decay * weight)
+            expected[index] = weight - velocity[index]
+        optimizer.step()
+    for parameter, value in zip((layer.weight, layer.bias, empty), expected, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), value, rtol=1e-5, atol=1e-7)
+
+
+def test_lars_is_chosen_by_its_flag() -> None:
+    optimizer = build_optimizer(OptimConfig(optimizer="lars", lars_trust=0.01), Odd(), 1.0)
+    assert isinstance(optimizer, Lars)
+    assert {group["trust"] for group in optimizer.param_groups} == {0.01}

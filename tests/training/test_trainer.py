@@ -349,10 +349,30 @@ def test_best_checkpoint_is_the_averaged_network_where_there_is_one(
     assert (tmp_path / "model_best.pth.tar").exists()
 
 
+def test_a_training_without_progress_stops_early_and_stays_so(
+    make_trainer: MakeTrainer, recorder: Recorder, tmp_path: Path
+) -> None:
+    """The third epoch is the last that could have been better; a resume adds none."""
+    trainer = make_trainer(epochs=9, early_stopping_patience=2, callbacks=(recorder,))
+    trainer.evaluator = FixedFigures(iter([40.0, 30.0, 40.0]))  # type: ignore[assignment]
+    said: list[str] = []
+    trainer.logger.message = said.append  # type: ignore[method-assign]
+    trainer.fit()
+    assert trainer.state.epoch == 3
+    assert recorder.events[-1] == "fit_end"
+    assert "--early-stopping-patience" in said[-2]
+    resumed = make_trainer(epochs=9, early_stopping_patience=2)
+    resumed.restore(read_safely(tmp_path / "checkpoint.pth.tar"))
+    resumed.fit()
+    assert resumed.state.epoch == 3
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"epochs": 0}, "--epochs"),
+        ({"early_stopping_patience": 0}, "--early-stopping-patience"),
+        ({"early_stopping_patience": 2, "training_only": True}, "--training-only"),
         ({"run_epochs": 0}, "--run-epochs"),
         ({"use_ema": 1.0}, "--use-ema"),
         ({"nan_budget": 3}, "--nan-budget"),

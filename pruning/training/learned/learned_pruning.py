@@ -252,6 +252,7 @@ class LearnedPruning(ChannelPruning):
         if stopping or end_of_epoch or (interval and step % interval == 0):
             self._save(trainer)
         if stopping:
+            trainer.checkpointer.finish()
             raise StopRequested(
                 f"stopped by {stop.received or 'a signal to another rank'} after {step} of {learner.num_steps} steps "
                 "of the gates",

@@ -1,0 +1,34 @@
+"""A CUDA device as NVIDIA's management library (the module `pynvml`) knows it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+
+def open_gpu(device: torch.device) -> tuple[Any, Any] | None:
+    """The library, initialised, and its handle of a CUDA device; None without GPU, driver or `pynvml`.
+
+    The device is found by its UUID: NVML does not know CUDA_VISIBLE_DEVICES. Who gets a handle calls the library's
+    `nvmlShutdown` in the end.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
+        return None
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return None
+    for name in (f"GPU-{uuid}", f"MIG-{uuid}"):
+        try:
+            return nvml, nvml.nvmlDeviceGetHandleByUUID(name)
+        except nvml.NVMLError:
+            continue
+    nvml.nvmlShutdown()
+    return None

@@ -1,0 +1,150 @@
+"""Flags of NVIDIA's DeepLearningExamples (both generations of its ConvNets) and of apex's ImageNet script.
+
+A command written for them runs here: what has another name is translated, what has no effect any more is left out, and
+what cannot be had is refused with the flag to use in its place. Nothing of it stands in recipes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Sequence
+
+from image_classification.config import ConfigError
+
+#: Turns the value behind a flag ("" where it takes none) into words of ours.
+Translation = Callable[[str], list[str]]
+
+
+def _named(*words: str) -> Translation:
+    """Our words, and the value behind them."""
+    return lambda value: [*words, *([value] if value else [])]
+
+
+def _refused(old: str, instead: str) -> Translation:
+    def refuse(value: str) -> list[str]:
+        raise ConfigError(f"{old}{f' {value}' if value else ''}: {instead}")
+
+    return refuse
+
+
+def _opt_level(value: str) -> list[str]:
+    if value not in ("O0", "O1"):
+        raise ConfigError(
+            f"--opt-level {value}: mixed precision is PyTorch's own now, which keeps weights in float32: use --amp"
+        )
+    return ["--amp"] if value == "O1" else []
+
+
+def _local_rank(value: str) -> list[str]:
+    os.environ.setdefault("LOCAL_RANK", value)  # older launchers told it by this flag alone
+    return []
+
+
+def _interpolation(value: str) -> list[str]:
+    if value not in ("bilinear", "triangular"):
+        raise ConfigError(
+            f"--interpolation {value}: images are resized with the antialiased triangle filter (bilinear), the same on "
+            "all backends: leave it out"
+        )
+    return []
+
+
+def _loss_scale(value: str) -> list[str]:
+    return ["--dynamic-loss-scale"] if value == "dynamic" else ["--static-loss-scale", value]
+
+
+def _gpu_affinity(value: str) -> list[str]:
+    ours = value if value in ("none", "socket", "socket-unique") else None
+    if value.startswith("socket_unique"):
+        ours = "socket-unique"
+    if ours is None:
+        raise ConfigError(
+            f"--gpu-affinity {value}: one core is too few for a process that feeds a GPU: use socket or socket-unique"
+        )
+    return ["--gpu-affinity", ours]
+
+
+#: Flags with a value behind them.
+_WITH_VALUE: dict[str, Translation] = {
+    "--opt-level": _opt_level,
+    "--local-rank": _local_rank,
+    "--interpolation": _interpolation,
+    "--loss-scale": _loss_scale,
+    "--gpu-affinity": _gpu_affinity,
+    "--tensorboard-dir": _named("--tensorboard"),
+    "--pretrained-from-file": _named("--pretrained-weights"),
+    "--augmentation": _named("--auto-augment"),
+    "--keep-batchnorm-fp32": lambda value: [],  # autocast does
+    "--topk": _refused("--topk", "top-1 and top-5 are always reported: leave it out"),
+}
+_ALONE: dict[str, Translation] = {
+    "--fp16": _named("--amp"),
+    "--sync-bn": _named("--sync-batchnorm"),
+    "--dali-cpu": _named("--data-backend", "dali-cpu"),
+    "--channels-last": _named("--memory-format", "nhwc"),
+    "--pretrained": _refused(
+        "--pretrained", "nothing is downloaded: give the file of the weights with --pretrained-weights"
+    ),
+    "--trt": _refused(
+        "--trt", "write the trained network with lucidprune export --format onnx, for TensorRT"
+    ),
+}
+#: Where our default is another than theirs: our flags, and the difference.
+_DEFAULTS = (
+    (("--lr-schedule",), "the learning rate falls by a cosine (theirs: step)"),
+    (("--lr", "--learning-rate"), "the learning rate is 0.1 per 256 images of a step (theirs: 0.1)"),
+    (
+        ("--static-loss-scale", "--dynamic-loss-scale"),
+        "the loss scale of fp16 is dynamic (theirs: constant, 1)",
+    ),
+)
+
+
+def translated(words: Sequence[str], known: Collection[str]) -> tuple[list[str], list[str]]:
+    """A command line in our words, and what to tell its user.
+
+    Args:
+        words: The command line.
+        known: Flags of the job; words of other jobs are left for the parser to refuse.
+
+    Raises:
+        ConfigError: A flag, or its value, has nothing like it here; what to use instead is said.
+    """
+    ours: list[str] = []
+    changed: list[str] = []
+    rest = list(words)
+    while rest:
+        if rest[0] == "--":
+            break
+        given, translation, value = _next(rest)
+        del rest[: len(given)]
+        made = given if translation is None else translation(value)
+        if made and made[0] not in known:  # a flag of another job: the parser knows what to say
+            made = given
+        ours += made
+        if made != given and not given[0].startswith("--local"):
+            told = f"is read as {' '.join(made)}" if made else "has no effect here"
+            changed.append(f"{' '.join(given)} {told}")
+    return [*ours, *rest], [*changed, *(_differing(ours, known) if changed else [])]
+
+
+def _next(words: Sequence[str]) -> tuple[list[str], Translation | None, str]:
+    """The words that the first flag of a command line takes, its translation if it has one, and its value."""
+    flag, equals, value = words[0].partition("=")
+    name = f"--{flag[2:].replace('_', '-')}" if flag.startswith("--") else flag
+    if name in _ALONE and not equals:
+        return [words[0]], _ALONE[name], ""
+    if name in _WITH_VALUE and equals:
+        return [words[0]], _WITH_VALUE[name], value
+    if name in _WITH_VALUE and len(words) > 1:
+        return list(words[:2]), _WITH_VALUE[name], words[1]
+    return [words[0]], None, ""
+
+
+def _differing(words: Sequence[str], known: Collection[str]) -> list[str]:
+    """One line about defaults that the command leaves open and that are not what it was written for."""
+    given = {word.partition("=")[0].replace("_", "-") for word in words}
+    open_ones = [text for flags, text in _DEFAULTS if flags[0] in known and not given.intersection(flags)]
+    if not open_ones:
+        return []
+    return [f"defaults differ from those of DeepLearningExamples: {'; '.join(open_ones)}"]
