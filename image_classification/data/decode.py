@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from image_classification.data.bad_samples import BadSamples
+from image_classification.data.imagefile import load_as_stored, stored_size
 from image_classification.data.plan import BatchPlan, Planner
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
@@ -60,13 +61,17 @@ def open_image(path: Path, expected_size: tuple[int, int] | None = None) -> Imag
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about large images and odd metadata
             with Image.open(path, formats=FORMATS) as image:
-                if expected_size is not None and (image.height, image.width) != expected_size:
+                if image.mode == "F":
                     raise UnreadableError(
-                        f"it has {image.height}×{image.width} pixels, not the {expected_size[0]}×"
-                        f"{expected_size[1]} of its header when the data set was scanned"
+                        "its pixels are in floating point, of which every decoder makes other bytes"
                     )
-                image.load()
-                return _to_rgb(image)
+                height, width = stored_size(image)
+                if expected_size is not None and (height, width) != expected_size:
+                    raise UnreadableError(
+                        f"it has {height}×{width} pixels, not the {expected_size[0]}×{expected_size[1]} of its header "
+                        "when the data set was scanned"
+                    )
+                return _to_rgb(load_as_stored(image))
     except Image.DecompressionBombError as error:
         raise UnreadableError(str(error)) from error
     except (OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error) as error:

@@ -2,19 +2,24 @@
 
 JPEG and PNG headers are read here, because that is several times faster than opening the file with Pillow, and a
 data set may have a million files; every other format goes through Pillow. The *content* decides the format: a PNG
-named `.JPEG` is read as a PNG.
+named `.JPEG` is read as a PNG. Sizes are those of the pixels as they are stored, which EXIF may want to be turned.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import struct
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+
+#: Suffixes of images that not every backend decodes: they are counted, and left out.
+OTHER_SUFFIXES = (".gif", ".avif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".tga")
 
 _HEAD_BYTES = 1024
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -34,6 +39,19 @@ _TAIL_BYTES = 1024
 # start-of-frame markers: C0 to CF without DHT (C4), JPG (C8) and DAC (CC)
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
+_APP1 = 0xE1
+_EXIF_BYTES = 4096  # its first directory comes first, thumbnails behind
+_TIFF_WIDTH, _TIFF_HEIGHT, _ORIENTATION = 256, 257, 274  # the tags' numbers
+#: What takes an image that was turned as its orientation says back to how it is stored.
+_AS_STORED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 _MAX_SEGMENTS = 4096  # real files have tens; a file of fill bytes must not keep the scan busy for minutes
 
 
@@ -44,46 +62,55 @@ class Header(NamedTuple):
         height, width: Raw pixels as stored (EXIF orientation ignored); 0 × 0 if unreadable.
         digest: Identity of the file.
         intact: Whether it begins like an image of a common format and, if it is a JPEG, has an end-of-image marker.
-            A JPEG that was cut off is otherwise noticed only by windows that reach down to the missing part.
+            A JPEG that was cut off is otherwise noticed only by windows that reach down to the missing part. Pixels
+            in floating point are not common: backends make different bytes of them.
+        turned: Whether EXIF says that the image is to be shown turned or mirrored.
     """
 
     height: int
     width: int
     digest: int
     intact: bool
+    turned: bool = False
 
 
 _NOTHING = Header(0, 0, 0, False)
 
 
-def is_image(name: str) -> bool:
+def is_image(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> bool:
     """Whether a file name has an image's suffix, in any case. Hidden files (macOS's `._x.jpg`) do not count."""
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(suffixes) and not name.startswith(".")
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Size and digest of one file. Never raises for a bad file: its size is then 0 × 0."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+        )  # a named pipe would wait for a writer
     except OSError:
         return _NOTHING
     try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            return _NOTHING
         head = os.read(descriptor, _HEAD_BYTES)
-        num_bytes = os.fstat(descriptor).st_size
+        num_bytes = status.st_size
         digest = _digest(num_bytes, head)
-        intact = head.startswith(_OTHER_SIGNATURES)
+        intact, turned = head.startswith(_OTHER_SIGNATURES), False
         if head.startswith(_JPEG_SIGNATURE):
-            size = _jpeg_size(descriptor, head)
+            *size, turned = _read_jpeg(descriptor, head)
             intact = _END_OF_IMAGE in os.pread(descriptor, _TAIL_BYTES, max(0, num_bytes - _TAIL_BYTES))
         elif head.startswith(_PNG_SIGNATURE):
-            size = _png_size(head)
+            size = list(_png_size(head))
         else:
-            size = _pillow_size(path)
+            *size, mode, turned = _read_with_pillow(path)
+            intact = intact and mode != "F"
     except OSError:  # a directory named like an image, a disk error
         return _NOTHING
     finally:
         os.close(descriptor)
-    return Header(*size, digest, intact)
+    return Header(size[0], size[1], digest, intact, turned)
 
 
 def _digest(num_bytes: int, head: bytes) -> int:
@@ -93,30 +120,48 @@ def _digest(num_bytes: int, head: bytes) -> int:
     return int.from_bytes(state.digest(), "little")
 
 
-def _jpeg_size(descriptor: int, head: bytes) -> tuple[int, int]:
-    """Walk the segments up to the frame header (ITU-T T.81, B.2.2), reading on where metadata fill the first KiB."""
+def _read_jpeg(descriptor: int, head: bytes) -> tuple[int, int, bool]:
+    """Height, width and whether EXIF turns it, from the segments before the first scan (ITU-T T.81, B.2.2).
+
+    Reads on where metadata fill the first KiB.
+    """
 
     def at(offset: int, count: int) -> bytes:
         if offset + count <= len(head):
             return head[offset : offset + count]
         return os.pread(descriptor, count, offset)
 
-    offset = 2
+    offset, turned = 2, False
     for _ in range(_MAX_SEGMENTS):
-        segment = at(offset, 9)
+        segment = at(offset, 10)
         if len(segment) < 9 or segment[0] != 0xFF:
-            return 0, 0
+            return 0, 0, False
         marker = segment[1]
         if marker == 0xFF:  # fill byte
             offset += 1
         elif marker in _START_OF_FRAME:
             height, width = struct.unpack(">HH", segment[5:9])
-            return (height, width) if height and width else (0, 0)
+            return (height, width, turned) if height and width else (0, 0, False)
         elif marker in _WITHOUT_LENGTH:
             offset += 2
         else:
-            offset += 2 + int.from_bytes(segment[2:4], "big")
-    return 0, 0
+            length = int.from_bytes(segment[2:4], "big")
+            if marker == _APP1 and segment[4:10] == b"Exif\0\0":
+                turned = _exif_orientation(at(offset + 10, min(length - 8, _EXIF_BYTES))) > 1
+            offset += 2 + length
+    return 0, 0, False
+
+
+def _exif_orientation(block: bytes) -> int:
+    """The orientation (1 to 8) in the first directory of a TIFF block as EXIF has it; 1 where there is none."""
+    order: Literal["little", "big"] = "little" if block.startswith(b"II") else "big"
+    start = int.from_bytes(block[4:8], order)
+    for entry in range(int.from_bytes(block[start : start + 2], order)):
+        place = start + 2 + 12 * entry
+        if int.from_bytes(block[place : place + 2], order) == _ORIENTATION:
+            value = int.from_bytes(block[place + 8 : place + 10], order)
+            return value if 1 <= value <= 8 else 1
+    return 1
 
 
 def _png_size(head: bytes) -> tuple[int, int]:
@@ -129,10 +174,29 @@ def _png_size(head: bytes) -> tuple[int, int]:
     return height, width
 
 
-def _pillow_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Size of any other format."""
+def _read_with_pillow(path: str | os.PathLike[str]) -> tuple[int, int, str, bool]:
+    """Height, width, mode and whether EXIF turns it, of any other format."""
     try:
         with Image.open(path) as image:
-            return image.height, image.width
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError):
-        return 0, 0
+            return *stored_size(image), image.mode, image.getexif().get(_ORIENTATION, 1) in _AS_STORED
+    except (OSError, ValueError, KeyError, SyntaxError, struct.error, Image.DecompressionBombError):
+        return 0, 0, "", False
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of an opened image as it is stored; of a TIFF file, Pillow tells those after turning it."""
+    if isinstance(image, TiffImageFile):
+        return int(image.tag_v2[_TIFF_HEIGHT]), int(image.tag_v2[_TIFF_WIDTH])
+    return image.height, image.width
+
+
+def load_as_stored(image: Image.Image) -> Image.Image:
+    """Decode an opened image; pixels stand as in the file, whatever EXIF says: Pillow turns those of TIFF files.
+
+    Raises:
+        Exception: Any of Pillow's, of a damaged file.
+    """
+    orientation = image.getexif().get(_ORIENTATION, 1) if isinstance(image, TiffImageFile) else 1
+    image.load()
+    back = _AS_STORED.get(orientation)
+    return image if back is None else image.transpose(back)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from image_classification.data.imagefile import is_image
+from image_classification.data.imagefile import IMAGE_SUFFIXES, OTHER_SUFFIXES, is_image
 
 _NUM_THREADS = 16  # the work waits for the file system, network ones above all
 
@@ -21,16 +22,30 @@ class FileEntry(NamedTuple):
     mtime_ns: int
 
 
-def list_images(root: Path, folder: str, directories: dict[str, int] | None = None) -> list[FileEntry]:
+def list_images(
+    root: Path,
+    folder: str,
+    directories: dict[str, int] | None = None,
+    left_out: Counter[str] | None = None,
+    suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
+) -> list[FileEntry]:
     """The images under `root/folder`, subfolders and symbolic links included, sorted by path.
 
     Args:
         root: Directory that paths are relative to.
         folder: Where to look.
         directories: Gets the modification time, in nanoseconds, of every directory that was looked into, by path.
+        left_out: Counts, by suffix, images of formats that not every backend decodes, such as GIF.
+        suffixes: Which files are images, by their names.
     """
     seen: dict[str, int] = {} if directories is None else directories
-    return sorted(_walk(root / folder, folder, frozenset(), seen))
+    taken = []
+    for entry in sorted(_walk(root / folder, folder, frozenset(), seen)):
+        if entry.path.lower().endswith(suffixes):
+            taken.append(entry)
+        elif left_out is not None:
+            left_out[Path(entry.path).suffix.lower()] += 1
+    return taken
 
 
 def stat_images(root: Path, paths: Sequence[str], *, listed_in: str) -> list[FileEntry]:
@@ -59,7 +74,10 @@ def stat_images(root: Path, paths: Sequence[str], *, listed_in: str) -> list[Fil
 def _walk(
     directory: Path, relative: str, above: frozenset[tuple[int, int]], directories: dict[str, int]
 ) -> Iterable[FileEntry]:
-    """All image files below a directory. `above` are the directories on the way here, to end link cycles."""
+    """All image files below a directory, of any format.
+
+    `above` are the directories on the way here, to end link cycles.
+    """
     status = os.stat(directory)
     directories[relative] = status.st_mtime_ns
     identity = (status.st_dev, status.st_ino)
@@ -71,7 +89,7 @@ def _walk(
             if entry.is_dir():
                 if not entry.name.startswith("."):
                     yield from _walk(Path(entry.path), path, above | {identity}, directories)
-            elif is_image(entry.name):
+            elif is_image(entry.name, (*IMAGE_SUFFIXES, *OTHER_SUFFIXES)):
                 try:
                     status = entry.stat()
                     yield FileEntry(path, status.st_size, status.st_mtime_ns)

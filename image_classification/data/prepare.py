@@ -19,9 +19,10 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from image_classification.config import check_setting
+from image_classification.data.decode import FORMATS
 from image_classification.data.progress import progress_bar
 from image_classification.data.verify import Broken, declare_common, find_images, print_broken
 from image_classification.data.workers import map_in_processes
@@ -29,7 +30,8 @@ from image_classification.file_writing import atomic_path, write_text
 from image_classification.verbs import declared
 
 _SETTINGS_FILE = "prepare.json"
-_JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe")
+_JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
+_ORIENTATION = 274  # EXIF's number of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +41,12 @@ class PrepareConfig:
     Attributes:
         short_side: Pixels of the shorter side.
         quality: JPEG quality, 1 to 100.
+        upright: Turn and mirror images as their EXIF orientation says; otherwise they stay as they are stored.
     """
 
     short_side: int = 256
     quality: int = 92
+    upright: bool = False
 
     def __post_init__(self) -> None:
         problem = "give a number of pixels, at least 1"
@@ -56,7 +60,7 @@ class PrepareReport:
 
     Attributes:
         num_resized: Written smaller than they were.
-        num_converted: Written as RGB at their own size.
+        num_converted: Written as RGB at their own size: other modes and formats, and what had to be turned upright.
         num_copied: Already small, copied byte by byte.
         num_kept: Outputs of an earlier run.
         broken: Sources that cannot be decoded; they have no output.
@@ -161,12 +165,12 @@ def prepare_one(task: Task) -> Outcome:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks about odd metadata
             with Image.open(source) as image:
-                action = _action(image, task.config.short_side)
+                action = _action(image, task.config)
                 output = Path(task.target, task.path if action == "copied" else task.jpeg_path)
                 if output.is_file():
                     return Outcome(task.path, "kept", "")
                 image.load()  # a small image is copied only if it is whole, too
-                rgb = None if action == "copied" else resize(to_rgb(image), task.config.short_side)
+                rgb = None if action == "copied" else _written(image, task.config)
     except Exception as error:  # Pillow's decoders raise many kinds; each of them is the answer here
         return Outcome(task.path, "broken", str(error) or type(error).__name__)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -178,15 +182,28 @@ def prepare_one(task: Task) -> Outcome:
     return Outcome(task.path, action, "")
 
 
-def _action(image: Image.Image, short_side: int) -> str:
+def _action(image: Image.Image, config: PrepareConfig) -> str:
     """What has to be done with an image, by its header."""
-    if min(image.size) > short_side:
+    if min(image.size) > config.short_side:
         return "resized"
-    return "copied" if image.mode == "RGB" else "converted"
+    turned = config.upright and image.getexif().get(_ORIENTATION, 1) != 1
+    return "copied" if image.mode == "RGB" and image.format in FORMATS and not turned else "converted"
+
+
+def _written(image: Image.Image, config: PrepareConfig) -> Image.Image:
+    if config.upright:
+        image = ImageOps.exif_transpose(image)
+    return resize(to_rgb(image), config.short_side)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any decoded image as 8-bit RGB. 16-bit grey keeps its upper byte; an alpha channel is dropped."""
+    """Any decoded image as 8-bit RGB. 16-bit grey keeps its upper byte; an alpha channel is dropped.
+
+    Raises:
+        ValueError: Its pixels are in floating point, which have no agreed black and white.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are in floating point: write it with 8 or 16 bits first")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -194,7 +211,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize(image: Image.Image, short_side: int) -> Image.Image:
-    """Shrink to a short side, antialiased; smaller images stay as they are. Pixels as stored: EXIF is not applied."""
+    """Shrink to a short side, antialiased; smaller images stay as they are."""
     width, height = image.size
     if min(width, height) <= short_side:
         return image
@@ -220,7 +237,7 @@ def _check_settings(target: Path, config: PrepareConfig) -> None:
     path = target / _SETTINGS_FILE
     settings = asdict(config)
     if path.is_file():
-        earlier = json.loads(path.read_text())
+        earlier = {**asdict(PrepareConfig()), **json.loads(path.read_text())}
         if earlier != settings:
             raise ValueError(
                 f"{target} was prepared with {earlier}, now {settings} is asked for: choose another directory"
@@ -246,6 +263,11 @@ def declare(parser: argparse.ArgumentParser) -> None:
         default=PrepareConfig.quality,
         help="JPEG quality, 1 to 100; default: %(default)s",
     )
+    parser.add_argument(
+        "--upright",
+        action="store_true",
+        help="turn and mirror images as their EXIF orientation says; otherwise they stay as they are stored",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -253,7 +275,7 @@ def run(arguments: argparse.Namespace) -> int:
     report = prepare(
         arguments.directory,
         arguments.output,
-        PrepareConfig(short_side=arguments.short_side, quality=arguments.quality),
+        PrepareConfig(short_side=arguments.short_side, quality=arguments.quality, upright=arguments.upright),
         num_workers=arguments.workers,
         progress=not arguments.quiet,
     )

@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -46,9 +47,14 @@ _ROW = np.dtype(
         ("widths", np.int32),
         ("digests", np.uint64),
         ("intact", np.bool_),
+        ("turned", np.bool_),
         ("read", np.bool_),
     ]
 )
+
+
+#: What `_read` gives of each file.
+_READ = ("heights", "widths", "digests", "intact", "turned")
 
 
 class Headers(NamedTuple):
@@ -101,9 +107,17 @@ def scan_folders(
         if known is not None and not rescan and _is_unchanged(root, known):
             return known
         directories: dict[str, int] = {}
-        return _noted(list_images(root, folder, directories), directories, known)
+        return _noted(list_images(root, folder, directories, left_out), directories, known)
 
+    left_out = Counter[str]()
     table = _scan(root, folders, look, cache_dir, label, progress)
+    if left_out:
+        logger.warning(
+            "%s: %s left out: not every backend decodes them (`python -m image_classification prepare` writes a copy "
+            "as JPEG)",
+            root,
+            ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items())),
+        )
     return table.paths, _headers(table.rows), [len(files.paths) for files in table.folders.values()]
 
 
@@ -204,7 +218,7 @@ def _scan(
             chunks = [unread[start : start + _CHUNK] for start in range(0, len(unread), _CHUNK)]
             for ids, headers in pool.map(lambda ids: _read(f"{root}/", table.paths, ids), chunks):
                 before = table.rows[ids]
-                for name, column in zip(Headers._fields, zip(*headers, strict=True), strict=True):
+                for name, column in zip(_READ, zip(*headers, strict=True), strict=True):
                     table.rows[name][ids] = column
                 table.rows["read"][ids] = True
                 changed = changed or bool((table.rows[ids] != before).any())
@@ -223,7 +237,7 @@ def _read(
 ) -> tuple[NDArray[np.int64], list[tuple[Any, ...]]]:
     limit = 2**31 - 1
     headers = [read_header(prefix + paths[i]) for i in ids]
-    return ids, [(min(h.height, limit), min(h.width, limit), h.digest, h.intact) for h in headers]
+    return ids, [(min(h.height, limit), min(h.width, limit), h.digest, h.intact, h.turned) for h in headers]
 
 
 def _joined(folders: Sequence[str], parts: Sequence[Files]) -> _Table:
@@ -275,6 +289,15 @@ def _load(cached: Path) -> _Table:
 
 
 def _warn(root: Path, table: _Table) -> None:
+    turned = int(np.count_nonzero(table.rows["turned"]))
+    if turned:
+        logger.warning(
+            "%s: EXIF says that %d of %d images are to be shown turned or mirrored; they are taken as they are stored "
+            "(`python -m image_classification prepare --upright` writes a copy with all of them upright)",
+            root,
+            turned,
+            len(table.paths),
+        )
     unreadable = np.flatnonzero(table.rows["heights"] == 0)
     if len(unreadable):
         logger.warning(

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
+from image_classification.data.decode import FORMATS
+from image_classification.data.imagefile import IMAGE_SUFFIXES, OTHER_SUFFIXES
 from image_classification.data.listing import list_images
 from image_classification.data.progress import progress_bar
 from image_classification.data.workers import map_in_processes
@@ -102,7 +104,7 @@ def find_images(root: Path) -> list[str]:
     """
     if not root.is_dir():
         raise FileNotFoundError(f"there is no directory {root}")
-    paths = [entry.path for entry in list_images(root, "")]
+    paths = [entry.path for entry in list_images(root, "", suffixes=(*IMAGE_SUFFIXES, *OTHER_SUFFIXES))]
     if not paths:
         raise ValueError(f"there are no images in {root}")
     return paths
@@ -114,8 +116,15 @@ def decode_fully(item: tuple[str, str]) -> Finding:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a remark about odd metadata does not make a file broken
-            with Image.open(os.path.join(root, path)) as image:
+            place = os.path.join(root, path)
+            if os.path.exists(place) and not os.path.isfile(place):
+                return Finding(path, "", "no regular file")
+            with Image.open(place) as image:
                 kind = f"{image.format} {image.mode}"
+                if image.format not in FORMATS or image.mode == "F":
+                    return Finding(
+                        path, "", f"{kind}: not every backend decodes it; prepare writes a copy as JPEG"
+                    )
                 image.load()
     except FileNotFoundError:
         return Finding(path, "", "dangling link or vanished file")

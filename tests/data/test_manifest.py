@@ -15,6 +15,7 @@ from PIL import Image
 from image_classification.data import scan
 from image_classification.data.calibration import split_calibration
 from image_classification.data.dataset import IMAGENET_PRESET, Dataset
+from image_classification.data.decode import UnreadableError, open_image
 from image_classification.data.imagefile import read_header
 from image_classification.data.layouts import open_dataset
 from image_classification.data.listing import list_images
@@ -22,6 +23,7 @@ from image_classification.data.manifest import Manifest
 from image_classification.data.paths import Paths
 from image_classification.data.scan import scan_folders, scan_list
 from image_classification.data.targets import TargetTable
+from image_classification.data.verify import verify
 
 
 @pytest.mark.parametrize(
@@ -44,11 +46,57 @@ def test_header_agrees_with_pillow(tmp_path: Path, write_image, name: str, optio
     assert header.digest != 0
 
 
-def test_exif_orientation_is_ignored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["jpg", "tif", "webp"])
+@pytest.mark.parametrize("orientation", [None, 1, 2, 6])
+def test_exif_orientation_is_seen_and_not_applied(
+    tmp_path: Path, suffix: str, orientation: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90°
-    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
-    assert read_header(tmp_path / "a.jpg")[:2] == (20, 30)
+    exif[0x010E] = "a description before it"
+    if orientation is not None:
+        exif[0x0112] = orientation
+    path = tmp_path / "c" / f"a.{suffix}"
+    path.parent.mkdir()
+    Image.new("RGB", (30, 20)).save(path, exif=exif)
+    header = read_header(path)
+    assert header[:2] == (20, 30)
+    assert header.turned == (orientation not in (None, 1))
+    assert open_image(path).size == (30, 20)
+    with caplog.at_level("WARNING"):
+        scan_folders(tmp_path, ["c"], cache_dir=tmp_path / "cache", label="train")
+    assert ("--upright" in caplog.text) == header.turned
+
+
+def test_what_is_no_image_for_every_backend_is_told(
+    tmp_path: Path, write_image, caplog: pytest.LogCaptureFixture
+) -> None:
+    """GIFs by name are counted, GIFs by content and floating-point pixels unreadable, pipes do not hang the scan."""
+    folder = tmp_path / "c"
+    for name in ("a.jfif", "b.jpg"):
+        write_image(folder / name, format="JPEG")
+    for name in ("c.gif", "d.GIF", "hidden_gif.jpg"):
+        write_image(folder / name, mode="L", format="GIF")
+    Image.fromarray(np.linspace(0, 300, 600, dtype=np.float32).reshape(20, 30)).save(folder / "float.tif")
+    os.mkfifo(folder / "pipe.jpg")
+    with caplog.at_level("WARNING"):
+        paths, headers, _ = scan_folders(tmp_path, ["c"], cache_dir=tmp_path / "cache", label="train")
+    assert "2 .gif left out" in caplog.text
+    intact = {Path(path).name: bool(whole) for path, whole in zip(paths, headers.intact, strict=True)}
+    assert intact == {
+        "a.jfif": True,
+        "b.jpg": True,
+        "float.tif": False,
+        "hidden_gif.jpg": False,
+        "pipe.jpg": False,
+    }
+    broken = {
+        Path(entry.path).name: entry.reason
+        for entry in verify(tmp_path, num_workers=0, progress=False).broken
+    }
+    assert broken.keys() == {"c.gif", "d.GIF", "hidden_gif.jpg", "float.tif", "pipe.jpg"}
+    for name in ("hidden_gif.jpg", "float.tif"):
+        with pytest.raises(UnreadableError):
+            open_image(folder / name)
 
 
 def test_content_decides_the_format(tmp_path: Path, write_image) -> None:
@@ -70,7 +118,7 @@ def test_content_decides_the_format(tmp_path: Path, write_image) -> None:
 def test_unreadable_headers_have_no_size(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.jpg").write_bytes(content)
     assert read_header(tmp_path / "bad.jpg")[:2] == (0, 0)
-    assert read_header(tmp_path / "absent.jpg") == (0, 0, 0, False)
+    assert read_header(tmp_path / "absent.jpg") == (0, 0, 0, False, False)
 
 
 def test_every_truncation_of_a_header_is_survived(tmp_path: Path, write_image) -> None:
@@ -123,7 +171,9 @@ class TestScan:
         listed: list[str] = []
         walk = scan.list_images
         monkeypatch.setattr(
-            scan, "list_images", lambda root, folder, seen: listed.append(folder) or walk(root, folder, seen)
+            scan,
+            "list_images",
+            lambda root, folder, *more: listed.append(folder) or walk(root, folder, *more),
         )
         assert self.scan(class_folders) == first
         assert (opened_files, listed) == ([], [])

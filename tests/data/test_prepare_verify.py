@@ -132,6 +132,25 @@ def test_prepare_keeps_stored_orientation_and_16_bit_values(tmp_path: Path) -> N
     assert np.abs(deep - 200).max() <= 2
 
 
+def test_prepare_turns_upright_and_takes_any_format(tmp_path: Path) -> None:
+    """A red left half is on top once it is turned by 90° clockwise; small images and GIFs become JPEGs as well."""
+    (tmp_path / "in").mkdir()
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, :16, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "in" / "turned.jpg", exif=exif, quality=95)
+    Image.fromarray(pixels).save(tmp_path / "in" / "b.gif")
+    config = PrepareConfig(short_side=20, upright=True)
+    report = prepare(tmp_path / "in", tmp_path / "out", config, num_workers=0, progress=False)
+    assert (report.num_converted, report.broken) == (2, ())
+    turned = np.asarray(Image.open(tmp_path / "out" / "turned.jpg")).astype(int)
+    assert turned.shape == (32, 16, 3)
+    assert turned[:12, :, 0].min() > 200
+    assert turned[20:, :, 0].max() < 50
+    assert np.asarray(Image.open(tmp_path / "out" / "b.jpg")).shape == (16, 32, 3)
+
+
 def test_prepare_goes_on_where_it_stopped(class_folders: Path, tmp_path: Path) -> None:
     target, config = tmp_path / "out", PrepareConfig(short_side=10)
     first = prepare(class_folders, target, config, num_workers=0, progress=False)
