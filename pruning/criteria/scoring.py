@@ -167,7 +167,10 @@ def score_groups_by(
     if scorer.needs_data:
         with task.running(model):
             scorer.run(batches)
-    return [scorer.result(number, criterion) for number, criterion in enumerate(criteria)]
+    results = [scorer.result(number, criterion) for number, criterion in enumerate(criteria)]
+    # What ranks compute of the same sums may differ in a last bit, and a search that goes by it would take other steps.
+    scorer.distributed.broadcast_tensors([scores[index] for scores in results for index in sorted(scores)])
+    return results
 
 
 class _Scorer:

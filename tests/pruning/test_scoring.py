@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -185,6 +186,26 @@ def test_two_ranks_equal_one(network: nn.Module, name: str, share: int) -> None:
     ranks = score_groups(network, graph, batches[:share], create_criterion(name), distributed=first)
     for index, scores in together.items():
         assert torch.allclose(ranks[index], scores, rtol=1e-12)
+
+
+def test_scores_are_those_of_rank_0_to_the_last_bit(network: nn.Module) -> None:
+    """Ranks that sum up alike may still compute another last bit, and then search in other steps, and hang."""
+    graph, batches, criteria = (
+        trace(network),
+        make_batches(1),
+        [create_criterion("magnitude"), create_criterion("taylor")],
+    )
+    here = score_groups_by(network, graph, batches, criteria)
+
+    class Follower(RecordedRank):
+        def broadcast_tensors(self, tensors: Sequence[Tensor], source: int = 0) -> None:
+            for tensor in tensors:
+                tensor.mul_(1 + 1e-15)
+
+    ranks = score_groups_by(network, graph, batches, criteria, distributed=Follower())
+    for mine, theirs in zip(here, ranks, strict=True):
+        for index, scores in mine.items():
+            assert torch.equal(theirs[index], scores * (1 + 1e-15))
 
 
 def test_no_batch_at_all_is_an_error(network: nn.Module) -> None:
