@@ -278,7 +278,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and where the flags are listed; status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists the flags\n")
+        printable = message.encode("utf-8", "backslashreplace").decode()  # words of a shell may be no text
+        self.exit(2, f"{self.prog}: error: {printable}\n{self.prog} --help lists the flags\n")
 
     def parse_or_fail(self, argv: Sequence[str] | None) -> argparse.Namespace:
         namespace, unknown = self.parse_known_args(argv)

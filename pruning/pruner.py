@@ -202,7 +202,9 @@ class Pruner:
         self._check_graph()
         metrics = ("macs",) if budget is None else tuple(as_budget(budget).shares)
         with uncompiled():
-            self.costs = shared_costs(self.graph, model, images, metrics, state, self.distributed)
+            self.costs = shared_costs(
+                self.graph, model, images, metrics, state, self.distributed, self.autocast
+            )
         budget = self._budget_of_rates(state) if budget is None else as_budget(budget)
         if state is not None:
             check_course(state, budget, delta)

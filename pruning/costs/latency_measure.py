@@ -14,6 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,8 @@ def measure_latency(
     say = announce or logger.info
     batch_size = settings.batch_size or int(images[0].shape[0])
     identity = _identity(model, images, batch_size)
+    if settings.autocast is not None:
+        identity["autocast"] = settings.autocast
     store = TableCache(settings, identity)
     step = graph.constraints.round_to
     layers = {kernel.name: _kernel_key(kernel, step) for kernel in activations.kernels}
@@ -124,7 +127,8 @@ def _measure_grids(
 ) -> dict[str, Grid]:
     parameter = next(iter(model.parameters()))
     channels_last = identity["memory_format"] == "channels_last"
-    bench = KernelBench(identity["batch_size"], parameter.device, parameter.dtype, channels_last)
+    dtype = parameter.dtype if settings.autocast is None else getattr(torch, settings.autocast)
+    bench = KernelBench(identity["batch_size"], parameter.device, dtype, channels_last)
     stopwatch = Stopwatch(parameter.device, many=True)
     kernels = list(wanted.values())
     with torch.no_grad():
@@ -227,9 +231,23 @@ def measure_networks(
         )
     device = next(iter(models[0].parameters())).device
     calls = [lambda model=model: model(*arguments) for model in models]
-    with inference(*models):
+    with inference(*models), _autocast(settings, device):
         budget = settings.seconds / 2 if seconds is None else seconds
         return interleaved_medians(calls, Stopwatch(device), max(5, settings.repeats), budget)
+
+
+def _autocast(settings: LatencySettings, device: torch.device) -> AbstractContextManager[object]:
+    if settings.autocast is None:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, settings.autocast))
+
+
+def autocast_type(autocast: Callable[[], AbstractContextManager[object]], device: torch.device) -> str | None:
+    """The type that a job's autocast context computes in, for `LatencySettings`; None where it is off."""
+    with autocast():
+        if not torch.is_autocast_enabled(device.type):
+            return None
+        return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
 
 
 def _batch_of(argument: Any, present: int, batch_size: int) -> Any:

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from image_classification.cache import cache_key, default_cache_dir, ensure_directory
-from image_classification.config import check_setting
+from image_classification.config import check_choice, check_setting
 from image_classification.file_writing import write_text
 
 logger = logging.getLogger(__name__)
 
 FEWEST_POINTS = 2
 FEWEST_REPEATS = 3
+AUTOCAST_TYPES = ("float16", "bfloat16")
 _FORMAT = 1
 
 
@@ -40,6 +41,7 @@ class LatencySettings:
         repeats: Readings per entry, of which the median counts.
         cache_dir: Where tables are kept; None takes the cache directory.
         reuse: Take what the cache has; otherwise everything is measured again (and replaces it).
+        autocast: Type of a job under autocast, "float16" or "bfloat16": layers are timed in it, networks under it.
     """
 
     batch_size: int | None = None
@@ -48,6 +50,7 @@ class LatencySettings:
     repeats: int = 7
     cache_dir: Path | None = None
     reuse: bool = True
+    autocast: str | None = None
 
     def __post_init__(self) -> None:
         check_setting(self.points >= FEWEST_POINTS, "points", self.points, f"give at least {FEWEST_POINTS}")
@@ -55,6 +58,7 @@ class LatencySettings:
             self.repeats >= FEWEST_REPEATS, "repeats", self.repeats, f"give at least {FEWEST_REPEATS}"
         )
         check_setting(self.seconds > 0, "seconds", self.seconds, "must be positive")
+        check_choice("autocast", str(self.autocast), ["None", *AUTOCAST_TYPES])
         positive = self.batch_size is None or self.batch_size >= 1
         check_setting(positive, "batch_size", self.batch_size, "give at least 1")
 

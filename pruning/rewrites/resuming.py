@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NotRequired, TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from image_classification.config import ConfigError, SettingError, check_setting
@@ -14,6 +16,8 @@ from image_classification.distributed import Distributed
 from image_classification.models.running import Args
 from pruning.costs.budget import Budget
 from pruning.costs.cost_model import CostModel, CostState
+from pruning.costs.latency_measure import autocast_type
+from pruning.costs.latency_table import LatencySettings
 from pruning.engine.channel_graph import ChannelGraph, Constraints
 from pruning.engine.examples import Examples
 from pruning.engine.trace_groups import give_examples, trace_groups
@@ -94,6 +98,7 @@ def shared_costs(
     metrics: tuple[str, ...],
     state: ResumedState | None,
     distributed: Distributed,
+    autocast: Callable[[], AbstractContextManager[object]],
 ) -> CostModel:
     """The cost model; a latency table is measured on rank 0 and shared, so that all ranks decide alike. Collective.
 
@@ -101,17 +106,22 @@ def shared_costs(
         graph, model, example_images, metrics: See `CostModel`.
         state: Of an earlier run, with the costs under "costs".
         distributed: The ranks.
+        autocast: Context of the job's forward passes, which latency is measured in.
     """
     known = None if state is None else state["costs"]
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    settings = LatencySettings(autocast=autocast_type(autocast, device))
+
+    def make(state: CostState | None) -> CostModel:
+        return CostModel(graph, model, example_images, metrics, state=state, latency=settings)
+
     if "latency" not in metrics or not distributed.is_distributed:
-        return CostModel(graph, model, example_images, metrics, state=known)
+        return make(known)
     made: list[CostModel] = []
-    distributed.check_on_main(
-        lambda: made.append(CostModel(graph, model, example_images, metrics, state=known))
-    )
+    distributed.check_on_main(lambda: made.append(make(known)))
     costs = made[0] if made else None
     shared = distributed.broadcast_object(None if costs is None else costs.state_dict())
-    return costs or CostModel(graph, model, example_images, metrics, state=shared)
+    return costs or make(shared)
 
 
 def check_course(state: PrunerState, budget: Budget, delta: float) -> None:

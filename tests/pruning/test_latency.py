@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from image_classification.distributed import Distributed
 from image_classification.models import inference
 from pruning.costs import latency_measure
 from pruning.costs.activations import trace_activations
@@ -25,6 +29,7 @@ from pruning.costs.timing import Stopwatch, interleaved_medians
 from pruning.engine.channel_graph import ChannelGraph, Constraints
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
+from pruning.rewrites.resuming import shared_costs
 
 
 class Mixed(nn.Module):
@@ -290,6 +295,29 @@ def test_tables_are_measured_once(
     state["latency"]["fixed"] += 1.0
     with pytest.raises(LatencyError, match="saved with"):
         first.load_state_dict(state)
+
+
+def test_a_job_under_autocast_measures_under_autocast(
+    mixed: tuple[Mixed, Tensor, ChannelGraph], settings: LatencySettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers are timed in the type of the context, the network under it, and the table is one of its own."""
+    model, images, graph = mixed
+    types = dict[str, set[torch.dtype]]()
+    real = latency_measure.interleaved_medians
+
+    def watched(calls: Sequence[Any], *rest: object) -> list[float]:
+        kind = "layers" if len(calls) > 3 else "network"
+        types.setdefault(kind, set()).update(call().dtype for call in calls)
+        return real(calls, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(latency_measure, "interleaved_medians", watched)
+    monkeypatch.setattr("pruning.rewrites.resuming.LatencySettings", partial(replace, settings))
+    autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    costs = shared_costs(graph, model, images, ("latency",), None, Distributed(), autocast)
+    assert types == {"layers": {torch.bfloat16}, "network": {torch.bfloat16}}
+    table = costs.latency_table
+    assert table is not None
+    assert table.identity["autocast"] == "bfloat16"
 
 
 def test_a_damaged_file_is_measured_again(

@@ -138,7 +138,9 @@ class LearnedPruning(ChannelPruning):
         self.graph = graph_of(model, example, self.config.constraints(), state)
         self.groups = self._gated()
         metrics = tuple(self.budget().shares)
-        self.costs = shared_costs(self.graph, model, example, metrics, state, trainer.distributed)
+        self.costs = shared_costs(
+            self.graph, model, example, metrics, state, trainer.distributed, trainer.precision.autocast
+        )
         if state is not None:
             originals.load_state_dict(state["originals"])
         if not self.done:
