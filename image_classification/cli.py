@@ -124,6 +124,11 @@ class _Option:
         return self.convert(value)
 
 
+def _printable(message: str) -> str:
+    """A message that any stream takes: words of a shell may be no text."""
+    return message.encode("utf-8", "backslashreplace").decode()
+
+
 def _shown(value: object) -> str:
     """A value in an error, short."""
     text = repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__} {value!r}"
@@ -278,8 +283,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and where the flags are listed; status 2."""
-        printable = message.encode("utf-8", "backslashreplace").decode()  # words of a shell may be no text
-        self.exit(2, f"{self.prog}: error: {printable}\n{self.prog} --help lists the flags\n")
+        self.exit(2, f"{self.prog}: error: {_printable(message)}\n{self.prog} --help lists the flags\n")
 
     def parse_or_fail(self, argv: Sequence[str] | None) -> argparse.Namespace:
         namespace, unknown = self.parse_known_args(argv)
@@ -431,7 +435,7 @@ def parse_config(
         parser.error(str(error))
     if int(os.environ.get("RANK", "0")) == 0:
         for note in notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {_printable(note)}", file=sys.stderr)
     namespace = vars(parser.parse_or_fail(words))
     del namespace["plugin"]
     try:
