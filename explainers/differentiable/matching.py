@@ -61,7 +61,7 @@ def sensitivities(
 
     Args:
         logits: (N, L), computed from the features.
-        classes: (N,) int64, k of each image.
+        classes: (N,) int64 below L, k of each image.
         features: (N, C, h, w) each; C and the size may differ.
         create_graph: Keep the graph of the derivative, to differentiate it again.
 
@@ -71,7 +71,7 @@ def sensitivities(
     Raises:
         UnsupportedOperatorError: The logits do not depend on a feature map.
     """
-    chosen = _wide(target_logits(logits, classes)).sum() * _SEED
+    chosen = _wide(target_logits(logits, classes, known=True)).sum() * _SEED
     try:
         gradients = torch.autograd.grad(chosen, list(features), create_graph=create_graph)
     except torch.OutOfMemoryError:  # no other layer would help

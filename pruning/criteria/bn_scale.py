@@ -22,7 +22,7 @@ class BNScale(WeightCriterion):
         scales = [m for m in group.members if isinstance(m.module, _NORMS) and m.name.endswith(".weight")]
         if not scales:
             return None
-        seen = [m.add_to_units(torch.ones_like(m.positions), group.width) for m in scales]
-        if not (torch.stack(seen).sum(0) > 0).all():
+        seen = torch.cat([m.positions for m in scales]).unique()
+        if (seen >= 0).sum() < group.width:
             return None
         return torch.stack([m.add_to_units(m.slices().abs().sum(1), group.width) for m in scales]).sum(0)

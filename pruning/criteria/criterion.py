@@ -49,7 +49,7 @@ class WeightMember:
         values: The parameter, detached.
         dim: The dimension.
         role: "out" (the layer makes the units), "in" (the layer reads them), "along" (vectors that follow).
-        positions: (size of `dim`,) int64: unit 0 … width−1 of every slice, -1 for those of no unit.
+        positions: (size of `dim`,) int64, on the CPU: unit 0 … width−1 of every slice, -1 for those of no unit.
     """
 
     name: str
@@ -65,9 +65,11 @@ class WeightMember:
 
     def add_to_units(self, per_slice: Tensor, width: int) -> Tensor:
         """Sum numbers per slice, (size of `dim`,), into numbers per unit, (width,) float64."""
-        mine = self.positions >= 0
-        total = torch.zeros(width, dtype=torch.float64, device=per_slice.device)
-        return total.index_add(0, self.positions[mine], per_slice[mine].double())
+        place = torch.where(self.positions >= 0, self.positions, width).to(
+            per_slice.device, non_blocking=True
+        )
+        total = torch.zeros(width + 1, dtype=torch.float64, device=per_slice.device)
+        return total.index_add(0, place, per_slice.double())[:width]
 
 
 @dataclasses.dataclass(frozen=True)

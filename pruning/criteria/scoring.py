@@ -404,10 +404,23 @@ class _Scorer:
         messages = criterion.warnings()  # asking empties them, so every rank asks
         for message in messages if self.distributed.is_main else ():
             warn_once(message)
-        return {
-            group.index: self._checked(scores, criterion, group)
+        scored = [
+            (group, scores.detach().double())
             for group, scores in zip(self.groups, found, strict=True)
             if scores is not None
+        ]
+        for group, scores in scored:
+            if scores.shape != (group.width,):
+                raise ValueError(
+                    f"criterion {criterion.name!r} gave scores of shape {tuple(scores.shape)} for the {group.width} "
+                    f"units of group {group.name!r}"
+                )
+        # one copy for all groups: a GPU is waited for once
+        together = torch.cat([scores for _, scores in scored]).cpu() if scored else torch.zeros(0)
+        parts = together.split([group.width for group, _ in scored])
+        return {
+            group.index: self._finite(part.clone(), criterion, group)
+            for (group, _), part in zip(scored, parts, strict=True)
         }
 
     def _averaged(self, number: int, criterion: Criterion) -> list[Tensor | None]:
@@ -430,20 +443,15 @@ class _Scorer:
                 parameters[m.tensor].detach(),
                 m.dim,
                 m.role,
-                torch.from_numpy(m.positions).to(parameters[m.tensor].device),
+                torch.from_numpy(m.positions),
             )
             for m in self.graph.members(group)
             if m.tensor in parameters
         )
         return GroupWeights(group.name, group.width, members)
 
-    def _checked(self, scores: Tensor, criterion: Criterion, group: Group) -> Tensor:
-        scores = scores.detach().double().cpu()
-        if scores.shape != (group.width,):
-            raise ValueError(
-                f"criterion {criterion.name!r} gave scores of shape {tuple(scores.shape)} for the {group.width} "
-                f"units of group {group.name!r}"
-            )
+    @staticmethod
+    def _finite(scores: Tensor, criterion: Criterion, group: Group) -> Tensor:
         if not torch.isfinite(scores).all():
             raise ValueError(
                 f"criterion {criterion.name!r}: scores of group {group.name!r} are not finite; its weights or "

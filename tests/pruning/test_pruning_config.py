@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,28 @@ from pruning.training.scored import PruningCallback
 ITERATIVE: dict[str, Any] = {"iterative_pruning": True}
 
 
-def other_than(value: Any) -> Any:
-    """A value that a flag's default is not."""
-    choices = {
-        "discriminant": "magnitude", "post": "pre", "mean": "sum", "auto": "float64", "original": "present",
-        "simple": "hyper", "inner": "all", "gumbel": "logistic", "soft": "hard",
-    }  # fmt: skip
-    if isinstance(value, str):
-        return choices[value]
-    return {bool: not value, int: 3, float: 0.3, list: ["x=0.5"], type(None): "uniform"}[type(value)]
+def other_than_default(field: str) -> Any:
+    """A value of a flag's type that its default is not."""
+    default, kind = getattr(PruningConfig(), field), typing.get_type_hints(PruningConfig)[field]
+    if typing.get_origin(kind) is typing.Literal:
+        return next(choice for choice in typing.get_args(kind) if choice != default)
+    if default is None:
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+        return {int: 3, float: 0.3, str: "uniform"}.get(kind, "uniform")
+    known = {"discriminant": "magnitude", "simple": "hyper", "inner": "all"}
+    return (
+        known[default]
+        if isinstance(default, str)
+        else {bool: not default, int: 3, float: 0.3, list: ["x=0.5"]}[type(default)]
+    )
 
 
 @pytest.mark.parametrize("field", [field.name for field, _ in flag_fields(PruningConfig)])
 def test_every_flag_without_pruning_is_refused(field: str) -> None:
     if field in ("iterative_pruning", "one_shot_pruning", "pruning_method"):
         return
-    default = getattr(PruningConfig(), field)
     with pytest.raises(ConfigError) as caught:
-        PruningConfig(**{field: other_than(default)})
+        PruningConfig(**{field: other_than_default(field)})
     assert field.replace("_", "-") in told(caught.value)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_any, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -97,12 +98,34 @@ class StandInTensor(torch.Tensor):
     ) -> StandInTensor:
         return StandInTensor(inner["inner"])
 
+    def tolist(self) -> Any:
+        """As of any tensor; PyTorch refuses it to subclasses."""
+        return self.cpu().tolist()
+
     def __repr__(self) -> str:
         return f"StandInTensor({self.inner!r})"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise RuntimeError(f"{func} on a tensor of the stand-in outside of `with StandIn()`")
+
+
+class _Literals(TorchFunctionMode):
+    """What happens below the dispatcher: `torch.tensor([…], device=…)`, and another tensor in a parameter's place."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        device = kwargs.get("device")
+        if (
+            func in (torch.tensor, torch.as_tensor)
+            and device is not None
+            and torch.device(device).type == "standin"
+        ):
+            del kwargs["device"]
+            return func(*args, **kwargs).to(device)
+        if func == torch.Tensor.data.__set__ and isinstance(args[0], StandInTensor):
+            args[0].inner = args[1].inner
+        return func(*args, **kwargs)
 
 
 class StandIn(TorchDispatchMode):
@@ -113,6 +136,16 @@ class StandIn(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._reads: list[str] | None = None
+        self._literals = _Literals()
+
+    def __enter__(self) -> StandIn:
+        self._literals.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._literals.__exit__(*exception)
 
     @contextlib.contextmanager
     def reads(self) -> Iterator[list[str]]:
