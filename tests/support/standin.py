@@ -6,8 +6,8 @@
 
 Every operator goes through a dispatch mode that unwraps, computes, and wraps again. What differs from a GPU: kernels
 are the CPU's, nothing is asynchronous, autocast and compilation are not simulated, the engine cannot trace a network
-there, and only reads that PyTorch's operators make are seen (`item`, copies to the CPU, results whose size depends on
-values).
+there (nor can least squares, which go by it), and only reads that PyTorch's operators make are seen (`item`, copies to
+the CPU, results whose size depends on values).
 """
 
 from __future__ import annotations
@@ -123,6 +123,8 @@ class _Literals(TorchFunctionMode):
         ):
             del kwargs["device"]
             return func(*args, **kwargs).to(device)
+        if func == torch.Tensor.new_tensor and isinstance(args[0], StandInTensor):
+            return func(args[0].inner, *args[1:], **kwargs).to(args[0].device)
         if func == torch.Tensor.data.__set__ and isinstance(args[0], StandInTensor):
             args[0].inner = args[1].inner
         return func(*args, **kwargs)

@@ -1,6 +1,6 @@
 """On a stand-in accelerator: nothing is mixed with the CPU, nothing stays behind there, and the host's reads are known.
 
-The figures are those of docs/howto/own-criterion.md's table: a change that reads more has to say so there.
+The figures are those of the table in docs/howto/benchmark-machine.md: a change that reads more has to say so there.
 """
 
 from __future__ import annotations
@@ -41,17 +41,19 @@ SCORING = {
     "taylor": (0, 5),
     "taylor-2019": (0, 5),
 }
-#: Reads of a rewrite, all in all.
+#: Reads of a rewrite with four batches, all in all.
 REWRITES = {
-    ("discriminant", "greedy"): 16,
-    ("discriminant", "uniform"): 9,
-    ("discriminant", "global"): 9,
-    ("discriminant", "sensitivity"): 15,
+    ("discriminant", "greedy"): 18,
+    ("discriminant", "uniform"): 11,
+    ("discriminant", "global"): 11,
+    ("discriminant", "sensitivity"): 17,
     ("taylor", "greedy"): 15,
     ("magnitude", "uniform"): 4,
     ("magnitude", "global"): 4,
     ("magnitude", "sensitivity"): 10,
 }
+#: More of them where statistics are measured again.
+REPAIR = 5
 
 
 @pytest.fixture
@@ -134,8 +136,11 @@ def test_scoring(standin: StandIn, name: str) -> None:
         assert (each, counts[0] - each) == SCORING[name]
 
 
+@pytest.mark.parametrize("repair", ["none", "statistics"])
 @pytest.mark.parametrize(("criterion", "search"), REWRITES)
-def test_rewrites(standin: StandIn, monkeypatch: pytest.MonkeyPatch, criterion: str, search: str) -> None:
+def test_rewrites(
+    standin: StandIn, monkeypatch: pytest.MonkeyPatch, criterion: str, search: str, repair: str
+) -> None:
     """The network, its momenta and what comes after it are on the device; what is read does not grow with layers."""
     # recordings of the trial have a dispatch mode of their own
     monkeypatch.setattr("pruning.search.feasible.failure_of_cut", lambda *arguments: None)
@@ -149,7 +154,7 @@ def test_rewrites(standin: StandIn, monkeypatch: pytest.MonkeyPatch, criterion: 
         criterion=criterion,
         search=search,
         optimizer=optimizer,
-        repair="none",
+        repair=repair,
     )
     model.to(standin.device)
     images, targets = torch.randn(4, 3, 16, 16).to(standin.device), torch.arange(4).to(standin.device)
@@ -161,8 +166,8 @@ def test_rewrites(standin: StandIn, monkeypatch: pytest.MonkeyPatch, criterion: 
 
     step()
     with standin.reads() as reads:
-        pruner.step(calibration(2))
-    assert len(reads) <= REWRITES[criterion, search], reads
+        pruner.step(calibration(4))
+    assert len(reads) <= REWRITES[criterion, search] + (REPAIR if repair == "statistics" else 0), reads
     momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
     assert devices(*model.state_dict().values(), *momenta) == {"standin"}
     step()
