@@ -37,10 +37,25 @@ class _Tracker:
         self._warned = False
         self._resting_until = 0.0
 
-    @property
-    def _rests(self) -> bool:
-        """Whether it has failed just now."""
-        return time.monotonic() < self._resting_until
+    def log(
+        self, step: Sequence[int] | str, data: Mapping[str, object], iteration: int | None = None
+    ) -> None:
+        """See `Output`. Nothing is tried for a while after a failure."""
+        self._iteration = self._iteration if iteration is None else iteration
+        if time.monotonic() < self._resting_until:
+            return
+        figures = curves(step, data)
+        with self._writing():
+            if isinstance(step, str):
+                self._log_parameters(data)
+            elif figures:
+                self._log_figures(figures)
+
+    def _log_parameters(self, data: Mapping[str, object]) -> None:
+        raise NotImplementedError
+
+    def _log_figures(self, figures: Mapping[str, float]) -> None:
+        raise NotImplementedError
 
     @contextlib.contextmanager
     def _opening(self, value: str) -> Iterator[None]:
@@ -98,22 +113,10 @@ class MlflowTracker(_Tracker):
                 self._run = self._client.create_run(place, run_name=workspace.resolve().name).info.run_id
                 write_text(noted, self._run + "\n")
 
-    def log(
-        self, step: Sequence[int] | str, data: Mapping[str, object], iteration: int | None = None
-    ) -> None:
-        """See `Output`."""
-        self._iteration = self._iteration if iteration is None else iteration
-        if self._rests:
-            return
-        figures, now = curves(step, data), int(1000 * time.time())
-        with self._writing():
-            if isinstance(step, str):
-                self._log_parameters(data)
-            elif figures:
-                metrics = [
-                    self._entities.Metric(key, value, now, self._iteration) for key, value in figures.items()
-                ]
-                self._client.log_batch(self._run, metrics=metrics)
+    def _log_figures(self, figures: Mapping[str, float]) -> None:
+        now = int(1000 * time.time())
+        metrics = [self._entities.Metric(key, value, now, self._iteration) for key, value in figures.items()]
+        self._client.log_batch(self._run, metrics=metrics)
 
     def _log_parameters(self, data: Mapping[str, object]) -> None:
         known = set(self._client.get_run(self._run).data.params)  # those of a resumed run cannot change
@@ -170,19 +173,11 @@ class WandbTracker(_Tracker):
             self._run.define_metric("*", step_metric="iteration")
             write_text(noted, f"{self._run.id}\n")
 
-    def log(
-        self, step: Sequence[int] | str, data: Mapping[str, object], iteration: int | None = None
-    ) -> None:
-        """See `Output`."""
-        self._iteration = self._iteration if iteration is None else iteration
-        if self._rests:
-            return
-        figures = curves(step, data)
-        with self._writing():
-            if isinstance(step, str):
-                self._run.config.update(dict(data), allow_val_change=True)
-            elif figures:
-                self._run.log({**figures, "iteration": self._iteration})
+    def _log_parameters(self, data: Mapping[str, object]) -> None:
+        self._run.config.update(dict(data), allow_val_change=True)
+
+    def _log_figures(self, figures: Mapping[str, float]) -> None:
+        self._run.log({**figures, "iteration": self._iteration})
 
     def flush(self) -> None:
         """See `Output`; the library writes beside the training."""

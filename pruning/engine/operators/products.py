@@ -253,6 +253,13 @@ def by_blocks(run: Labeller, operation: Operation, incoming: np.ndarray, groups:
     return run.choice(operation, incoming, preferred) == "blocks"
 
 
+def _whole_groups(run: Labeller, operation: Operation, heads: np.ndarray, columns: np.ndarray) -> None:
+    """What goes are whole groups: their width stays, and their number follows."""
+    run.table.freeze(columns, f"the width of the groups of {operation.module!r}, which loses whole groups")
+    run.group_counts.append((operation.module, "groups", heads))
+    note_size(run, operation, heads)
+
+
 def _grouped(
     run: Labeller,
     operation: Operation,
@@ -267,9 +274,7 @@ def _grouped(
     if by_blocks(run, operation, incoming, groups):
         heads = table.unite_along(blocks_in, (1,))
         table.unite(heads, blocks_out, where)
-        table.freeze(columns, f"the width of the groups of {operation.module!r}, which loses whole groups")
-        run.group_counts.append((operation.module, "groups", heads.reshape(-1)))
-        note_size(run, operation, heads.reshape(-1))
+        _whole_groups(run, operation, heads.reshape(-1), columns)
         return rows, (rows,)
     table.unite(blocks_in, columns[None], where)
     table.unite_along(blocks_out, (0,))
@@ -285,13 +290,11 @@ def _grouped_transposed(
     groups: int,
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     table = run.table
-    run.table.unite(incoming, rows, f"{run.describe(operation)} reads channels that cannot be removed")
+    table.unite(incoming, rows, f"{run.describe(operation)} reads channels that cannot be removed")
     blocks = incoming.reshape(groups, -1)
     if by_blocks(run, operation, incoming, groups):
         heads = table.unite_along(blocks, (1,))
-        table.freeze(columns, f"the width of the groups of {operation.module!r}, which loses whole groups")
-        run.group_counts.append((operation.module, "groups", heads.reshape(-1)))
-        note_size(run, operation, heads.reshape(-1))
+        _whole_groups(run, operation, heads.reshape(-1), columns)
         return np.repeat(heads.reshape(-1), columns.size), (rows,)
     table.unite_along(blocks, (0,))
     return np.tile(columns, groups), (rows, columns)
