@@ -156,7 +156,7 @@ def assert_trained(command: SmallCommand) -> None:
 def assert_looked(command: SmallCommand, output: str) -> None:
     """Figures in a table, or pages of images."""
     words = {
-        "localize": ("gcam", "auc"),
+        "localize": ("(?:gcam|gradcam)", "auc"),
         "score-casm": ("f1a", "om", "centre"),
         "eval-casm": ("inpainted", "model_best"),
     }
