@@ -6,6 +6,8 @@ import dataclasses
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -89,12 +91,18 @@ class Killer:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def watch(profile: Callable[[FrameType, str, Any], None]) -> None:
+    """Call `profile` at every call and return from now on, in the threads that write checkpoints too."""
+    threading.setprofile(profile)
+    sys.setprofile(profile)
+
+
 def train(workspace: Path, function: str | None = None, after: int = 0) -> None:
     """Train from where the workspace stands to the end, or to the place where `Killer` strikes."""
     trainer = miniature(workspace)
     (workspace / "ready").touch()
     if function is not None:
-        sys.setprofile(Killer(function, after, workspace / PLACES))
+        watch(Killer(function, after, workspace / PLACES))
     trainer.fit()
     sys.setprofile(None)
 
@@ -108,7 +116,7 @@ def count_calls(workspace: Path, functions: list[str]) -> None:
             counter(frame, event, argument)
 
     trainer = miniature(workspace)
-    sys.setprofile(count)
+    watch(count)
     trainer.fit()
     sys.setprofile(None)
     text = "\n".join(f"{counter.function} {counter.count}" for counter in counters)

@@ -19,7 +19,14 @@ from image_classification.models import create_model
 from pruning.pruner import Pruner
 
 #: Where kills fall: function → share of the kills.
-REGIONS = {"_forward_backward": 0.3, "_rewrite": 0.3, "save": 0.3, "_validate": 0.1}
+REGIONS = {
+    "_forward_backward": 0.2,
+    "score": 0.1,
+    "_rewrite": 0.2,
+    "save": 0.2,
+    "save_atomically": 0.2,  # beside the training
+    "_validate": 0.1,
+}
 BACKENDS = [
     pytest.param(
         "dali-cpu", marks=pytest.mark.skipif(not dali.is_available(), reason="DALI is not installed")
@@ -109,7 +116,7 @@ def test_kills_within_steps_rewrites_saves_and_validation(
     while kills < 32 or completed < 2:
         function = chooser.choices(list(REGIONS), list(REGIONS.values()))[0]
         # Saves and steps come often: a place in the first few of them, so that runs are killed early and often.
-        within = calls[function] // (4 if function in ("save", "_forward_backward") else 2)
+        within = calls[function] // (2 if function in ("_rewrite", "_validate") else 4)
         code = run(processes, train, folder, function, chooser.randint(1, within))
         assert code in (0, -9)
         if code == -9:
@@ -122,8 +129,8 @@ def test_kills_within_steps_rewrites_saves_and_validation(
         assert run(processes, train, folder) == 0
         assert_whole(folder, whole)
     places = "".join(path.read_text() for path in tmp_path.glob(f"run*/{PLACES}")).splitlines()
-    assert len(places) == kills >= 32
-    for function in ("prune_channels", "score", "save_atomically", *REGIONS):
+    assert len(places) >= kills >= 32  # two threads may both come to the place
+    for function in REGIONS:
         assert any(function in place.split() for place in places), f"no kill fell into {function}"
 
 
