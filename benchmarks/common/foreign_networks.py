@@ -105,7 +105,8 @@ def _yolo(name: str) -> Built:
 def _smp(name: str) -> Built:
     import segmentation_models_pytorch as smp
 
-    return getattr(smp, name)("resnet18", encoder_weights=None, classes=5), (torch.randn(2, 3, 64, 64),)
+    side = 128 if name == "PAN" else 64  # which pools three times more
+    return getattr(smp, name)("resnet18", encoder_weights=None, classes=5), (torch.randn(2, 3, side, side),)
 
 
 def _detector(name: str) -> Built:
