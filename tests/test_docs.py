@@ -75,7 +75,14 @@ def places(page: str, folder: Path, tmp_path: Path) -> dict[str, str]:
             "runs/pretrain/checkpoint.pth.tar": str(folder / "resnet18.pth.tar"),
             "latency=0.7": "latency=0.99",  # most of what two images of 32 pixels take does not depend on widths
         },
-        "howto/export.md": {" checkpoint.pth.tar": f" {folder / 'small.pth.tar'}"},
+        "howto/export.md": {
+            " checkpoint.pth.tar": f" {folder / 'small.pth.tar'}",
+            " original.pth.tar": f" {folder / 'small.pth.tar'}",
+        },
+        "howto/own-model.md": {
+            "/data/own": str(folder / "imagenet"),
+            " checkpoint.pth.tar": f" {tmp_path / 'run' / 'checkpoint.pth.tar'}",
+        },
         "howto/import.md": {
             " published.pth.tar": f" {folder / 'published.pth.tar'}",
             " imported.pth.tar": f" {tmp_path / 'imported.pth.tar'}",
@@ -125,7 +132,13 @@ def words_of(command: str, page: str, folder: Path, tmp_path: Path) -> list[str]
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("page", [page for page in WITH_COMMANDS if page != "howto/report.md"])
-def test_commands_run_in_order(page: str, folder: Path, tmp_path: Path) -> None:
+def test_commands_run_in_order(
+    page: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if page == "howto/own-model.md":  # its commands take the class that it shows
+        (code,) = re.findall(r"```python\n(.*?)\n\nmodel, images =", PAGES[page], re.DOTALL)[:1]
+        (tmp_path / "my_net.py").write_text(code.replace("48, 5", "48, 4"))
+        monkeypatch.syspath_prepend(str(tmp_path))
     for command in commands_in(PAGES[page]):
         words = words_of(command, page, folder, tmp_path)
         result = run_here(words, folder / "cache")
