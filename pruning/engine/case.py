@@ -14,7 +14,6 @@ from image_classification.config import SettingError
 from pruning.engine.channel_graph import Constraints
 from pruning.engine.examples import Example, OutputError, Pass
 from pruning.engine.pairs import untouched_twins
-from pruning.engine.steady import chooses
 from pruning.engine.tracing import Trace, record
 
 logger = logging.getLogger(__name__)
@@ -95,7 +94,6 @@ def _enter(passes: list[Pass], traces: list[Trace], example: Example, trace: Tra
             written=trace.written,
             divisors=trace.divisors,
             unsteady=trace.unsteady,
-            choosing=any(chooses(operation.func) for operation in trace.operations),
         )
     )
 

@@ -86,7 +86,6 @@ class Pass:
         written: Names of the parameters that it writes into.
         divisors: Names of the vectors that cannot be zero (see `tracing.Trace.divisors`).
         unsteady: It draws random numbers or computes in half precision (see `steady.py`).
-        choosing: It picks some of its values by size, as detectors do.
     """
 
     example: Example
@@ -97,7 +96,6 @@ class Pass:
     written: frozenset[str] = frozenset()
     divisors: frozenset[str] = frozenset()
     unsteady: bool = True
-    choosing: bool = True
 
 
 def as_examples(given: Examples, setting: str = "example") -> list[Example]:

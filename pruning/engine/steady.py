@@ -20,17 +20,11 @@ _NOISE = frozenset(
     "geometric_ bernoulli bernoulli_".split()
 )
 _LOW = (torch.float16, torch.bfloat16)
-_CHOOSING = frozenset("topk sort argsort argmax argmin nonzero masked_select nms multinomial".split())
 
 
 def is_unsteady(func: OpOverload, kwargs: Kwargs) -> bool:
     """Whether an operator draws random numbers or makes tensors of half precision."""
     return torch.Tag.nondeterministic_seeded in func.tags or kwargs.get("dtype") in _LOW
-
-
-def chooses(func: OpOverload) -> bool:
-    """Whether an operator picks by value: the last digit of two scores decides what follows."""
-    return func.overloadpacket.__name__ in _CHOOSING
 
 
 class Steady(TorchDispatchMode):

@@ -79,7 +79,7 @@ class Trial:
             if (number, following) in self._agreed or (is_repeat and not repeats):
                 continue
             failure = self._failure_in(one)
-            if failure is not None and not (one.choosing and self._agrees_in_double(one, failure)):
+            if failure is not None and not self._agrees_in_double(one, failure):
                 return failure
             self._agreed.add((number, following))
         return None
@@ -92,7 +92,7 @@ class Trial:
         return _difference(expected, found) or _other_steps(one, expected, found)
 
     def _agrees_in_double(self, one: Pass, failure: Failure) -> bool:
-        """Whether only rounding made the difference, where a network chooses by values that are nearly equal."""
+        """Whether only rounding made the difference: nearly equal values that decide, a range that wears digits."""
         if failure.raised:
             return False
         with in_double(self._model):

@@ -7,6 +7,7 @@ import dataclasses
 import types
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -228,6 +229,27 @@ def test_a_training_pass_that_needs_targets_is_told_and_takes_them(caplog: pytes
 
 
 # -- slices and numbers ------------------------------------------------------------------------------------
+
+
+class WornDigits(nn.Module):
+    """Sums of fewer terms are rounded otherwise, and a wide range makes much of the last digit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 24, 3), nn.Conv2d(24, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(1e6 * self.second(self.first(x).relu()).mean((2, 3)))
+
+
+def test_rounding_alone_freezes_and_refuses_nothing() -> None:
+    torch.manual_seed(0)
+    model, images = WornDigits(), torch.randn(2, 3, 12, 12)
+    graph = trace_groups(model, images)
+    (group,) = graph.prunable
+    assert (group.name, group.width) == ("first", 24)
+    prune_channels(model, graph, {group.index: np.arange(5)})
+    assert model(images).shape == (2, 8)
 
 
 class SlicedConcat(nn.Module):
