@@ -34,6 +34,7 @@ NEEDS = {
     "loading": "{images}",
     "preserve": "--workspace {folder}/preserve",
     "pruning_quality": "{data} --workspace {folder}/quality",
+    "repair_quality": "--workspace {folder}/repair_quality",
     "rewrite": "{data}",
     "selector": "{data} --pretrained-weights {classifier} --workspace {folder}/selector",
     "steering": "{data} --pretrained-weights {classifier} --selector {selector} --workspace {folder}/steering",
