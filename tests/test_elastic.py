@@ -41,17 +41,17 @@ class Ranks:
     Args:
         folder: Rank 0's is `node_0` in it.
         world_size: Number of ranks, which share the 16 images of an optimizer step.
+        batch_size: Images of a pass of each; of what is missing it takes more passes.
         environment: Variables on top of the present ones.
     """
 
-    def __init__(self, folder: Path, world_size: int, **environment: str) -> None:
+    def __init__(self, folder: Path, world_size: int, batch_size: int, **environment: str) -> None:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = str(listener.getsockname()[1])
         group = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         group |= {"MASTER_PORT": port, "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0"} | environment
         switches = ["--iterative-pruning", "--resume", "auto"]
-        batch_size = min(8, 16 // world_size)
         self.report = folder / "node_0" / WORKSPACE / "experiment_raport.json"
         self.checkpoint = folder / "node_0" / WORKSPACE / "checkpoint.pth.tar"
         self.processes = []
@@ -94,19 +94,22 @@ def losses(report: Path) -> dict[tuple[int, int], float]:
     return dict(figures(report, "train.loss"))
 
 
-def test_shrunk_and_grown_job_trains_on_the_same_images(tmp_path: Path, cache: dict[str, str]) -> None:
-    """Killed with two ranks, gone on by one, killed, gone on by two of which one has no checkpoint.
+@pytest.mark.parametrize(("sizes", "batch_size"), [((2, 1, 2), 8), ((8, 4, 2), 2)])
+def test_shrunk_and_grown_job_trains_on_the_same_images(
+    tmp_path: Path, cache: dict[str, str], sizes: tuple[int, int, int], batch_size: int
+) -> None:
+    """Killed with some ranks, gone on by fewer, killed, gone on by two of which one has no checkpoint.
 
     Losses are those of a job that one process ran to the end: the same images in the same order, the same channels.
     """
-    words = main_words(DATA, tmp_path / "whole", "--iterative-pruning", batch_size=8, **SETTINGS)
+    words = main_words(DATA, tmp_path / "whole", "--iterative-pruning", batch_size=batch_size, **SETTINGS)
     finished(["main.py", *words], tmp_path / "whole", **cache)
     expected = losses(tmp_path / "whole" / "experiment_raport.json")
-    for world_size, iteration in ((2, 3), (1, 7)):
-        job = Ranks(tmp_path, world_size, **cache)
+    for world_size, iteration in zip(sizes, (3, 7), strict=False):
+        job = Ranks(tmp_path, world_size, batch_size, **cache)
         job.kill_after(iteration)
     before = read_safely(job.checkpoint)
-    job = Ranks(tmp_path, 2, **cache)
+    job = Ranks(tmp_path, sizes[-1], batch_size, **cache)
     said = job.output()
     assert [process.returncode for process in job.processes] == [0, 0], said
     assert "not the same, or not there, for rank(s) 1: rank 0 sends it" in said

@@ -34,6 +34,13 @@ _TABLE_LENGTH = 65_537  # a prime, so that no two rows of a weight repeat each o
 
 @contextlib.contextmanager
 def rehearsal(model: nn.Module, passes: Sequence[Pass]) -> Iterator[None]:
+    """See `_on_stage`, in float32."""
+    with in_type(model, torch.float32), _on_stage(model, passes):
+        yield
+
+
+@contextlib.contextmanager
+def _on_stage(model: nn.Module, passes: Sequence[Pass]) -> Iterator[None]:
     """Lend the network well-conditioned random float32 weights; give its own, and its gradients, back afterwards.
 
     They are the same on every call and do not depend on the network's values, so that what is found does not
@@ -60,7 +67,7 @@ def rehearsal(model: nn.Module, passes: Sequence[Pass]) -> Iterator[None]:
                 values = _stage_weights(tensor.data, name, table.roll(number))
                 tensor.data = values.abs() + 0.5 if name in divisors else values
             elif tensor.is_floating_point():
-                tensor.data = tensor.data.to(torch.float32, copy=True)
+                tensor.data = tensor.data.clone()
         for norm in norms:
             if norm.running_mean is not None and norm.running_var is not None:
                 norm.running_mean.zero_()
@@ -163,17 +170,34 @@ def as_float(example: Example, dtype: torch.dtype = torch.float32) -> Example:
 
 
 @contextlib.contextmanager
-def in_double(model: nn.Module) -> Iterator[None]:
-    """Lend the network its weights and buffers in float64."""
-    floats = [tensor for tensor in named_tensors(model).values() if tensor.is_floating_point()]
-    originals = [tensor.data for tensor in floats]
+def in_type(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Lend the network its floating-point weights and buffers in another type.
+
+    Other parameters stand in their places meanwhile: data of another type within a parameter would make autograd
+    forget what it has noted there, and a network in DistributedDataParallel would stop to exchange its gradients.
+    """
+    lent: dict[int, nn.Parameter] = {}
+    places: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
+                places.append((module, name, parameter))
+                if id(parameter) not in lent:
+                    values = parameter.data.to(dtype)
+                    lent[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+    buffers = [b for b in model.buffers() if b.is_floating_point() and b.dtype != dtype]
+    originals = [buffer.data for buffer in buffers]
     try:
-        for tensor in floats:
-            tensor.data = tensor.data.double()
+        for module, name, parameter in places:
+            setattr(module, name, lent[id(parameter)])  # recurrent layers note what is set
+        for buffer in buffers:
+            buffer.data = buffer.data.to(dtype)
         yield
     finally:
-        for tensor, data in zip(floats, originals, strict=True):
-            tensor.data = data
+        for module, name, parameter in places:
+            setattr(module, name, parameter)
+        for buffer, data in zip(buffers, originals, strict=True):
+            buffer.data = data
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from pruning.engine.cutting import Changes, plan_network
 from pruning.engine.examples import Pass, output_tensors
 from pruning.engine.groups import Group, Place
 from pruning.engine.kept_state import state_kept
-from pruning.engine.proof.rehearsal import as_float, in_double, masked, rehearsal
+from pruning.engine.proof.rehearsal import as_float, in_type, masked, rehearsal
 from pruning.engine.steady import Steady
 from pruning.engine.tracing import Requests, is_leaf, set_trace_mode, undisturbed
 
@@ -95,7 +95,7 @@ class Trial:
         """Whether only rounding made the difference: nearly equal values that decide, a range that wears digits."""
         if failure.raised:
             return False
-        with in_double(self._model):
+        with in_type(self._model, torch.float64):
             found, expected = self._run_cut(one), self._run_masked(one)
         if found.failure is not None or expected.failure is not None:  # it does not run in double precision
             return False

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from support.equal_to_masked import cut_equals_zeroed, prepared, some, tenth
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from image_classification.config import SettingError
 from pruning import prune_channels, trace_groups
+from pruning.engine.proof.trial import failure_of_cut
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 
@@ -250,6 +252,22 @@ def test_rounding_alone_freezes_and_refuses_nothing() -> None:
     assert (group.name, group.width) == ("first", 24)
     prune_channels(model, graph, {group.index: np.arange(5)})
     assert model(images).shape == (2, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hooks_of_distributed_training_stay(dtype: torch.dtype) -> None:
+    """DistributedDataParallel listens where gradients are accumulated: a network under it trains on together."""
+    torch.manual_seed(0)
+    model, images = WornDigits().to(dtype), torch.randn(2, 3, 12, 12, dtype=dtype)
+    heard: list[int] = []
+    nodes = [get_gradient_edge(parameter).node for parameter in model.parameters()]
+    for number, node in enumerate(nodes):
+        node.register_hook(lambda *gradients, number=number: heard.append(number))
+    graph = trace_groups(model, images)
+    mask = graph.keep_mask({graph.prunable[0].index: np.arange(5)})
+    assert failure_of_cut(model, graph, mask) is None
+    model(images).sum().backward()
+    assert sorted(heard) == list(range(4))
 
 
 class SlicedConcat(nn.Module):
