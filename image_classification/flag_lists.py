@@ -60,10 +60,15 @@ def answer(verb: str, words: Sequence[str], prog: str, description: str) -> None
         parser.error(told(error))
 
 
-def listed_parser(verb: str, prog: str, description: str) -> Parser | None:
-    """The parser of a verb as its package lists it; None where nothing is listed, or source is newer than the list."""
+def listed_parser(verb: str, prog: str, description: str, *, or_older: bool = False) -> Parser | None:
+    """The parser of a verb as its package lists it; None where nothing is listed.
+
+    Args:
+        verb, prog, description: See `answer`.
+        or_older: Take a list also if source is newer, and so may say something else.
+    """
     path = ROOT / verb.partition(".")[0] / NAME
-    if not path.is_file() or path.stat().st_mtime + _SLACK_SECONDS < _newest_source():
+    if not path.is_file() or not (or_older or path.stat().st_mtime + _SLACK_SECONDS >= _newest_source()):
         return None
     listed = json.loads(path.read_text(encoding="utf-8"))
     if verb not in listed["verbs"]:

@@ -186,6 +186,8 @@ ELSEWHERE = {
 #: … → why none does.
 NOT_RUN = {
     "make test": "runs these tests; test_docker.py::TestMakefile reads what it would do, and CI runs it",
+    "eval": "the start of a shell; test_completion.py asks as the shell does from then on",
+    "register-python-argcomplete": "likewise",
     "trtexec": "needs NVIDIA's TensorRT and a GPU",
 }
 
