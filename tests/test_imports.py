@@ -116,7 +116,17 @@ def test_wings_of_pruning() -> None:
 
 
 def test_the_library_knows_neither_explainers_nor_data_nor_training() -> None:
-    allowed = {"config", "lazy", "models", "cache", "checkpoint", "distributed", "file_writing", "observe"}
+    allowed = {
+        "config",
+        "extras",
+        "lazy",
+        "models",
+        "cache",
+        "checkpoint",
+        "distributed",
+        "file_writing",
+        "observe",
+    }
     for path, others in IMPORTED.items():
         if package_of(path) == "pruning" and room_of(path) not in (
             "training",
