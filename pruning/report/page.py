@@ -9,7 +9,7 @@ from pruning.costs import cost_named, cost_names
 from pruning.report import Plain, charts
 from pruning.report.content import Content, score_table, width_table
 from pruning.report.verdict import headline_of, verdict
-from pruning.report.wording import change, counted, date, duration, number, percent
+from pruning.report.wording import NBSP, change, counted, date, duration, number, percent
 
 _ACCURACY_NAMES = {
     "top1": "top-1",
@@ -164,7 +164,8 @@ def _classes(plain: Plain) -> list[Plain]:
 
 def _said(answer: Plain) -> str:
     """A network's answer to an image, in a few words."""
-    return f"{answer['name']} {100 * answer['probability']:.0f} % {'✓' if answer['right'] else '✗'}"
+    sure = f"{100 * answer['probability']:.0f} %".replace(" ", NBSP)
+    return f"{answer['name']} {sure}{NBSP}{'✓' if answer['right'] else '✗'}"
 
 
 def _figure(key: str, value: float | None) -> str:
@@ -179,7 +180,6 @@ def _speed(plain: Plain) -> list[Plain]:
     for batch_size in dict.fromkeys(row["batch_size"] for row in plain["speed"]):
         rows = [row for row in plain["speed"] if row["batch_size"] == batch_size]
         ratio = rows[0]["p50"] / rows[1]["p50"] if len(rows) == 2 else None
-        detail = " → ".join(f"{1000 * row['p50']:.2f}" for row in rows)
-        detail += f" ms a batch, median of {rows[0]['num_batches']}"
+        detail = " → ".join(number(1000 * row["p50"]) for row in rows) + " ms"
         tables.append({"batch_size": batch_size, "rows": rows, "ratio": ratio, "detail": detail})
     return tables

@@ -43,11 +43,11 @@ def _lead(plain: Plain) -> str:
     words = {name: cost_named(name).short for name in cost_names()}
     asked = [
         f"{percent(row['reached'])} of the {words.get(row['metric'], row['metric'])} "
-        f"({percent(row['asked'])} was the budget)"
+        f"(budget: {percent(row['asked'])})"
         for row in plain["budget"]
     ]
     if asked:
-        return f"{where}: what is left is {' and '.join(asked)}."
+        return f"{where} keeps {' and '.join(asked)}."
     macs = next(row for row in plain["costs"] if row["metric"] == "macs")
     if macs["before"] is None or macs["before"] == macs["after"]:
         return f"{where}: no channels were removed."
@@ -61,7 +61,7 @@ def _accuracy(plain: Plain) -> str:
     if not rows:
         return ""
     last, first = rows[-1], rows[0]
-    text = f"{HEADLINES[key]} {last[key]:.1f} % {last['when']}"
+    text = f"{last[key]:.1f} % {HEADLINES[key]} {last['when']}"
     count = plain["num_validation"]
     if key == "top1" and count:
         low, high = interval(last[key] / 100, count)
@@ -85,7 +85,7 @@ def _agreement(plain: Plain) -> str:
         return ""
     low, high = interval(found["agreement"], found["num_images"])
     return (
-        f"both networks name the same class for {percent(found['agreement'])} of {found['num_images']:,} validation "
+        f"Both networks name the same class for {percent(found['agreement'])} of {found['num_images']:,} validation "
         f"images (95 % interval {100 * low:.1f} … {100 * high:.1f} %)."
     )
 
@@ -97,6 +97,6 @@ def _latency(plain: Plain) -> list[Plain]:
         middle = " → ".join(number(1000 * row["p50"]) for row in found)
         slow = " → ".join(number(1000 * row["p95"]) for row in found)
         times = f"{found[0]['p50'] / found[1]['p50']:.2f}× as fast: " if len(found) == 2 else ""
-        text = f"{times}{middle} ms, median of {found[0]['num_batches']} batches (95 % of them within {slow} ms)."
+        text = f"{times}{middle} ms, median of {found[0]['num_batches']} batches; 95th percentile {slow} ms."
         rows.append({"batch": batch, "text": text})
     return rows

@@ -30,7 +30,8 @@ def change(after: float | None, before: float | None) -> str:
     """The difference in percent of what was before."""
     if after is None or not before:
         return "–"
-    return f"{100 * (after / before - 1):+.1f}{NBSP}%".replace("-", "−")
+    points = f"{100 * (after / before - 1):+.1f}".replace("-", "−")
+    return f"{'±0' if points[1:] == '0.0' else points}{NBSP}%"
 
 
 def duration(seconds: float | None) -> str:
