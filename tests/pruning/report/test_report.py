@@ -21,7 +21,7 @@ from image_classification.inference_speed import SpeedRow
 from image_classification.models import read_safely
 from image_classification.observe.json_report import read_report
 from pruning.__main__ import main
-from pruning.report import charts, content, page, speed, wording
+from pruning.report import charts, content, speed, wording
 from pruning.report.content import score_table, width_table
 from pruning.report.lineage import Lineage, Stage, find_lineage, rewrites_of
 from pruning.report.networks import Network
@@ -282,7 +282,7 @@ def test_tables_of_widths_and_scores() -> None:
     ],
 )
 def test_numbers_for_people(value: float | None, digits: int, text: str) -> None:
-    assert page.number(value, digits) == text
+    assert wording.number(value, digits) == text
 
 
 def test_words_for_people() -> None:
