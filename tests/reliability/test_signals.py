@@ -136,7 +136,7 @@ def test_killed_rank_stops_the_job(shapes: str, tmp_path: Path) -> None:
         process.until(lambda: reached(workspace, (0, 5)))
         os.kill(rank_process(workspace, 1), signal.SIGKILL)
         begin = time.monotonic()
-        assert process.wait() == 228 + signal.SIGKILL
+        assert process.wait() == 128 + signal.SIGKILL
         assert time.monotonic() - begin < 30
     assert "multiproc: rank 1 on" in process.err
     assert "was killed by signal 9 (SIGKILL" in process.err
@@ -164,7 +164,7 @@ def test_killed_rank_is_started_again(shapes: str, whole: Path, tmp_path: Path) 
 def test_bad_input_among_ranks_is_told_once(tmp_path: Path) -> None:
     workspace = tmp_path / "run"
     with Process(words(str(tmp_path / "absent"), workspace), tmp_path / "screen") as process:
-        assert process.wait() == 1
+        assert process.wait() == 2
     shown = process.out + process.err
     assert f"error: the data set '{tmp_path / 'absent'}' does not exist" in shown
     assert "Traceback" not in shown
