@@ -8,12 +8,13 @@ DEMO := runs/demo
 # The others name what they need in --help.
 BENCHMARKS := attribution_speed di_scoring matching_cost pruned_speed saliency shrink training zoo
 
-.PHONY: help install test demo lint docs benchmarks gpu-check campaign clean
+.PHONY: help install test demo flags lint docs benchmarks gpu-check campaign clean
 
 help:
 	@echo 'make install     .venv with everything, the needs of the tests included'
 	@echo 'make test        install, then the fast tests, then the slow ones'
 	@echo 'make demo        install, then pretrain, prune, fine-tune, explain, export and report a small network'
+	@echo 'make flags       install, then list the flags of every verb anew: what --help is answered from'
 	@echo 'make docs        install, then build the documentation into site/'
 	@echo 'make lint        install, then ruff and mypy'
 	@echo 'make benchmarks  install, then the scripts of benchmarks/ that need no data or checkpoint of yours'
@@ -52,6 +53,9 @@ demo: install
 		--output $(DEMO)/pruned.onnx
 	$(BIN)/python -m pruning report $(DEMO)
 	@echo "open $(CURDIR)/$(DEMO)/report.html"
+
+flags: install
+	$(BIN)/python -m image_classification.write_flags pruning.__main__:ALL_VERBS explainers.__main__:VERBS
 
 lint: install
 	$(BIN)/ruff check .

@@ -21,9 +21,9 @@ from typing import Any, NoReturn, TypeVar
 from image_classification.config import ConfigError, FlagSpec, flag_fields, nearest, sections, told
 from image_classification.extras import optional_import
 from image_classification.file_writing import write_text
-from image_classification.models.own_code import trust
 from image_classification.older_commands import translated
 from image_classification.recipes import recipes
+from image_classification.trusted_code import is_own_code, trust
 from image_classification.yaml_reading import read_yaml_mapping
 
 with optional_import():
@@ -34,7 +34,7 @@ _SHOWN = 80
 
 
 @dataclasses.dataclass(frozen=True)
-class _Option:
+class Option:
     """One configuration field with everything needed to read it."""
 
     section: str
@@ -49,7 +49,12 @@ class _Option:
 
     @property
     def is_switch(self) -> bool:
-        return _scalar_type(self.annotation) is bool and self.spec.nargs is None
+        return self.scalar_type is bool and self.spec.nargs is None
+
+    @property
+    def scalar_type(self) -> object:
+        """Type of one value."""
+        return _scalar_type(self.annotation)
 
     @property
     def is_list(self) -> bool:
@@ -95,9 +100,7 @@ class _Option:
                 f"{self.flag_name}: the value is empty: give one, or leave {self.flag_name} out"
             )
         try:
-            converted = (
-                self.spec.parse(value) if self.spec.parse else _cast(value, _scalar_type(self.annotation))
-            )
+            converted = self.spec.parse(value) if self.spec.parse else _cast(value, self.scalar_type)
         except (TypeError, ValueError, OverflowError) as error:
             raise ConfigError(
                 f"{self.flag_name}: {_shown(value)} is not usable: {_shorter(str(error))}"
@@ -191,8 +194,8 @@ def _cast(value: Any, target: Any) -> object:
     return value
 
 
-def _options(job: type) -> list[_Option]:
-    options: list[_Option] = []
+def _options(job: type) -> list[Option]:
+    options: list[Option] = []
     for section, factory in sections(job).items():
         config_class = factory.func
         assert isinstance(config_class, type)
@@ -201,7 +204,7 @@ def _options(job: type) -> list[_Option]:
             default = (
                 field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
             )
-            options.append(_Option(section, field.name, spec, hints[field.name], default))
+            options.append(Option(section, field.name, spec, hints[field.name], default))
     keys = [option.key for option in options]
     repeated = {key for key in keys if keys.count(key) > 1}
     assert not repeated, f"two configuration sections declare {sorted(repeated)}"
@@ -210,6 +213,28 @@ def _options(job: type) -> list[_Option]:
 
 #: Modules that `--plugin` has imported, for the saved configuration.
 imported_plugins: list[str] = []
+
+
+def named_plugins(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The modules and the networks of a user's own that a command line names, itself or in its recipes.
+
+    Args:
+        words: The command line.
+
+    Raises:
+        ConfigError: A recipe cannot be read.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_plugin_flag(parser)
+    parser.add_argument("--config", action="append", default=[])
+    named, _ = parser.parse_known_args(words)
+    names = list(words)
+    for path in named.config:
+        recipe = read_mapping(recipe_path(path))
+        listed = recipe.get("plugin", [])
+        named.plugin += listed if isinstance(listed, list) else [listed]
+        names.append(str(recipe.get("arch", "")))
+    return named.plugin, [name for word in names if is_own_code(name := word.rpartition("=")[2])]
 
 
 def import_plugins(words: Sequence[str]) -> None:
@@ -224,17 +249,8 @@ def import_plugins(words: Sequence[str]) -> None:
     Raises:
         ConfigError: A module does not exist, or fails while it is imported.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_plugin_flag(parser)
-    parser.add_argument("--config", action="append", default=[])
-    named, _ = parser.parse_known_args(words)
-    names = list(words)
-    for path in named.config:
-        recipe = read_mapping(recipe_path(path))
-        listed = recipe.get("plugin", [])
-        named.plugin += listed if isinstance(listed, list) else [listed]
-        names.append(str(recipe.get("arch", "")))
-    for name in named.plugin:
+    plugins, own = named_plugins(words)
+    for name in plugins:
         try:
             importlib.import_module(str(name))
         except Exception as error:  # whatever a user's module raises
@@ -244,7 +260,7 @@ def import_plugins(words: Sequence[str]) -> None:
             ) from error
         if name not in imported_plugins:
             imported_plugins.append(name)
-    trust(names, imported_plugins)
+    trust(own, imported_plugins)
 
 
 def add_plugin_flag(parser: argparse.ArgumentParser) -> None:
@@ -275,11 +291,16 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser whose help shows every flag once, and whose errors take two lines."""
+    """Argument parser whose help shows every flag once, and whose errors take two lines.
+
+    Attributes:
+        options: Field of a configuration → how its flag is read and checked.
+    """
 
     def __init__(self, prog: str | None = None, description: str | None = None, **settings: Any) -> None:
         settings.setdefault("formatter_class", _HelpFormatter)
         super().__init__(prog=prog, description=description, **settings)
+        self.options: dict[str, Option] = {}
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and where the flags are listed; status 2."""
@@ -294,7 +315,7 @@ class Parser(argparse.ArgumentParser):
         return namespace
 
 
-def _add_option(group: argparse._ArgumentGroup, option: _Option) -> None:
+def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
     spec, names = option.spec, option.spellings()
     settings: dict[str, Any] = {"help": _help(option), "default": argparse.SUPPRESS}
     if option.is_positional:
@@ -315,7 +336,7 @@ def _add_option(group: argparse._ArgumentGroup, option: _Option) -> None:
     group.add_argument(*names, **settings)
 
 
-def _help(option: _Option) -> str:
+def _help(option: Option) -> str:
     """A sentence, the choices, and the default unless the sentence tells it."""
     text = option.spec.help.rstrip(".") + "."
     told = "default" in text.lower()
@@ -330,7 +351,7 @@ def _help(option: _Option) -> str:
 def build_parser(job: type, prog: str | None = None, description: str | None = None) -> Parser:
     """The argument parser of a job's configuration, one help group per section."""
     places = [f"[{option.field.upper()}]" for option in _options(job) if option.is_positional]
-    usage = " ".join([prog or Path(sys.argv[0]).name, "[--config FILE]", *places, "[flags]"])
+    usage = " ".join(["%(prog)s", "[--config FILE]", *places, "[flags]"])
     parser = Parser(prog, description, allow_abbrev=False, usage=usage)
     parser.add_argument(
         "--config",
@@ -347,10 +368,11 @@ def build_parser(job: type, prog: str | None = None, description: str | None = N
         groups[name] = parser.add_argument_group(title)
     for option in _options(job):
         _add_option(groups[option.section], option)
+        parser.options[option.key] = option
     return parser
 
 
-def read_yaml(path: Path, options: Mapping[str, _Option]) -> dict[str, object]:
+def read_yaml(path: Path, options: Mapping[str, Option]) -> dict[str, object]:
     """Read one recipe: a flat mapping from option names (dashes or underscores) to values."""
     values: dict[str, object] = {}
     for raw_key, value in read_mapping(path).items():
@@ -388,9 +410,9 @@ def read_mapping(path: Path) -> dict[object, object]:
     return read_yaml_mapping(path, "--config")
 
 
-def _keys(options: Sequence[_Option]) -> dict[str, _Option]:
+def _keys(options: Sequence[Option]) -> dict[str, Option]:
     """Every name under which YAML may address an option: the field and its long flags."""
-    names: dict[str, _Option] = {}
+    names: dict[str, Option] = {}
     for option in options:
         names[option.key] = option
         for spelling in option.spellings():
@@ -444,7 +466,7 @@ def parse_config(
             values |= read_yaml(recipe_path(path), _keys(options))
         by_key = {option.key: option for option in options}
         for key, value in namespace.items():
-            values[key] = _from_command_line(by_key[key], value)
+            values[key] = from_command_line(by_key[key], value)
         if defaults is not None:
             values = {**defaults(values), **values}
         made = {}
@@ -456,7 +478,12 @@ def parse_config(
         parser.error(told(error))
 
 
-def _from_command_line(option: _Option, value: object) -> object:
+def from_command_line(option: Option, value: object) -> object:
+    """The value that a field gets of what argparse has read.
+
+    Raises:
+        ConfigError: It is not usable.
+    """
     if option.is_switch:
         return bool(value)
     if isinstance(value, list):

@@ -31,6 +31,7 @@ EXTRA_OF = {
     "cv2": "inpaint",
     "mlflow": "track",
     "wandb": "track",
+    "argcomplete": "completion",
 }
 
 

@@ -1,7 +1,8 @@
 """Command lines of the form `python -m PACKAGE VERB …`: a table of verbs and one way to run them.
 
-A package's table maps each verb to its module and to one line of help. The module is imported for its own verb only, so
-that `--help` and a mistyped verb are answered at once, without PyTorch. It defines `VERB`, made by one of
+A package's table maps each verb to its module and to one line of help. The module is imported for its own verb only,
+and for a command line in which `flag_lists` finds nothing to answer: help and slips take no PyTorch. It defines `VERB`,
+made by one of
 
     VERB = configured(JobConfig, run)       # flags, YAML and checks from the dataclass of a job (`cli.parse_config`)
     VERB = declared(declare, run)           # a few arguments, declared on an argparse parser
@@ -14,9 +15,12 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from image_classification.config import is_told, nearest, told
+
+if TYPE_CHECKING:
+    from image_classification.cli import Parser
 
 P = TypeVar("P")
 
@@ -34,21 +38,31 @@ class Verb(Generic[P]):
     Attributes:
         parse: Command line, program and description → what the job is told; exits with status 2 like argparse.
         run: Does it; returns the exit status.
+        parser: Makes the parser of its command line; None where that is another program's.
     """
 
     parse: Callable[[Sequence[str], str, str], P]
     run: Callable[[P], int]
+    parser: Callable[[], Parser] | None = None
 
 
-def configured(job: type[P], run: Callable[[P], int]) -> Verb[P]:
-    """A verb that is told a job's configuration, a dataclass of sections."""
+def configured(
+    job: type[P],
+    run: Callable[[P], int],
+    defaults: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None,
+) -> Verb[P]:
+    """A verb that is told a job's configuration, a dataclass of sections.
+
+    Args:
+        job, defaults: As for `cli.parse_config`.
+        run: Does the job.
+    """
+    from image_classification.cli import build_parser, parse_config
 
     def parse(argv: Sequence[str], prog: str, description: str) -> P:
-        from image_classification.cli import parse_config
+        return parse_config(job, argv, prog=prog, description=description, defaults=defaults)
 
-        return parse_config(job, argv, prog=prog, description=description)
-
-    return Verb(parse, run)
+    return Verb(parse, run, lambda: build_parser(job))
 
 
 def declared(
@@ -56,15 +70,18 @@ def declared(
 ) -> Verb[argparse.Namespace]:
     """A verb that declares its arguments on an argparse parser."""
 
+    from image_classification.cli import Parser, add_plugin_flag
+
+    def parser(prog: str | None = None, description: str | None = None) -> Parser:
+        made = Parser(prog, description)
+        declare(made)
+        add_plugin_flag(made)
+        return made
+
     def parse(argv: Sequence[str], prog: str, description: str) -> argparse.Namespace:
-        from image_classification.cli import Parser, add_plugin_flag
+        return parser(prog, description).parse_or_fail(argv)
 
-        parser = Parser(prog, description)
-        declare(parser)
-        add_plugin_flag(parser)
-        return parser.parse_args(argv)
-
-    return Verb(parse, run)
+    return Verb(parse, run, parser)
 
 
 def run_verb(verbs: Verbs, argv: Sequence[str] | None, *, prog: str, description: str) -> int:
@@ -92,10 +109,11 @@ def run_verb(verbs: Verbs, argv: Sequence[str] | None, *, prog: str, description
     prog = f"{prog} {name}"
     try:
         from image_classification.cli import import_plugins
+        from image_classification.flag_lists import answer
 
+        answer(module, words[1:], prog, description)
         import_plugins(words[1:])  # first: a plugin may bring methods with flags for the verb
-        module, _, attribute = module.partition(":")
-        verb: Verb[object] = getattr(importlib.import_module(module), attribute or "VERB")
+        verb = verb_of(module)
         return verb.run(verb.parse(words[1:], prog, description))
     except (ValueError, OSError, RuntimeError) as error:
         status, message = _told_as(error)
@@ -104,6 +122,13 @@ def run_verb(verbs: Verbs, argv: Sequence[str] | None, *, prog: str, description
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def verb_of(place: str) -> Verb[Any]:
+    """The verb that a module, or `module:NAME`, defines."""
+    module, _, attribute = place.partition(":")
+    verb: Verb[Any] = getattr(importlib.import_module(module), attribute or "VERB")
+    return verb
 
 
 def usage(verbs: Verbs, prog: str, description: str) -> str:

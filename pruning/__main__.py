@@ -7,6 +7,7 @@ stay as they are.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -45,6 +46,7 @@ ALL_VERBS: Verbs = {
     "evaluate": (f"{_JOB}:EVALUATE", "accuracy of a network on the validation images: DATA"),
     **VERBS,
     **DATA_VERBS,
+    "launch": ("image_classification.launch", "run a command once per GPU, on one node or many"),
     "explain": ("explainers.__main__", "heat-maps and their figures; has verbs of its own"),
 }
 
@@ -59,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def lucidprune(argv: Sequence[str] | None = None) -> int:
     """Run a verb of any package; the exit status is the verb's, or 2 if the job could not be done."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if "_ARGCOMPLETE" in os.environ:
+        from image_classification.completion import complete
+
+        complete("lucidprune", ALL_VERBS, {"explain": EXPLAIN_VERBS})
     if words[:1] == ["explain"]:
         description = "What networks look at."
         return run_verb(EXPLAIN_VERBS, words[1:], prog="lucidprune explain", description=description)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ from pruning.rewrites.companions import (
 from pruning.rewrites.momentum_pairs import warn_of_pairs
 from pruning.rewrites.resuming import PrunerState, check_course, graph_of, known_originals, shared_costs
 from pruning.rewrites.rewrite_record import RewriteRecord, describe_group
+from pruning.rewrites.shown import course_html, plot_course
 from pruning.search import (
     Candidate,
     GreedySearch,
@@ -79,6 +80,9 @@ from pruning.task import (
     first_arguments,
     to_device,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 #: Yields batches: (images, targets), mappings, tensors, or whatever `forward` and `loss` take.
 Calibration = Iterable[Any]
@@ -514,6 +518,25 @@ class Pruner:
         for number, row in enumerate(rows):
             row["iteration"] = self._next_iteration() + number * self.interval
         return rows
+
+    def plot(self, axes: Sequence[Axes] | None = None) -> list[Axes]:
+        """Draw the costs over the rewrites so far, with the budget, and the widths beside those at first.
+
+        Args:
+            axes: Two of matplotlib's to draw on; a figure of its own by default.
+
+        Returns:
+            Both axes; `axes[0].figure.savefig("course.png")` keeps them.
+
+        Raises:
+            MissingPackageError: matplotlib is not installed.
+        """
+        return plot_course(self.graph, self.course.budget.shares, self.history, axes)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: costs beside the budget, and the rewrites so far."""
+        title = f"{type(self.model).__name__}: {self.completed} of {self.num_rewrites} rewrites done"
+        return course_html(title, self.costs, self.course.budget.shares, self.history)
 
     def latest_scores(self) -> dict[str, Tensor]:
         """Group name → scores that the last rewrite was decided by, one per channel that was there before it."""

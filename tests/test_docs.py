@@ -193,12 +193,14 @@ def test_the_job_of_the_slurm_page_runs(folder: Path, tmp_path: Path) -> None:
 #: Beginning of a shell line that is no Python program → the test that runs it.
 ELSEWHERE = {
     "pip install": "test_library_alone.py::test_the_wheel_in_a_fresh_environment",
+    "lucidprune": "test_readme.py::test_command",
     "make demo": "test_demo.py::test_the_demo_ends_with_a_report",
     "sbatch": "test_docs.py::test_the_job_of_the_slurm_page_runs",
 }
 #: … → why none does.
 NOT_RUN = {
-    "make test": "runs these tests; test_docker.py::TestMakefile reads what it would do, and CI runs it",
+    "eval": "the start of a shell; test_completion.py asks as the shell does from then on",
+    "register-python-argcomplete": "likewise",
     "trtexec": "needs NVIDIA's TensorRT and a GPU",
 }
 

@@ -109,7 +109,11 @@ class TestReport:
 
 
 def test_documented_keys_are_the_logged_keys_with_their_units():
-    for owner in ("main", "explainers.aem.selector_callbacks", "explainers.casm.casm_trainer"):
+    for owner in (
+        "pruning.training.main_job",
+        "explainers.aem.selector_callbacks",
+        "explainers.casm.casm_trainer",
+    ):
         importlib.import_module(owner)
     rows = re.findall(
         r"^\| `(\w+\.\w+)` \| ?(.*?) ?\|", (ROOT / "docs" / "report-keys.md").read_text(), re.MULTILINE
@@ -194,6 +198,30 @@ class TestConsole:
             "Epoch 3:  val.top1 76.12 %",
             "Summary:  val.top1 77.00 %",
         ]
+
+    @pytest.mark.parametrize("live", [False, True])
+    def test_quiet_shows_messages_and_the_summary_alone(self, live, tmp_path, monkeypatch):
+        monkeypatch.setenv("RANK_ON_TERMINAL", "1")
+        monkeypatch.setenv("RANK_LOG", str(tmp_path / "rank_0.log"))
+        quiet, screen = console(print_freq=1, live=live, detail="quiet")
+        with quiet.progress(1, "Train 1/3") as task:
+            task.update({"loss": 2.0})
+        quiet.message("a message")
+        quiet.log((3,), {"val.top1": 76.123})
+        quiet.log((), {"val.top1": 77.0})
+        quiet.close()
+        assert screen.getvalue().splitlines() == ["a message", "Summary:  val.top1 77.00 %"]
+        assert "Epoch 3:" in (tmp_path / "rank_0.log").read_text()
+        assert "Train 1/3" in (tmp_path / "rank_0.log").read_text()
+
+    def test_verbose_shows_every_figure_of_an_epoch(self):
+        plain, screen = console(detail="verbose")
+        plain.log((3,), {"val.top1": 76.123, "pruning.num_groups": 36})
+        assert screen.getvalue() == "Epoch 3:  val.top1 76.12 %  pruning.num_groups 36\n"
+
+    def test_quiet_and_verbose_contradict_each_other(self):
+        with pytest.raises(ValueError, match="--quiet and --verbose"):
+            LogConfig(quiet=True, verbose=True)
 
     def test_long_lines_and_markup_are_left_alone(self):
         plain, screen = console()

@@ -394,3 +394,26 @@ def test_exit_codes_in_words():
     assert re.search(r"signal 9 \(SIGKILL.*memory", describe_exit(-9))
     assert "signal 15 (SIGTERM)" in describe_exit(-15)
     assert "asks to be started again" in describe_exit(EXIT_SAVED)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_a_command_is_launched_without_a_script(tmp_path: Path) -> None:
+    """As in a wheel's environment, which has no `main.py`: the program beside this Python is found by its name."""
+    words = ["launch", "--nproc_per_node", "2", "lucidprune", "groups", "resnet20"]
+    code = "import sys; from pruning.__main__ import lucidprune; sys.exit(lucidprune(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "layer3" in done.stdout
+
+
+def test_a_script_stays_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "python3").write_text("", encoding="utf-8")
+    words = ["--nproc_per_node", "1"]
+    assert not multiproc.parse([*words, "python3"]).no_python
+    assert not multiproc.parse([*words, "no_such_program.py"]).no_python
+    assert multiproc.parse([*words, "env"]).no_python

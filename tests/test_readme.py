@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ from pruning import prune
 from pruning.files.saved_network import save_pruned
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = commands_in(README)
+COMMANDS = [*commands_in(README, "lucidprune"), *commands_in(README)]
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+#: Those that stand for themselves.
+SNIPPETS = [block for block in BLOCKS if block.startswith("import") and "prune(model" in block]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "score checkpoint.pth.tar shapes": f"score {root / 'small.pth.tar'} shapes:train=96,val=24",
         "--output scores": f"--output {root / 'scores'}",
         "main.py shapes ": "main.py shapes:train=160,val=24 ",
+        "train shapes ": "train shapes:train=160,val=24 ",
+        "prune shapes ": "prune shapes:train=160,val=24 ",
+        "runs/first/train/checkpoint.pth.tar": str(root / "small.pth.tar"),
         " prepared ": f" {root / 'prepared'} ",
         "--config configs": f"--config {ROOT / 'configs'}",
         "cache": str(root / "cache"),
@@ -72,7 +79,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def test_the_readme_has_commands() -> None:
     assert len(COMMANDS) >= 21
-    assert all(command.startswith("python") for command in COMMANDS)
+    assert [command.split()[:2] for command in COMMANDS[:2]] == [
+        ["lucidprune", "train"],
+        ["lucidprune", "prune"],
+    ]
 
 
 @pytest.mark.slow
@@ -80,13 +90,13 @@ def test_the_readme_has_commands() -> None:
 def test_command(command: str, places: dict[str, str], tmp_path: Path) -> None:
     replaced = {old: new for old, new in places.items() if old != "cache"}
     words = shortened(command, replaced, tmp_path / "run")
-    if "--iterative-pruning" in words:
+    if "--iterative-pruning" in words or words[:2] == ["lucidprune", "prune"]:
         words += ["--pruning-step", "1", "--pruning-delta", "0.25", "--calibration-batches", "1"]
     if "explainers" in words:
         words += ["--num-images", "4", "--batch-size", "4"]
     if "benchmark" in words:
         words += ["--num-batches", "1", "--image-size", "64"]
-    if command == COMMANDS[0]:  # once as a reader starts it
+    if command == COMMANDS[2]:  # once as a reader starts it
         result = run(words, cache=Path(places["cache"]), timeout=600)
     else:
         result = run_here(words, Path(places["cache"]))
@@ -98,6 +108,17 @@ def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for name in {first or second for first, second in targets}:
         assert re.search(rf"^{name}:", makefile, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("block", SNIPPETS, ids=("torchvision", "timm", "own"))
+def test_snippets_run_as_printed(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("torchvision", "timm"):
+        if f"import {module}" in block:
+            pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert isinstance(names["model"], torch.nn.Module)
 
 
 def test_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,10 +135,9 @@ def test_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "criterion": torch.nn.CrossEntropyLoss(),
         "calibration_batches": [(images, targets)],
     }
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+    for block in BLOCKS:
+        if block not in SNIPPETS:
+            exec(compile(block, "README.md", "exec"), names)
     loaded = names["model"].eval()
     assert loaded is not model
     torch.testing.assert_close(loaded(images), model.eval()(images))

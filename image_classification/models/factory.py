@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from image_classification.config import nearest
 from image_classification.models import external, mobilenetv2, mobilenetv2_isp, resnet, resnet_cifar, vgg
 from image_classification.models.batch_norms import architecture_options, set_batch_norms
-from image_classification.models.own_code import build_own, check_trusted, is_own_code, own_info, trust
+from image_classification.models.own_code import build_own, check_trusted, own_info
 from image_classification.models.registry import (
     ArchInfo,
     ModelSettingError,
@@ -22,6 +22,7 @@ from image_classification.models.registry import (
     own_names,
 )
 from image_classification.network_input import NetworkInput
+from image_classification.trusted_code import is_own_code, trust
 
 _ATTRIBUTE = "lucidprune_identity"
 _INPUT_ATTRIBUTE = "lucidprune_input"

@@ -9,39 +9,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from image_classification.models.registry import IMAGENET, ArchInfo, ModelSettingError
-
-_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-_trusted: set[str] = set()
-
-
-def is_own_code(arch: str) -> bool:
-    """Whether a name has the form `package.module:Callable`."""
-    return _NAME.fullmatch(arch) is not None
-
-
-def trust(words: Iterable[str], modules: Iterable[str] = ()) -> None:
-    """Take note of what a user has named: such networks may be built, also where a file names them.
-
-    Args:
-        words: Names, also as `--flag=NAME`; others are passed over.
-        modules: All networks of these.
-    """
-    _trusted.update(name for word in words if is_own_code(name := word.rpartition("=")[2]))
-    _trusted.update(modules)
-
-
-def is_trusted(arch: str) -> bool:
-    """Whether the user has named this network, or its module."""
-    return arch in _trusted or arch.partition(":")[0] in _trusted
+from image_classification.trusted_code import is_own_code, is_trusted
 
 
 def check_trusted(arch: str) -> None:

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 from image_classification.extras import optional_import
 
@@ -33,6 +33,7 @@ with optional_import():
 from image_classification.observe.figures import FIGURES, Figure, steering
 
 _PARAMETERS = "PARAMETER"
+Detail = Literal["quiet", "normal", "verbose"]
 
 
 class Console:
@@ -41,6 +42,7 @@ class Console:
     Args:
         print_freq: Iterations from one plain line to the next.
         live: Whether to draw the live display; by default where the output is a terminal.
+        detail: "quiet" shows messages and the summary alone, "verbose" every figure of an epoch.
         rich_console: Where to print; standard output by default.
 
     Where `multiproc.py` has left the terminal to this process, and so cannot write its log itself, every plain line
@@ -52,11 +54,13 @@ class Console:
         print_freq: int,
         live: bool | None = None,
         rich_console: RichConsole | None = None,
+        detail: Detail = "normal",
     ) -> None:
         # Only a terminal has a width: a figure must not be broken over lines.
         self._rich = rich_console or RichConsole(highlight=False, soft_wrap=True)
         self.live = self._rich.is_terminal if live is None else live
         self.print_freq = print_freq
+        self._detail = detail
         self._display: Progress | None = None
         log_file = Path(os.environ["RANK_LOG"]) if os.environ.get("RANK_ON_TERMINAL") else None
         self._log: TextIO | None = None if log_file is None else log_file.open("a", encoding="utf-8")
@@ -68,9 +72,13 @@ class Console:
         if step == _PARAMETERS or len(step) > 1:
             return
         head, shown = "Summary", data
-        if step:  # the other figures of an epoch are in the report only
-            head, shown = f"Epoch {step[0]}", steering(data)
-        self.message("  ".join([f"{head}:", *(self.format(key, value) for key, value in shown.items())]))
+        if step:  # the other figures of an epoch are in the report
+            head, shown = f"Epoch {step[0]}", data if self._detail == "verbose" else steering(data)
+        line = "  ".join([f"{head}:", *(self.format(key, value) for key, value in shown.items())])
+        if step and self._detail == "quiet":
+            self.to_log(line)
+        else:
+            self.message(line)
 
     def format(self, key: str, value: object) -> str:
         """A figure with its name and unit, as it was registered."""
@@ -94,6 +102,9 @@ class Console:
             total: Number of iterations.
             description: What runs, such as "Train 3/90".
         """
+        if self._detail == "quiet":
+            yield SilentTask(self, total, description)
+            return
         if not self.live:
             yield PlainTask(self, total, description)
             return
@@ -189,6 +200,14 @@ class PlainTask(ProgressTask):
     def _show(self, before: int) -> None:
         if self.due(before):
             self._console.message(self.line())
+
+
+class SilentTask(ProgressTask):
+    """Keeps the screen free; the log file gets the plain lines."""
+
+    def _show(self, before: int) -> None:
+        if self.due(before):
+            self._console.to_log(self.line())
 
 
 class LiveTask(ProgressTask):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from image_classification.config import check, flag
-from image_classification.observe.console import Console, ProgressTask
+from image_classification.observe.console import Console, Detail, ProgressTask
 from image_classification.observe.figures import FIGURES
 from image_classification.observe.json_report import Report
 from image_classification.observe.tensorboard import TensorBoard
@@ -63,9 +63,25 @@ class LogConfig:
     console: Literal["auto", "live", "plain"] = flag(
         "auto", "--console", help="Live display or plain lines; auto asks whether the output is a terminal."
     )
+    quiet: bool = flag(
+        False, "--quiet", "-q", help="Messages and the summary alone on the screen: no progress, no epochs."
+    )
+    verbose: bool = flag(
+        False, "--verbose", help="Every figure of an epoch on the screen, not those that steer alone."
+    )
 
     def __post_init__(self) -> None:
+        check(
+            not (self.quiet and self.verbose), "--quiet and --verbose contradict each other: give one of them"
+        )
         check(self.print_freq >= 1, f"--print-freq {self.print_freq}: must be at least 1 iteration")
+
+    @property
+    def detail(self) -> Detail:
+        """How much of it the screen shows."""
+        if self.quiet:
+            return "quiet"
+        return "verbose" if self.verbose else "normal"
 
 
 class Output(Protocol):
@@ -118,7 +134,7 @@ class Logger:
         if config.wandb is not None:
             self._outputs.append(WandbTracker(config.wandb, workspace, append=append))
         live = None if config.console == "auto" else config.console == "live"
-        self._console = Console(config.print_freq, live=live)
+        self._console = Console(config.print_freq, live=live, detail=config.detail)
         self._outputs.append(self._console)
 
     def __enter__(self) -> Logger:
@@ -181,10 +197,10 @@ class Logger:
             self._console.message(text)
 
     @contextlib.contextmanager
-    def progress(self, total: int, description: str) -> Iterator[ProgressTask | SilentTask]:
+    def progress(self, total: int, description: str) -> Iterator[ProgressTask | NoTask]:
         """Show the progress of a loop; `update(fields, advance=1)` of what this yields moves it on."""
         if self._console is None:
-            yield SilentTask()
+            yield NoTask()
             return
         with self._console.progress(total, description) as task:
             yield task
@@ -201,7 +217,7 @@ class Logger:
         self._outputs, self._console, self._tensorboard = [], None, None
 
 
-class SilentTask:
+class NoTask:
     """The progress of a rank that shows none."""
 
     def update(self, fields: Mapping[str, object] | None = None, advance: int = 1) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from image_classification.config import SettingError, check_setting
+from image_classification.observe.html_table import html_table, share_words
 from pruning.costs.activations import Activations
 from pruning.costs.cost_registry import CostInputs, cost_named
 from pruning.costs.counts import CountTable, Metric
@@ -154,6 +155,19 @@ class CostModel:
     def report(self) -> dict[str, float]:
         """Every metric at the present widths."""
         return {name: self.current(name) for name in self.metrics}
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: every metric now, at first, and their ratio."""
+        rows = [
+            (
+                name,
+                self.current(name),
+                self.baseline(name),
+                share_words(self.current(name), self.baseline(name)),
+            )
+            for name in self.metrics
+        ]
+        return html_table("Costs", ("metric", "now", "at first", "share"), rows)
 
     def minimum(self, metric: str) -> float:
         """Cost with every group at its smallest allowed width (of groups whose units differ, the first ones stay)."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from image_classification.config import SettingError, check_setting
 from pruning.engine.examples import Pass
+from pruning.engine.group_rows import group_row, groups_html
 from pruning.engine.groups import (
     FROZEN,
     AttributeAxis,
@@ -142,6 +143,14 @@ class ChannelGraph:
                 for index in self.groups_in(units):
                     table.setdefault(index, []).append(number)
             self._touching[kind] = table
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a table of the groups."""
+        return groups_html(self.rows())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every group as plain data: name, widths, modules, tensors, and why it stays as it is."""
+        return [group_row(group, self.allowed_widths(group)[0], self.members(group)) for group in self.groups]
 
     def groups_in(self, units: np.ndarray) -> list[int]:
         """Indices of the groups that some of these unit ids belong to."""

@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from image_classification.observe.html_table import html_table
 from pruning.engine.channel_graph import ChannelGraph, Keep
 from pruning.engine.computed_weights import renormalised
 from pruning.engine.cutting import Changes, RewriteError, plan_network, tensor_cuts
@@ -42,6 +43,13 @@ class RewriteReport:
     num_parameters: tuple[int, int]
     macs: tuple[float, float]
     dropped_states: tuple[str, ...]
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the widths before and after, and what the network has left."""
+        rows = [(name, before, after) for name, (before, after) in self.widths.items()]
+        (before, after), (macs_before, macs_after) = self.num_parameters, self.macs
+        note = f"{before:,} → {after:,} parameters; {macs_before:,.0f} → {macs_after:,.0f} MACs"
+        return html_table("Channels cut away", ("group", "before", "after"), rows, [note])
 
 
 def prune_channels(

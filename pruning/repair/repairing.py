@@ -111,7 +111,7 @@ class RepairReport:
             return f"repair: nothing was gained{problem}: outputs are off by {before:.3g} of their variance"
         parts = []
         if self.layers:
-            parts.append(f"{len(self.layers)} layers by least squares")
+            parts.append(f"{len(self.layers)} layer{'s' if len(self.layers) > 1 else ''} by least squares")
         if self.statistics:
             parts.append("batch-norm statistics")
         text = f"repair: {', '.join(parts)}{problem}: outputs off by {before:.3g} → {after:.3g} of their variance"

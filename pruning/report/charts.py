@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pruning.report import Plain
 from pruning.report.trajectory import Trajectory
+from pruning.report.wording import number
 
 #: Stand-in colour → CSS variable of the page.
 _PALETTE = {
@@ -207,7 +208,31 @@ def rewrites(shares: np.ndarray, groups: Sequence[str], numbers: Sequence[int]) 
         groups: Names of the rows.
         numbers: Numbers of the rewrites.
     """
+    if shares.shape[1] == 1:
+        return _bars("rewrites", 100 * shares[:, 0], groups, "% of the channels left")
     return _table_chart("rewrites", 100 * shares, groups, numbers, "% of the channels left", (0.0, 100.0))
+
+
+def _bars(name: str, values: np.ndarray, groups: Sequence[str], label: str) -> dict[str, str] | None:
+    """A bar per group, for a run of a single rewrite: (groups,) values up to 100."""
+    if values.size == 0:
+        return None
+
+    def draw(width: float) -> Figure:
+        figure = Figure(figsize=(width, 0.6 + 0.185 * len(groups)), layout="constrained")
+        axes = figure.subplots()
+        axes.barh(range(len(groups)), values, color=BLUE, height=0.72)
+        names = [_shortened(group, 30 if width > 6 else 17) for group in groups]
+        axes.set_yticks(range(len(groups)), names, fontsize=7.5 if width > 6 else 7)
+        axes.set_ylim(len(groups) - 0.4, -0.6)
+        axes.set_xlim(0, 100)
+        axes.grid(visible=True, axis="x")
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(label)
+        return figure
+
+    return both(name, draw)
 
 
 def scores(values: np.ndarray, groups: Sequence[str], numbers: Sequence[int]) -> dict[str, str] | None:
@@ -253,7 +278,7 @@ def _table_chart(
         bar.outline.set_visible(False)
         if logarithmic:
             bar.ax.xaxis.set_major_locator(MaxNLocator(3 if width < 6 else 5))
-            bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _place: f"{10**value:.2g}"))
+            bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _place: number(10**value, 2)))
         return figure
 
     return both(name, draw)

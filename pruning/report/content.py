@@ -20,7 +20,7 @@ from image_classification.observe.environment import describe_environment
 from pruning.costs.budget import DEFAULT_SHARE
 from pruning.report import Plain
 from pruning.report.lineage import Lineage, Stage, find_lineage
-from pruning.report.measure import EvaluationImages, accuracy_of, explain, open_images
+from pruning.report.measure import EvaluationImages, accuracy_of, answers_of, explain, open_images
 from pruning.report.networks import (
     Network,
     cost_rows,
@@ -112,11 +112,14 @@ def collect(run: Path, settings: Settings) -> Content:
     }
     images = _images(final, settings, pruned, missing)
     size = _image_size(final, images, pruned)
+    plain["network"] = str(final.checkpoint)
+    plain["num_validation"] = None if images is None else len(images.dataset.val)
     plain["costs"] = _costs(original, pruned, size)
     plain["image_size"] = size
     if original is not None:
         plain["widths"] = layer_widths(original.model, pruned.model)
     plain["accuracy"] = _accuracy(lineage, original, images, settings, missing)
+    plain["predictions"] = _predictions(original, pruned, images, settings)
     gallery = _explanations(plain, original, pruned, images, settings, missing)
     plain["speed"] = _speed(original, pruned, size, final, settings, missing)
     plain["missing"] = missing
@@ -365,6 +368,16 @@ def _logged(stage: Stage | None, path: Path | None, final: Stage) -> dict[str, f
         return None
     same = all(stage.config.get(key) == final.config.get(key) for key in ("data", "image_size", "resize"))
     return last_accuracy(stage) if same else None
+
+
+def _predictions(
+    original: Network | None, pruned: Network, images: EvaluationImages | None, settings: Settings
+) -> Plain | None:
+    """How far both networks answer alike, where there are two trained ones and images of one class each."""
+    asked = "accuracy" not in settings.skip
+    if not asked or images is None or original is None or original.weights is None:
+        return None
+    return None if images.dataset.multi_label else answers_of(original, pruned, images, settings.num_images)
 
 
 def _explanations(

@@ -133,6 +133,38 @@ def accuracy_of(network: Network, images: EvaluationImages) -> dict[str, float]:
     return {name: found[f"val.{name}"] for name in wanted if f"val.{name}" in found}
 
 
+@torch.no_grad()
+def answers_of(original: Network, pruned: Network, images: EvaluationImages, num_images: int) -> Plain:
+    """How far two networks answer alike, on images of one class each.
+
+    Args:
+        original, pruned: The networks.
+        images: Where from.
+        num_images: How many of them.
+
+    Returns:
+        `num_images`; `agreement`, the share of images for which both name the same class; `classes`: rows of `name`,
+        `count`, and the shares `before` and `after` of its images that each network gets right.
+    """
+    models = [network.model.to(images.device) for network in (original, pruned)]
+    targets, answers = [], []
+    with images.loader(num_images) as loader:
+        for batch in loader:
+            if len(batch):
+                logits = [main_and_auxiliary_logits(model(batch.images))[0] for model in models]
+                targets.append(batch.targets.cpu())
+                answers.append(torch.stack([values.argmax(1).cpu() for values in logits]))
+    truth, (before, after) = torch.cat(targets), torch.cat(answers, dim=1)
+    classes = []
+    for label in truth.unique().tolist():
+        of_class = truth == label
+        right = [float((said[of_class] == label).double().mean()) for said in (before, after)]
+        name = images.dataset.class_names[label]
+        classes.append({"name": name, "count": int(of_class.sum()), "before": right[0], "after": right[1]})
+    agreement = float((before == after).double().mean())
+    return {"num_images": len(truth), "agreement": agreement, "classes": classes}
+
+
 def explain(
     original: Network,
     pruned: Network,
@@ -252,9 +284,20 @@ def _shown(batch: Batch, row: int, target: int, maps: Plain, images: EvaluationI
     for method, both in maps.items():
         uris = [_uri(overlay(image, found.map[row].cpu().numpy(), found.signed)) for found in both]
         logits = [found.logits[row] for found in both]
-        said = [images.dataset.class_names[int(values.argmax())] for values in logits]
+        said = [_answer(values, target, images) for values in logits]
         pairs.append({"method": method, "before": uris[0], "after": uris[1], "said": said})
     return {"label": images.dataset.class_names[target], "image": _uri(image), "maps": pairs}
+
+
+def _answer(logits: torch.Tensor, target: int, images: EvaluationImages) -> Plain:
+    """What a network says of an image: (classes,) logits → name, probability, and whether it is the label."""
+    said = int(logits.argmax())
+    probabilities = logits.sigmoid() if images.dataset.multi_label else logits.softmax(0)
+    return {
+        "name": images.dataset.class_names[said],
+        "probability": float(probabilities[said]),
+        "right": said == target,
+    }
 
 
 def _uri(pixels: np.ndarray) -> str:

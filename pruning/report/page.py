@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import jinja2
 import yaml
 
 from pruning.costs import cost_named, cost_names
 from pruning.report import Plain, charts
 from pruning.report.content import Content, score_table, width_table
+from pruning.report.verdict import headline_of, verdict
+from pruning.report.wording import NBSP, change, counted, date, duration, number, percent
 
-NBSP = "\N{NO-BREAK SPACE}"
 _ACCURACY_NAMES = {
     "top1": "top-1",
     "top5": "top-5",
@@ -38,11 +37,13 @@ def render(content: Content) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "change": change, "duration": duration}
+    filters = (number, percent, change, duration, date, counted)
+    environment.filters |= {each.__name__: each for each in filters}
     plain = content.plain
     return environment.get_template("report.html.j2").render(
         report=plain,
         title=f"Pruning report: {plain['config'].get('arch', 'network')}",
+        verdict=verdict(plain),
         cards=_cards(plain),
         charts=_charts(content),
         gallery=content.gallery,
@@ -50,6 +51,8 @@ def render(content: Content) -> str:
         names=_ACCURACY_NAMES | _metric_names(content) | _POINT_NAMES,
         localization=_localization(plain),
         speed=_speed(plain),
+        classes=_classes(plain),
+        said=_said,
         config=yaml.safe_dump(plain["config"], sort_keys=True, allow_unicode=True),
     )
 
@@ -60,39 +63,6 @@ def _metric_names(content: Content) -> dict[str, str]:
     recorded = [metric for record in content.plain["rewrites"] for metric in record["costs"]]
     known = {name: cost_named(name).short for name in cost_names()}
     return {name: name for name in (*budgets, *recorded)} | known
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A figure with so many significant digits, and thousands apart; – for none."""
-    if value is None or math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    if value == 0:
-        return "0"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{decimals}f}"
-
-
-def percent(share: float | None) -> str:
-    """A share as a percentage with one decimal."""
-    return "–" if share is None else f"{100 * share:.1f}{NBSP}%"
-
-
-def change(after: float | None, before: float | None) -> str:
-    """The difference in percent of what was before."""
-    if after is None or not before:
-        return "–"
-    return f"{100 * (after / before - 1):+.1f}{NBSP}%".replace("-", "−")
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds, minutes or hours, with the unit."""
-    if seconds is None:
-        return "–"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _cards(plain: Plain) -> list[dict[str, str]]:
@@ -112,8 +82,7 @@ def _cards(plain: Plain) -> list[dict[str, str]]:
             }
         )
     accuracy = plain["accuracy"]
-    present = {name for row in accuracy for name in row}
-    headline = next((name for name in ("map", "map_images") if name in present), "top1")
+    headline = headline_of(accuracy)
     values = [(row["when"], row[headline]) for row in accuracy if headline in row]
     if values:
         detail = ", ".join(f"{value:.1f} {when}" for when, value in values[:-1])
@@ -183,6 +152,22 @@ def _localization(plain: Plain) -> list[Plain]:
     return tables
 
 
+def _classes(plain: Plain) -> list[Plain]:
+    """Rows of classes with the difference in points, the largest first."""
+    rows = plain["predictions"]["classes"] if plain["predictions"] else []
+    changes = sorted(rows, key=lambda row: -abs(row["after"] - row["before"]))
+    return [
+        {**row, "difference": f"{100 * (row['after'] - row['before']):+.1f}".replace("-", "−")}
+        for row in changes
+    ]
+
+
+def _said(answer: Plain) -> str:
+    """A network's answer to an image, in a few words."""
+    sure = f"{100 * answer['probability']:.0f} %".replace(" ", NBSP)
+    return f"{answer['name']} {sure}{NBSP}{'✓' if answer['right'] else '✗'}"
+
+
 def _figure(key: str, value: float | None) -> str:
     if value is None:
         return "–"
@@ -195,7 +180,6 @@ def _speed(plain: Plain) -> list[Plain]:
     for batch_size in dict.fromkeys(row["batch_size"] for row in plain["speed"]):
         rows = [row for row in plain["speed"] if row["batch_size"] == batch_size]
         ratio = rows[0]["p50"] / rows[1]["p50"] if len(rows) == 2 else None
-        detail = " → ".join(f"{1000 * row['p50']:.2f}" for row in rows)
-        detail += f" ms a batch, median of {rows[0]['num_batches']}"
+        detail = " → ".join(number(1000 * row["p50"]) for row in rows) + " ms"
         tables.append({"batch_size": batch_size, "rows": rows, "ratio": ratio, "detail": detail})
     return tables

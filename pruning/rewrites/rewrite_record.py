@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from image_classification.observe.html_table import html_table
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.groups import Group
 
@@ -57,6 +58,14 @@ class RewriteRecord:
         return (
             f"rewrite {self.rewrite}: {widths or 'nothing to remove'}; {costs} of the original{losses}{repair}{moved}; "
             f"{sum(self.seconds.values()):.2f} s"
+        )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the widths before and after, and a line of costs."""
+        rows = [(name, before, after) for name, (before, after) in self.widths.items()]
+        when = f" after iteration {self.iteration}" if self.iteration >= 0 else ""
+        return html_table(
+            f"Rewrite {self.rewrite}{when}", ("group", "before", "after"), rows, [self.describe()]
         )
 
 

@@ -6,15 +6,14 @@ Composes the parts that `image_classification.job` builds; every decision lives 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
 from explainers.live import SaliencyGallery
 from image_classification import job as jobs
 from image_classification.callbacks import Callback
-from image_classification.cli import parse_config
 from image_classification.config import check, section
 from image_classification.distributed import Distributed
-from image_classification.verbs import Verb, configured
+from image_classification.verbs import configured
 from pruning.training import distill as distillations
 from pruning.training import unstructured as weights
 from pruning.training.distill import DistillConfig
@@ -23,10 +22,6 @@ from pruning.training.pruning_config import PruningConfig
 from pruning.training.repair_flags import RepairConfig
 from pruning.training.scored import PruningCallback
 from pruning.training.unstructured import UnstructuredConfig, UnstructuredPruning
-
-DESCRIPTION = (
-    "Train, prune, fine-tune and evaluate image classifiers on folders, CIFAR, VOC or the embedded shapes."
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,12 +77,6 @@ def run(configs: MainConfig, distributed: Distributed) -> None:
         job.close()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, run, and return the exit code."""
-    configs = parse_config(MainConfig, argv, prog="main.py", description=DESCRIPTION)
-    return run_main(configs)
-
-
 def run_main(configs: MainConfig) -> int:
     """Run the job among the ranks; its exit code."""
     return jobs.run_job(configs, run)
@@ -99,16 +88,7 @@ def _prune(given: Mapping[str, object]) -> dict[str, object]:
     return {} if any(given.get(way) for way in ways) else {"iterative_pruning": True}
 
 
-def _verb(defaults: Callable[[Mapping[str, object]], Mapping[str, object]]) -> Verb[MainConfig]:
-    """The job with other defaults."""
-
-    def parse(argv: Sequence[str], prog: str, description: str) -> MainConfig:
-        return parse_config(MainConfig, argv, prog=prog, description=description, defaults=defaults)
-
-    return Verb(parse, run_main)
-
-
 #: `lucidprune train`, `prune` and `evaluate`.
 TRAIN = configured(MainConfig, run_main)
-PRUNE = _verb(_prune)
-EVALUATE = _verb(lambda given: {"evaluate": True})
+PRUNE = configured(MainConfig, run_main, _prune)
+EVALUATE = configured(MainConfig, run_main, lambda given: {"evaluate": True})

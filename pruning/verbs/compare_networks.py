@@ -17,7 +17,7 @@ from image_classification.file_writing import write_text
 from image_classification.verbs import declared
 from pruning.report.measure import accuracy_of
 from pruning.report.networks import cost_rows, costs_of, layer_widths, load_network, same_architecture
-from pruning.report.page import change, number
+from pruning.report.wording import change, number
 from pruning.verbs.images import open_validation, size_of
 
 

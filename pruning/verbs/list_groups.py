@@ -14,6 +14,7 @@ from rich.table import Table
 from image_classification.file_writing import write_text
 from image_classification.verbs import declared
 from pruning.engine.channel_graph import ChannelGraph, Constraints
+from pruning.engine.group_rows import module_words, reason_words, width_words
 from pruning.engine.trace_groups import trace_groups
 from pruning.training.pruning_config import parse_limits
 from pruning.verbs.images import example_images, network_of, size_of
@@ -52,28 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
         parse_limits(arguments.prune_limit),
     )
     graph = trace_groups(model, example_images(size), constraints=constraints)
-    rows = [_group_row(graph, index) for index in range(len(graph.groups))]
+    rows = graph.rows()
     _print_groups(arguments.arch, graph, rows, arguments.members)
     if arguments.json is not None:
         write_text(arguments.json, json.dumps({"arch": arguments.arch, "groups": rows}, indent=2) + "\n")
     return 0
-
-
-def _group_row(graph: ChannelGraph, index: int) -> dict[str, Any]:
-    """One group as plain data."""
-    group = graph.groups[index]
-    members = graph.members(group)
-    return {
-        "group": group.name,
-        "width": group.width,
-        "channels_per_unit": group.channels_per_unit,
-        "least_width": graph.allowed_widths(group)[0],
-        "modules": list(dict.fromkeys(member.tensor.rpartition(".")[0] for member in members)),
-        "tensors": [{"name": m.tensor, "dim": m.dim, "role": m.role} for m in members],
-        "prunable": group.prunable,
-        "reason": group.reason,
-        "notes": list(group.notes),
-    }
 
 
 def _print_groups(arch: str, graph: ChannelGraph, rows: list[dict[str, Any]], with_members: bool) -> None:
@@ -84,11 +68,10 @@ def _print_groups(arch: str, graph: ChannelGraph, rows: list[dict[str, Any]], wi
     table.add_column("coupled modules", overflow="fold")
     table.add_column("why not, or what to know", overflow="fold")
     for row in rows:
-        modules = row["modules"] if with_members or len(row["modules"]) <= 4 else [*row["modules"][:3], "…"]
-        unit = f" × {row['channels_per_unit']}" if row["channels_per_unit"] > 1 else ""
-        why = "; ".join(filter(None, [row["reason"], *row["notes"]]))
         least = str(row["least_width"]) if row["prunable"] else "–"
-        table.add_row(row["group"], f"{row['width']}{unit}", least, ", ".join(modules), why)
+        table.add_row(
+            row["group"], width_words(row), least, module_words(row, with_members), reason_words(row)
+        )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 

@@ -11,7 +11,7 @@ import torch
 from support.commands import ROOT
 
 from image_classification.models import ModelError, arch_info, create_model, identity_of, model_for_weights
-from image_classification.models.own_code import trust
+from image_classification.trusted_code import trust
 from pruning import load_pruned, prune, save_pruned
 
 CODE = """
@@ -77,7 +77,7 @@ def test_a_file_alone_runs_no_code(module: str, tmp_path: Path, monkeypatch: pyt
     images = torch.randn(3, 3, 16, 16)
     wanted = model.eval()(images)
 
-    monkeypatch.setattr("image_classification.models.own_code._trusted", set())
+    monkeypatch.setattr("image_classification.trusted_code._trusted", set())
     with pytest.raises(ModelError, match=f"--plugin {module}"):
         load_pruned("small.pth")
     with pytest.raises(ModelError, match=f"--plugin {module}"):

@@ -27,6 +27,8 @@ SHORT = {
     "--workers": "1",
     "--device": "cpu",
 }
+#: Verbs that train.
+TRAINING = (["lucidprune", "train"], ["lucidprune", "prune"])
 
 
 def commands_in(text: str, start: str = "python") -> list[str]:
@@ -78,7 +80,7 @@ def shortened(command: str, replaced: Mapping[str, str], workspace: Path) -> lis
     words = [word for word in shlex.split(command) if not word.startswith("CUDA_VISIBLE_DEVICES=")]
     if "--nproc_per_node" in words:
         words[words.index("--nproc_per_node") + 1] = "2"
-    if any(word.endswith("main.py") for word in words):
+    if any(word.endswith("main.py") for word in words) or words[:2] in TRAINING:
         words += [word for flag in (SHORT | {"--workspace": str(workspace)}).items() for word in flag]
     return [sys.executable if word == "python" else word for word in words]
 
@@ -99,11 +101,15 @@ def run_here(words: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
     """As `run`, in this process, by the function that the command line calls: nothing is imported anew.
 
     Args:
-        words: `PYTHON main.py …` or `PYTHON -m PACKAGE …`, as `shortened` returns them; others are left to `run`.
+        words: `PYTHON main.py …`, `PYTHON -m PACKAGE …` or `lucidprune …`, as `shortened` returns them; others are left
+            to `run`.
         cache: The cache folder.
     """
     program = [word.removeprefix("./") for word in words[1:3]]
-    if program[0] == "main.py":
+    front = "main"
+    if words[0] == "lucidprune":
+        module, front, arguments = "pruning.__main__", "lucidprune", words[1:]
+    elif program[0] == "main.py":
         module, arguments = "main", words[2:]
     elif program[0] == "-m":
         module, arguments = f"{program[1]}.__main__", words[3:]
@@ -121,7 +127,7 @@ def run_here(words: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
         file = "main.py" if module == "main" else str(importlib.import_module(module).__file__)
         patch.setattr(sys, "argv", [file, *arguments])
         try:
-            status = importlib.import_module(module).main(arguments)
+            status = getattr(importlib.import_module(module), front)(arguments)
         except SystemExit as stop:
             status = int(stop.code or 0)
     return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())

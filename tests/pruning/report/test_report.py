@@ -21,12 +21,13 @@ from image_classification.inference_speed import SpeedRow
 from image_classification.models import read_safely
 from image_classification.observe.json_report import read_report
 from pruning.__main__ import main
-from pruning.report import content, page, speed
+from pruning.report import charts, content, speed, wording
 from pruning.report.content import score_table, width_table
 from pruning.report.lineage import Lineage, Stage, find_lineage, rewrites_of
 from pruning.report.networks import Network
 from pruning.report.speed import compare_speed
 from pruning.report.trajectory import Trajectory, last_accuracy, trajectory_of
+from pruning.report.verdict import verdict
 
 DATA = "shapes:train=96,val=24"
 SMALL = [
@@ -281,7 +282,82 @@ def test_tables_of_widths_and_scores() -> None:
     ],
 )
 def test_numbers_for_people(value: float | None, digits: int, text: str) -> None:
-    assert page.number(value, digits) == text
+    assert wording.number(value, digits) == text
+
+
+def test_words_for_people() -> None:
+    assert wording.date("2026-11-29T16:05:31+00:00") == "29 November 2026, 16:05 UTC"
+    assert wording.date("2026-01-02T23:30:00-02:00") == "3 January 2026, 01:30 UTC"
+    assert wording.date("2026-01-02T23:30:00") == "2 January 2026, 23:30"
+    assert wording.counted(1, "rewrite") == "1 rewrite"
+    assert wording.counted(0, "process", "processes") == "0 processes"
+    assert wording.counted(1200, "thread") == "1,200 threads"
+    assert wording.number(100.0, 2) == "100"
+    assert wording.change(1.0, 1.0).startswith("±0")
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 20), (10, 20), (294, 300), (300, 300)])
+def test_the_interval_is_where_the_share_is_within_two_deviations(right: int, count: int) -> None:
+    """Wilson's interval holds the true shares from which the counted one is less than 1.96 deviations away."""
+    share = right / count
+    low, high = wording.interval(share, count)
+    assert -1e-12 <= low <= share + 1e-12
+    assert share - 1e-12 <= high <= 1 + 1e-12
+    for edge in (low, high):
+        if 1e-9 < edge < 1 - 1e-9:
+            assert abs(share - edge) == pytest.approx(1.96 * (edge * (1 - edge) / count) ** 0.5)
+
+
+def test_a_single_rewrite_is_bars() -> None:
+    groups = ["a", "b"]
+    one = charts.rewrites(np.array([[0.5], [1.0]]), groups, [1])
+    several = charts.rewrites(np.array([[0.5, 0.5], [1.0, 0.2]]), groups, [1, 2])
+    assert one is not None
+    assert several is not None
+    for form in ("wide", "narrow"):
+        assert "<image" not in one[form]
+        assert "<image" in several[form]
+
+
+def test_the_verdict_comes_first_and_says_what_is_not_known(
+    runs: Path, report: tuple[str, dict[str, Any]]
+) -> None:
+    text, plain = report
+    found = verdict(plain)
+    assert text.index('class="verdict"') < text.index('class="cards"')
+    assert found["path"] == str(runs / "finetune" / "checkpoint.pth.tar")
+    names: dict[str, Any] = {}
+    exec(compile(found["code"], "report", "exec"), names)
+    assert not names["model"].training
+    lines = dict(found["lines"])
+    assert f"{plain['accuracy'][-1]['top1']:.1f} %" in lines["Accuracy"]
+    assert "24 images" in lines["Accuracy"]
+    assert "not what pruning costs" in lines["Accuracy"]
+    assert "of 12 validation images" in lines["Same answers"]
+    for batch in (1, 2):
+        assert "median of 5 batches" in lines[f"Latency, batch {batch}"]
+    assert "not what pruning costs" not in dict(verdict(trained_as_long(plain))["lines"])["Accuracy"]
+
+
+def trained_as_long(plain: dict[str, Any]) -> dict[str, Any]:
+    return {**plain, "accuracy": [{**row, "epochs": 9} for row in plain["accuracy"]]}
+
+
+def test_answers_are_compared_class_by_class(report: tuple[str, dict[str, Any]]) -> None:
+    text, plain = report
+    found = plain["predictions"]
+    assert found["num_images"] == sum(row["count"] for row in found["classes"]) == 12
+    assert 0 <= found["agreement"] <= 1
+    assert all(0 <= row[when] <= 1 for row in found["classes"] for when in ("before", "after"))
+    assert text.count("✓") + text.count("✗") == 2 + 2 * 8  # the legend, and two networks over eight images
+
+
+def test_nothing_is_counted_in_machine_words(report: tuple[str, dict[str, Any]]) -> None:
+    text, _ = report
+    shown = re.sub(r"<(style|pre|svg).*?</\1>|<[^>]+>", " ", text, flags=re.DOTALL)
+    assert not re.search(r"\b1 (?:rewrites|threads|cores|processes|images)\b", shown)
+    assert not re.search(r"\d\d\d\d-\d\d-\d\dT", shown)
+    assert not re.search(r"\de[+-]\d\d", shown)
 
 
 def test_the_rewrite_of_learned_gates_is_a_rewrite() -> None:

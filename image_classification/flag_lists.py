@@ -1,0 +1,192 @@
+"""What verbs can be told, listed in a file of each package: help and slips are answered from it, without PyTorch.
+
+The flags stand beside the code that they configure, and criteria, networks and methods enter themselves into registers
+when they are imported: to know every choice takes seconds of imports. So `make flags` asks each verb for its parser
+once and writes what it says into `flags.json`; a test compares. The file decides nothing: a command line that it finds
+no fault with is read by the verb itself. So are all of them once torch is loaded: nothing would be saved any more, and
+a program may have registered things of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from image_classification.cli import Option, Parser, from_command_line, named_plugins
+from image_classification.config import FlagSpec, told
+from image_classification.older_commands import translated
+
+NAME = "flags.json"
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("image_classification", "explainers", "pruning")
+#: Files of one checkout or installation are written within this time, in any order.
+_SLACK_SECONDS = 60.0
+_TYPES: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str, "Path": Path}
+_ACTIONS = {
+    argparse._StoreAction: "store",
+    argparse._AppendAction: "append",
+    argparse._StoreTrueAction: "store_true",
+    argparse.BooleanOptionalAction: "switch",
+}
+
+Plain = dict[str, Any]
+
+
+def answer(verb: str, words: Sequence[str], prog: str, description: str) -> None:
+    """Print help or an error and exit, where the list is enough to tell; otherwise do nothing.
+
+    Args:
+        verb: Module of the verb, or `module:NAME`.
+        words: The command line behind the verb.
+        prog, description: For help and errors.
+
+    Raises:
+        SystemExit: Status 0 after help, 2 after an error.
+    """
+    parser = None if "torch" in sys.modules else listed_parser(verb, prog, description)
+    if parser is None:
+        return
+    try:
+        if any(named_plugins(words)):  # which may bring flags and choices
+            return
+        ours, _ = translated(words, parser._option_string_actions)
+        given = vars(parser.parse_or_fail(ours))
+        for key, option in parser.options.items():
+            if key in given:
+                from_command_line(option, given[key])
+    except (ValueError, OSError) as error:
+        parser.error(told(error))
+
+
+def listed_parser(verb: str, prog: str, description: str, *, or_older: bool = False) -> Parser | None:
+    """The parser of a verb as its package lists it; None where nothing is listed.
+
+    Args:
+        verb, prog, description: See `answer`.
+        or_older: Take a list also if source is newer, and so may say something else.
+    """
+    path = ROOT / verb.partition(".")[0] / NAME
+    if not path.is_file() or not (or_older or path.stat().st_mtime + _SLACK_SECONDS >= _newest_source()):
+        return None
+    listed = json.loads(path.read_text(encoding="utf-8"))
+    if verb not in listed["verbs"]:
+        return None
+    return _rebuilt(listed["verbs"][verb], listed["groups"], prog, description)
+
+
+def _newest_source() -> float:
+    files = (file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
+    return max(file.stat().st_mtime for file in files)
+
+
+def list_of(parsers: dict[str, Parser]) -> Plain:
+    """The content of `flags.json`: groups of flags, each once, and the groups that each verb has.
+
+    Args:
+        parsers: Verb → its parser.
+    """
+    groups: list[Plain] = []
+    verbs = {}
+    for verb, parser in parsers.items():
+        numbers = []
+        for group in parser._action_groups:
+            plain = _plain_group(group, parser)
+            if plain not in groups:
+                groups.append(plain)
+            numbers.append(groups.index(plain))
+        verbs[verb] = {
+            "usage": parser.usage,
+            "abbreviations": parser.allow_abbrev,
+            "groups": numbers,
+        }
+    return {"verbs": verbs, "groups": groups}
+
+
+def _plain_group(group: argparse._ArgumentGroup, parser: Parser) -> Plain:
+    actions = [action for action in group._group_actions if not isinstance(action, argparse._HelpAction)]
+    return {
+        "title": group.title,
+        "actions": [_plain_action(action, parser) for action in actions],
+    }
+
+
+def _plain_action(action: argparse.Action, parser: Parser) -> Plain:
+    """What differs from an argument that says nothing but its name."""
+    option = parser.options.get(action.dest)
+    names = action.option_strings
+    if isinstance(action, argparse.BooleanOptionalAction):
+        names = [name for name in names if not (name.startswith("--no-") and f"--{name[5:]}" in names)]
+        action.help = (action.help or "").removesuffix(
+            " (default: %(default)s)"
+        )  # as Python before 3.13 adds it
+    expanded = parser._get_formatter()._expand_help(action) if action.help else ""
+    plain = {
+        "names": names,
+        "dest": action.dest,
+        "action": _ACTIONS[type(action)],
+        "nargs": None if action.nargs == 0 else action.nargs,
+        "metavar": action.metavar,
+        "required": bool(names) and action.required,
+        "choices": None if action.choices is None else list(action.choices),
+        "type": getattr(action.type, "__name__", None),
+        "const": action.const if names and _ACTIONS[type(action)] == "store" else None,
+        "help": expanded.replace("%", "%%"),
+        "option": None if option is None else _plain_option(option),
+    }
+    plain["type"] = plain["type"] if plain["type"] in _TYPES else None
+    return {key: value for key, value in plain.items() if value not in (None, False)}
+
+
+def _plain_option(option: Option) -> Plain:
+    """What is needed to check a word."""
+    kind = getattr(option.scalar_type, "__name__", "")
+    plain = {
+        "name": option.flag_name,
+        "type": kind if option.spec.parse is None and kind in _TYPES else "str",
+        "choices": None if option.choices is None else list(option.choices),
+        "list": option.is_list,
+        "empty": option.spec.may_be_empty,
+    }
+    return {key: value for key, value in plain.items() if value not in (None, False)}
+
+
+def _rebuilt(verb: Plain, groups: Sequence[Plain], prog: str, description: str) -> Parser:
+    parser = Parser(prog, description, usage=verb["usage"], allow_abbrev=verb["abbreviations"])
+    for number in verb["groups"]:
+        title, actions = groups[number]["title"], groups[number]["actions"]
+        known = {group.title: group for group in parser._action_groups}
+        group = known.get(title) or parser.add_argument_group(title)
+        for action in actions:
+            _add(group.add_argument, action)
+            if "option" in action:
+                parser.options[action["dest"]] = _rebuilt_option(action["dest"], action["option"])
+    return parser
+
+
+def _add(add_argument: Callable[..., argparse.Action], plain: Plain) -> None:
+    kind = plain["action"]
+    settings: Plain = {
+        name: plain[name] for name in ("nargs", "metavar", "choices", "const") if name in plain
+    }
+    settings |= {"help": plain["help"], "default": argparse.SUPPRESS} if "help" in plain else {}
+    settings |= {"type": _TYPES[plain["type"]]} if "type" in plain else {}
+    settings |= {"action": argparse.BooleanOptionalAction if kind == "switch" else kind}
+    if not plain["names"]:
+        add_argument(plain["dest"], **settings)
+        return
+    add_argument(*plain["names"], dest=plain["dest"], required=plain.get("required", False), **settings)
+
+
+def _rebuilt_option(key: str, plain: Plain) -> Option:
+    spec = FlagSpec(
+        names=(plain["name"],),
+        help="",
+        choices=plain.get("choices"),
+        repeatable=plain.get("list", False),
+        may_be_empty=plain.get("empty", False),
+    )
+    return Option(section="", field=key, spec=spec, annotation=_TYPES[plain["type"]], default=None)

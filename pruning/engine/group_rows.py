@@ -1,0 +1,70 @@
+"""The groups of a channel graph as a table: for people on a command line and in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from image_classification.observe.html_table import html_table
+from pruning.engine.groups import Group, Member
+
+_NUM_MODULES = 3
+
+
+def group_row(group: Group, least_width: int, members: Sequence[Member]) -> dict[str, Any]:
+    """One group as plain data.
+
+    Args:
+        group: The group.
+        least_width: How narrow it may become.
+        members: The dimensions of tensors that carry it.
+    """
+    return {
+        "group": group.name,
+        "width": group.width,
+        "channels_per_unit": group.channels_per_unit,
+        "least_width": least_width,
+        "modules": list(dict.fromkeys(member.tensor.rpartition(".")[0] for member in members)),
+        "tensors": [{"name": m.tensor, "dim": m.dim, "role": m.role} for m in members],
+        "prunable": group.prunable,
+        "reason": group.reason,
+        "notes": list(group.notes),
+    }
+
+
+def width_words(row: dict[str, Any]) -> str:
+    """The width of a group's row, with the channels of a unit where they are several."""
+    unit = f" × {row['channels_per_unit']}" if row["channels_per_unit"] > 1 else ""
+    return f"{row['width']}{unit}"
+
+
+def module_words(row: dict[str, Any], everything: bool = False) -> str:
+    """The modules of a group's row, the first ones where they are many."""
+    modules = row["modules"]
+    if not everything and len(modules) > _NUM_MODULES + 1:
+        modules = [*modules[:_NUM_MODULES], "…"]
+    return ", ".join(modules)
+
+
+def reason_words(row: dict[str, Any]) -> str:
+    """Why a group cannot be pruned, and what to know of it."""
+    return "; ".join(filter(None, [row["reason"], *row["notes"]]))
+
+
+def groups_html(rows: Sequence[dict[str, Any]]) -> str:
+    """The table that a notebook shows of the rows of all groups."""
+    num_prunable = sum(row["prunable"] for row in rows)
+    return html_table(
+        f"{num_prunable} of {len(rows)} channel groups can be pruned",
+        ("group", "width", "least", "coupled modules", "why not, or what to know"),
+        [
+            (
+                row["group"],
+                row["width"] if row["channels_per_unit"] == 1 else width_words(row),
+                row["least_width"] if row["prunable"] else None,
+                module_words(row),
+                reason_words(row),
+            )
+            for row in rows
+        ],
+    )
