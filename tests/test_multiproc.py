@@ -232,7 +232,7 @@ def test_ranks_end_with_their_launcher(script, tmp_path):
 def test_signals_of_the_first_seconds_have_the_same_codes_and_leave_no_rank(tmp_path, signum, code, delays):
     """While the launcher imports, while its ranks do, and when the first one trains, or nearly so."""
     flags = [
-        "shapes:train=64,val=10",
+        "shapes:train=64,val=12",
         "--arch",
         "resnet20",
         "--device",
