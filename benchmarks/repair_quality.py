@@ -133,7 +133,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = BenchmarkParser(__doc__, cpu_only=True)
+    parser = BenchmarkParser(__doc__, cpu_only=True, seeds=[0, 1, 2])
     parser.add_argument(
         "checkpoint", type=Path, nargs="?", help="not for a quick run, which takes a fresh network"
     )
@@ -142,7 +142,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--criteria", nargs="+", default=["magnitude-l2", "discriminant", "reconstruction"])
     parser.add_argument("--num-calibration", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workspace", type=Path, default=Path("runs/repair_quality"))
     quick = {
         "data": "shapes:train=60,val=24",
