@@ -4,7 +4,7 @@
 
 Sizes are measured: a rewrite runs in two processes, and rank 0 counts the bytes that it gives to collectives. The
 efficiency is computed from them, from stated bandwidths and a stated speed of one GPU, for a ring in which each rank
-efficiency is computed from them, from stated bandwidths and a stated speed of one GPU, for a ring in which each rank
+sends and receives 2 (n − 1) / n of what is reduced: once with nothing of it hidden behind the backward pass, once with
 all of it but the last bucket (25 MiB, DDP's default).
 """
 
