@@ -94,14 +94,19 @@ def torch_pruning(
         "BN scale": lambda: tp.importance.BNScaleImportance(),
         "Taylor": lambda: tp.importance.GroupTaylorImportance(),
     }
+    gradients: list[Tensor | None] = []
+    if importance == "Taylor":
+        source = copy.deepcopy(model)
+        for part, targets in zip(images.split(_CHUNK), labels.split(_CHUNK), strict=True):
+            (nn.functional.cross_entropy(source(part), targets) * len(part)).backward()
+        gradients = [parameter.grad for parameter in source.parameters()]
     reference, _ = tp.utils.count_ops_and_params(model, images[:1])
     low, high, best = 0.0, 0.9, model
     for _ in range(8):  # the share of channels that gives the MACs
         middle = (low + high) / 2
         trial = copy.deepcopy(model)
-        if importance == "Taylor":
-            for part, targets in zip(images.split(_CHUNK), labels.split(_CHUNK), strict=True):
-                (nn.functional.cross_entropy(trial(part), targets) * len(part)).backward()
+        for parameter, gradient in zip(trial.parameters(), gradients, strict=False):
+            parameter.grad = None if gradient is None else gradient.clone()
         head = [module for module in trial.modules() if isinstance(module, nn.Linear)][-1]
         tp.pruner.MetaPruner(
             trial, images[:1], importance=kinds[importance](), pruning_ratio=middle, ignored_layers=[head]
