@@ -3,7 +3,8 @@
 The target of saliency-matching pruning (Ganjdanesh et al., "Interpretations steered network pruning via amortized
 inferred saliency maps", ECCV 2022) is φ(x; 1) of the network that pruning began with, through all rewrites and all
 training between them. It is computed once on the calibration images and kept by the images' content, so that it
-does not matter which rank, batch or order an image comes in, nor whether the run was resumed.
+does not matter which rank, batch or order an image comes in, nor whether the run was resumed. An image that a decoder
+gives with other last bits (a GPU's may, another one's will) is found by its thumbnail.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from explainers.differentiable.explanation import ExplainedClass, Explanation, explained_classes
@@ -23,12 +25,22 @@ from image_classification.config import ConfigError
 from image_classification.distributed import Distributed
 from image_classification.models import evaluating, main_and_auxiliary_logits
 
+_THUMBNAIL = 8  # pixels a side
+_SAME_IMAGE = (
+    0.02  # root mean square between two thumbnails; decoders differ by a tenth of it, images by ten times
+)
+
 
 def image_keys(images: Tensor) -> list[int]:
     """A 64-bit number per image that depends on its pixels only. Reads the images on the host."""
     host = images.detach().float().cpu().contiguous()
     digests = (hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest() for image in host)
     return [int.from_bytes(digest, "little", signed=True) for digest in digests]
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """(N, C · 64) float32 on the CPU: what images look like from afar, in units of their normalisation."""
+    return F.adaptive_avg_pool2d(images.detach().float(), _THUMBNAIL).flatten(1).cpu()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +86,7 @@ class OriginalExplanations:
         self._rows: dict[int, int] = {}
         self._values = torch.zeros(0, 0)
         self._classes = torch.zeros(0, dtype=torch.int64)
+        self._thumbnails = torch.zeros(0, 0)
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -109,6 +122,7 @@ class OriginalExplanations:
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
         keys, classes = [nothing], [nothing]
         values: list[Tensor] = []
+        seen: list[Tensor] = []
         with evaluating(model, keep_random_state=True):
             for images, targets in batches:
                 with autocast():
@@ -117,15 +131,30 @@ class OriginalExplanations:
                     values.append(self.present(model, images, chosen).float())
                 keys.append(torch.tensor(image_keys(images), dtype=torch.int64, device=device))
                 classes.append(chosen)
-        all_values = torch.cat(values) if values else torch.zeros(0, 0, device=device)
-        gathered = (
-            distributed.gather_rows(rows).cpu() for rows in (torch.cat(keys), all_values, torch.cat(classes))
+                seen.append(thumbnails(images).to(device))
+        none = torch.zeros(0, 0, device=device)
+        columns = (
+            torch.cat(keys),
+            torch.cat(values or [none]),
+            torch.cat(classes),
+            torch.cat(seen or [none]),
         )
-        self._take(*gathered)
+        self._take(*(distributed.gather_rows(column).cpu() for column in columns))
 
-    def _take(self, keys: Tensor, values: Tensor, classes: Tensor) -> None:
+    def _take(self, keys: Tensor, values: Tensor, classes: Tensor, seen: Tensor) -> None:
         self._rows = {key: row for row, key in enumerate(keys.tolist())}
-        self._values, self._classes = values, classes
+        self._values, self._classes, self._thumbnails = values, classes, seen
+
+    def _found(self, images: Tensor) -> list[int | None]:
+        """Row of every image; None for one that is not known."""
+        rows = [self._rows.get(key) for key in image_keys(images)]
+        if None in rows and self._thumbnails.shape[1:] == (images.shape[1] * _THUMBNAIL**2,):
+            distances = torch.cdist(thumbnails(images), self._thumbnails) / self._thumbnails.shape[1] ** 0.5
+            nearest = distances.min(dim=1)
+            for number, (distance, row) in enumerate(zip(*(n.tolist() for n in nearest), strict=True)):
+                if rows[number] is None and distance < _SAME_IMAGE:
+                    rows[number] = row
+        return rows
 
     def lookup(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Classes (N,) and original φ (N, K) of images, on their device.
@@ -137,19 +166,19 @@ class OriginalExplanations:
             raise ValueError(
                 "no original explanation is known yet: call `remember` on the network to be pruned first"
             )
-        try:
-            rows = [self._rows[key] for key in image_keys(images)]
-        except KeyError:
+        rows = [row for row in self._found(images) if row is not None]
+        if len(rows) < len(images):
             raise ValueError(
                 "a calibration image is not one of those whose original explanation is known: resume with the data, "
-                "--image-size, --calibration-size, --calibration-batches and --data-backend that the run was started "
-                "with"
-            ) from None
+                "--image-size, --calibration-size and --calibration-batches that the run was started with"
+            )
         return self._classes[rows].to(images.device), self._values[rows].to(images.device)
 
     def keys(self, images: Tensor) -> list[int]:
-        """See `image_keys`."""
-        return image_keys(images)
+        """A number per image: that of the remembered image (see `image_keys`), or its own."""
+        known = {row: key for key, row in self._rows.items()}
+        pairs = zip(self._found(images), image_keys(images), strict=True)
+        return [own if row is None else known.get(row, own) for row, own in pairs]
 
     def gated(self, model: nn.Module, images: Tensor, classes: Tensor, gate: FeatureGate) -> Tensor:
         """φ (N, K) of the network as it is, its feature maps read through `gate`."""
@@ -200,6 +229,7 @@ class OriginalExplanations:
             "keys": keys,
             "values": self._values[rows],
             "classes": self._classes[rows],
+            "thumbnails": self._thumbnails[rows],
             "kept": dict(self.kept),
             "source": None if self.source is None else dataclasses.asdict(self.source),
         }
@@ -216,6 +246,7 @@ class OriginalExplanations:
                 f"{self.source}: the run to resume follows another explanation, that of {Source(**known)}: give the "
                 "one that it was started with, or start afresh"
             )
-        self._take(state["keys"], state["values"], state["classes"])
+        none = torch.zeros(len(state["keys"]), 0)  # as older versions have kept it
+        self._take(state["keys"], state["values"], state["classes"], state.get("thumbnails", none))
         self.kept = dict(state["kept"])
         self.present = self._whole.rewritten(self.kept)

@@ -299,6 +299,18 @@ def test_a_image_that_occurs_twice_survives_a_checkpoint(network: nn.Module) -> 
         assert torch.equal(known, again)
 
 
+def test_an_image_that_another_decoder_has_read_is_the_same(network: nn.Module) -> None:
+    """Off by a grey level here and there, also after a resume; the random signs of the score are the same too."""
+    images, targets = make_batches(1)[0]
+    originals, resumed = remembered(network, [(images, targets)]), OriginalExplanations(READ_OUT)
+    resumed.load_state_dict(originals.state_dict())
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
+    decoded = (images + 0.017 * torch.randint(-1, 2, images.shape))[order]
+    for found, known in zip(resumed.lookup(decoded), originals.lookup(images[order]), strict=True):
+        assert torch.equal(found, known)
+    assert resumed.keys(decoded) == originals.keys(images[order])
+
+
 def test_combination_with_another_criterion(network: nn.Module) -> None:
     graph, batches = trace(network), make_batches(1)
     originals = remembered(network, batches)
