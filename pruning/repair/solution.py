@@ -26,8 +26,8 @@ from pruning.repair.sums import Evidence
 
 #: Ridges that are tried, from a free fit to one that hardly changes anything.
 RIDGES = (1e-9, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
-#: What the cut changed, relative to the outputs, below which it is rounding: (1e-5)² in variance.
-_NOTHING = 1e-10
+#: Held-out error, as a share of Σ Y², that rounding makes of nothing: products are added up in float32.
+_ROUNDING = 4e-7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def solve(
         trial = fit.ridge(present, ridge, has_bias)
         errors.append(held_out.error(trial, fit.best_bias(trial) if has_bias else constant))
     error, variance = torch.stack(errors), held_out.variance()
-    choice = chosen(error, variance, has_bias)
+    choice = chosen(error, held_out.power(), has_bias)
     strengths = torch.tensor([1.0, 1.0, *ridges], dtype=present.dtype, device=present.device)
     whole = fit.joined(held_out)
     solved = torch.where(choice >= 2, whole.ridge(present, strengths[choice], has_bias), present)
@@ -85,17 +85,17 @@ def solve(
     return Solution(solved, bias, torch.stack([error[0] / scale, error[choice] / scale, strength]))
 
 
-def chosen(errors: Tensor, variance: Tensor, has_bias: bool) -> Tensor:
+def chosen(errors: Tensor, power: Tensor, has_bias: bool) -> Tensor:
     """Number of the best candidate; 0 where the cut has changed nothing but roundings, or nothing is finite.
 
     Args:
         errors: (number of candidates,) held-out errors: of the present weights, of a change of the bias alone, and of
             the solutions. Those that are not finite become infinite, in place.
-        variance: Held-out variance of the outputs.
+        power: Σ Y² of the held-out outputs.
         has_bias: The bias can change.
     """
     errors.nan_to_num_(float("inf"))
     if not has_bias:
         errors[1] = float("inf")
-    untouched = ~(errors[0] > _NOTHING * variance) | ~(errors[0] < float("inf"))
+    untouched = ~(errors[0] > _ROUNDING * power) | ~(errors[0] < float("inf"))
     return errors.argmin() * ~untouched

@@ -59,7 +59,7 @@ def solve_on_support(
         if number in steps:
             errors.append(held_out.error(trial, fit.best_bias(trial) if has_bias else constant))
     error = torch.stack(errors)
-    choice = chosen(error, held_out.variance(), has_bias)
+    choice = chosen(error, held_out.power(), has_bias)
 
     # As many steps with all images; which ones is decided on the device.
     whole = fit.joined(held_out)

@@ -62,6 +62,9 @@ class Evidence(Protocol):
     def joined(self, other: Evidence) -> Evidence:
         """That of both."""
 
+    def power(self) -> Tensor:
+        """Σ Y² over rows and outputs."""
+
     def variance(self) -> Tensor:
         """Σ (Y − mean(Y))² over rows and outputs."""
 
@@ -171,6 +174,10 @@ class Sums:
         gram = self.gram - mean[:, :, None] * self.inputs[:, None, :]
         return gram, self.cross - mean[:, :, None] * self.outputs[:, None, :]
 
+    def power(self) -> Tensor:
+        """See `Evidence`."""
+        return self.squares.sum()
+
     def variance(self) -> Tensor:
         """See `Evidence`."""
         return (self.squares - self.outputs.square() / self.num_rows).sum()
@@ -251,6 +258,10 @@ class Rows:
             torch.cat([self.outputs, other.outputs], 1),
             self.thinned,
         )
+
+    def power(self) -> Tensor:
+        """See `Evidence`."""
+        return self.outputs.double().square().sum()
 
     def variance(self) -> Tensor:
         """See `Evidence`."""
