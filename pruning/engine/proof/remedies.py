@@ -201,17 +201,6 @@ def couple_otherwise(trouble: Trouble, measures: Measures) -> Measures | None:
     return _flipped(trouble, measures, trouble.siblings, frozenset(FLIPPED))
 
 
-def couple_parts_otherwise(trouble: Trouble, measures: Measures) -> Measures | None:
-    """So do PyTorch's own layers within the kind's modules: a grouped convolution before a shuffle."""
-    modules = dict(trouble.case.model.named_modules())
-    parts = {
-        name
-        for name, module in modules.items()
-        if name and name.rpartition(".")[0] in trouble.siblings and is_native(module)
-    }
-    return _flipped(trouble, measures, frozenset(parts), BLOCKWISE)
-
-
 def couple_culprit_otherwise(trouble: Trouble, measures: Measures) -> Measures | None:
     """What a module computes otherwise may come of whole groups that went before it: then the same positions of all."""
     if trouble.failure.raised:
@@ -306,7 +295,6 @@ REMEDIES: tuple[Remedy, ...] = (
     _tie_shapes("input"),
     _tie_shapes("divisors"),
     _tie_shapes("parts"),
-    couple_parts_otherwise,
     couple_culprit_otherwise,
 )
 

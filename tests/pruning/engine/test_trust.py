@@ -612,6 +612,8 @@ def test_what_cannot_run_is_refused_in_words() -> None:
         trace_groups(BySize(), "images")
     with pytest.raises(SettingError, match="no parameters"):
         trace_groups(nn.ReLU(), IMAGES)
+    with pytest.raises(SettingError, match=r"'1' is a TorchScript module"):
+        trace_groups(nn.Sequential(conv(3, 4), torch.jit.script(nn.Conv2d(4, 2, 1))), IMAGES)
 
 
 # -- the second rewrite ------------------------------------------------------------------------------------
