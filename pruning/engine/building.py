@@ -116,16 +116,22 @@ def _group_counts(model: nn.Module, labeller: Labeller, coupling: Coupling) -> l
 
 
 def _bare_norms(model: nn.Module, places: list[Place]) -> list[AttributeAxis]:
-    """`num_features` of normalisations without tensors, which tensors cannot tell."""
+    """Widths of normalisations without tensors, which tensors cannot tell: `num_features`, `normalized_shape`."""
     modules = dict(model.named_modules())
-    found: dict[str, AttributeAxis] = {}
+    found: dict[tuple[str, int | None], AttributeAxis] = {}
     for place in places:
         module = modules[place.module]
-        if not isinstance(module, nn.modules.batchnorm._NormBase) or place.kind != "output":
+        if place.kind != "output" or [*module.parameters(), *module.buffers()]:
             continue
-        tensors = [*module.parameters(), *module.buffers()]
-        if not tensors and module.num_features == place.units.size:
-            found.setdefault(place.module, AttributeAxis(place.module, "num_features", None, place.units))
+        attribute, item, width = "", None, 0
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            attribute, width = "num_features", module.num_features
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            item = place.dim - len(place.shape) + len(module.normalized_shape)
+            attribute, width = "normalized_shape", module.normalized_shape[item] if item >= 0 else 0
+        if attribute and width == place.units.size:
+            axis = AttributeAxis(place.module, attribute, item, place.units)
+            found.setdefault((place.module, item), axis)
     return list(found.values())
 
 

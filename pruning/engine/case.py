@@ -151,8 +151,13 @@ def refuse_unready(model: nn.Module) -> None:
     """Refuse a network that cannot be analysed at all.
 
     Raises:
-        SettingError: It has no parameters, or a lazy module that has not run yet.
+        SettingError: It has no parameters, a lazy module that has not run yet, or a TorchScript module.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            which = repr(name) if name else "the network"
+            problem = f"{which} is a TorchScript module, whose layers cannot be cut: give the original"
+            raise SettingError("model", type(model).__name__, problem)
     if next(iter(model.parameters()), None) is None:
         raise SettingError("model", type(model).__name__, "the network has no parameters: nothing to prune")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -37,6 +37,12 @@ class Rules:
     write: Rule
 
 
+#: Operators that take nothing but a shape from a tensor.
+_LIKE = frozenset(
+    "rand_like randn_like full_like zeros_like ones_like empty_like new_zeros new_ones new_full new_empty".split()
+)
+#: Operators whose input nobody reads if nobody reads their result.
+_PARTS = frozenset("slice select unsqueeze squeeze detach alias narrow".split())
 _MOST_CHANNELS = 1 << 16  # a longer dimension is no channels but a flattened tensor
 
 
@@ -122,6 +128,7 @@ class Labeller:
         self._rules = rules
         self._trace: Trace | None = None
         self._kernels: set[str] = set()
+        self._read: set[int] = set()
 
     # -- running -------------------------------------------------------------------------------------------
 
@@ -130,6 +137,7 @@ class Labeller:
         self._trace = trace
         self.values.append([None] * len(trace.tensors))
         self._kernels |= kernel_names(trace)
+        self._read = read_values(trace)
         for value in trace.inputs:
             self.values[-1][value] = self._solid_input(value)
         for operation in trace.operations:
@@ -227,6 +235,10 @@ class Labeller:
         number = operation.outputs[position]
         return () if number is None else self.info(number).shape
 
+    def is_read(self, operation: Operation) -> bool:
+        """Whether anything reads the numbers of an operator's first result, rather than its shape alone."""
+        return operation.outputs[0] in self._read
+
     def describe(self, operation: Operation) -> str:
         """`view in 'layer1.0.conv2'`, for people."""
         where = repr(operation.module) if operation.module else "the network itself"
@@ -310,7 +322,7 @@ class Labeller:
         merged: list[Slot] = []
         for value in values:
             for slot in value.slots:
-                merged = self._merge_into(merged, slot)
+                merged = self._merge_into(operation, merged, slot)
         # Another operand that extends along a dimension without labels there has a fixed size. A slot that is fixed
         # along all its dimensions can lose nothing; along some, it can lose whole slices of the others.
         kept = []
@@ -324,14 +336,48 @@ class Labeller:
         free = [d for d in range(len(shape)) if shape[d] > 1 and not any(v.is_solid(d) for v in values)]
         return self.make(operation, shape, kept, frozenset(free))
 
-    def _merge_into(self, merged: list[Slot], slot: Slot) -> list[Slot]:
+    def _merge_into(self, operation: Operation, merged: list[Slot], slot: Slot) -> list[Slot]:
         apart = []
         for other in merged:
-            if set(support(other)) & set(support(slot)):
-                slot = join_slots(self.table, other, slot)
-            else:
+            common = set(support(other)) & set(support(slot))
+            if not common:
                 apart.append(other)
+                continue
+            left, slot = self._meeting(operation, other, slot, tuple(common))
+            apart += left
         return [*apart, slot]
+
+    def _meeting(
+        self, operation: Operation, one: Slot, two: Slot, common: tuple[int, ...]
+    ) -> tuple[list[Slot], Slot]:
+        """Two slots that vary along common dimensions: those that stay apart, and the one for both.
+
+        Where channels of heads (h, d) meet what is the same for all heads (d), either it stays and whole heads go, or
+        the same positions of all heads go. Where (h, d) meets (h, e), heads go, or the same positions of all heads.
+        """
+        small, large = sorted((one, two), key=lambda slot: len(support(slot)))
+        if len(support(large)) == len(common):  # along the same dimensions
+            return [], join_slots(self.table, one, two)
+        if len(support(small)) == len(common):
+            if self.choice(operation, large, "dims") == "dims":
+                return [], join_slots(self.table, one, two)
+            self.table.freeze(small, f"{self.describe(operation)} takes it for all heads alike")
+            return [], self.table.unite_along(large, common)
+        if self.choice(operation, large, "heads") == "heads":
+            return [], join_slots(self.table, one, two)
+        return [self.table.unite_along(one, common)], self.table.unite_along(two, common)
+
+
+def read_values(trace: Trace) -> set[int]:
+    """Values whose numbers matter: of `torch.ones_like(x[:, :1])` those of the part of x do not."""
+    read = set(trace.outputs)
+    for operation in reversed(trace.operations):
+        name = operation_name(operation.func)
+        unread = name in _PARTS and read.isdisjoint(out for out in operation.outputs if out is not None)
+        if name not in _LIKE and not unread:
+            leaves = tree_leaves((operation.args, operation.kwargs))
+            read.update(leaf.value for leaf in leaves if isinstance(leaf, Ref))
+    return read
 
 
 def origins(trace: Trace, value: int) -> Iterator[str]:

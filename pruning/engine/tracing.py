@@ -48,7 +48,7 @@ class TensorInfo:
     Attributes:
         shape: Its shape.
         repeated: Dimensions of stride 0, along which it was expanded.
-        name: Qualified name if it is a floating-point parameter or buffer.
+        name: Qualified name if it is a parameter or buffer of real or complex numbers, or a buffer of booleans.
         derived: It follows from the input images.
         dtype: Its type.
     """
@@ -365,7 +365,7 @@ class _Recorder(TorchDispatchMode):
         return self._new_value(tensor, derived=False) if known is None else known
 
     def _new_value(self, tensor: Tensor, derived: bool) -> int:
-        countable = not (tensor.is_floating_point() or tensor.is_complex())
+        countable = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
         repeated = {d for d, size in enumerate(tensor.shape) if size > 1 and tensor.stride(d) == 0}
         self.tensors.append(
             TensorInfo(

@@ -51,16 +51,16 @@ def copied(run: Labeller, operation: Operation) -> Value:
 
 
 @operator(
-    "zeros ones full empty new_zeros new_ones new_full new_empty fill_ zero_ scalar_tensor empty_strided "
+    "zeros ones full empty rand randn new_zeros new_ones new_full new_empty fill_ zero_ scalar_tensor empty_strided "
     "new_empty_strided"
 )
 def filled(run: Labeller, operation: Operation) -> Value:
-    """One number everywhere: any extent would do."""
+    """One number everywhere, or noise: any extent would do."""
     shape = run.out_shape(operation)
     return Value(shape, free=all_dims(shape))
 
 
-@operator("arange linspace rand randn randint randperm eye tril triu tril_indices")
+@operator("arange linspace randint randperm eye tril triu tril_indices")
 def made(run: Labeller, operation: Operation) -> Value:
     """Numbers that come from nowhere: of a fixed size."""
     for leaf in tensor_arguments(operation):

@@ -136,8 +136,7 @@ class _Layout:
                 continue
             info = run.info(ref.value)
             mask = info.dtype in (torch.bool, torch.uint8)
-            if run.at(ref).slots:
-                return None
+            run.freeze_value(run.at(ref), _reason(run, operation))  # as many are looked up as there are
             count = len(info.shape) if mask else 1
             consumed += range(dim, dim + count)
             dim += count

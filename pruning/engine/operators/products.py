@@ -122,10 +122,13 @@ def _consume_heads(
     run: Labeller, slot_a: Slot, slot_b: Slot, where: str
 ) -> tuple[tuple[Slot, ...], tuple[Slot, ...]]:
     left, right = run.table.unite_along(slot_a, (2,)), run.table.unite_along(slot_b, (2,))
-    if left.size == 1 or right.size == 1:  # one factor is the same for all heads
+    if left.size == 1 and right.size == 1:
         run.table.unite(left, right, where)
         return (), ()
-    return (left,), (right,)
+    for shared in (left, right):
+        if shared.size == 1:
+            run.table.freeze(shared, f"{where} with the same factor for all heads")
+    return (left,) if left.size > 1 else (), (right,) if right.size > 1 else ()
 
 
 def _note_product(
@@ -196,7 +199,9 @@ def convolution(run: Labeller, operation: Operation) -> Value:
     x, along_map = _taken_apart(run, operation, x, weight)
     of_any_width = 1 in x.free and x.slot_at(1) is None
     incoming = _of_any_width(run, named["input"]) if of_any_width else run.collapse(x, 1)
-    first, second = run.collapse(weight, 0), run.collapse(weight, 1)
+    repeats = groups > 1 and 0 in weight.free and weight.slot_at(0) is None  # one kernel for every channel
+    first = _of_any_width(run, named["weight"], 0) if repeats else run.collapse(weight, 0)
+    second = run.collapse(weight, 1)
     run.note_consumed(operation, incoming)
     if groups == 1:
         taken, given = (first, second) if transposed else (second, first)
@@ -207,7 +212,7 @@ def convolution(run: Labeller, operation: Operation) -> Value:
     else:
         given, axes = _grouped(run, operation, incoming, first, second, groups)
     shape = run.out_shape(operation)
-    slots = [along(given, 1, len(shape)), *(s for s in x.slots if support(s) == (0,)), *along_map]
+    slots = [along(given, 1, len(shape)), *(s for s in x.slots if s.shape[1] == 1), *along_map]
     value = run.make(operation, shape, slots)
     positions = shape if not transposed else x.shape
     spatial = math.prod(positions[2:]) * positions[0]
@@ -220,7 +225,7 @@ def convolution(run: Labeller, operation: Operation) -> Value:
 
 
 def _taken_apart(run: Labeller, operation: Operation, x: Value, weight: Value) -> tuple[Value, list[Slot]]:
-    """What is labelled by channel or image, and what channels are labelled that the kernel slides over."""
+    """What is labelled by channel, image or a dimension that the kernel leaves alone, and what it slides over."""
     named = {**arguments(operation), "weight": weight}
     slots, slid = list(x.slots), []
     for slot in x.slots:
@@ -228,16 +233,26 @@ def _taken_apart(run: Labeller, operation: Operation, x: Value, weight: Value) -
         if moved is not None:
             slots = [other for other in slots if other is not slot]
             slid.append(moved)
-    space, reason = tuple(range(2, len(x.shape))), f"{run.describe(operation)} convolves along it"
+    space = tuple(dim for dim in range(2, len(x.shape)) if _mixes(named, dim - 2))
+    reason = f"{run.describe(operation)} convolves along it"
     return Value(x.shape, within(run, Value(x.shape, tuple(slots)), space, reason), x.free), slid
 
 
-def _of_any_width(run: Labeller, ref: Ref) -> np.ndarray:
-    """Labels for the channels of a tensor that repeats one number (a zero state): as many as its reader has.
+def _mixes(named: Mapping[str, Any], place: int) -> bool:
+    """Whether a convolution brings positions of one of its dimensions together, or moves them."""
+    sizes = [named["weight"].shape[place + 2]]
+    for key in ("stride", "padding", "output_padding"):
+        given = named.get(key) or [0]
+        sizes.append(given[place if len(given) > 1 else 0])
+    return sizes[0] != 1 or sizes[1] != 1 or any(sizes[2:])
+
+
+def _of_any_width(run: Labeller, ref: Ref, dim: int = 1) -> np.ndarray:
+    """Labels for the channels of a tensor that repeats along them (a zero state): as many as its reader has.
 
     The number of them stands where the tensor was made.
     """
-    atoms = run.table.new(run.info(ref.value).shape[1])
+    atoms = run.table.new(run.info(ref.value).shape[dim])
     maker = run.trace.maker(ref.value)
     if maker is not None:
         note_size(run, maker, atoms)

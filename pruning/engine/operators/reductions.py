@@ -100,7 +100,7 @@ def _reduced(run: Labeller, operation: Operation, ends: bool) -> Value:
     return run.make(operation, run.out_shape(operation), slots, free)
 
 
-@operator("_softmax _safe_softmax _log_softmax softmax log_softmax cumsum cumprod")
+@operator("_softmax _safe_softmax _log_softmax softmax log_softmax cumsum cumprod cummax cummin logcumsumexp")
 def normalised(run: Labeller, operation: Operation) -> Value:
     """Softmax and the like: over channels they freeze them."""
     x = run.at(operation.args[0])

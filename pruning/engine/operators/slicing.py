@@ -33,7 +33,8 @@ def _select(run: Labeller, operation: Operation, x: Value, dim: int, index: int)
     slots = []
     for slot in x.slots:
         if support(slot) == (dim,):
-            run.table.freeze(slot, f"{run.describe(operation)} picks a single channel")
+            if run.is_read(operation):
+                run.table.freeze(slot, f"{run.describe(operation)} picks a single channel")
             continue
         slots.append(compress(slot.take(index if slot.shape[dim] > 1 else 0, axis=dim)))
     free = frozenset(d - (d > dim) for d in x.free if d != dim)
@@ -63,6 +64,8 @@ def sliced(run: Labeller, operation: Operation) -> Value:
     slot = x.slot_at(dim)
     if shape == x.shape or slot is None:
         return Value(shape, x.slots, x.free & all_dims(shape))
+    if not run.is_read(operation):  # only its shape matters, and that is what it is
+        return Value(shape, tuple(s for s in x.slots if s is not slot), x.free & all_dims(shape))
     slot = _couple_slices(run, operation, slot, dim, range(start, end, step), size)
     part = compress(slot.take(np.arange(start, end, step), axis=dim))
     others = [other for other in x.slots if other.shape[dim] == 1]
@@ -278,6 +281,16 @@ def patches(run: Labeller, operation: Operation) -> Value:
     x, kernel = run.at(operation.args[0]), operation.args[1]
     atoms = np.repeat(run.collapse(x, 1), math.prod(kernel))
     return run.make(operation, run.out_shape(operation), [along(atoms, 1, 3)])
+
+
+@operator("col2im")
+def laid_back(run: Labeller, operation: Operation) -> Value:
+    """Patches laid over each other: all kernel positions of a channel become that channel again."""
+    x, kernel, shape = run.at(operation.args[0]), operation.args[2], run.out_shape(operation)
+    dim = len(x.shape) - 2
+    blocks = run.collapse(x, dim).reshape(-1, math.prod(kernel))
+    atoms = run.table.unite_along(blocks, (1,))
+    return run.make(operation, shape, [along(atoms.reshape(-1), dim, len(shape))])
 
 
 @operator("unfold")

@@ -73,6 +73,17 @@ def in_space(run: Labeller, operation: Operation) -> list[Value]:
     return [value] * len(operation.outputs)
 
 
+@operator("max_unpool2d max_unpool3d")
+def unpooled(run: Labeller, operation: Operation) -> Value:
+    """Maxima put back where they came from, channel by channel."""
+    x, places = run.at(operation.args[0]), run.at(operation.args[1])
+    channels = run.combine(operation, [x, places], x.shape)
+    shape = run.out_shape(operation)
+    space = tuple(range(len(x.shape) - int(operation_name(operation.func)[-2]), len(x.shape)))
+    reason = f"{run.describe(operation)} mixes positions along it"
+    return run.make(operation, shape, list(within(run, channels, space, reason)))
+
+
 @operator("grid_sampler grid_sampler_2d grid_sampler_3d")
 @elsewhere("torchvision::roi_align torchvision::roi_pool")
 def sampled(run: Labeller, operation: Operation) -> list[Value]:

@@ -23,7 +23,8 @@ FLIPPED = {
     "blocks": "positions",
     "positions": "blocks",
 }
-_BLOCKWISE = frozenset({"blocks", "positions", "heads"})
+#: Choices between whole heads or groups and the same positions of all.
+BLOCKWISE = frozenset({"blocks", "positions", "heads", "dims"})
 
 
 def loosened(case: Case) -> Policy:
@@ -80,7 +81,7 @@ def _choices_of_the_stuck(labeller: Labeller, graph: ChannelGraph) -> dict[str, 
     stuck = {group.index for group in graph.groups if _is_stuck(group)}
     found = {}
     for key, choice in labeller.choices.items():
-        if choice.chosen in _BLOCKWISE:
+        if choice.chosen in BLOCKWISE:
             units = as_units(graph.unit_of_atom, choice.atoms).reshape(-1)
             if stuck.intersection(graph.groups_in(units)):
                 found[key] = choice

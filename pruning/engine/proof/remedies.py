@@ -20,7 +20,7 @@ from pruning.engine.coupling import as_units
 from pruning.engine.labeller import Labeller, Policy
 from pruning.engine.native_layers import is_native
 from pruning.engine.proof.hidden_widths import tie_shapes, tie_widths
-from pruning.engine.proof.loosening import FLIPPED
+from pruning.engine.proof.loosening import BLOCKWISE, FLIPPED
 from pruning.engine.proof.trial import Failure, Trial, random_mask
 
 _MOST_SINGLE = 8
@@ -191,11 +191,44 @@ def tie_numbers(trouble: Trouble, measures: Measures) -> Measures | None:
     return measures.plus(Measure("tie_numbers", trouble.kind, tied=modules))
 
 
+def couple_heads_otherwise(trouble: Trouble, measures: Measures) -> Measures | None:
+    """Operators of the kind's modules lose the same positions of all heads or groups instead of whole ones."""
+    return _flipped(trouble, measures, trouble.siblings, BLOCKWISE)
+
+
 def couple_otherwise(trouble: Trouble, measures: Measures) -> Measures | None:
     """Operators of the kind's modules make the other choice where they have one."""
+    return _flipped(trouble, measures, trouble.siblings, frozenset(FLIPPED))
+
+
+def couple_culprit_otherwise(trouble: Trouble, measures: Measures) -> Measures | None:
+    """What a module computes otherwise may come of whole groups that went before it: then the same positions of all."""
+    if trouble.failure.raised:
+        return None
+    open_choices = {
+        key: choice
+        for key, choice in trouble.labeller.choices.items()
+        if key not in measures.policy and choice.chosen in BLOCKWISE
+    }
+    found = _culprit(trouble) if open_choices else None
+    if found is None:
+        return None
+    units = trouble.graph.unit_of_atom
+    flipped = {
+        key: FLIPPED[choice.chosen]
+        for key, choice in open_choices.items()
+        if found[0] in trouble.graph.groups_in(as_units(units, choice.atoms).reshape(-1))
+    }
+    return measures.plus(Measure("couple_otherwise", trouble.kind, couplings=flipped)) if flipped else None
+
+
+def _flipped(
+    trouble: Trouble, measures: Measures, modules: frozenset[str], kinds: frozenset[str]
+) -> Measures | None:
+    """The other way for all choices of these kinds that modules have, but for those that were made already."""
     flipped = {}
     for key, choice in trouble.labeller.choices.items():
-        if choice.module in trouble.siblings and key not in measures.policy and choice.chosen in FLIPPED:
+        if choice.module in modules and key not in measures.policy and choice.chosen in kinds:
             flipped[key] = FLIPPED[choice.chosen]
     if not flipped:
         return None
@@ -253,6 +286,7 @@ def freeze(trouble: Trouble, measures: Measures) -> Measures:
 REMEDIES: tuple[Remedy, ...] = (
     follow_numbers,
     tie_numbers,
+    couple_heads_otherwise,
     couple_otherwise,
     _tie_shapes("last"),
     leave_numbers,
@@ -261,6 +295,7 @@ REMEDIES: tuple[Remedy, ...] = (
     _tie_shapes("input"),
     _tie_shapes("divisors"),
     _tie_shapes("parts"),
+    couple_culprit_otherwise,
 )
 
 
@@ -349,33 +384,41 @@ def _verdicts_on_suspects(trouble: Trouble, message: str) -> tuple[Verdict, ...]
 
 def _verdicts_on_the_culprit(trouble: Trouble) -> tuple[Verdict, ...]:
     """Cut groups around the failed module one by one: the first that fails alone, and those like it."""
+    graph, found = trouble.graph, _culprit(trouble)
+    if found is None:
+        return ()
+    index, owner, failure = found
+    inside = [m for m in graph.members(index) if owner and m.tensor.startswith(f"{owner}.")]
+    member = (inside or graph.members(index))[0]
+    likes = {owner}
+    if inside:
+        likes |= kind_of(trouble.case.model, owner)[1]
+    suffix = member.tensor.removeprefix(owner)
+    positions = np.flatnonzero(member.positions >= 0)
+    verdicts = []
+    for like in sorted(likes):
+        verdicts.append(
+            Verdict(
+                member.tensor if like in (owner, "") else like + suffix,
+                member.dim,
+                positions,
+                extent=len(member.positions),
+                reason=f"cannot be cut: {failure.message}",
+                assumed=like != owner,
+            )
+        )
+    return tuple(verdicts)
+
+
+def _culprit(trouble: Trouble) -> tuple[int, str, Failure] | None:
+    """The first group around the failed module that fails alone, the module it was met in, and how it fails."""
     case, graph = trouble.case, trouble.graph
     for index, owner in _around(graph, trouble.failure.module)[:_MOST_SINGLE]:
         mask = random_mask(graph, [graph.groups[index]])
         failure = Trial(case.model, case.passes, graph, mask).failure()
-        if failure is None:
-            continue
-        inside = [m for m in graph.members(index) if owner and m.tensor.startswith(f"{owner}.")]
-        member = (inside or graph.members(index))[0]
-        likes = {owner}
-        if inside:
-            likes |= kind_of(case.model, owner)[1]
-        suffix = member.tensor.removeprefix(owner)
-        positions = np.flatnonzero(member.positions >= 0)
-        verdicts = []
-        for like in sorted(likes):
-            verdicts.append(
-                Verdict(
-                    member.tensor if like in (owner, "") else like + suffix,
-                    member.dim,
-                    positions,
-                    extent=len(member.positions),
-                    reason=f"cannot be cut: {failure.message}",
-                    assumed=like != owner,
-                )
-            )
-        return tuple(verdicts)
-    return ()
+        if failure is not None:
+            return index, owner, failure
+    return None
 
 
 def _suspects(labeller: Labeller, graph: ChannelGraph, module: str) -> set[int]:
