@@ -49,6 +49,11 @@ def _interpolation(value: str) -> list[str]:
     return []
 
 
+def _augmentation(value: str) -> list[str]:
+    """Theirs names a policy on top of crop and flip, ours names these."""
+    return ["--auto-augment", value] if value == "autoaugment" else ["--augmentation", value]
+
+
 def _loss_scale(value: str) -> list[str]:
     return ["--dynamic-loss-scale"] if value == "dynamic" else ["--static-loss-scale", value]
 
@@ -73,7 +78,7 @@ _WITH_VALUE: dict[str, Translation] = {
     "--gpu-affinity": _gpu_affinity,
     "--tensorboard-dir": _named("--tensorboard"),
     "--pretrained-from-file": _named("--pretrained-weights"),
-    "--augmentation": _named("--auto-augment"),
+    "--augmentation": _augmentation,
     "--keep-batchnorm-fp32": lambda value: [],  # autocast does
     "--topk": _refused("--topk", "top-1 and top-5 are always reported: leave it out"),
 }

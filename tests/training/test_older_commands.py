@@ -40,6 +40,8 @@ def test_commands_of_both_generations_run(capsys: pytest.CaptureFixture[str]) ->
         ("--amp --loss-scale dynamic", "precision", "dynamic_loss_scale", True),
         ("--amp --loss-scale=128", "precision", "static_loss_scale", 128.0),
         ("--dali_cpu", "data", "data_backend", "dali-cpu"),
+        ("--augmentation autoaugment", "data", "auto_augment", "autoaugment"),
+        ("--augmentation none", "data", "augmentation", "none"),  # a flag of ours
         ("--channels-last", "precision", "memory_format", "nhwc"),
         ("--sync_bn", "train", "sync_batchnorm", True),
         ("--tensorboard-dir logs", "log", "tensorboard", "logs"),
