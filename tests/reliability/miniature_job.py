@@ -68,15 +68,16 @@ class Killer:
     function: str
     after: int
     log: Path
-    depth: int = 0
+    depth: dict[int, int] = dataclasses.field(default_factory=dict)  # by thread
     count: int = 0
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         if event not in ("call", "return"):
             return
+        thread = threading.get_ident()
         if frame.f_code.co_name == self.function:
-            self.depth += 1 if event == "call" else -1
-        if self.depth and event == "call":
+            self.depth[thread] = self.depth.get(thread, 0) + (1 if event == "call" else -1)
+        if self.depth.get(thread) and event == "call":
             self.count += 1
             if self.count >= self.after:
                 self.kill(frame)
