@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import math
 import time
 import weakref
@@ -47,6 +48,12 @@ register_figures(
     },
 )
 
+#: What tells DistributedDataParallel whether to send buffers before every forward pass; PyTorch has renamed it.
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else "broadcast_buffers"
+)
 #: First iterations that no speed of an epoch includes: compilation and the choice of kernels happen there.
 WARMUP_STEPS = 2
 
@@ -209,12 +216,13 @@ class Trainer(TrainLoop):
         model = self.state.model
         wrapped: nn.Module = model
         if self.distributed.world_size > 1:
+            buffers: Any = {_SYNC_BUFFERS: not _only_batch_norm(model)}
             device_ids = [self.distributed.device] if self.distributed.device.type == "cuda" else None
             wrapped = DistributedDataParallel(
                 model,
                 device_ids=device_ids,
                 gradient_as_bucket_view=True,
-                broadcast_buffers=not _only_batch_norm(model),
+                **buffers,
             )
         self._wrapped = wrapped
         self._forward = self.precision.compiled(wrapped)

@@ -45,7 +45,7 @@ with setup_distributed(DistributedConfig(device="cpu", dist_timeout=60)) as d:
     seen = {
         "losses": recorder.losses,
         "rewrites": len(pruning.pruner.history),
-        "statistics_sent": trainer._wrapped.module is not None and trainer._wrapped.broadcast_buffers,
+        "statistics_sent": trainer._wrapped.will_sync_module_buffers(),
     }
     trainer.release()
     seen["alike"] = [v.double().sum().item() for v in trainer.state.model.buffers()]
