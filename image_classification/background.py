@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import threading
 import weakref
@@ -100,7 +101,11 @@ def snapshot(value: Any) -> Any:
         if isinstance(part, Tensor):
             return _copied_once(part.detach(), copies)
         if isinstance(part, dict):
-            return type(part)((key, copied(item)) for key, item in part.items())
+            same = copy.copy(part)  # with what PyTorch notes on a state dict
+            same.update({key: copied(item) for key, item in part.items()})
+            return same
+        if isinstance(part, tuple) and hasattr(part, "_fields"):  # a named one
+            return type(part)(*map(copied, part))
         if isinstance(part, (list, tuple)):
             return type(part)(map(copied, part))
         return part

@@ -443,9 +443,8 @@ def run_job(configs: D, body: Callable[[D, Distributed], None]) -> int:
 
     Returns:
         0; `EXIT_SAVED` after a signal, once the state is saved or where there is none to save, `EXIT_STOPPED` where it
-        is not to be saved; 2 for an error that a
-        user can mend, told in one line, as of a wrong command line; 1 for any other, with a traceback; `EXIT_PEER`
-        where another rank failed; 130 after Ctrl-C.
+        is not to be saved; 2 for an error that a user can mend, told in one line, as of a wrong command line; 1 for any
+        other, with a traceback; `EXIT_PEER` where another rank failed; 130 after Ctrl-C.
     """
     try:
         with stopping_at_once():

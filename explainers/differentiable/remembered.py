@@ -145,9 +145,9 @@ class OriginalExplanations:
         self._rows = {key: row for row, key in enumerate(keys.tolist())}
         self._values, self._classes, self._thumbnails = values, classes, seen
 
-    def _found(self, images: Tensor) -> list[int | None]:
-        """Row of every image; None for one that is not known."""
-        rows = [self._rows.get(key) for key in image_keys(images)]
+    def _found(self, images: Tensor, keys: list[int]) -> list[int | None]:
+        """Row of every image with its key; None for one that is not known."""
+        rows = [self._rows.get(key) for key in keys]
         if None in rows and self._thumbnails.shape[1:] == (images.shape[1] * _THUMBNAIL**2,):
             distances = torch.cdist(thumbnails(images), self._thumbnails) / self._thumbnails.shape[1] ** 0.5
             nearest = distances.min(dim=1)
@@ -166,7 +166,7 @@ class OriginalExplanations:
             raise ValueError(
                 "no original explanation is known yet: call `remember` on the network to be pruned first"
             )
-        rows = [row for row in self._found(images) if row is not None]
+        rows = [row for row in self._found(images, image_keys(images)) if row is not None]
         if len(rows) < len(images):
             raise ValueError(
                 "a calibration image is not one of those whose original explanation is known: resume with the data, "
@@ -176,8 +176,8 @@ class OriginalExplanations:
 
     def keys(self, images: Tensor) -> list[int]:
         """A number per image: that of the remembered image (see `image_keys`), or its own."""
-        known = {row: key for key, row in self._rows.items()}
-        pairs = zip(self._found(images), image_keys(images), strict=True)
+        known, keys = {row: key for key, row in self._rows.items()}, image_keys(images)
+        pairs = zip(self._found(images, keys), keys, strict=True)
         return [own if row is None else known.get(row, own) for row, own in pairs]
 
     def gated(self, model: nn.Module, images: Tensor, classes: Tensor, gate: FeatureGate) -> Tensor:

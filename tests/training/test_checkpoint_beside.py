@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.training import MakeTrainer, Recorder
+from torch import nn
 
 from image_classification import checkpoint
 from image_classification.background import Background, snapshot
@@ -134,6 +135,8 @@ def test_a_snapshot_copies_and_keeps_what_is_one() -> None:
     assert copy["a"].is_contiguous(memory_format=torch.channels_last)
     assert copy["c"][0].shape == (3, 2, 2)
     assert copy["b"][1] == 3
+    state = nn.BatchNorm2d(2).state_dict()
+    assert snapshot(state)._metadata == state._metadata  # versions of modules
 
 
 def test_a_fork_waits_for_the_work() -> None:
