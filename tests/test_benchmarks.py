@@ -32,6 +32,7 @@ NEEDS = {
     "casm": "--checkpoint {classifier} --workspace {folder}/casm",
     "explanations": "--checkpoint {classifier}",
     "loading": "{images}",
+    "peers": "--workspace {folder}/peers",
     "preserve": "--workspace {folder}/preserve",
     "pruning_quality": "{data} --workspace {folder}/quality",
     "repair_quality": "--workspace {folder}/repair_quality",

@@ -14,6 +14,7 @@ from image_classification.config import SettingError
 from image_classification.distributed import Distributed
 from pruning.task import Task, inputs_of, num_samples
 
+_FEW = 2
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
@@ -71,6 +72,13 @@ def chunks_of(
     if not judging:
         chunks = [*chunks, *(dataclasses.replace(chunk, held_out=True) for chunk in chunks)]
     return chunks
+
+
+def few_of(chunk: Chunk, task: Task) -> Chunk:
+    """The first images of a chunk, enough to see what a network does with them; all where it cannot be divided."""
+    if chunk.num_images <= _FEW or not task.divides(chunk.batch):
+        return chunk
+    return Chunk(_part(chunk.batch, chunk.num_images, 0, _FEW), _FEW, chunk.held_out)
 
 
 def check_differ(chunks: Sequence[Chunk], distributed: Distributed) -> None:

@@ -31,7 +31,7 @@ from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.examples import tensors_in
 from pruning.engine.tracing import named_tensors
 from pruning.repair.cut_layers import kept_elements, reading_parameters
-from pruning.repair.image_chunks import Chunk, check_differ, chunks_of
+from pruning.repair.image_chunks import Chunk, check_differ, chunks_of, few_of
 from pruning.repair.norm_statistics import norms_of, remeasure
 from pruning.repair.pass_memory import PassMemory
 from pruning.repair.repair_wave import Pair, RepairedLayer, Wave, failing_together
@@ -44,6 +44,7 @@ Method = Literal["none", "statistics", "least-squares"]
 REPAIR_METHODS: tuple[Method, ...] = get_args(Method)
 Scope = Literal["cut", "behind"]
 REPAIR_SCOPES: tuple[Scope, ...] = get_args(Scope)
+_LITTLE_TO_MEND = 0.1  # of the outputs' variance: below, measuring statistics again is not worth its passes
 _ALWAYS_IN_FLIGHT = 256  # running again for every layer costs much more than these need
 
 
@@ -235,7 +236,8 @@ class _Repair:
                 _restore(self.model, before)
                 layers = []
         measured = False
-        if self.settings.method != "none" and norms_of(self.model):
+        settled = bool(layers) and best.distance < _LITTLE_TO_MEND
+        if self.settings.method != "none" and norms_of(self.model) and not settled:
             measured, best = self._statistics(best)
         seconds = time.perf_counter() - begin
         kept = bool(layers) or measured
@@ -291,7 +293,7 @@ class _Repair:
 
     def _least_squares(self) -> tuple[list[RepairedLayer], list[Any]]:
         """Solve for the layers; and what the network gives for the held-out images then."""
-        first = self.chunks[0]
+        first = few_of(self.chunks[0], self.task)
         run = functools.partial(self.task.outputs, self.model, first.batch)
         with failing_together(self.distributed), PassMemory() as memory:
             readers = layers_behind(survey(self.model, run, first.num_images), self.plan.cut)

@@ -1,0 +1,227 @@
+"""Accuracy at a budget after the same short training: ours, Torch-Pruning, and a smaller network from scratch.
+
+    python benchmarks/peers.py IMAGES --workspace DIR [--arch resnet20_b] [--budgets 0.5 0.35] [--epochs 3]
+
+IMAGES holds class folders of small images in `train` and `test` (CIFAR-10 as files). A network is trained once (kept
+in the workspace, as the decoded images are), and every method prunes it within the same further training: the same
+images in the same order, the same steps and learning rates, cuts at the same steps. Only the network from scratch has
+the first training's peak rate. Seeds change order and augmentation.
+
+Every run has a process of its own and leaves a file, with top-1 on the test images after the last cut, after every
+epoch and at the end, the share of the MACs (ours count for all) and the seconds; what is there is not run again, so
+the script may be stopped at any time. `--results` adds the rows of an earlier results file to those of the workspace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from common.measure import mean_and_deviation, rerun, with_deviation
+from common.peer_methods import FROM_SCRATCH, METHODS, Cuts, Joints, share_of_macs
+from common.report import BenchmarkParser, print_table, write_json
+from common.short_training import ImagesInMemory, Schedule, ShortTraining, read_images, top1
+from torch import nn
+
+from image_classification.models import create_model
+
+Row = dict[str, Any]
+
+
+def trained_network(arguments: argparse.Namespace, images: ImagesInMemory) -> nn.Module:
+    """The network that all runs begin with; trained when it is asked for first."""
+    torch.manual_seed(0)
+    model = create_model(arguments.arch, num_classes=images.num_classes)
+    path = arguments.workspace / f"{arguments.arch.replace('/', '_')}.pt"
+    if not path.is_file():
+        schedule = Schedule(arguments.pretrain_epochs, arguments.pretrain_lr)
+        ShortTraining(model, images, schedule, seed=0).run()
+        torch.save(model.state_dict(), path)
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model
+
+
+class Watched:
+    """A method's joints, with top-1 after every cut and epoch."""
+
+    def __init__(self, joints: Joints, training: ShortTraining) -> None:
+        self._joints, self._training = joints, training
+        self._size = _num_weights(training.model)
+        self._per_epoch = training.num_steps / training.schedule.epochs
+        self.after_cut: float | None = None
+        self.epochs: list[float] = []
+        self.method_seconds = 0.0
+
+    def after_backward(self) -> None:
+        """See `Joints`."""
+        self._joints.after_backward()
+
+    def after_step(self, step: int) -> None:
+        """See `Joints`."""
+        begin = time.process_time()
+        self._joints.after_step(step)
+        self.method_seconds += time.process_time() - begin
+        size = _num_weights(self._training.model)
+        if size != self._size:
+            self._size, self.after_cut = size, self._top1()
+        if int(step / self._per_epoch) > len(self.epochs):
+            self.epochs.append(self._top1())
+
+    def _top1(self) -> float:
+        return top1(self._training.model, self._training.images.val)
+
+
+def _num_weights(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def run_one(
+    arguments: argparse.Namespace, images: ImagesInMemory, method: str, budget: float, seed: int
+) -> Row:
+    """One training; its row."""
+    original = trained_network(arguments, images)
+    peak = arguments.pretrain_lr if method in FROM_SCRATCH else arguments.lr
+    torch.manual_seed(seed)
+    training = ShortTraining(
+        copy.deepcopy(original), images, Schedule(arguments.epochs, peak), seed=seed + 100
+    )
+    begin = time.process_time()
+    joints = METHODS[method](training, budget, Cuts(arguments.cuts, arguments.pruning_share))
+    watched = Watched(joints, training)
+    training.run(after_backward=watched.after_backward, after_step=watched.after_step)
+    return {
+        "method": method,
+        "arch": arguments.arch,
+        "budget": budget,
+        "epochs_trained": arguments.epochs,
+        "seed": seed,
+        "macs": share_of_macs(original, training.model, images.val[0][:2]),
+        "top1_before": top1(original, images.val),
+        "top1_after_cut": watched.after_cut,
+        "top1_epochs": watched.epochs,
+        "top1": top1(training.model, images.val),
+        "method_seconds": watched.method_seconds,
+        "seconds": time.process_time() - begin,
+    }
+
+
+def wanted_runs(arguments: argparse.Namespace) -> Iterator[tuple[str, float, int]]:
+    """All runs, seed by seed, so that a run that is stopped leaves whole seeds."""
+    for seed in arguments.seeds:
+        for budget in arguments.budgets:
+            for method in arguments.methods:
+                yield method, budget, seed
+
+
+def place_of(arguments: argparse.Namespace, method: str, budget: float, seed: int) -> Path:
+    """File of a run's row."""
+    name = "".join(letter if letter.isalnum() else "_" for letter in method)
+    folder: Path = arguments.workspace / f"{arguments.arch.replace('/', '_')}-{arguments.epochs:g}"
+    return folder / f"{name}-{budget:g}-{seed}.json"
+
+
+def collect(arguments: argparse.Namespace) -> list[Row]:
+    """Rows of all runs: those that are missing are run, each in a process of its own."""
+    rows = []
+    for method, budget, seed in wanted_runs(arguments):
+        path = place_of(arguments, method, budget, seed)
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            line = rerun("--one", method, str(budget), str(seed))
+            path.write_text(line + "\n", encoding="utf-8")
+            print(line, flush=True)
+        rows.append(json.loads(path.read_text(encoding="utf-8")))
+    known = [_name(row) for row in rows]
+    if arguments.results is not None:
+        earlier = json.loads(arguments.results.read_text(encoding="utf-8"))["runs"]
+        rows += [row for row in earlier if _name(row) not in known]
+    return rows
+
+
+def _name(row: Row) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("method", "arch", "budget", "epochs_trained", "seed"))
+
+
+def summary(rows: list[Row]) -> list[Row]:
+    """Mean and deviation over the seeds, for every network, budget, length and method."""
+    kinds: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(_name(row)[:-1], []).append(row)
+    keys = ("macs", "top1_before", "top1_after_cut", "top1", "method_seconds", "seconds")
+    return [
+        {"method": kind[0], "arch": kind[1], "budget": kind[2], "epochs_trained": kind[3], "n": len(runs)}
+        | {key: mean_and_deviation([run[key] for run in runs if run[key] is not None]) for key in keys}
+        for kind, runs in kinds.items()
+    ]
+
+
+def main() -> None:
+    """Run what is missing, print the table, write the results."""
+    parser = BenchmarkParser(__doc__, seeds=[0, 1, 2], threads=1, cpu_only=True)
+    parser.add_argument(
+        "images", type=Path, nargs="?", help="folder with train/ and test/ class folders; not for a quick run"
+    )
+    parser.add_argument("--arch", default="resnet20_b")
+    parser.add_argument("--workspace", type=Path, default=Path("runs/peers"))
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD"
+    )
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.35, 0.25])
+    parser.add_argument("--epochs", type=float, default=5)
+    parser.add_argument("--lr", type=float, default=0.1, help="peak of the further training")
+    parser.add_argument("--pretrain-epochs", type=float, default=40)
+    parser.add_argument("--pretrain-lr", type=float, default=0.6)
+    parser.add_argument("--cuts", type=int, default=5, help="rewrites of the methods that cut step by step")
+    parser.add_argument("--pruning-share", type=float, default=0.4, help="of the steps, until the last cut")
+    parser.add_argument("--num-calibration", type=int, default=1024, help="training images held out")
+    parser.add_argument("--results", type=Path, help="file of this benchmark whose rows are added")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse("peers_{arch}.json", quick=_QUICK)
+    if arguments.images is None and not arguments.quick:
+        parser.error("IMAGES is missing: a folder with train/ and test/ class folders")
+    cache = arguments.workspace / "images.pt"
+    images = read_images(arguments.images, cache, arguments.num_calibration)
+    if arguments.one is not None:
+        method, budget, seed = arguments.one
+        print(json.dumps(run_one(arguments, images, method, float(budget), int(seed))))
+        return
+    trained_network(arguments, images)
+    del images
+    runs = collect(arguments)
+    rows = summary(runs)
+    cells = [
+        [
+            row["method"],
+            f"{row['budget']:g}",
+            f"{row['epochs_trained']:g}",
+            str(row["n"]),
+            with_deviation(row["macs"], 3),
+            *(with_deviation(row[key]) for key in ("top1_after_cut", "top1")),
+            *(with_deviation(row[key], 0) for key in ("method_seconds", "seconds")),
+        ]
+        for row in rows
+    ]
+    columns = ["method", "budget", "epochs", "n", "MACs", "top-1 after the cut", "top-1 %", "its s", "all s"]
+    print_table(columns, cells)
+    write_json(arguments, len(arguments.seeds), {"rows": rows, "runs": runs})
+
+
+_QUICK: dict[str, object] = {
+    "seeds": [0],
+    "epochs": 2,
+    "pretrain_epochs": 2,
+    "budgets": [0.6],
+    "cuts": 2,
+    "num_calibration": 40,
+    "methods": ["ours: discriminant", "Torch-Pruning: Taylor", "from scratch"],
+}
+
+
+if __name__ == "__main__":
+    main()
