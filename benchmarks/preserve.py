@@ -13,6 +13,10 @@ the seeds, at the end of training (never of the best epoch), on the validation s
 ROC-AUC of Grad-CAM and LRP on the masks, over the pairs of image and class that the network predicts. Students of all
 seeds have the same teacher. Finished cells are kept in the workspace, so a second call goes on. After `--minutes` no
 further cell is begun.
+
+`--settings published` takes learning rates, momentum, weights of the losses and repair as the paper's program has them:
+students by SGD at 0.1 without momentum, ÷ 10 at 3/7, 4/7 and 5/7 of the epochs, α = 0.9; pruned networks at a constant
+0.001, the cut as it is.
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ MATCHINGS: dict[str, list[str]] = {
     "SWA": ["--match", "swa"],
     "stochastic SWA": ["--match", "swa", "--stochastic", "--drop-percent", "0.3"],
 }
+SETTINGS = ("ours", "published")
 COMPRESSIONS = ("distillation", "one-shot", "unstructured")
 METHODS = ("gradcam", "lrp")
 FIGURES = ("map", "f1", *(f"{method}_{figure}" for method in METHODS for figure in ("point", "auc")))
@@ -94,13 +99,24 @@ def compression_words(compression: str, teacher: Path) -> list[str]:
     return [*words, "--unstructured-pruning", "0.35", "--rounds", "4"]
 
 
-def cell_words(arguments: argparse.Namespace, compression: str, matching: str, teacher: Path) -> list[str]:
+def published_words(compression: str, epochs: int) -> list[str]:
+    """What the paper's program does otherwise; these come last, and win."""
+    if compression != "distillation":
+        return ["--lr", "0.001", "--lr-schedule", "constant", "--repair", "none"]
+    steps = [str(round(epochs * share)) for share in (3 / 7, 4 / 7, 5 / 7)]
+    words = ["--lr", "0.1", "--warmup", "0", "--momentum", "0", "--distill-weight", "0.9"]
+    return [*words, "--lr-schedule", "step", "--lr-step-epochs", *steps]
+
+
+def cell_words(
+    arguments: argparse.Namespace, compression: str, matching: str, settings: str, teacher: Path
+) -> list[str]:
     """The flags of a cell, its seed aside."""
     epochs = vars(arguments)[f"{compression.replace('-', '_')}_epochs"]
     words = [*compression_words(compression, teacher), "--epochs", str(epochs), *MATCHINGS[matching]]
     if matching != "none" and "--teacher" not in words:
         words += ["--teacher", str(teacher)]
-    return words
+    return words + (published_words(compression, epochs) if settings == "published" else [])
 
 
 def trained(setting: Setting, name: str, words: list[str]) -> Figures:
@@ -162,10 +178,10 @@ def cell(setting: Setting, name: str, words: list[str]) -> Cell:
 def summarised(cells: list[Cell]) -> list[Cell]:
     """Mean, deviation and number of every compression and matching over its seeds."""
     rows = []
-    keys = dict.fromkeys((found["compression"], found["matching"]) for found in cells)
-    for key in keys:
-        mine = [found for found in cells if (found["compression"], found["matching"]) == key]
-        row: Cell = {"compression": key[0], "matching": key[1], "n": len(mine)}
+    names = ("compression", "matching", "settings")
+    for key in dict.fromkeys(tuple(found[name] for name in names) for found in cells):
+        mine = [found for found in cells if tuple(found[name] for name in names) == key]
+        row: Cell = {**dict(zip(names, key, strict=True)), "n": len(mine)}
         for figure in (*FIGURES, "predicted", "weights", "seconds"):
             values = [found[figure] for found in mine if found[figure] is not None]
             row[figure] = mean_and_deviation(values) | {"n": len(values)}
@@ -179,8 +195,8 @@ def print_rows(rows: list[Cell]) -> None:
     table = []
     for row in rows:
         figures = [with_deviation(row[figure]) for figure in FIGURES]
-        table.append([row["compression"], row["matching"], str(row["n"]), *figures])
-    print_table(["compression", "matching", "n", *heads], table, num_names=2)
+        table.append([row["compression"], row["matching"], row["settings"], str(row["n"]), *figures])
+    print_table(["compression", "matching", "settings", "n", *heads], table, num_names=3)
 
 
 def parse() -> argparse.Namespace:
@@ -192,6 +208,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=None, help="begin no cell after so long")
     parser.add_argument("--compressions", nargs="+", choices=COMPRESSIONS, default=list(COMPRESSIONS))
     parser.add_argument("--matchings", nargs="+", choices=tuple(MATCHINGS), default=list(MATCHINGS))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["ours"])
     parser.add_argument("--teacher-epochs", type=int, default=30)
     parser.add_argument("--teacher-lr", type=float, default=0.4)
     parser.add_argument(
@@ -221,17 +238,27 @@ def main() -> None:
     words = ["--epochs", str(arguments.teacher_epochs), "--warmup", "1", "--lr", str(arguments.teacher_lr)]
     if arguments.pretrained_weights is not None:
         words += ["--pretrained-weights", str(arguments.pretrained_weights)]
-    cells = [{"compression": "teacher", "matching": "–", "seed": 0, **cell(setting, "teacher", words)}]
-    plan = itertools.product(arguments.seeds, arguments.compressions, arguments.matchings)
-    for seed, compression, matching in plan:
+    cells = [
+        {
+            "compression": "teacher",
+            "matching": "–",
+            "settings": "–",
+            "seed": 0,
+            **cell(setting, "teacher", words),
+        }
+    ]
+    kinds = itertools.product(arguments.compressions, arguments.matchings, arguments.settings)
+    for seed, (compression, matching, settings) in itertools.product(arguments.seeds, list(kinds)):
         name = f"{compression}-{matching.replace(' ', '-')}-{seed}"
+        name += "" if settings == "ours" else f"-{settings}"
         late = arguments.minutes is not None and time.monotonic() - begin > 60 * arguments.minutes
         if late and not (setting.workspace / name / "cell.json").is_file():
             continue
-        words = cell_words(arguments, compression, matching, setting.teacher)
+        words = cell_words(arguments, compression, matching, settings, setting.teacher)
         found = cell(setting, name, [*words, "--seed", str(seed)])
-        cells.append({"compression": compression, "matching": matching, "seed": seed, **found})
-        print(f"seed {seed} {compression} {matching}: {found}", flush=True)
+        kind = {"compression": compression, "matching": matching, "settings": settings, "seed": seed}
+        cells.append(kind | found)
+        print(f"{kind}: {found}", flush=True)
         write_json(arguments, len(arguments.seeds), {"rows": summarised(cells), "cells": cells})
     print_rows(summarised(cells))
 
