@@ -64,7 +64,7 @@ lint: install
 	$(BIN)/mypy main.py multiproc.py
 
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/zensical build --strict --clean
 
 benchmarks: install
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done

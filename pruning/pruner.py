@@ -646,7 +646,8 @@ def prune(
         search: One of `search_names()`; `greedy` needs `calibration`.
         constraints: Rounding, least widths, modules to leave alone.
         optimizer: Its state is rewritten too; or a list.
-        training_example, pairs: See `Pruner`.
+        training_example: See `Pruner`.
+        pairs: See `Pruner`.
         forward: (batch) → outputs; see `Pruner`.
         loss: (outputs, batch) → loss; see `Pruner`.
         mode: "train" for networks that return their losses only while they train.

@@ -111,7 +111,8 @@ def map_distance(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         kind: One of `MATCHES`.
-        student, teacher: (N, h, w); of two sizes, both are pooled to the smaller height and width.
+        student: (N, h, w).
+        teacher: (N, h, w); where sizes differ, both are pooled to the smaller height and width.
     """
     size = (min(student.shape[1], teacher.shape[1]), min(student.shape[2], teacher.shape[2]))
     first = _normalised(kind, _pooled(student, size))

@@ -24,7 +24,8 @@ def rank_correlation(first: NDArray[np.floating], second: NDArray[np.floating]) 
     """Spearman's ρ of the pixels of two maps, ties by their mean rank.
 
     Args:
-        first, second: (H, W).
+        first: (H, W).
+        second: (H, W).
 
     Returns:
         In [−1, 1]; NaN where a map is constant or not finite: it has no order.
@@ -41,7 +42,8 @@ def structural_similarity(first: Tensor, second: Tensor, *, signed: bool) -> Ten
     """SSIM of pairs of maps.
 
     Args:
-        first, second: (N, H, W) with H, W ≥ 11; each map is scaled by its largest magnitude first.
+        first: (N, H, W) with H, W ≥ 11; each map is scaled by its largest magnitude first.
+        second: (N, H, W), likewise.
         signed: Maps may be negative, and then range over [−1, 1] instead of [0, 1].
 
     Returns:

@@ -420,7 +420,9 @@ def model_for_weights(
         arch: Architecture; None takes the one that a checkpoint of ours names.
         path: Weights file, see `load_weights`.
         num_classes: Number of classes; None takes the file's (1000 where it does not say).
-        model_config, image_size, kwargs: As in `create_model`; those that are not given are a checkpoint's own.
+        model_config: As in `create_model`; by default a checkpoint's own.
+        image_size: As in `create_model`; by default a checkpoint's own.
+        kwargs: As in `create_model`; by default a checkpoint's own.
         ema: Whether to take the averaged weights; None: wherever a checkpoint of ours carries them.
         new_head: Start a new classifier, for other classes.
         factory: Builds the unpruned network of a class of the user's own (with arch None).

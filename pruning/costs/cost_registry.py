@@ -86,7 +86,11 @@ def register_cost(
 
     Args:
         name: Its name, without "=", which ends it in `METRIC=SHARE`.
-        title, short, unit, divisor, measured: See `Cost`; title and short name are the name by default.
+        title: See `Cost`; the name by default.
+        short: See `Cost`; the name by default.
+        unit: See `Cost`.
+        divisor: See `Cost`.
+        measured: See `Cost`.
 
     Raises:
         ValueError: The name is taken by another function, or holds "=".

@@ -96,7 +96,8 @@ def give_examples(
     Args:
         graph: From `ChannelGraph.from_state`.
         model: The network that it belongs to, at its present widths.
-        example, training_example: See `trace_groups`.
+        example: See `trace_groups`.
+        training_example: See `trace_groups`.
 
     Raises:
         SettingError: As `trace_groups`.

@@ -87,7 +87,10 @@ def save_pruned(
 
     Args:
         path: The file.
-        model, factory, builder, extra: As `pruned_state`.
+        model: As `pruned_state`.
+        factory: As `pruned_state`.
+        builder: As `pruned_state`.
+        extra: As `pruned_state`.
 
     Raises:
         StructureError: The network cannot be rebuilt from its architecture's name.

@@ -137,7 +137,8 @@ def register_operator(
         constants: `(operator, args, kwargs)` → its result where NaN stands for "depends on the image", for `shrink`.
             Only needed where a zero makes NaN irrelevant, or where the operator loses NaN.
         keeps_offsets: A constant added to every channel of its first argument is added to its result.
-        nonnegative, bounded: Facts about its results, which some attribution rules use.
+        nonnegative: No result is negative; some attribution rules use it.
+        bounded: Its results are bounded; the same.
 
     Raises:
         SettingError: There is no such kind, or it is of no kind that goes without a label rule.
