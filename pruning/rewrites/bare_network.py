@@ -9,6 +9,8 @@ from image_classification.config import SettingError
 
 #: Classes whose parameters are shards or views of one buffer, by name: their packages need not be installed.
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+_FAKE_QUANTISERS = ("FakeQuantizeBase", "FakeQuantizerBase", "FakeQuantizedLinear")
+_QUANTISED = ("torch.ao.nn.quantized.", "torchao.")
 
 
 def check_bare(model: object) -> None:
@@ -36,6 +38,14 @@ def check_bare(model: object) -> None:
                 where,
                 "a ScriptModule's code is fixed: prune the Python module that it was made from, and script it again",
             )
+        quantised = type(module).__module__.startswith(_QUANTISED)
+        if quantised or any(kind in ancestors for kind in _FAKE_QUANTISERS):
+            raise SettingError(
+                "model",
+                where,
+                "its weights are quantised, or trained as if they were: prune the float network, and prepare or "
+                "quantise it afterwards",
+            )
     wrapped = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
     if wrapped or hasattr(model, "_orig_mod") or hasattr(model, "_forward_module"):
         raise SettingError(
@@ -51,4 +61,10 @@ def check_bare(model: object) -> None:
                 name,
                 f"parameter {parameter_name!r} is sharded over the ranks, and shards cannot be cut: prune the plain "
                 "network before it is sharded, or train it with DDP",
+            )
+        if type(parameter.data).__module__.startswith(_QUANTISED):
+            raise SettingError(
+                "model",
+                name,
+                f"parameter {parameter_name!r} is quantised: prune the float network, and quantise it afterwards",
             )

@@ -305,6 +305,26 @@ def test_wrapped_networks_are_refused(wrap: Any, message: str) -> None:
         prune(wrap(network()), X[:2])
 
 
+def prepared(model: nn.Module) -> nn.Module:
+    """With fake quantisers, as quantisation-aware training has it."""
+    quantization = pytest.importorskip("torch.ao.quantization")
+    model.train().qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    return quantization.prepare_qat(model)
+
+
+def quantised(model: nn.Module) -> nn.Module:
+    """With integer weights in its linear layers."""
+    quantization = pytest.importorskip("torch.ao.quantization")
+    return quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+@pytest.mark.parametrize("quantise", [prepared, quantised])
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_networks_are_refused(quantise: Any) -> None:
+    with pytest.raises(ConfigError, match="quantised"):
+        prune(quantise(network()), X[:2])
+
+
 def compiled_in_place(model: nn.Module, backend: str) -> nn.Module:
     model.compile(backend=backend)
     return model
