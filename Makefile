@@ -36,9 +36,10 @@ $(STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[dev]'
 	touch $@
 
+# A process per core, a file of tests at a time, one thread each: faster than one process with all threads.
 test: install
-	$(BIN)/python -m pytest -m 'not slow'
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 # Pretrain, prune to half the MACs while training, fine-tune, explain, export, report.
 demo: install
