@@ -30,6 +30,7 @@ WITH_COMMANDS = [name for name, text in PAGES.items() if commands_in(text)]
 FOREIGN = {
     "howto/detection.md": ("torchvision",),
     "howto/huggingface.md": ("transformers", "safetensors"),
+    "howto/loops.md": ("lightning", "transformers", "accelerate"),
     "howto/monai.md": ("monai",),
     "howto/segmentation.md": ("segmentation_models_pytorch",),
     "howto/yolo.md": ("ultralytics",),

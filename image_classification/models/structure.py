@@ -179,6 +179,26 @@ def build_from_structure(
     _check_fits(structure, on_trial)  # before anything large is allocated
     with building_on(device):
         model = settle(structure.fresh(factory), structure.shapes)
+    _cut_down(model, structure)
+    return model
+
+
+def fit_structure(model: nn.Module, structure: Structure) -> None:
+    """Cut an unpruned network down to a structure, in place: for loops that hold on to their network.
+
+    Args:
+        model: The network, as it was before it was pruned.
+        structure: As for `build_from_structure`.
+
+    Raises:
+        StructureError: The structure does not fit; nothing has been changed.
+    """
+    settle(model, structure.shapes)
+    _check_fits(structure, model)
+    _cut_down(model, structure)
+
+
+def _cut_down(model: nn.Module, structure: Structure) -> None:
     drop_graphs(model)
     modules = dict(model.named_modules())
     for name, attributes in structure.attributes.items():
@@ -192,7 +212,6 @@ def build_from_structure(
     fit_attention(model)
     _check_known_modules(model)
     remember_input(model, structure.input)
-    return model
 
 
 def building_on(device: torch.device | str | None) -> AbstractContextManager[object]:

@@ -1,0 +1,90 @@
+"""What the callbacks for other libraries' loops share: a pruner that begins, and resumes, with the training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import nn
+
+from image_classification.models import Structure, capture_structure
+from image_classification.models.structure import fit_structure
+from pruning.pruner import Pruner
+from pruning.rewrites.resuming import PrunerState
+from pruning.task import Example
+
+
+class LoopState(TypedDict):
+    """What a checkpoint of the loop holds of the pruning: plain data.
+
+    Attributes:
+        structure: Of the network.
+        pruner: Its course.
+    """
+
+    structure: dict[str, Any]
+    pruner: PrunerState
+
+
+class LoopPruning:
+    """The pruner of a loop.
+
+    Args:
+        example: See `Pruner`.
+        calibration: Yields batches for every rewrite, anew each time: training data that is held out from training.
+        settings: Further arguments of `Pruner`: `budget`, `step`, `delta`, `criterion`, `forward`, `loss`, ….
+
+    Attributes:
+        pruner: The pruner; None before the training has begun.
+    """
+
+    def __init__(self, example: Example, calibration: Iterable[Any], **settings: Any) -> None:
+        self.pruner: Pruner | None = None
+        self._example, self._calibration, self._settings = example, calibration, settings
+        self._fresh: nn.Module | None = None
+        self._state: PrunerState | None = None
+
+    def remember(self, network: nn.Module) -> None:
+        """Keep the network as it is before the first rewrite: what a structure is told against."""
+        if self._fresh is None:
+            self._fresh = copy.deepcopy(network)
+
+    def restore(self, network: nn.Module, state: LoopState) -> None:
+        """Cut an unpruned network down to what a checkpoint has, before its weights are loaded."""
+        self.remember(network)
+        fit_structure(network, Structure.from_plain(state["structure"]))
+        self._state = state["pruner"]
+
+    def begin(self, network: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Make the pruner, or go on with a restored one, when the optimizers are there."""
+        self.remember(network)
+        state, self._state = self._state, None
+        self.pruner = Pruner(
+            network, self._example, optimizer=list(optimizers), state=state, **self._settings
+        )
+
+    def rewrite_if_due(self, iteration: int) -> bool:
+        """Rewrite where this iteration ends an interval. The loss of the iteration must be gone.
+
+        Returns:
+            Whether the network has been rewritten.
+        """
+        if not self.due(iteration):
+            return False
+        assert self.pruner is not None
+        self.pruner.step(self._calibration, iteration)
+        return True
+
+    def due(self, iteration: int) -> bool:
+        """Whether a rewrite follows after this iteration."""
+        return self.pruner is not None and self.pruner.due(iteration)
+
+    def state(self) -> LoopState:
+        """What a checkpoint keeps."""
+        assert self.pruner is not None
+        assert self._fresh is not None
+        fresh = self._fresh
+        structure = capture_structure(self.pruner.model, factory=lambda: copy.deepcopy(fresh))
+        return {"structure": structure.to_plain(), "pruner": self.pruner.state_dict()}
