@@ -51,17 +51,20 @@ from pruning.rewrites.companions import (
     optimizers_in,
     warn_of_leftovers,
 )
+from pruning.rewrites.intervals import Intervals, shortfall
 from pruning.rewrites.momentum_pairs import warn_of_pairs
 from pruning.rewrites.resuming import PrunerState, check_course, graph_of, known_originals, shared_costs
 from pruning.rewrites.rewrite_record import RewriteRecord, describe_group
 from pruning.rewrites.shown import course_html, plot_course
 from pruning.search import (
+    STEPWISE,
     Candidate,
     GreedySearch,
     RateSearch,
     Search,
     SensitivitySearch,
     Situation,
+    UniformSearch,
     build_search,
 )
 from pruning.search.budget_kept import above_budget, check_met, check_scored, missed
@@ -271,13 +274,53 @@ class Pruner:
 
         Rewrites are an interval apart at least, also where the first one came late.
         """
-        return self.completed < self.num_rewrites and iteration >= self._next_iteration()
+        return self.completed < self.num_rewrites and iteration >= self._intervals().next()
 
-    def _next_iteration(self) -> int:
-        """Iteration from which on the next rewrite is due."""
-        planned = self.settings.start + (self.completed + 1) * self.interval
+    def _intervals(self) -> Intervals:
+        """When rewrites are due."""
         last = self.history[-1].iteration if self.history else -1
-        return planned if last < 0 else max(planned, last + self.interval)
+        return Intervals(self.settings.start, self.interval, self.completed, last)
+
+    def iterations_to_come(self, after: int = 0) -> list[int]:
+        """The iterations after which the rewrites that are left are due.
+
+        Args:
+            after: Iterations that are done.
+        """
+        num_left = max(self.num_rewrites - self.completed, 0)
+        return list(itertools.islice(self._intervals().coming(after), num_left))
+
+    def check_length(
+        self,
+        num_iterations: int,
+        after: int = 0,
+        *,
+        steps_per_epoch: int | None = None,
+        doubt: Callable[[SettingError], None] | None = None,
+    ) -> None:
+        """Make sure, before hours are spent, that a training has room for the rewrites that its budget needs.
+
+        Args:
+            num_iterations: Its length.
+            after: Iterations that are done already.
+            steps_per_epoch: Iterations of an epoch, for the message.
+            doubt: Told on the main rank where it may just do, since channels leave in whole steps, and where the
+                search or the cost is none that can be reckoned with; by default the log.
+
+        Raises:
+            SettingError: With the rewrites that it holds and needs, and what mends it.
+        """
+        lack = shortfall(self.course, self._intervals(), after, num_iterations)
+        if lack is None or after >= num_iterations or isinstance(self.search, RateSearch):
+            return
+        budget = ", ".join(f"{metric}={share:g}" for metric, share in self.course.budget.shares.items())
+        error = SettingError("budget", budget, lack.describe(steps_per_epoch))
+        reckoned = self.search is None or isinstance(self.search, STEPWISE)
+        together = isinstance(self.search, UniformSearch)
+        if reckoned and self.course.certainly_missed(self.completed + lack.held, together):
+            raise error
+        if self.distributed.is_main:
+            (doubt or _warn_of_length)(error)
 
     # ------------------------------------------------------------------ one rewrite
 
@@ -515,8 +558,8 @@ class Pruner:
         self._scores = self.score(batches)
         numbers = range(self.completed + 1, self.num_rewrites + 1)
         rows = forecast(self._search, self._situation({}, self._judge(batches)), self.course, numbers)
-        for number, row in enumerate(rows):
-            row["iteration"] = self._next_iteration() + number * self.interval
+        for row, iteration in zip(rows, self.iterations_to_come(), strict=True):
+            row["iteration"] = iteration
         return rows
 
     def plot(self, axes: Sequence[Axes] | None = None) -> list[Axes]:
@@ -611,6 +654,10 @@ def _check_arguments(
         raise SettingError(
             "criterion", criterion, "give a name or an object, such as Taylor() (not the class)"
         )
+
+
+def _warn_of_length(error: SettingError) -> None:
+    log.warning("the budget may not be met: %s", error)
 
 
 def _device_of(model: nn.Module) -> torch.device:
