@@ -9,7 +9,7 @@ checkpoint is there:
     read-only   the workspace is a tmpfs, which is mounted anew read-only; where the job holds a file open for writing,
                 so that the system refuses, folder and files are made immutable instead
     removed     the workspace's folder is removed
-    twice       the same command is started beside it
+    twice       the same command is started beside it, which waits for it (SIGSTOP) and then goes on
     hung        of two ranks the second is stopped (SIGSTOP), with `--dist-timeout 15`
 
 Then the cause is mended (space, write access), and the same command is sent once more with `--resume auto`. Printed is
@@ -224,7 +224,9 @@ def hit(job: str, disaster: str, folder: Path, whole: Path) -> Row:
         if disaster == "twice":
             second = folder / f"{own.name}-second.log"
             second.unlink(missing_ok=True)
+            os.killpg(process.pid, signal.SIGSTOP)  # so that it is there still, however long the second takes to start
             code = ended(launch(job, own, second))
+            os.killpg(process.pid, signal.SIGCONT)
             first = ended(process)
             how, undo, log = f"the first ended with {first}", lambda: None, second
         else:

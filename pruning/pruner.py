@@ -29,11 +29,12 @@ from image_classification.distributed import Distributed
 from image_classification.models import evaluating
 from image_classification.models.modes import drop_graphs, uncompiled
 from image_classification.models.recognising import recognise
+from image_classification.models.running import Args
 from pruning.costs.budget import DEFAULT_DELTA, DEFAULT_SHARE, Budget, BudgetCourse, as_budget
 from pruning.criteria import Criterion
 from pruning.criteria.by_name import make_criterion
 from pruning.criteria.explained import Autocast, Explained
-from pruning.criteria.scoring import score_groups
+from pruning.criteria.scoring import looks_at_weights_only, needs_loss, score_groups
 from pruning.engine.channel_graph import Constraints
 from pruning.engine.groups import Group
 from pruning.engine.surgery import prune_channels
@@ -48,6 +49,7 @@ from pruning.rewrites.companions import (
     OptimizerWatch,
     averages_in,
     check_optimizers,
+    check_wrappers,
     optimizers_in,
     warn_of_leftovers,
 )
@@ -94,6 +96,7 @@ AverageGiven = Average | Sequence[Average] | None
 DEFAULT_STEP = 50
 log = logging.getLogger(__name__)
 _NUM_CANDIDATES_KEPT = 8
+_MOST_AT_ONCE = 0.5  # share of its channels that a group keeps at least, or greedy's choice is mentioned
 _NEEDS_FACTORY = (
     "no function of torchvision or timm is known to build it, so save(path, factory=…) must be given one"
 )
@@ -184,6 +187,7 @@ class Pruner:
         self.settings = settings or PrunerSettings()
         self.model, self.optimizers = model, optimizers_in(optimizer)
         check_optimizers(model, self.optimizers)
+        check_wrappers(model, optimizer)
         self.averages = averages_in(ema, model)
         self._watch = OptimizerWatch(self)
         self.interval, self.delta = step, delta
@@ -222,6 +226,8 @@ class Pruner:
         self._scores: dict[int, Tensor] = {}
         if state is not None:
             self._take_up(state)
+        if not self.done:
+            self._check_what_rewrites_need(images)
 
     def _check_graph(self) -> None:
         """Refuse a network without anything to prune; warn of what trains along with it unseen."""
@@ -232,6 +238,21 @@ class Pruner:
             "this network has no channel group that can be pruned: `trace_groups(…).frozen` says why, and so does "
             "`python -m pruning groups`",
         )
+
+    def _check_what_rewrites_need(self, arguments: Args) -> None:
+        """Refuse at the start what the first rewrite would: a budget out of reach for scores, outputs without a loss.
+
+        Only what is known without calibration batches; what they show is seen at the first rewrite, before any cut.
+
+        Raises:
+            SettingError: Naming what is missing.
+        """
+        if self.criterion is not None and looks_at_weights_only(self.criterion):
+            self._scores = self._scored([])
+            self._situation({}, None)
+        judging = isinstance(self.search, (GreedySearch, SensitivitySearch))
+        if judging or (self.criterion is not None and needs_loss(self.criterion)):
+            self.task.check_outputs(self.model, arguments)
 
     def _take_up(self, state: PrunerState) -> None:
         """Go on where an earlier run was."""
@@ -360,6 +381,7 @@ class Pruner:
         decision = self._search.choose(situation)
         with uncompiled():
             keep = feasible(self.model, self.graph, self._agreed(decision.keep), situation.scores)
+        self._warn_of_one_sided(keep)
         if self.num_rewrites == 1 and not isinstance(self._search, RateSearch):
             check_met(situation, keep, self.course.budget)
         losses = [loss_change.loss_as_it_is(), float(loss_change.measure([keep], repaired=False)[0])]
@@ -385,6 +407,21 @@ class Pruner:
                 log.warning("%s", missed(metric, left, self.course.budget))
         return record
 
+    def _warn_of_one_sided(self, keep: Mapping[int, np.ndarray]) -> None:
+        """Say where the greedy search lets one group pay so much that most of it goes at once."""
+        if not isinstance(self._search, GreedySearch) or not self.distributed.is_main:
+            return
+        for index, kept in keep.items():
+            group = self.graph.groups[index]
+            if len(kept) < _MOST_AT_ONCE * group.width and len(self.graph.prunable) > 1:
+                log.warning(
+                    "this rewrite takes %s from %d to %d channels: a smaller `delta`, or more `instalments`, spread "
+                    "what goes over several layers",
+                    group.name,
+                    group.width,
+                    len(kept),
+                )
+
     def _with_repair(self, record: RewriteRecord, repaired: RepairReport, batches: Batches) -> RewriteRecord:
         """The record with what the repair did, and the loss after it."""
         loss = float(self._judge(batches).measure([{}])[0])
@@ -393,7 +430,10 @@ class Pruner:
     def score(self, batches: Sequence[Any]) -> dict[int, Tensor]:
         """Group index → (width,) scores of the present network by the criterion; collective over ranks."""
         self._settle(batches)
-        assert self.criterion is not None
+        return self._scored(batches)
+
+    def _scored(self, batches: Sequence[Any]) -> dict[int, Tensor]:
+        assert self.criterion is not None, "settled before"
         return score_groups(
             self.model,
             self.graph,
