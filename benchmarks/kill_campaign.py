@@ -1,6 +1,6 @@
 """Jobs killed with SIGKILL at random moments and sent again: they must end as the one that nobody killed, bit for bit.
 
-    python benchmarks/kill_campaign.py [--job NAME …] [--kills N] [--seed S] [--json FILE] [--keep DIR]
+    python benchmarks/kill_campaign.py [--job NAME …] [--kills N] [--seed S] [--output FILE] [--keep DIR]
 
 The jobs are those of `same/jobs.py` that train. Each runs once undisturbed; then the same command, with `--resume
 auto` and a checkpoint every second iteration, is started again and again, and its whole process group is killed after
@@ -9,12 +9,12 @@ hit. What a run that came through after its kills has left is compared: every te
 `checkpoint.pth.tar` and `model_best.pth.tar`.
 
 Printed is a table: job, seconds undisturbed, kills, runs that came through, differences. The exit code is 0 where
-nothing differs, 1 where anything does or a job fails.
+nothing differs, 1 where anything does or a job fails. The JSON file is written after every run that came through, and a
+campaign that is started again with the same file goes on: the kills that are in it count.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -25,14 +25,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from benchmarks.same.comparing import Comparison, read_file
-from benchmarks.same.jobs import JOBS
+from common.report import BenchmarkParser, write_json
+from same.comparing import Comparison, read_file
+from same.jobs import JOBS
 
 #: The nine kinds of job that train.
 KINDS = (
@@ -92,37 +93,35 @@ def run_whole(job: str, folder: Path) -> float:
     return time.monotonic() - begin
 
 
-def run_killed(job: str, seconds: float, kills: int, folder: Path, chooser: random.Random) -> Outcome:
-    """Kill a job so many times in all, and compare what comes through.
+def run_killed(outcome: Outcome, kills: int, folder: Path, chooser: random.Random) -> None:
+    """Kill a job at most four times, let it come through, and compare what it left.
 
     Args:
-        job: Its name; `folder` holds what an undisturbed run left.
-        seconds: Length of that run.
-        kills: How many.
-        folder: Of the campaign.
+        outcome: What is known of the job, with the length of its undisturbed run; this run is added.
+        kills: Of the job in all.
+        folder: Of the campaign; it holds what the undisturbed run left.
         chooser: Of the moments.
     """
-    outcome = Outcome(job, seconds)
-    while outcome.kills < kills:
-        killed = folder / f"{job}-killed-{outcome.completed}"
-        mine = 0
-        while True:
-            process = start(job, killed, folder / f"{killed.name}.log")
-            try:
-                wait = chooser.uniform(0, seconds) if mine < _MOST_KILLS and outcome.kills < kills else None
-                code = process.wait(wait)
-                break
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                mine += 1
-                outcome.kills += 1
-        outcome.completed += 1
-        if code != 0:
-            outcome.differences.append(f"{killed.name} ended with {code}: see its log")
-        else:
-            outcome.differences += [f"{killed.name}: {text}" for text in differences(folder / job, killed)]
-    return outcome
+    killed = folder / f"{outcome.job}-killed-{outcome.completed}"
+    mine = 0
+    while True:
+        process = start(outcome.job, killed, folder / f"{killed.name}.log")
+        may_be_killed = mine < _MOST_KILLS and outcome.kills < kills
+        try:
+            code = process.wait(chooser.uniform(0, outcome.seconds) if may_be_killed else None)
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            mine += 1
+            outcome.kills += 1
+    outcome.completed += 1
+    if code != 0:
+        outcome.differences.append(f"{killed.name} ended with {code}: see its log")
+    else:
+        outcome.differences += [
+            f"{killed.name}: {text}" for text in differences(folder / outcome.job, killed)
+        ]
 
 
 def differences(whole: Path, killed: Path) -> list[str]:
@@ -140,43 +139,70 @@ def differences(whole: Path, killed: Path) -> list[str]:
     return comparison.differences + [f"{name} was left behind" for name in left]
 
 
-def campaign(jobs: Sequence[str], kills: int, seed: int, folder: Path) -> list[Outcome]:
-    """Run the whole of it; a line is printed for every job."""
-    chooser = random.Random(seed)
+def known_outcomes(path: Path) -> dict[str, Outcome]:
+    """The outcomes of an earlier campaign, by job; none where there was none."""
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {row["job"]: Outcome(**row) for row in content["jobs"]}
+
+
+def campaign(
+    jobs: Sequence[str],
+    kills: int,
+    seed: int,
+    folder: Path,
+    known: dict[str, Outcome],
+    save: Callable[[list[Outcome]], None],
+) -> list[Outcome]:
+    """Run the whole of it; a line is printed for every job.
+
+    Args:
+        jobs: Their names.
+        kills: Of each job in all, those that are known included.
+        seed: Of the moments.
+        folder: For workspaces and logs.
+        known: Outcomes to go on from, by job; they are added to.
+        save: Gets all outcomes after every run that came through.
+    """
     print(f"{'job':<14}{'seconds':>9}{'kills':>7}{'completed':>11}{'differences':>13}", flush=True)
-    outcomes = []
     for job in jobs:
-        outcome = run_killed(job, run_whole(job, folder), kills, folder, chooser)
-        outcomes.append(outcome)
+        outcome = known.setdefault(job, Outcome(job, 0.0))
+        if outcome.kills < kills:
+            outcome.seconds = run_whole(job, folder)
+        while outcome.kills < kills:
+            run_killed(outcome, kills, folder, random.Random(f"{seed} {job} {outcome.kills}"))
+            save(list(known.values()))
         print(
             f"{job:<14}{outcome.seconds:>9.1f}{outcome.kills:>7}{outcome.completed:>11}{len(outcome.differences):>13}",
             flush=True,
         )
         for text in outcome.differences:
             print(f"  {text}", flush=True)
-    return outcomes
+    return list(known.values())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = BenchmarkParser(__doc__, cpu_only=True)
     parser.add_argument(
         "--job", action="append", choices=KINDS, help="this job alone; may be given several times"
     )
     parser.add_argument("--kills", type=int, default=23, help="of each job; default: %(default)s, 207 in all")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--json", type=Path, help="write the outcomes there")
-    parser.add_argument("--keep", type=Path, help="keep workspaces and logs in this folder, which is new")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--keep", type=Path, help="keep workspaces and logs in this folder")
+    arguments = parser.parse("kill_campaign.json", {"job": ["plain"], "kills": 1})
     if arguments.kills < 1:
         parser.error(f"--kills {arguments.kills}: at least 1 is needed")
+
+    def save(outcomes: list[Outcome]) -> None:
+        rows = [dataclasses.asdict(outcome) for outcome in outcomes]
+        write_json(arguments, sum(outcome.kills for outcome in outcomes), {"jobs": rows})
+
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.keep or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        outcomes = campaign(arguments.job or KINDS, arguments.kills, arguments.seed, folder)
-    if arguments.json is not None:
-        plain = [dataclasses.asdict(outcome) for outcome in outcomes]
-        arguments.json.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        known = known_outcomes(arguments.output)
+        outcomes = campaign(arguments.job or KINDS, arguments.kills, arguments.seed, folder, known, save)
     return int(any(outcome.differences for outcome in outcomes))
 
 

@@ -29,11 +29,12 @@ from image_classification.distributed import Distributed
 from image_classification.models import evaluating
 from image_classification.models.modes import drop_graphs, uncompiled
 from image_classification.models.recognising import recognise
+from image_classification.models.running import Args
 from pruning.costs.budget import DEFAULT_DELTA, DEFAULT_SHARE, Budget, BudgetCourse, as_budget
 from pruning.criteria import Criterion
 from pruning.criteria.by_name import make_criterion
 from pruning.criteria.explained import Autocast, Explained
-from pruning.criteria.scoring import score_groups
+from pruning.criteria.scoring import looks_at_weights_only, needs_loss, score_groups
 from pruning.engine.channel_graph import Constraints
 from pruning.engine.groups import Group
 from pruning.engine.surgery import prune_channels
@@ -48,20 +49,24 @@ from pruning.rewrites.companions import (
     OptimizerWatch,
     averages_in,
     check_optimizers,
+    check_wrappers,
     optimizers_in,
     warn_of_leftovers,
 )
+from pruning.rewrites.intervals import Intervals, shortfall
 from pruning.rewrites.momentum_pairs import warn_of_pairs
 from pruning.rewrites.resuming import PrunerState, check_course, graph_of, known_originals, shared_costs
 from pruning.rewrites.rewrite_record import RewriteRecord, describe_group
 from pruning.rewrites.shown import course_html, plot_course
 from pruning.search import (
+    STEPWISE,
     Candidate,
     GreedySearch,
     RateSearch,
     Search,
     SensitivitySearch,
     Situation,
+    UniformSearch,
     build_search,
 )
 from pruning.search.budget_kept import above_budget, check_met, check_scored, missed
@@ -91,6 +96,7 @@ AverageGiven = Average | Sequence[Average] | None
 DEFAULT_STEP = 50
 log = logging.getLogger(__name__)
 _NUM_CANDIDATES_KEPT = 8
+_MOST_AT_ONCE = 0.5  # share of its channels that a group keeps at least, or greedy's choice is mentioned
 _NEEDS_FACTORY = (
     "no function of torchvision or timm is known to build it, so save(path, factory=…) must be given one"
 )
@@ -181,6 +187,7 @@ class Pruner:
         self.settings = settings or PrunerSettings()
         self.model, self.optimizers = model, optimizers_in(optimizer)
         check_optimizers(model, self.optimizers)
+        check_wrappers(model, optimizer)
         self.averages = averages_in(ema, model)
         self._watch = OptimizerWatch(self)
         self.interval, self.delta = step, delta
@@ -219,6 +226,8 @@ class Pruner:
         self._scores: dict[int, Tensor] = {}
         if state is not None:
             self._take_up(state)
+        if not self.done:
+            self._check_what_rewrites_need(images)
 
     def _check_graph(self) -> None:
         """Refuse a network without anything to prune; warn of what trains along with it unseen."""
@@ -229,6 +238,21 @@ class Pruner:
             "this network has no channel group that can be pruned: `trace_groups(…).frozen` says why, and so does "
             "`python -m pruning groups`",
         )
+
+    def _check_what_rewrites_need(self, arguments: Args) -> None:
+        """Refuse at the start what the first rewrite would: a budget out of reach for scores, outputs without a loss.
+
+        Only what is known without calibration batches; what they show is seen at the first rewrite, before any cut.
+
+        Raises:
+            SettingError: Naming what is missing.
+        """
+        if self.criterion is not None and looks_at_weights_only(self.criterion):
+            self._scores = self._scored([])
+            self._situation({}, None)
+        judging = isinstance(self.search, (GreedySearch, SensitivitySearch))
+        if judging or (self.criterion is not None and needs_loss(self.criterion)):
+            self.task.check_outputs(self.model, arguments)
 
     def _take_up(self, state: PrunerState) -> None:
         """Go on where an earlier run was."""
@@ -271,13 +295,53 @@ class Pruner:
 
         Rewrites are an interval apart at least, also where the first one came late.
         """
-        return self.completed < self.num_rewrites and iteration >= self._next_iteration()
+        return self.completed < self.num_rewrites and iteration >= self._intervals().next()
 
-    def _next_iteration(self) -> int:
-        """Iteration from which on the next rewrite is due."""
-        planned = self.settings.start + (self.completed + 1) * self.interval
+    def _intervals(self) -> Intervals:
+        """When rewrites are due."""
         last = self.history[-1].iteration if self.history else -1
-        return planned if last < 0 else max(planned, last + self.interval)
+        return Intervals(self.settings.start, self.interval, self.completed, last)
+
+    def iterations_to_come(self, after: int = 0) -> list[int]:
+        """The iterations after which the rewrites that are left are due.
+
+        Args:
+            after: Iterations that are done.
+        """
+        num_left = max(self.num_rewrites - self.completed, 0)
+        return list(itertools.islice(self._intervals().coming(after), num_left))
+
+    def check_length(
+        self,
+        num_iterations: int,
+        after: int = 0,
+        *,
+        steps_per_epoch: int | None = None,
+        doubt: Callable[[SettingError], None] | None = None,
+    ) -> None:
+        """Make sure, before hours are spent, that a training has room for the rewrites that its budget needs.
+
+        Args:
+            num_iterations: Its length.
+            after: Iterations that are done already.
+            steps_per_epoch: Iterations of an epoch, for the message.
+            doubt: Told on the main rank where it may just do, since channels leave in whole steps, and where the
+                search or the cost is none that can be reckoned with; by default the log.
+
+        Raises:
+            SettingError: With the rewrites that it holds and needs, and what mends it.
+        """
+        lack = shortfall(self.course, self._intervals(), after, num_iterations)
+        if lack is None or after >= num_iterations or isinstance(self.search, RateSearch):
+            return
+        budget = ", ".join(f"{metric}={share:g}" for metric, share in self.course.budget.shares.items())
+        error = SettingError("budget", budget, lack.describe(steps_per_epoch))
+        reckoned = self.search is None or isinstance(self.search, STEPWISE)
+        together = isinstance(self.search, UniformSearch)
+        if reckoned and self.course.certainly_missed(self.completed + lack.held, together):
+            raise error
+        if self.distributed.is_main:
+            (doubt or _warn_of_length)(error)
 
     # ------------------------------------------------------------------ one rewrite
 
@@ -317,6 +381,7 @@ class Pruner:
         decision = self._search.choose(situation)
         with uncompiled():
             keep = feasible(self.model, self.graph, self._agreed(decision.keep), situation.scores)
+        self._warn_of_one_sided(keep)
         if self.num_rewrites == 1 and not isinstance(self._search, RateSearch):
             check_met(situation, keep, self.course.budget)
         losses = [loss_change.loss_as_it_is(), float(loss_change.measure([keep], repaired=False)[0])]
@@ -342,6 +407,21 @@ class Pruner:
                 log.warning("%s", missed(metric, left, self.course.budget))
         return record
 
+    def _warn_of_one_sided(self, keep: Mapping[int, np.ndarray]) -> None:
+        """Say where the greedy search lets one group pay so much that most of it goes at once."""
+        if not isinstance(self._search, GreedySearch) or not self.distributed.is_main:
+            return
+        for index, kept in keep.items():
+            group = self.graph.groups[index]
+            if len(kept) < _MOST_AT_ONCE * group.width and len(self.graph.prunable) > 1:
+                log.warning(
+                    "this rewrite takes %s from %d to %d channels: a smaller `delta`, or more `instalments`, spread "
+                    "what goes over several layers",
+                    group.name,
+                    group.width,
+                    len(kept),
+                )
+
     def _with_repair(self, record: RewriteRecord, repaired: RepairReport, batches: Batches) -> RewriteRecord:
         """The record with what the repair did, and the loss after it."""
         loss = float(self._judge(batches).measure([{}])[0])
@@ -350,7 +430,10 @@ class Pruner:
     def score(self, batches: Sequence[Any]) -> dict[int, Tensor]:
         """Group index → (width,) scores of the present network by the criterion; collective over ranks."""
         self._settle(batches)
-        assert self.criterion is not None
+        return self._scored(batches)
+
+    def _scored(self, batches: Sequence[Any]) -> dict[int, Tensor]:
+        assert self.criterion is not None, "settled before"
         return score_groups(
             self.model,
             self.graph,
@@ -515,8 +598,8 @@ class Pruner:
         self._scores = self.score(batches)
         numbers = range(self.completed + 1, self.num_rewrites + 1)
         rows = forecast(self._search, self._situation({}, self._judge(batches)), self.course, numbers)
-        for number, row in enumerate(rows):
-            row["iteration"] = self._next_iteration() + number * self.interval
+        for row, iteration in zip(rows, self.iterations_to_come(), strict=True):
+            row["iteration"] = iteration
         return rows
 
     def plot(self, axes: Sequence[Axes] | None = None) -> list[Axes]:
@@ -611,6 +694,10 @@ def _check_arguments(
         raise SettingError(
             "criterion", criterion, "give a name or an object, such as Taylor() (not the class)"
         )
+
+
+def _warn_of_length(error: SettingError) -> None:
+    log.warning("the budget may not be met: %s", error)
 
 
 def _device_of(model: nn.Module) -> torch.device:

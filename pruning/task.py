@@ -98,6 +98,26 @@ class Task:
             return model(**inputs)
         return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
+    def check_outputs(self, model: nn.Module, arguments: Args) -> None:
+        """Refuse a network whose outputs have no loss whatever the targets are.
+
+        Nothing is known where `forward` or `loss` are the user's own, or where the network itself takes targets.
+
+        Args:
+            model: The network.
+            arguments: Its positional arguments.
+
+        Raises:
+            SettingError: Saying what it returns.
+        """
+        own = self.forward is not None or self.loss is not None or self.mode != "eval"
+        if own or _takes_targets(model):
+            return
+        with self.running(model), torch.no_grad():
+            outputs = model(*arguments)
+        if _held_loss(outputs) is None:
+            logits_of(outputs)
+
     def divides(self, batch: Any) -> bool:
         """Whether a batch may be cut into parts along the first dimension of its tensors.
 
@@ -378,13 +398,21 @@ def logits_of(outputs: Any) -> Tensor:
     )
 
 
-def _losses_by_default(outputs: Any, batch: Any) -> Tensor:
-    """The loss that the outputs hold, or else the cross-entropy of their logits."""
+def _held_loss(outputs: Any) -> Tensor | None:
+    """The loss that a network returns, or the sum of several; None where it returns none."""
     held = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if isinstance(held, Tensor):
         return held
     if isinstance(outputs, Mapping) and outputs and all("loss" in str(name) for name in outputs):
         return torch.stack([part.mean() for part in outputs.values()]).sum()
+    return None
+
+
+def _losses_by_default(outputs: Any, batch: Any) -> Tensor:
+    """The loss that the outputs hold, or else the cross-entropy of their logits."""
+    held = _held_loss(outputs)
+    if held is not None:
+        return held
     targets = targets_of(batch)
     kind = kind_of_shape(targets)
     if kind is None:
@@ -430,6 +458,14 @@ def _enter_training(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, quiet) or type(module).__name__ in _NOISY:
             module.training = False
+
+
+def _takes_targets(model: nn.Module) -> bool:
+    """Whether a network can be given targets, and may return another thing then."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(
+        parameter.name in _TARGET_NAMES or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters
+    )
 
 
 def _takes_network(forward: Forward) -> bool:

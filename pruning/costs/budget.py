@@ -84,6 +84,23 @@ class BudgetCourse:
             for metric, share in self.budget.shares.items()
         }
 
+    def certainly_missed(self, rewrites: int, together: bool = False) -> bool:
+        """Whether so many rewrites from the baseline end above the budget, by counting alone.
+
+        A search that takes step after step ends a step below its targets at most: this much is granted for the
+        metric that it went by last, whichever that was.
+
+        Args:
+            rewrites: Their number.
+            together: The search takes a step of all groups at a time.
+        """
+        targets = self.targets(rewrites)
+        for metric, share in self.budget.shares.items():
+            step = self.costs.largest_step(metric, together)
+            if step is None or targets[metric] - step <= share * self.costs.baseline(metric):
+                return False
+        return True
+
     def check_reachable(self) -> None:
         """Make sure that the budget can be met at all.
 

@@ -25,6 +25,7 @@ from pruning.costs.cost_registry import CostInputs, cost_named
 from pruning.costs.counts import CountTable, Metric
 from pruning.costs.latency_measure import measure_latency, measure_networks, pruned_copy
 from pruning.costs.latency_table import LatencyError, LatencySettings, LatencyTable
+from pruning.costs.product_costs import Products
 from pruning.engine.channel_graph import ChannelGraph, GroupKey
 
 #: Relative tolerance of comparisons between costs.
@@ -175,6 +176,27 @@ class CostModel:
         for group in self.graph.prunable:
             mask[group.units[int(self._allowed_widths(group.index)[0]) :]] = False
         return self.cost(metric, mask)
+
+    def largest_step(self, metric: str, together: bool = False) -> float | None:
+        """What is saved at most where a group goes from one of its allowed widths to the next, now and later.
+
+        Args:
+            metric: One of the model's metrics.
+            together: All groups take a step at a time, in place of one of them.
+
+        Returns:
+            None where it cannot be known: the cost is no sum of products of counts, and may fall faster later.
+        """
+        if not isinstance(self._metric(metric), Products):
+            return None
+        steps = [self._step_saves(metric, group.index) for group in self.graph.prunable]
+        return sum(steps) if together else max(steps)
+
+    def _step_saves(self, metric: str, index: int) -> float:
+        """What one group's widest step saves at most: a narrower network saves less by a unit, never more."""
+        num_gone = int(np.diff(self._allowed_widths(index)).max(initial=0))
+        _, left = self._less_one_unit(metric, index, None)
+        return num_gone * float(self.current(metric) - left.min())
 
     def cost_curve(
         self,
@@ -346,19 +368,24 @@ class CostModel:
             if not np.array_equal(np.sort(positions), np.flatnonzero(inside)):
                 raise ValueError("order: give every kept position of the group once, in the order they leave")
             return classes[positions]
-        distinct = np.unique(classes)
-        if len(distinct) <= 1:
+        if len(np.unique(classes)) <= 1:
             return classes[inside]
 
-        # What one unit of each class saves: row i of `fewer` is the network less one unit of the i-th class. The class
-        # that leaves the highest cost saves least and comes first.
-        kept = self._table.kept_per_class(mask)
-        fewer = kept.expand(len(distinct), -1).clone()
-        fewer[torch.arange(len(distinct)), torch.from_numpy(distinct)] -= 1
-        left = self._metrics[metric].evaluate(self._table.counts(fewer)).numpy()
+        # The class that leaves the highest cost saves least and comes first.
+        distinct, left = self._less_one_unit(metric, index, mask)
         least_saving_first = distinct[np.argsort(-left, kind="stable")]
         rank = {name: position for position, name in enumerate(least_saving_first)}
         return np.array(sorted(classes[inside].tolist(), key=lambda name: rank[name]), dtype=np.int64)
+
+    def _less_one_unit(
+        self, metric: str, index: int, mask: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The classes of a group's units, and the cost of the network less one unit of each."""
+        distinct = np.unique(self._table.classes_of(index))
+        kept = self._table.kept_per_class(mask)
+        fewer = kept.expand(len(distinct), -1).clone()
+        fewer[torch.arange(len(distinct)), torch.from_numpy(distinct)] -= 1
+        return distinct, self._metrics[metric].evaluate(self._table.counts(fewer)).numpy()
 
     def _random_mask(self, seed: int) -> np.ndarray:
         generator = np.random.default_rng(seed)

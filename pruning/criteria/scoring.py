@@ -99,6 +99,26 @@ class _Site:
         return windows.movedim(self.place.dim + 1, 1)
 
 
+def parts_of(criterion: Criterion) -> list[Criterion]:
+    """The criteria that one is combined of, or itself."""
+    return [criterion.first, criterion.second] if isinstance(criterion, Combined) else [criterion]
+
+
+def looks_at_weights_only(criterion: Criterion) -> bool:
+    """Whether a criterion scores without calibration batches."""
+    return all(isinstance(part, WeightCriterion) for part in parts_of(criterion))
+
+
+def needs_loss(criterion: Criterion) -> bool:
+    """Whether a criterion differentiates the task's loss."""
+    return any(
+        isinstance(part, GradientCriterion)
+        and type(part).gated_objectives is GradientCriterion.gated_objectives
+        and part.loss is None
+        for part in parts_of(criterion)
+    )
+
+
 def score_groups(
     model: nn.Module,
     graph: Graph,
@@ -111,12 +131,11 @@ def score_groups(
     autocast: Autocast | None = None,
 ) -> Scores:
     """Score the units of channel groups by one criterion; see `score_groups_by`."""
-    parts = [criterion.first, criterion.second] if isinstance(criterion, Combined) else [criterion]
     scores = score_groups_by(
         model,
         graph,
         batches,
-        parts,
+        parts_of(criterion),
         task=task,
         groups=groups,
         distributed=distributed,

@@ -59,6 +59,30 @@ def _walk(holder: object, seen: set[int]) -> Iterator[Optimizer]:
                 yield from _walk(inner, seen)
 
 
+def check_wrappers(model: nn.Module, given: object) -> None:
+    """Refuse wrappers around optimizers that keep tensors of their own, such as the slow weights of a Lookahead.
+
+    Raises:
+        SettingError: Naming the wrapper and where it keeps them.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    for wrapper in given if isinstance(given, (list, tuple)) else [given]:
+        if isinstance(wrapper, Optimizer) or not hasattr(wrapper, "__dict__"):
+            continue  # an optimizer is looked at as one
+        for name, value in vars(wrapper).items():
+            if _has_tensors(value, own):
+                raise _kept_elsewhere(wrapper, repr(name))
+
+
+def _kept_elsewhere(optimizer: object, place: str) -> SettingError:
+    return SettingError(
+        "optimizer",
+        type(optimizer).__name__,
+        f"it keeps tensors in {place}, outside of its state, where they cannot be cut: keep them in "
+        "`state[parameter]`, or prune with another one",
+    )
+
+
 def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Refuse optimizers whose state cannot follow the network's rewrites.
 
@@ -84,12 +108,7 @@ def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
             )
         place = _tensors_elsewhere(optimizer, {*own, *map(id, held)})
         if place is not None:
-            raise SettingError(
-                "optimizer",
-                name,
-                f"it keeps tensors in {place}, outside of its state, where they cannot be cut: keep them in "
-                "`state[parameter]`, or prune with another one",
-            )
+            raise _kept_elsewhere(optimizer, place)
 
 
 def _tensors_elsewhere(optimizer: Optimizer, parameters: set[int]) -> str | None:

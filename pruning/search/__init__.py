@@ -20,7 +20,11 @@ from pruning.search.search import (
 from pruning.search.sensitivity import SensitivitySearch
 from pruning.search.uniform import UniformSearch
 
+#: Searches that take one step after the other and stop where the targets are met.
+STEPWISE = (GlobalSearch, GreedySearch, SensitivitySearch, UniformSearch)
+
 __all__ = [
+    "STEPWISE",
     "Candidate",
     "Decision",
     "GlobalSearch",

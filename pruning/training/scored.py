@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from image_classification.callbacks import TrainLoop
+from image_classification.config import told
 from pruning.criteria.by_name import make_criterion
 from pruning.pruner import Pruner, PrunerSettings
 from pruning.rewrites.resuming import PrunerState
@@ -39,6 +40,7 @@ class PruningCallback(ChannelPruning):
         self._pruner = self._make_pruner(trainer)
         self.check_groups(trainer, self.pruner.graph)
         trainer.logger.message(self._announcement(trainer))
+        self._check_length(trainer)
         self.pruner.remember(self.batches())
         if self.config.one_shot_pruning is not None and not self.pruner.done:
             self._rewrite(trainer)
@@ -73,7 +75,7 @@ class PruningCallback(ChannelPruning):
         )
 
     def _announcement(self, trainer: TrainLoop) -> str:
-        """What the budget needs, and whether the training is long enough for it."""
+        """What the budget needs, and when."""
         pruner, config = self.pruner, self.config
         shares = pruner.course.budget.shares
         budget = ", ".join(f"{metric}={share:.6g}" for metric, share in shares.items())
@@ -84,18 +86,25 @@ class PruningCallback(ChannelPruning):
             f"{len(pruner.graph.prunable)} of {len(pruner.graph.groups)} channel groups can be pruned, scores: "
             f"{config.pruning_criterion}"
         )
-        if not config.iterative_pruning or pruner.done:
+        due = pruner.iterations_to_come(trainer.state.iteration)
+        if not config.iterative_pruning or not due:
             return text
-        step = config.interval(trainer.steps_per_epoch)
-        last = config.pruning_start + pruner.num_rewrites * step
         total = trainer.steps_per_epoch * trainer.config.epochs
-        text += f"; one every {step} iterations, the last after iteration {last} of {total}"
-        if last > total:
-            text += (
-                " — the training is too short for the budget: raise --epochs or --pruning-delta, or lower "
-                "--pruning-step"
-            )
-        return text
+        return (
+            f"{text}; one every {pruner.interval} iterations, the last after iteration {due[-1]} of {total}"
+        )
+
+    def _check_length(self, trainer: TrainLoop) -> None:
+        """Refuse a training that ends before its budget is met; epochs that `--prof` cuts short measure speed only."""
+        if not self.config.iterative_pruning or trainer.config.prof >= 0:
+            return
+        per_epoch = trainer.steps_per_epoch
+        self.pruner.check_length(
+            per_epoch * trainer.config.epochs,
+            trainer.state.iteration,
+            steps_per_epoch=per_epoch,
+            doubt=lambda error: trainer.logger.message(f"the budget may not be met: {told(error)}"),
+        )
 
     def on_step_end(self, trainer: TrainLoop) -> None:
         """Rewrite if it is time, and bring the learning rate back after a rewrite."""

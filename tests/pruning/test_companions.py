@@ -148,6 +148,21 @@ def test_tensors_outside_of_the_state_are_refused() -> None:
         Pruner(model, X[:2], optimizer=Lookahead(sgd(model), apart=True))
 
 
+class SlowWeights:
+    """A wrapper that is no optimizer, with weights of its own."""
+
+    def __init__(self, inner: Optimizer, slow: Any) -> None:
+        self.inner, self.slow = inner, slow
+
+
+def test_tensors_in_a_wrapper_are_refused() -> None:
+    model = network()
+    slow = [[parameter.detach().clone() for parameter in model.parameters()]]
+    with pytest.raises(ConfigError, match="optimizer='SlowWeights': it keeps tensors in 'slow'"):
+        Pruner(model, X[:2], optimizer=SlowWeights(sgd(model), slow))
+    Pruner(model, X[:2], optimizer=SlowWeights(sgd(model), list(model.parameters())))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -405,9 +420,48 @@ def test_a_budget_that_the_scored_groups_cannot_meet_is_refused(search: str) -> 
     ):
         prune(model, X[:2], criterion="bn-scale", budget={"params": 0.1}, calibration=BATCHES, search=search)
     assert model.first.out_channels == 8
-    pruner = Pruner(model, X[:2], criterion="bn-scale", budget={"params": 0.1}, delta=0.1, search=search)
     with pytest.raises(ConfigError, match="cannot score wide"):
-        pruner.dry_run(BATCHES)
+        Pruner(model, X[:2], criterion="bn-scale", budget={"params": 0.1}, delta=0.1, search=search)
+
+
+class Named(nn.Module):
+    """Returns a mapping; by another class it is said that it takes targets too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = Parted()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"probabilities": self.parts(x).softmax(1)}
+
+
+class TakesLabels(Named):
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        outputs = super().forward(x)
+        return outputs if labels is None else outputs | {"loss": outputs["probabilities"].mean()}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"criterion": "taylor"}, {"criterion": "fisher"}, {"search": "greedy"}, {"search": "sensitivity"}],
+)
+def test_outputs_without_a_loss_are_refused_at_once(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="loss=None: the network returns dict without logits"):
+        Pruner(Named(), X[:2], **given)
+    Pruner(Named(), X[:2], loss=lambda outputs, batch: outputs["probabilities"].mean(), **given)
+    Pruner(TakesLabels(), X[:2], **given)
+    Pruner(Named(), X[:2], criterion="magnitude", search="global")
+
+
+def test_a_layer_that_pays_for_all_is_mentioned(caplog: pytest.LogCaptureFixture) -> None:
+    def mentioned(**given: Any) -> bool:
+        caplog.clear()
+        Pruner(Parted(), X[:2], criterion="magnitude", budget={"params": 0.4}, **given).step(BATCHES)
+        return any("`delta`" in record.message for record in caplog.records)
+
+    assert mentioned(search="greedy", delta=0.6)
+    assert not mentioned(search="greedy", delta=0.1)
+    assert not mentioned(search="global", delta=0.6)
 
 
 def test_a_missed_budget_is_never_done(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import random
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.kill_campaign import KINDS, differences, run_killed, run_whole
+from benchmarks.kill_campaign import KINDS, Outcome, campaign, differences, known_outcomes
 from benchmarks.same.jobs import JOBS
 
 
@@ -39,7 +40,20 @@ def test_every_kind_of_job_is_one_command() -> None:
 
 @pytest.mark.slow
 def test_a_job_that_is_killed_once_ends_the_same(tmp_path: Path) -> None:
-    seconds = run_whole("plain", tmp_path)
-    outcome = run_killed("plain", seconds, 1, tmp_path, random.Random(3))
-    assert (outcome.kills, outcome.completed) == (1, 1), "no time in 0 … seconds came before the end"
+    saved: list[list[Outcome]] = []
+    known = {"plain": Outcome("plain", 1.0, kills=2, completed=1)}
+    (outcome,) = campaign(["plain"], 3, 3, tmp_path, known, saved.append)
+    assert (outcome.kills, outcome.completed) == (3, 2), "no time in 0 … seconds came before the end"
     assert outcome.differences == []
+    assert saved
+
+
+def test_a_campaign_goes_on_from_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "outcomes.json"
+    assert known_outcomes(path) == {}
+    outcomes = {"plain": Outcome("plain", 1.0, kills=2, completed=1, differences=["killed: differs"])}
+    path.write_text(json.dumps({"jobs": [dataclasses.asdict(outcome) for outcome in outcomes.values()]}))
+    assert known_outcomes(path) == outcomes
+    saved: list[list[Outcome]] = []
+    assert campaign(["plain"], 2, 0, tmp_path, known_outcomes(path), saved.append) == [outcomes["plain"]]
+    assert not saved, "nothing was left to kill"
