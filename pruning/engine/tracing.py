@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import math
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
@@ -196,6 +197,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     device = torch.device("cpu") if first is None else first.device
     devices = [device] if device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(few_objects_to_collect())
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.no_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -205,6 +207,22 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.callback(forget_cached, model)
         with modes_restored(model):
             yield
+
+
+@contextlib.contextmanager
+def few_objects_to_collect() -> Iterator[None]:
+    """What exists already is not looked at by the garbage collections inside.
+
+    Recordings and trials make many small objects, which sets off collections of everything that the process holds.
+    """
+    if gc.get_freeze_count():  # by whoever set others aside already: they could not be told apart afterwards
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from image_classification.models.running import ModuleCall, following
 from pruning.engine.channel_graph import ChannelGraph
@@ -272,10 +271,8 @@ def _run(
         # Of a module that the recorded pass did not call (an expert that got no token) the channels are not known.
         known = call.name in one.called and is_leaf(module)
         if known and isinstance(output, Tensor) and output.is_floating_point():
-            with (
-                _disable_current_modes(),
-                torch._C.DisableTorchFunction(),
-            ):  # what is looked at here is no step
+            # What is looked at here is no step, and no statistics of the network's.
+            with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
                 summary = _summary(output, places.get((call.name, call.number), []), mask)
                 run.calls.append((call.name, summary))
                 if expected is not None:
@@ -319,16 +316,16 @@ def _first_line(error: BaseException) -> str:
 def _summary(output: Tensor, places: list[Place], mask: np.ndarray | None) -> Tensor:
     """(2, C) mean and mean square of every channel that stays; of the whole where no channels are known."""
     values = output.detach().float()
-    if not places or values.dim() != len(places[0].shape):
+    rank = values.dim()
+    if rank < 2 or not places or rank != len(places[0].shape):
         return torch.stack([values.mean(), values.square().mean()]).reshape(2, 1)
     for place in places:
         if mask is None:
             break
         stays = np.flatnonzero((place.units < 0) | mask[np.maximum(place.units, 0)])
         values = values.index_select(place.dim, torch.from_numpy(stays).to(values.device))
-    values = values.movedim(places[0].dim, 0)
-    values = values.reshape(values.shape[0], -1)
-    return torch.stack([values.mean(dim=1), values.square().mean(dim=1)])
+    others = [dim for dim in range(rank) if dim != places[0].dim]
+    return torch.stack([values.mean(others), values.square().mean(others)])
 
 
 def _difference(expected: _Run, found: _Run) -> Failure | None:
