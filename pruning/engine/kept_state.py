@@ -31,9 +31,9 @@ def state_kept(model: nn.Module, written: Iterable[str] = ()) -> Iterator[None]:
         model: The network.
         written: Names of parameters that a pass writes into; of others only the storage is looked after.
     """
-    parameters = dict(model.named_parameters())
-    looked_after = [*model.buffers(), *(parameters[name] for name in written if name in parameters)]
-    storages = [(tensor, tensor.data) for tensor in (*parameters.values(), *model.buffers())]
+    parameters, buffers = dict(model.named_parameters()), list(model.buffers())
+    looked_after = [*buffers, *(parameters[name] for name in written if name in parameters)]
+    storages = [(tensor, tensor.data) for tensor in (*parameters.values(), *buffers)]
     values = [(tensor, tensor.detach().clone()) for tensor in looked_after if not _overlaps(tensor)]
     try:
         with attributes_kept(model):

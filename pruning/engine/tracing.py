@@ -182,8 +182,16 @@ def tensor_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer once, by its first qualified name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Every parameter and buffer once, by its first qualified name; parameters first."""
+    parameters: dict[int, tuple[str, Tensor]] = {}
+    buffers: dict[int, tuple[str, Tensor]] = {}
+    for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        for found, table in ((parameters, module._parameters), (buffers, module._buffers)):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    found.setdefault(id(tensor), (prefix + name, tensor))
+    return dict([*parameters.values(), *buffers.values()])
 
 
 @contextlib.contextmanager

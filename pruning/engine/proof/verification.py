@@ -66,9 +66,12 @@ def _verified(case: Case, measures: Measures, at_least: int = 0) -> tuple[Channe
     for _ in range(_MOST_ROUNDS):
         labeller, graph = _build(case, measures)
         trials = _trials(case, graph)
-        failure = trials.failure()
+        failure = trials.first.failure()
         if failure is None:
+            # Where a measure was taken back, all cuts were stood; else there are some left.
             trials = _without_needless_measures(case, measures, trials)
+            failure = trials.failure()
+        if failure is None:
             return _without_needless_numbers(case, trials), before_shapes if measures.shaped else None
         changed = remedied(case, measures, labeller, graph, failure)
         if changed.shaped and before_shapes is None:
@@ -120,10 +123,10 @@ def _without_needless_measures(case: Case, measures: Measures, trials: Trials) -
     Args:
         case: The network.
         measures: All that were taken.
-        trials: Of the graph with all of them; they pass.
+        trials: Of the graph with all of them; the first passes.
 
     Returns:
-        Trials that pass, of the graph with the measures that are needed.
+        Trials of the graph with the measures that are needed. If any others were taken back all of them pass.
     """
     if any(verdict.assumed for verdict in measures.verdicts):
         sure = measures.without_assumptions()
