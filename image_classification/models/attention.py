@@ -141,8 +141,8 @@ def fit_attention(model: nn.Module, everywhere: bool = False) -> list[tuple[nn.M
         if type(module) is nn.MultiheadAttention and (everywhere or not _is_native(module)):
             change(module, "__class__", CutAttention)
     for module in model.modules():
-        cut = any(isinstance(part, CutAttention) for part in module.modules())
-        if cut and isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+        nested = isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
+        if nested and any(isinstance(part, CutAttention) for part in module.modules()):
             change(module, "use_nested_tensor", False)
     return changed
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import nn
@@ -19,7 +19,7 @@ from pruning.engine.labels import Slot, Value, compress, support
 from pruning.engine.native_layers import tie_recurrent
 from pruning.engine.operators import RULES
 from pruning.engine.pairs import paired_attributes, tie_pairs
-from pruning.engine.tracing import Trace, TracedCall, named_tensors, tensor_names
+from pruning.engine.tracing import Trace, TracedCall
 
 
 def label(traces: Sequence[Trace], policy: Policy | None = None) -> Labeller:
@@ -31,11 +31,18 @@ def label(traces: Sequence[Trace], policy: Policy | None = None) -> Labeller:
 
 
 def label_case(case: Case, policy: Policy | None = None) -> Labeller:
-    """Propagate labels through all traces of a network; submodules that are cut alike share theirs."""
-    labeller = label(case.traces, policy)
-    tie_pairs(case.model, labeller, case.pairs)
-    tie_recurrent(case.model, labeller)
-    return labeller
+    """Propagate labels through all traces of a network; submodules that are cut alike share theirs.
+
+    The labels of the latest policy are kept, since most graphs of a network differ by what is tied afterwards.
+    """
+    key = frozenset((policy or {}).items())
+    if key not in case.labelled:
+        labeller = label(case.traces, policy)
+        tie_pairs(case.model, labeller, case.pairs)
+        tie_recurrent(case.model, labeller)
+        case.labelled.clear()
+        case.labelled[key] = labeller
+    return case.labelled[key].copy()
 
 
 def build_graph(case: Case, labeller: Labeller | None = None) -> ChannelGraph:
@@ -45,14 +52,14 @@ def build_graph(case: Case, labeller: Labeller | None = None) -> ChannelGraph:
         case: The network.
         labeller: Labels of its traces; by default they are propagated here.
     """
-    model, traces = case.model, case.traces
+    modules, traces = case.modules, case.traces
     labeller = labeller or label_case(case)
     coupling = couple(labeller)
     places = _places(traces, labeller, coupling)
     graph = ChannelGraph(
         groups=_groups(coupling),
-        axes=_axes(model, labeller, coupling),
-        attributes=[*_group_counts(model, labeller, coupling), *_bare_norms(model, places)],
+        axes=_axes(case, labeller, coupling),
+        attributes=[*_group_counts(modules, labeller, coupling), *_bare_norms(modules, places)],
         places=places,
         layers=_layers(traces[0], labeller, coupling),
         constraints=case.constraints,
@@ -64,7 +71,7 @@ def build_graph(case: Case, labeller: Labeller | None = None) -> ChannelGraph:
     graph.attributes += paired_attributes(graph.attributes, case.pairs)
     graph.passes = tuple(case.passes)
     graph.untouched = untouched_parameters(case)
-    _annotate(model, graph)
+    _annotate(modules, graph)
     _apply_names(graph)
     return graph
 
@@ -80,17 +87,16 @@ def _layers(trace: Trace, labeller: Labeller, coupling: Coupling) -> list[Layer]
     return layers
 
 
-def _axes(model: nn.Module, labeller: Labeller, coupling: Coupling) -> list[Axis]:
+def _axes(case: Case, labeller: Labeller, coupling: Coupling) -> list[Axis]:
     """Every dimension of every tensor that carries units, in the network's own order of tensors."""
-    names = tensor_names(model)
-    weights = {use.weight for use in labeller.layers} & {name for name, _ in model.named_parameters()}
-    modules = dict(model.named_modules())
+    names = case.tensor_names
+    weights = {use.weight for use in labeller.layers} & {name for name, _ in case.model.named_parameters()}
     axes = []
-    order = {name: number for number, name in enumerate(named_tensors(model))}
+    order = {name: number for number, name in enumerate(names)}
     for name, dim in sorted(labeller.parameter_atoms, key=lambda key: (order[key[0]], key[1])):
         units = as_units(coupling.unit_of_atom, labeller.parameter_atoms[name, dim])
         if (units >= 0).any():
-            owner = modules.get(name.rpartition(".")[0])
+            owner = case.modules.get(name.rpartition(".")[0])
             transposed = bool(getattr(owner, "transposed", False))
             role = _role(dim, transposed) if name in weights else "along"
             axes.append(Axis(name, names[name], dim, units, role))
@@ -104,9 +110,10 @@ def _role(dim: int, transposed: bool) -> str:
     return "out" if (dim == 1) == transposed else "in"
 
 
-def _group_counts(model: nn.Module, labeller: Labeller, coupling: Coupling) -> list[AttributeAxis]:
+def _group_counts(
+    modules: Mapping[str, nn.Module], labeller: Labeller, coupling: Coupling
+) -> list[AttributeAxis]:
     """`groups` and `num_groups` of the modules that hold them."""
-    modules = dict(model.named_modules())
     found: dict[tuple[str, str], AttributeAxis] = {}
     for module, attribute, atoms in labeller.group_counts:
         units = as_units(coupling.unit_of_atom, atoms)
@@ -115,12 +122,13 @@ def _group_counts(model: nn.Module, labeller: Labeller, coupling: Coupling) -> l
     return list(found.values())
 
 
-def _bare_norms(model: nn.Module, places: list[Place]) -> list[AttributeAxis]:
+def _bare_norms(modules: Mapping[str, nn.Module], places: list[Place]) -> list[AttributeAxis]:
     """Widths of normalisations without tensors, which tensors cannot tell: `num_features`, `normalized_shape`."""
-    modules = dict(model.named_modules())
     found: dict[tuple[str, int | None], AttributeAxis] = {}
     for place in places:
         module = modules[place.module]
+        if not isinstance(module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm)):
+            continue
         if place.kind != "output" or [*module.parameters(), *module.buffers()]:
             continue
         attribute, item, width = "", None, 0
@@ -246,9 +254,8 @@ def _ungated(labeller: Labeller, coupling: Coupling, places: list[Place]) -> np.
     return np.flatnonzero(found[:-1])
 
 
-def _annotate(model: nn.Module, graph: ChannelGraph) -> None:
+def _annotate(modules: Mapping[str, nn.Module], graph: ChannelGraph) -> None:
     """Kinds of layers, channels per unit, notes on statistics, and single units that cannot leave."""
-    modules = dict(model.named_modules())
     notes: dict[int, set[str]] = {}
     for use in graph.statistics:
         for index in graph.groups_in(use.units):

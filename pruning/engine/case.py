@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -13,8 +14,9 @@ from torch.nn.parameter import is_lazy
 from image_classification.config import SettingError
 from pruning.engine.channel_graph import Constraints
 from pruning.engine.examples import Example, OutputError, Pass
+from pruning.engine.labeller import Labeller
 from pruning.engine.pairs import untouched_twins
-from pruning.engine.tracing import Trace, record
+from pruning.engine.tracing import Trace, record, tensor_names
 
 logger = logging.getLogger(__name__)
 _MOST_NAMES = 6
@@ -30,6 +32,7 @@ class Case:
         traces: The recorded passes that differ from each other; the first is the first example in evaluation.
         constraints: The user's demands.
         pairs: Submodules that are cut alike, by name.
+        labelled: Labels as they were last propagated, by the policy that they follow.
     """
 
     model: nn.Module
@@ -37,6 +40,17 @@ class Case:
     traces: list[Trace]
     constraints: Constraints
     pairs: Sequence[tuple[str, str]] = ()
+    labelled: dict[frozenset[tuple[str, str]], Labeller] = dataclasses.field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """The network's modules by their qualified names."""
+        return dict(self.model.named_modules())
+
+    @functools.cached_property
+    def tensor_names(self) -> dict[str, tuple[str, ...]]:
+        """See `tracing.tensor_names`."""
+        return tensor_names(self.model)
 
 
 def open_case(

@@ -378,6 +378,14 @@ class ChannelGraph:
             rows.append((group.name, group.width, group.prunable, members))
         return rows
 
+    def cuts_like(self, other: ChannelGraph) -> bool:
+        """Whether every cut of the same units changes the same in the network, and is judged at the same places."""
+        for name in _PARTS:
+            mine, its = getattr(self, name), getattr(other, name)
+            if len(mine) != len(its) or any(map(_differ, mine, its)):
+                return False
+        return True
+
     def freeze(self, groups: Iterable[GroupKey], reason: str) -> None:
         """Declare groups not prunable."""
         for key in groups:
@@ -404,6 +412,23 @@ _PARTS: dict[str, Any] = {
 def _row(part: Any) -> dict[str, Any]:
     """The fields of one part of a graph, as a checkpoint can hold them."""
     return {field.name: _plain(getattr(part, field.name)) for field in dataclasses.fields(part)}
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two parts of graphs say different things; the words for why a group stays aside."""
+    for name, mine in vars(one).items():
+        its = getattr(other, name)
+        if name in ("reason", "notes"):
+            continue
+        if isinstance(mine, np.ndarray) or isinstance(its, np.ndarray):
+            if not np.array_equal(mine, its):
+                return True
+        elif isinstance(mine, tuple) and mine and isinstance(mine[0], np.ndarray):
+            if len(mine) != len(its) or not all(map(np.array_equal, mine, its)):
+                return True
+        elif mine != its:
+            return True
+    return False
 
 
 def _plain(value: Any) -> Any:

@@ -97,7 +97,7 @@ def spectral_norms(model: nn.Module) -> list[SpectralNorm]:
     found = []
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        for tensor, chain in getattr(module, "parametrizations", {}).items():
+        for tensor, chain in _parametrizations(module).items():
             for position, parametrization in enumerate(chain):
                 if type(parametrization).__name__ == "_SpectralNorm" and hasattr(parametrization, "_u"):
                     own = f"{prefix}parametrizations.{tensor}"
@@ -151,7 +151,7 @@ def spectral_quotient(tensors: Mapping[str, Tensor], norm: SpectralNorm) -> Tens
 def parametrised_originals(module: nn.Module) -> dict[str, str]:
     """Computed tensor → name of the parameter of the same shape that it is computed from, for one module."""
     found = {}
-    for tensor, chain in getattr(module, "parametrizations", {}).items():
+    for tensor, chain in _parametrizations(module).items():
         weight_normed = any(type(part).__name__ == "_WeightNorm" for part in chain)
         if weight_normed or hasattr(chain, "original"):
             found[tensor] = f"parametrizations.{tensor}.original" + ("1" if weight_normed else "")
@@ -162,10 +162,16 @@ def parametrised_originals(module: nn.Module) -> dict[str, str]:
     return found
 
 
+def _parametrizations(module: nn.Module) -> Mapping[str, Any]:
+    """Tensor → the chain that computes it, for one module."""
+    found: Any = module._modules.get("parametrizations")
+    return found or {}
+
+
 def _weight_norms(module: nn.Module) -> list[tuple[str, str, Any]]:
     """(gain, direction, dimension) of the weight normalisations of one module, either generation."""
     found: list[tuple[str, str, Any]] = []
-    for tensor, chain in getattr(module, "parametrizations", {}).items():
+    for tensor, chain in _parametrizations(module).items():
         for parametrization in chain:
             if type(parametrization).__name__ == "_WeightNorm":
                 prefix = f"parametrizations.{tensor}.original"

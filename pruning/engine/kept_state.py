@@ -7,6 +7,7 @@ an attribute, or update a momentum teacher. Passes that only look at a network l
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 _CONTAINERS = (dict, OrderedDict, list, set)
-_OF_MODES = "training"  # `modes_restored` puts it back, by way of the module's own `train()`
+# `modes_restored` puts the mode back, by way of the module's own `train()`; hooks are their owners' affair.
+_NOT_KEPT = frozenset({"training", *(name for name in vars(nn.Module()) if "_hooks" in name)})
 
 
 @contextlib.contextmanager
@@ -29,9 +31,9 @@ def state_kept(model: nn.Module, written: Iterable[str] = ()) -> Iterator[None]:
         model: The network.
         written: Names of parameters that a pass writes into; of others only the storage is looked after.
     """
-    parameters = dict(model.named_parameters())
-    looked_after = [*model.buffers(), *(parameters[name] for name in written if name in parameters)]
-    storages = [(tensor, tensor.data) for tensor in (*parameters.values(), *model.buffers())]
+    parameters, buffers = dict(model.named_parameters()), list(model.buffers())
+    looked_after = [*buffers, *(parameters[name] for name in written if name in parameters)]
+    storages = [(tensor, tensor.data) for tensor in (*parameters.values(), *buffers)]
     values = [(tensor, tensor.detach().clone()) for tensor in looked_after if not _overlaps(tensor)]
     try:
         with attributes_kept(model):
@@ -53,7 +55,7 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for table, before in attributes:
-            _put_back(table, before)
+            _put_back(table, *before)
 
 
 def _overlaps(tensor: Tensor) -> bool:
@@ -61,24 +63,21 @@ def _overlaps(tensor: Tensor) -> bool:
     return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _remembered(table: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Attribute → its value, and a shallow copy of that if it is a container."""
-    found = {}
-    for name, value in table.items():
-        if name != _OF_MODES and not name.endswith("_hooks"):
-            found[name] = (value, value.copy() if type(value) in _CONTAINERS else None)
-    return found
+def _remembered(table: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
+    """A module's attributes, and every container among them with a shallow copy of it."""
+    kept = {name: value for name, value in table.items() if name not in _NOT_KEPT}
+    return kept, [(value, value.copy()) for value in kept.values() if type(value) in _CONTAINERS]
 
 
-def _put_back(table: dict[str, Any], before: dict[str, tuple[Any, Any]]) -> None:
-    for name in [name for name in table if name not in before]:
-        if name != _OF_MODES and not name.endswith("_hooks"):
-            del table[name]
-    for name, (value, copy) in before.items():
+def _put_back(table: dict[str, Any], kept: dict[str, Any], containers: list[tuple[Any, Any]]) -> None:
+    for name in table.keys() - kept.keys() - _NOT_KEPT:
+        del table[name]
+    for name, value in kept.items():
         if table.get(name) is not value:
             table[name] = value
-        if copy is not None and not _same(value, copy):
-            _refill(value, copy)
+    for container, copy in containers:
+        if not _same(container, copy):
+            _refill(container, copy)
 
 
 def _same(value: Any, copy: Any) -> bool:
@@ -86,10 +85,10 @@ def _same(value: Any, copy: Any) -> bool:
     if len(value) != len(copy):
         return False
     if isinstance(value, dict):
-        return all(key in value and value[key] is item for key, item in copy.items())
+        return value.keys() == copy.keys() and all(map(operator.is_, value.values(), copy.values()))
     if isinstance(value, set):
         return bool(value == copy)
-    return all(left is right for left, right in zip(value, copy, strict=True))
+    return all(map(operator.is_, value, copy))
 
 
 def _refill(value: Any, copy: Any) -> None:

@@ -7,6 +7,7 @@ statistics over channels, whole numbers that stand for widths).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 
@@ -129,6 +130,13 @@ class Labeller:
         self._trace: Trace | None = None
         self._kernels: set[str] = set()
         self._read: set[int] = set()
+
+    def copy(self) -> Labeller:
+        """The same labels, to be tied and frozen further on their own."""
+        other = copy.copy(self)
+        other.table = self.table.copy()
+        other.parameter_atoms, other.choices = dict(self.parameter_atoms), dict(self.choices)
+        return other
 
     # -- running -------------------------------------------------------------------------------------------
 

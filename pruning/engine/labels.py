@@ -29,6 +29,13 @@ class AtomTable:
         self._left: list[np.ndarray] = []
         self._right: list[np.ndarray] = []
 
+    def copy(self) -> AtomTable:
+        """The same atoms with what is known of them so far."""
+        other = AtomTable()
+        other.num_atoms, other.freezes = self.num_atoms, list(self.freezes)
+        other._left, other._right = list(self._left), list(self._right)
+        return other
+
     def new(self, count: int) -> np.ndarray:
         """`count` fresh atoms, as a vector."""
         atoms = np.arange(self.num_atoms, self.num_atoms + count, dtype=np.int64)

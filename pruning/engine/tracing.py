@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import math
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
@@ -181,8 +182,16 @@ def tensor_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer once, by its first qualified name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Every parameter and buffer once, by its first qualified name; parameters first."""
+    parameters: dict[int, tuple[str, Tensor]] = {}
+    buffers: dict[int, tuple[str, Tensor]] = {}
+    for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        for found, table in ((parameters, module._parameters), (buffers, module._buffers)):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    found.setdefault(id(tensor), (prefix + name, tensor))
+    return dict([*parameters.values(), *buffers.values()])
 
 
 @contextlib.contextmanager
@@ -196,6 +205,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     device = torch.device("cpu") if first is None else first.device
     devices = [device] if device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(few_objects_to_collect())
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.no_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -205,6 +215,22 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.callback(forget_cached, model)
         with modes_restored(model):
             yield
+
+
+@contextlib.contextmanager
+def few_objects_to_collect() -> Iterator[None]:
+    """What exists already is not looked at by the garbage collections inside.
+
+    Recordings and trials make many small objects, which sets off collections of everything that the process holds.
+    """
+    if gc.get_freeze_count():  # by whoever set others aside already: they could not be told apart afterwards
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

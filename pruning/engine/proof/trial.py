@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from image_classification.models.running import ModuleCall, following
 from pruning.engine.channel_graph import ChannelGraph
@@ -240,7 +239,7 @@ MASKS: tuple[MaskMaker, ...] = (random_halves, one_in_ten, equal_widths)
 class _Run:
     """What a trial run left: one summary per module call, outputs and steps, or where it stopped."""
 
-    calls: list[tuple[str, Tensor]]
+    calls: list[tuple[str, np.ndarray]]
     outputs: list[Tensor]
     steps: set[tuple[str, str]] = dataclasses.field(default_factory=set)
     failure: Failure | None = None
@@ -272,10 +271,8 @@ def _run(
         # Of a module that the recorded pass did not call (an expert that got no token) the channels are not known.
         known = call.name in one.called and is_leaf(module)
         if known and isinstance(output, Tensor) and output.is_floating_point():
-            with (
-                _disable_current_modes(),
-                torch._C.DisableTorchFunction(),
-            ):  # what is looked at here is no step
+            # What is looked at here is no step, and no statistics of the network's.
+            with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
                 summary = _summary(output, places.get((call.name, call.number), []), mask)
                 run.calls.append((call.name, summary))
                 if expected is not None:
@@ -316,19 +313,21 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:160]
 
 
-def _summary(output: Tensor, places: list[Place], mask: np.ndarray | None) -> Tensor:
+def _summary(output: Tensor, places: list[Place], mask: np.ndarray | None) -> np.ndarray:
     """(2, C) mean and mean square of every channel that stays; of the whole where no channels are known."""
+    if output.numel() == 0:  # a head that was given no boxes
+        return np.zeros((2, 1), dtype=np.float32)
     values = output.detach().float()
-    if not places or values.dim() != len(places[0].shape):
-        return torch.stack([values.mean(), values.square().mean()]).reshape(2, 1)
+    rank = values.dim()
+    if rank < 2 or not places or rank != len(places[0].shape):
+        return torch.stack([values.mean(), values.square().mean()]).reshape(2, 1).cpu().numpy()
     for place in places:
         if mask is None:
             break
         stays = np.flatnonzero((place.units < 0) | mask[np.maximum(place.units, 0)])
         values = values.index_select(place.dim, torch.from_numpy(stays).to(values.device))
-    values = values.movedim(places[0].dim, 0)
-    values = values.reshape(values.shape[0], -1)
-    return torch.stack([values.mean(dim=1), values.square().mean(dim=1)])
+    others = [dim for dim in range(rank) if dim != places[0].dim]
+    return torch.stack([values.mean(others), values.square().mean(others)]).cpu().numpy()
 
 
 def _difference(expected: _Run, found: _Run) -> Failure | None:
@@ -374,8 +373,8 @@ def _call_difference(expected: _Run, found: _Run, number: int) -> Failure | None
         return Failure(other, f"the path or shape changes at {other!r}")
     # Rows: mean and mean square. Means near 0 (behind an instance norm) are rounding, so both rows are measured by the
     # second: the mean by the root of the largest mean square, the mean square by itself.
-    power = left[1].amax().clamp(min=1e-12)
-    error = (left - right).abs().amax(dim=1) / torch.stack([power.sqrt(), power])
-    if not bool((error <= _MODULE_TOLERANCE).all()):
+    power = max(float(left[1].max()), 1e-12)
+    error = np.abs(left - right).max(axis=1)
+    if not (error[0] <= _MODULE_TOLERANCE * power**0.5 and error[1] <= _MODULE_TOLERANCE * power):
         return Failure(name, f"{name!r} computes something else on fewer channels")
     return None

@@ -36,11 +36,12 @@ def verified_graph(case: Case, choices: Mapping[str, str] | None = None) -> Chan
     """
     measures = Measures(dict(choices) if choices else loosened(case))
     with rehearsal(case.model, case.passes):
-        graph, needed = _verified(case, measures)
-        if not needed.shaped:
+        graph, before_shapes = _verified(case, measures)
+        if before_shapes is None:
             return graph
         # Widths that happen to be equal may have been tied as well: freezing can leave more.
-        without, _ = _verified(case, dataclasses.replace(measures, ties_shapes=False))
+        apart = dataclasses.replace(before_shapes, ties_shapes=False)
+        without, _ = _verified(case, apart, at_least=_removable(graph))
     return graph if _removable(graph) > _removable(without) else without
 
 
@@ -49,21 +50,43 @@ def _removable(graph: ChannelGraph) -> int:
     return sum((group.width - 1) * group.channels_per_unit for group in graph.prunable)
 
 
-def _verified(case: Case, measures: Measures) -> tuple[ChannelGraph, Measures]:
-    """The graph with which nothing fails, and all measures that were taken on the way."""
+def _verified(case: Case, measures: Measures, at_least: int = 0) -> tuple[ChannelGraph, Measures | None]:
+    """Take measures until nothing fails.
+
+    Args:
+        case: The network.
+        measures: Those to begin with.
+        at_least: Give up once fewer channels than this could be removed.
+
+    Returns:
+        The graph with which nothing fails; the last one if it was given up. And what was done before the first widths
+        were tied that may have been computed from each other, None if no such tie was left in the end.
+    """
+    before_shapes = None
     for _ in range(_MOST_ROUNDS):
         labeller, graph = _build(case, measures)
         trials = _trials(case, graph)
-        failure = trials.failure()
+        failure = trials.first.failure()
         if failure is None:
+            # Where a measure was taken back, all cuts were stood; else there are some left.
             trials = _without_needless_measures(case, measures, trials)
-            return _without_needless_numbers(case, trials), measures
-        measures = remedied(case, measures, labeller, graph, failure)
+            failure = trials.failure()
+        if failure is None:
+            return _without_needless_numbers(case, trials), before_shapes if measures.shaped else None
+        changed = remedied(case, measures, labeller, graph, failure)
+        if changed.shaped and before_shapes is None:
+            before_shapes = measures
+        measures = changed
+        sure = measures.without_assumptions()
+        if at_least and sure.verdicts:  # channels were frozen for good
+            _, graph = _build(case, sure)
+            if _removable(graph) < at_least:
+                return graph, None
     _, graph = _build(case, measures)
     failure = _trials(case, graph).failure()
     if failure is not None:
         graph.freeze(graph.prunable, f"could not be verified: {failure.message}")
-    return graph, measures
+    return graph, before_shapes if measures.shaped else None
 
 
 def _trials(case: Case, graph: ChannelGraph) -> Trials:
@@ -100,10 +123,10 @@ def _without_needless_measures(case: Case, measures: Measures, trials: Trials) -
     Args:
         case: The network.
         measures: All that were taken.
-        trials: Of the graph with all of them; they pass.
+        trials: Of the graph with all of them; the first passes.
 
     Returns:
-        Trials that pass, of the graph with the measures that are needed.
+        Trials of the graph with the measures that are needed. If any others were taken back all of them pass.
     """
     if any(verdict.assumed for verdict in measures.verdicts):
         sure = measures.without_assumptions()
@@ -115,7 +138,9 @@ def _without_needless_measures(case: Case, measures: Measures, trials: Trials) -
             continue
         fewer = measures.without([measure])
         bolder = _trials(case, _build(case, fewer)[1])
-        if freedom(bolder.graph) >= freedom(trials.graph) and _holds(case, bolder):
+        if bolder.graph.cuts_like(trials.graph):
+            measures = fewer
+        elif freedom(bolder.graph) >= freedom(trials.graph) and _holds(case, bolder):
             measures, trials = fewer, bolder
     return trials
 
