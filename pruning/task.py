@@ -26,7 +26,7 @@ from image_classification.models.modes import evaluating, modes_restored, random
 from image_classification.models.running import Args
 
 #: A tensor (the only argument), a tuple (positional arguments), a mapping (keyword arguments), or a list of these.
-Example = Tensor | tuple[Any, ...] | Mapping[str, Any] | list[Any]
+Example = Tensor | tuple[Any, ...] | Mapping[str, object] | list[Any]
 #: (batch) → outputs, or (network, batch) → outputs.
 Forward = Callable[..., Any]
 #: (outputs, batch) → loss of every sample, (N,), or one mean loss.
@@ -191,7 +191,7 @@ def first_arguments(model: nn.Module, example: Example) -> Args:
     return one if isinstance(one, tuple) else (one,)
 
 
-def _by_position(model: nn.Module, keywords: Mapping[str, Any]) -> Args:
+def _by_position(model: nn.Module, keywords: Mapping[str, object]) -> Args:
     """Keyword arguments in the order of the network's parameters, defaults between them."""
     _check_keywords(model, keywords, setting="example")
     bound = inspect.signature(model.forward).bind_partial(**keywords)
@@ -214,7 +214,7 @@ def _by_position(model: nn.Module, keywords: Mapping[str, Any]) -> Args:
     return tuple(arguments)
 
 
-def _check_keywords(model: nn.Module, keywords: Mapping[str, Any], setting: str = "forward") -> None:
+def _check_keywords(model: nn.Module, keywords: Mapping[str, object], setting: str = "forward") -> None:
     try:
         inspect.signature(model.forward).bind(**keywords)
     except TypeError as error:

@@ -28,6 +28,7 @@ from image_classification.models.factory import (
 from image_classification.models.recognising import identity_of_builder
 from image_classification.models.structure import Structure, build_from_structure, capture_structure
 from image_classification.models.weights import load_exactly, read_safely, takes_average
+from image_classification.plain_data import Plain
 
 
 def pruned_state(
@@ -36,7 +37,7 @@ def pruned_state(
     factory: Callable[[], nn.Module] | None = None,
     builder: Callable[..., nn.Module] | None = None,
     **extra: Any,
-) -> dict[str, Any]:
+) -> Plain:
     """What `save_pruned` writes: plain data and tensors only.
 
     Args:

@@ -16,6 +16,7 @@ from pruning.task import Task, inputs_of, num_samples
 
 _FEW = 2
 
+
 @dataclasses.dataclass(frozen=True)
 class Chunk:
     """A few images of a batch.

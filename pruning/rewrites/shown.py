@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from image_classification.extras import optional_import
 from image_classification.observe.html_table import html_table, share_words
+from image_classification.plain_data import Plain
 from pruning.costs.cost_model import CostModel
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.rewrites.rewrite_record import RewriteRecord
@@ -105,7 +106,7 @@ def _plot_widths(axes: Axes, graph: ChannelGraph) -> None:
     groups = graph.prunable[::-1]
     names = [_shortened(group.name) for group in groups]
     positions = range(len(groups))
-    style: dict[str, Any] = {"height": 0.8}
+    style: Plain = {"height": 0.8}
     axes.barh(positions, [group.original_width for group in groups], color="0.85", label="at first", **style)
     axes.barh(positions, [group.width for group in groups], color="C0", label="now", **style)
     axes.set_yticks(positions, names, fontsize=7)
