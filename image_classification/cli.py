@@ -299,10 +299,20 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(
-        self, prog: str | None = None, description: str | None = None, **settings: PlainValue
+        self,
+        prog: str | None = None,
+        description: str | None = None,
+        *,
+        usage: str | None = None,
+        allow_abbrev: bool = True,
     ) -> None:
-        settings.setdefault("formatter_class", _HelpFormatter)
-        super().__init__(prog=prog, description=description, **settings)
+        super().__init__(
+            prog=prog,
+            description=description,
+            usage=usage,
+            allow_abbrev=allow_abbrev,
+            formatter_class=_HelpFormatter,
+        )
         self.options: dict[str, Option] = {}
 
     def error(self, message: str) -> NoReturn:

@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,6 @@ from image_classification.models import capture_structure, class_names_of, main_
 from image_classification.models.external import import_library
 from image_classification.models.registry import ModelError
 from image_classification.models.structure import named_tensors, on_meta
-from image_classification.plain_data import Plain
 
 Format = Literal["onnx", "torch-export", "state-dict"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -218,7 +217,7 @@ def _write_state_dict(network: _Logits, path: Path, images: Tensor) -> tuple[Cal
     save_atomically(saved, path)
     imports, build = _architecture(model)
     code = LOADER.format(imports=imports, path=path, build=build)
-    names: Plain = {}
+    names: dict[str, Any] = {}
     exec(compile(code, "loader", "exec"), names)  # what is printed is what was tried
     return _Logits(names["model"].eval()), code
 
