@@ -13,7 +13,7 @@ import hashlib
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from image_classification.cli import to_plain
 from image_classification.config import check, flag_fields, sections
@@ -37,7 +37,7 @@ def agreed(configs: C, distributed: Distributed) -> C:
     if not distributed.is_distributed:
         return configs
     _check_settings(to_plain(configs), distributed)
-    changed: dict[str, Any] = {}
+    changed: dict[str, object] = {}
     for name in sections(type(configs)):
         section = getattr(configs, name)
         for field, spec in flag_fields(type(section)):

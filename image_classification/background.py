@@ -8,10 +8,11 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from image_classification.plain_data import PlainValue
 
 
 class Background:
@@ -90,14 +91,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_wait_for_all)
 
 
-def snapshot(value: Any) -> Any:
+def snapshot(value: PlainValue) -> PlainValue:
     """A copy, on the host, of nested dicts, lists and tuples of tensors and plain data.
 
     Tensors that are the same memory are copied once and stay the same memory: tied weights take their place once.
     """
     copies: dict[tuple[object, ...], Tensor] = {}
 
-    def copied(part: Any) -> Any:
+    def copied(part: PlainValue) -> PlainValue:
         if isinstance(part, Tensor):
             return _copied_once(part.detach(), copies)
         if isinstance(part, dict):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from image_classification.data.loader import Batch, Loader
 from image_classification.distributed import Distributed
 from image_classification.ema import Ema
 from image_classification.observe.log import Logger
+from image_classification.plain_data import Plain
 from image_classification.precision import Precision
 from image_classification.schedules import Schedule
 from image_classification.train_config import TrainConfig
@@ -123,9 +123,9 @@ class Callback:
     def on_fit_end(self, trainer: TrainLoop) -> None:
         """After the last epoch, not after an interruption."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Plain:
         """Plain data and tensors for the checkpoint."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Plain) -> None:
         """Take up a state of `state_dict`."""

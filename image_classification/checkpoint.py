@@ -27,7 +27,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, ClassVar, cast
+from typing import IO, ClassVar, cast
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from image_classification.checkpoint_format import FORMAT, sealed
 from image_classification.config import SettingError, check, check_setting, flag
 from image_classification.distributed import Distributed
 from image_classification.file_writing import TEMPORARY, atomic_file, copy_file
+from image_classification.plain_data import Plain
 from image_classification.workspace_lock import WorkspaceLock
 
 #: What a training needs to go on.
@@ -143,7 +144,7 @@ class _ErrnoWriter:
         self.file.flush()
 
 
-def save_atomically(payload: dict[str, Any], path: Path) -> None:
+def save_atomically(payload: Plain, path: Path) -> None:
     """`torch.save` through `atomic_file`; a checkpoint of ours (`format`) gets its version and digest."""
     if payload.get("format") == FORMAT:
         payload = sealed(payload)
@@ -189,7 +190,7 @@ def workspace_alone(config: CheckpointConfig, distributed: Distributed) -> Itera
             lock.release()
 
 
-def capture_rng() -> dict[str, Any]:
+def capture_rng() -> Plain:
     """Random states of this process (torch, CUDA, NumPy, Python) as JSON-able data."""
     version, internal, gauss = random.getstate()
     legacy = np.random.get_state(legacy=False)
@@ -215,7 +216,7 @@ def _from_hex(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
-def restore_rng(state: dict[str, Any]) -> None:
+def restore_rng(state: Plain) -> None:
     """Undo of `capture_rng`. A CUDA state is left out on machines without CUDA."""
     torch.set_rng_state(_from_hex(state["torch"]))
     if state["cuda"] is not None and torch.cuda.is_available():
@@ -297,7 +298,7 @@ class Checkpointer:
         path.rename(kept)
         self._say(f"{path} of an earlier run was kept as {kept.name}; --resume auto would have continued it")
 
-    def save(self, payload: dict[str, Any], *, is_best: bool = False, end_of_epoch: bool = False) -> None:
+    def save(self, payload: Plain, *, is_best: bool = False, end_of_epoch: bool = False) -> None:
         """Write the latest checkpoint, and the best and the epoch's own where they apply; see `check`.
 
         The latest comes last: a run that is killed between the files resumes before this save, and does it again.
@@ -323,7 +324,7 @@ class Checkpointer:
             self._background.finish()
         self.stood_still += time.perf_counter() - begin
 
-    def _write(self, payload: dict[str, Any], paths: Sequence[Path], gathering: bool) -> None:
+    def _write(self, payload: Plain, paths: Sequence[Path], gathering: bool) -> None:
         first, *others = reversed(paths)
         save_atomically({"format": FORMAT, **payload}, first)
         if gathering:

@@ -13,10 +13,12 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
+
+from image_classification.plain_data import Plain, PlainMapping, PlainValue
 
 FORMAT = "lucidprune"
 VERSION = 2
@@ -37,7 +39,7 @@ class _Entry:
         kind: The kind in words.
     """
 
-    holds: Callable[[Any], bool]
+    holds: Callable[[PlainValue], bool]
     kind: str
 
 
@@ -143,19 +145,19 @@ SCHEMA: dict[str, _Entry] = {
 }
 
 
-def sealed(payload: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(payload: PlainMapping) -> Plain:
     """A checkpoint's entries with format, version and digest: what is written."""
     entries = {key: value for key, value in payload.items() if key != "digest"}
     entries |= {"format": FORMAT, "version": VERSION}
     return {**entries, "digest": digest(entries)}
 
 
-def is_ours(content: object) -> TypeGuard[Mapping[str, Any]]:
+def is_ours(content: object) -> TypeGuard[PlainMapping]:
     """Whether a file's content calls itself a checkpoint of ours."""
     return isinstance(content, Mapping) and content.get("format") == FORMAT
 
 
-def check_payload(payload: Mapping[str, Any]) -> None:
+def check_payload(payload: PlainMapping) -> None:
     """Make sure that a checkpoint of ours is what `sealed` writes.
 
     Raises:
@@ -178,7 +180,7 @@ def check_payload(payload: Mapping[str, Any]) -> None:
         )
 
 
-def _check_agreement(payload: Mapping[str, Any]) -> None:
+def _check_agreement(payload: PlainMapping) -> None:
     """The entries do not contradict each other."""
     structure, state = payload.get("structure"), payload.get("state_dict", {})
     shapes = structure.get("shapes") if structure is not None else None
@@ -222,7 +224,7 @@ def _shown(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def digest(payload: Mapping[str, Any]) -> str:
+def digest(payload: PlainMapping) -> str:
     """Digest over name, type, shape and bytes of every tensor in a checkpoint, wherever it stands."""
     state = hashlib.blake2b(digest_size=20)
     for name, tensor in _tensors(payload, ""):

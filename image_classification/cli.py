@@ -16,12 +16,13 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from image_classification.config import ConfigError, FlagSpec, flag_fields, nearest, sections, told
 from image_classification.extras import optional_import
 from image_classification.file_writing import write_text
 from image_classification.older_commands import translated
+from image_classification.plain_data import Plain, PlainValue
 from image_classification.recipes import recipes
 from image_classification.trusted_code import is_own_code, trust
 from image_classification.yaml_reading import read_yaml_mapping
@@ -89,7 +90,7 @@ class Option:
             listed = listed()
         return _literals(self.annotation) or (None if listed is None else tuple(listed))
 
-    def convert(self, value: Any) -> object:
+    def convert(self, value: PlainValue) -> object:
         """Convert one word (flag) or one YAML value, and check it against the choices."""
         if value is None:
             if type(None) not in typing.get_args(self.annotation):
@@ -162,7 +163,7 @@ def _literals(annotation: object) -> tuple[object, ...]:
     return next((found for part in typing.get_args(annotation) if (found := _literals(part))), ())
 
 
-def _cast(value: Any, target: Any) -> object:
+def _cast(value: PlainValue, target: object) -> object:
     if target is bool:
         if isinstance(value, bool):
             return value
@@ -180,7 +181,7 @@ def _cast(value: Any, target: Any) -> object:
             return words[str(value).lower()]
         raise ValueError("expected true or false")
     if isinstance(value, bool):
-        raise ValueError(f"expected {target.__name__}, not true or false")
+        raise ValueError(f"expected {getattr(target, '__name__', target)}, not true or false")
     if target is int:
         if isinstance(value, float) and not value.is_integer():
             raise ValueError("expected a whole number")
@@ -190,7 +191,7 @@ def _cast(value: Any, target: Any) -> object:
     if target in (str, Path):
         if isinstance(value, (dict, list)):
             raise ValueError("expected one word")
-        return target(value if target is str else str(value))
+        return str(value) if target is str else Path(str(value))
     return value
 
 
@@ -297,9 +298,21 @@ class Parser(argparse.ArgumentParser):
         options: Field of a configuration → how its flag is read and checked.
     """
 
-    def __init__(self, prog: str | None = None, description: str | None = None, **settings: Any) -> None:
-        settings.setdefault("formatter_class", _HelpFormatter)
-        super().__init__(prog=prog, description=description, **settings)
+    def __init__(
+        self,
+        prog: str | None = None,
+        description: str | None = None,
+        *,
+        usage: str | None = None,
+        allow_abbrev: bool = True,
+    ) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            usage=usage,
+            allow_abbrev=allow_abbrev,
+            formatter_class=_HelpFormatter,
+        )
         self.options: dict[str, Option] = {}
 
     def error(self, message: str) -> NoReturn:
@@ -317,7 +330,7 @@ class Parser(argparse.ArgumentParser):
 
 def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
     spec, names = option.spec, option.spellings()
-    settings: dict[str, Any] = {"help": _help(option), "default": argparse.SUPPRESS}
+    settings: Plain = {"help": _help(option), "default": argparse.SUPPRESS}
     if option.is_positional:
         group.add_argument(
             option.field, nargs=spec.nargs or "?", metavar=spec.metavar or option.field.upper(), **settings

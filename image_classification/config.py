@@ -19,6 +19,9 @@ from typing import Any, TypeVar
 
 S = TypeVar("S")
 
+#: A field of a dataclass, of whatever type.
+AnyField = dataclasses.Field[Any]
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used. The message names the setting, its value and a remedy."""
@@ -150,7 +153,7 @@ def sections(job: type) -> dict[str, functools.partial[Any]]:
     return {field.name: field.metadata["section"] for field in dataclasses.fields(job)}
 
 
-def flag_fields(config_class: type) -> list[tuple[dataclasses.Field[Any], FlagSpec]]:
+def flag_fields(config_class: type) -> list[tuple[AnyField, FlagSpec]]:
     """The fields of a configuration class that have a command-line flag, in order of declaration."""
     return [
         (field, field.metadata["flag"])

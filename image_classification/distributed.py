@@ -27,6 +27,7 @@ import torch.distributed as dist
 from image_classification.affinity import Affinity, bind_to_gpu
 from image_classification.config import ConfigError, SettingError, check, flag
 from image_classification.exit_codes import EXIT_PEER, EXIT_SAVED
+from image_classification.plain_data import PlainValue
 
 __all__ = [
     "EXIT_PEER",
@@ -195,7 +196,7 @@ class Distributed:
             results.append(total.reshape(tensor.shape).to(tensor.device))
         return tuple(results)
 
-    def broadcast_object(self, value: object = None, source: int = 0) -> Any:
+    def broadcast_object(self, value: object = None, source: int = 0) -> PlainValue:
         """Send a JSON-able object from one rank to all; the source too gets what JSON makes of it.
 
         Raises:
@@ -259,7 +260,7 @@ class Distributed:
         """As `decide_on_main`, for a check that finds nothing but faults."""
         self.decide_on_main(run)
 
-    def gather_objects(self, value: object) -> list[Any]:
+    def gather_objects(self, value: object) -> list[PlainValue]:
         """Collect one JSON-able object per rank; every rank gets the list, in the order of ranks.
 
         Raises:
@@ -504,7 +505,7 @@ def _to_tensor(payload: bytes) -> torch.Tensor:
     )
 
 
-def _attempt(decide: Callable[[], object]) -> list[Any]:
+def _attempt(decide: Callable[[], object]) -> list[PlainValue]:
     """[value], or [None, what is wrong] with the parts of a `SettingError` or the message of another error."""
     try:
         return [decide()]
@@ -514,7 +515,7 @@ def _attempt(decide: Callable[[], object]) -> list[Any]:
         return [None, [str(error)]]
 
 
-def _outcome(attempt: list[Any]) -> Any:
+def _outcome(attempt: list[PlainValue]) -> PlainValue:
     """The value of `_attempt`, or its error raised."""
     if len(attempt) == 1:
         return attempt[0]
@@ -529,7 +530,7 @@ def _encode(value: object) -> bytes:
         return json.dumps([str(error), None]).encode()
 
 
-def _decode(payload: bytes, rank: int) -> Any:
+def _decode(payload: bytes, rank: int) -> PlainValue:
     problem, value = json.loads(payload)
     if problem:
         raise TypeError(f"rank {rank} cannot send its object as JSON: {problem}")

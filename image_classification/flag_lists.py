@@ -14,11 +14,11 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from image_classification.cli import Option, Parser, from_command_line, named_plugins
 from image_classification.config import FlagSpec, told
 from image_classification.older_commands import translated
+from image_classification.plain_data import Plain
 
 NAME = "flags.json"
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,8 +32,6 @@ _ACTIONS = {
     argparse._StoreTrueAction: "store_true",
     argparse.BooleanOptionalAction: "switch",
 }
-
-Plain = dict[str, Any]
 
 
 def answer(verb: str, words: Sequence[str], prog: str, description: str) -> None:

@@ -12,7 +12,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType, TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -90,8 +89,8 @@ class StopSignals:
     def __init__(self, distributed: Distributed) -> None:
         self.distributed = distributed
         self.received: str | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-        self._pending: tuple[Any, Tensor, torch.cuda.Event | None] | None = None
+        self._previous: dict[signal.Signals, signal._HANDLER] = {}
+        self._pending: tuple[dist.Work, Tensor, torch.cuda.Event | None] | None = None
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():

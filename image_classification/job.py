@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -58,6 +58,7 @@ from image_classification.observe.log import LogConfig, Logger
 from image_classification.observe.monitor import Monitor
 from image_classification.observe.provenance import record_invocation
 from image_classification.optim import OptimConfig, build_optimizer, update_rule
+from image_classification.plain_data import Plain
 from image_classification.precision import Precision, PrecisionConfig
 from image_classification.schedules import Schedule, ScheduleConfig
 from image_classification.shared_dataset import open_together
@@ -118,7 +119,7 @@ class Job(Generic[C]):
     loaders: Loaders
     checkpointer: Checkpointer
     monitor: Monitor
-    resumed: dict[str, Any] | None
+    resumed: Plain | None
 
     @property
     def multi_label(self) -> bool:
@@ -189,9 +190,7 @@ def prepare(
     )
 
 
-def _given_input(
-    model: ModelConfig, resumed: dict[str, Any] | None, teacher: str | None
-) -> NetworkInput | None:
+def _given_input(model: ModelConfig, resumed: Plain | None, teacher: str | None) -> NetworkInput | None:
     """The images that the network that a job starts from, or else its teacher, was trained for."""
     if resumed is not None and isinstance(resumed["structure"], dict) and "input" in resumed["structure"]:
         return NetworkInput.from_plain(resumed["structure"]["input"])
@@ -275,14 +274,14 @@ def naming_the_flag(name: str) -> Iterator[None]:
         raise ConfigError(f"{name}: {error}") from error
 
 
-def read_resumable(path: Path, arch: str) -> dict[str, Any]:
+def read_resumable(path: Path, arch: str) -> Plain:
     """Read a checkpoint of ours for `--resume`.
 
     Raises:
         ConfigError: It is a foreign file, or of another architecture.
         WeightsError: It is damaged.
     """
-    payload: dict[str, Any] = read_safely(path)
+    payload: Plain = read_safely(path)
     ours = is_ours(payload) and "iteration" in payload
     check(
         ours,
@@ -346,7 +345,7 @@ def make_trainer(
     *,
     objective: Objective | None = None,
     callbacks: Sequence[Callback] = (),
-    describe: Callable[[nn.Module], dict[str, Any]] = described_classifier,
+    describe: Callable[[nn.Module], Plain] = described_classifier,
 ) -> Trainer:
     """The trainer of `model`, continued from the resumed checkpoint if there is one.
 

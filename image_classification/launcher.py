@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
@@ -169,17 +170,17 @@ class Agent(LocalElasticAgent):
         for signum in STOP_SIGNALS:
             signal.signal(signum, self._receive)
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         self.exits, self._told, self._started_at = {}, set(), time.monotonic()
         self.deadline = None if self.stop_signal is None else time.monotonic() + self.grace
-        pids: dict[int, Any] = super()._start_workers(worker_group)
+        pids: dict[int, int] = super()._start_workers(worker_group)
         return pids
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         super()._stop_workers(worker_group)
         self._started_at = None
 
-    def _receive(self, signum: int, frame: Any) -> None:
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
         """Note a signal for `_forward`; without ranks, end."""
         if signum == self.stop_signal == signal.SIGINT:
             raise SignalException("interrupted twice", signal.SIGINT)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 from image_classification.channel_statistics import Triple
+from image_classification.plain_data import Plain
 
 #: How a rectangular image becomes a square one: its short side resized and the centre cut out, or all of it stretched.
 EvaluationGeometry = Literal["crop", "whole"]
@@ -30,7 +31,7 @@ class NetworkInput:
     std: Triple
     geometry: EvaluationGeometry = "crop"
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_plain(self) -> Plain:
         """As numbers, lists and strings, for JSON or `torch.save`."""
         return dataclasses.asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
 

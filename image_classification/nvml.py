@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from types import ModuleType
 
 import torch
 
 
-def open_gpu(device: torch.device) -> tuple[Any, Any] | None:
+def open_gpu(device: torch.device) -> tuple[ModuleType, object] | None:
     """The library, initialised, and its handle of a CUDA device; None without GPU, driver or `pynvml`.
 
     The device is found by its UUID: NVML does not know CUDA_VISIBLE_DEVICES. Who gets a handle calls the library's

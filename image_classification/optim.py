@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from image_classification.config import check, flag
+from image_classification.plain_data import Plain
 
 OptimizerName = Literal["sgd", "lars", "rmsprop", "adam", "adamw", "apex-sgd", "apex-adam"]
 #: What older commands call rules of NVIDIA apex, whose fused optimizers torch has taken over.
@@ -123,7 +124,7 @@ class Lars(torch.optim.Optimizer):
                     self._update(parameter, parameter.grad, group)
         return loss
 
-    def _update(self, weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+    def _update(self, weight: torch.Tensor, gradient: torch.Tensor, group: Plain) -> None:
         decayed = gradient.add(weight, alpha=group["weight_decay"])
         if weight.dim() > 1:
             length = torch.linalg.vector_norm(weight)
@@ -138,7 +139,7 @@ class Lars(torch.optim.Optimizer):
         weight.sub_(state["momentum_buffer"])
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool = False) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool = False) -> list[Plain]:
     """Split the parameters into decayed and undecayed ones.
 
     Args:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from image_classification.config import check, flag
 from image_classification.models import allow_tf32
+from image_classification.plain_data import Plain
 
 _LARGEST_SCALE = 2.0**32
 AmpDtype = Literal["fp16", "bf16"]
@@ -163,11 +164,11 @@ class Precision:
         """Present loss scale, 1 without scaling. Synchronises with the device: for logging steps."""
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Plain:
         """State of the gradient scaler, empty without one."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Plain) -> None:
         """Take up the scaler where a checkpoint left it; a checkpoint without scaler starts a new one."""
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)

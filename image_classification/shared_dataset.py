@@ -7,13 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from image_classification.agreement import shared_file
 from image_classification.config import check
 from image_classification.data.dataset import Dataset, Preset
 from image_classification.data.manifest import Manifest
 from image_classification.distributed import Distributed
+from image_classification.plain_data import Plain
 
 _SPLITS = ("train", "val")
 
@@ -37,7 +37,7 @@ def open_together(open_dataset: Callable[[], Dataset], distributed: Distributed)
     opened: list[Dataset] = []
     folders: list[Path] = []
 
-    def open_and_tell() -> dict[str, Any]:
+    def open_and_tell() -> Plain:
         opened.append(open_dataset())
         folders.append(Path(tempfile.mkdtemp(prefix="lucidprune_dataset_")))
         return _write(opened[0], folders[0])
@@ -55,7 +55,7 @@ def open_together(open_dataset: Callable[[], Dataset], distributed: Distributed)
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(dataset: Dataset, folder: Path) -> dict[str, Any]:
+def _write(dataset: Dataset, folder: Path) -> Plain:
     """The manifests into a folder; all else is returned, JSON-able."""
     for split in _SPLITS:
         getattr(dataset, split).save(folder / f"{split}.npz")
@@ -67,8 +67,8 @@ def _write(dataset: Dataset, folder: Path) -> dict[str, Any]:
     return {"folder": str(folder), "class_names": list(dataset.class_names), **rest}
 
 
-def _read(told: dict[str, Any], found: dict[str, Path]) -> Dataset:
-    preset: dict[str, Any] = {
+def _read(told: Plain, found: dict[str, Path]) -> Dataset:
+    preset: Plain = {
         name: tuple(value) if isinstance(value, list) else value for name, value in told["preset"].items()
     }
     return Dataset(

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,6 +24,7 @@ from image_classification.data.backends import choose_backend
 from image_classification.file_writing import write_text
 from image_classification.observe.environment import describe_environment
 from image_classification.observe.json_report import read_report
+from image_classification.plain_data import Plain
 from image_classification.verbs import declared
 
 #: Name → flags of a training job.
@@ -109,7 +109,7 @@ def training_flags(row: Measured, arguments: argparse.Namespace, folder: Path) -
     return [*words, "--training-only", "--no-checkpoints", *(["--compile"] if arguments.compile else [])]
 
 
-def fill_in(row: Measured, entries: list[dict[str, Any]]) -> None:
+def fill_in(row: Measured, entries: list[Plain]) -> None:
     """Figures of a report: those of the epoch, which leave the first iterations out, and of its last window."""
     (epoch,) = (entry["data"] for entry in entries if len(entry["step"]) == 1)
     *_, window = (entry["data"] for entry in entries if len(entry["step"]) == 2)

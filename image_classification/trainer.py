@@ -10,7 +10,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +25,7 @@ from image_classification.finite import learned_tensors, optimizer_tensors
 from image_classification.interrupts import StopRequested, StopSignals
 from image_classification.metrics import TrainingSums
 from image_classification.models.factory import class_names_of
+from image_classification.models.running import Kwargs
 from image_classification.models.structure import capture_structure
 from image_classification.models.weights import load_exactly
 from image_classification.nan_guard import NanGuard
@@ -33,6 +33,7 @@ from image_classification.objective import Objective
 from image_classification.observe.figures import Figure, register_figures, steering
 from image_classification.observe.log import Logger
 from image_classification.observe.meters import StepClock
+from image_classification.plain_data import Plain
 from image_classification.precision import Precision
 from image_classification.train_config import TrainConfig
 
@@ -58,7 +59,7 @@ _SYNC_BUFFERS = (
 WARMUP_STEPS = 2
 
 
-def described_classifier(model: nn.Module) -> dict[str, Any]:
+def described_classifier(model: nn.Module) -> Plain:
     """What a checkpoint says of a network of `create_model`, so that it can be rebuilt: `arch`, `structure`, names."""
     structure = capture_structure(model).to_plain()
     names = class_names_of(model)
@@ -86,7 +87,7 @@ def taking_up(what: str) -> Iterator[None]:
 
 
 def _check_optimizer_state(
-    states: Mapping[int, Mapping[str, Any]], parameters: Sequence[torch.Tensor]
+    states: Mapping[int, Mapping[str, object]], parameters: Sequence[torch.Tensor]
 ) -> None:
     """What an optimizer keeps of a parameter is a number, or as large as it; PyTorch takes anything."""
     for index, state in states.items():
@@ -116,7 +117,7 @@ def _only_batch_norm(model: nn.Module) -> bool:
     return all(id(buffer) in statistics for buffer in model.buffers())
 
 
-def _same_step(payload: dict[str, Any]) -> str:
+def _same_step(payload: Plain) -> str:
     """What keeps the images of an optimizer step as they were when a checkpoint was written, whatever the ranks."""
     num_images = payload["config"].get("optimizer_batch_size", -1)
     if num_images == -1:
@@ -184,8 +185,8 @@ class Trainer(TrainLoop):
         callbacks: Sequence[Callback] = (),
         clip_norm: float | None = None,
         print_freq: int = 10,
-        saved_config: dict[str, Any] | None = None,
-        describe: Callable[[nn.Module], dict[str, Any]] = described_classifier,
+        saved_config: Plain | None = None,
+        describe: Callable[[nn.Module], Plain] = described_classifier,
     ) -> None:
         self.config = config
         self.state = state
@@ -216,7 +217,7 @@ class Trainer(TrainLoop):
         model = self.state.model
         wrapped: nn.Module = model
         if self.distributed.world_size > 1:
-            buffers: Any = {_SYNC_BUFFERS: not _only_batch_norm(model)}
+            buffers: Kwargs = {_SYNC_BUFFERS: not _only_batch_norm(model)}
             device_ids = [self.distributed.device] if self.distributed.device.type == "cuda" else None
             wrapped = DistributedDataParallel(
                 model,
@@ -228,7 +229,7 @@ class Trainer(TrainLoop):
         self._forward = self.precision.compiled(wrapped)
         self._eval_forward = self.precision.compiled(model) if wrapped is not model else self._forward
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._description: dict[str, Any] | None = None
+        self._description: Plain | None = None
         self.state.best = self.state.best_epoch = None
 
     def release(self) -> None:
@@ -470,7 +471,7 @@ class Trainer(TrainLoop):
             payload = {**self._payload(), "rng": rng, "training_sums": sums.cpu()}
             self.checkpointer.save(payload, is_best=is_best, end_of_epoch=end_of_epoch)
 
-    def _payload(self) -> dict[str, Any]:
+    def _payload(self) -> Plain:
         state = self.state
         if self._description is None:
             self._description = self.describe(state.model)
@@ -496,7 +497,7 @@ class Trainer(TrainLoop):
             "config": self.saved_config,
         }
 
-    def restore(self, payload: dict[str, Any]) -> None:
+    def restore(self, payload: Plain) -> None:
         """Continue where a checkpoint stopped. The network was already built with the checkpoint's structure.
 
         The random states of all ranks are restored when the number of ranks is the same; with another number the
@@ -543,7 +544,7 @@ class Trainer(TrainLoop):
                 f"{self.distributed.world_size}: the data continue exactly, dropout draws new numbers"
             )
 
-    def _restore_optimizer(self, saved: dict[str, Any]) -> None:
+    def _restore_optimizer(self, saved: Plain) -> None:
         """Take over momenta. Settings (momentum, decay) stay those of this run's flags, not the checkpoint's."""
         optimizer = self.state.optimizer
         groups = optimizer.state_dict()["param_groups"]

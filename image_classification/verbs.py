@@ -46,6 +46,10 @@ class Verb(Generic[P]):
     parser: Callable[[], Parser] | None = None
 
 
+#: A verb, whatever its job is told.
+AnyVerb = Verb[Any]
+
+
 def configured(
     job: type[P],
     run: Callable[[P], int],
@@ -124,10 +128,10 @@ def run_verb(verbs: Verbs, argv: Sequence[str] | None, *, prog: str, description
         return EXIT_INTERRUPTED
 
 
-def verb_of(place: str) -> Verb[Any]:
+def verb_of(place: str) -> AnyVerb:
     """The verb that a module, or `module:NAME`, defines."""
     module, _, attribute = place.partition(":")
-    verb: Verb[Any] = getattr(importlib.import_module(module), attribute or "VERB")
+    verb: AnyVerb = getattr(importlib.import_module(module), attribute or "VERB")
     return verb
 
 

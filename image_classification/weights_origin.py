@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from image_classification.checkpoint_format import is_ours
 from image_classification.data.class_names import difference
 from image_classification.data.dataset import Dataset
 from image_classification.models import ModelConfig, read_safely
 from image_classification.models.weights import takes_average
+from image_classification.plain_data import Plain
 
 
 @dataclasses.dataclass
@@ -46,9 +46,7 @@ class WeightsOrigin:
         return dataset
 
 
-def weights_origin(
-    config: ModelConfig, resume_path: Path | None, resumed: dict[str, Any] | None
-) -> WeightsOrigin:
+def weights_origin(config: ModelConfig, resume_path: Path | None, resumed: Plain | None) -> WeightsOrigin:
     """What is known of the weights that a job starts from, before its data are opened.
 
     Raises:

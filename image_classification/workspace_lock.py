@@ -17,9 +17,9 @@ import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from image_classification.config import SettingError
+from image_classification.plain_data import Plain
 
 try:
     import fcntl
@@ -110,7 +110,7 @@ class WorkspaceLock:
             return True
         return self._wait_for_stale(descriptor, owner)
 
-    def _wait_for_stale(self, descriptor: int, owner: dict[str, Any]) -> bool:
+    def _wait_for_stale(self, descriptor: int, owner: Plain) -> bool:
         """Watch another machine's lock until it is too old, or its owner shows life."""
         touched = os.fstat(descriptor).st_mtime_ns
         age = max(_now_of(self.path.parent) - touched / 1e9, 0.0)
@@ -130,7 +130,7 @@ class WorkspaceLock:
                     raise self._refusal(owner)
         return True
 
-    def _refusal(self, owner: dict[str, Any]) -> SettingError:
+    def _refusal(self, owner: Plain) -> SettingError:
         return SettingError(
             self.setting,
             str(self.path.parent),
@@ -143,7 +143,7 @@ class WorkspaceLock:
                 os.utime(self._descriptor)
 
 
-def _identity() -> dict[str, Any]:
+def _identity() -> Plain:
     """This process, in a way that outlives it: numbers of processes come again."""
     return {
         "pid": os.getpid(),
@@ -154,7 +154,7 @@ def _identity() -> dict[str, Any]:
     }
 
 
-def _read(descriptor: int) -> dict[str, Any]:
+def _read(descriptor: int) -> Plain:
     """Who is written in a lock file; nothing where it is empty or torn."""
     with contextlib.suppress(ValueError):
         content = json.loads(os.pread(descriptor, 4096, 0))
@@ -163,12 +163,12 @@ def _read(descriptor: int) -> dict[str, Any]:
     return {}
 
 
-def _shown(owner: dict[str, Any]) -> str:
+def _shown(owner: Plain) -> str:
     since = f", since {owner['time']}" if "time" in owner else ""
     return f"process {owner.get('pid', 'unknown')} on {owner.get('host', 'an unknown host')}{since}"
 
 
-def _is_alive(owner: dict[str, Any]) -> bool:
+def _is_alive(owner: Plain) -> bool:
     pid = owner.get("pid")
     return isinstance(pid, int) and _began(pid) is not None and _began(pid) == owner.get("began")
 

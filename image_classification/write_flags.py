@@ -7,11 +7,10 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from image_classification.file_writing import write_text
 from image_classification.flag_lists import NAME, PACKAGES, ROOT, list_of
-from image_classification.verbs import Verb, verb_of
+from image_classification.verbs import AnyVerb, verb_of
 
 
 def lists(tables: Sequence[str]) -> dict[Path, str]:
@@ -21,7 +20,7 @@ def lists(tables: Sequence[str]) -> dict[Path, str]:
         tables: Tables of verbs, such as "pruning.__main__:ALL_VERBS". A verb without a parser of ours is left out, and
             so is an entry that leads to another table.
     """
-    verbs: dict[str, Verb[Any]] = {}
+    verbs: dict[str, AnyVerb] = {}
     for word in tables:
         module, _, name = word.partition(":")
         for place, _ in getattr(importlib.import_module(module), name).values():

@@ -7,10 +7,10 @@ a date stays the text that it is.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from image_classification.config import ConfigError
 from image_classification.extras import optional_import
+from image_classification.plain_data import PlainValue
 
 with optional_import():
     import yaml
@@ -25,7 +25,7 @@ class _PlainLoader(yaml.SafeLoader):
 
     depth = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not read here: write the value out")
         self.depth += 1
@@ -47,7 +47,7 @@ _PlainLoader.yaml_implicit_resolvers = {
 }
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> PlainValue:
     """The plain value that a text means.
 
     Raises:
@@ -60,7 +60,7 @@ def parse_yaml(text: str) -> Any:
         raise ConfigError(reason) from None
 
 
-def read_yaml_mapping(path: Path, what: str) -> dict[object, Any]:
+def read_yaml_mapping(path: Path, what: str) -> dict[object, PlainValue]:
     """The mapping that a file holds; an empty file holds an empty one.
 
     Args:

@@ -23,14 +23,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from image_classification.config import SettingError, check_choice
 from image_classification.models.modes import evaluating, modes_restored, random_state_kept, uncompiled
-from image_classification.models.running import Args
+from image_classification.models.running import Args, Outputs
 
+#: What calibration yields: (inputs, targets), a mapping, a tensor, or whatever `forward` takes.
+Batch = Any
+#: What a batch holds to judge outputs by; None where it holds nothing.
+Targets = Any
 #: A tensor (the only argument), a tuple (positional arguments), a mapping (keyword arguments), or a list of these.
-Example = Tensor | tuple[Any, ...] | Mapping[str, Any] | list[Any]
+Example = Tensor | Args | Mapping[str, object] | list[Any]
 #: (batch) → outputs, or (network, batch) → outputs.
-Forward = Callable[..., Any]
+Forward = Callable[..., Outputs]
 #: (outputs, batch) → loss of every sample, (N,), or one mean loss.
-Loss = Callable[[Any, Any], Tensor]
+Loss = Callable[[Outputs, Batch], Tensor]
 #: (logits, targets) → (N,).
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -84,7 +88,7 @@ class Task:
             for buffer, values in buffers:
                 buffer.data.copy_(values)
 
-    def outputs(self, model: nn.Module, batch: Any) -> Any:
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """Run a network on a batch.
 
         Raises:
@@ -118,7 +122,7 @@ class Task:
         if _held_loss(outputs) is None:
             logits_of(outputs)
 
-    def divides(self, batch: Any) -> bool:
+    def divides(self, batch: Batch) -> bool:
         """Whether a batch may be cut into parts along the first dimension of its tensors.
 
         Of a mapping for a `forward` of the user's own nothing is known (boxes are listed over all images), and a list
@@ -132,7 +136,7 @@ class Task:
         sizes = [len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves]
         return bool(sizes) and all(size == count for size in sizes)
 
-    def losses(self, outputs: Any, batch: Any) -> Tensor:
+    def losses(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Loss of every sample, (N,); a mean over the batch stands for each of them.
 
         Raises:
@@ -165,7 +169,7 @@ class Task:
 def on_targets(loss: SampleLoss) -> Loss:
     """A loss of (logits, targets) as one of (outputs, batch)."""
 
-    def of_batch(outputs: Any, batch: Any) -> Tensor:
+    def of_batch(outputs: Outputs, batch: Batch) -> Tensor:
         return loss(logits_of(outputs), targets_of(batch))
 
     return of_batch
@@ -211,12 +215,12 @@ def first_arguments(model: nn.Module, example: Example) -> Args:
     return one if isinstance(one, tuple) else (one,)
 
 
-def _by_position(model: nn.Module, keywords: Mapping[str, Any]) -> Args:
+def _by_position(model: nn.Module, keywords: Mapping[str, object]) -> Args:
     """Keyword arguments in the order of the network's parameters, defaults between them."""
     _check_keywords(model, keywords, setting="example")
     bound = inspect.signature(model.forward).bind_partial(**keywords)
     bound.apply_defaults()
-    arguments: list[Any] = []
+    arguments: list[object] = []
     wanted = set(keywords)
     for name, parameter in bound.signature.parameters.items():
         if not wanted:
@@ -234,7 +238,7 @@ def _by_position(model: nn.Module, keywords: Mapping[str, Any]) -> Args:
     return tuple(arguments)
 
 
-def _check_keywords(model: nn.Module, keywords: Mapping[str, Any], setting: str = "forward") -> None:
+def _check_keywords(model: nn.Module, keywords: Mapping[str, object], setting: str = "forward") -> None:
     try:
         inspect.signature(model.forward).bind(**keywords)
     except TypeError as error:
@@ -266,10 +270,10 @@ def check_batches(calibration: object) -> None:
             )
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Batch, device: torch.device) -> Batch:
     """A batch with its tensors on a device; objects of other kinds are moved by their own `to`."""
 
-    def move(leaf: Any) -> Any:
+    def move(leaf: object) -> object:
         if isinstance(leaf, Tensor):
             return leaf if leaf.device == device else leaf.to(device, non_blocking=True)
         if isinstance(leaf, Mapping):
@@ -284,7 +288,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return tree_map(move, tuple(batch)) if isinstance(batch, Iterable) else batch
 
 
-def inputs_of(batch: Any) -> Any:
+def inputs_of(batch: Batch) -> Outputs:
     """What the network gets of a batch by default: all of a tensor or mapping, else the first item."""
     if isinstance(batch, (Tensor, Mapping)):
         return batch
@@ -299,7 +303,7 @@ def inputs_of(batch: Any) -> Any:
     )
 
 
-def targets_of(batch: Any) -> Any:
+def targets_of(batch: Batch) -> Outputs:
     """Targets of a batch: the second item, or the entry called labels, targets or alike; None where there are none."""
     if isinstance(batch, Mapping):
         return next((batch[name] for name in _TARGET_NAMES if name in batch), None)
@@ -309,7 +313,7 @@ def targets_of(batch: Any) -> Any:
     return items[1] if len(items) > 1 else None
 
 
-def num_samples(batch: Any) -> int:
+def num_samples(batch: Batch) -> int:
     """How many samples a batch has: the first dimension of its first tensor, or the length of a list of samples."""
     inputs = inputs_of(batch)
     if isinstance(inputs, Mapping):
@@ -321,13 +325,13 @@ def num_samples(batch: Any) -> int:
     return _count(inputs) or (0 if isinstance(inputs, (Tensor, list)) and len(inputs) == 0 else 1)
 
 
-def _count(value: Any) -> int | None:
+def _count(value: object) -> int | None:
     if isinstance(value, Tensor):
         return value.shape[0] if value.dim() else None
     return len(value) if isinstance(value, (list, tuple)) else None
 
 
-def pieces_of(batch: Any, pieces: int) -> list[Any]:
+def pieces_of(batch: Batch, pieces: int) -> list[Batch]:
     """A batch in parts, where it is a tuple or list of tensors of equal length; otherwise the whole."""
     if pieces == 1 or not isinstance(batch, (tuple, list)):
         return [batch]
@@ -339,7 +343,7 @@ def pieces_of(batch: Any, pieces: int) -> list[Any]:
 TargetKind = Literal["classes", "pixels"]
 
 
-def kind_of_targets(targets: Any) -> TargetKind | None:
+def kind_of_targets(targets: Targets) -> TargetKind | None:
     """What class targets are: of samples, (N,) whole numbers or (N, L) shares, or of positions; None: no classes."""
     if not isinstance(targets, Tensor) or targets.dim() == 0:
         return None
@@ -375,7 +379,7 @@ def class_map(targets: Tensor) -> Tensor | None:
 # -- outputs -----------------------------------------------------------------------------------------------
 
 
-def logits_of(outputs: Any) -> Tensor:
+def logits_of(outputs: Outputs) -> Tensor:
     """The main tensor of what a network returns: itself, the first of several, `logits` or `out`.
 
     Raises:
@@ -398,7 +402,7 @@ def logits_of(outputs: Any) -> Tensor:
     )
 
 
-def _held_loss(outputs: Any) -> Tensor | None:
+def _held_loss(outputs: Outputs) -> Tensor | None:
     """The loss that a network returns, or the sum of several; None where it returns none."""
     held = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if isinstance(held, Tensor):
@@ -408,7 +412,7 @@ def _held_loss(outputs: Any) -> Tensor | None:
     return None
 
 
-def _losses_by_default(outputs: Any, batch: Any) -> Tensor:
+def _losses_by_default(outputs: Outputs, batch: Batch) -> Tensor:
     """The loss that the outputs hold, or else the cross-entropy of their logits."""
     held = _held_loss(outputs)
     if held is not None:
@@ -431,14 +435,14 @@ def _losses_by_default(outputs: Any, batch: Any) -> Tensor:
     return F.cross_entropy(logits.float(), classes, ignore_index=255, reduction="none")
 
 
-def kind_of_shape(targets: Any) -> TargetKind | None:
+def kind_of_shape(targets: Targets) -> TargetKind | None:
     """As `kind_of_targets`, without a look at the values of (N, L)."""
     if isinstance(targets, Tensor) and targets.dim() == 2:
         return "classes"
     return kind_of_targets(targets)
 
 
-def _no_loss(targets: Any, logits: Tensor | None = None) -> SettingError:
+def _no_loss(targets: Targets, logits: Tensor | None = None) -> SettingError:
     given = f"targets of shape {tuple(targets.shape)}" if isinstance(targets, Tensor) else "no class targets"
     shown = "" if logits is None else f" and outputs of shape {tuple(logits.shape)}"
     return SettingError(
@@ -500,5 +504,5 @@ def standing_in(model: nn.Module, other: nn.Module) -> Iterator[None]:
             model.__dict__["forward"] = before
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return dict(value) if isinstance(value, Mapping) else value

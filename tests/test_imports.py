@@ -126,6 +126,7 @@ def test_the_library_knows_neither_explainers_nor_data_nor_training() -> None:
         "distributed",
         "file_writing",
         "observe",
+        "plain_data",
     }
     for path, others in IMPORTED.items():
         if package_of(path) == "pruning" and room_of(path) not in (

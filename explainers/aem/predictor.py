@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +20,7 @@ from image_classification.models import (
     identity_of,
     model_for_weights,
 )
+from image_classification.plain_data import PlainMapping
 
 #: Key of a checkpoint's `callbacks` under which a predictor's description lies.
 PREDICTOR_RECORD = "predictor"
@@ -50,7 +49,7 @@ class PredictorRecord:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> PredictorRecord:
+    def from_plain(cls, plain: PlainMapping) -> PredictorRecord:
         """Read what `to_plain` wrote, among other keys.
 
         Raises:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from image_classification.config import SettingError, check_setting
 from image_classification.models import read_safely
+from image_classification.plain_data import Plain
 
 
-def read_record(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_record(path: Path, kind: str) -> tuple[Plain, Plain]:
     """A checkpoint and the record in it.
 
     Args:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from explainers.attribution.method import dtype_of
 from explainers.differentiable.features import FeatureTaps, find_taps
 from image_classification.config import check_choice
 from image_classification.models import evaluating
+from image_classification.plain_data import PlainValue
 
 Kind = Literal["rbf", "real-x"]
 DecoderName = Literal["published", "light"]
@@ -82,7 +83,7 @@ class SelectorDesign:
         }
 
     @classmethod
-    def from_plain(cls, plain: Any) -> SelectorDesign:
+    def from_plain(cls, plain: PlainValue) -> SelectorDesign:
         """Read what `to_plain` wrote.
 
         Raises:

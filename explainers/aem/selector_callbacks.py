@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from image_classification.config import check
 from image_classification.data.loader import Loader
 from image_classification.extras import optional_import
 from image_classification.observe.figures import Figure, register_figures
+from image_classification.plain_data import Plain
 
 with optional_import():
     from torchvision.utils import make_grid
@@ -102,7 +103,7 @@ class Judge(Callback):
         """The record, and what the best is the best by."""
         return {**self.record, "best_by": self.best_by}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Plain) -> None:
         """Take up the figures; what the model is was compared before (`check_record`).
 
         Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from image_classification.data.loader import Loader
 from image_classification.job import Job, JobConfig, make_trainer
 from image_classification.models import build_model
 from image_classification.objective import Objective
+from image_classification.plain_data import Plain
 from image_classification.trainer import Trainer, described_classifier
 
 #: Held-out batches per process that are asked for; never more than a twentieth of the training images.
@@ -105,7 +105,7 @@ def build_trainer(
     best_by: BestBy,
     masks: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
     callbacks: Sequence[Callback] = (),
-    describe: Callable[[nn.Module], dict[str, Any]] = described_classifier,
+    describe: Callable[[nn.Module], Plain] = described_classifier,
 ) -> Trainer:
     """The common trainer with a judge in place of the main job's validation.
 

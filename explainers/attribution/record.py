@@ -15,17 +15,18 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
 from explainers.attribution.linear_map import LinearMap
 from image_classification.models import main_and_auxiliary_logits
 from image_classification.models.operators import OperatorFacts, OperatorKind, facts_of
-from image_classification.models.running import ModuleCall, Running, following
+from image_classification.models.running import Args, Kwargs, ModuleCall, Outputs, Running, following
+from image_classification.plain_data import PlainValue
 
 
 class UnsupportedOperatorError(NotImplementedError):
@@ -95,9 +96,9 @@ class Step:
         linear: The weights of a WEIGHTED step.
     """
 
-    op: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    op: OpOverload
+    args: Args
+    kwargs: Kwargs
     inputs: list[Value]
     outputs: list[Value]
     where: str
@@ -139,7 +140,7 @@ class Step:
         """Operator and module, for messages."""
         return f"operator {self.name} in module {self.where or '(the network itself)'!r}"
 
-    def argument(self, *names: str, default: Any = None) -> Any:
+    def argument(self, *names: str, default: PlainValue = None) -> PlainValue:
         """The argument of the first of these names that the operator has; its default where not given."""
         schema = self.op._schema.arguments
         for index, argument in enumerate(schema):
@@ -153,7 +154,7 @@ class Step:
         """Run the operator on other tensors in place of its `inputs`; the floating-point results."""
         replaced = {id(value): tensor for value, tensor in zip(self.inputs, inputs, strict=True)}
 
-        def fill(leaf: Any) -> Any:
+        def fill(leaf: object) -> object:
             return replaced[id(leaf)] if isinstance(leaf, Value) else leaf
 
         return _floats(self.op(*tree_map(fill, self.args), **tree_map(fill, self.kwargs)))
@@ -290,11 +291,13 @@ class _Recorder(TorchDispatchMode):
         if value is not None:
             self.module_outputs.append((call.name, value))
 
-    def value_of(self, tensor: Any) -> Value | None:
+    def value_of(self, tensor: object) -> Value | None:
         """The current value of a tensor of the network; None for what does not depend on the images."""
         return self._values.get(id(tensor)) if isinstance(tensor, Tensor) else None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> Outputs:
         kwargs = kwargs or {}
         inputs: list[Value] = []
         for leaf in tree_iter((args, kwargs)):
@@ -321,7 +324,7 @@ class _Recorder(TorchDispatchMode):
         self.steps.append(step)
         return results
 
-    def _as_value(self, leaf: Any) -> Any:
+    def _as_value(self, leaf: object) -> object:
         value = self.value_of(leaf)
         return leaf if value is None else value
 
@@ -335,7 +338,7 @@ class _Recorder(TorchDispatchMode):
                 if value.handle is not tensor:
                     self._overwritten.add(id(value.handle))
 
-    def _check_current(self, step: Step, args: Any, kwargs: Any) -> None:
+    def _check_current(self, step: Step, args: Args, kwargs: Kwargs) -> None:
         for leaf in tree_iter((args, kwargs)):
             if isinstance(leaf, Tensor) and id(leaf) in self._overwritten:
                 raise UnsupportedOperatorError(
@@ -344,24 +347,25 @@ class _Recorder(TorchDispatchMode):
                 )
 
 
-def _floats(results: Any) -> list[Tensor]:
+def _floats(results: Outputs) -> list[Tensor]:
     """The floating-point tensors among an operator's results."""
     leaves, _ = tree_flatten(results)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _functional(func: Any) -> Any:
+def _functional(func: OpOverload) -> OpOverload:
     """`aten::relu` for `aten::relu_`; anything else as it is."""
     name = func._schema.name.removeprefix("aten::")
     if name.endswith("_") and func._schema.is_mutable and hasattr(torch.ops.aten, name[:-1]):
         packet = getattr(torch.ops.aten, name[:-1])
         overload = func._overloadname
         if hasattr(packet, overload):
-            return getattr(packet, overload)
+            functional: OpOverload = getattr(packet, overload)
+            return functional
     return func
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+def _written(func: OpOverload, args: Args, kwargs: Kwargs) -> list[Tensor]:
     """The tensors that an operator overwrites."""
     written = []
     for index, argument in enumerate(func._schema.arguments):

@@ -27,6 +27,7 @@ from image_classification.config import check
 from image_classification.data.loader import Batch
 from image_classification.finite import learned_tensors, optimizer_tensors
 from image_classification.observe.figures import Figure, register_figures
+from image_classification.plain_data import Plain
 from image_classification.schedules import Schedule
 from image_classification.trainer import Trainer
 
@@ -230,7 +231,7 @@ class CasmTrainer(Trainer):
         }
         return {**super()._payload(), KEY: self.casm.entry(), TRAINING_KEY: training}
 
-    def restore(self, payload: dict[str, Any]) -> None:
+    def restore(self, payload: Plain) -> None:
         """Continue where a checkpoint stopped, bit for bit; see `Trainer.restore`.
 
         Raises:

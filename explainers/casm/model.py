@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from image_classification.models import (
     unwrap,
 )
 from image_classification.models.weights import WeightsError, load_exactly
+from image_classification.plain_data import PlainMapping
 
 KEY = "casm"
 
@@ -134,7 +134,7 @@ def load_casm(path: str | Path, *, device: torch.device | str | None = None) -> 
     return casm.to(device).eval().requires_grad_(False)
 
 
-def casm_from_entry(classifier: nn.Module, entry: Mapping[str, Any], path: Path) -> Casm:
+def casm_from_entry(classifier: nn.Module, entry: PlainMapping, path: Path) -> Casm:
     """The CASM that a checkpoint's entry describes, on a classifier that is already there.
 
     Raises:

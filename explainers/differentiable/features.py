@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from explainers.attribution.method import dtype_of
 from explainers.attribution.record import Record, Value, is_feature_map, record_forward
 from explainers.differentiable.gated_features import through_gate
 from image_classification.config import SettingError, nearest
 from image_classification.models import evaluating, unwrap
-from image_classification.models.running import ModuleCall, following
+from image_classification.models.running import Args, ModuleCall, following
 
 #: Sizes closer than this factor are one scale: an unpadded convolution takes a pixel off, which is no new scale.
 _SAME_SCALE = 1.5
@@ -58,7 +59,7 @@ def find_taps(model: nn.Module, example_images: Tensor, num_scales: int | None =
     images = example_images[:1].to(dtype_of(bare))
     inputs: dict[str, _Size] = {}  # spatial size of what each module is given first
 
-    def entering(call: ModuleCall, _module: nn.Module, args: tuple[Any, ...], kwargs: object) -> None:
+    def entering(call: ModuleCall, _module: nn.Module, args: Args, kwargs: object) -> None:
         if args and isinstance(args[0], Tensor) and args[0].dim() == 4:
             height, width = args[0].shape[2:]
             inputs.setdefault(call.name, (height, width))
@@ -186,7 +187,7 @@ class FeatureTaps:
         self._widths = dict(widths or {})
         self._check_kept()
         self._caught: dict[str, Tensor] = {}
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     def _check_kept(self) -> None:
         for name, positions in self._kept.items():
@@ -213,8 +214,8 @@ class FeatureTaps:
         self._handles.clear()
         self._caught.clear()
 
-    def _catcher(self, name: str) -> Any:
-        def catch(_module: nn.Module, _inputs: Any, output: Any) -> Tensor:
+    def _catcher(self, name: str) -> Callable[[nn.Module, object, object], Tensor]:
+        def catch(_module: nn.Module, _inputs: object, output: object) -> Tensor:
             if not isinstance(output, Tensor) or output.dim() != 4:
                 raise ValueError(f"tap {name!r} gives no feature map (N, C, h, w)")
             self._caught[name] = output

@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from explainers.differentiable.gated_features import FeatureGate, gated_features
 from image_classification.config import ConfigError
 from image_classification.distributed import Distributed
 from image_classification.models import evaluating, main_and_auxiliary_logits
+from image_classification.plain_data import PlainMapping
 
 _THUMBNAIL = 8  # pixels a side
 _SAME_IMAGE = (
@@ -234,7 +234,7 @@ class OriginalExplanations:
             "source": None if self.source is None else dataclasses.asdict(self.source),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: PlainMapping) -> None:
         """Take up a state of `state_dict`.
 
         Raises:

@@ -9,7 +9,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from image_classification.models import (
 )
 from image_classification.models.factory import class_names_of
 from image_classification.network_input import NetworkInput
+from image_classification.plain_data import Plain
 from image_classification.verbs import declared
 
 
@@ -143,7 +143,7 @@ def _names(path: Path | None, known: Sequence[str] | None, num_classes: int) -> 
     return names
 
 
-def _best(chances: Tensor, names: Sequence[str], count: int) -> list[dict[str, Any]]:
+def _best(chances: Tensor, names: Sequence[str], count: int) -> list[Plain]:
     values, classes = chances.topk(min(count, len(chances)))
     return [
         {"class": index, "name": names[index], "probability": value}
@@ -156,7 +156,7 @@ def _save_page(
     model: nn.Module,
     images: Tensor,
     classes: Tensor,
-    rows: Sequence[Sequence[dict[str, Any]]],
+    rows: Sequence[Sequence[Plain]],
     wanted: NetworkInput,
     method: str,
 ) -> None:

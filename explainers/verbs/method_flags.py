@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 from explainers.attribution.method import Method, create_method, method_class, method_names, plain_name
-from image_classification.config import check, flag, flag_fields
+from image_classification.config import AnyField, check, flag, flag_fields
 
 
 def offered_methods() -> list[str]:
@@ -62,7 +62,7 @@ class _MethodOption:
     """
 
     method: str
-    field: dataclasses.Field[Any]
+    field: AnyField
     annotation: object
     flag: str
 
@@ -85,9 +85,9 @@ def _method_options() -> list[_MethodOption]:
 
 def method_config() -> type[MethodConfig]:
     """`MethodConfig` with the flags that registered methods declare."""
-    fields: list[tuple[str, Any, Any]] = []
+    fields: list[tuple[str, object, AnyField]] = []
     for option in _method_options():
-        field: Any = dataclasses.field(default=option.field.default, metadata=option.field.metadata)
+        field: AnyField = dataclasses.field(default=option.field.default, metadata=option.field.metadata)
         fields.append((option.key, option.annotation, field))
     return dataclasses.make_dataclass(
         "MethodConfig",

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from image_classification.data.device_stage import DeviceStage
 from image_classification.data.manifest import Manifest
 from image_classification.data.mixup import Mixup
 from image_classification.data.plan import BatchPlan, Planner
+from image_classification.plain_data import Plain
 
 
 @dataclass
@@ -85,11 +86,11 @@ class Loader(Protocol):
         """Batches to the epoch's end: in training from the cursor, else from the start."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Plain:
         """The cursor, and what it is only valid for."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Plain) -> None:
         """Continue where a state says; ValueError if the data are not the same or a batch would begin elsewhere."""
         ...
 
@@ -178,12 +179,12 @@ class CursorLoader(ABC):
             self._stream.close()
             self._stream = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Plain:
         """See `Loader.state_dict`: plain numbers and strings."""
         position = {"epoch": self._epoch, "step": self._step, "global_batch": self._global_batch}
         return {**position, **self._identity}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Plain) -> None:
         """See `Loader.load_state_dict`.
 
         Raises:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -101,7 +100,7 @@ class Manifest:
 
     def save(self, path: Path) -> None:
         """Write an npz file that holds no pickle, atomically."""
-        arrays: dict[str, Any] = {
+        arrays: dict[str, np.ndarray] = {
             "format": np.array(_FORMATS[-1]),
             "root": np.array(str(self.root)),
             "split": np.array(self.split),

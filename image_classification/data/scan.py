@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -234,7 +234,7 @@ def _scan(
 
 def _read(
     prefix: str, paths: Paths, ids: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], list[tuple[Any, ...]]]:
+) -> tuple[NDArray[np.int64], list[tuple[object, ...]]]:
     limit = 2**31 - 1
     headers = [read_header(prefix + paths[i]) for i in ids]
     return ids, [(min(h.height, limit), min(h.width, limit), h.digest, h.intact, h.turned) for h in headers]

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import nn
 
 from image_classification.models.registry import ModelSettingError
+from image_classification.plain_data import Plain, PlainMapping
 
 #: Option → attribute of the batch norms. The smallest values are not included.
 OPTIONS = {"bn_momentum": "momentum", "bn_eps": "eps"}
 
 
-def architecture_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def architecture_options(options: PlainMapping) -> Plain:
     """The options that are left to an architecture's constructor."""
     return {name: value for name, value in options.items() if name not in OPTIONS}
 
 
-def set_batch_norms(model: nn.Module, options: Mapping[str, Any]) -> None:
+def set_batch_norms(model: nn.Module, options: PlainMapping) -> None:
     """Give all batch norms of a network the momentum and the epsilon that `options` name.
 
     Raises:

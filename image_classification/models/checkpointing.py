@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from torch.utils import checkpoint
 
@@ -24,11 +23,11 @@ class _PlainFunction:
     """Stands in for the autograd function of reentrant checkpoints."""
 
     @staticmethod
-    def apply(function: Callable[..., Any], _preserve_rng_state: bool, *args: Any) -> Any:
+    def apply(function: Callable[..., object], _preserve_rng_state: bool, *args: object) -> object:
         return function(*args)
 
 
-def _plain_generator(*_args: Any, **_kwargs: Any) -> Iterator[None]:
+def _plain_generator(*_args: object, **_kwargs: object) -> Iterator[None]:
     """Stands in for what runs before and after the call of a checkpointed function."""
     yield
 

@@ -11,7 +11,6 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -102,7 +101,7 @@ def is_no_classifier(library: str, name: str) -> bool:
     return name in import_library(library).list_models()
 
 
-def build_no_classifier(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
+def build_no_classifier(name: str, num_classes: int, options: Mapping[str, object]) -> nn.Module:
     """Build torchvision's network for detection, segmentation or video with fresh weights."""
     models = import_library("torchvision")
     arguments = {**options, "num_classes": num_classes}
@@ -126,7 +125,7 @@ def external_info(library: str, name: str) -> ArchInfo:
             size, int(size / (cfg.crop_pct or 0.875)), cfg.mean, cfg.std, bool(cfg.fixed_input_size)
         )
     fixed = _torchvision_size_option(name) is not None
-    weights: Any = import_library("torchvision").get_model_weights(name)
+    weights = import_library("torchvision").get_model_weights(name)
     if not list(weights):
         return ArchInfo(224, 256, fixed_size=fixed)
     preset = weights.DEFAULT.transforms()
@@ -143,7 +142,7 @@ def _torchvision_size_option(name: str) -> str | None:
 
 
 def build_external(
-    library: str, name: str, num_classes: int, image_size: int | None, options: Mapping[str, Any]
+    library: str, name: str, num_classes: int, image_size: int | None, options: Mapping[str, object]
 ) -> nn.Module:
     """Build a library's classifier with fresh weights.
 

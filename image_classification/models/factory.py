@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -22,6 +21,7 @@ from image_classification.models.registry import (
     own_names,
 )
 from image_classification.network_input import NetworkInput
+from image_classification.plain_data import Plain, PlainValue
 from image_classification.trusted_code import is_own_code, trust
 
 _ATTRIBUTE = "lucidprune_identity"
@@ -39,7 +39,7 @@ class ModelIdentity:
     model_config: str | None = None
     num_classes: int = 1000
     image_size: int | None = None
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def build(self) -> nn.Module:
         """The architecture, unpruned, with fresh weights. Unlike `create_model` it may be no classifier."""
@@ -67,7 +67,7 @@ def create_model(
     num_classes: int = 1000,
     model_config: str | None = None,
     image_size: int | None = None,
-    **kwargs: Any,
+    **kwargs: PlainValue,
 ) -> nn.Module:
     """Build a classifier with fresh weights.
 
@@ -119,7 +119,7 @@ def _check_count(setting: str, value: object) -> None:
 
 
 def _build(
-    arch: str, num_classes: int, model_config: str | None, image_size: int | None, options: dict[str, Any]
+    arch: str, num_classes: int, model_config: str | None, image_size: int | None, options: Plain
 ) -> nn.Module:
     named = external.split_name(arch)
     if named is not None or is_own_code(arch):

@@ -22,7 +22,7 @@ def settle(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
     """
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        tensors: dict[str, Any] = {**module._parameters, **module._buffers}
+        tensors = {**module._parameters, **module._buffers}
         own = {key: tensor for key, tensor in tensors.items() if tensor is not None and is_lazy(tensor)}
         if own and isinstance(module, LazyModuleMixin) and all(prefix + key in shapes for key in own):
             for key, tensor in own.items():

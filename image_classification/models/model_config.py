@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from image_classification.models.factory import create_model
 from image_classification.models.initialization import ModelConfigName
 from image_classification.models.structure import building_on
 from image_classification.models.weights import model_for_weights
+from image_classification.plain_data import Plain
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -97,7 +98,7 @@ class ModelConfig:
         parse_options(self.arch_option)
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Plain:
         """Keyword arguments of the architecture.
 
         Raises:
@@ -113,13 +114,13 @@ class ModelConfig:
         return options
 
 
-def parse_options(words: list[str]) -> dict[str, Any]:
+def parse_options(words: list[str]) -> Plain:
     """`["shortcut=B", "drop_rate=0.1"]` as a dict; values are read as YAML.
 
     Raises:
         ConfigError: A word is not KEY=VALUE, or a key stands twice.
     """
-    options: dict[str, Any] = {}
+    options: Plain = {}
     if not words:
         return options
     from image_classification.yaml_reading import parse_yaml

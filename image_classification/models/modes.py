@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -73,10 +74,17 @@ def inference(*models: nn.Module) -> Iterator[None]:
         yield
 
 
-def _float32_products() -> tuple[Any, ...]:
+class _Products(Protocol):
+    """The switches of one kind of product."""
+
+    fp32_precision: str
+
+
+def _float32_products() -> tuple[_Products, ...]:
     """The switches of products of float32 on CUDA: the newer of two sets, which must not be mixed."""
-    backends: Any = torch.backends
-    return (backends.cuda.matmul, backends.cudnn.conv)
+    cuda: ModuleType = torch.backends.cuda
+    cudnn: ModuleType = torch.backends.cudnn
+    return (cuda.matmul, cudnn.conv)
 
 
 def allow_tf32(allowed: bool) -> None:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from image_classification.models.registry import IMAGENET, ArchInfo, ModelSettingError
+from image_classification.models.registry import IMAGENET, ArchInfo, Builder, ModelSettingError
 from image_classification.trusted_code import is_own_code, is_trusted
 
 
@@ -35,7 +34,9 @@ def check_trusted(arch: str) -> None:
         raise ModelSettingError("arch", arch, problem)
 
 
-def build_own(arch: str, num_classes: int, image_size: int | None, options: Mapping[str, Any]) -> nn.Module:
+def build_own(
+    arch: str, num_classes: int, image_size: int | None, options: Mapping[str, object]
+) -> nn.Module:
     """Call the user's function or class; it gets `num_classes` and `image_size` if it takes them, and the options.
 
     Raises:
@@ -63,7 +64,7 @@ def own_info(arch: str) -> ArchInfo:
     return ArchInfo(size, round(size / 0.875)) if isinstance(size, int) else IMAGENET
 
 
-def _find(arch: str) -> Callable[..., Any]:
+def _find(arch: str) -> Builder:
     module, _, name = arch.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
@@ -76,5 +77,5 @@ def _find(arch: str) -> Callable[..., Any]:
         raise ModelSettingError(
             "arch", arch, f"{name} is a {type(builder).__name__}, not a class or a function"
         )
-    found: Callable[..., Any] = builder
+    found: Builder = builder
     return found

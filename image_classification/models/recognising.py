@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from types import ModuleType
 
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
@@ -18,10 +18,11 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from image_classification.config import SettingError
 from image_classification.models.external import import_library
 from image_classification.models.factory import ModelIdentity, identity_of, remember_identity
-from image_classification.models.registry import ModelError
+from image_classification.models.registry import Builder, ModelError
+from image_classification.models.running import Args
 from image_classification.models.structure import on_meta
+from image_classification.plain_data import Plain
 
-Builder = Callable[..., nn.Module]
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -53,9 +54,9 @@ def identity_of_builder(builder: Builder) -> ModelIdentity | None:
     Raises:
         SettingError: Arguments that cannot be told by name.
     """
-    function: Any = builder
-    options: dict[str, Any] = {}
-    positional: tuple[Any, ...] = ()
+    function: Builder = builder
+    options: Plain = {}
+    positional: Args = ()
     while isinstance(function, functools.partial):
         options, positional = {**function.keywords, **options}, (*function.args, *positional)
         function = function.func
@@ -81,7 +82,7 @@ def _candidates(model: nn.Module) -> Iterator[ModelIdentity]:
     """Builders with arguments that might have made a network, read off it."""
     library = type(model).__module__.partition(".")[0]
     if library == "timm":
-        config: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+        config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
         name = (
             config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
         )
@@ -97,7 +98,7 @@ def _candidates(model: nn.Module) -> Iterator[ModelIdentity]:
             yield from _with_sizes(model, f"torchvision/{name}", _default_classes(function))
 
 
-def _by_likeness(model: nn.Module, models: Any) -> list[str]:
+def _by_likeness(model: nn.Module, models: ModuleType) -> list[str]:
     """Builders of a network's class whose published networks are about as large, the nearest one first."""
     count = sum(parameter.numel() for parameter in model.parameters())
     found = []
@@ -119,8 +120,7 @@ def _with_sizes(model: nn.Module, arch: str, default_classes: int) -> Iterator[M
         return
     options = _root_options(model, fresh)
     image_size = options.pop("image_size", None)
-    embedding: Any = getattr(model, "patch_embed", None)
-    size: Any = getattr(embedding, "img_size", None)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if image_size is None and isinstance(size, tuple):
         image_size = size[0]
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
@@ -129,10 +129,10 @@ def _with_sizes(model: nn.Module, arch: str, default_classes: int) -> Iterator[M
     yield ModelIdentity(arch, None, _num_classes(model, fresh, default_classes), image_size, options)
 
 
-def _root_options(model: nn.Module, fresh: nn.Module) -> dict[str, Any]:
+def _root_options(model: nn.Module, fresh: nn.Module) -> Plain:
     """Plain arguments of the network's class that it keeps under their names, where they are not the default ones."""
     parameters = inspect.signature(type(model).__init__).parameters
-    found = {}
+    found: Plain = {}
     for name, value in vars(fresh).items():
         mine = vars(model).get(name, value)
         if name in parameters and name != "num_classes" and isinstance(mine, _PLAIN) and mine != value:
@@ -176,7 +176,7 @@ def is_same_network(model: nn.Module, fresh: nn.Module) -> bool:
     return _shapes(model) == _shapes(fresh)
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
+def _settings(module: nn.Module) -> dict[str, object]:
     found = {}
     for name, value in vars(module).items():
         plain = isinstance(value, _PLAIN) or (

@@ -12,6 +12,9 @@ from image_classification.channel_statistics import Triple
 from image_classification.config import SettingError, nearest
 from image_classification.network_input import EvaluationGeometry, NetworkInput
 
+#: What makes a network.
+Builder = Callable[..., nn.Module]
+
 
 class ModelError(ValueError):
     """A network that cannot be built as asked. The message says what is wrong and what to do."""
@@ -60,7 +63,7 @@ class Architecture:
     """
 
     name: str
-    build: Callable[..., nn.Module]
+    build: Builder
     info: ArchInfo
     options: tuple[str, ...]
     min_image_size: int
@@ -71,7 +74,7 @@ ARCHITECTURES: dict[str, Architecture] = {}
 
 def register(
     name: str, info: ArchInfo, *, options: tuple[str, ...] = (), min_image_size: int = 1
-) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+) -> Callable[[Builder], Builder]:
     """Decorator that enters a building function into the register under `name`.
 
     Args:
@@ -81,7 +84,7 @@ def register(
         min_image_size: Smallest side of the input in pixels.
     """
 
-    def enter(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def enter(build: Builder) -> Builder:
         assert name not in ARCHITECTURES, f"{name} is registered twice"
         ARCHITECTURES[name] = Architecture(name, build, info, ("widths", *options), min_image_size)
         return build

@@ -34,10 +34,12 @@ class ModuleCall:
 #: Positional and keyword arguments of a call: whatever the called takes.
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+#: What a network or a module of it returns: a tensor, or tensors within whatever its author chose.
+Outputs = Any
 #: (call, module, positional arguments, keyword arguments) → both kinds of arguments anew, or None to leave them.
 Entering = Callable[[ModuleCall, nn.Module, Args, Kwargs], tuple[Args, Kwargs] | None]
 #: (call, module, output) → what takes the output's place, or None to leave it.
-Leaving = Callable[[ModuleCall, nn.Module, Any], object]
+Leaving = Callable[[ModuleCall, nn.Module, Outputs], object]
 
 
 class Running:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from image_classification.models.lazy_modules import settle
 from image_classification.models.modes import drop_graphs
 from image_classification.models.registry import ModelError
 from image_classification.network_input import NetworkInput
+from image_classification.plain_data import Plain, PlainValue
 
 IntegerValue = int | list[int]
 Factory = Callable[[], nn.Module]
@@ -53,10 +54,10 @@ class Structure:
     image_size: int | None
     attributes: dict[str, dict[str, IntegerValue]]
     shapes: dict[str, list[int]]
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: Plain = dataclasses.field(default_factory=dict)
     input: NetworkInput | None = None
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_plain(self) -> Plain:
         """As dicts, lists, strings and numbers, for JSON or `torch.save`."""
         plain = dataclasses.asdict(self)
         if self.input is None:
@@ -255,7 +256,7 @@ def _is_integer_value(value: object) -> bool:
     return _is_integer(value)
 
 
-def _as_list(value: Any) -> list[int]:
+def _as_list(value: PlainValue) -> list[int]:
     return [value] if _is_integer(value) else list(value)
 
 
@@ -462,7 +463,7 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, (bool, float, str))
 
 
-def _check_plain(plain: object) -> dict[str, Any]:
+def _check_plain(plain: object) -> Plain:
     """What was given, if it has the form that `to_plain` writes; else raise `StructureError`."""
     names = {field.name for field in dataclasses.fields(Structure)}
     names -= {"input"}  # files from before it was recorded lack it

@@ -15,7 +15,6 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +33,7 @@ from image_classification.models.structure import (
     on_meta,
 )
 from image_classification.network_input import NetworkInput
+from image_classification.plain_data import PlainMapping, PlainValue
 
 _STATE_KEYS = ("state_dict", "model", "model_state_dict", "net")
 _EMA_KEYS = ("ema", "ema_state_dict", "state_dict_ema", "model_ema")
@@ -131,7 +131,7 @@ def saved_input(path: str | Path) -> NetworkInput | None:
         return None
 
 
-def read_safely(path: str | Path) -> Any:
+def read_safely(path: str | Path) -> PlainValue:
     """What `torch.save` put into a file: tensors (on the CPU) and plain values.
 
     Verifies the check sums of every record, runs no code from the file, and holds a checkpoint of ours against its
@@ -224,7 +224,7 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 def _find_state(content: Mapping[object, object], path: Path, ema: bool) -> dict[str, Tensor]:
     """The state dict within a file's content."""
-    state: Any = None
+    state: PlainValue = None
     if ema:
         state = next((content[key] for key in _EMA_KEYS if isinstance(content.get(key), Mapping)), None)
         if state is None:
@@ -412,7 +412,7 @@ def model_for_weights(
     new_head: bool = False,
     factory: Factory | None = None,
     device: torch.device | str | None = None,
-    **kwargs: Any,
+    **kwargs: PlainValue,
 ) -> nn.Module:
     """Build the network that a weights file belongs to, pruned or not, and load it.
 
@@ -464,7 +464,7 @@ def model_for_weights(
     return model
 
 
-def _held_classes(weights: LoadedWeights, arch: str | None, options: Mapping[str, Any]) -> int:
+def _held_classes(weights: LoadedWeights, arch: str | None, options: PlainMapping) -> int:
     """Number of classes of a plain state dict, by the shapes of its classifier; 1000 where they do not say."""
     model = on_meta(lambda: create_model(arch or str(weights.arch), num_classes=1000, **options))
     state = _without_wrapper(weights.state, model.state_dict())
@@ -478,7 +478,7 @@ def _asked_structure(
     arch: str | None,
     num_classes: int | None,
     new_head: bool,
-    options: Mapping[str, object],
+    options: PlainMapping,
 ) -> Structure:
     """The file's structure, if it is what was asked for; with a new head, for other classes."""
     if arch is not None and structure.arch != arch:

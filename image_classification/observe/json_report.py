@@ -15,11 +15,12 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from image_classification.config import SettingError
 from image_classification.file_writing import unused_path, write_text
 from image_classification.observe.figures import Figure
+from image_classification.plain_data import Plain
 
 _PREFIX = "DLLL "
 
@@ -127,7 +128,7 @@ class Report:
         self._failed = True
 
 
-def read_report(path: Path) -> list[dict[str, Any]]:
+def read_report(path: Path) -> list[Plain]:
     """Read a report, ours or DLLogger's; lines torn by a crash or a full disk are left out.
 
     Raises:

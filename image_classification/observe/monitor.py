@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
 
 import torch
 
@@ -134,7 +134,7 @@ class Monitor:
 class _Gpu:
     """One GPU through NVML. A figure that this GPU does not have is left out of the samples."""
 
-    def __init__(self, nvml: Any, handle: Any) -> None:
+    def __init__(self, nvml: ModuleType, handle: object) -> None:
         self._nvml = nvml
         self._handle = handle
 

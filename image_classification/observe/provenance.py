@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from image_classification.observe.environment import describe_environment
+from image_classification.plain_data import Plain
 
 FILENAME = "invocations.jsonl"
 
@@ -46,7 +46,7 @@ def record_invocation(
         file.write(json.dumps(entry) + "\n")
 
 
-def read_invocations(workspace: Path) -> list[dict[str, Any]]:
+def read_invocations(workspace: Path) -> list[Plain]:
     """All starts of a run, oldest first; none where the file is missing. A torn line is left out."""
     path = workspace / FILENAME
     if not path.is_file():

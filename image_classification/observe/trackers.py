@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from image_classification.config import SettingError
@@ -101,7 +102,7 @@ class MlflowTracker(_Tracker):
             import mlflow
         noted = workspace / "mlflow_run.txt"
         with self._opening(uri):
-            self._entities: Any = mlflow.entities
+            self._entities: ModuleType = mlflow.entities
             self._client: Any = mlflow.MlflowClient(tracking_uri=_database(uri))
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _EXPERIMENT)
             experiment = self._client.get_experiment_by_name(name)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any
 
 from image_classification.config import SettingError, check_setting
+from image_classification.plain_data import Plain
 from pruning.criteria import Criterion, Discriminant, create_criterion, criterion_class
 from pruning.criteria.combine import DEFAULT_WEIGHT, Combined
 from pruning.criteria.criterion import DEFAULT_FEATURES, FeatureCriterion, Features, GradientCriterion
@@ -76,7 +76,7 @@ def make_criterion(
 def _single(
     name: str, settings: CriterionSettings, loss: Loss | None, originals: Explained | None
 ) -> Criterion:
-    options: dict[str, Any] = {}
+    options: Plain = {}
     kind = criterion_class(name)
     if issubclass(kind, FeatureCriterion):
         options["features"] = settings.features

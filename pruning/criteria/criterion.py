@@ -27,7 +27,7 @@ from image_classification.distributed import Distributed
 from pruning.criteria.explained import FeatureGate
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.groups import Group
-from pruning.task import Loss, Task
+from pruning.task import Batch, Loss, Targets, Task
 
 Features = Literal["pre", "post"]
 FEATURE_CHOICES: tuple[Features, ...] = get_args(Features)
@@ -85,6 +85,10 @@ class GroupWeights:
         return (member for member in self.members if member.role == role)
 
 
+#: What a feature criterion remembers of a feature map; an object with `nbytes`.
+Summary = Any
+
+
 class Criterion:
     """What all criteria share.
 
@@ -98,7 +102,7 @@ class Criterion:
     average: ClassVar[Average] = "none"
     announces_unscored: ClassVar[bool] = True
 
-    def check_targets(self, targets: Any) -> None:
+    def check_targets(self, targets: Targets) -> None:
         """Refuse targets of a batch that the criterion cannot use; by default it looks at none.
 
         Args:
@@ -138,7 +142,7 @@ class FeatureCriterion(Criterion, abc.ABC):
         self.features = features
 
     @abc.abstractmethod
-    def score(self, features: Tensor, targets: Any) -> Tensor:
+    def score(self, features: Tensor, targets: Targets) -> Tensor:
         """Scores of the channels of one feature map.
 
         Args:
@@ -150,11 +154,11 @@ class FeatureCriterion(Criterion, abc.ABC):
             (C,) a sum over the batch.
         """
 
-    def summarise(self, features: Tensor, targets: Any) -> Any:
+    def summarise(self, features: Tensor, targets: Targets) -> Summary:
         """What to remember of a feature map until `finish`; an object with `nbytes`. By default its scores."""
         return self.score(features, targets)
 
-    def finish(self, summaries: Sequence[Any], targets: Any) -> list[Tensor]:
+    def finish(self, summaries: Sequence[Summary], targets: Targets) -> list[Tensor]:
         """Scores, (C,) each, of several feature maps of one batch from their summaries."""
         return list(summaries)
 
@@ -183,13 +187,13 @@ class GradientCriterion(Criterion, abc.ABC):
     def __init__(self, loss: Loss | None = None) -> None:
         self.loss = loss
 
-    def losses(self, model: nn.Module, batch: Any, task: Task) -> Tensor:
+    def losses(self, model: nn.Module, batch: Batch, task: Task) -> Tensor:
         """Run the network: losses of the batch's samples, (N,)."""
         if self.loss is not None:
             task = dataclasses.replace(task, loss=self.loss)
         return task.losses(task.outputs(model, batch), batch)
 
-    def objectives(self, model: nn.Module, batch: Any, task: Task) -> tuple[Tensor, ...]:
+    def objectives(self, model: nn.Module, batch: Batch, task: Task) -> tuple[Tensor, ...]:
         """Run the network; scalars, each a sum over the samples, to be differentiated one by one."""
         return (self.losses(model, batch, task).sum(),)
 
@@ -198,7 +202,7 @@ class GradientCriterion(Criterion, abc.ABC):
         return ()
 
     def gated_objectives(
-        self, model: nn.Module, batch: Any, task: Task, gate: FeatureGate
+        self, model: nn.Module, batch: Batch, task: Task, gate: FeatureGate
     ) -> tuple[Tensor, ...]:
         """As `objectives`; every output that is `watched` is passed through `gate(module, output)` where it is read."""
         return self.objectives(model, batch, task)
@@ -224,7 +228,7 @@ class NetworkCriterion(Criterion, abc.ABC):
         model: nn.Module,
         graph: ChannelGraph,
         groups: Sequence[Group],
-        batches: Sequence[Any],
+        batches: Sequence[Batch],
         task: Task,
         distributed: Distributed,
     ) -> dict[int, Tensor]:
@@ -281,7 +285,7 @@ def criterion_class(name: str) -> type[Criterion]:
     return _REGISTRY[name]
 
 
-def create_criterion(name: str, **options: Any) -> Criterion:
+def create_criterion(name: str, **options: object) -> Criterion:
     """A criterion by its name.
 
     Args:

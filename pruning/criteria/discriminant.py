@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from image_classification.config import SettingError, check_choice, check_settin
 from image_classification.models import exact_float32
 from pruning.criteria.criterion import DEFAULT_FEATURES, FeatureCriterion, Features, register_criterion
 from pruning.criteria.pixel_classes import drawn_positions
-from pruning.task import class_map, kind_of_shape
+from pruning.task import Targets, class_map, kind_of_shape
 
 PUBLISHED_RIDGE = 0.1
 Layout = Literal["channels_first", "channels_last"]
@@ -331,7 +331,7 @@ class Discriminant(FeatureCriterion):
         self._conditions: list[Tensor] = []
         self._worst_condition = 0.0
 
-    def check_targets(self, targets: Any) -> None:
+    def check_targets(self, targets: Targets) -> None:
         """Refuse what are no class targets."""
         if kind_of_shape(targets) is not None:
             return

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from image_classification.distributed import Distributed
+from image_classification.plain_data import Plain
 
 Autocast = Callable[[], AbstractContextManager[object]]
 """Makes the context of a forward pass, such as `Precision.autocast`."""
@@ -61,8 +62,8 @@ class Explained(Protocol):
     def follow(self, staying: Mapping[str, tuple[int, Tensor]]) -> None:
         """Follow a rewrite: tap → number of channels before, positions that stay."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Plain:
         """Plain data and tensors for a checkpoint."""
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take up a state of `state_dict`."""

@@ -8,7 +8,6 @@ variance. So scores say how a repair will end, and not how large a weight or a d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.groups import Group
 from pruning.repair.elimination import DEFAULT_RIDGE, elimination
 from pruning.repair.unit_inputs import reading_units, unit_inputs
-from pruning.task import Task
+from pruning.task import Batch, Task
 
 
 @register_criterion("reconstruction")
@@ -40,7 +39,7 @@ class Reconstruction(NetworkCriterion):
         model: nn.Module,
         graph: ChannelGraph,
         groups: Sequence[Group],
-        batches: Sequence[Any],
+        batches: Sequence[Batch],
         task: Task,
         distributed: Distributed,
     ) -> dict[int, Tensor]:

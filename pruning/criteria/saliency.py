@@ -20,7 +20,7 @@ batches and resumed runs draw alike.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from image_classification.config import check_choice, check_setting
 from pruning.criteria.criterion import GradientCriterion, register_criterion
 from pruning.criteria.explained import Explained, FeatureGate
-from pruning.task import Task, inputs_of
+from pruning.task import Batch, Task, inputs_of
 
 Target = Literal["original", "present"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -69,7 +69,7 @@ class Saliency(GradientCriterion):
         return self.originals.taps
 
     def gated_objectives(
-        self, model: nn.Module, batch: Any, task: Task, gate: FeatureGate
+        self, model: nn.Module, batch: Batch, task: Task, gate: FeatureGate
     ) -> tuple[Tensor, ...]:
         """Sums over the images of φ's numbers, or of random projections of them; then of r·φ where it is needed."""
         images = inputs_of(batch)

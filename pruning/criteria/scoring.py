@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from pruning.criteria.criterion import (
     GradientCriterion,
     GroupWeights,
     NetworkCriterion,
+    Summary,
     WeightCriterion,
     WeightMember,
 )
@@ -41,7 +42,7 @@ from pruning.criteria.taps import Tap, tapped
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.groups import Group, Member, Place
 from pruning.engine.tap_channels import output_place
-from pruning.task import Task, num_samples, pieces_of, targets_of, to_device
+from pruning.task import Batch, Targets, Task, num_samples, pieces_of, targets_of, to_device
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ def needs_loss(criterion: Criterion) -> bool:
 def score_groups(
     model: nn.Module,
     graph: Graph,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     criterion: Criterion,
     *,
     task: Task | None = None,
@@ -147,7 +148,7 @@ def score_groups(
 def score_groups_by(
     model: nn.Module,
     graph: Graph,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     criteria: Sequence[Criterion],
     *,
     task: Task | None = None,
@@ -225,7 +226,7 @@ class _Scorer:
 
     # -- the pass ------------------------------------------------------------------------------------------
 
-    def run(self, batches: Iterable[Any]) -> None:
+    def run(self, batches: Iterable[Batch]) -> None:
         """Take all batches of this rank, then add up the ranks."""
         sites = {kind: self._sites(kind) for kind in {c.features for _, c in self.features}}
         read = self._sites("post", fall_back=False) if self.gradients else []
@@ -251,7 +252,7 @@ class _Scorer:
                 "there is no calibration batch to score channels with: give more images",
             )
 
-    def score_networks(self, batches: Sequence[Any]) -> None:
+    def score_networks(self, batches: Sequence[Batch]) -> None:
         """Let the criteria that look on their own do so."""
         assert isinstance(self.graph, ChannelGraph), "only a whole graph says what reads which units"
         for number, criterion in self.networks:
@@ -293,7 +294,7 @@ class _Scorer:
 
     # -- feature maps --------------------------------------------------------------------------------------
 
-    def _feature_pass(self, batch: Any, sites: Mapping[Features, list[_Site]]) -> None:
+    def _feature_pass(self, batch: Batch, sites: Mapping[Features, list[_Site]]) -> None:
         """A forward pass for all criteria that look at feature maps, and another for those that ask for it."""
         targets, count = targets_of(batch), num_samples(batch)
         for _, criterion in self.features:
@@ -328,7 +329,7 @@ class _Scorer:
     # -- derivatives by gates ------------------------------------------------------------------------------
 
     def _gradient_pass(
-        self, number: int, criterion: GradientCriterion, batch: Any, sites: list[_Site]
+        self, number: int, criterion: GradientCriterion, batch: Batch, sites: list[_Site]
     ) -> None:
         """One forward pass and a backward pass per objective."""
         gates: list[tuple[_Site, Tensor]] = []
@@ -495,14 +496,14 @@ class _Collector:
     """What one criterion makes of one forward pass."""
 
     def __init__(
-        self, number: int, criterion: FeatureCriterion, targets: Any, num_samples: int, sums: Tensor
+        self, number: int, criterion: FeatureCriterion, targets: Targets, num_samples: int, sums: Tensor
     ) -> None:
         self.number, self.criterion = number, criterion
         self.targets, self.num_samples = targets, num_samples
         self.sums = torch.zeros_like(sums[number])
         self.shown = torch.zeros_like(self.sums)
         self.sites: list[_Site] = []
-        self.summaries: list[Any] = []
+        self.summaries: list[Summary] = []
         self.num_bytes = 0
         self.seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -530,6 +531,16 @@ class _Collector:
         self.sites, self.summaries, self.num_bytes = [], [], 0
 
 
+class _GateContext(Protocol):
+    """What `_Gate` keeps for its backward pass: tensor, gate, and the dimension of the units."""
+
+    saved_tensors: tuple[Tensor, Tensor]
+    dim: int
+
+    def save_for_backward(self, tensor: Tensor, gate: Tensor) -> None:
+        """Keep them."""
+
+
 class _Gate(torch.autograd.Function):
     """Multiply by a gate of ones without doing so: the tensor goes through, the gate gets its derivative Σ g·a.
 
@@ -537,13 +548,13 @@ class _Gate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, gate: Tensor, dim: int) -> Tensor:
+    def forward(ctx: _GateContext, tensor: Tensor, gate: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(tensor, gate)
         ctx.dim = dim
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: _GateContext, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (tensor, gate), gradient = ctx.saved_tensors, gradients[0]
         others = [d for d in range(1, tensor.dim()) if d != ctx.dim]
         if torch.is_grad_enabled():

@@ -8,11 +8,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 from torch import Tensor, nn
 
-from image_classification.models.running import Args, Kwargs, ModuleCall, following, with_first_argument
+from image_classification.models.running import (
+    Args,
+    Kwargs,
+    ModuleCall,
+    Outputs,
+    following,
+    with_first_argument,
+)
 
 Action = Callable[[Tensor], Tensor | None]
 
@@ -49,7 +55,7 @@ def tapped(model: nn.Module, taps: Iterable[Tap]) -> Iterator[None]:
     for tap in taps:
         actions.setdefault((tap.kind, ModuleCall(tap.module, tap.call)), []).append(tap.action)
 
-    def act(kind: str, call: ModuleCall, tensor: Any) -> Any:
+    def act(kind: str, call: ModuleCall, tensor: Outputs) -> Outputs:
         """What takes the tensor's place; the tensor itself if nothing does."""
         for action in actions.get((kind, call), ()):
             result = action(tensor)
@@ -64,7 +70,7 @@ def tapped(model: nn.Module, taps: Iterable[Tap]) -> Iterator[None]:
             return None
         return with_first_argument(args, kwargs, lambda tensor: act("input", call, tensor))
 
-    def leaving(call: ModuleCall, _module: nn.Module, output: Any) -> Any:
+    def leaving(call: ModuleCall, _module: nn.Module, output: Outputs) -> Outputs:
         if ("output", call) not in actions:
             return None
         if isinstance(output, tuple):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class Dependency:
     """Which dimension of which module; the names are Torch-Pruning's."""
 
     target: Node
-    handler: Callable[..., Any]
+    handler: Callable[..., object]
 
     @property
     def layer(self) -> nn.Module:
@@ -54,7 +54,7 @@ class Dependency:
         return self.target.module
 
     @property
-    def pruning_fn(self) -> Callable[..., Any]:
+    def pruning_fn(self) -> Callable[..., object]:
         """The function that would prune it."""
         return self.handler
 
@@ -67,7 +67,7 @@ class Item:
     idxs: list[int]
     root_idxs: list[int]
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Dependency | list[int]]:
         yield self.dep
         yield self.idxs
 
@@ -85,7 +85,7 @@ class TorchPruningImportance(WeightCriterion):
 
     name = "torch-pruning"
 
-    def __init__(self, importance: Callable[[Any], Tensor | None], functions: Any = None) -> None:
+    def __init__(self, importance: Callable[[list[Item]], Tensor | None], functions: object = None) -> None:
         self.importance = importance
         self.functions = functions if functions is not None else _torch_pruning_functions()
 
@@ -136,7 +136,7 @@ def _is_depthwise(module: nn.Module) -> bool:
     return getattr(module, "groups", 1) == getattr(module, "out_channels", None) != 1
 
 
-def _torch_pruning_functions() -> Any:
+def _torch_pruning_functions() -> ModuleType:
     try:
         return importlib.import_module("torch_pruning.pruner.function")
     except ImportError as error:

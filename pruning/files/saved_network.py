@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +27,7 @@ from image_classification.models.factory import (
 from image_classification.models.recognising import identity_of_builder
 from image_classification.models.structure import Structure, build_from_structure, capture_structure
 from image_classification.models.weights import load_exactly, read_safely, takes_average
+from image_classification.plain_data import Plain, PlainValue
 
 
 def pruned_state(
@@ -35,8 +35,8 @@ def pruned_state(
     *,
     factory: Callable[[], nn.Module] | None = None,
     builder: Callable[..., nn.Module] | None = None,
-    **extra: Any,
-) -> dict[str, Any]:
+    **extra: PlainValue,
+) -> Plain:
     """What `save_pruned` writes: plain data and tensors only.
 
     Args:
@@ -81,7 +81,7 @@ def save_pruned(
     *,
     factory: Callable[[], nn.Module] | None = None,
     builder: Callable[..., nn.Module] | None = None,
-    **extra: Any,
+    **extra: PlainValue,
 ) -> None:
     """Write a pruned network to a file, at once or not at all.
 

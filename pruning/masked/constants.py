@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from image_classification.models.running import Args, Kwargs, ModuleCall, following
+from image_classification.models.running import Args, Kwargs, ModuleCall, Outputs, following
 from pruning.engine.groups import Place
 from pruning.engine.labeller import is_pointwise
 from pruning.engine.operators import OPERATORS
@@ -97,7 +96,7 @@ class ConstantPropagation(TorchDispatchMode):
 
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
-    ) -> Any:
+    ) -> Outputs:
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)

@@ -18,12 +18,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from image_classification.models.running import Args, Kwargs, Outputs
 
 aten = torch.ops.aten
 
@@ -89,7 +91,9 @@ class ContractionMode(TorchDispatchMode):
         self._moved: dict[int, tuple[Tensor, str, Tensor]] = {}
         self._expanded: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> Outputs:
         kwargs = kwargs or {}
         if func in _MOVES:
             return self._follow(func, args, kwargs)
@@ -101,7 +105,7 @@ class ContractionMode(TorchDispatchMode):
             return func(*args, **kwargs)
         return self._visit(contraction, lambda: func(*args, **kwargs))
 
-    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _follow(self, func: OpOverload, args: Args, kwargs: Kwargs) -> Outputs:
         result = func(*args, **kwargs)
         known = self.find(args[0])
         if known is not None:
@@ -116,7 +120,7 @@ class ContractionMode(TorchDispatchMode):
         """Whether some elements of the parameter may stand in an operand more than once."""
         return id(tensor) in self._expanded
 
-    def find(self, tensor: Any) -> tuple[str, Tensor] | None:
+    def find(self, tensor: Tensor) -> tuple[str, Tensor] | None:
         """The shown parameter behind an operand, and which of its elements stand where; None for anything else."""
         name = self.name_of(tensor)
         if name in self._shown:
@@ -126,7 +130,7 @@ class ContractionMode(TorchDispatchMode):
         moved = self._moved.get(id(tensor))
         return None if moved is None else (moved[1], moved[2])
 
-    def name_of(self, tensor: Any) -> str | None:
+    def name_of(self, tensor: object) -> str | None:
         """The parameter that an operand is, without any view between."""
         return self._names.get(id(tensor)) if isinstance(tensor, Tensor) else None
 
@@ -134,15 +138,13 @@ class ContractionMode(TorchDispatchMode):
 # ----------------------------------------------------------------------------------------------- matrix products
 
 
-def _product(mode: ContractionMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Contraction | None:
+def _product(mode: ContractionMode, args: Args, kwargs: Kwargs) -> Contraction | None:
     """mm, bmm: (R, K) × (K, M) with the weights on either side."""
     left, right = args[:2]
     return _matrices(mode, left, right, None)
 
 
-def _product_with_term(
-    mode: ContractionMode, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Contraction | None:
+def _product_with_term(mode: ContractionMode, args: Args, kwargs: Kwargs) -> Contraction | None:
     """addmm, baddbmm: the term is a bias where it is a parameter."""
     if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
         return None
@@ -209,7 +211,7 @@ def _folded(matrices: Tensor, groups: int) -> Tensor:
 # -------------------------------------------------------------------------------------------------- convolutions
 
 
-def _convolution(mode: ContractionMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Contraction | None:
+def _convolution(mode: ContractionMode, args: Args, kwargs: Kwargs) -> Contraction | None:
     """aten.convolution: input, weight, bias, stride, padding, dilation, transposed, output padding, groups."""
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args
     known = mode.find(weight)
@@ -297,7 +299,7 @@ def unfolded(
     return x.permute(order).reshape(groups, num * positions, -1)
 
 
-_FORMS: dict[Any, Callable[[ContractionMode, tuple[Any, ...], dict[str, Any]], Contraction | None]] = {
+_FORMS: dict[OpOverload, Callable[[ContractionMode, Args, Kwargs], Contraction | None]] = {
     aten.convolution.default: _convolution,
     aten.mm.default: _product,
     aten.bmm.default: _product,

@@ -13,11 +13,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from image_classification.models.running import Outputs
 from pruning.repair.contractions import Contraction, ContractionMode
 
 
@@ -55,11 +55,11 @@ class Flight:
     def __init__(
         self,
         model: nn.Module,
-        forward: Callable[[], Any],
+        forward: Callable[[], Outputs],
         stops: Collection[str],
         numbers: dict[str, Tensor] | None = None,
     ) -> None:
-        self._result: Any = None
+        self._result: Outputs = None
         self._forward = forward
         self._mode = ContractionMode(model, self._visit, stops, numbers)
         self._stop: Stop | None = None
@@ -84,7 +84,7 @@ class Flight:
             raise self._error
         return self._stop
 
-    def finish(self) -> Any:
+    def finish(self) -> Outputs:
         """Run to the end without a stop; what the network gives."""
         while self.advance() is not None:
             pass

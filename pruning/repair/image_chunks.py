@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from image_classification.config import SettingError
 from image_classification.distributed import Distributed
-from pruning.task import Task, inputs_of, num_samples
+from pruning.task import Batch, Task, inputs_of, num_samples
 
 _FEW = 2
 
@@ -27,13 +26,13 @@ class Chunk:
         held_out: They judge, and are not fitted.
     """
 
-    batch: Any
+    batch: Batch
     num_images: int
     held_out: bool
 
 
 def chunks_of(
-    batches: Sequence[Any], share: float, size: int, task: Task, distributed: Distributed
+    batches: Sequence[Batch], share: float, size: int, task: Task, distributed: Distributed
 ) -> list[Chunk]:
     """Chunks of at most `size` images; every batch gives its share to those held out. Collective.
 
@@ -106,15 +105,16 @@ def check_differ(chunks: Sequence[Chunk], distributed: Distributed) -> None:
         )
 
 
-def _is_images(leaf: Any, count: int) -> bool:
+def _is_images(leaf: object, count: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() > 1 and len(leaf) == count
 
 
-def _part(batch: Any, count: int, start: int, stop: int) -> Any:
+def _part(batch: Batch, count: int, start: int, stop: int) -> Batch:
     """Some images of a batch: the tensors that have one entry for each are cut."""
 
-    def cut(leaf: Any) -> Any:
-        whole = not isinstance(leaf, Tensor) or not leaf.dim() or len(leaf) != count
-        return leaf if whole else leaf[start:stop]
+    def cut(leaf: object) -> object:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or len(leaf) != count:
+            return leaf
+        return leaf[start:stop]
 
     return tree_map(cut, batch)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from pruning.engine.tracing import named_tensors
 from pruning.repair.elimination import DEFAULT_RIDGE
 from pruning.repair.survey import Reader, survey
 from pruning.repair.unit_inputs import UnitInputs, reading_units, unit_inputs
-from pruning.task import Task, num_samples
+from pruning.task import Batch, Task, num_samples
 
 
 class LocalRepair:
@@ -44,7 +43,7 @@ class LocalRepair:
         self,
         model: nn.Module,
         graph: ChannelGraph,
-        batches: Sequence[Any],
+        batches: Sequence[Batch],
         *,
         task: Task | None = None,
         distributed: Distributed | None = None,

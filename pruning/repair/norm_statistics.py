@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from image_classification.distributed import Distributed
 from image_classification.models.modes import evaluating
+from image_classification.models.running import Args
 
 _Norm = nn.modules.batchnorm._BatchNorm
 
@@ -25,7 +25,7 @@ def norms_of(model: nn.Module) -> list[_Norm]:
 
 @torch.no_grad()
 def remeasure(
-    model: nn.Module, passes: Iterable[Callable[[], Any]], distributed: Distributed | None = None
+    model: nn.Module, passes: Iterable[Callable[[], object]], distributed: Distributed | None = None
 ) -> None:
     """Replace running statistics by their averages over some forward passes. Collective.
 
@@ -46,7 +46,7 @@ def remeasure(
     ]
     before = [(_mean(norm).clone(), _variance(norm).clone()) for norm in norms]
 
-    def look(total: Tensor, norm: _Norm, args: tuple[Any, ...]) -> None:
+    def look(total: Tensor, norm: _Norm, args: Args) -> None:
         """Normalise by this batch, and add its statistics up."""
         images = args[0]
         count = images.numel() / images.shape[1]

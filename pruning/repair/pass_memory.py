@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from image_classification.models.running import Args, Kwargs, Outputs
 
 
 @dataclasses.dataclass
@@ -38,7 +40,9 @@ class PassMemory(TorchDispatchMode):
         self._present: dict[int, _Made] = {}
         self._clock = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> Outputs:
         self._clock += 1
         read = {_memory(leaf) for leaf in _dense((args, kwargs))}
         result = func(*args, **(kwargs or {}))
@@ -70,7 +74,7 @@ class PassMemory(TorchDispatchMode):
         return most
 
 
-def _dense(values: Any) -> list[Tensor]:
+def _dense(values: Outputs) -> list[Tensor]:
     leaves = tree_leaves(values)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
 

@@ -11,12 +11,12 @@ import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from image_classification.distributed import Distributed
+from image_classification.models.running import Outputs
 from pruning.engine.tracing import named_tensors
 from pruning.repair.contractions import Contraction
 from pruning.repair.flights import Flight, Stop
@@ -55,8 +55,8 @@ class Pair:
         held_out: The batch judges, it does not fit.
     """
 
-    original: Callable[[], Any]
-    rewritten: Callable[[], Any]
+    original: Callable[[], Outputs]
+    rewritten: Callable[[], Outputs]
     held_out: bool
 
 
@@ -133,7 +133,7 @@ class Wave:
 
     def run(
         self, pairs: Sequence[Pair], in_flight: int | None = None
-    ) -> tuple[list[RepairedLayer], list[tuple[Any, Any]]]:
+    ) -> tuple[list[RepairedLayer], list[tuple[Outputs, Outputs]]]:
         """Repair every layer from these batches. Collective.
 
         Args:
@@ -148,7 +148,7 @@ class Wave:
         (number,) = self.distributed.all_reduce_sum(torch.tensor(float(len(squads) > 1), dtype=torch.float64))
         one_by_one = bool(number)  # on some rank
         segments = self._segments(one_by_one=one_by_one)
-        results: list[tuple[Any, Any]] | None = None
+        results: list[tuple[Outputs, Outputs]] | None = None
         for segment in segments:
             if one_by_one:
                 with failing_together(self.distributed):
@@ -179,7 +179,7 @@ class Wave:
 
     def _fly(
         self, segment: Sequence[str], pairs: Sequence[Pair], *, finishes: bool
-    ) -> list[tuple[Any, Any]] | None:
+    ) -> list[tuple[Outputs, Outputs]] | None:
         """Solve for some layers in one pass of each network over all batches.
 
         Returns:

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,14 +27,14 @@ from pruning.repair.repairing import (
     copied,
     plan_repair,
 )
-from pruning.task import Task, num_samples
+from pruning.task import Batch, Task, num_samples
 
 log = logging.getLogger(__name__)
 
 
 def settled(
     repair: Method | RepairSettings | None,
-    batches: Sequence[Any],
+    batches: Sequence[Batch],
     task: Task,
     *,
     at_once: bool,
@@ -68,7 +67,7 @@ def settled(
     return RepairSettings(method="none")
 
 
-def _problem(batches: Sequence[Any], task: Task, distributed: Distributed) -> str | None:
+def _problem(batches: Sequence[Batch], task: Task, distributed: Distributed) -> str | None:
     """Why there can be no repair."""
     without = torch.tensor(float(not any(num_samples(batch) for batch in batches)), dtype=torch.float64)
     (total,) = distributed.all_reduce_sum(without)
@@ -131,7 +130,7 @@ class RewriteRepair:
         return cls(model, averages, plan, settings.method, lenient=lenient)
 
     def __call__(
-        self, batches: Sequence[Any], task: Task, *, judged: bool, distributed: Distributed
+        self, batches: Sequence[Batch], task: Task, *, judged: bool, distributed: Distributed
     ) -> RepairReport | None:
         """Repair network and averages; the report on the network, if it could be repaired. Collective."""
         report = None

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
+from image_classification.models.running import Args, Kwargs, Outputs
 from pruning.engine.examples import tensors_in
 from pruning.repair.contractions import Contraction, ContractionMode
 
@@ -62,7 +63,7 @@ class Reader:
     constant: Constant | None
 
 
-def survey(model: nn.Module, forward: Callable[[], Any], num_images: int) -> dict[str, Reader]:
+def survey(model: nn.Module, forward: Callable[[], Outputs], num_images: int) -> dict[str, Reader]:
     """All contractions with a parameter, in order of their first call.
 
     Args:
@@ -99,7 +100,9 @@ class _Survey(ContractionMode):
         self._uses: dict[str, list[Constant | None]] = {}
         self._takers: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> Outputs:
         self._note(func, args, kwargs or {})
         self._last = None
         result = super().__torch_dispatch__(func, types, args, kwargs)
@@ -121,7 +124,7 @@ class _Survey(ContractionMode):
         self._last = (name, contraction.bias)
         return output
 
-    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note(self, func: OpOverload, args: Args, kwargs: Kwargs) -> None:
         """An operator that reads outputs of contractions."""
         taker = self._taker(func, args, kwargs)
         if taker is not None:
@@ -131,7 +134,7 @@ class _Survey(ContractionMode):
             if made is not None:
                 self._uses.setdefault(made[1], []).append(taker)
 
-    def _taker(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Constant | None:
+    def _taker(self, func: OpOverload, args: Args, kwargs: Kwargs) -> Constant | None:
         """Who takes up a constant in what this operator reads."""
         if func in _NORMS and len(args) > 3:
             mean = self._buffers.get(id(args[3]))
@@ -141,7 +144,7 @@ class _Survey(ContractionMode):
             return None if bias is None or args[1].dim() != 1 else Constant(bias, 1.0)
         return None
 
-    def found(self, result: Any) -> dict[str, Reader]:
+    def found(self, result: Outputs) -> dict[str, Reader]:
         """The readers with those who take up their constants."""
         for leaf in tensors_in(result):
             made = self._made.get(id(leaf))

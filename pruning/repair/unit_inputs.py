@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from image_classification.models.modes import exact_float32
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.repair.contractions import Contraction, ContractionMode
 from pruning.repair.sums import WIDE, Sums, step_for
-from pruning.task import Task
+from pruning.task import Batch, Task
 
 #: Columns of a contraction up to which its products are kept; wider ones are left as the cut leaves them.
 WIDEST = 4 * WIDE
@@ -65,7 +64,7 @@ def reading_units(graph: ChannelGraph, units: np.ndarray | None = None) -> set[s
 def unit_inputs(
     model: nn.Module,
     graph: ChannelGraph,
-    batches: Sequence[Any],
+    batches: Sequence[Batch],
     parameters: Collection[str],
     *,
     task: Task | None = None,

@@ -6,11 +6,6 @@ Collected from what the run left (`lineage`, `trajectory`), measured where that 
 `speed`), drawn (`charts`) and laid out (`page`).
 """
 
-from typing import Any
-
 from image_classification.extras import need
 
 need("PIL", "yaml", "matplotlib", "jinja2")
-
-#: JSON-able data by key.
-Plain = dict[str, Any]

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from pruning.report import Plain
+from image_classification.plain_data import Plain
 from pruning.report.trajectory import Trajectory
 from pruning.report.wording import number
 

@@ -7,8 +7,8 @@ import math
 import jinja2
 from matplotlib.figure import Figure
 
+from image_classification.plain_data import Plain
 from pruning.costs import cost_named
-from pruning.report import Plain
 from pruning.report.charts import BLUE, MUTED, both
 
 

@@ -17,8 +17,8 @@ from explainers.attribution.record import UnsupportedOperatorError
 from image_classification.config import check
 from image_classification.models import arch_info, identity_of, input_of
 from image_classification.observe.environment import describe_environment
+from image_classification.plain_data import Plain
 from pruning.costs.budget import DEFAULT_SHARE
-from pruning.report import Plain
 from pruning.report.lineage import Lineage, Stage, find_lineage
 from pruning.report.measure import EvaluationImages, accuracy_of, answers_of, explain, open_images
 from pruning.report.networks import (

@@ -10,7 +10,6 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from image_classification.checkpoint import BEST_FILENAME
 from image_classification.checkpoint_format import is_ours
@@ -18,8 +17,8 @@ from image_classification.config import check
 from image_classification.models import read_safely
 from image_classification.observe.json_report import read_report
 from image_classification.observe.provenance import read_invocations
+from image_classification.plain_data import Plain, PlainMapping
 from image_classification.yaml_reading import read_yaml_mapping
-from pruning.report import Plain
 
 CONFIG = "config.yaml"
 
@@ -166,7 +165,7 @@ def rewrites_of(callbacks: Plain) -> list[Plain]:
     return sorted(json.loads(json.dumps(records)), key=lambda record: record["iteration"])
 
 
-def _of_learned_gates(record: Mapping[str, Any]) -> Plain:
+def _of_learned_gates(record: PlainMapping) -> Plain:
     """The one rewrite of learned gates, which happens before training and has no scores."""
     return {
         "iteration": 0,

@@ -29,8 +29,8 @@ from image_classification.evaluation import Evaluator
 from image_classification.models import main_and_auxiliary_logits
 from image_classification.network_input import NetworkInput
 from image_classification.observe.log import LogConfig, Logger
+from image_classification.plain_data import Plain
 from image_classification.precision import Precision, PrecisionConfig
-from pruning.report import Plain
 from pruning.report.networks import Network
 
 _SIDE = 144

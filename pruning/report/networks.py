@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from image_classification.models import identity_of, model_for_weights
+from image_classification.plain_data import Plain
 from pruning.costs import CostModel, cost_named, cost_names
 from pruning.engine.trace_groups import trace_groups
 from pruning.files.saved_network import pruned_state
-from pruning.report import Plain
 
 
 def cost_rows() -> dict[str, tuple[str, str, float]]:

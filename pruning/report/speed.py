@@ -11,8 +11,8 @@ from torch import nn
 
 from image_classification.inference_speed import speed_images, speed_row, time_batches
 from image_classification.observe.monitor import Monitor
+from image_classification.plain_data import Plain
 from image_classification.precision import MemoryFormat, Precision, PrecisionConfig
-from pruning.report import Plain
 from pruning.report.networks import Network
 
 _ROUNDS = 5

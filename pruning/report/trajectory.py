@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from pruning.report import Plain
+from image_classification.plain_data import Plain
 from pruning.report.lineage import Stage
 
 #: Figures that say how good a classifier is, the best one first: multi-label data has mAP, others top-1.

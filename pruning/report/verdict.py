@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from image_classification.plain_data import Plain
 from pruning.costs import cost_named, cost_names
-from pruning.report import Plain
 from pruning.report.wording import change, interval, number, percent
 
 #: Key of a figure → its name; the first that a run has is the headline.

@@ -199,11 +199,11 @@ def alive_graph(model: nn.Module) -> str | None:
     return None
 
 
-def _notes_of(parameter: nn.Parameter) -> dict[str, Any]:
+def _notes_of(parameter: nn.Parameter) -> dict[str, object]:
     """What may be noted on the node of the graph that collects a parameter's gradient."""
     with torch.enable_grad():
         made_by: Any = parameter.view_as(parameter).grad_fn
-    notes: dict[str, Any] = made_by.next_functions[0][0].metadata
+    notes: dict[str, object] = made_by.next_functions[0][0].metadata
     return notes
 
 

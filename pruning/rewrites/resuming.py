@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from image_classification.config import ConfigError, SettingError, check_setting
 from image_classification.distributed import Distributed
 from image_classification.models.running import Args
+from image_classification.plain_data import Plain
 from pruning.costs.budget import Budget
 from pruning.costs.cost_model import CostModel, CostState
 from pruning.costs.latency_measure import autocast_type
@@ -28,7 +29,7 @@ _ANEW = "or start anew from its weights"
 class ResumedState(TypedDict):
     """What every pruning run keeps of its start: the channel graph, and costs with their baseline."""
 
-    graph: dict[str, Any]
+    graph: Plain
     costs: CostState
 
 
@@ -45,8 +46,8 @@ class PrunerState(ResumedState):
     completed: int
     delta: NotRequired[float]
     budget: NotRequired[dict[str, float]]
-    history: list[dict[str, Any]]
-    originals: NotRequired[dict[str, Any] | None]
+    history: list[Plain]
+    originals: NotRequired[Plain | None]
 
 
 def graph_of(
@@ -147,7 +148,7 @@ def check_course(state: PrunerState, budget: Budget, delta: float) -> None:
         )
 
 
-def known_originals(state: PrunerState) -> Mapping[str, Any]:
+def known_originals(state: PrunerState) -> Mapping[str, object]:
     """What an earlier run knows of the original network's explanation.
 
     Raises:

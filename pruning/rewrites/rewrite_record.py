@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from image_classification.observe.html_table import html_table
+from image_classification.plain_data import Plain
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.groups import Group
 
@@ -38,7 +38,7 @@ class RewriteRecord:
     costs: dict[str, list[float]]
     loss: list[float]
     scores: dict[str, list[float]]
-    candidates: list[dict[str, Any]]
+    candidates: list[Plain]
     seconds: dict[str, float]
     explanation: list[float] = dataclasses.field(default_factory=list)
     repair: str = ""

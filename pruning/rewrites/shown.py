@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from image_classification.extras import optional_import
 from image_classification.observe.html_table import html_table, share_words
@@ -105,9 +105,8 @@ def _plot_widths(axes: Axes, graph: ChannelGraph) -> None:
     groups = graph.prunable[::-1]
     names = [_shortened(group.name) for group in groups]
     positions = range(len(groups))
-    style: dict[str, Any] = {"height": 0.8}
-    axes.barh(positions, [group.original_width for group in groups], color="0.85", label="at first", **style)
-    axes.barh(positions, [group.width for group in groups], color="C0", label="now", **style)
+    axes.barh(positions, [group.original_width for group in groups], 0.8, color="0.85", label="at first")
+    axes.barh(positions, [group.width for group in groups], 0.8, color="C0", label="now")
     axes.set_yticks(positions, names, fontsize=7)
     axes.set(xlabel="channels that may leave one by one", title="Widths")
     axes.legend()

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from image_classification.config import check
 from image_classification.file_writing import write_text
+from image_classification.plain_data import Plain
 from image_classification.verbs import declared
 from pruning.report.measure import accuracy_of
 from pruning.report.networks import cost_rows, costs_of, layer_widths, load_network, same_architecture
@@ -69,7 +69,7 @@ def _print(
     arguments: argparse.Namespace,
     size: int,
     costs: list[dict[str, float]],
-    widths: list[dict[str, Any]],
+    widths: list[Plain],
     accuracies: list[dict[str, float]],
 ) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)

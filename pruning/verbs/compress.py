@@ -7,7 +7,6 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,6 +17,7 @@ from image_classification.config import check
 from image_classification.file_writing import write_text
 from image_classification.models import arch_info, identity_of, input_of, model_for_weights
 from image_classification.network_input import NetworkInput
+from image_classification.plain_data import Plain
 from image_classification.verbs import declared
 from pruning.costs import cost_names
 from pruning.costs.budget import Budget
@@ -201,10 +201,10 @@ class _Judge:
         self.images = judged.images.to(device)
         self.expected = outputs_of(original, self.images)
 
-    def row(self, name: str, model: nn.Module, point: Point | None) -> dict[str, Any]:
+    def row(self, name: str, model: nn.Module, point: Point | None) -> Plain:
         """Everything that is known of a network, as plain data."""
         logits = outputs_of(model, self.images)
-        row: dict[str, Any] = {
+        row: Plain = {
             "name": name,
             "agreement": float((logits.argmax(1) == self.expected.argmax(1)).float().mean()),
             "divergence": float(divergence(logits, (self.images, self.expected)).mean()),
@@ -240,7 +240,7 @@ def _path(output: Path, point: Point, num_points: int) -> Path:
 
 
 def _write(
-    arguments: argparse.Namespace, rows: list[dict[str, Any]], calibration: PlainImages, judged: PlainImages
+    arguments: argparse.Namespace, rows: list[Plain], calibration: PlainImages, judged: PlainImages
 ) -> None:
     """Print the table; write JSON and page beside the output."""
     stem = arguments.output.name.partition(".")[0]
@@ -260,7 +260,7 @@ def _write(
     print(f"table, curve and widths: {page}")
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def _table(rows: list[Plain]) -> Table:
     """The networks, a line each."""
     metrics = list(rows[-1]["costs"])
     labelled = "top1" in rows[0]

@@ -13,7 +13,6 @@ import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from image_classification.models.modes import inference
+from image_classification.models.running import Outputs
 from pruning.costs.budget import Budget
 from pruning.costs.cost_model import CostModel
 from pruning.criteria import Criterion
@@ -151,7 +151,7 @@ def _point(
     return Point(small, its_graph, budget, reached, report, time.perf_counter() - begin)
 
 
-def divergence(outputs: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+def divergence(outputs: Outputs, batch: tuple[Tensor, Tensor]) -> Tensor:
     """(N,) how far outputs are from the original's: Kullback-Leibler for logits (N, C), else mean squares.
 
     Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from image_classification.models import (
     model_for_weights,
     read_safely,
 )
+from image_classification.plain_data import Plain
 from pruning.report.measure import EvaluationImages, open_images
 
 _SETTINGS = ("image_size", "resize", "mean", "std", "geometry")
@@ -74,7 +74,7 @@ def open_validation(
     return images
 
 
-def _settings_of(checkpoint: Path) -> dict[str, Any]:
+def _settings_of(checkpoint: Path) -> Plain:
     """What a run's own checkpoint says of its images; nothing for files of other origin."""
     content = read_safely(checkpoint)
     config = content.get("config") if isinstance(content, Mapping) else None

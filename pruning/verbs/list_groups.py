@@ -6,12 +6,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from image_classification.file_writing import write_text
+from image_classification.plain_data import Plain
 from image_classification.verbs import declared
 from pruning.engine.channel_graph import ChannelGraph, Constraints
 from pruning.engine.group_rows import module_words, reason_words, width_words
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _print_groups(arch: str, graph: ChannelGraph, rows: list[dict[str, Any]], with_members: bool) -> None:
+def _print_groups(arch: str, graph: ChannelGraph, rows: list[Plain], with_members: bool) -> None:
     table = Table(title=f"{arch}: {len(graph.prunable)} of {len(rows)} channel groups can be pruned")
     justified: dict[str, JustifyMethod] = {"group": "left", "width": "right", "least": "right"}
     for column, justify in justified.items():

@@ -6,7 +6,6 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from explainers.measures.tables import show
 from image_classification.file_writing import atomic_path
 from image_classification.observe.environment import describe_environment
+from image_classification.plain_data import Plain
 from pruning.files.exporting import export_network
 from pruning.files.quantising import ServedFigures, quantise_onnx, served
 from pruning.report.measure import EvaluationImages
@@ -72,11 +72,11 @@ def _read(images: EvaluationImages, count: int, *, training: bool) -> tuple[Tens
     return torch.cat([one for one, _ in found])[:count], torch.cat([two for _, two in found])[:count]
 
 
-def _rows(figures: Mapping[str, ServedFigures], targets: Tensor) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def _rows(figures: Mapping[str, ServedFigures], targets: Tensor) -> list[Plain]:
+    rows: list[Plain] = []
     first = next(iter(figures.values())).predictions
     for name, found in figures.items():
-        row: dict[str, Any] = {"network": name, "bytes": found.num_bytes}
+        row: Plain = {"network": name, "bytes": found.num_bytes}
         if targets.dim() == 1:
             row["top1"] = 100 * float((found.predictions == targets.numpy()).mean())
         row["agreement"] = 100 * float((found.predictions == first).mean())
@@ -91,7 +91,7 @@ def _rows(figures: Mapping[str, ServedFigures], targets: Tensor) -> list[dict[st
     return rows
 
 
-def _print(rows: list[dict[str, Any]], num_judged: int, num_calibration: int) -> None:
+def _print(rows: list[Plain], num_judged: int, num_calibration: int) -> None:
     table = Table(title=f"{num_judged} validation images; ranges from {num_calibration} training images")
     table.add_column("network", no_wrap=True)
     sizes = list(rows[0]["milliseconds"])

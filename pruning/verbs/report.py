@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from explainers.attribution.method import method_names
 from image_classification.config import check
 from image_classification.extras import need
 from image_classification.file_writing import write_text
+from image_classification.plain_data import PlainValue
 from image_classification.verbs import declared
 from pruning.report.content import PARTS, Settings, collect
 from pruning.report.page import render
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sound(value: Any) -> Any:
+def _sound(value: PlainValue) -> PlainValue:
     """JSON has no NaN: null."""
     if isinstance(value, dict):
         return {str(key): _sound(entry) for key, entry in value.items()}

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from image_classification.models import (
 from image_classification.models.own_code import check_trusted
 from image_classification.models.structure import on_meta
 from image_classification.models.weights import takes_average
+from image_classification.plain_data import Plain
 from image_classification.verbs import declared
 from pruning.costs.latency_measure import measure_networks
 from pruning.costs.latency_table import LatencySettings
@@ -230,7 +230,7 @@ def _processors() -> str:
     return f"{torch.get_num_threads()} threads of {os.cpu_count()} processors"
 
 
-def _figures(report: ShrinkReport) -> dict[str, Any]:
+def _figures(report: ShrinkReport) -> Plain:
     """The report as plain data."""
     return {
         "removed_channels": report.num_removed,

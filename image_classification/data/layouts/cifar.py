@@ -12,7 +12,7 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,7 @@ from image_classification.data.dataset import Dataset
 from image_classification.data.layouts.folders import open_folders
 from image_classification.data.layouts.layout import OpenOptions, register_layout
 from image_classification.data.progress import progress_bar
+from image_classification.plain_data import Plain
 
 _PIXELS = 3 * 32 * 32
 #: What unpickling a damaged file raises.
@@ -182,7 +183,7 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> Plain:
     """The dictionary of one file of the Python version, with text keys."""
     try:
         with path.open("rb") as stream:

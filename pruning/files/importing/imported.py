@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from explainers.casm import Casm, save_casm
 from image_classification.checkpoint import save_atomically
 from image_classification.checkpoint_format import FORMAT
 from image_classification.models import arch_info, identity_of, remember_input
+from image_classification.plain_data import Plain
 from pruning.files.saved_network import save_pruned
 
 _ENDINGS = (".pth.tar", ".pth", ".pt", ".chk")
@@ -47,7 +47,7 @@ class Imported:
     mask_kind: str = "rbf"
     geometry: MaskGeometry | None = None
     casm: Casm | None = None
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    facts: Plain = dataclasses.field(default_factory=dict)
     remarks: list[str] = dataclasses.field(default_factory=list)
 
     def save(self, out: str | Path) -> dict[str, Path]:
@@ -115,9 +115,9 @@ def arch_of(network: nn.Module) -> str:
     return identity.arch
 
 
-def facts_of(content: object, keys: tuple[str, ...]) -> dict[str, Any]:
+def facts_of(content: object, keys: tuple[str, ...]) -> Plain:
     """Entries of a published file that are plain numbers or words."""
-    found: dict[str, Any] = {}
+    found: Plain = {}
     if not isinstance(content, Mapping):
         return found
     for key in keys:

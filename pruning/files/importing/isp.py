@@ -9,9 +9,8 @@ counting), the encoder is saved as a network too, with the black box's last laye
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -196,7 +195,7 @@ def _design(
     return found
 
 
-def _decoder_names(levels: list[int]) -> tuple[Any, Any]:
+def _decoder_names(levels: list[int]) -> tuple[Callable[[str], str], Callable[[str], str]]:
     """Published names of a decoder to ours, and back."""
 
     def ours(name: str) -> str:

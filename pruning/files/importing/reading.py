@@ -11,29 +11,30 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from image_classification.models import WeightsError, read_safely
+from image_classification.plain_data import PlainValue
 
 _KINDS = "biufc"
 
 
-def _dtype(*arguments: Any) -> np.dtype[Any]:
+def _dtype(*arguments: PlainValue) -> np.dtype[np.generic]:
     """`numpy.dtype` for numbers only."""
-    made: np.dtype[Any] = np.dtype(*arguments)
+    made: np.dtype[np.generic] = np.dtype(*arguments)
     if made.kind not in _KINDS:
         raise ValueError(f"a NumPy value of type {made} is no number")
     return made
 
 
-def _scalar(dtype: np.dtype[Any], data: bytes = b"") -> Any:
+def _scalar(dtype: np.dtype[np.generic], data: bytes = b"") -> np.generic:
     """NumPy's scalar from its bytes, for numbers only."""
     if not isinstance(dtype, np.dtype) or dtype.kind not in _KINDS or not isinstance(data, bytes):
         raise ValueError("not a NumPy scalar")
-    return np.frombuffer(data, dtype=dtype, count=1)[0]
+    scalar: np.generic = np.frombuffer(data, dtype=dtype, count=1)[0]
+    return scalar
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -43,9 +44,11 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def harmless() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+def harmless() -> list[Callable[..., object] | tuple[Callable[..., object], str]]:
     """What the unpickler may call beside PyTorch's own list, under the names that files use."""
-    types: list[Any] = [type(np.dtype(name)) for name in ("bool", "int8", "int16", "int32", "int64", "uint8")]
+    types: list[type] = [
+        type(np.dtype(name)) for name in ("bool", "int8", "int16", "int32", "int64", "uint8")
+    ]
     types += [
         type(np.dtype(name)) for name in ("uint16", "uint32", "uint64", "float16", "float32", "float64")
     ]
@@ -58,7 +61,7 @@ def harmless() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     ]
 
 
-def read_published(path: str | Path, *, trust_pickle: bool = False) -> Any:
+def read_published(path: str | Path, *, trust_pickle: bool = False) -> PlainValue:
     """What a file holds.
 
     Args:

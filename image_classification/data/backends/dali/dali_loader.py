@@ -20,7 +20,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -35,8 +35,15 @@ from image_classification.data.imagefile import read_header
 from image_classification.data.loader import LoaderOptions, PlannedLoader
 from image_classification.data.manifest import Manifest
 from image_classification.data.plan import BatchPlan, Planner
+from image_classification.plain_data import Plain
+
+if TYPE_CHECKING:
+    from nvidia.dali.data_node import DataNode
 
 logger = logging.getLogger(__name__)
+
+#: DALI's `Pipeline`, whose methods have no types, or None.
+_Pipeline = Any
 
 
 #: What DALI and CUDA say when memory is at an end, and after errors that no pipeline of this process survives.
@@ -68,7 +75,7 @@ class _Ahead(NamedTuple):
     """
 
     plan: BatchPlan
-    pipeline: Any
+    pipeline: _Pipeline
     bad: dict[int, str]
 
 
@@ -90,7 +97,7 @@ class DaliLoader(PlannedLoader):
     ) -> None:
         super().__init__(manifest, planner, stage, options)
         self.gpu = gpu
-        self._pipeline: Any = None
+        self._pipeline: _Pipeline = None
         self._num_unexplained = self._num_good = 0
         self._reason = ""
         intact = self.manifest.intact
@@ -198,7 +205,7 @@ class DaliLoader(PlannedLoader):
         decoded.bad.update(entry.bad)
         return decoded
 
-    def _feed(self, plan: BatchPlan) -> Any:
+    def _feed(self, plan: BatchPlan) -> _Pipeline:
         """Start the pipeline on a plan. Returns the pipeline; None if that failed, which ends the pipeline."""
         try:
             if self._pipeline is None:
@@ -295,13 +302,13 @@ class DaliLoader(PlannedLoader):
             left_out |= {"roi_starts", "roi_ends"}
         return tuple(name for name in INPUTS if name not in left_out)
 
-    def _build(self) -> Any:
+    def _build(self) -> _Pipeline:
         """Build the pipeline.
 
         Raises:
             SettingError: DALI cannot start, for example without a driver.
         """
-        pipeline_def: Callable[..., Callable[[Callable[[], Any]], Callable[[], Any]]] = (
+        pipeline_def: Callable[..., Callable[[Callable[[], DataNode]], Callable[[], _Pipeline]]] = (
             importlib.import_module("nvidia.dali").pipeline_def
         )
         geometry = self.planner.geometry
@@ -314,7 +321,7 @@ class DaliLoader(PlannedLoader):
             device_id=device_id,
             prefetch_queue_depth=self._depth,
         )
-        def images() -> Any:
+        def images() -> DataNode:
             size = None if self._resizes_on_host else geometry.size
             return build_graph(size, inside=geometry.inside, names=self._fed_names, decoding=decoding)
 
@@ -332,7 +339,7 @@ class DaliLoader(PlannedLoader):
             raise SettingError("data_backend", name, f"DALI cannot start ({error}); {advice}") from error
         return pipeline
 
-    def _decoding_options(self) -> dict[str, Any]:
+    def _decoding_options(self) -> Plain:
         """Arguments of the decoder that depend on the device."""
         if not self.gpu:
             return {"device": "cpu"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from image_classification.data.plan import BatchPlan
+from image_classification.plain_data import Plain
+
+if TYPE_CHECKING:
+    from nvidia.dali.data_node import DataNode
 
 INPUTS = ("paths", "starts", "shapes", "roi_starts", "roi_ends", "flips")
 """What is fed for every batch, one array or list of N each."""
@@ -82,8 +86,8 @@ def resize_parts(parts: Sequence[Tensor], plan: BatchPlan, pool: ThreadPoolExecu
 
 
 def build_graph(
-    size: tuple[int, int] | None, *, inside: bool, names: tuple[str, ...], decoding: dict[str, Any]
-) -> Any:
+    size: tuple[int, int] | None, *, inside: bool, names: tuple[str, ...], decoding: Plain
+) -> DataNode:
     """The pipeline's graph: read, decode, resize, mirror; (H, W, 3) uint8 per sample.
 
     Args:
@@ -92,8 +96,8 @@ def build_graph(
         names: Inputs to have.
         decoding: Options of the decoder.
     """
-    fn: Any = importlib.import_module("nvidia.dali.fn")
-    types: Any = importlib.import_module("nvidia.dali.types")
+    fn = importlib.import_module("nvidia.dali.fn")
+    types = importlib.import_module("nvidia.dali.types")
     kinds = {"paths": (types.UINT8, 1), "starts": (types.INT32, 1), "shapes": (types.INT32, 1),
              "roi_starts": (types.FLOAT, 1), "roi_ends": (types.FLOAT, 1), "flips": (types.INT32, 0)}  # fmt: skip
     inputs = {
@@ -102,7 +106,8 @@ def build_graph(
     }
     encoded = fn.io.file.read(inputs["paths"])
     decoding = {**decoding, "output_type": types.RGB, "adjust_orientation": False}
-    window: dict[str, Any] = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
+    window = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
+    part: DataNode
     if inside:
         part = fn.decoders.image_slice(encoded, inputs["starts"], inputs["shapes"], **window, **decoding)
     else:
@@ -115,5 +120,7 @@ def build_graph(
     region = {}
     if "roi_starts" in inputs:
         region = {"roi_start": inputs["roi_starts"], "roi_end": inputs["roi_ends"]}
-    resized = fn.resize(part, size=size, interp_type=types.INTERP_LINEAR, antialias=True, **region)
-    return fn.flip(resized, horizontal=inputs["flips"]) if "flips" in inputs else resized
+    resized: DataNode = fn.resize(part, size=size, interp_type=types.INTERP_LINEAR, antialias=True, **region)
+    if "flips" in inputs:
+        resized = fn.flip(resized, horizontal=inputs["flips"])
+    return resized
