@@ -117,7 +117,7 @@ class Evaluator:
             all ranks), `data_time` (mean seconds a batch) and `compute_latency…` (seconds a batch on this rank).
         """
         with evaluating(model):
-            figures = self._run(forward or model, logger)
+            figures = self._run(model if forward is None else forward, logger)
         latencies = latency_figures(self._latencies, prefix)
         return {f"{prefix}.{name}": value for name, value in figures.items()} | latencies
 

@@ -25,7 +25,7 @@ from image_classification.cli import parse_config
 #: Flags of verbs that only look at images.
 _READING = {"--batch-size": "4", "--image-size": str(SIZE), "--workers": "1", "--device": "cpu"}
 _HELD_OUT = {"--calibration-size": "8"}
-_TRAINING = SHORT | {"--print-freq": "1", "--raport-file": "report.json"}
+_TRAINING = SHORT | {"--print-freq": "1", "--raport-file": "report.json", "--gpu-affinity": "none"}
 #: Flags whose word is a file that somebody trained.
 _FILES = ("--pretrained-weights", "--teacher", "--selector", "--predictor", "--checkpoint", "--casm-path")
 
