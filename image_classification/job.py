@@ -179,6 +179,11 @@ def prepare(
         record_invocation(workspace, distributed.device, distributed.world_size, append=append)
     logger.log_parameters(to_plain(configs))
     notes = [f"data backend: {loaders.backend}", *distributed.notes, *precision.notes, *origin.notes]
+    if loaders.preset.augmentation == "cifar" and configs.data.augmentation == "default":
+        size = loaders.preset.image_size
+        notes.append(
+            f"small images: {size} × {size} pixels, shifted and mirrored while training (--image-size, --augmentation)"
+        )
     if loaders.calibration is not None:
         notes.append(f"{loaders.calibration.num_samples} training images are kept aside for calibration")
     for note in notes:

@@ -38,6 +38,8 @@ from image_classification.data.workers import num_cores
 from image_classification.network_input import EvaluationGeometry
 
 logger = logging.getLogger(__name__)
+_STEPS_OF_AN_EPOCH = 20  # that a default batch leaves at least, down to batches of `_LEAST_BATCH`
+_LEAST_BATCH = 16
 
 
 @dataclass(kw_only=True)
@@ -401,18 +403,20 @@ def build_loaders(
 
 
 def _batch_that_fits(preset: Preset, num_images: int, place: Placement) -> Preset:
-    """The preset, with the default batch lowered to what a small training set has."""
+    """The preset, with the default batch lowered for a small training set: to a power of two, and at most all of it."""
     most = num_images // place.world_size
-    if not 0 < most < preset.batch_size:
+    if most < 1:
         return preset
-    if place.rank == 0:
+    for_some_steps = max(_LEAST_BATCH, 1 << max(most // _STEPS_OF_AN_EPOCH, 1).bit_length() - 1)
+    size = min(preset.batch_size, for_some_steps, most)
+    if size < preset.batch_size and place.rank == 0:
         logger.warning(
-            "the training set has %d images: batches of %d per process in place of the default %d",
+            "the training set has %d images: batches of %d per process in place of the default %d (--batch-size)",
             num_images,
-            most,
+            size,
             preset.batch_size,
         )
-    return replace(preset, batch_size=most)
+    return replace(preset, batch_size=size)
 
 
 def _made_up(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from image_classification.channel_statistics import CIFAR10, CIFAR100, IMAGENET, Triple
 from image_classification.data.class_names import positions
@@ -48,6 +51,7 @@ class Preset:
         return self if images is None else dataclasses.replace(self, **vars(images))
 
 
+_SMALL = 64  # pixels
 IMAGENET_NUM_TRAIN = 1_281_167
 IMAGENET_NUM_VAL = 50_000
 """Lengths of an epoch and of a validation where there is no data set."""
@@ -58,10 +62,20 @@ CIFAR100_PRESET = Preset(32, 32, *CIFAR100, "cifar", batch_size=128)
 
 
 def preset_for(train: Manifest) -> Preset:
-    """Choose by the images: all 32 × 32 is CIFAR (by the number of classes which one), anything else ImageNet."""
-    if len(train) and (train.heights == 32).all() and (train.widths == 32).all():
+    """Choose by the images: all 32 × 32 is CIFAR (by the number of classes which one), small ones keep their size.
+
+    Small is what has no side above 64 pixels, but for a twentieth of the images.
+    """
+    if not len(train):
+        return IMAGENET_PRESET
+    if (train.heights == 32).all() and (train.widths == 32).all():
         return CIFAR100_PRESET if len(train.class_names) > 10 else CIFAR10_PRESET
-    return IMAGENET_PRESET
+    longer, shorter = np.maximum(train.heights, train.widths), np.minimum(train.heights, train.widths)
+    if np.quantile(longer, 0.95) > _SMALL:
+        return IMAGENET_PRESET
+    # Networks halve their maps several times: a multiple of 4, and not below half of CIFAR's.
+    size = max(16, 4 * math.ceil(float(np.median(shorter)) / 4))
+    return Preset(size, size, *IMAGENET, "cifar", batch_size=128)
 
 
 @dataclass(frozen=True, eq=False)

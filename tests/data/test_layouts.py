@@ -19,7 +19,7 @@ from support.voc import annotation_xml
 
 from image_classification.cache import build_directory
 from image_classification.config import SettingError
-from image_classification.data.dataset import CIFAR10_PRESET, CIFAR100_PRESET, IMAGENET_PRESET, Dataset
+from image_classification.data.dataset import CIFAR10_PRESET, CIFAR100_PRESET, Dataset
 from image_classification.data.layouts import OpenOptions, open_dataset, register_layout
 from image_classification.data.layouts.annotations import read_annotation, read_imagenet_boxes
 from image_classification.data.layouts.voc import CLASS_NAMES, open_voc
@@ -33,7 +33,7 @@ def test_class_folders(class_folders: Path) -> None:
     assert dataset.class_names == ("ant", "bee", "cat")
     assert dataset.num_classes == 3
     assert not dataset.multi_label
-    assert dataset.preset == IMAGENET_PRESET
+    assert dataset.preset.image_size == 24
     assert dataset.train.paths[:2] == ("train/ant/0.JPEG", "train/ant/1.JPEG")
     assert dataset.train.targets.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2]
     assert dataset.train.widths.tolist() == [20, 21, 22, 23, 20, 21, 22, 20, 21]
@@ -73,6 +73,26 @@ def test_images_of_32_pixels_are_cifar(tmp_path: Path, write_image) -> None:
             for number in range(count):
                 write_image(tmp_path / str(count) / split / f"c{number:02d}" / "1.png", width=32, height=32)
         assert open_dataset(str(tmp_path / str(count)), progress=False).preset == preset
+
+
+def test_small_images_keep_their_size(tmp_path: Path, write_image) -> None:
+    """The size is a multiple of 4; one large image among many changes nothing, many do."""
+    for name, sizes, expected in (
+        ("digits", [(28, 28)] * 20, 28),
+        ("odd", [(41, 37)] * 20, 40),
+        ("tiny", [(9, 8)] * 20, 16),
+        ("one large", [(48, 48)] * 39 + [(300, 300)], 48),
+        ("large", [(48, 48)] * 10 + [(300, 300)] * 10, 224),
+    ):
+        for number, (width, height) in enumerate(sizes):
+            write_image(
+                tmp_path / name / "train" / f"c{number % 2}" / f"{number}.png", width=width, height=height
+            )
+        for label in range(2):
+            write_image(tmp_path / name / "val" / f"c{label}" / "1.png", width=30, height=30)
+        preset = open_dataset(str(tmp_path / name), progress=False).preset
+        assert preset.image_size == expected, name
+        assert (preset.augmentation == "imagenet") == (expected == 224), name
 
 
 def test_missing_validation(class_folders: Path) -> None:
