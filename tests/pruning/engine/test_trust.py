@@ -900,6 +900,18 @@ class WeightFromVector(nn.Module):
         return F.conv2d(x, 0.1 * self.maker(self.made_of).view(self.outputs, 16, 3, 3), padding=1)
 
 
+class LastScales(nn.Module):
+    """One channel more, which says how much of the others counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = conv(16, 17)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.h(x)
+        return x[:, :-1] * x[:, -1:].sigmoid()
+
+
 class Overwritten(nn.Module):
     """The same number in all channels of a part of the map."""
 
@@ -936,11 +948,13 @@ LESS_FROZEN = {
     "one key for all heads": OneKeyForAllHeads,
     "weight from a vector": WeightFromVector,
     "overwritten": Overwritten,
+    "last scales": LastScales,
 }
 STAYS = {
     "positions mixed": {"between.mix"},
     "one key for all heads": {"between.kv"},
     "weight from a vector": {"a"},
+    "last scales": {"between.h#2"},
 }
 
 
