@@ -195,7 +195,7 @@ def convolution(run: Labeller, operation: Operation) -> Value:
     x, weight = run.at(named["input"]), run.at(named["weight"])
     groups, transposed = named["groups"], named.get("transposed", False)
     where = run.describe(operation)
-    run.freeze_value(weight, f"{where} has it as the size of its kernel", tuple(range(2, len(weight.shape))))
+    weight = _rows_or_columns(run, operation, weight)
     x, along_map = _taken_apart(run, operation, x, weight)
     of_any_width = 1 in x.free and x.slot_at(1) is None
     incoming = _of_any_width(run, named["input"]) if of_any_width else run.collapse(x, 1)
@@ -222,6 +222,17 @@ def convolution(run: Labeller, operation: Operation) -> Value:
     if named["bias"] is None:
         return value
     return run.combine(operation, [value, as_channel(run.at(named["bias"]), len(shape))], shape)
+
+
+def _rows_or_columns(run: Labeller, operation: Operation, weight: Value) -> Value:
+    """Labels of a weight, none of them along its kernel. What was made of a flat tensor loses rows or columns."""
+    kernel = range(2, len(weight.shape))
+    reason = f"{run.describe(operation)} has it as the size of its kernel"
+    slots = []
+    for slot in within(run, weight, kernel, reason):
+        longer = int(weight.shape[1] > weight.shape[0])
+        slots.append(run.table.unite_along(slot, (1 - longer,)) if support(slot) == (0, 1) else slot)
+    return Value(weight.shape, tuple(slots), weight.free)
 
 
 def _taken_apart(run: Labeller, operation: Operation, x: Value, weight: Value) -> tuple[Value, list[Slot]]:

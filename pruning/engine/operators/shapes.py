@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from pruning.engine.labeller import Labeller, aligned, operation_name
-from pruning.engine.labels import Value, matching_dims, reshape_slot
+from pruning.engine.labeller import Labeller, aligned, along, operation_name
+from pruning.engine.labels import Slot, Value, matching_dims, reshape_slot
 from pruning.engine.operators.register import arguments, note_size, operator, unknown, wrap
 from pruning.engine.tracing import Operation
+
+#: See `matching_dims`.
+Runs = list[tuple[list[int], list[int]]]
 
 
 @operator(
@@ -20,15 +23,51 @@ def reshaped(run: Labeller, operation: Operation) -> Value:
     shape = run.out_shape(operation)
     if x.shape == shape:
         return x
-    slots = [reshape_slot(slot, x.shape, shape) for slot in x.slots]
+    runs = matching_dims(x.shape, shape)
+    labels = _one_a_run(run, operation, _with_labels_of_repeats(run, x, runs), runs)
+    slots = [reshape_slot(slot, x.shape, shape) for slot in labels]
     free = set()
-    for old_dims, new_dims in matching_dims(x.shape, shape):
+    for old_dims, new_dims in runs:
         if all(not x.is_solid(dim) for dim in old_dims):
             free |= {dim for dim in new_dims if shape[dim] > 1}
     value = run.make(operation, shape, slots, frozenset(free))
     if "squeeze" not in operation_name(operation.func):
         _note_dims(run, operation, value)
     return value
+
+
+def _with_labels_of_repeats(run: Labeller, x: Value, runs: Runs) -> list[Slot]:
+    """Labels of a tensor, where repetitions run together with something else too: as often as its partner wishes.
+
+    So are the keys that all heads share, when heads and images become one dimension.
+    """
+    slots = list(x.slots)
+    for old_dims, _ in runs:
+        repeats = [dim for dim in old_dims if x.shape[dim] > 1 and dim in x.free]
+        solid = any(x.is_solid(dim) for dim in old_dims)
+        labelled = any(slot.shape[dim] > 1 for slot in slots for dim in old_dims)
+        if len(repeats) == 1 and solid and not labelled:
+            slots.append(along(run.table.new(x.shape[repeats[0]]), repeats[0], len(x.shape)))
+    return slots
+
+
+def _one_a_run(run: Labeller, operation: Operation, slots: list[Slot], runs: Runs) -> list[Slot]:
+    """Labels that may still go when dimensions are run together: of several sorts one, by default the longest.
+
+    What lies as rows and columns in one dimension could lose both, but no label is of two sorts.
+    """
+    for old_dims, _ in runs:
+        meeting = [slot for slot in slots if any(slot.shape[dim] > 1 for dim in old_dims)]
+        if len(meeting) < 2:
+            continue
+        meeting.sort(key=lambda slot: slot.size)
+        atoms = np.concatenate([slot.reshape(-1) for slot in meeting])
+        kept = meeting[-1 if run.choice(operation, atoms, "longest") == "longest" else 0]
+        for slot in meeting:
+            if slot is not kept:
+                run.table.freeze(slot, f"{run.describe(operation)} runs it together with other channels")
+                slots = [other for other in slots if other is not slot]
+    return slots
 
 
 def _note_dims(run: Labeller, operation: Operation, value: Value) -> None:

@@ -84,7 +84,8 @@ def _couple_slices(
         else:
             run.table.freeze(slot, f"{run.describe(operation)} takes every {step}th channel")
         return slot
-    even = length and size % length == 0 and taken.start % length == 0
+    # A single channel (an alpha beside colours) is no chunk of many.
+    even = length > 1 and size % length == 0 and taken.start % length == 0
     if even and run.choice(operation, slot, "even") == "even":
         blocks = atoms.reshape(*atoms.shape[:-1], size // length, length)
         run.table.unite_along(blocks, (blocks.ndim - 2,))

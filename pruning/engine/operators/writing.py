@@ -43,6 +43,8 @@ def _write(
         kwargs = {key: value for key, value in step.kwargs.items() if key != "_position"}
         viewed = step.func(viewed, *step.args, **kwargs)
         viewed = viewed[step.kwargs["_position"]] if "_position" in step.kwargs else viewed
+    if not part.slots and all(dim in part.free for dim, size in enumerate(part.shape) if size > 1):
+        return whole  # one number everywhere: what is left of a channel is written as much
     labels = np.broadcast_to(whole.slots[0] if whole.slots else np.array(-1), whole.shape).reshape(-1).copy()
     old = labels[viewed.numpy().reshape(-1)]
     new = np.broadcast_to(part.slots[0] if part.slots else np.array(-1), part.shape).reshape(-1)

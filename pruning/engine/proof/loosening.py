@@ -22,9 +22,11 @@ FLIPPED = {
     "heads": "dims",
     "blocks": "positions",
     "positions": "blocks",
+    "longest": "shortest",
+    "shortest": "longest",
 }
 #: Choices between whole heads or groups and the same positions of all.
-BLOCKWISE = frozenset({"blocks", "positions", "heads", "dims"})
+BLOCKWISE = frozenset({"blocks", "positions", "heads", "dims", "longest", "shortest"})
 
 
 def loosened(case: Case) -> Policy:

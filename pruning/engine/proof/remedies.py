@@ -85,6 +85,7 @@ class Measures:
         num_tried: Per kind of module, how many remedies of the list were tried.
         messages: Per kind of module, what failed first when whole numbers followed.
         ties_shapes: Widths that may have been computed from each other may be tied.
+        given: The choices made before any trial are a user's, and stand.
     """
 
     couplings: Policy
@@ -92,6 +93,7 @@ class Measures:
     num_tried: Mapping[str, int] = dataclasses.field(default_factory=dict)
     messages: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ties_shapes: bool = True
+    given: bool = False
 
     @property
     def policy(self) -> Policy:
@@ -100,6 +102,11 @@ class Measures:
         for measure in self.taken:
             policy.update(measure.couplings)
         return policy
+
+    def is_open(self, key: str) -> bool:
+        """Whether a choice of an operator can be made the other way: it was not yet, nor did a user make it."""
+        made = any(key in measure.couplings for measure in self.taken)
+        return not made and not (self.given and key in self.couplings)
 
     @property
     def follows(self) -> bool:
@@ -208,7 +215,7 @@ def couple_culprit_otherwise(trouble: Trouble, measures: Measures) -> Measures |
     open_choices = {
         key: choice
         for key, choice in trouble.labeller.choices.items()
-        if key not in measures.policy and choice.chosen in BLOCKWISE
+        if measures.is_open(key) and choice.chosen in BLOCKWISE
     }
     found = _culprit(trouble) if open_choices else None
     if found is None:
@@ -228,7 +235,7 @@ def _flipped(
     """The other way for all choices of these kinds that modules have, but for those that were made already."""
     flipped = {}
     for key, choice in trouble.labeller.choices.items():
-        if choice.module in modules and key not in measures.policy and choice.chosen in kinds:
+        if choice.module in modules and measures.is_open(key) and choice.chosen in kinds:
             flipped[key] = FLIPPED[choice.chosen]
     if not flipped:
         return None

@@ -319,15 +319,16 @@ def _summary(output: Tensor, places: list[Place], mask: np.ndarray | None) -> np
         return np.zeros((2, 1), dtype=np.float32)
     values = output.detach().float()
     rank = values.dim()
-    if rank < 2 or not places or rank != len(places[0].shape):
+    if not places or rank != len(places[0].shape):
         return torch.stack([values.mean(), values.square().mean()]).reshape(2, 1).cpu().numpy()
     for place in places:
         if mask is None:
             break
         stays = np.flatnonzero((place.units < 0) | mask[np.maximum(place.units, 0)])
         values = values.index_select(place.dim, torch.from_numpy(stays).to(values.device))
-    others = [dim for dim in range(rank) if dim != places[0].dim]
-    return torch.stack([values.mean(others), values.square().mean(others)]).cpu().numpy()
+    both = torch.stack([values, values.square()])
+    others = [dim + 1 for dim in range(rank) if dim != places[0].dim]
+    return (both.mean(others) if others else both).cpu().numpy()
 
 
 def _difference(expected: _Run, found: _Run) -> Failure | None:

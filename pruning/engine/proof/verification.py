@@ -34,7 +34,7 @@ def verified_graph(case: Case, choices: Mapping[str, str] | None = None) -> Chan
         case: The network.
         choices: Couplings to take over; without them the better ones are looked for.
     """
-    measures = Measures(dict(choices) if choices else loosened(case))
+    measures = Measures(dict(choices), given=True) if choices else Measures(loosened(case))
     with rehearsal(case.model, case.passes):
         graph, before_shapes = _verified(case, measures)
         if before_shapes is None:

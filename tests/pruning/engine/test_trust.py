@@ -862,6 +862,65 @@ class Rotary(nn.Module):
         return mixed.transpose(2, 3).reshape(len(x), -1, *x.shape[2:])
 
 
+class Splines(nn.Module):
+    """Every channel against a grid, and both run together into one dimension (Kolmogorov-Arnold networks)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("grid", torch.linspace(-2, 2, 5))
+        self.coefficients = nn.Parameter(torch.randn(16, 16, 5) * 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bases = torch.exp(-((x.permute(0, 2, 3, 1)[..., None] - self.grid) ** 2))
+        return F.linear(bases.flatten(-2), self.coefficients.flatten(1)).permute(0, 3, 1, 2)
+
+
+class OneKeyForAllHeads(nn.Module):
+    """Multi-query attention, scaled by the width of a head, which it keeps: whole heads go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.width, self.q, self.kv = 2, 8, nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).view(len(x), self.heads, self.width, -1).transpose(2, 3)
+        k, v = self.kv(x).flatten(2)[:, None].transpose(2, 3).split(self.width, -1)
+        mixed = (q @ k.transpose(2, 3) * self.width**-0.5).softmax(-1) @ v
+        return mixed.transpose(2, 3).reshape(len(x), -1, *x.shape[2:])
+
+
+class WeightFromVector(nn.Module):
+    """A weight that a linear layer computes as one flat vector: its rows go, its columns stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs, self.made_of, self.maker = 16, nn.Parameter(torch.randn(4)), nn.Linear(4, 16 * 16 * 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, 0.1 * self.maker(self.made_of).view(self.outputs, 16, 3, 3), padding=1)
+
+
+class LastScales(nn.Module):
+    """One channel more, which says how much of the others counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = conv(16, 17)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.h(x)
+        return x[:, :-1] * x[:, -1:].sigmoid()
+
+
+class Overwritten(nn.Module):
+    """The same number in all channels of a part of the map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, :, 0] = 0.5
+        return x.relu()
+
+
 LESS_FROZEN = {
     "instance norm without scales": lambda: nn.InstanceNorm2d(16),
     "divided by": lambda: Vector("divided by"),
@@ -885,6 +944,17 @@ LESS_FROZEN = {
     "linear attention": LinearAttention,
     "groups then shuffle": GroupsThenShuffle,
     "rotary": Rotary,
+    "splines": Splines,
+    "one key for all heads": OneKeyForAllHeads,
+    "weight from a vector": WeightFromVector,
+    "overwritten": Overwritten,
+    "last scales": LastScales,
+}
+STAYS = {
+    "positions mixed": {"between.mix"},
+    "one key for all heads": {"between.kv"},
+    "weight from a vector": {"a"},
+    "last scales": {"between.h#2"},
 }
 
 
@@ -893,7 +963,6 @@ def test_channels_that_need_not_stay(name: str) -> None:
     torch.manual_seed(0)
     model, args = prepared(Middle(LESS_FROZEN[name]()), (IMAGES,))
     graph = trace_groups(model, args)
-    stays = {"fc", "between.mix"} if name == "positions mixed" else {"fc"}
-    assert set(graph.frozen) == stays, graph.frozen
+    assert set(graph.frozen) == {"fc"} | STAYS.get(name, set()), graph.frozen
     noisy = name in ("sampled", "randomly masked")
     cut_equals_zeroed(model, args, graph=graph, noisy=noisy, rewrites=() if noisy else (some, some))
