@@ -224,7 +224,9 @@ def hit(job: str, disaster: str, folder: Path, whole: Path) -> Row:
         if disaster == "twice":
             second = folder / f"{own.name}-second.log"
             second.unlink(missing_ok=True)
-            os.killpg(process.pid, signal.SIGSTOP)  # so that it is there still, however long the second takes to start
+            os.killpg(
+                process.pid, signal.SIGSTOP
+            )  # so that it is there still, however long the second takes to start
             code = ended(launch(job, own, second))
             os.killpg(process.pid, signal.SIGCONT)
             first = ended(process)
