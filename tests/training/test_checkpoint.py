@@ -230,6 +230,9 @@ def test_a_kill_before_the_latest_is_written_leaves_no_old_gathered_one(
     ],
 )
 def test_what_cannot_be_written_is_told_with_what_helps(number: int, remedy: str, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=rf"cannot write .*: {remedy} or choose"), atomic_file(tmp_path / "file"):
+    with (
+        pytest.raises(OSError, match=rf"cannot write .*: {remedy} or choose"),
+        atomic_file(tmp_path / "file"),
+    ):
         raise OSError(number, os.strerror(number))
     assert not list(tmp_path.iterdir())
