@@ -1,6 +1,6 @@
 """Nine kinds of job through a full disk, a read-only one, a removed workspace, two at once and a hung rank.
 
-    sudo python benchmarks/disasters.py [--job NAME …] [--disaster NAME …] [--output FILE] [--keep DIR]
+    sudo python benchmarks/disasters.py [--job NAME …] [--disaster NAME …] [--output FILE] [--go-on] [--keep DIR]
 
 The jobs are those of `same/jobs.py` that train, with a checkpoint every second iteration. A job is hit once its first
 checkpoint is there:
@@ -17,7 +17,7 @@ a row for each: how the job ended (of two at once the second) and what it said, 
 read, and whether the command that was sent again left what an undisturbed run leaves, tensor by tensor (of two ranks:
 whether it came to its end).
 
-Mounting needs root. The JSON file is written after every row, and what is in it is not run again.
+Mounting needs root. The JSON file is written after every row, and with `--go-on` what is in it is not run again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from common.report import BenchmarkParser, write_json
 from kill_campaign import KINDS, RESUMED, differences, run_whole
@@ -273,10 +273,11 @@ def main() -> int:
     parser.add_argument(
         "--disaster", action="append", choices=DISASTERS, help="this one alone; may be repeated"
     )
+    parser.add_argument("--go-on", action="store_true", help="leave out what is in the JSON file")
     parser.add_argument("--keep", type=Path, help="keep workspaces and logs in this folder")
     arguments = parser.parse("disasters.json", {"job": ["plain"], "disaster": ["twice"]})
     rows: list[Row] = []
-    if arguments.output.exists():
+    if arguments.go_on and arguments.output.exists():
         rows = [Row(**row) for row in json.loads(arguments.output.read_text())["rows"]]
     done = {(row.job, row.disaster) for row in rows}
     with tempfile.TemporaryDirectory() as temporary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -68,9 +69,18 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"cannot write {path} ({error.strerror or error}): free space or choose another folder; the previous "
+            f"cannot write {path} ({error.strerror or error}): {way_out(error)} or choose another folder; the previous "
             "file is untouched",
         ) from error
+
+
+def way_out(error: OSError) -> str:
+    """What lets a file be written that could not be."""
+    if error.errno == errno.EROFS:
+        return "mount its file system for writing"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return "let this user write there"
+    return "free space"
 
 
 def _sync_directory(directory: Path) -> None:

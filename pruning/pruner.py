@@ -12,6 +12,7 @@ It works in any training loop; `training.scored.PruningCallback` puts it into ou
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import time
@@ -40,6 +41,7 @@ from pruning.engine.groups import Group
 from pruning.engine.surgery import prune_channels
 from pruning.engine.tap_channels import staying_channels
 from pruning.files.saved_network import save_pruned
+from pruning.files.skeleton import skeleton_of
 from pruning.repair.local_repair import LocalRepair
 from pruning.repair.repairing import Method, RepairReport, RepairSettings
 from pruning.repair.rewrite_repair import RewriteRepair, settled
@@ -97,9 +99,6 @@ DEFAULT_STEP = 50
 log = logging.getLogger(__name__)
 _NUM_CANDIDATES_KEPT = 8
 _MOST_AT_ONCE = 0.5  # share of its channels that a group keeps at least, or greedy's choice is mentioned
-_NEEDS_FACTORY = (
-    "no function of torchvision or timm is known to build it, so save(path, factory=…) must be given one"
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,8 +198,7 @@ class Pruner:
         self.autocast, self.originals = self.settings.autocast, self.settings.originals
         self.distributed = self.settings.distributed or Distributed.of_process_group(_device_of(model))
         images = first_arguments(model, example)  # refuses keywords that the network does not take
-        if not recognise(model) and self.distributed.is_main:
-            log.info("%s is saved with a factory: %s", type(model).__name__, _NEEDS_FACTORY)
+        self._unpruned = self._kept_for_saving(resumed=state is not None)
         with uncompiled():
             self.graph = graph_of(
                 model,
@@ -228,6 +226,26 @@ class Pruner:
             self._take_up(state)
         if not self.done:
             self._check_what_rewrites_need(images)
+
+    def _kept_for_saving(self, resumed: bool) -> nn.Module | None:
+        """What a network that no known function builds was before it is pruned; None where it is pruned already."""
+        if recognise(self.model):
+            return None
+        name = type(self.model).__name__
+        if not resumed:
+            if self.distributed.is_main:
+                log.info(
+                    "no function of torchvision or timm is known to build %s: a file needs factory= to load",
+                    name,
+                )
+            return skeleton_of(self.model)
+        if self.distributed.is_main:
+            log.warning(
+                "no function of torchvision or timm is known to build %s, and it is pruned already: save(path, "
+                "factory=…) must be given one that builds it unpruned",
+                name,
+            )
+        return None
 
     def _check_graph(self) -> None:
         """Refuse a network without anything to prune; warn of what trains along with it unseen."""
@@ -652,9 +670,12 @@ class Pruner:
 
         Args:
             path: The file.
-            factory: Builds a class of your own, unpruned; needed to load, too.
+            factory: Builds a class of your own, unpruned; it is needed to load, and to save in a run that was resumed.
             builder: A function of torchvision or timm with its arguments, where it was not recognised.
         """
+        unpruned = self._unpruned
+        if factory is None and builder is None and unpruned is not None:
+            factory = functools.partial(skeleton_of, unpruned)
         save_pruned(path, self.model, factory=factory, builder=builder)
 
     # ------------------------------------------------------------------ checkpoints

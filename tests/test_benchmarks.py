@@ -22,10 +22,10 @@ from image_classification.models import create_model
 from pruning.files.saved_network import save_pruned
 
 SIZE = 48  # of the images of shapes
-#: `same_training` and `kill_campaign` compare jobs, `gpu_check` needs a GPU; all three have tests of their own.
+#: `same_training`, `kill_campaign` and `disasters` compare jobs, `gpu_check` needs a GPU; all have tests of their own.
 SCRIPTS = sorted(
     {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    - {"same_training", "kill_campaign", "gpu_check"}
+    - {"same_training", "kill_campaign", "disasters", "gpu_check"}
 )
 #: Script → what it needs besides `--quick`; {folder}, {data} and the files are the fixture's.
 NEEDS = {

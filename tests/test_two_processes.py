@@ -215,7 +215,7 @@ def test_the_command_with_two_processes(tmp_path: Path, cache: dict[str, str], p
         switches = ["--iterative-pruning"]
         common |= {
             "pruning_step": 4,
-            "pruning_delta": 0.1,
+            "pruning_delta": 0.2,
             "budget": "macs=0.8",
             "calibration_size": 16,
             "pruning_criterion": "magnitude",

@@ -77,7 +77,7 @@ JOBS = (
         (
             f"python $tree/multiproc.py --nproc_per_node 2 $tree/main.py {DATA} {READING} -j 1 --print-freq 1 --seed 1 "
             "--workspace . --arch resnet20 --epochs 1 --optimizer-batch-size 32 --use-ema 0.9 --iterative-pruning "
-            "--pruning-step 2 --pruning-delta 0.1 --budget macs=0.7 --calibration-batches 2",
+            "--pruning-step 2 --pruning-delta 0.1 --budget macs=0.8 --calibration-batches 2",
         ),
     ),
     Job(

@@ -18,6 +18,7 @@ from torch.nn.utils import prune as torch_prune
 from image_classification.config import ConfigError
 from image_classification.models import StructureError
 from pruning import Pruner, load_pruned, prune, save_pruned
+from pruning.files.skeleton import skeleton_of
 
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
@@ -65,7 +66,7 @@ def test_settings_that_a_builder_hides_are_given(tmp_path: Path, caplog: pytest.
     builder = functools.partial(models.mobilenet_v3_small, num_classes=5, dropout=0.4)
     model = builder()
     prune(model, X[:2], budget=0.5)
-    assert "MobileNetV3 is saved with a factory" in caplog.text
+    assert "known to build MobileNetV3" in caplog.text
     with pytest.raises(StructureError, match=r"give factory="):
         save_pruned(tmp_path / "pruned.pth", model)
     save_pruned(tmp_path / "pruned.pth", model, builder=builder)
@@ -162,6 +163,55 @@ def test_weights_of_every_making_survive_two_rewrites_and_a_file(how: str, tmp_p
     assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in model.named_parameters()]
     if how == "tied":
         assert loaded.second.weight is loaded.third.weight
+    pruner.save(tmp_path / "without.pth")  # what it was is known to the pruner
+    again = load_pruned(tmp_path / "without.pth", factory=lambda: made(how))
+    assert torch.equal(again.eval()(X), model.eval()(X))
     loaded.train()
     F.cross_entropy(loaded(X), Y).backward()
     assert all(parameter.grad is not None for parameter in loaded.parameters())
+
+
+class Positions(nn.Module):
+    """A buffer that no state dict keeps, as wide as what it is added to, and a list of widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths = [16, 16]
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.register_buffer("offset", torch.zeros(16, 1, 1), persistent=False)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.first(x) + self.offset))).mean((2, 3)))
+
+
+def test_a_network_of_ones_own_is_saved_without_a_factory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Positions()
+    pruner = Pruner(model, X[:2], criterion="magnitude", search="global", budget=0.5, delta=0.25)
+    pruner.step([])
+    pruner.save(tmp_path / "half.pth")
+    assert not caplog.records, "nothing is in the way"
+    resumed = load_pruned(tmp_path / "half.pth", factory=Positions)
+    assert torch.equal(resumed.eval()(X), model.eval()(X))
+
+    # What it was is not known any more: said at the start, not at the end.
+    settings: dict[str, Any] = {"criterion": "magnitude", "search": "global", "budget": 0.5, "delta": 0.25}
+    other = Pruner(resumed, X[:2], **settings, state=pruner.state_dict())
+    assert "factory" in caplog.text
+    other.step([])
+    with pytest.raises(StructureError, match="factory="):
+        other.save(tmp_path / "pruned.pth")
+    other.save(tmp_path / "pruned.pth", factory=Positions)
+    assert torch.equal(load_pruned(tmp_path / "pruned.pth", factory=Positions).eval()(X), resumed.eval()(X))
+
+
+def test_a_skeleton_takes_no_memory_and_leaves_its_network_alone() -> None:
+    model = Normed("tied")
+    skeleton: Any = skeleton_of(model)
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    assert skeleton.second.weight is skeleton.third.weight
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert [name for name, _ in skeleton.named_modules()] == [name for name, _ in model.named_modules()]
+    assert not {id(module) for module in skeleton.modules()} & {id(module) for module in model.modules()}

@@ -217,3 +217,22 @@ def test_a_kill_before_the_latest_is_written_leaves_no_old_gathered_one(
     assert {"checkpoint.pth.tar", "checkpoint-1.pth.tar"} <= names(tmp_path)
     assert "checkpoint-0.pth.tar" not in names(tmp_path)
     assert read_safely(tmp_path / "checkpoint.pth.tar")["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free space"),
+        (errno.EDQUOT, "free space"),
+        (errno.EROFS, "mount its file system for writing"),
+        (errno.EACCES, "let this user write there"),
+        (errno.EPERM, "let this user write there"),
+    ],
+)
+def test_what_cannot_be_written_is_told_with_what_helps(number: int, remedy: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=rf"cannot write .*: {remedy} or choose"),
+        atomic_file(tmp_path / "file"),
+    ):
+        raise OSError(number, os.strerror(number))
+    assert not list(tmp_path.iterdir())

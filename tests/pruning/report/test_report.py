@@ -52,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "pretrain": ["--epochs", "1"],
         "prune": [
             *("--epochs", "1", "--iterative-pruning", "--pruning-step", "2", "--pruning-delta", "0.2"),
-            *("--calibration-batches", "1", "--calibration-size", "24"),
+            *("--budget", "macs=0.6", "--calibration-batches", "1", "--calibration-size", "24"),
             *("--pretrained-weights", str(root / "runs/pretrain/checkpoint.pth.tar")),
         ],
         "finetune": ["--epochs", "2", "--pretrained-weights", str(root / "runs/prune/checkpoint.pth.tar")],
