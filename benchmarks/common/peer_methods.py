@@ -18,6 +18,7 @@ from common.short_training import ShortTraining, make_optimizer
 from pruning.engine.trace_groups import trace_groups
 from pruning.pruner import Pruner, prune
 from pruning.repair.repairing import Method
+from pruning.search import GreedySearch
 
 _CALIBRATION_BATCH = 128
 _BISECTIONS = 9
@@ -66,6 +67,7 @@ class Ours(Untouched):
         cuts: When.
         criterion: Scores channels.
         search: Chooses groups; `sensitivity` cuts once, at the first of the steps.
+        instalments: Of each cut of the greedy search: so many groups pay it.
         repair: Of every rewrite.
         distil: Learn from the network as it was, too.
     """
@@ -78,6 +80,7 @@ class Ours(Untouched):
         *,
         criterion: str = "discriminant",
         search: str = "greedy",
+        instalments: int = 1,
         repair: Method = "least-squares",
         distil: bool = False,
     ) -> None:
@@ -92,7 +95,7 @@ class Ours(Untouched):
             training.model,
             images[:2],
             criterion=criterion,
-            search=search,
+            search=GreedySearch(instalments=instalments) if search == "greedy" else search,
             budget=budget,
             repair=repair,
             optimizer=training.optimizer,
@@ -260,14 +263,15 @@ def _theirs(**settings: Any) -> Maker:
 #: Name of a row → makes the method. Whose schedule has another peak (from scratch) is in `FROM_SCRATCH`.
 METHODS: dict[str, Maker] = {
     "not pruned": lambda *_: Untouched(),
-    "ours: discriminant": _ours(),
-    "ours: discriminant, no repair": _ours(repair="none"),
-    "ours: taylor": _ours(criterion="taylor"),
-    "ours: taylor, no repair": _ours(criterion="taylor", repair="none"),
-    "ours: reconstruction": _ours(criterion="reconstruction"),
-    "ours: discriminant+reconstruction": _ours(criterion="discriminant+reconstruction"),
+    "ours: discriminant": _ours(instalments=8),
+    "ours: discriminant, one group a cut": _ours(),
+    "ours: discriminant, no repair": _ours(instalments=8, repair="none"),
+    "ours: taylor": _ours(criterion="taylor", instalments=8),
+    "ours: taylor, no repair": _ours(criterion="taylor", instalments=8, repair="none"),
+    "ours: reconstruction": _ours(criterion="reconstruction", instalments=8),
+    "ours: discriminant+reconstruction": _ours(criterion="discriminant+reconstruction", instalments=8),
     "ours: sensitivity at once": _ours(criterion="reconstruction", search="sensitivity"),
-    "ours: discriminant, distilled": _ours(distil=True),
+    "ours: discriminant, distilled": _ours(instalments=8, distil=True),
     "ours: sensitivity at once, distilled": _ours(
         criterion="reconstruction", search="sensitivity", distil=True
     ),
