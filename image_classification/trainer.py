@@ -28,7 +28,7 @@ from image_classification.models.factory import class_names_of
 from image_classification.models.running import Kwargs
 from image_classification.models.structure import capture_structure
 from image_classification.models.weights import load_exactly
-from image_classification.nan_guard import NanGuard
+from image_classification.nan_guard import NanGuard, NonFiniteLossError
 from image_classification.objective import Objective
 from image_classification.observe.figures import Figure, register_figures, steering
 from image_classification.observe.log import Logger
@@ -288,7 +288,20 @@ class Trainer(TrainLoop):
                 self._emit("on_fit_end")
                 self.checkpointer.finish()
                 self._name_result()
+                self._check_validated(figures)
         return figures
+
+    def _check_validated(self, figures: dict[str, float]) -> None:
+        """Refuse to end as if all were well when no validation has been finite.
+
+        Raises:
+            NonFiniteLossError: None was.
+        """
+        if figures and self.state.best is None and not math.isfinite(figures.get("val.loss", 0.0)):
+            raise NonFiniteLossError(
+                "no epoch has ended with a finite validation loss: the weights are finite and what they compute is not. "
+                "Nothing was called best. Usual remedies: a lower `lr`, `warmup`, bf16 instead of fp16."
+            )
 
     def _has_stalled(self) -> bool:
         """Whether the best network is `early_stopping_patience` epochs old."""
@@ -431,6 +444,10 @@ class Trainer(TrainLoop):
             is_best = sound and (state.best is None or figure > state.best)
             if is_best:
                 state.best, state.best_epoch = figure, state.epoch - 1
+            if not sound:
+                self.logger.message(
+                    f"validation is not finite after epoch {state.epoch - 1}: this network is not called best"
+                )
         self.save(is_best=is_best, end_of_epoch=True)
 
     # ------------------------------------------------------------------ save and restore

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from torch import nn
 from image_classification.callbacks import Callback
 from image_classification.checkpoint import CheckpointConfig
 from image_classification.config import ConfigError
+from image_classification.evaluation import Evaluator
 from image_classification.finite import first_not_finite, learned_tensors, optimizer_tensors
 from image_classification.interrupts import StopRequested
 from image_classification.job import JobConfig, run_job
@@ -226,6 +228,26 @@ def test_weights_that_are_not_finite_are_never_kept_nor_judged(
         for key in ("state_dict", "ema"):
             assert all(value.isfinite().all() for value in payload[key].values())
     assert trainer.state.best is None
+
+
+@pytest.mark.parametrize("losses", [[math.nan, math.nan], [math.nan, 0.5], [0.5, math.nan]])
+def test_a_run_ends_well_only_with_a_finite_validation(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, losses: list[float]
+) -> None:
+    """Weights may be finite while what they compute is not."""
+    trainer = make_trainer(epochs=2)
+    found = iter(losses)
+    monkeypatch.setattr(
+        Evaluator,
+        "__call__",
+        lambda *_, **__: {"val.loss": next(found), "val.top1": 50.0, "val.samples": 8.0},
+    )
+    if all(math.isnan(loss) for loss in losses):
+        with pytest.raises(NonFiniteLossError, match="finite validation"):
+            trainer.fit()
+    else:
+        trainer.fit()
+        assert trainer.state.best == 50.0
 
 
 def test_weights_and_statistics_of_every_kind_are_looked_at() -> None:
