@@ -299,7 +299,7 @@ class Trainer(TrainLoop):
         """
         if figures and self.state.best is None and not math.isfinite(figures.get("val.loss", 0.0)):
             raise NonFiniteLossError(
-                "no epoch has ended with a finite validation loss: the weights are finite and what they compute is not. "
+                "no epoch has ended with a finite validation loss: the weights are finite, what they compute is not. "
                 "Nothing was called best. Usual remedies: a lower `lr`, `warmup`, bf16 instead of fp16."
             )
 
