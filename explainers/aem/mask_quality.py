@@ -101,7 +101,9 @@ class SelectorMasks:
     def __init__(
         self, selector: Selector, black_box: nn.Module, explained: ExplainedClass = "predicted"
     ) -> None:
-        self.explanation, self.black_box, self.explained = SelectorExplanation(selector), black_box, explained
+        self.explanation = SelectorExplanation(selector)
+        self.black_box = black_box
+        self.explained = explained
 
     def __call__(self, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (N, L) and masks (N, 1, S, S)."""
@@ -126,7 +128,9 @@ class FixedRandomMasks:
     def __init__(
         self, draw: Callable[[int, torch.device, torch.Generator], Tensor], black_box: nn.Module, rank: int
     ) -> None:
-        self.draw, self.black_box, self.rank = draw, black_box, rank
+        self.draw = draw
+        self.black_box = black_box
+        self.rank = rank
         self._generator: torch.Generator | None = None
 
     def __call__(self, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,9 @@ class PredictorObjective:
     def __init__(
         self, black_box: nn.Module, masks: Callable[[int, torch.device], Tensor], *, multi_label: bool = False
     ) -> None:
-        self.black_box, self.masks, self.multi_label = black_box, masks, multi_label
+        self.black_box = black_box
+        self.masks = masks
+        self.multi_label = multi_label
 
     def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """See `Objective.__call__`; labels are only counted, not learned."""
@@ -114,7 +116,9 @@ class SelectorObjective:
         multi_label: bool = False,
         explained: ExplainedClass = "predicted",
     ) -> None:
-        self.black_box, self.predictor, self.weights = black_box, predictor, weights
+        self.black_box = black_box
+        self.predictor = predictor
+        self.weights = weights
         self.multi_label, self.explained = multi_label, explained
         self._sums: Tensor | None = None
 

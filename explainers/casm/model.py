@@ -55,8 +55,12 @@ class Casm(nn.Module):
         upsample: Upsample = "nearest",
     ) -> None:
         super().__init__()
-        self.classifier, self.decoder, self.upsample = classifier, decoder, upsample
-        self.taps, self.image_size, self.kept = tuple(taps), image_size, dict(kept or {})
+        self.classifier = classifier
+        self.decoder = decoder
+        self.upsample = upsample
+        self.taps = tuple(taps)
+        self.image_size = image_size
+        self.kept = dict(kept or {})
 
     @classmethod
     def for_classifier(

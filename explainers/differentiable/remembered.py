@@ -143,7 +143,9 @@ class OriginalExplanations:
 
     def _take(self, keys: Tensor, values: Tensor, classes: Tensor, seen: Tensor) -> None:
         self._rows = {key: row for row, key in enumerate(keys.tolist())}
-        self._values, self._classes, self._thumbnails = values, classes, seen
+        self._values = values
+        self._classes = classes
+        self._thumbnails = seen
 
     def _found(self, images: Tensor, keys: list[int]) -> list[int | None]:
         """Row of every image with its key; None for one that is not known."""

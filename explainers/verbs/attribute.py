@@ -113,7 +113,10 @@ class _Writer:
     """
 
     def __init__(self, folder: Path, config: OutputConfig, manifest: Manifest, preset: Preset) -> None:
-        self.folder, self.config, self.manifest, self.preset = folder, config, manifest, preset
+        self.folder = folder
+        self.config = config
+        self.manifest = manifest
+        self.preset = preset
 
     def write(self, batch: Batch, network: Network, prepared: dict[str, Prepared]) -> None:
         """Explain a batch and write files and pages."""

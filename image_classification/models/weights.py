@@ -430,26 +430,11 @@ def model_for_weights(
         FileNotFoundError, WeightsError, ModelError: The file, or what does not fit.
     """
     weights = load_weights(path, ema=ema)
-    structure = weights.structure
-    if structure is None:
-        if factory is None and arch is None and weights.arch is None:
-            raise WeightsError(f"{weights.path} does not say its architecture: give `arch`")
-        if arch is None and weights.arch is not None:
-            check_trusted(weights.arch)
+    if weights.structure is None:
         with building_on(device):
-            model = (
-                factory()
-                if factory is not None
-                else create_model(
-                    arch or str(weights.arch),
-                    num_classes=_held_classes(weights, arch, kwargs) if num_classes is None else num_classes,
-                    model_config=model_config,
-                    image_size=image_size,
-                    **kwargs,
-                )
-            )
+            model = _built_unpruned(weights, arch, factory, num_classes, model_config, image_size, kwargs)
     else:
-        structure = _asked_structure(structure, weights.path, arch, num_classes, new_head, kwargs)
+        structure = _asked_structure(weights.structure, weights.path, arch, num_classes, new_head, kwargs)
         if model_config is not None and structure.arch is not None:
             structure = dataclasses.replace(structure, model_config=model_config)
         if image_size is not None and structure.arch is not None:
@@ -460,6 +445,33 @@ def model_for_weights(
     if not new_head:
         remember_class_names(model, weights.class_names)
     return model
+
+
+def _built_unpruned(
+    weights: LoadedWeights,
+    arch: str | None,
+    factory: Factory | None,
+    num_classes: int | None,
+    model_config: str | None,
+    image_size: int | None,
+    options: PlainMapping,
+) -> nn.Module:
+    """The network of a file without a structure, by the architecture that the caller or the file names."""
+    if factory is None and arch is None and weights.arch is None:
+        raise WeightsError(f"{weights.path} does not say its architecture: give `arch`")
+    if arch is None and weights.arch is not None:
+        check_trusted(weights.arch)
+    if factory is not None:
+        return factory()
+    if num_classes is None:
+        num_classes = _held_classes(weights, arch, options)
+    return create_model(
+        arch or str(weights.arch),
+        num_classes=num_classes,
+        model_config=model_config,
+        image_size=image_size,
+        **options,
+    )
 
 
 def _held_classes(weights: LoadedWeights, arch: str | None, options: PlainMapping) -> int:
