@@ -50,6 +50,7 @@ from image_classification.models import (
     saved_input,
 )
 from image_classification.models.factory import remember_class_names
+from image_classification.models.registry import IMAGENET_CLASSES
 from image_classification.models.weights import load_exactly
 from image_classification.nan_guard import NonFiniteLossError
 from image_classification.network_input import NetworkInput
@@ -258,7 +259,7 @@ def open_loaders(
             world_size=distributed.world_size,
             device=distributed.device,
             memory_format=precision.memory_format,
-            num_classes=configs.model.num_classes or 1000,
+            num_classes=configs.model.num_classes or IMAGENET_CLASSES,
             training=not configs.train.evaluate,
         )
 

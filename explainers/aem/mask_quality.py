@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from explainers.aem.saved_selector import SelectorExplanation
 from explainers.aem.selector import Selector
 from explainers.aem.selector_losses import imitation_loss
-from explainers.differentiable.explanation import ExplainedClass, explained_classes
+from explainers.differentiable.explanation import EXPLAINED, ExplainedClass, explained_classes
 from image_classification.data.loader import Batch
 from image_classification.distributed import Distributed
 from image_classification.models import evaluating, main_and_auxiliary_logits
@@ -99,7 +99,7 @@ class SelectorMasks:
     """
 
     def __init__(
-        self, selector: Selector, black_box: nn.Module, explained: ExplainedClass = "predicted"
+        self, selector: Selector, black_box: nn.Module, explained: ExplainedClass = EXPLAINED
     ) -> None:
         self.explanation = SelectorExplanation(selector)
         self.black_box = black_box

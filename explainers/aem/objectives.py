@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from explainers.aem.masks import MaskGeometry, random_rbf_masks, relaxed_bernoulli, to_size
 from explainers.aem.selector import Selector
 from explainers.aem.selector_losses import area_penalty, imitation_loss, total_variation
-from explainers.differentiable.explanation import ExplainedClass, explained_classes
+from explainers.differentiable.explanation import EXPLAINED, ExplainedClass, explained_classes
 from explainers.differentiable.features import FeatureTaps
 from image_classification.distributed import Distributed
 from image_classification.models import main_and_auxiliary_logits, unwrap
@@ -114,7 +114,7 @@ class SelectorObjective:
         weights: SelectorWeights,
         *,
         multi_label: bool = False,
-        explained: ExplainedClass = "predicted",
+        explained: ExplainedClass = EXPLAINED,
     ) -> None:
         self.black_box = black_box
         self.predictor = predictor

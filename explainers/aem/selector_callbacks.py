@@ -62,7 +62,7 @@ class Judge(Callback):
         held_out: Loader,
         val: Loader | None,
         interval: int,
-        best_by: BestBy = "agreement",
+        best_by: BestBy,
     ) -> None:
         self.name = name
         self.best_by = best_by

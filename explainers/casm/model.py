@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from explainers.casm.classifier_taps import Taps, find_casm_taps
-from explainers.casm.decoder import CasmDecoder, Upsample, enlarged
+from explainers.casm.decoder import UPSAMPLE, CasmDecoder, Upsample, enlarged
 from explainers.differentiable.features import FeatureTaps
 from image_classification.checkpoint import save_atomically
 from image_classification.checkpoint_format import FORMAT
@@ -52,7 +52,7 @@ class Casm(nn.Module):
         taps: tuple[str, ...],
         image_size: int,
         kept: Mapping[str, Tensor] | None = None,
-        upsample: Upsample = "nearest",
+        upsample: Upsample = UPSAMPLE,
     ) -> None:
         super().__init__()
         self.classifier = classifier
@@ -64,7 +64,7 @@ class Casm(nn.Module):
 
     @classmethod
     def for_classifier(
-        cls, classifier: nn.Module, image_size: int, width: int, upsample: Upsample = "nearest"
+        cls, classifier: nn.Module, image_size: int, width: int, upsample: Upsample = UPSAMPLE
     ) -> Casm:
         """A fresh decoder for a classifier; device and memory format are left to the caller.
 

@@ -58,9 +58,9 @@ class CasmTrainConfig(TrainConfig):
     training_only: bool = flag(False, "--training-only", help="Do not validate.")
     optimizer_batch_size: int = -1
     use_ema: float | None = None
-    figures: Literal["all", "published"] = "all"
-    on_nan: NanPolicy = "stop"
-    nan_budget: int = 0
+    figures: Literal["all", "published"] = TrainConfig.figures
+    on_nan: NanPolicy = TrainConfig.on_nan
+    nan_budget: int = TrainConfig.nan_budget
     evaluate: bool = False
 
 
@@ -81,7 +81,7 @@ class CasmCheckpointConfig(CheckpointConfig):
         help="Folder of report and TensorBoard files; default: the mapping's own.",
     )
     workspace: Path = Path()
-    checkpoint_filename: str = "checkpoint.pth.tar"
+    checkpoint_filename: str = CheckpointConfig.checkpoint_filename
     checkpoints: bool = True
 
     def __post_init__(self) -> None:

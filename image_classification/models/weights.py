@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from image_classification.checkpoint_format import FormatError, check_payload, is_ours
 from image_classification.models.factory import create_model, identity_of, remember_class_names, unwrap
 from image_classification.models.own_code import check_trusted
-from image_classification.models.registry import ModelError
+from image_classification.models.registry import IMAGENET_CLASSES, ModelError
 from image_classification.models.structure import (
     Factory,
     Structure,
@@ -419,7 +419,7 @@ def model_for_weights(
     Args:
         arch: Architecture; None takes the one that a checkpoint of ours names.
         path: Weights file, see `load_weights`.
-        num_classes: Number of classes; None takes the file's (1000 where it does not say).
+        num_classes: Number of classes; None takes the file's (ImageNet's where it does not say).
         model_config, image_size, kwargs: As in `create_model`; those that are not given are a checkpoint's own.
         ema: Whether to take the averaged weights; None: wherever a checkpoint of ours carries them.
         new_head: Start a new classifier, for other classes.
@@ -475,11 +475,11 @@ def _built_unpruned(
 
 
 def _held_classes(weights: LoadedWeights, arch: str | None, options: PlainMapping) -> int:
-    """Number of classes of a plain state dict, by the shapes of its classifier; 1000 where they do not say."""
-    model = on_meta(lambda: create_model(arch or str(weights.arch), num_classes=1000, **options))
+    """Number of classes of a plain state dict, by the shapes of its classifier; ImageNet's where they do not say."""
+    model = on_meta(lambda: create_model(arch or str(weights.arch), num_classes=IMAGENET_CLASSES, **options))
     state = _without_wrapper(weights.state, model.state_dict())
     sizes = {state[name].shape[0] for name in head_tensors(model) if name in state and state[name].dim()}
-    return sizes.pop() if len(sizes) == 1 else 1000
+    return sizes.pop() if len(sizes) == 1 else IMAGENET_CLASSES
 
 
 def _asked_structure(
