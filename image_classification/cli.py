@@ -195,7 +195,8 @@ def _cast(value: PlainValue, target: object) -> object:
     return value
 
 
-def _options(job: type) -> list[Option]:
+def options_of(job: type) -> list[Option]:
+    """The flags of a job's configuration, in order of declaration."""
     options: list[Option] = []
     for section, factory in sections(job).items():
         config_class = factory.func
@@ -363,7 +364,7 @@ def _help(option: Option) -> str:
 
 def build_parser(job: type, prog: str | None = None, description: str | None = None) -> Parser:
     """The argument parser of a job's configuration, one help group per section."""
-    places = [f"[{option.field.upper()}]" for option in _options(job) if option.is_positional]
+    places = [f"[{option.field.upper()}]" for option in options_of(job) if option.is_positional]
     usage = " ".join(["%(prog)s", "[--config FILE]", *places, "[flags]"])
     parser = Parser(prog, description, allow_abbrev=False, usage=usage)
     parser.add_argument(
@@ -379,7 +380,7 @@ def build_parser(job: type, prog: str | None = None, description: str | None = N
     for name, factory in sections(job).items():
         title = (factory.func.__doc__ or name).strip().splitlines()[0].rstrip(".")
         groups[name] = parser.add_argument_group(title)
-    for option in _options(job):
+    for option in options_of(job):
         _add_option(groups[option.section], option)
         parser.options[option.key] = option
     return parser
@@ -463,7 +464,7 @@ def parse_config(
     except (ValueError, OSError) as error:
         build_parser(job, prog, description).error(told(error))
     parser = build_parser(job, prog, description)
-    options = _options(job)
+    options = options_of(job)
     try:
         words, notes = translated(words, {name for option in options for name in option.spellings()})
     except ConfigError as error:

@@ -38,7 +38,9 @@ class SettingError(ConfigError):
 
     def __init__(self, setting: str, value: object, problem: str) -> None:
         super().__init__(f"{setting}={value!r}: {problem}")
-        self.setting, self.value, self.problem = setting, value, problem
+        self.setting = setting
+        self.value = value
+        self.problem = problem
 
 
 #: Argument → flag; filled by `flag`.

@@ -74,11 +74,15 @@ def peer_loss(error: Exception) -> str | None:
     return None
 
 
+#: Where to compute; auto is the GPU if there is one.
+DeviceName = Literal["auto", "cuda", "cpu"]
+
+
 @dataclasses.dataclass(kw_only=True)
 class DistributedConfig:
     """How processes find their device and each other. Ranks come from the launcher's environment."""
 
-    device: Literal["auto", "cuda", "cpu"] = flag(
+    device: DeviceName = flag(
         "auto", "--device", help="Where to compute; auto takes the GPU if there is one."
     )
     dist_backend: Literal["auto", "nccl", "gloo"] = flag(
@@ -350,7 +354,12 @@ class Distributed:
         if not self.is_distributed:
             yield
             return
-        stage = 0 if self.is_main else 1 if self.local_rank == 0 else 2
+        if self.is_main:
+            stage = 0
+        elif self.local_rank == 0:
+            stage = 1
+        else:
+            stage = 2
         stages = self.gather_objects(stage)
         prefix, store = f"lucidprune/first/{next(_num_waits)}", _store()
         failed = f"{prefix}/failed"

@@ -50,6 +50,7 @@ from image_classification.models import (
     saved_input,
 )
 from image_classification.models.factory import remember_class_names
+from image_classification.models.registry import IMAGENET_CLASSES
 from image_classification.models.weights import load_exactly
 from image_classification.nan_guard import NonFiniteLossError
 from image_classification.network_input import NetworkInput
@@ -263,7 +264,7 @@ def open_loaders(
             world_size=distributed.world_size,
             device=distributed.device,
             memory_format=precision.memory_format,
-            num_classes=configs.model.num_classes or 1000,
+            num_classes=configs.model.num_classes or IMAGENET_CLASSES,
             training=not configs.train.evaluate,
         )
 
@@ -362,18 +363,7 @@ def make_trainer(
         describe: See `Trainer`; for models that `create_model` did not build.
     """
     configs, train = job.configs, job.configs.train
-    loader = job.loaders.train
-    accumulation = train.accumulation_steps(loader.batch_size, job.distributed.world_size)
-    steps_per_epoch = len(loader) // accumulation
-    check(
-        steps_per_epoch > 0,
-        f"--optimizer-batch-size {train.optimizer_batch_size}: the training set has {loader.num_samples} images, "
-        "fewer than one optimizer step takes; lower it (or --batch-size)",
-    )
-    images_per_step = loader.batch_size * job.distributed.world_size * accumulation
-    schedule = Schedule(configs.schedule, steps_per_epoch, train.epochs, images_per_step)
-    if configs.schedule.lr is None:
-        job.logger.message(f"learning rate {schedule.lr:g} (0.1 per 256 images); --lr chooses another")
+    schedule = _schedule(job)
     optimizer = build_optimizer(configs.optim, model, schedule.lr)
     ema = None if train.use_ema is None else Ema(model, train.use_ema)
     trainer = Trainer(
@@ -384,7 +374,7 @@ def make_trainer(
         distributed=job.distributed,
         logger=job.logger,
         checkpointer=job.checkpointer,
-        train_loader=loader,
+        train_loader=job.loaders.train,
         evaluator=None if train.training_only else make_evaluator(job),
         callbacks=[ResourceMonitor(job.monitor), *_tensorboard(configs.log), *callbacks],
         clip_norm=configs.optim.clip_grad_norm,
@@ -395,15 +385,41 @@ def make_trainer(
     # Ranks start from the same weights and then draw their own dropout.
     torch.manual_seed(train.seed + job.distributed.rank)
     if job.resumed is not None:
-        trained_with = job.resumed["config"].get("optimizer", configs.optim.optimizer)
-        check(
-            update_rule(trained_with) == update_rule(configs.optim.optimizer),
-            f"--resume: the checkpoint was trained with --optimizer {trained_with}, not {configs.optim.optimizer}: "
-            "give the same, or start from its weights with --pretrained-weights",
-        )
+        _check_same_rule(job.resumed, configs.optim)
         with naming_the_flag("--resume"):
             trainer.restore(job.resumed)
     return trainer
+
+
+def _schedule(job: Job[JobConfig]) -> Schedule:
+    """Learning rates by the optimizer steps that the training set has.
+
+    Raises:
+        ConfigError: It has not one.
+    """
+    train, loader, world_size = job.configs.train, job.loaders.train, job.distributed.world_size
+    accumulation = train.accumulation_steps(loader.batch_size, world_size)
+    steps_per_epoch = len(loader) // accumulation
+    check(
+        steps_per_epoch > 0,
+        f"--optimizer-batch-size {train.optimizer_batch_size}: the training set has {loader.num_samples} images, "
+        "fewer than one optimizer step takes; lower it (or --batch-size)",
+    )
+    images_per_step = loader.batch_size * world_size * accumulation
+    schedule = Schedule(job.configs.schedule, steps_per_epoch, train.epochs, images_per_step)
+    if job.configs.schedule.lr is None:
+        job.logger.message(f"learning rate {schedule.lr:g} (0.1 per 256 images); --lr chooses another")
+    return schedule
+
+
+def _check_same_rule(resumed: Plain, config: OptimConfig) -> None:
+    """Refuse to go on with the state of another optimizer."""
+    trained_with = resumed["config"].get("optimizer", config.optimizer)
+    check(
+        update_rule(trained_with) == update_rule(config.optimizer),
+        f"--resume: the checkpoint was trained with --optimizer {trained_with}, not {config.optimizer}: "
+        "give the same, or start from its weights with --pretrained-weights",
+    )
 
 
 def _tensorboard(config: LogConfig) -> list[Callback]:

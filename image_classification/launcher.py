@@ -171,7 +171,9 @@ class Agent(LocalElasticAgent):
             signal.signal(signum, self._receive)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
-        self.exits, self._told, self._started_at = {}, set(), time.monotonic()
+        self.exits = {}
+        self._told = set()
+        self._started_at = time.monotonic()
         self.deadline = None if self.stop_signal is None else time.monotonic() + self.grace
         pids: dict[int, int] = super()._start_workers(worker_group)
         return pids

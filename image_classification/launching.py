@@ -84,7 +84,9 @@ def parse(argv: list[str] | None, prog: str = "multiproc.py") -> argparse.Namesp
     if int(args.nproc_per_node) < 1:
         parser.error(f"--nproc-per-node {args.nproc_per_node}: at least 1 process is needed")
     if args.standalone or (one_node and args.rdzv_backend == "static" and args.master_port is None):
-        args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", "localhost:0", uuid.uuid4().hex
+        args.rdzv_backend = "c10d"
+        args.rdzv_endpoint = "localhost:0"
+        args.rdzv_id = uuid.uuid4().hex
     args.master_port = args.master_port or 29500
     command = _command(args)
     if command is not None:

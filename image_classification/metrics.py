@@ -107,7 +107,7 @@ class MultiLabelMetrics:
         local_targets = torch.cat(self._targets) if self._targets else empty
         scores = distributed.gather_rows(local_scores).cpu().numpy()
         targets = distributed.gather_rows(local_targets).cpu().numpy() > 0.5
-        over_images = _figures_over_images(scores, targets)
+        over_images = figures_over_images(scores, targets)
         return over_images if self._published else _figures_over_classes(scores, targets) | over_images
 
 
@@ -128,7 +128,13 @@ def _figures_over_classes(scores: NDArray[np.floating], targets: NDArray[np.bool
     }
 
 
-def _figures_over_images(scores: NDArray[np.floating], targets: NDArray[np.bool_]) -> dict[str, float]:
+def figures_over_images(scores: NDArray[np.floating], targets: NDArray[np.bool_]) -> dict[str, float]:
+    """Mean average precision and F1 over images in percent, as the attribution-preservation program counts them.
+
+    Args:
+        scores: (N, L) logits.
+        targets: (N, L) whether an image has a label.
+    """
     with optional_import():
         from sklearn.metrics import average_precision_score, f1_score
 

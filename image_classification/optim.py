@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.optim.optimizer import ParamsT
 
 from image_classification.config import check, flag
 from image_classification.plain_data import Plain
@@ -102,7 +103,7 @@ class Lars(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float,
         momentum: float = 0.9,
         trust: float = 0.001,

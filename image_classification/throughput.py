@@ -16,15 +16,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from image_classification.config import check
 from image_classification.data.backends import choose_backend
+from image_classification.distributed import DeviceName, DistributedConfig
 from image_classification.file_writing import write_text
 from image_classification.observe.environment import describe_environment
 from image_classification.observe.json_report import read_report
 from image_classification.plain_data import Plain
+from image_classification.precision import MemoryFormat
 from image_classification.verbs import declared
 
 #: Name → flags of a training job.
@@ -165,9 +168,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=int, default=None)
     parser.add_argument("--iterations", type=int, default=100, help="of each measurement")
     parser.add_argument("--workers", "-j", type=int, default=None)
-    parser.add_argument("--memory-format", default="nhwc", choices=("nchw", "nhwc"))
+    parser.add_argument("--memory-format", default="nhwc", choices=get_args(MemoryFormat))
     parser.add_argument("--compile", action="store_true", help="torch.compile")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    parser.add_argument("--device", default=DistributedConfig.device, choices=get_args(DeviceName))
     parser.add_argument(
         "--json", type=Path, default=None, metavar="FILE", help="write the figures there as well"
     )

@@ -8,6 +8,9 @@ from typing import Literal
 from image_classification.config import check, flag
 from image_classification.nan_guard import NanPolicy
 
+#: Which figures of several labels per image are counted.
+Figures = Literal["all", "published"]
+
 
 @dataclasses.dataclass(kw_only=True)
 class TrainConfig:
@@ -39,7 +42,7 @@ class TrainConfig:
     on_nan: NanPolicy = flag("stop", "--on-nan", help="When the loss is not finite.")
     nan_budget: int = flag(0, "--nan-budget", help="Most updates that --on-nan skip may leave out.")
     evaluate: bool = flag(False, "--evaluate", help="Only measure the network on the validation set.")
-    figures: Literal["all", "published"] = flag(
+    figures: Figures = flag(
         "all",
         "--figures",
         help="With several labels per image: all, best by mAP over classes; published: mAP and F1 over images only, as "

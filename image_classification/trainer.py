@@ -31,7 +31,7 @@ from image_classification.models.weights import load_exactly
 from image_classification.nan_guard import NanGuard, NonFiniteLossError
 from image_classification.objective import Objective
 from image_classification.observe.figures import Figure, register_figures, steering
-from image_classification.observe.log import Logger
+from image_classification.observe.log import LogConfig, Logger
 from image_classification.observe.meters import StepClock
 from image_classification.plain_data import Plain
 from image_classification.precision import Precision
@@ -184,7 +184,7 @@ class Trainer(TrainLoop):
         evaluator: Evaluator | None = None,
         callbacks: Sequence[Callback] = (),
         clip_norm: float | None = None,
-        print_freq: int = 10,
+        print_freq: int = LogConfig.print_freq,
         saved_config: Plain | None = None,
         describe: Callable[[nn.Module], Plain] = described_classifier,
     ) -> None:

@@ -487,22 +487,5 @@ def _takes_network(forward: Forward) -> bool:
     return len(wanted) == 2
 
 
-@contextlib.contextmanager
-def standing_in(model: nn.Module, other: nn.Module) -> Iterator[None]:
-    """Calls of `model` run `other`: lets a `forward` of the batch alone run a copy of the network."""
-    if other is model:
-        yield
-        return
-    before = model.__dict__.get("forward")
-    model.__dict__["forward"] = lambda *args, **kwargs: other(*args, **kwargs)
-    try:
-        yield
-    finally:
-        if before is None:
-            del model.__dict__["forward"]
-        else:
-            model.__dict__["forward"] = before
-
-
 def _plain(value: object) -> object:
     return dict(value) if isinstance(value, Mapping) else value

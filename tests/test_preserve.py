@@ -269,72 +269,34 @@ def test_compare(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LUCIDPRUNE_CACHE", str(tmp_path / "cache"))
-    words = small(
-        teacher,
-        "pruned",
-        "--epochs",
-        1,
-        "--pretrained-weights",
-        checkpoint(teacher),
-        "--teacher",
-        checkpoint(teacher),
-        "--match",
-        "swa",
-        "--one-shot-pruning",
-        0.3,
-        "--prune-rate",
-        "layer3.*=0.5",
-        "--calibration-batches",
-        1,
-        "--pruning-criterion",
-        "magnitude",
-    )
-    assert main.main(words) == 0
-    found = {}
-    for name, second in (
-        ("same", checkpoint(teacher)),
-        ("pruned", teacher / "pruned" / "checkpoint.pth.tar"),
-    ):
-        code = explainers_main(
-            [
-                "compare",
-                str(checkpoint(teacher)),
-                str(second),
-                str(teacher),
-                "--image-size",
-                "32",
-                "--batch-size",
-                "4",
-                "--workers",
-                "1",
-                "--device",
-                "cpu",
-                "--json",
-                str(tmp_path / f"{name}.json"),
-                "--gallery",
-                str(tmp_path / f"{name}.png"),
-                "--rows",
-                "2",
-            ]
-        )
-        assert code == 0
-        found[name] = json.loads((tmp_path / f"{name}.json").read_text())
-        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-    assert [row["method"] for row in found["same"]["methods"]] == ["gradcam", "lrp", "ebp", "rap"]
-    for row in found["same"]["methods"]:
+    original = checkpoint(teacher)
+    words = f"""--epochs 1 --pretrained-weights {original} --teacher {original} --match swa --one-shot-pruning 0.3
+        --prune-rate layer3.*=0.5 --calibration-batches 1 --pruning-criterion magnitude"""
+    assert main.main(small(teacher, "pruned", *words.split())) == 0
+    same = compared(teacher, original, tmp_path / "same")
+    assert [row["method"] for row in same["methods"]] == ["gradcam", "lrp", "ebp", "rap"]
+    for row in same["methods"]:
         assert row["pairs"] == 8  # 6 images, every other one with two classes, one of them difficult
         assert row["original"] == row["pruned"]
         for similarity, value in row["moved"].items():
             assert value is None or value == pytest.approx(1), similarity
-    assert found["same"]["prediction"]["original"] == found["same"]["prediction"]["pruned"]
-    assert found["same"]["prediction"]["original"].keys() == {
-        *("map", "f1", "f1_macro"),
-        *("map_images", "f1_images"),
-    }
-    moved = [row["moved"]["rank_correlation"] for row in found["pruned"]["methods"]]
+    assert same["prediction"]["original"] == same["prediction"]["pruned"]
+    assert same["prediction"]["original"].keys() == {"map", "f1", "f1_macro", "map_images", "f1_images"}
+    pruned = compared(teacher, teacher / "pruned" / "checkpoint.pth.tar", tmp_path / "pruned")
+    moved = [row["moved"]["rank_correlation"] for row in pruned["methods"]]
     assert all(value < 0.99 for value in moved if value is not None)
     assert any(value is not None for value in moved)
     assert "explanations: original → pruned" in capsys.readouterr().out
+
+
+def compared(teacher: Path, other: Path, output: Path) -> Any:
+    """What `compare` says of the teacher and another network; its gallery shows something."""
+    figures, gallery = output.with_suffix(".json"), output.with_suffix(".png")
+    words = f"""compare {checkpoint(teacher)} {other} {teacher} --image-size 32 --batch-size 4 --workers 1
+        --device cpu --json {figures} --gallery {gallery} --rows 2"""
+    assert explainers_main(words.split()) == 0
+    assert gallery.stat().st_size > 10_000
+    return json.loads(figures.read_text())
 
 
 def test_compare_says_what_is_missing(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:

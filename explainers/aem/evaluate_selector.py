@@ -20,7 +20,7 @@ import torch
 
 from explainers.aem.mask_quality import SelectorMasks, judge_masks
 from explainers.aem.opened_selector import OpenedSelector, SelectorFileConfig, open_selector
-from explainers.differentiable.explanation import ExplainedClass, explained_classes
+from explainers.differentiable.explanation import EXPLAINED, ExplainedClass, explained_classes
 from explainers.measures.ground_truth import annotated
 from explainers.measures.localization import pixel_auc, pointing_hit
 from explainers.measures.tables import without_nan
@@ -137,7 +137,7 @@ def localisation_figures(
     opened: OpenedSelector,
     loader: Iterable[Batch],
     distributed: Distributed,
-    explained: ExplainedClass = "predicted",
+    explained: ExplainedClass = EXPLAINED,
 ) -> dict[str, float]:
     """Whether masks lie on objects, over all images with a labelled object in view. Collective.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from explainers.aem.saved_selector import SelectorExplanation
 from explainers.aem.selector import Selector
 from explainers.aem.selector_losses import imitation_loss
-from explainers.differentiable.explanation import ExplainedClass, explained_classes
+from explainers.differentiable.explanation import EXPLAINED, ExplainedClass, explained_classes
 from image_classification.data.loader import Batch
 from image_classification.distributed import Distributed
 from image_classification.models import evaluating, main_and_auxiliary_logits
@@ -99,9 +99,11 @@ class SelectorMasks:
     """
 
     def __init__(
-        self, selector: Selector, black_box: nn.Module, explained: ExplainedClass = "predicted"
+        self, selector: Selector, black_box: nn.Module, explained: ExplainedClass = EXPLAINED
     ) -> None:
-        self.explanation, self.black_box, self.explained = SelectorExplanation(selector), black_box, explained
+        self.explanation = SelectorExplanation(selector)
+        self.black_box = black_box
+        self.explained = explained
 
     def __call__(self, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (N, L) and masks (N, 1, S, S)."""
@@ -126,7 +128,9 @@ class FixedRandomMasks:
     def __init__(
         self, draw: Callable[[int, torch.device, torch.Generator], Tensor], black_box: nn.Module, rank: int
     ) -> None:
-        self.draw, self.black_box, self.rank = draw, black_box, rank
+        self.draw = draw
+        self.black_box = black_box
+        self.rank = rank
         self._generator: torch.Generator | None = None
 
     def __call__(self, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:

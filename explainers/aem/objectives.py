@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from explainers.aem.masks import MaskGeometry, random_rbf_masks, relaxed_bernoulli, to_size
 from explainers.aem.selector import Selector
 from explainers.aem.selector_losses import area_penalty, imitation_loss, total_variation
-from explainers.differentiable.explanation import ExplainedClass, explained_classes
+from explainers.differentiable.explanation import EXPLAINED, ExplainedClass, explained_classes
 from explainers.differentiable.features import FeatureTaps
 from image_classification.distributed import Distributed
 from image_classification.models import main_and_auxiliary_logits, unwrap
@@ -61,7 +61,9 @@ class PredictorObjective:
     def __init__(
         self, black_box: nn.Module, masks: Callable[[int, torch.device], Tensor], *, multi_label: bool = False
     ) -> None:
-        self.black_box, self.masks, self.multi_label = black_box, masks, multi_label
+        self.black_box = black_box
+        self.masks = masks
+        self.multi_label = multi_label
 
     def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """See `Objective.__call__`; labels are only counted, not learned."""
@@ -112,9 +114,11 @@ class SelectorObjective:
         weights: SelectorWeights,
         *,
         multi_label: bool = False,
-        explained: ExplainedClass = "predicted",
+        explained: ExplainedClass = EXPLAINED,
     ) -> None:
-        self.black_box, self.predictor, self.weights = black_box, predictor, weights
+        self.black_box = black_box
+        self.predictor = predictor
+        self.weights = weights
         self.multi_label, self.explained = multi_label, explained
         self._sums: Tensor | None = None
 

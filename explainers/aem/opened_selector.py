@@ -10,7 +10,7 @@ from torch import nn
 
 from explainers.aem.predictor import check_predictor, load_predictor
 from explainers.aem.saved_selector import SelectorExplanation, load_black_box, load_selector
-from explainers.differentiable.explanation import ExplainedClass
+from explainers.differentiable.explanation import EXPLAINED, ExplainedClass
 from explainers.verbs.attribution_job import ImageConfig, open_split
 from image_classification.config import check, flag
 from image_classification.data.build import ReadConfig
@@ -28,7 +28,7 @@ class SelectorFileConfig:
         None, "--selector", metavar="FILE", help="what train-selector wrote; it holds the network too"
     )
     explained_class: ExplainedClass = flag(
-        "predicted",
+        EXPLAINED,
         "--explain",
         help="class that is explained: what the network predicts, or the label, as published",
     )

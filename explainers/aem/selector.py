@@ -34,6 +34,8 @@ from image_classification.plain_data import PlainValue
 
 Kind = Literal["rbf", "real-x"]
 DecoderName = Literal["published", "light"]
+#: The decoder where nothing else is said.
+DECODER: DecoderName = "published"
 LIGHT_WIDTH = 64
 
 
@@ -111,7 +113,7 @@ def design_selector(
     kind: str,
     geometry: MaskGeometry,
     num_classes: int,
-    decoder: str = "published",
+    decoder: str = DECODER,
     num_scales: int | None = None,
 ) -> SelectorDesign:
     """A selector for a classifier and a size of images.

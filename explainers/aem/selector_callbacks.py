@@ -62,12 +62,15 @@ class Judge(Callback):
         held_out: Loader,
         val: Loader | None,
         interval: int,
-        best_by: BestBy = "agreement",
+        best_by: BestBy,
     ) -> None:
         self.name = name
         self.best_by = best_by
         self.record = dict(record)
-        self.measure, self.held_out, self.val, self.interval = measure, held_out, val, interval
+        self.measure = measure
+        self.held_out = held_out
+        self.val = val
+        self.interval = interval
 
     def on_step_end(self, trainer: TrainLoop) -> None:
         """Judge when it is time."""
@@ -141,7 +144,9 @@ class FixedImages(Callback):
     num_images = 8
 
     def __init__(self, masks: Callable[[nn.Module, Tensor], Tensor], loader: Loader, interval: int) -> None:
-        self.masks, self.loader, self.interval = masks, loader, interval
+        self.masks = masks
+        self.loader = loader
+        self.interval = interval
         self._images: Tensor | None = None
 
     def on_fit_start(self, trainer: TrainLoop) -> None:

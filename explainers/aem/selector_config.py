@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple
 
 from explainers.aem.masks import MASK_PRESETS, MaskGeometry
 from explainers.aem.objectives import SelectorWeights
-from explainers.aem.selector import LIGHT_WIDTH, DecoderName, Kind
+from explainers.aem.selector import DECODER, LIGHT_WIDTH, DecoderName, Kind
 from explainers.aem.selector_callbacks import BestBy
-from explainers.differentiable.explanation import ExplainedClass
+from explainers.differentiable.explanation import EXPLAINED, ExplainedClass
 from image_classification.config import ConfigError, check, check_file, flag, section
 from image_classification.job import JobConfig
 from image_classification.optim import OptimConfig
@@ -166,7 +166,7 @@ class SelectorConfig(ImitationConfig):
         help="kind of masks; default: the kind that the predictor judges",
     )
     decoder: DecoderName = flag(
-        "published",
+        DECODER,
         "--decoder",
         help="published: sub-pixel up-sampling, as many channels as the network; light: at most "
         f"{LIGHT_WIDTH} channels",
@@ -191,7 +191,7 @@ class SelectorConfig(ImitationConfig):
     )
     temperature: float = flag(1.0, "--temperature", help="temperature of the relaxed Bernoulli samples")
     explained_class: ExplainedClass = flag(
-        "predicted",
+        EXPLAINED,
         "--explain",
         help="class that is explained: what the network predicts, or the label, as published",
     )

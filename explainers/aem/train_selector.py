@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from explainers.aem.mask_quality import SelectorMasks, judge_masks
 from explainers.aem.objectives import SelectorObjective
-from explainers.aem.predictor import check_predictor, load_predictor
+from explainers.aem.predictor import PredictorRecord, check_predictor, load_predictor
 from explainers.aem.saved_selector import SELECTOR_RECORD, selector_record
 from explainers.aem.selector import Selector, design_selector
 from explainers.aem.selector_callbacks import LossParts
@@ -50,40 +50,15 @@ def run(configs: SelectorJobConfig, distributed: Distributed) -> None:
     try:
         black_box = build_black_box(job)
         predictor = job.precision.place(predictor)
-        num_classes, image_size = job.loaders.train.num_classes, job.loaders.preset.image_size
-        check_predictor(
-            judged,
-            black_box,
-            path=str(config.predictor),
-            image_size=image_size,
-            num_classes=num_classes,
-            kind=config.selector_type,
-        )
-        with jobs.naming_the_flag("--image-size"):
-            design = design_selector(
-                black_box,
-                example_images(job),
-                kind=judged.kind,
-                geometry=judged.geometry,
-                num_classes=num_classes,
-                decoder=config.decoder,
-                num_scales=config.num_scales,
-            )
-        torch.manual_seed(configs.train.seed)
-        selector = Selector(design)
-        job.precision.place(selector)
+        selector = _new_selector(job, black_box, judged)
         objective = SelectorObjective(
             black_box,
             predictor,
-            config.weights(image_size),
+            config.weights(job.loaders.preset.image_size),
             multi_label=job.multi_label,
             explained=config.explained_class,
         )
-        num_parameters = sum(parameter.numel() for parameter in selector.parameters())
-        job.logger.message(
-            f"{design.kind} selector of {configs.model.arch}: reads {', '.join(design.taps)}; "
-            f"{num_parameters:,} parameters; {objective.weights}"
-        )
+        _announce(job, selector, objective)
         record = {
             **selector_record(selector, black_box, judged.digest),
             "predictor": network_digest(predictor),
@@ -104,6 +79,48 @@ def run(configs: SelectorJobConfig, distributed: Distributed) -> None:
         ).fit()
     finally:
         job.close()
+
+
+def _new_selector(
+    job: jobs.Job[SelectorJobConfig], black_box: nn.Module, judged: PredictorRecord
+) -> Selector:
+    """A fresh selector for the masks that the predictor was trained on.
+
+    Raises:
+        SettingError: The predictor belongs to another black box, or the network has too few scales.
+    """
+    config = job.configs.explainer
+    num_classes = job.loaders.train.num_classes
+    check_predictor(
+        judged,
+        black_box,
+        path=str(config.predictor),
+        image_size=job.loaders.preset.image_size,
+        num_classes=num_classes,
+        kind=config.selector_type,
+    )
+    with jobs.naming_the_flag("--image-size"):
+        design = design_selector(
+            black_box,
+            example_images(job),
+            kind=judged.kind,
+            geometry=judged.geometry,
+            num_classes=num_classes,
+            decoder=config.decoder,
+            num_scales=config.num_scales,
+        )
+    torch.manual_seed(job.configs.train.seed)
+    selector = Selector(design)
+    job.precision.place(selector)
+    return selector
+
+
+def _announce(job: jobs.Job[SelectorJobConfig], selector: Selector, objective: SelectorObjective) -> None:
+    num_parameters = sum(parameter.numel() for parameter in selector.parameters())
+    job.logger.message(
+        f"{selector.design.kind} selector of {job.configs.model.arch}: reads {', '.join(selector.design.taps)}; "
+        f"{num_parameters:,} parameters; {objective.weights}"
+    )
 
 
 def _measure(

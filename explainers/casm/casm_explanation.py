@@ -25,7 +25,9 @@ class CasmExplanation:
 
     def __init__(self, casm: Casm) -> None:
         self._decoder: CasmDecoder = copy.deepcopy(casm.decoder).requires_grad_(False).eval()
-        self._taps, self._widths, self._kept = casm.taps, casm.widths, dict(casm.kept)
+        self._taps = casm.taps
+        self._widths = casm.widths
+        self._kept = dict(casm.kept)
 
     @property
     def taps(self) -> tuple[str, ...]:

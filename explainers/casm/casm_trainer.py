@@ -72,7 +72,9 @@ class CasmTrainer(Trainer):
         decoder_schedule: Schedule,
         **parts: Any,
     ) -> None:
-        self.casm, self.settings, self.thinning = casm, settings, settings.thinning
+        self.casm = casm
+        self.settings = settings
+        self.thinning = settings.thinning
         self.validation, self.decoder_schedule = validation, decoder_schedule
         # Adam with the decay in the gradient, as published.
         self.decoder_optimizer = torch.optim.Adam(

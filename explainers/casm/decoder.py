@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Upsample = Literal["nearest", "bilinear"]
+#: How masks are brought to the images' size as published.
+UPSAMPLE: Upsample = "nearest"
 #: Channels that each stage is reduced to, as published.
 WIDTH = 64
 
@@ -62,7 +64,7 @@ class CasmDecoder(nn.Module):
         return logits
 
 
-def enlarged(mask: Tensor, size: torch.Size | tuple[int, ...], upsample: Upsample = "nearest") -> Tensor:
+def enlarged(mask: Tensor, size: torch.Size | tuple[int, ...], upsample: Upsample = UPSAMPLE) -> Tensor:
     """(N, 1, h, w) to (N, 1, H, W), each element a block, or between their centres linearly; float32."""
     corners = None if upsample == "nearest" else False
     return F.interpolate(mask.float(), size=tuple(size), mode=upsample, align_corners=corners)

@@ -182,7 +182,9 @@ class _Table:
         preset: Preset,
         device: torch.device,
     ) -> None:
-        self.casms, self.classifiers, self.preset = casms, classifiers, preset
+        self.casms = casms
+        self.classifiers = classifiers
+        self.preset = preset
         # Whole images do not depend on the mask: they have one line.
         self.lines = [("–", "whole")]
         for source in [*(casm.name for casm in casms), *BASELINES]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from explainers.casm.classifier_taps import Taps, find_casm_taps
-from explainers.casm.decoder import CasmDecoder, Upsample, enlarged
+from explainers.casm.decoder import UPSAMPLE, CasmDecoder, Upsample, enlarged
 from explainers.differentiable.features import FeatureTaps
 from image_classification.checkpoint import save_atomically
 from image_classification.checkpoint_format import FORMAT
@@ -52,15 +52,19 @@ class Casm(nn.Module):
         taps: tuple[str, ...],
         image_size: int,
         kept: Mapping[str, Tensor] | None = None,
-        upsample: Upsample = "nearest",
+        upsample: Upsample = UPSAMPLE,
     ) -> None:
         super().__init__()
-        self.classifier, self.decoder, self.upsample = classifier, decoder, upsample
-        self.taps, self.image_size, self.kept = tuple(taps), image_size, dict(kept or {})
+        self.classifier = classifier
+        self.decoder = decoder
+        self.upsample = upsample
+        self.taps = tuple(taps)
+        self.image_size = image_size
+        self.kept = dict(kept or {})
 
     @classmethod
     def for_classifier(
-        cls, classifier: nn.Module, image_size: int, width: int, upsample: Upsample = "nearest"
+        cls, classifier: nn.Module, image_size: int, width: int, upsample: Upsample = UPSAMPLE
     ) -> Casm:
         """A fresh decoder for a classifier; device and memory format are left to the caller.
 

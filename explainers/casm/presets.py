@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from explainers.casm.decoder import WIDTH, Upsample
+from explainers.casm.decoder import UPSAMPLE, WIDTH, Upsample
 from image_classification.config import check, flag
 
 NUM_PAST = 30
@@ -95,7 +95,7 @@ class CasmConfig:
     )
 
     upsample: Upsample = flag(
-        "nearest",
+        UPSAMPLE,
         "--upsample",
         help="How masks are brought to the images' size: each element a block, as published by default, or bilinear.",
     )

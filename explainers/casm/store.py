@@ -26,7 +26,10 @@ class PastClassifiers:
     """
 
     def __init__(self, capacity: int, every: int, share: float, seed: int) -> None:
-        self.capacity, self.every, self.share, self.seed = capacity, every, share, seed
+        self.capacity = capacity
+        self.every = every
+        self.share = share
+        self.seed = seed
         self.states: list[dict[str, Tensor]] = []
         self._judge: nn.Module | None = None
         self._loaded: int | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ from image_classification.nan_guard import NanPolicy
 from image_classification.objective import TaskObjective
 from image_classification.optim import OptimConfig, build_optimizer
 from image_classification.schedules import Schedule, ScheduleConfig
-from image_classification.train_config import TrainConfig
+from image_classification.train_config import Figures, TrainConfig
 from image_classification.training_callbacks import FirstBatch, ResourceMonitor
 from image_classification.verbs import configured
 
@@ -58,9 +58,9 @@ class CasmTrainConfig(TrainConfig):
     training_only: bool = flag(False, "--training-only", help="Do not validate.")
     optimizer_batch_size: int = -1
     use_ema: float | None = None
-    figures: Literal["all", "published"] = "all"
-    on_nan: NanPolicy = "stop"
-    nan_budget: int = 0
+    figures: Figures = TrainConfig.figures
+    on_nan: NanPolicy = TrainConfig.on_nan
+    nan_budget: int = TrainConfig.nan_budget
     evaluate: bool = False
 
 
@@ -81,7 +81,7 @@ class CasmCheckpointConfig(CheckpointConfig):
         help="Folder of report and TensorBoard files; default: the mapping's own.",
     )
     workspace: Path = Path()
-    checkpoint_filename: str = "checkpoint.pth.tar"
+    checkpoint_filename: str = CheckpointConfig.checkpoint_filename
     checkpoints: bool = True
 
     def __post_init__(self) -> None:

@@ -51,7 +51,9 @@ class CasmValidation:
     def __init__(
         self, loader: Loader, precision: Precision, distributed: Distributed, max_batches: int | None = None
     ) -> None:
-        self.loader, self.precision, self.distributed = loader, precision, distributed
+        self.loader = loader
+        self.precision = precision
+        self.distributed = distributed
         self.max_batches = max_batches
 
     def __call__(self, casm: Casm, logger: Logger, iteration: int) -> dict[str, float]:

@@ -73,6 +73,8 @@ def network_digest(model: nn.Module) -> str:
 
 #: The class that an explanation of an image is about: what the original network predicts, or its label.
 ExplainedClass = Literal["predicted", "label"]
+#: The class that is explained where nothing else is said.
+EXPLAINED: ExplainedClass = "predicted"
 
 
 def explained_classes(which: ExplainedClass, logits: Tensor, targets: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from explainers.differentiable.explanation import ExplainedClass, Explanation, explained_classes
+from explainers.differentiable.explanation import EXPLAINED, ExplainedClass, Explanation, explained_classes
 from explainers.differentiable.gated_features import FeatureGate, gated_features
 from image_classification.config import ConfigError
 from image_classification.distributed import Distributed
@@ -76,7 +76,7 @@ class OriginalExplanations:
         self,
         explanation: Explanation,
         source: Source | None = None,
-        explained: ExplainedClass = "predicted",
+        explained: ExplainedClass = EXPLAINED,
     ) -> None:
         self._whole = explanation
         self.explained = explained
@@ -143,7 +143,9 @@ class OriginalExplanations:
 
     def _take(self, keys: Tensor, values: Tensor, classes: Tensor, seen: Tensor) -> None:
         self._rows = {key: row for row, key in enumerate(keys.tolist())}
-        self._values, self._classes, self._thumbnails = values, classes, seen
+        self._values = values
+        self._classes = classes
+        self._thumbnails = seen
 
     def _found(self, images: Tensor, keys: list[int]) -> list[int | None]:
         """Row of every image with its key; None for one that is not known."""

@@ -11,12 +11,12 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
 from explainers.attribution.method import Attribution, Prepared
+from explainers.differentiable.explanation import EXPLAINED, ExplainedClass
 from explainers.plots import Panel, Pixels, overlay, save_grid, save_image, to_image
 from explainers.verbs.attribution_job import (
     ImagesJob,
@@ -42,8 +42,8 @@ class OutputConfig:
     """What is written."""
 
     output: str = flag("maps", "--output", "-o", metavar="DIR", help="folder for maps and pages")
-    explain: Literal["predicted", "label"] = flag(
-        "predicted",
+    explain: ExplainedClass = flag(
+        EXPLAINED,
         "--explain",
         help="the class to explain: the network's prediction, or the image's label (the first of several)",
     )
@@ -113,7 +113,10 @@ class _Writer:
     """
 
     def __init__(self, folder: Path, config: OutputConfig, manifest: Manifest, preset: Preset) -> None:
-        self.folder, self.config, self.manifest, self.preset = folder, config, manifest, preset
+        self.folder = folder
+        self.config = config
+        self.manifest = manifest
+        self.preset = preset
 
     def write(self, batch: Batch, network: Network, prepared: dict[str, Prepared]) -> None:
         """Explain a batch and write files and pages."""

@@ -246,7 +246,10 @@ class _Judge:
         preset: Preset,
         num_panels: int,
     ) -> None:
-        self.networks, self.prepared, self.dataset, self.preset = networks, prepared, dataset, preset
+        self.networks = networks
+        self.prepared = prepared
+        self.dataset = dataset
+        self.preset = preset
         self.panels: list[list[Panel]] = []
         self._num_panels = num_panels
         self._metrics: list[Metrics] = [

@@ -166,7 +166,7 @@ class AutoAugment:
 
     num_uniforms = 5
 
-    def __init__(self, size: tuple[int, int], learned_on: str = "imagenet") -> None:
+    def __init__(self, size: tuple[int, int], learned_on: str) -> None:
         self.name = f"autoaugment({learned_on})"
         chosen = torchvision_transforms.AutoAugmentPolicy(learned_on)
         pairs = torchvision_transforms.AutoAugment(chosen).policies

@@ -39,7 +39,7 @@ class Preset:
     augmentation: Literal["imagenet", "cifar"]
     crop_scale: tuple[float, float] = (0.08, 1.0)
     batch_size: int = 256
-    geometry: EvaluationGeometry = "crop"
+    geometry: EvaluationGeometry = NetworkInput.geometry
 
     @property
     def network_input(self) -> NetworkInput:

@@ -32,9 +32,9 @@ from image_classification.data.progress import progress_bar
 logger = logging.getLogger(__name__)
 
 _SHOW_PROGRESS_FROM = 20_000
-_CHUNK = 256
-_NUM_THREADS = 16  # the work waits for the file system, network ones above all
-_SECONDS_BETWEEN_PARTS = 30.0
+CHUNK = 256  # files that a thread reads before it reports
+NUM_THREADS = 16  # the work waits for the file system, network ones above all
+SECONDS_BETWEEN_PARTS = 30.0  # between two saves of what has been read so far
 _FRESH_NS = 2 * 10**9  # a directory that was changed just now may be changed again without another time
 _NEVER = -1
 
@@ -205,7 +205,7 @@ def _scan(
 ) -> _Table:
     """Look at each folder, read the headers that are not known, and keep what was found."""
     cached = cache_dir / "scans" / f"{cache_key(str(root.resolve()), label)}.npz"
-    with locked(cached), ThreadPoolExecutor(_NUM_THREADS) as pool:
+    with locked(cached), ThreadPoolExecutor(NUM_THREADS) as pool:
         known = _load(cached)
         found = list(pool.map(lambda folder: look(folder, known.folders.get(folder)), folders))
         table = known
@@ -215,7 +215,7 @@ def _scan(
         changed, saved = table is not known, time.monotonic()
         shown = progress and len(unread) >= _SHOW_PROGRESS_FROM
         with progress_bar(f"scanning {label}", len(unread), shown) as advance:
-            chunks = [unread[start : start + _CHUNK] for start in range(0, len(unread), _CHUNK)]
+            chunks = [unread[start : start + CHUNK] for start in range(0, len(unread), CHUNK)]
             for ids, headers in pool.map(lambda ids: _read(f"{root}/", table.paths, ids), chunks):
                 before = table.rows[ids]
                 for name, column in zip(_READ, zip(*headers, strict=True), strict=True):
@@ -223,7 +223,7 @@ def _scan(
                 table.rows["read"][ids] = True
                 changed = changed or bool((table.rows[ids] != before).any())
                 advance(len(ids))
-                if time.monotonic() - saved > _SECONDS_BETWEEN_PARTS:
+                if time.monotonic() - saved > SECONDS_BETWEEN_PARTS:
                     _save(cached, table)
                     saved = time.monotonic()
         if changed:

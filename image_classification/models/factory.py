@@ -14,6 +14,7 @@ from image_classification.models import external, mobilenetv2, mobilenetv2_isp, 
 from image_classification.models.batch_norms import architecture_options, set_batch_norms
 from image_classification.models.own_code import build_own, check_trusted, own_info
 from image_classification.models.registry import (
+    IMAGENET_CLASSES,
     ArchInfo,
     ModelSettingError,
     check_options,
@@ -37,7 +38,7 @@ class ModelIdentity:
 
     arch: str
     model_config: str | None = None
-    num_classes: int = 1000
+    num_classes: int = IMAGENET_CLASSES
     image_size: int | None = None
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
@@ -64,7 +65,7 @@ class ModelIdentity:
 def create_model(
     arch: str,
     *,
-    num_classes: int = 1000,
+    num_classes: int = IMAGENET_CLASSES,
     model_config: str | None = None,
     image_size: int | None = None,
     **kwargs: PlainValue,

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from image_classification.config import SettingError
 from image_classification.models.external import import_library
 from image_classification.models.factory import ModelIdentity, identity_of, remember_identity
-from image_classification.models.registry import Builder, ModelError
+from image_classification.models.registry import IMAGENET_CLASSES, Builder, ModelError
 from image_classification.models.running import Args
 from image_classification.models.structure import on_meta
 from image_classification.plain_data import Plain
@@ -87,7 +87,7 @@ def _candidates(model: nn.Module) -> Iterator[ModelIdentity]:
             config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
         )
         if name:
-            yield from _with_sizes(model, f"timm/{name}", 1000)
+            yield from _with_sizes(model, f"timm/{name}", IMAGENET_CLASSES)
     elif library == "torchvision":
         try:
             models = import_library("torchvision")
@@ -159,7 +159,7 @@ def _default_classes(function: Builder) -> int:
         return parameter.default
     kinds = {"detection": 91, "segmentation": 21, "video": 400}
     kind = getattr(function, "__module__", "").split(".")
-    return next((number for name, number in kinds.items() if name in kind), 1000)
+    return next((number for name, number in kinds.items() if name in kind), IMAGENET_CLASSES)
 
 
 def is_same_network(model: nn.Module, fresh: nn.Module) -> bool:

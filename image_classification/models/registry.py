@@ -12,6 +12,8 @@ from image_classification.channel_statistics import Triple
 from image_classification.config import SettingError, nearest
 from image_classification.network_input import EvaluationGeometry, NetworkInput
 
+#: Classes of ImageNet: those of a network where nothing else is said.
+IMAGENET_CLASSES = 1000
 #: What makes a network.
 Builder = Callable[..., nn.Module]
 
@@ -42,7 +44,7 @@ class ArchInfo:
     mean: Triple = channel_statistics.IMAGENET.mean
     std: Triple = channel_statistics.IMAGENET.std
     fixed_size: bool = False
-    geometry: EvaluationGeometry = "crop"
+    geometry: EvaluationGeometry = NetworkInput.geometry
 
     @property
     def network_input(self) -> NetworkInput:

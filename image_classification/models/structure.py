@@ -22,7 +22,7 @@ from image_classification.models.attention import CutAttention, fit_attention
 from image_classification.models.factory import ModelIdentity, identity_of, input_of, remember_input, unwrap
 from image_classification.models.lazy_modules import settle
 from image_classification.models.modes import drop_graphs
-from image_classification.models.registry import ModelError
+from image_classification.models.registry import IMAGENET_CLASSES, ModelError
 from image_classification.network_input import NetworkInput
 from image_classification.plain_data import Plain, PlainValue
 
@@ -93,7 +93,7 @@ class Structure:
             return factory()
         assert self.arch is not None
         try:
-            num_classes = 1000 if self.num_classes is None else self.num_classes
+            num_classes = IMAGENET_CLASSES if self.num_classes is None else self.num_classes
             identity = ModelIdentity(self.arch, self.model_config, num_classes, self.image_size, self.options)
             return identity.build()
         except TypeError as error:  # options of the wrong type reach our own constructors

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from image_classification.checkpoint_format import FormatError, check_payload, is_ours
 from image_classification.models.factory import create_model, identity_of, remember_class_names, unwrap
 from image_classification.models.own_code import check_trusted
-from image_classification.models.registry import ModelError
+from image_classification.models.registry import IMAGENET_CLASSES, ModelError
 from image_classification.models.structure import (
     Factory,
     Structure,
@@ -419,7 +419,7 @@ def model_for_weights(
     Args:
         arch: Architecture; None takes the one that a checkpoint of ours names.
         path: Weights file, see `load_weights`.
-        num_classes: Number of classes; None takes the file's (1000 where it does not say).
+        num_classes: Number of classes; None takes the file's (ImageNet's where it does not say).
         model_config: As in `create_model`; by default a checkpoint's own.
         image_size: As in `create_model`; by default a checkpoint's own.
         kwargs: As in `create_model`; by default a checkpoint's own.
@@ -432,26 +432,11 @@ def model_for_weights(
         FileNotFoundError, WeightsError, ModelError: The file, or what does not fit.
     """
     weights = load_weights(path, ema=ema)
-    structure = weights.structure
-    if structure is None:
-        if factory is None and arch is None and weights.arch is None:
-            raise WeightsError(f"{weights.path} does not say its architecture: give `arch`")
-        if arch is None and weights.arch is not None:
-            check_trusted(weights.arch)
+    if weights.structure is None:
         with building_on(device):
-            model = (
-                factory()
-                if factory is not None
-                else create_model(
-                    arch or str(weights.arch),
-                    num_classes=_held_classes(weights, arch, kwargs) if num_classes is None else num_classes,
-                    model_config=model_config,
-                    image_size=image_size,
-                    **kwargs,
-                )
-            )
+            model = _built_unpruned(weights, arch, factory, num_classes, model_config, image_size, kwargs)
     else:
-        structure = _asked_structure(structure, weights.path, arch, num_classes, new_head, kwargs)
+        structure = _asked_structure(weights.structure, weights.path, arch, num_classes, new_head, kwargs)
         if model_config is not None and structure.arch is not None:
             structure = dataclasses.replace(structure, model_config=model_config)
         if image_size is not None and structure.arch is not None:
@@ -464,12 +449,39 @@ def model_for_weights(
     return model
 
 
+def _built_unpruned(
+    weights: LoadedWeights,
+    arch: str | None,
+    factory: Factory | None,
+    num_classes: int | None,
+    model_config: str | None,
+    image_size: int | None,
+    options: PlainMapping,
+) -> nn.Module:
+    """The network of a file without a structure, by the architecture that the caller or the file names."""
+    if factory is None and arch is None and weights.arch is None:
+        raise WeightsError(f"{weights.path} does not say its architecture: give `arch`")
+    if arch is None and weights.arch is not None:
+        check_trusted(weights.arch)
+    if factory is not None:
+        return factory()
+    if num_classes is None:
+        num_classes = _held_classes(weights, arch, options)
+    return create_model(
+        arch or str(weights.arch),
+        num_classes=num_classes,
+        model_config=model_config,
+        image_size=image_size,
+        **options,
+    )
+
+
 def _held_classes(weights: LoadedWeights, arch: str | None, options: PlainMapping) -> int:
-    """Number of classes of a plain state dict, by the shapes of its classifier; 1000 where they do not say."""
-    model = on_meta(lambda: create_model(arch or str(weights.arch), num_classes=1000, **options))
+    """Number of classes of a plain state dict, by the shapes of its classifier; ImageNet's where they do not say."""
+    model = on_meta(lambda: create_model(arch or str(weights.arch), num_classes=IMAGENET_CLASSES, **options))
     state = _without_wrapper(weights.state, model.state_dict())
     sizes = {state[name].shape[0] for name in head_tensors(model) if name in state and state[name].dim()}
-    return sizes.pop() if len(sizes) == 1 else 1000
+    return sizes.pop() if len(sizes) == 1 else IMAGENET_CLASSES
 
 
 def _asked_structure(

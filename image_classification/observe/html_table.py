@@ -34,7 +34,9 @@ def html_table(
 
 def _cell(value: object) -> str:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    text = "–" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
+    text = f"{value:,.4g}" if isinstance(value, float) else str(value)
+    if value is None:
+        text = "–"
     return f'<td style="{_CELL}{"right" if number else "left"}">{escape(text)}</td>'
 
 

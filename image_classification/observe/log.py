@@ -214,7 +214,9 @@ class Logger:
         """Write what is buffered and close the outputs; the logger is silent afterwards."""
         for output in self._outputs:
             output.close()
-        self._outputs, self._console, self._tensorboard = [], None, None
+        self._outputs = []
+        self._console = None
+        self._tensorboard = None
 
 
 class NoTask:

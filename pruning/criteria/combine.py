@@ -112,7 +112,9 @@ class Combined(Criterion):
 
     def __init__(self, first: Criterion, second: Criterion, weight: float = DEFAULT_WEIGHT) -> None:
         check_setting(0 <= weight <= 1, "weight", weight, "give a share between 0 and 1")
-        self.first, self.second, self.weight = first, second, weight
+        self.first = first
+        self.second = second
+        self.weight = weight
 
     def combine(self, first: dict[int, Tensor], second: dict[int, Tensor]) -> dict[int, Tensor]:
         """Scores of both as one: group index → (width,), the groups that both have scored."""

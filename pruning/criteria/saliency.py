@@ -60,7 +60,9 @@ class Saliency(GradientCriterion):
         super().__init__()
         check_setting(max_passes >= 1, "max_passes", max_passes, "at least 1 backward pass is needed")
         check_choice("target", target, TARGETS)
-        self.originals, self.max_passes, self.target = originals, max_passes, target
+        self.originals = originals
+        self.max_passes = max_passes
+        self.target = target
         self._residual: Tensor | None = None
         self._num_probes: int | None = None
 

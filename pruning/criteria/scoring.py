@@ -206,7 +206,10 @@ class _Scorer:
         distributed: Distributed,
         autocast: Autocast | None,
     ) -> None:
-        self.model, self.graph, self.groups, self.criteria = model, graph, groups, criteria
+        self.model = model
+        self.graph = graph
+        self.groups = groups
+        self.criteria = criteria
         self.task = task
         self.distributed = distributed
         self.autocast = autocast or contextlib.nullcontext
@@ -528,7 +531,9 @@ class _Collector:
         for site, scores in zip(self.sites, found, strict=True):
             self.sums.index_add_(0, site.units, scores.double())
             self.shown.index_add_(0, site.units, torch.ones_like(scores, dtype=torch.float64))
-        self.sites, self.summaries, self.num_bytes = [], [], 0
+        self.sites = []
+        self.summaries = []
+        self.num_bytes = 0
 
 
 class _GateContext(Protocol):

@@ -7,7 +7,7 @@ Memory format, dtype, device, `requires_grad`, hooks and Python attributes are k
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from pruning.engine.computed_weights import parametrised_originals, renormalised
 from pruning.engine.native_layers import known_attributes
 from pruning.engine.slices import Cuts, sliced_like
 from pruning.engine.tracing import named_tensors
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class RewriteError(ValueError):
@@ -56,16 +59,16 @@ class Changes:
 
         self.add(lambda: assign(sliced, new_grad), lambda: assign(data, grad))
 
-    def set_item(self, table: MutableMapping[Any, Any], key: Any, value: Any) -> None:
+    def set_item(self, table: MutableMapping[K, V], key: K, value: V) -> None:
         """Plan `table[key] = value`."""
         old = table[key]
 
-        def assign(new: Any) -> None:
+        def assign(new: V) -> None:
             table[key] = new
 
         self.add(lambda: assign(value), lambda: assign(old))
 
-    def set_attribute(self, owner: Any, attribute: str, value: Any) -> None:
+    def set_attribute(self, owner: object, attribute: str, value: object) -> None:
         """Plan `owner.attribute = value`."""
         old = getattr(owner, attribute)
         if old != value:

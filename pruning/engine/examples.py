@@ -7,7 +7,6 @@ import enum
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
 
 from image_classification.config import SettingError
-from image_classification.models.running import Args, Kwargs
+from image_classification.models.running import Args, Kwargs, Outputs
+from pruning import task
 
-#: One example (a tensor, a tuple of positional or a dict of keyword arguments), or a list of such.
-Examples = Tensor | tuple[Any, ...] | Mapping[str, Any] | list[Any]
+#: One or several, see there.
+Examples = task.Example
 
 _MOST_IMAGES = 2
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, range, type, enum.Enum, np.generic)
@@ -36,7 +36,7 @@ class Example:
     args: Args = ()
     kwargs: Kwargs = dataclasses.field(default_factory=dict)
 
-    def run(self, model: nn.Module) -> Any:
+    def run(self, model: nn.Module) -> Outputs:
         """Call the network."""
         return model(*self.args, **self.kwargs)
 
@@ -65,9 +65,10 @@ class Example:
             return self
         batch = tensors[0].shape[0]
 
-        def first(value: Any) -> Any:
-            in_batch = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
-            return value[:_MOST_IMAGES] if in_batch else value
+        def first(value: object) -> object:
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
+                return value[:_MOST_IMAGES]
+            return value
 
         kwargs = {name: first(value) for name, value in self.kwargs.items()}
         return Example(tuple(first(value) for value in self.args), kwargs)
@@ -141,7 +142,7 @@ def tensors_in(tree: object) -> list[Tensor]:
     return [tensor for _, tensor in _walk(tree, "", set(), strict=False)]
 
 
-def _walk(value: Any, path: str, seen: set[int], strict: bool = True) -> Iterator[tuple[str, Tensor]]:
+def _walk(value: object, path: str, seen: set[int], strict: bool = True) -> Iterator[tuple[str, Tensor]]:
     """(path, tensor) of everything within a value, each object once."""
     if isinstance(value, Tensor):
         yield path, value
@@ -161,7 +162,7 @@ def _walk(value: Any, path: str, seen: set[int], strict: bool = True) -> Iterato
         yield from _walk(part, f"{path}{name}", seen, strict)
 
 
-def _parts(value: Any) -> list[tuple[str, Any]] | None:
+def _parts(value: object) -> list[tuple[str, object]] | None:
     """What a value holds, with the way to each; None if that cannot be told."""
     if isinstance(value, Mapping):
         return [(f"[{key!r}]", part) for key, part in value.items()]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from image_classification.observe.html_table import html_table
+from image_classification.plain_data import Plain
 from pruning.engine.groups import Group, Member
 
 _NUM_MODULES = 3
 
 
-def group_row(group: Group, least_width: int, members: Sequence[Member]) -> dict[str, Any]:
+def group_row(group: Group, least_width: int, members: Sequence[Member]) -> Plain:
     """One group as plain data.
 
     Args:
@@ -32,13 +32,13 @@ def group_row(group: Group, least_width: int, members: Sequence[Member]) -> dict
     }
 
 
-def width_words(row: dict[str, Any]) -> str:
+def width_words(row: Plain) -> str:
     """The width of a group's row, with the channels of a unit where they are several."""
     unit = f" × {row['channels_per_unit']}" if row["channels_per_unit"] > 1 else ""
     return f"{row['width']}{unit}"
 
 
-def module_words(row: dict[str, Any], everything: bool = False) -> str:
+def module_words(row: Plain, everything: bool = False) -> str:
     """The modules of a group's row, the first ones where they are many."""
     modules = row["modules"]
     if not everything and len(modules) > _NUM_MODULES + 1:
@@ -46,12 +46,12 @@ def module_words(row: dict[str, Any], everything: bool = False) -> str:
     return ", ".join(modules)
 
 
-def reason_words(row: dict[str, Any]) -> str:
+def reason_words(row: Plain) -> str:
     """Why a group cannot be pruned, and what to know of it."""
     return "; ".join(filter(None, [row["reason"], *row["notes"]]))
 
 
-def groups_html(rows: Sequence[dict[str, Any]]) -> str:
+def groups_html(rows: Sequence[Plain]) -> str:
     """The table that a notebook shows of the rows of all groups."""
     num_prunable = sum(row["prunable"] for row in rows)
     return html_table(

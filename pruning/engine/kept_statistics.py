@@ -11,13 +11,12 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from image_classification.models.running import Args, Kwargs
+from image_classification.models.running import Args, Kwargs, Outputs
 from pruning.engine.operators import OPERATORS, operator_named
 
 
@@ -74,7 +73,7 @@ class StatisticsOverKept(TorchDispatchMode):
 
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
-    ) -> Any:
+    ) -> Outputs:
         kwargs = kwargs or {}
         known = OPERATORS.get(func)
         if known is None or known.statistics is None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
+import numpy as np
 from torch import nn
 from torch.nn.modules.rnn import RNNCellBase
 
@@ -19,7 +19,9 @@ def is_native(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn") or isinstance(module, CutAttention)
 
 
-def known_attributes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], groups: Any) -> dict[str, Any]:
+def known_attributes(
+    module: nn.Module, shapes: Mapping[str, tuple[int, ...]], groups: int
+) -> Mapping[str, object]:
     """Attributes of PyTorch's own layers that follow from the shapes of their tensors."""
     if isinstance(module, nn.MultiheadAttention):
         return _of_attention(module, shapes)
@@ -82,7 +84,7 @@ def tie_recurrent(model: nn.Module, labeller: Labeller) -> None:
                     )
 
 
-def _widths(labeller: Labeller, name: str, module: nn.RNNBase, kind: str, dim: int) -> Iterator[Any]:
+def _widths(labeller: Labeller, name: str, module: nn.RNNBase, kind: str, dim: int) -> Iterator[np.ndarray]:
     for own, tensor in module.named_parameters():
         if own.startswith(f"{kind}_l"):
             full = f"{name}.{own}".lstrip(".")

@@ -6,14 +6,12 @@ The cut network draws other random numbers than the whole one, since it draws fe
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from image_classification.models.running import Args, Kwargs
+from image_classification.models.running import Args, Kwargs, Outputs
 
 _NOISE = frozenset(
     "rand randn rand_like randn_like normal normal_ uniform uniform_ exponential exponential_ log_normal_ cauchy_ "
@@ -40,7 +38,7 @@ class Steady(TorchDispatchMode):
 
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
-    ) -> Any:
+    ) -> Outputs:
         kwargs = kwargs or {}
         if self._full_precision and kwargs.get("dtype") in _LOW:
             kwargs = {**kwargs, "dtype": torch.float32}

@@ -49,8 +49,12 @@ class LocalRepair:
         distributed: Distributed | None = None,
         ridge: float = DEFAULT_RIDGE,
     ) -> None:
-        self.model, self.graph, self.batches = model, graph, batches
-        self.task, self.distributed, self.ridge = task or Task(), distributed or Distributed(), ridge
+        self.model = model
+        self.graph = graph
+        self.batches = batches
+        self.task = task or Task()
+        self.distributed = distributed or Distributed()
+        self.ridge = ridge
         self._inputs: dict[str, list[UnitInputs]] = {}
         self._looked: set[str] = set()
         self._readers: dict[str, Reader] | None = None

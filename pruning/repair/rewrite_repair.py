@@ -105,7 +105,9 @@ class RewriteRepair:
         *,
         lenient: bool,
     ) -> None:
-        self._model, self._method, self._lenient = model, method, lenient
+        self._model = model
+        self._method = method
+        self._lenient = lenient
         self._plans: list[tuple[nn.Module | MutableMapping[str, Tensor], RepairPlan]] = []
         if plan is not None and method != "none":
             for network in (model, *averages):

@@ -85,32 +85,13 @@ def unit_inputs(
     Raises:
         SettingError: Inputs are not finite.
     """
-    task, distributed = task or Task(), distributed or Distributed()
-    sums: dict[str, Sums] = {}
-    seen: dict[str, Contraction] = {}
-
-    def visit(contraction: Contraction, compute: Callable[[], Tensor]) -> Tensor:
-        output = compute()
-        groups, inputs, _ = contraction.positions.shape
-        if inputs <= WIDEST:
-            name = contraction.parameter
-            num_rows = contraction.outputs(output, 1).shape[1] * len(batches) * distributed.world_size
-            rows = contraction.rows(step_for(num_rows, inputs, contraction.num_dims))
-            if name not in sums:
-                sums[name], seen[name] = Sums.zeros(groups, inputs, 0, rows.device), contraction
-            sums[name].add(rows, rows[..., :0])
-        return output
-
-    with task.running(model), exact_float32():
-        numbers: dict[str, Tensor] = {}
-        for batch in batches:
-            with ContractionMode(model, visit, parameters, numbers):
-                task.outputs(model, batch)
+    distributed = distributed or Distributed()
+    read = _rows_read(model, batches, parameters, task or Task(), distributed.world_size)
     tensors = dict(model.named_parameters())
     found: list[UnitInputs] = []
-    for name in sorted(sums):
-        sums[name].reduce(distributed)
-        finite = bool(sums[name].gram.isfinite().all())
+    for name, (contraction, sums) in sorted(read.items()):
+        sums.reduce(distributed)
+        finite = bool(sums.gram.isfinite().all())
         if not finite and not strict:
             continue
         check_setting(
@@ -119,8 +100,33 @@ def unit_inputs(
             None,
             f"what {name} reads of the calibration images is not finite: the network has diverged, or they hold NaN",
         )
-        found += _of_contraction(graph, seen[name], sums[name], tensors[name].detach())
+        found += _of_contraction(graph, contraction, sums, tensors[name].detach())
     return found
+
+
+def _rows_read(
+    model: nn.Module, batches: Sequence[Batch], parameters: Collection[str], task: Task, world_size: int
+) -> dict[str, tuple[Contraction, Sums]]:
+    """Parameter → its contraction, and the sums over the rows that it reads of this rank's batches."""
+    read: dict[str, tuple[Contraction, Sums]] = {}
+
+    def visit(contraction: Contraction, compute: Callable[[], Tensor]) -> Tensor:
+        output = compute()
+        groups, inputs, _ = contraction.positions.shape
+        if inputs <= WIDEST:
+            num_rows = contraction.outputs(output, 1).shape[1] * len(batches) * world_size
+            rows = contraction.rows(step_for(num_rows, inputs, contraction.num_dims))
+            if contraction.parameter not in read:
+                read[contraction.parameter] = contraction, Sums.zeros(groups, inputs, 0, rows.device)
+            read[contraction.parameter][1].add(rows, rows[..., :0])
+        return output
+
+    with task.running(model), exact_float32():
+        numbers: dict[str, Tensor] = {}
+        for batch in batches:
+            with ContractionMode(model, visit, parameters, numbers):
+                task.outputs(model, batch)
+    return read
 
 
 def _of_contraction(

@@ -188,13 +188,10 @@ def explain(
     """
     example = torch.zeros(1, 3, images.preset.image_size, images.preset.image_size)
     example = example.to(images.device)
-    prepared = {
-        network.name: {
-            method: create_method(method).prepare(network.model.to(images.device), example)
-            for method in methods
-        }
-        for network in (original, pruned)
-    }
+    prepared = {}
+    for network in (original, pruned):
+        model = network.model.to(images.device)
+        prepared[network.name] = {name: create_method(name).prepare(model, example) for name in methods}
     result: Plain = {"methods": list(methods)}
     if images.has_masks or images.has_boxes:
         result["localization"] = _localization([original, pruned], prepared, images, num_images)

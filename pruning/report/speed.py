@@ -26,8 +26,8 @@ def compare_speed(
     image_size: int,
     device: torch.device,
     *,
-    batch_sizes: Sequence[int] = (1, 32),
-    num_batches: int = 30,
+    batch_sizes: Sequence[int],
+    num_batches: int,
     memory_format: MemoryFormat = PrecisionConfig.memory_format,
 ) -> list[Plain]:
     """Latency and throughput.

@@ -171,7 +171,8 @@ def warn_of_leftovers(model: nn.Module, known: Sequence[Optimizer]) -> None:
             "before a rewrite, or the next backward pass fails",
             held,
         )
-    told = {id(parameter) for one in known for group in one.param_groups for parameter in group["params"]}
+    groups = [group for one in known for group in one.param_groups]
+    told = {id(parameter) for group in groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and id(parameter) not in told:
             log.warning(

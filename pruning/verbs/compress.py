@@ -197,7 +197,9 @@ class _Judge:
     """Measures networks beside the original, on images that were not used to compress it."""
 
     def __init__(self, original: nn.Module, judged: PlainImages, device: torch.device, latency: bool) -> None:
-        self.original, self.labels, self.latency = original, judged.labels, latency
+        self.original = original
+        self.labels = judged.labels
+        self.latency = latency
         self.images = judged.images.to(device)
         self.expected = outputs_of(original, self.images)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,15 +80,15 @@ def _rows(figures: Mapping[str, ServedFigures], targets: Tensor) -> list[Plain]:
         if targets.dim() == 1:
             row["top1"] = 100 * float((found.predictions == targets.numpy()).mean())
         row["agreement"] = 100 * float((found.predictions == first).mean())
-        row["milliseconds"] = {
-            size: {
-                "n": len(seconds),
-                **{f"p{part}": 1000 * float(np.percentile(seconds, part)) for part in (10, 50, 90)},
-            }
-            for size, seconds in found.seconds.items()
-        }
+        row["milliseconds"] = {size: _spread(seconds) for size, seconds in found.seconds.items()}
         rows.append(row)
     return rows
+
+
+def _spread(seconds: Sequence[float]) -> dict[str, float]:
+    """How many measurements there are, and their percentiles in milliseconds."""
+    percentiles = {f"p{part}": 1000 * float(np.percentile(seconds, part)) for part in (10, 50, 90)}
+    return {"n": len(seconds), **percentiles}
 
 
 def _print(rows: list[Plain], num_judged: int, num_calibration: int) -> None:

@@ -220,9 +220,9 @@ class TestScan:
         assert rows == self.scan(class_folders)
 
     def test_a_killed_scan_goes_on_where_it_was(self, class_folders, opened_files, monkeypatch) -> None:
-        monkeypatch.setattr(scan, "_CHUNK", 2)
-        monkeypatch.setattr(scan, "_SECONDS_BETWEEN_PARTS", 0.0)
-        monkeypatch.setattr(scan, "_NUM_THREADS", 1)
+        monkeypatch.setattr(scan, "CHUNK", 2)
+        monkeypatch.setattr(scan, "SECONDS_BETWEEN_PARTS", 0.0)
+        monkeypatch.setattr(scan, "NUM_THREADS", 1)
         read = scan.read_header
 
         def dies(path: str) -> Any:

@@ -172,7 +172,7 @@ def test_same_seed_same_files(tmp_path: Path) -> None:
 @pytest.mark.multiprocess
 def test_processes_draw_the_same_set_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = open_dataset("shapes-multi:train=30,val=13", cache_dir=tmp_path / "alone", progress=False)
-    monkeypatch.setattr(shapes_files, "_ALONE_BELOW", 0)
+    monkeypatch.setattr(shapes_files, "ALONE_BELOW", 0)
     monkeypatch.setattr(shapes_files, "num_cores", lambda: 2)
     shared = open_dataset("shapes-multi:train=30,val=13", cache_dir=tmp_path / "shared", progress=False)
     assert shared.train.fingerprint == alone.train.fingerprint
@@ -182,7 +182,7 @@ def test_processes_draw_the_same_set_as_one(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.multiprocess
 def test_failing_worker_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shapes_files, "_ALONE_BELOW", 0)
+    monkeypatch.setattr(shapes_files, "ALONE_BELOW", 0)
     monkeypatch.setattr(shapes_files, "num_cores", lambda: 2)
     monkeypatch.setattr(shapes_files, "_make_folders", lambda job: None)  # so that writing fails
     with pytest.raises(RuntimeError, match="FileNotFoundError"):

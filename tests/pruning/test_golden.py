@@ -17,7 +17,7 @@ import torch
 from explainers.aem import MASK_PRESETS, load_selector
 from explainers.aem.masks import centres_and_widths, rbf_masks
 from explainers.casm.casm_objective import published_figures, published_summary
-from image_classification.metrics import _figures_over_images
+from image_classification.metrics import figures_over_images
 from image_classification.models import model_for_weights
 from pruning.__main__ import main
 
@@ -61,7 +61,7 @@ def test_rbf_selector(tmp_path: Path) -> None:
 
 def test_figures_of_predictions_and_masks() -> None:
     expected = golden("figures.expected.pt")
-    figures = _figures_over_images(expected["logits"].numpy(), expected["targets"].numpy() > 0.5)
+    figures = figures_over_images(expected["logits"].numpy(), expected["targets"].numpy() > 0.5)
     assert figures["map_images"] == pytest.approx(expected["map_per_image"], abs=1e-4)
     assert figures["f1_images"] == pytest.approx(expected["f1_over_images"], abs=1e-4)
     masks = expected["masks"].float()

@@ -125,13 +125,7 @@ def write_images(root: Path, side: int) -> list[Path]:
 def test_the_whole_path(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUCIDPRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    content, theirs = FORMATS[name]()
-    mask_channels(theirs)
-    if name.startswith("isp"):
-        content = {
-            "model": with_selector(theirs, theirs.selector[0], "resnet" if name == "isp-cifar" else "encoder")
-        }
-    torch.save(content, "theirs.pth")
+    theirs = save_masked(name)
     paths = write_images(tmp_path / "data", 32 if name == "isp-cifar" else 240)
     ours = tmp_path / "ours.pth.tar"
 
@@ -144,42 +138,12 @@ def test_the_whole_path(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(model(batch), expected, rtol=1e-4, atol=1e-4)
     check_companions(name, ours, theirs, batch)
 
-    words = [
-        str(tmp_path / "data"),
-        "--evaluate",
-        "--pretrained-weights",
-        str(ours),
-        "--arch",
-        arch_of(model),
-    ]
-    assert main.main([*words, *WORDS, "--workspace", "run", "--raport-file", "r.json"]) == 0
-    loss = F.cross_entropy(expected, torch.arange(CLASSES))
-    assert logged(tmp_path / "run" / "r.json", "val.loss") == pytest.approx(float(loss), rel=2e-2)
+    check_evaluated(ours, arch_of(model), expected)
+    check_classified(ours, paths, expected)
 
-    words = [
-        "classify",
-        *map(str, paths),
-        "--checkpoint",
-        str(ours),
-        "--json",
-        "c.json",
-        "--output",
-        "page.png",
-    ]
-    assert explain(words) == 0
-    for row, logits in zip(json.loads(Path("c.json").read_text()).values(), expected, strict=True):
-        chances = {entry["class"]: entry["probability"] for entry in row}
-        assert chances == pytest.approx(dict(enumerate(logits.softmax(0).tolist())), abs=1e-4)
-
-    words = [
-        "shrink",
-        str(ours),
-        "small.pth.tar",
-        "--no-latency",
-        "--example-size",
-        str(min(batch.shape[-1], 64)),
-    ]
-    assert prune([*words, "--json", "s.json"]) == 0
+    size = min(batch.shape[-1], 64)
+    words = f"shrink {ours} small.pth.tar --no-latency --example-size {size} --json s.json"
+    assert prune(words.split()) == 0
     assert json.loads(Path("s.json").read_text())["removed_channels"] >= 2
     small = model_for_weights(None, "small.pth.tar").eval()
     torch.testing.assert_close(small(batch), expected, rtol=1e-3, atol=1e-3)
@@ -189,6 +153,34 @@ def test_the_whole_path(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     exported = torch.load("small.pt", weights_only=True)
     state = exported.get("state_dict", exported)
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in small.state_dict().items()}
+
+
+def save_masked(name: str) -> nn.Module:
+    """Write a published file with masked channels to theirs.pth; the network in it."""
+    content, theirs = FORMATS[name]()
+    mask_channels(theirs)
+    if name.startswith("isp"):
+        kind = "resnet" if name == "isp-cifar" else "encoder"
+        content = {"model": with_selector(theirs, theirs.selector[0], kind)}
+    torch.save(content, "theirs.pth")
+    return theirs
+
+
+def check_evaluated(ours: Path, arch: str, expected: Tensor) -> None:
+    """`--evaluate` finds the loss of the published network's logits."""
+    words = f"data --evaluate --pretrained-weights {ours} --arch {arch} --workspace run --raport-file r.json"
+    assert main.main([*words.split(), *WORDS]) == 0
+    loss = F.cross_entropy(expected, torch.arange(CLASSES))
+    assert logged(Path("run/r.json"), "val.loss") == pytest.approx(float(loss), rel=2e-2)
+
+
+def check_classified(ours: Path, paths: list[Path], expected: Tensor) -> None:
+    """`classify` finds the published network's probabilities."""
+    words = ["classify", *map(str, paths), "--checkpoint", str(ours), "--json", "c.json"]
+    assert explain([*words, "--output", "page.png"]) == 0
+    for row, logits in zip(json.loads(Path("c.json").read_text()).values(), expected, strict=True):
+        chances = {entry["class"]: entry["probability"] for entry in row}
+        assert chances == pytest.approx(dict(enumerate(logits.softmax(0).tolist())), abs=1e-4)
 
 
 def check_companions(name: str, ours: Path, theirs: nn.Module, batch: Tensor) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from image_classification.cli import _options, parse_config
+from image_classification.cli import options_of, parse_config
 from image_classification.config import ConfigError
 from image_classification.yaml_reading import parse_yaml
 from main import MainConfig
@@ -123,7 +123,7 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str | None:
 def test_flags_with_anything_behind_them(capsys: pytest.CaptureFixture[str]) -> None:
     """Each flag three words; the slow test tries them all."""
     names = [
-        option.spellings()[0] for option in _options(MainConfig) if option.spellings()[0].startswith("-")
+        option.spellings()[0] for option in options_of(MainConfig) if option.spellings()[0].startswith("-")
     ]
     assert len(names) > 100
     chooser = random.Random(0)
@@ -136,7 +136,7 @@ def test_flags_with_anything_behind_them(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.slow
 def test_all_flags_with_all_words(capsys: pytest.CaptureFixture[str]) -> None:
-    for option, word in itertools.product(_options(MainConfig), WORDS):
+    for option, word in itertools.product(options_of(MainConfig), WORDS):
         refused(["shapes", f"{option.spellings()[0]}={word}"], capsys)
 
 

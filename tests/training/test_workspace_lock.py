@@ -93,10 +93,13 @@ def test_without_locks_of_the_file_system_the_process_is_looked_for(
 ) -> None:
     monkeypatch.setattr(workspace_lock, "fcntl", None)
     path = tmp_path / FILENAME
-    path.write_text(json.dumps(workspace_lock._identity()))
+    lock = WorkspaceLock(tmp_path)
+    here = json.loads(path.read_text())
+    lock.release()
+    path.write_text(json.dumps(here))
     with pytest.raises(ConfigError, match=f"process {os.getpid()} on"):
         WorkspaceLock(tmp_path)
-    path.write_text(json.dumps(workspace_lock._identity() | {"began": "another process of this number"}))
+    path.write_text(json.dumps(here | {"began": "another process of this number"}))
     WorkspaceLock(tmp_path).release()
 
 

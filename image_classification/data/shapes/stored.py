@@ -26,7 +26,7 @@ from image_classification.data.shapes.render import CLASS_NAMES, labels_of, rend
 from image_classification.data.workers import num_cores
 
 _MAX_WORKERS = 8
-_ALONE_BELOW = 400  # images that one process draws before others would have started
+ALONE_BELOW = 400  # images that one process draws before others would have started
 _REPORT_EVERY = 20
 
 
@@ -88,7 +88,7 @@ def write_all(job: Job, advance: Callable[[int], None]) -> dict[str, dict[str, n
     """
     _make_folders(job)
     num_workers = min(num_cores(), _MAX_WORKERS)
-    if job.num_train + job.num_val < _ALONE_BELOW or num_workers == 1:
+    if job.num_train + job.num_val < ALONE_BELOW or num_workers == 1:
         num_workers = 1
         run_worker(job, advance)
     else:

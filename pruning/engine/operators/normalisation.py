@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 
-from image_classification.models.running import Args, Kwargs
+from image_classification.models.running import Args, Kwargs, Outputs
 from pruning.engine.labeller import Labeller, along
 from pruning.engine.labels import Value
 from pruning.engine.operators import unknowns
@@ -27,7 +24,7 @@ from pruning.engine.operators.register import (
 from pruning.engine.tracing import Operation
 
 
-def normalise_kept(func: OpOverload, args: Args, kwargs: Kwargs, kept: np.ndarray) -> Any:
+def normalise_kept(func: OpOverload, args: Args, kwargs: Kwargs, kept: np.ndarray) -> Outputs:
     """The normalisation with statistics over the kept elements, and zero for the others."""
     result = func(*args, **kwargs)
     first = result[0] if isinstance(result, (tuple, list)) else result
@@ -36,7 +33,7 @@ def normalise_kept(func: OpOverload, args: Args, kwargs: Kwargs, kept: np.ndarra
     return result
 
 
-def _normalise_kept(name: str, named: Mapping[str, Any], kept: Tensor) -> Tensor:
+def _normalise_kept(name: str, named: Kwargs, kept: Tensor) -> Tensor:
     """One normalisation over the elements that `kept` (broadcastable to the input) marks."""
     x: Tensor = named["input"]
     if "group_norm" in name:
@@ -61,8 +58,13 @@ def _normalise_kept(name: str, named: Mapping[str, Any], kept: Tensor) -> Tensor
     return output * weights
 
 
-def _group_norm_kept(named: Mapping[str, Any], kept: Tensor) -> Tensor:
-    x, groups = named["input"], int(named.get("group", named.get("num_groups", 1)))
+def _num_groups(named: Kwargs) -> int:
+    """Of a group norm, whose operators have two names for it."""
+    return int(named["group"] if "group" in named else named["num_groups"])
+
+
+def _group_norm_kept(named: Kwargs, kept: Tensor) -> Tensor:
+    x, groups = named["input"], _num_groups(named)
     index = torch.nonzero(kept.reshape(-1)).flatten()
     weight, bias = (None if named[key] is None else named[key][index] for key in ("weight", "bias"))
     output = torch.zeros_like(x)
@@ -123,7 +125,7 @@ def layer_norm(run: Labeller, operation: Operation) -> list[Value]:
 def group_norm(run: Labeller, operation: Operation) -> list[Value]:
     """Whole groups go where there are many (exact); else the same position of every group (statistics change)."""
     named = arguments(operation)
-    x, groups = run.at(named["input"]), int(named.get("group", named.get("num_groups", 1)))
+    x, groups = run.at(named["input"]), _num_groups(named)
     vectors = [
         as_channel(run.at(named[k]), len(x.shape)) for k in ("weight", "bias") if named.get(k) is not None
     ]

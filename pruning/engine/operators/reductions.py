@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from image_classification.models.running import Args, Kwargs
+from image_classification.models.running import Args, Kwargs, Outputs
 from pruning.engine.labeller import Labeller
 from pruning.engine.labels import Value, support
 from pruning.engine.operators.register import (
@@ -43,7 +41,7 @@ def _only_kept(x: Tensor, kept: np.ndarray) -> Tensor:
     return x
 
 
-def reduce_kept(func: OpOverload, args: Args, kwargs: Kwargs, kept: np.ndarray) -> Any:
+def reduce_kept(func: OpOverload, args: Args, kwargs: Kwargs, kept: np.ndarray) -> Outputs:
     """The reduction of the kept elements."""
     return func(_only_kept(args[0], kept), *args[1:], **kwargs)
 

@@ -14,8 +14,7 @@ operators of other libraries. What kind an operator is, which attribution needs 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,14 +23,14 @@ from torch.utils._pytree import tree_leaves
 
 from image_classification.config import check_setting
 from image_classification.models.operators import declare
-from image_classification.models.running import Args, Kwargs
+from image_classification.models.running import Args, Kwargs, Outputs
 from pruning.engine.labeller import Labeller, Rule, SizeUse, is_pointwise, operation_name
 from pruning.engine.labels import Slot, Value, support
 from pruning.engine.operators.unknowns import ConstantRule, elementwise
 from pruning.engine.tracing import Operation, Ref, Trace
 
 #: (operator, arguments, keyword arguments, bool array that broadcasts to the input: what stays) → result.
-KeptRule = Callable[[OpOverload, Args, Kwargs, np.ndarray], Any]
+KeptRule = Callable[[OpOverload, Args, Kwargs, np.ndarray], Outputs]
 #: (trace, operation, number of the value that has the offset) → whether the result has it too.
 OffsetRule = Callable[[Trace, Operation, int], bool]
 
@@ -207,12 +206,12 @@ def keeps_offset(trace: Trace, operation: Operation, value: int) -> bool:
     return record.keeps_offsets(trace, operation, value)
 
 
-def arguments(operation: Operation) -> dict[str, Any]:
+def arguments(operation: Operation) -> Kwargs:
     """All arguments by their schema name, defaults filled in."""
     return named_arguments(operation.func, operation.args, operation.kwargs)
 
 
-def named_arguments(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def named_arguments(func: OpOverload, args: Sequence[object], kwargs: Kwargs) -> Kwargs:
     """Arguments of a call by their schema name, defaults filled in."""
     schema = func._schema.arguments
     bound = {argument.name: argument.default_value for argument in schema}

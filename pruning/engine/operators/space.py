@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
+from image_classification.models.running import Kwargs
 from pruning.engine.labeller import Labeller, along, operation_name
 from pruning.engine.labels import Slot, Value, support
 from pruning.engine.operators import unknowns
@@ -22,7 +22,7 @@ def pads_nothing(trace: Trace, operation: Operation, value: int) -> bool:
     return not any(padding if isinstance(padding, (list, tuple)) else [padding])
 
 
-def _window(named: Mapping[str, Any], dim: int) -> tuple[int, int, int] | None:
+def _window(named: Kwargs, dim: int) -> tuple[int, int, int] | None:
     """The window of a pooling in three dimensions along one of its input's; it averages nothing along the others."""
     place = dim - (len(named["self"].shape) - 3)
     kernel, stride, padding = (

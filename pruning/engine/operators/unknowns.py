@@ -7,17 +7,16 @@ Most operators carry NaN on by themselves. Here are those in which a zero makes 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
-from image_classification.models.running import Args, Kwargs
+from image_classification.models.running import Args, Kwargs, Outputs
 
 #: (operator, arguments, keyword arguments) → its result. In-place operators may have written before.
-ConstantRule = Callable[[OpOverload, Args, Kwargs], Any]
+ConstantRule = Callable[[OpOverload, Args, Kwargs], Outputs]
 
 _ATEN = torch.ops.aten
 _NAN = float("nan")
@@ -27,7 +26,7 @@ class NotFollowedError(ValueError):
     """An operator decides by values, so that NaN cannot stand for "unknown"."""
 
 
-def carried(func: OpOverload, args: Args, kwargs: Kwargs) -> Any:
+def carried(func: OpOverload, args: Args, kwargs: Kwargs) -> Outputs:
     """NaN goes where PyTorch carries it.
 
     Raises:
@@ -46,7 +45,7 @@ def carried(func: OpOverload, args: Args, kwargs: Kwargs) -> Any:
     return result
 
 
-def elementwise(func: OpOverload, args: Args, kwargs: Kwargs) -> Any:
+def elementwise(func: OpOverload, args: Args, kwargs: Kwargs) -> Outputs:
     """Unknown wherever any operand is, whatever PyTorch makes of NaN there."""
     masks = _unknown_masks((args, kwargs))
     result = carried(func, args, kwargs)
@@ -58,7 +57,7 @@ def elementwise(func: OpOverload, args: Args, kwargs: Kwargs) -> Any:
     return result
 
 
-def with_positions(func: OpOverload, args: Args, kwargs: Kwargs) -> Any:
+def with_positions(func: OpOverload, args: Args, kwargs: Kwargs) -> Outputs:
     """As PyTorch has it: the whole-number results are positions that only the operator's own backward pass reads."""
     return func(*args, **kwargs)
 
@@ -127,7 +126,7 @@ def product(func: OpOverload, args: Args, kwargs: Kwargs) -> Tensor:
     return result.masked_fill_(zero, 0) if isinstance(zero, Tensor) else result
 
 
-def batch_norm(func: OpOverload, args: Args, kwargs: Kwargs) -> Any:
+def batch_norm(func: OpOverload, args: Args, kwargs: Kwargs) -> Outputs:
     """Channels whose scale is zero show their shift alone."""
     weight, bias = args[1], args[2]
     result = func(*args, **kwargs)

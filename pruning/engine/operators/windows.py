@@ -6,8 +6,7 @@ over those that are kept: the network computes what it would if it had never had
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from pruning.engine.operators.register import OPERATORS, Statistics, named_argum
 from pruning.engine.tracing import Operation
 
 #: (arguments by name, dimension of the input) → (extent of the window, stride, padding before); None: no such window.
-Geometry = Callable[[Mapping[str, Any], int], "tuple[int, int, int] | None"]
+Geometry = Callable[[Kwargs, int], "tuple[int, int, int] | None"]
 
 
 def slide(
