@@ -125,7 +125,7 @@ class PruningConfig(SaliencyFlags, GateFlags):
         SearchSettings.instalments,
         "--pruning-instalments",
         setting="instalments",
-        help="Parts in which greedy pays what a rewrite removes, each by the group that is then the best.",
+        help="Parts that greedy divides a rewrite into, each taken from the group that is then the best.",
     )
     score_features: Features = flag(
         DEFAULT_FEATURES,
