@@ -306,12 +306,16 @@ class Parser(argparse.ArgumentParser):
         *,
         usage: str | None = None,
         allow_abbrev: bool = True,
+        add_help: bool = True,
+        parents: Sequence[argparse.ArgumentParser] = (),
     ) -> None:
         super().__init__(
             prog=prog,
             description=description,
             usage=usage,
             allow_abbrev=allow_abbrev,
+            add_help=add_help,
+            parents=list(parents),
             formatter_class=_HelpFormatter,
         )
         self.options: dict[str, Option] = {}

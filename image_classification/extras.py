@@ -32,6 +32,8 @@ EXTRA_OF = {
     "mlflow": "track",
     "wandb": "track",
     "argcomplete": "completion",
+    "lightning": "loops",
+    "transformers": "loops",
 }
 
 

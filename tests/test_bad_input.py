@@ -565,7 +565,7 @@ def test_a_small_training_set_trains_and_hinders_no_evaluation(
         str(tmp_path / "w"),
     ]
     assert main.main(words) == 0
-    assert read_safely(tmp_path / "w" / NAME)["steps_per_epoch"] == 1, "one batch of all 32 images"
+    assert read_safely(tmp_path / "w" / NAME)["steps_per_epoch"] == 2, "batches of 16"
 
 
 def test_an_evaluation_leaves_the_files_of_a_job_alone_and_measures_its_checkpoint(

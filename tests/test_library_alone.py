@@ -92,7 +92,7 @@ def test_a_missing_package_is_named_with_its_extra() -> None:
 @pytest.mark.parametrize(
     ("extra", "files"),
     [
-        ("train", ("*.py", "image_classification/**/*.py", "pruning/**/*.py")),
+        ("train,loops", ("*.py", "image_classification/**/*.py", "pruning/**/*.py")),
         ("explain", ("explainers/**/*.py",)),
     ],
 )

@@ -132,7 +132,9 @@ def attached(tmp_path: Path, **settings: Any) -> Pruner:
     images, targets = toy_data(16)
     config = PruningConfig(**{**ITERATIVE, "budget": ["macs=0.7"], "pruning_step": 3, **settings})
     callback = PruningCallback(config, MemoryLoader(images, targets, 4, False), image_size=8)
-    trainer = build_trainer(workspace=tmp_path, callbacks=(callback,), epochs=1)
+    trainer = build_trainer(
+        workspace=tmp_path, callbacks=(callback,), epochs=15
+    )  # long enough for all rewrites
     callback.on_fit_start(trainer)
     return callback.pruner
 

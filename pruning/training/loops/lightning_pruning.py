@@ -12,16 +12,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from image_classification.extras import optional_import
 from pruning.pruner import Pruner
 from pruning.task import Example
 from pruning.training.loops.loop_pruning import LoopPruning
 
+with optional_import():
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.strategies import DDPStrategy
 
-class LightningPruning(Callback):  # type: ignore[misc]  # Lightning may not be installed
+
+class LightningPruning(Callback):
     """Rewrites a part of a LightningModule, or all of it, at intervals of optimizer steps.
 
     Args:
@@ -57,7 +60,7 @@ class LightningPruning(Callback):  # type: ignore[misc]  # Lightning may not be 
                 self._pruning.restore(self._part(pl_module), state)
             load(checkpoint)
 
-        pl_module.on_load_checkpoint = restore_and_load
+        pl_module.on_load_checkpoint = restore_and_load  # type: ignore[method-assign]  # of this module alone
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module's own hook."""
@@ -76,11 +79,10 @@ class LightningPruning(Callback):  # type: ignore[misc]  # Lightning may not be 
         if isinstance(outputs, dict):
             outputs.clear()  # the loss, with all that it holds
         strategy = trainer.strategy
-        wrapped = isinstance(strategy.model, DistributedDataParallel)
-        if wrapped:
-            strategy.model = pl_module
+        if isinstance(strategy, DDPStrategy):
+            strategy.model = pl_module  # lets go of the wrapper
         self._pruning.rewrite_if_due(trainer.global_step)
-        if wrapped:
+        if isinstance(strategy, DDPStrategy):
             strategy.configure_ddp()
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,21 +17,24 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.training_args import ParallelMode
 
 from image_classification.checkpoint import save_atomically
 from image_classification.config import SettingError
+from image_classification.extras import optional_import
 from image_classification.models.weights import read_safely
 from pruning.pruner import Pruner
 from pruning.task import Example
 from pruning.training.loops.loop_pruning import LoopPruning, LoopState
 
+with optional_import():
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+    from transformers.training_args import ParallelMode
+
 _FILE = "pruning.pt"
 
 
-class TrainerPruning(TrainerCallback):  # type: ignore[misc]  # transformers may not be installed
+class TrainerPruning(TrainerCallback):
     """Rewrites the trainer's network at intervals of its steps.
 
     Args:

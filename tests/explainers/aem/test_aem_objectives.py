@@ -199,7 +199,7 @@ def test_the_best_by_agreement_on_held_out_images_is_kept() -> None:
     def measure(_model: nn.Module, loader: object) -> dict[str, float]:
         return {"agreement": next(scores) if loader == "held out" else 99.0}
 
-    judge = Judge("selector", {"arch": "x"}, measure, "held out", "val", 10)  # type: ignore[arg-type]
+    judge = Judge("selector", {"arch": "x"}, measure, "held out", "val", 10, "agreement")  # type: ignore[arg-type]
     trainer: Any = FakeTrainer()
     for iteration in range(1, 46):
         trainer.state.iteration = iteration
@@ -210,7 +210,7 @@ def test_the_best_by_agreement_on_held_out_images_is_kept() -> None:
     assert trainer.state.best == 61.0
     assert judge.state_dict()["figures"] == {"agreement": 61.0, "iteration": 45.0}
     assert trainer.logged == [*(("held_out", step) for step in (10, 20, 30, 40, 45)), ("val", 45)]
-    again = Judge("selector", {"arch": "x"}, measure, "held out", None, 10)  # type: ignore[arg-type]
+    again = Judge("selector", {"arch": "x"}, measure, "held out", None, 10, "agreement")  # type: ignore[arg-type]
     again.load_state_dict(judge.state_dict())
     assert again.state_dict() == judge.state_dict()
 
@@ -246,7 +246,7 @@ def test_what_could_not_be_judged_does_not_stay_the_best() -> None:
 
 
 def test_an_epoch_that_ends_with_a_judgement_is_judged_once() -> None:
-    judge = Judge("q", {}, lambda *_: {"agreement": 1.0}, "held out", None, 5)  # type: ignore[arg-type]
+    judge = Judge("q", {}, lambda *_: {"agreement": 1.0}, "held out", None, 5, "agreement")  # type: ignore[arg-type]
     trainer: Any = FakeTrainer()
     trainer.state.iteration = 5
     judge.on_step_end(trainer)

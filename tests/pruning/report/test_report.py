@@ -101,7 +101,7 @@ def test_figures_are_those_of_the_run(runs: Path, report: tuple[str, dict[str, A
     ]
     (budget,) = plain["budget"]
     assert budget["metric"] == "macs"
-    assert budget["asked"] == 0.5
+    assert budget["asked"] == 0.6
     _, after, base = history[-1]["costs"]["macs"]
     assert budget["reached"] == pytest.approx(after / base)
     costs = {row["metric"]: row for row in plain["costs"]}
