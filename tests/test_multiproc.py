@@ -73,9 +73,11 @@ def script(tmp_path):
 def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "multiproc.py"), *map(str, arguments)]
     env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | environment
+    # A shell's background job ignores SIGINT, and so does what it starts, until the launcher has its handlers.
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
