@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from image_classification.config import SettingError
+from pruning.training.loops.loop_pruning import LoopPruning
+
 torch.manual_seed(0)
 IMAGES = torch.randn(9, 8, 3, 12, 12)
 LABELS = torch.randint(0, 5, (9, 8))
@@ -90,6 +93,17 @@ def test_lightning_leaves_the_modules_own_hook(tmp_path: Path) -> None:
     assert "on_load_checkpoint" not in vars(module)
 
 
+def test_a_network_that_was_pruned_further_does_not_take_an_earlier_checkpoint() -> None:
+    earlier, later = LoopPruning(IMAGES[0, :2], CALIBRATION, **SETTINGS), network()
+    earlier.begin(later, [])
+    state = earlier.state()
+    earlier.rewrite_if_due(3)
+    before = widths(later)
+    with pytest.raises(SettingError, match="as its class builds it"):
+        LoopPruning(IMAGES[0, :2], CALIBRATION).restore(later, state)
+    assert widths(later) == before
+
+
 # ---------------------------------------------------------------------- Hugging Face
 
 
@@ -145,7 +159,6 @@ def test_the_trainer_resumes_a_pruned_network(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_a_pruning_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    from image_classification.config import SettingError
     from pruning.training.loops.trainer_pruning import TrainerPruning
 
     pruning = TrainerPruning(IMAGES[0, :2], CALIBRATION)

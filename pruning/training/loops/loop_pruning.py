@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
-from image_classification.models import Structure, capture_structure
+from image_classification.config import SettingError
+from image_classification.models import Structure, StructureError, capture_structure
 from image_classification.models.structure import fit_structure
+from pruning.files.skeleton import skeleton_of
 from pruning.pruner import Pruner
 from pruning.rewrites.resuming import PrunerState
 from pruning.task import Example
@@ -49,12 +51,24 @@ class LoopPruning:
     def remember(self, network: nn.Module) -> None:
         """Keep the network as it is before the first rewrite: what a structure is told against."""
         if self._fresh is None:
-            self._fresh = copy.deepcopy(network)
+            self._fresh = skeleton_of(network)
 
     def restore(self, network: nn.Module, state: LoopState) -> None:
-        """Cut an unpruned network down to what a checkpoint has, before its weights are loaded."""
+        """Cut an unpruned network down to what a checkpoint has, before its weights are loaded.
+
+        Raises:
+            SettingError: The network has been cut further already, or is another one; it is unchanged.
+        """
         self.remember(network)
-        fit_structure(network, Structure.from_plain(state["structure"]))
+        try:
+            fit_structure(network, Structure.from_plain(state["structure"]))
+        except StructureError as error:
+            raise SettingError(
+                "network",
+                type(network).__name__,
+                f"it does not hold what the checkpoint has ({error}); a network that has been pruned further since "
+                "cannot grow again: give a new one, as its class builds it",
+            ) from error
         self._state = state["pruner"]
 
     def begin(self, network: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -85,6 +99,6 @@ class LoopPruning:
         """What a checkpoint keeps."""
         assert self.pruner is not None
         assert self._fresh is not None
-        fresh = self._fresh
-        structure = capture_structure(self.pruner.model, factory=lambda: copy.deepcopy(fresh))
+        factory = functools.partial(skeleton_of, self._fresh)
+        structure = capture_structure(self.pruner.model, factory=factory)
         return {"structure": structure.to_plain(), "pruner": self.pruner.state_dict()}
