@@ -25,7 +25,7 @@ from image_classification.cli import save_yaml, to_plain
 from image_classification.config import ConfigError, check, is_told, section, told
 from image_classification.data.backends import choose_backend
 from image_classification.data.build import DataConfig, Loaders, build_loaders
-from image_classification.data.dataset import IMAGENET_NUM_TRAIN, IMAGENET_PRESET, Dataset
+from image_classification.data.dataset import IMAGENET_NUM_TRAIN, IMAGENET_PRESET, SMALL_SIDE, Dataset
 from image_classification.data.layouts import open_dataset
 from image_classification.distributed import (
     EXIT_PEER,
@@ -180,8 +180,12 @@ def prepare(
         record_invocation(workspace, distributed.device, distributed.world_size, append=append)
     logger.log_parameters(to_plain(configs))
     notes = [f"data backend: {loaders.backend}", *distributed.notes, *precision.notes, *origin.notes]
-    if loaders.preset.augmentation == "cifar" and configs.data.augmentation == "default":
-        size = loaders.preset.image_size
+    size = loaders.preset.image_size
+    if (
+        loaders.preset.augmentation == "cifar"
+        and configs.data.augmentation == "default"
+        and size <= SMALL_SIDE
+    ):
         notes.append(
             f"small images: {size} × {size} pixels, shifted and mirrored while training (--image-size, --augmentation)"
         )

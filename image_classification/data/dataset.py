@@ -51,7 +51,7 @@ class Preset:
         return self if images is None else dataclasses.replace(self, **vars(images))
 
 
-_SMALL = 64  # pixels
+SMALL_SIDE = 64  # pixels: sets of images up to this are trained at their own size
 IMAGENET_NUM_TRAIN = 1_281_167
 IMAGENET_NUM_VAL = 50_000
 """Lengths of an epoch and of a validation where there is no data set."""
@@ -71,7 +71,7 @@ def preset_for(train: Manifest) -> Preset:
     if (train.heights == 32).all() and (train.widths == 32).all():
         return CIFAR100_PRESET if len(train.class_names) > 10 else CIFAR10_PRESET
     longer, shorter = np.maximum(train.heights, train.widths), np.minimum(train.heights, train.widths)
-    if np.quantile(longer, 0.95) > _SMALL:
+    if np.quantile(longer, 0.95) > SMALL_SIDE:
         return IMAGENET_PRESET
     # Networks halve their maps several times: a multiple of 4, and not below half of CIFAR's.
     size = max(16, 4 * math.ceil(float(np.median(shorter)) / 4))
