@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from image_classification.config import SettingError
 from pruning import prune_channels, trace_groups
+from pruning.repair import repairing
 from pruning.repair.norm_statistics import remeasure
 from pruning.repair.pass_memory import PassMemory
 from pruning.repair.repairing import RepairReport, RepairSettings, plan_repair
@@ -278,6 +279,21 @@ def test_a_loss_that_rises_undoes_the_repair() -> None:
     assert not report.kept
     for one, two in zip(cut.state_dict().values(), model.state_dict().values(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("removed", [1, 6])
+def test_statistics_are_tried_only_where_much_is_left_to_mend(
+    monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    """After least squares nothing is left of an equal channel's loss, and much of that of most channels."""
+    tried = []
+    monkeypatch.setattr(repairing, "remeasure", lambda *arguments, **_: tried.append(arguments))
+    model = small(nn.Conv2d(8, 5, 3, bias=False), nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with torch.no_grad():
+        model[0].weight[7], model[0].bias[7] = model[0].weight[4], model[0].bias[4]
+    _, _, report = cut_and_repaired(model, removed, RepairSettings())
+    assert (report.distance[1] < 0.1 and bool(report.layers)) != bool(tried)
+    assert bool(tried) == (removed == 6)
 
 
 def test_statistics_are_those_of_training_batches() -> None:
