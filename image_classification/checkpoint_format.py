@@ -71,9 +71,15 @@ def _is_optimizer(value: object) -> bool:
     groups, states = value["param_groups"], value["state"]
     return (
         isinstance(groups, list)
-        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups)
+        and all(map(_is_parameter_group, groups))
         and isinstance(states, Mapping)
         and all(is_count(index) and _is_parameter_state(state) for index, state in states.items())
+    )
+
+
+def _is_parameter_group(value: object) -> bool:
+    return (
+        isinstance(value, Mapping) and isinstance(value.get("params"), list) and _is_finite(value.get("lr"))
     )
 
 

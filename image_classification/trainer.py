@@ -562,7 +562,10 @@ class Trainer(TrainLoop):
             )
 
     def _restore_optimizer(self, saved: Plain) -> None:
-        """Take over momenta. Settings (momentum, decay) stay those of this run's flags, not the checkpoint's."""
+        """Take over momenta, and the rate of the last step, which counts where no further step follows.
+
+        Settings (momentum, decay) stay those of this run's flags, not the checkpoint's.
+        """
         optimizer = self.state.optimizer
         groups = optimizer.state_dict()["param_groups"]
         sizes = [len(group["params"]) for group in saved["param_groups"]]
@@ -574,6 +577,8 @@ class Trainer(TrainLoop):
         )
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         _check_optimizer_state(saved["state"], parameters)
+        for group, before in zip(groups, saved["param_groups"], strict=True):
+            group["lr"] = before["lr"]
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
     def _emit(self, event: str, *arguments: object) -> None:
