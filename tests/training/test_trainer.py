@@ -146,7 +146,9 @@ def test_resume_at_a_random_iteration_changes_nothing(
     assert recorder.events[0].startswith("restored")
 
 
-def test_resume_after_the_last_step_keeps_its_learning_rate(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_resume_after_the_last_step_keeps_its_learning_rate(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
     """Killed between the last step and the end, a run writes the same checkpoint as the one that nobody killed."""
     make_trainer().fit()
     saved = read_safely(tmp_path / "checkpoint.pth.tar")["optimizer"]
