@@ -27,6 +27,7 @@ EXTRA_OF = {
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
+    "huggingface_hub": "hub",
     "timm": "timm",
     "cv2": "inpaint",
     "mlflow": "track",

@@ -30,6 +30,10 @@ VERBS = {
         "pruning.verbs.export",
         "write a network as ONNX, torch.export or plain state dict: CHECKPOINT",
     ),
+    "upload": (
+        "pruning.verbs.upload",
+        "put a network on the Hugging Face Hub, with a card: CHECKPOINT OWNER/NAME",
+    ),
     "compare": ("pruning.verbs.compare_networks", "costs, widths and accuracy of two networks: FIRST SECOND"),
     "import": (
         "pruning.verbs.import_published",

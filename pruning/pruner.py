@@ -42,6 +42,7 @@ from pruning.engine.surgery import prune_channels
 from pruning.engine.tap_channels import staying_channels
 from pruning.files.saved_network import save_pruned
 from pruning.files.skeleton import skeleton_of
+from pruning.repair.image_chunks import parted
 from pruning.repair.local_repair import LocalRepair
 from pruning.repair.repairing import Method, RepairReport, RepairSettings
 from pruning.repair.rewrite_repair import RewriteRepair, settled
@@ -85,6 +86,7 @@ from pruning.task import (
     check_batches,
     check_example,
     first_arguments,
+    num_samples,
     to_device,
 )
 
@@ -140,7 +142,8 @@ class Pruner:
         ema: Average of the network, rewritten alike: a copy, a wrapper that holds one, a state dict, or a list.
         step: Training iterations between rewrites.
         delta: Share of the baseline's cost that one rewrite removes; 1: everything at once.
-        search: One of `search_names()`, or an object; by default greedy, or global where no loss is known.
+        search: One of `search_names()`, or an object; by default greedy (sensitivity where `delta` is 1), or global
+            where no loss is known.
         constraints: Rounding, least widths, modules to leave alone.
         training_example: What the network takes in training mode, targets included; by default `example`.
         pairs: Names of two submodules that are cut alike, such as a network and its momentum teacher; one that takes no
@@ -394,7 +397,8 @@ class Pruner:
         self._scores = self.score(batches)
         scored = time.perf_counter()
         how = settled(self.repair, batches, self.task, at_once=self.delta >= 1, distributed=self.distributed)
-        loss_change = self._judge(batches, how)
+        judging, fitted = self._parted(batches, how)
+        loss_change = self._judge(judging, fitted)
         situation = self._situation(self.course.targets(self.completed + 1), loss_change)
         decision = self._search.choose(situation)
         with uncompiled():
@@ -417,7 +421,7 @@ class Pruner:
         }
         if repaired is not None:
             seconds["repair"] = time.perf_counter() - rewritten
-            record = self._with_repair(record, repaired, batches)
+            record = self._with_repair(record, repaired, judging)
         record = dataclasses.replace(record, seconds=seconds, explanation=[*moved, *self._moved(batches)])
         self.history.append(record)
         if self.missed and self.distributed.is_main:
@@ -440,9 +444,9 @@ class Pruner:
                     len(kept),
                 )
 
-    def _with_repair(self, record: RewriteRecord, repaired: RepairReport, batches: Batches) -> RewriteRecord:
+    def _with_repair(self, record: RewriteRecord, repaired: RepairReport, judging: Batches) -> RewriteRecord:
         """The record with what the repair did, and the loss after it."""
-        loss = float(self._judge(batches).measure([{}])[0])
+        loss = float(self._judge(judging).measure([{}])[0])
         return dataclasses.replace(record, loss=[*record.loss, loss], repair=repaired.describe())
 
     def score(self, batches: Sequence[Any]) -> dict[int, Tensor]:
@@ -510,8 +514,9 @@ class Pruner:
             self.criterion = make_criterion(name)
             said.append(f"criterion {name}, since {reason}")
         if self.search is None:
-            self.search = build_search(evidence.search())
-            said.append(f"search {evidence.search()}")
+            name = evidence.search(at_once=self.delta >= 1)
+            self.search = build_search(name)
+            said.append(f"search {name}")
         if said and self.distributed.is_main:
             usual = evidence.targets == "classes" and evidence.judged
             log.log(logging.INFO if usual else logging.WARNING, "pruning by %s", "; ".join(said))
@@ -522,17 +527,32 @@ class Pruner:
         assert self.search is not None, "settled before"
         return self.search
 
-    def _judge(self, batches: Batches, how: RepairSettings | None = None) -> LossChange:
-        """What judges candidates: as they are, or as a repair would leave them."""
+    def _parted(self, batches: Batches, how: RepairSettings) -> tuple[Batches, Batches | None]:
+        """Images that judge candidates, and those that least squares are fitted to; None where nothing is fitted.
+
+        What is fitted to few images suits them better than others: those that judge are not among them. They are as
+        many as `judge_batches` hold, or what the repair holds out where that is less.
+        """
+        whole = batches[: self.settings.judge_batches]
+        if how.method != "least-squares":
+            return whole, None
+        parts = parted(batches, how.held_out, self.task)
+        fitted = [part.batch for part in parts if not part.held_out]
+        judging: list[Any] = []
+        for part in parts:
+            if part.held_out and sum(map(num_samples, judging)) < sum(map(num_samples, whole)):
+                judging.append(part.batch)
+        return judging or whole, fitted
+
+    def _judge(self, judging: Batches, fitted: Batches | None = None) -> LossChange:
+        """What judges candidates: as they are, or as a repair from the fitted images would leave them."""
         repair = None
-        if how is not None and how.method == "least-squares":
-            repair = LocalRepair(
-                self.model, self.graph, batches, task=self.task, distributed=self.distributed
-            )
+        if fitted is not None:
+            repair = LocalRepair(self.model, self.graph, fitted, task=self.task, distributed=self.distributed)
         return LossChange(
             self.model,
             self.graph,
-            batches[: self.settings.judge_batches] if self._judged else [],
+            judging if self._judged else [],
             task=self.task,
             distributed=self.distributed,
             autocast=self.autocast,
@@ -615,7 +635,8 @@ class Pruner:
         self._remember(batches)
         self._scores = self.score(batches)
         numbers = range(self.completed + 1, self.num_rewrites + 1)
-        rows = forecast(self._search, self._situation({}, self._judge(batches)), self.course, numbers)
+        judging = batches[: self.settings.judge_batches]
+        rows = forecast(self._search, self._situation({}, self._judge(judging)), self.course, numbers)
         for row, iteration in zip(rows, self.iterations_to_come(), strict=True):
             row["iteration"] = iteration
         return rows
@@ -732,7 +753,7 @@ def prune(
     budget: Budget | Mapping[str, float] | float = DEFAULT_SHARE,
     criterion: str | Criterion | None = None,
     calibration: Calibration = (),
-    search: str | Search = "global",
+    search: str | Search | None = None,
     constraints: Constraints | None = None,
     optimizer: OptimizerGiven = None,
     training_example: Example | None = None,
@@ -751,7 +772,8 @@ def prune(
         criterion: What makes a channel important; those that look at data need `calibration`. By default magnitude
             without calibration batches; with them, what fits their targets (see `Pruner`).
         calibration: Yields batches: (images, targets), or what `forward` and `loss` take.
-        search: One of `search_names()`; `greedy` needs `calibration`.
+        search: One of `search_names()`, or an object; by default sensitivity, which judges by `calibration`, or global
+            without it or where no loss is known.
         constraints: Rounding, least widths, modules to leave alone.
         optimizer: Its state is rewritten too; or a list.
         training_example: See `Pruner`.

@@ -33,17 +33,28 @@ def record_invocation(
         append: Whether the run continues an earlier one; otherwise what an earlier run left is replaced.
         argv: Program and its words; `sys.argv` when None.
     """
-    program, *words = sys.argv if argv is None else argv
-    if Path(program).name == "__main__.py":  # python -m PACKAGE
-        program, words = "-m", [Path(program).parent.name, *words]
     entry = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", program, *words]),
+        "command": command_line(argv),
         "num_processes": world_size,
         "environment": describe_environment(device),
     }
     with (workspace / FILENAME).open("a" if append else "w", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
+
+
+def command_line(argv: Sequence[str] | None = None) -> str:
+    """What was typed to start this process, as a shell takes it.
+
+    Args:
+        argv: Program and its words; `sys.argv` when None.
+    """
+    program, *words = sys.argv if argv is None else argv
+    if Path(program).name == "__main__.py":
+        return shlex.join(["python", "-m", Path(program).parent.name, *words])
+    if Path(program).suffix == ".py":
+        return shlex.join(["python", program, *words])
+    return shlex.join([Path(program).name, *words])
 
 
 def read_invocations(workspace: Path) -> list[Plain]:

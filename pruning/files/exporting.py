@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib
+import importlib.util
 import io
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,10 +24,16 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from image_classification.checkpoint import save_atomically
-from image_classification.config import check, check_choice
+from image_classification.config import SettingError, check, check_choice, check_setting
 from image_classification.extras import need
 from image_classification.file_writing import atomic_path
-from image_classification.models import capture_structure, class_names_of, main_and_auxiliary_logits, unwrap
+from image_classification.models import (
+    capture_structure,
+    class_names_of,
+    input_of,
+    main_and_auxiliary_logits,
+    unwrap,
+)
 from image_classification.models.external import import_library
 from image_classification.models.registry import ModelError
 from image_classification.models.structure import named_tensors, on_meta
@@ -38,6 +46,8 @@ TOLERANCE = 1e-4
 #: Where a file keeps the names of the classes, a JSON list: metadata of ONNX, extra file of torch.export, entry of a
 #: state dict.
 CLASS_NAMES = "class_names"
+#: Where files of torch.export and state dicts keep what else is known: an extra file, an entry. ONNX has it by name.
+METADATA = "metadata"
 
 LOADER = """\
 import torch{imports}
@@ -65,6 +75,7 @@ class Exported:
         difference: Largest absolute difference of a logit, file against network.
         num_images: Images that it was compared on.
         loader: Python that loads it.
+        metadata: What the file says of the network: see `description`.
     """
 
     path: Path
@@ -72,6 +83,22 @@ class Exported:
     difference: float
     num_images: int
     loader: str
+    metadata: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """How a file is written.
+
+    Attributes:
+        tolerance: Largest difference of a logit.
+        opset: Of ONNX; None: what PyTorch writes by default.
+        notes: Further entries of the metadata, such as `license` and `command`.
+    """
+
+    tolerance: float = TOLERANCE
+    opset: int | None = None
+    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class _Logits(nn.Module):
@@ -86,7 +113,7 @@ class _Logits(nn.Module):
 
 
 def export_network(
-    model: nn.Module, path: str | Path, format: Format, images: Tensor, *, tolerance: float = TOLERANCE
+    model: nn.Module, path: str | Path, format: Format, images: Tensor, settings: ExportSettings | None = None
 ) -> Exported:
     """Write a network in a format and make sure that the file computes the same.
 
@@ -96,10 +123,10 @@ def export_network(
         format: One of `FORMATS`.
         images: (N, 3, H, W) float, at least 3 images of the final size, that the file is compared on: all at once,
             and one by itself.
-        tolerance: Largest difference of a logit.
+        settings: Tolerance, opset, metadata.
 
     Raises:
-        ConfigError: An unknown format, or a package that is not installed.
+        ConfigError: An unknown format, an opset for another one, or a package that is not installed.
         ExportError: The format cannot hold the network, or the file computes something else.
     """
     check_choice("format", format, FORMATS)
@@ -107,7 +134,10 @@ def export_network(
         len(images) >= 3,
         f"{len(images)} images are too few to tell a free batch size from a fixed one: give 3",
     )
-    path = Path(path)
+    path, settings = Path(path), settings or ExportSettings()
+    check_setting(
+        settings.opset is None or format == "onnx", "opset", settings.opset, f"is for onnx, not {format}"
+    )
     check(
         format != "torch-export" or path.suffix == ".pt2",
         f"{path}: torch.export reads files that end in .pt2 only",
@@ -116,17 +146,53 @@ def export_network(
     logits = _Logits(network.to(memory_format=torch.contiguous_format))
     images = images.cpu().float().contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {**description(model), **settings.notes}
     with atomic_path(path) as unfinished:
-        run, loader = WRITERS[format](logits, unfinished, images)
+        run, loader = WRITERS[format](logits, unfinished, images, metadata, settings.opset)
         try:
             difference = _largest_difference(logits, run, images)
-            if not difference <= tolerance:
+            if not difference <= settings.tolerance:
                 raise ExportError(
-                    f"the file's logits differ from the network's by {difference:.2g}, more than {tolerance:g}"
+                    f"the file's logits differ from the network's by {difference:.2g}, more than "
+                    f"{settings.tolerance:g}"
                 )
         except (ExportError, RuntimeError) as error:
             raise ExportError(f"{format}: {_first_line(error)}; no file was written") from error
-    return Exported(path, format, difference, len(images), loader.replace(str(unfinished), str(path)))
+    loader = loader.replace(str(unfinished), str(path))
+    return Exported(path, format, difference, len(images), loader, metadata)
+
+
+def description(model: nn.Module) -> dict[str, str]:
+    """What whoever serves a network has to know, as far as it is known: a line of text or of JSON each.
+
+    Returns:
+        `class_names`, and of the images `image_size` and `resize` (pixels), `mean` and `std` (of RGB in [0, 1]) and
+        `geometry`.
+    """
+    names, images = class_names_of(model), input_of(model)
+    known = {CLASS_NAMES: json.dumps(names)} if names is not None else {}
+    wanted = {} if images is None else images.to_plain()
+    return known | {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in wanted.items()
+    }
+
+
+def openvino_difference(exported: Exported, model: nn.Module, images: Tensor) -> float | None:
+    """Largest absolute difference of a logit, an ONNX file in OpenVINO against the network; None without OpenVINO.
+
+    Args:
+        exported: The file.
+        model: The network, in evaluation mode.
+        images: (N, 3, H, W) float, normalised.
+    """
+    if importlib.util.find_spec("openvino") is None:
+        return None
+    openvino: Any = importlib.import_module("openvino")
+    # By default a CPU may compute in bfloat16.
+    compiled = openvino.compile_model(str(exported.path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return _largest_difference(
+        _Logits(model), lambda batch: torch.from_numpy(compiled(batch.numpy())[0]), images
+    )
 
 
 @torch.no_grad()
@@ -151,7 +217,12 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def _write_onnx(network: _Logits, path: Path, images: Tensor) -> tuple[Callable[[Tensor], Tensor], str]:
+Written = tuple[Callable[[Tensor], Tensor], str]
+
+
+def _write_onnx(
+    network: _Logits, path: Path, images: Tensor, metadata: Mapping[str, str], opset: int | None
+) -> Written:
     need("onnx", "onnxscript", "onnxruntime")
     import onnxruntime
 
@@ -164,14 +235,17 @@ def _write_onnx(network: _Logits, path: Path, images: Tensor) -> tuple[Callable[
                 input_names=["images"],
                 output_names=["logits"],
                 dynamic_shapes=({0: Dim("batch")},),
+                opset_version=opset,
                 verbose=False,
             )
             assert program is not None
-            if (names := class_names_of(network.network)) is not None:
-                program.model.metadata_props[CLASS_NAMES] = json.dumps(names)
+            program.model.metadata_props.update(metadata)
             program.save(str(path), external_data=False)
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"onnx: {_first_line(error)}") from error
+    written = program.model.opset_imports[""]
+    if opset not in (None, written):
+        raise SettingError("opset", opset, f"PyTorch writes this network in {written} only")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(batch: Tensor) -> Tensor:
@@ -186,13 +260,14 @@ def _write_onnx(network: _Logits, path: Path, images: Tensor) -> tuple[Callable[
 
 
 def _write_torch_export(
-    network: _Logits, path: Path, images: Tensor
-) -> tuple[Callable[[Tensor], Tensor], str]:
+    network: _Logits, path: Path, images: Tensor, metadata: Mapping[str, str], opset: int | None
+) -> Written:
     try:
         with _quietly():
             program = torch.export.export(network, (images[:2],), dynamic_shapes=({0: Dim("batch")},))
-            names = class_names_of(network.network)
-            extra = {} if names is None else {f"{CLASS_NAMES}.json": json.dumps(names)}
+            extra = {f"{METADATA}.json": json.dumps(metadata)}
+            if CLASS_NAMES in metadata:
+                extra[f"{CLASS_NAMES}.json"] = metadata[CLASS_NAMES]
             torch.export.save(program, path, extra_files=extra)
     except RuntimeError as error:
         raise ExportError(f"torch-export: {_first_line(error)}") from error
@@ -200,7 +275,9 @@ def _write_torch_export(
     return torch.export.load(path).module(), loader
 
 
-def _write_state_dict(network: _Logits, path: Path, images: Tensor) -> tuple[Callable[[Tensor], Tensor], str]:
+def _write_state_dict(
+    network: _Logits, path: Path, images: Tensor, metadata: Mapping[str, str], opset: int | None
+) -> Written:
     model = network.network
     structure = capture_structure(model)
     attributes = {
@@ -211,6 +288,7 @@ def _write_state_dict(network: _Logits, path: Path, images: Tensor) -> tuple[Cal
         "arch": structure.arch,
         "num_classes": structure.num_classes,
         CLASS_NAMES: list(class_names_of(model) or []) or None,
+        METADATA: dict(metadata),
         "attributes": attributes,
         "state_dict": {name: tensor.clone() for name, tensor in model.state_dict().items()},
     }
@@ -223,7 +301,7 @@ def _write_state_dict(network: _Logits, path: Path, images: Tensor) -> tuple[Cal
 
 
 #: Format → writes the file; returns what computes logits by it, and Python that loads it.
-WRITERS: dict[Format, Callable[[_Logits, Path, Tensor], tuple[Callable[[Tensor], Tensor], str]]] = {
+WRITERS: dict[Format, Callable[[_Logits, Path, Tensor, Mapping[str, str], int | None], Written]] = {
     "onnx": _write_onnx,
     "torch-export": _write_torch_export,
     "state-dict": _write_state_dict,

@@ -31,6 +31,28 @@ class Chunk:
     held_out: bool
 
 
+def parted(batches: Sequence[Batch], share: float, task: Task) -> list[Chunk]:
+    """Every batch as those of its images that are fitted, and those that are held out.
+
+    Args:
+        batches: Of calibration images. One that cannot be divided is held out as it is, or fitted.
+        share: Of the images that are held out.
+        task: Knows what can be divided.
+    """
+    parts: list[Chunk] = []
+    for number, batch in enumerate(batches):
+        count = num_samples(batch)
+        if count and not task.divides(batch):
+            held_out = int((number + 1) * share) > int(number * share)
+            parts.append(Chunk(batch, count, held_out))
+        elif count:
+            spared = min(max(round(count * share), 1), count - 1)
+            parts.append(Chunk(_part(batch, count, spared, count), count - spared, False))
+            if spared:
+                parts.append(Chunk(_part(batch, count, 0, spared), spared, True))
+    return parts
+
+
 def chunks_of(
     batches: Sequence[Batch], share: float, size: int, task: Task, distributed: Distributed
 ) -> list[Chunk]:
@@ -43,17 +65,14 @@ def chunks_of(
         SettingError: There are no images on some rank, or all images are alike.
     """
     chunks: list[Chunk] = []
-    for number, batch in enumerate(batches):
-        count = num_samples(batch)
-        if count and not task.divides(batch):
-            held_out = int((number + 1) * share) > int(number * share)
-            chunks.append(Chunk(batch, count, held_out))
+    for part in parted(batches, share, task):
+        count = part.num_images
+        if count <= size or not task.divides(part.batch):
+            chunks.append(part)
             continue
-        spared = min(max(round(count * share), 1), count - 1) if count > 1 else 0
-        for begin, end, held_out in ((spared, count, False), (0, spared, True)):
-            for start in range(begin, end, size):
-                stop = min(start + size, end)
-                chunks.append(Chunk(_part(batch, count, start, stop), stop - start, held_out))
+        for start in range(0, count, size):
+            stop = min(start + size, count)
+            chunks.append(Chunk(_part(part.batch, count, start, stop), stop - start, part.held_out))
     device = next(
         (leaf.device for leaf in tree_leaves(batches) if isinstance(leaf, Tensor)), torch.device("cpu")
     )

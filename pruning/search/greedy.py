@@ -2,26 +2,24 @@
 
 For every group there is one candidate: this group alone loses its lowest-scored units until the target is met. The
 candidates are sorted by the estimated change of the calibration loss, the first ones are measured, and the best is
-taken. With instalments the way to the target is divided, and each part is paid by the group that is then the best.
+taken. The published rewrites are small, half a percent of the cost. A large one would take most of a single group, so
+the way to its target is divided into instalments, and each is paid by the group that is then the best.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 from image_classification.config import check_setting
-from pruning.search.search import (
-    DEFAULT_INSTALMENTS,
-    DEFAULT_SHORTLIST,
-    Candidate,
-    Decision,
-    Situation,
-    register_search,
-)
+from pruning.search.search import DEFAULT_SHORTLIST, Candidate, Decision, Situation, register_search
+
+#: Share of the original cost that a single group pays at once, where the number of instalments is left open.
+LARGEST_INSTALMENT = 0.02
 
 
 @register_search("greedy")
@@ -32,15 +30,17 @@ class GreedySearch:
     Args:
         shortlist: Candidates that are measured after the estimate has sorted them; 0 measures all, 1 trusts the
             estimate.
-        instalments: Parts that the way to the target is paid in, each by a group of its own; 1 as published.
+        instalments: Parts that the way to the target is paid in, each by a group of its own; 1 as published. None: as
+            many as keep each of them at 2 % of the original cost.
     """
 
     shortlist: int = DEFAULT_SHORTLIST
-    instalments: int = DEFAULT_INSTALMENTS
+    instalments: int | None = None
 
     def __post_init__(self) -> None:
         check_setting(self.shortlist >= 0, "shortlist", self.shortlist, "must not be negative")
-        check_setting(self.instalments >= 1, "instalments", self.instalments, "at least 1 is needed")
+        enough = self.instalments is None or self.instalments >= 1
+        check_setting(enough, "instalments", self.instalments, "at least 1 is needed")
 
     def choose(self, situation: Situation) -> Decision:
         """See `Search`.
@@ -50,13 +50,25 @@ class GreedySearch:
         stages: list[list[Candidate]] = []
         ends = dict(situation.targets)
         starts = {metric: situation.costs.cost(metric, situation.mask) for metric in ends}
-        for part in range(1, self.instalments + 1):
-            paid = part / self.instalments
+        instalments = self.instalments or self._small_instalments(situation)
+        for part in range(1, instalments + 1):
+            paid = part / instalments
             situation.targets = {
                 metric: end + (1 - paid) * max(starts[metric] - end, 0.0) for metric, end in ends.items()
             }
             stages += self._towards_targets(situation)
         return Decision(situation.keep(situation.mask), stages[0] if stages else [])
+
+    @staticmethod
+    def _small_instalments(situation: Situation) -> int:
+        """As many as keep each at `LARGEST_INSTALMENT` of the original cost."""
+        costs = situation.costs
+        ways = [
+            (costs.cost(metric, situation.mask) - target) / costs.baseline(metric)
+            for metric, target in situation.targets.items()
+        ]
+        # Without the small tolerance 0.1 / 0.02 might be a little more than 5.
+        return max(1, math.ceil(max(ways) / LARGEST_INSTALMENT - 1e-6))
 
     def _towards_targets(self, situation: Situation) -> list[list[Candidate]]:
         """Close units of the situation's mask until the targets are met, or nothing is left; what was weighed."""

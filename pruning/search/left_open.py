@@ -4,7 +4,7 @@ no batches                                  magnitude, global
 classes of samples or of positions          discriminant
 other targets, and a loss                   taylor
 neither                                     magnitude
-a loss is known                             greedy, else global
+a loss is known                             greedy, sensitivity for a single cut; else global
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import nn
 from image_classification.config import SettingError
 from image_classification.distributed import Distributed
 from pruning.criteria.explained import Autocast
+from pruning.search.search import DEFAULT_SEARCH, ONE_SHOT_SEARCH
 from pruning.task import TargetKind, Task, kind_of_targets, num_samples, targets_of, to_device
 
 
@@ -53,9 +54,15 @@ class Evidence:
             return "taylor", "the targets are no classes, but a loss is known"
         return "magnitude", "the batches have neither class targets nor a loss"
 
-    def search(self) -> str:
-        """Name of the search that fits."""
-        return "greedy" if self.judged else "global"
+    def search(self, at_once: bool) -> str:
+        """Name of the search that fits.
+
+        Args:
+            at_once: A single rewrite goes all the way to the budget.
+        """
+        if not self.judged:
+            return "global"
+        return ONE_SHOT_SEARCH if at_once else DEFAULT_SEARCH
 
 
 def look(

@@ -24,9 +24,9 @@ from pruning.engine.groups import Group
 from pruning.search.loss_change import LossChange
 
 Scores = Mapping[int, np.ndarray]
-DEFAULT_SEARCH = "greedy"
+#: What takes a little at a time while a network trains, and what takes everything at once.
+DEFAULT_SEARCH, ONE_SHOT_SEARCH = "greedy", "sensitivity"
 DEFAULT_SHORTLIST = 4
-DEFAULT_INSTALMENTS = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +144,7 @@ class SearchSettings:
     """
 
     shortlist: int = DEFAULT_SHORTLIST
-    instalments: int = DEFAULT_INSTALMENTS
+    instalments: int | None = None
     normalisation: Normalisation = DEFAULT_NORMALISATION
 
 

@@ -17,14 +17,14 @@ from pruning.criteria.discriminant import DEFAULT_PRECISION, PUBLISHED_RIDGE, Pr
 from pruning.engine.channel_graph import DEFAULT_MIN_WIDTH, Constraints
 from pruning.pruner import DEFAULT_STEP, PrunerSettings
 from pruning.search import RateSearch, Search, SearchSettings, build_search, search_names
+from pruning.search.greedy import LARGEST_INSTALMENT
 from pruning.search.rates import parse_rates
-from pruning.search.search import DEFAULT_SEARCH
+from pruning.search.search import DEFAULT_SEARCH, ONE_SHOT_SEARCH
 from pruning.training.gate_flags import GateFlags
 from pruning.training.saliency_flags import SaliencyFlags
 from pruning.training.unused_flags import refuse_unused
 
 _AS_MANY_AS_POSSIBLE = 1 << 20
-_ONE_SHOT_SEARCH = "global"
 Method = Literal["scores", "learned"]
 #: Flags that say how scores prune; gates that learn have no use for them.
 _OF_SCORES = (
@@ -113,7 +113,7 @@ class PruningConfig(SaliencyFlags, GateFlags):
         "--pruning-search",
         setting="search",
         help=f"Which channels leave: one of {', '.join(search_names())}; {DEFAULT_SEARCH} by default, "
-        f"{_ONE_SHOT_SEARCH} with --one-shot-pruning.",
+        f"{ONE_SHOT_SEARCH} with --one-shot-pruning.",
     )
     pruning_shortlist: int = flag(
         SearchSettings.shortlist,
@@ -121,11 +121,14 @@ class PruningConfig(SaliencyFlags, GateFlags):
         setting="shortlist",
         help="Candidates that greedy measures after estimating all; 0: all, 1: trust the estimate.",
     )
-    pruning_instalments: int = flag(
+    pruning_instalments: int | None = flag(
         SearchSettings.instalments,
         "--pruning-instalments",
+        parse=int,
+        metavar="N",
         setting="instalments",
-        help="Parts that greedy divides a rewrite into, each taken from the group that is then the best.",
+        help="Parts that greedy divides a rewrite into, each taken from the group that is then the best; 1 as "
+        f"published, by default as many as keep each at {LARGEST_INSTALMENT:.0%} of the original cost.",
     )
     score_features: Features = flag(
         DEFAULT_FEATURES,
@@ -327,7 +330,7 @@ class PruningConfig(SaliencyFlags, GateFlags):
 
     def search_name(self) -> str:
         """The search, default included."""
-        return self.pruning_search or (DEFAULT_SEARCH if self.iterative_pruning else _ONE_SHOT_SEARCH)
+        return self.pruning_search or (DEFAULT_SEARCH if self.iterative_pruning else ONE_SHOT_SEARCH)
 
     def search(self) -> Search:
         """The search with its settings."""

@@ -29,6 +29,7 @@ from pruning.criteria.scoring import score_groups
 from pruning.engine.channel_graph import ChannelGraph, Constraints
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
+from pruning.repair.image_chunks import parted
 from pruning.repair.local_repair import LocalRepair
 from pruning.repair.repairing import RepairReport, RepairSettings, plan_repair
 from pruning.search.loss_change import LossChange
@@ -114,7 +115,9 @@ def compress(
     task = Task(loss=divergence)
     scores = score_groups(model, graph, batches, settings.criterion, task=task)
     repaired = settings.repair.method == "least-squares"
-    judging, fitted = _parted(batches, settings.repair.held_out)
+    parts = parted(batches, settings.repair.held_out, task)
+    fitted = [part.batch for part in parts if not part.held_out]
+    judging = [part.batch for part in parts if part.held_out] or fitted
     local = LocalRepair(model, graph, fitted, task=task) if repaired else None
     judge = LossChange(model, graph, judging, task=task, repair=local)
     plain = {index: values.numpy() for index, values in scores.items()}
@@ -177,17 +180,3 @@ def outputs_of(model: nn.Module, images: Tensor) -> Tensor:
 def _batches(model: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
     expected = outputs_of(model, images)
     return list(zip(images.split(_CHUNK), expected.split(_CHUNK), strict=True))
-
-
-def _parted(
-    batches: Sequence[tuple[Tensor, Tensor]], share: float
-) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
-    """The images of every batch that judge, and those that are fitted: the same ones as in the repair."""
-    judging, fitted = [], []
-    for images, expected in batches:
-        count = max(1, round(share * len(images)))
-        judging.append((images[:count], expected[:count]))
-        fitted.append(
-            (images[count:] if len(images) > 1 else images, expected[count:] if len(images) > 1 else expected)
-        )
-    return judging, fitted

@@ -10,8 +10,17 @@ from torch import nn
 
 from image_classification.config import check
 from image_classification.models import model_for_weights
+from image_classification.observe.provenance import command_line
 from image_classification.verbs import declared
-from pruning.files.exporting import DEFAULT_FORMAT, FORMATS, SUFFIXES, TOLERANCE, export_network
+from pruning.files.exporting import (
+    DEFAULT_FORMAT,
+    FORMATS,
+    SUFFIXES,
+    TOLERANCE,
+    ExportSettings,
+    export_network,
+    openvino_difference,
+)
 from pruning.verbs.images import first_images, noise_images, open_validation, size_of
 from pruning.verbs.quantised import quantise_and_compare
 
@@ -71,6 +80,12 @@ def declare(parser: argparse.ArgumentParser) -> None:
         help="with --int8: compare this network as well",
     )
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="largest difference of a logit")
+    parser.add_argument(
+        "--opset", type=int, default=None, metavar="N", help="of ONNX; default: what PyTorch writes"
+    )
+    parser.add_argument(
+        "--license", default=None, metavar="ID", help="of the weights, such as apache-2.0; goes into the file"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -92,10 +107,18 @@ def run(arguments: argparse.Namespace) -> int:
         )
         images = first_images(validation, arguments.num_images)
         what = f"validation images of {arguments.data}"
-    exported = export_network(model, path, arguments.format, images, tolerance=arguments.tolerance)
+    notes = {"command": command_line()}
+    if arguments.license is not None:
+        notes["license"] = arguments.license
+    settings = ExportSettings(tolerance=arguments.tolerance, opset=arguments.opset, notes=notes)
+    exported = export_network(model, path, arguments.format, images, settings)
     size = "×".join(map(str, images.shape[1:]))
     print(f"wrote {path} ({path.stat().st_size / 2**20:.2f} MiB): any number of images {size}, normalised")
     print(f"largest difference of a logit on {exported.num_images} {what}: {exported.difference:.1e}")
+    if arguments.format == "onnx":
+        beside = openvino_difference(exported, model.eval(), images)
+        if beside is not None:
+            print(f"… and in OpenVINO, which is installed here: {beside:.1e}")
     if arguments.format == "onnx" and (uneven := _num_uneven(model)):
         print(
             f"note: the width of {uneven} convolutions is no multiple of {_ONNX_BLOCK}, and ONNX Runtime is slow in "

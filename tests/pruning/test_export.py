@@ -12,13 +12,21 @@ import pytest
 import torch
 from torch import nn
 
-from image_classification.config import ConfigError
+from image_classification.config import ConfigError, SettingError
 from image_classification.models import class_names_of, create_model, model_for_weights, remember_class_names
+from image_classification.models.factory import remember_input
+from image_classification.network_input import NetworkInput
 from pruning import Constraints, prune
 from pruning.__main__ import main
 from pruning.engine.proof.rehearsal import condition
 from pruning.files import exporting as module
-from pruning.files.exporting import TOLERANCE, ExportError, export_network
+from pruning.files.exporting import (
+    TOLERANCE,
+    ExportError,
+    ExportSettings,
+    export_network,
+    openvino_difference,
+)
 from pruning.files.saved_network import load_pruned, save_pruned
 
 #: One of each family: residual, VGG, inverted residual, concatenation, depthwise with LayerNorm.
@@ -101,7 +109,7 @@ def test_a_file_that_computes_something_else_is_refused(
 ) -> None:
     model, images = small
     with pytest.raises(ExportError, match="state-dict"):
-        export_network(model, tmp_path / "network.pt", "state-dict", images, tolerance=-1.0)
+        export_network(model, tmp_path / "network.pt", "state-dict", images, ExportSettings(tolerance=-1.0))
     assert not (tmp_path / "network.pt").exists()
 
 
@@ -212,7 +220,7 @@ def test_nan_logits_are_refused(small: tuple[nn.Module, torch.Tensor], tmp_path:
 def test_a_file_with_other_logits_is_removed(
     small: tuple[nn.Module, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(network: nn.Module, path: Path, images: torch.Tensor) -> Any:
+    def write(network: nn.Module, path: Path, images: torch.Tensor, *settings: object) -> Any:
         path.touch()
         return (lambda batch: torch.zeros(len(batch), 2)), ""
 
@@ -241,17 +249,57 @@ def test_a_network_that_onnx_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert "\x1b" not in str(caught.value), "colours of PyTorch's exporter"
 
 
-def test_the_names_of_classes_travel_with_every_file(tmp_path: Path) -> None:
+def test_what_is_known_travels_with_every_file(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
     names = ("cat", "dog", "eel")
     model = create_model("resnet20", num_classes=3)
     remember_class_names(model, names)
+    remember_input(model, NetworkInput(32, 36, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1)))
     images = torch.randn(3, 3, 32, 32)
-    export_network(model, tmp_path / "net.pt", "state-dict", images)
-    assert torch.load(tmp_path / "net.pt", weights_only=True)["class_names"] == list(names)
-    export_network(model, tmp_path / "net.pt2", "torch-export", images)
-    extra = {"class_names.json": ""}
+    settings = ExportSettings(notes={"license": "apache-2.0"})
+    expected = {
+        "class_names": json.dumps(names),
+        "image_size": "32",
+        "resize": "36",
+        "mean": "[0.5, 0.4, 0.3]",
+        "std": "[0.2, 0.2, 0.1]",
+        "geometry": "crop",
+        "license": "apache-2.0",
+    }
+    export_network(model, tmp_path / "net.pt", "state-dict", images, settings)
+    saved = torch.load(tmp_path / "net.pt", weights_only=True)
+    assert saved["class_names"] == list(names)
+    assert saved["metadata"] == expected
+    export_network(model, tmp_path / "net.pt2", "torch-export", images, settings)
+    extra = {"class_names.json": "", "metadata.json": ""}
     torch.export.load(tmp_path / "net.pt2", extra_files=extra)
     assert json.loads(extra["class_names.json"]) == list(names)
+    assert json.loads(extra["metadata.json"]) == expected
+    export_network(model, tmp_path / "net.onnx", "onnx", images, settings)
+    session = runtime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    assert expected.items() <= session.get_modelmeta().custom_metadata_map.items()
     save_pruned(tmp_path / "net.pth.tar", copy.deepcopy(model))
     assert class_names_of(load_pruned(tmp_path / "net.pth.tar")) == names
     assert class_names_of(model_for_weights(None, tmp_path / "net.pth.tar")) == names
+
+
+def test_the_opset_is_what_was_asked_for(small: tuple[nn.Module, torch.Tensor], tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model, images = small
+    export_network(model, tmp_path / "net.onnx", "onnx", images, ExportSettings(opset=18))
+    (opset,) = [one.version for one in onnx.load(tmp_path / "net.onnx").opset_import if not one.domain]
+    assert opset == 18
+    with pytest.raises(SettingError, match="opset=3"):
+        export_network(model, tmp_path / "old.onnx", "onnx", images, ExportSettings(opset=3))
+    with pytest.raises(SettingError, match="opset"):
+        export_network(model, tmp_path / "net.pt", "state-dict", images, ExportSettings(opset=18))
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def test_openvino_computes_the_same(small: tuple[nn.Module, torch.Tensor], tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    model, images = small
+    exported = export_network(model, tmp_path / "net.onnx", "onnx", images)
+    difference = openvino_difference(exported, model, images)
+    assert difference is not None
+    assert difference <= TOLERANCE

@@ -114,7 +114,7 @@ def test_defaults_that_depend() -> None:
     assert PruningConfig(**ITERATIVE).budget_words() == ["macs=0.5"]
     assert PruningConfig(**ITERATIVE).search_name() == "greedy"
     assert PruningConfig(one_shot_pruning=0.3).budget_words() == ["macs=0.7"]
-    assert PruningConfig(one_shot_pruning=0.3).search_name() == "global"
+    assert PruningConfig(one_shot_pruning=0.3).search_name() == "sensitivity"
     assert PruningConfig(**ITERATIVE, pruning_search="uniform").search_name() == "uniform"
 
 

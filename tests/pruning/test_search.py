@@ -181,7 +181,7 @@ def test_greedy_takes_the_measured_best_of_all() -> None:
     judge = LossChange(model, graph, data(images))
     goals = {"macs": 0.95 * costs.baseline("macs")}
     situation = Situation(graph, costs, random_scores(graph), goals, judge)
-    decision = GreedySearch(shortlist=0).choose(situation)
+    decision = GreedySearch(shortlist=0, instalments=1).choose(situation)
     losses = {candidate.group: candidate.measured for candidate in decision.candidates}
     assert len(losses) > 1
     assert None not in losses.values()
@@ -190,8 +190,11 @@ def test_greedy_takes_the_measured_best_of_all() -> None:
     assert losses[graph.groups[chosen].name] == judge.measure([decision.keep])[0]
 
 
-def test_instalments_are_paid_by_the_group_that_is_then_the_best() -> None:
-    """Two instalments are two searches in a row, the second one from where the first has ended."""
+@pytest.mark.parametrize(("way", "instalments", "parts"), [(0.2, 2, 2), (0.06, None, 3), (0.005, None, 1)])
+def test_instalments_are_paid_by_the_group_that_is_then_the_best(
+    way: float, instalments: int | None, parts: int
+) -> None:
+    """They are searches in a row, each from where the one before has ended; left open, each is 2 % of the cost."""
     model, graph, costs, images = network()
     judge = LossChange(model, graph, data(images))
     scores, whole = random_scores(graph), costs.baseline("macs")
@@ -199,13 +202,15 @@ def test_instalments_are_paid_by_the_group_that_is_then_the_best() -> None:
     def situation(share: float) -> Situation:
         return Situation(graph, costs, scores, {"macs": share * whole}, judge)
 
-    decision = GreedySearch(shortlist=0, instalments=2).choose(situation(0.8))
-    second = situation(0.8)
-    second.mask = graph.keep_mask(GreedySearch(shortlist=0).choose(situation(0.9)).keep)
-    wanted = GreedySearch(shortlist=0).choose(second)
-    assert decision.keep.keys() == wanted.keep.keys()
-    assert all(np.array_equal(decision.keep[index], kept) for index, kept in wanted.keep.items())
-    assert len(decision.keep) == 2
+    decision = GreedySearch(shortlist=0, instalments=instalments).choose(situation(1 - way))
+    mask = np.ones(graph.num_units, dtype=bool)
+    for part in range(1, parts + 1):
+        one = situation(1 - way * part / parts)
+        one.mask = mask
+        wanted = GreedySearch(shortlist=0, instalments=1).choose(one).keep
+        mask = graph.keep_mask(wanted)
+    assert decision.keep.keys() == wanted.keys()
+    assert all(np.array_equal(decision.keep[index], kept) for index, kept in wanted.items())
 
 
 def test_estimates_count_what_is_closed_already() -> None:

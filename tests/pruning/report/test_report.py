@@ -339,6 +339,22 @@ def test_the_verdict_comes_first_and_says_what_is_not_known(
     assert "not what pruning costs" not in dict(verdict(trained_as_long(plain))["lines"])["Accuracy"]
 
 
+def test_the_card_of_an_upload_has_the_figures(
+    runs: Path, report: tuple[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    page, plain = report
+    (tmp_path / "report.html").write_text(page)
+    (tmp_path / "report.json").write_text(json.dumps(plain))
+    words = ["upload", plain["network"], "me/net", "--report", str(tmp_path / "report.html")]
+    assert main([*words, "--folder", str(tmp_path / "there")]) == 0
+    assert (tmp_path / "there" / "report.html").read_text() == page
+    card = hub.ModelCard.load(tmp_path / "there" / "README.md")
+    (result,) = card.data.eval_results
+    assert result.metric_value == pytest.approx(plain["accuracy"][-1]["top1"], abs=0.01)
+    assert verdict(plain)["lead"] in card.text
+
+
 def trained_as_long(plain: dict[str, Any]) -> dict[str, Any]:
     return {**plain, "accuracy": [{**row, "epochs": 9} for row in plain["accuracy"]]}
 

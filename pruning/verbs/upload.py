@@ -1,0 +1,103 @@
+"""`python -m pruning upload CHECKPOINT OWNER/NAME`: a network to the Hugging Face Hub, with its card."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from image_classification.config import ConfigError, check
+from image_classification.models import model_for_weights
+from image_classification.plain_data import Plain
+from image_classification.verbs import declared
+from pruning.report.hub import check_repository, prepare, upload
+from pruning.verbs.images import size_of
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("checkpoint", type=Path, help="network, pruned or not; the training in it stays here")
+    parser.add_argument("repository", metavar="OWNER/NAME", help="on the Hub; made if it is not there")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="report.html of the run: its figures go into the card, and the page beside it",
+    )
+    parser.add_argument("--license", default=None, metavar="ID", help="of the weights, such as apache-2.0")
+    parser.add_argument("--private", action="store_true", help="make a repository that only its owner sees")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="write what would be uploaded there, and upload nothing",
+    )
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="take the averaged weights, or with --no- the last ones; default: the averaged ones where there are any",
+    )
+    parser.add_argument(
+        "--image-size", type=int, default=None, help="side of the images; default: the network's"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the files, upload them, and print where they are."""
+    check_repository(arguments.repository)
+    check(
+        not (arguments.private and arguments.folder),
+        "--private has no effect with --folder, which uploads nothing: leave one out",
+    )
+    report = None if arguments.report is None else _report(arguments.report)
+    model = model_for_weights(
+        None, arguments.checkpoint, image_size=arguments.image_size, ema=arguments.ema
+    ).eval()
+    image_size = size_of(model, arguments.image_size)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        prepare(
+            folder,
+            model,
+            arguments.repository,
+            image_size=image_size,
+            license=arguments.license,
+            report=report,
+        )
+        files = ", ".join(sorted(path.name for path in folder.iterdir()))
+        if arguments.folder is not None:
+            print(f"wrote {files} to {folder}; nothing was uploaded")
+        else:
+            print(f"uploaded {files} to {upload(folder, arguments.repository, private=arguments.private)}")
+    return 0
+
+
+def _report(page: Path) -> tuple[Plain, Path]:
+    """Content and page of a report.
+
+    Raises:
+        ConfigError: There is none, or it is of another kind.
+    """
+    path = page.with_suffix(".json")
+    for file in (page, path):
+        check(
+            file.is_file(),
+            f"--report {page}: there is no {file.name}; `python -m pruning report RUN` writes both",
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = {"accuracy", "config", "costs", "budget", "network"} <= content.keys()
+    except (ValueError, AttributeError):
+        known = False
+    if not known:
+        raise ConfigError(
+            f"--report {page}: {path.name} is no report of ours; `python -m pruning report RUN` writes one"
+        )
+    return content, page
+
+
+VERB = declared(declare, run)
