@@ -17,6 +17,7 @@ from image_classification.models import create_model
 from pruning.criteria.by_name import CriterionSettings, make_criterion
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.pruner import Pruner
+from pruning.repair.local_repair import LocalRepair
 from pruning.search import GlobalSearch, GreedySearch, UniformSearch
 from pruning.search.loss_change import Batches, LossChange
 from pruning.training.pruning_config import PruningConfig
@@ -178,8 +179,34 @@ def test_judging_by_fewer_batches_reads_fewer(tmp_path: Path, monkeypatch: pytes
     for judge_batches in (1, 2):
         judged.clear()
         pruner = attached(tmp_path, judge_batches=judge_batches)
-        pruner.step([(torch.randn(4, 3, 8, 8), torch.randint(0, 10, (4,)))] * 4)
+        pruner.step([(torch.randn(4, 3, 8, 8), torch.randint(0, 10, (4,)))] * 8)
         assert set(judged) == {4 * judge_batches}
+
+
+def test_images_that_judge_a_repaired_cut_are_not_fitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is fitted to few images suits them, and would make every cut of a wide layer look harmless."""
+    fitted: list[torch.Tensor] = []
+    judged: list[torch.Tensor] = []
+
+    class Fitting(LocalRepair):
+        def __init__(self, model: nn.Module, graph: ChannelGraph, batches: Batches, **settings: Any) -> None:
+            fitted.extend(image for images, _ in batches for image in images)
+            super().__init__(model, graph, batches, **settings)
+
+    class Judging(LossChange):
+        def __init__(self, model: nn.Module, graph: ChannelGraph, batches: Batches, **settings: Any) -> None:
+            judged.extend(image for images, _ in batches for image in images)
+            super().__init__(model, graph, batches, **settings)
+
+    monkeypatch.setattr("pruning.pruner.LossChange", Judging)
+    monkeypatch.setattr("pruning.pruner.LocalRepair", Fitting)
+    pruner = attached(tmp_path)
+    pruner.step([(torch.randn(8, 3, 8, 8), torch.randint(0, 10, (8,))) for _ in range(3)])
+    assert len(fitted) == 18
+    assert len(judged) == 2 * 6, "before and after the cut"
+    assert not any(torch.equal(one, other) for one in fitted for other in judged)
 
 
 def test_dry_run_changes_nothing_and_ends_at_the_budget(tmp_path: Path) -> None:
