@@ -261,6 +261,7 @@ class UnstructuredPruning(Callback):
         self._repair = "none" if config.rewind is not None else repair
         self.masks: dict[str, Tensor] = {}
         self.completed = 0
+        self._epochs: int | None = None  # of a round
         self._start: dict[str, Tensor] = {}
         self._held: list[tuple[nn.Parameter, Tensor]] = []
 
@@ -270,6 +271,8 @@ class UnstructuredPruning(Callback):
         """Fit the learning rate to the rounds, take up the masks of a resumed run, say what is going to happen."""
         config, state = self.config, trainer.state
         assert config.unstructured_pruning is not None
+        if self._epochs is not None:  # of another length, a round might begin late or not at all
+            self._check_same("--epochs", trainer.config.epochs, self._epochs * config.rounds)
         self._epochs = trainer.config.epochs // config.rounds
         state.schedule = RepeatedSchedule(state.schedule, config.rounds)
         if self.completed:
@@ -287,6 +290,7 @@ class UnstructuredPruning(Callback):
         at_boundary = state.iteration == state.epoch * trainer.steps_per_epoch
         if at_boundary and config.rewind == state.epoch == 0:
             self._keep_start(trainer)
+        assert self._epochs is not None, "training has started"
         if at_boundary and state.epoch == self.completed * self._epochs:
             self._begin_round(trainer)
 
@@ -407,6 +411,7 @@ class UnstructuredPruning(Callback):
         return {
             "completed": self.completed,
             "rounds": self.config.rounds,
+            "epochs": self._epochs,
             "share": self.config.unstructured_pruning,
             "masks": {name: mask.cpu() for name, mask in self.masks.items()},
             "start": dict(self._start),
@@ -420,7 +425,7 @@ class UnstructuredPruning(Callback):
         """
         self._check_same("--rounds", self.config.rounds, state["rounds"])
         self._check_same("--unstructured-pruning", self.config.unstructured_pruning, state["share"])
-        self.completed = state["completed"]
+        self.completed, self._epochs = state["completed"], state.get("epochs")
         self.masks = dict(state["masks"])
         self._start = dict(state["start"])
 

@@ -230,6 +230,11 @@ def test_a_run_resumed_inside_a_round_ends_alike(tmp_path: Path, stop_at: int, r
     resumed.fit()
     for name, value in whole.state.model.state_dict().items():
         assert torch.equal(value, resumed.state.model.state_dict()[name]), name
+    pruning = UnstructuredPruning(UnstructuredConfig(unstructured_pruning=0.4, rounds=2, rewind=rewind))
+    shorter = build_trainer(workspace=tmp_path / "other", callbacks=(pruning,), epochs=2, ema=0.9)
+    shorter.restore(payload)
+    with pytest.raises(ConfigError, match="--epochs 2: .* 4"):  # a round would begin in the past
+        shorter.fit()
 
 
 def test_checkpoints_are_ordinary_and_the_best_is_of_the_last_round(tmp_path: Path) -> None:
