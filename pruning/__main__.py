@@ -25,6 +25,10 @@ VERBS = {
         "pruning.verbs.compress",
         "make a trained network smaller in minutes, without training: CHECKPOINT IMAGES",
     ),
+    "sensitivity": (
+        "pruning.verbs.sensitivity",
+        "how far the outputs move when one channel group is narrowed: CHECKPOINT IMAGES",
+    ),
     "report": ("pruning.verbs.report", "everything about a run in one HTML file: RUN"),
     "export": (
         "pruning.verbs.export",
@@ -34,7 +38,10 @@ VERBS = {
         "pruning.verbs.upload",
         "put a network on the Hugging Face Hub, with a card: CHECKPOINT OWNER/NAME",
     ),
-    "compare": ("pruning.verbs.compare_networks", "costs, widths and accuracy of two networks: FIRST SECOND"),
+    "compare": (
+        "pruning.verbs.compare_networks",
+        "costs, widths and accuracy of networks side by side: FIRST SECOND …",
+    ),
     "import": (
         "pruning.verbs.import_published",
         "turn published checkpoints into checkpoints of ours: FILE OUT",

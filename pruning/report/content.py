@@ -6,6 +6,7 @@ What a run does not tell and cannot be measured is listed under `missing` with t
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +34,8 @@ from pruning.report.networks import (
 from pruning.report.speed import compare_speed
 from pruning.report.trajectory import Trajectory, last_accuracy, trajectory_of
 
+#: In a run's folder: from `python -m pruning sensitivity --output`.
+SENSITIVITY_FILE = "sensitivity.json"
 PARTS = ("accuracy", "explanations", "speed")
 
 
@@ -122,8 +125,28 @@ def collect(run: Path, settings: Settings) -> Content:
     plain["predictions"] = _predictions(original, pruned, images, settings)
     gallery = _explanations(plain, original, pruned, images, settings, missing)
     plain["speed"] = _speed(original, pruned, size, final, settings, missing)
+    plain["sensitivity"] = read_sensitivity(run / SENSITIVITY_FILE, missing)
     plain["missing"] = missing
     return Content(plain, course, gallery)
+
+
+def read_sensitivity(path: Path, missing: list[str]) -> Plain | None:
+    """What `python -m pruning sensitivity` measured, where its file lies with the run.
+
+    Args:
+        path: The file.
+        missing: Is told where it cannot be read.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content: Plain = json.loads(path.read_text(encoding="utf-8"))
+        if all(len(row["losses"]) == len(content["removed"]) for row in content["groups"]):
+            return {key: content[key] for key in ("groups", "removed", "repair", "num_images")}
+    except (ValueError, TypeError, KeyError):
+        pass
+    missing.append(f"sensitivity of the groups: {path} is none that `python -m pruning sensitivity` writes")
+    return None
 
 
 def _original(lineage: Lineage, pruned: Network, settings: Settings, missing: list[str]) -> Network | None:

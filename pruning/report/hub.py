@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,11 +31,10 @@ def check_repository(name: str) -> None:
         SettingError: Saying what is wrong with it.
     """
     need("huggingface_hub")
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
+    utils: Any = importlib.import_module("huggingface_hub.utils")
     try:
-        validate_repo_id(name)
-    except HFValidationError as error:
+        utils.validate_repo_id(name)
+    except utils.HFValidationError as error:
         raise SettingError("repository", name, str(error).split(": ")[0]) from error
     check_setting(name.count("/") == 1, "repository", name, "write OWNER/NAME")
 

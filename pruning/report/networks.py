@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -88,6 +89,21 @@ def layer_widths(before: nn.Module, after: nn.Module) -> list[Plain]:
                     "after": int(weight.shape[axis]),
                 }
             )
+    return rows
+
+
+def widths_beside(models: Sequence[nn.Module]) -> list[Plain]:
+    """Output channels of every convolution and linear layer of networks of one architecture.
+
+    Returns:
+        Rows `layer`, `kind`, `widths` (one for every network).
+    """
+    rows: list[Plain] = []
+    for others in zip(*(layer_widths(models[0], model) for model in models), strict=True):
+        row = others[0]
+        rows.append(
+            {"layer": row["layer"], "kind": row["kind"], "widths": [other["after"] for other in others]}
+        )
     return rows
 
 

@@ -42,9 +42,11 @@ class SensitivitySearch:
 
     Args:
         shares: Shares of its width that a group is narrowed to.
+        limit: A curve ends where the loss has risen by this much of what it was, or of 1 where that is more.
     """
 
     shares: tuple[float, ...] = SHARES
+    limit: float = 1.0
 
     def __post_init__(self) -> None:
         good = bool(self.shares) and all(0 < share < 1 for share in self.shares)
@@ -73,14 +75,11 @@ class SensitivitySearch:
         return situation.keep(situation.mask)
 
     def curves(self, situation: Situation) -> Curves:
-        """Measure the loss along the widths of every group, each on its own.
-
-        A curve ends where the loss has risen by as much as it was, or by 1.
-        """
+        """Measure the loss along the widths of every group, each on its own, up to the limit."""
         judge = situation.loss_change
         assert judge is not None, "the sensitivity search judges by calibration data"
         before = judge.loss_as_it_is()
-        limit = before + max(abs(before), 1.0)
+        limit = before + self.limit * max(abs(before), 1.0)
         curves = {group.index: {situation.width(group): before} for group in situation.groups}
         candidates: list[Candidate] = []
         active = list(situation.groups)

@@ -1,10 +1,11 @@
-"""`python -m pruning compare A B [--data DATA]`: two networks side by side: costs, widths, accuracy."""
+"""`python -m pruning compare A B [C …] [--data DATA]`: networks side by side: costs, widths, accuracy."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,19 +13,26 @@ from rich.console import Console
 from rich.table import Table
 
 from image_classification.config import check
-from image_classification.file_writing import write_text
+from image_classification.file_writing import atomic_path, write_text
 from image_classification.plain_data import Plain
 from image_classification.verbs import declared
 from pruning.report.measure import accuracy_of
-from pruning.report.networks import cost_rows, costs_of, layer_widths, load_network, same_architecture
+from pruning.report.networks import (
+    cost_rows,
+    costs_of,
+    load_network,
+    same_architecture,
+    widths_beside,
+)
+from pruning.report.verdict import headline_of
 from pruning.report.wording import change, number
 from pruning.verbs.images import open_validation, size_of
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("first", type=Path, help="checkpoint")
-    parser.add_argument("second", type=Path, help="checkpoint of the same architecture")
+    parser.add_argument("first", type=Path, help="checkpoint that the others are compared with")
+    parser.add_argument("others", type=Path, nargs="+", help="checkpoints of the same architecture")
     parser.add_argument("--data", default=None, help="data set; accuracy is measured on its validation split")
     parser.add_argument("--arch", default=None, help="not needed for checkpoints of ours")
     parser.add_argument("--image-size", type=int, default=None, help="default: the networks'")
@@ -32,71 +40,134 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", type=Path, default=None, metavar="FILE", help="write everything there as well"
     )
+    parser.add_argument(
+        "--plot", type=Path, default=None, metavar="FILE", help="accuracy over MACs as an image; needs --data"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure both, print tables."""
-    paths = (arguments.first, arguments.second)
-    first, second = (load_network(str(path), path, arguments.arch) for path in paths)
+    """Measure all, print tables."""
     check(
-        same_architecture(first.model, second.model),
-        f"{paths[0]} and {paths[1]} are different architectures: compare networks of one",
+        arguments.plot is None or arguments.data is not None,
+        "--plot shows accuracy: give --data, or leave it out",
     )
-    size = size_of(second.model, arguments.image_size)
+    paths = [arguments.first, *arguments.others]
+    networks = [load_network(str(path), path, arguments.arch) for path in paths]
+    first = networks[0]
+    for other in networks[1:]:
+        check(
+            same_architecture(first.model, other.model),
+            f"{first.name} and {other.name} are different architectures: compare networks of one",
+        )
+    size = size_of(networks[-1].model, arguments.image_size)
     accuracies: list[dict[str, float]] = []
     if arguments.data is not None:
         images = open_validation(
-            arguments.data, second.model, paths[1], arguments.image_size, torch.device(arguments.device)
+            arguments.data,
+            networks[-1].model,
+            paths[-1],
+            arguments.image_size,
+            torch.device(arguments.device),
         )
         size = images.preset.image_size
-        accuracies = [accuracy_of(network, images) for network in (first, second)]
-    costs = [costs_of(network.model.cpu(), size) for network in (first, second)]
-    widths = layer_widths(first.model, second.model)
-    _print(arguments, size, costs, widths, accuracies)
+        accuracies = [accuracy_of(network, images) for network in networks]
+    costs = [costs_of(network.model.cpu(), size) for network in networks]
+    plain: Plain = {
+        "networks": [str(path) for path in paths],
+        "image_size": size,
+        "costs": costs,
+        "widths": widths_beside([network.model for network in networks]),
+        "accuracy": accuracies or None,
+        "ahead": _ahead(costs, accuracies),
+    }
+    _print(plain)
     if arguments.json is not None:
-        plain = {
-            "networks": [str(path) for path in paths],
-            "image_size": size,
-            "costs": costs,
-            "widths": widths,
-            "accuracy": accuracies or None,
-        }
         write_text(arguments.json, json.dumps(plain, indent=2) + "\n")
+    if arguments.plot is not None:
+        with atomic_path(arguments.plot) as unfinished:
+            plot(plain, unfinished, arguments.plot.suffix.removeprefix(".") or "png")
     return 0
 
 
-def _print(
-    arguments: argparse.Namespace,
-    size: int,
-    costs: list[dict[str, float]],
-    widths: list[Plain],
-    accuracies: list[dict[str, float]],
-) -> None:
+def _ahead(costs: Sequence[dict[str, float]], accuracies: Sequence[dict[str, float]]) -> list[int] | None:
+    """Positions of the networks that no other surpasses in both MACs and accuracy; None without accuracy."""
+    if not accuracies:
+        return None
+    key = headline_of(list(accuracies))
+    points = [(cost["macs"], -figures[key]) for cost, figures in zip(costs, accuracies, strict=True)]
+    return [
+        place
+        for place, point in enumerate(points)
+        if not any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points)
+    ]
+
+
+def _print(plain: Plain) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
-    table = Table(title=f"{arguments.first} and {arguments.second}, {size} px")
-    for column in ("", "first", "second", "change"):
-        table.add_column(column, justify="right" if column else "left")
-    for metric, (name, unit, divisor) in cost_rows().items():
+    names, costs, accuracies = plain["networks"], plain["costs"], plain["accuracy"]
+    numbers = [str(place + 1) for place in range(len(names))]
+    for place, name in zip(numbers, names, strict=True):
+        console.print(f"{place}: {name}", highlight=False)
+    table = Table(title=f"{plain['image_size']} px; changes from network 1")
+    table.add_column("")
+    for place in numbers:
+        table.add_column(place, justify="right")
+    for metric, (title, unit, divisor) in cost_rows().items():
         values = [cost[metric] for cost in costs]
-        amounts = [number(value / divisor) for value in values]
-        table.add_row(f"{name}, {unit}", *amounts, change(values[1], values[0]))
-    for name in accuracies[0] if accuracies else ():
-        before, after = (figures[name] for figures in accuracies)
-        unit = "" if name == "loss" else ", %"
-        table.add_row(
-            f"{name}{unit}", number(before, 4), number(after, 4), f"{after - before:+.3g}".replace("-", "−")
-        )
+        cells = [number(values[0] / divisor)]
+        cells += [f"{number(value / divisor)} ({change(value, values[0])})" for value in values[1:]]
+        table.add_row(f"{title}, {unit}", *cells)
+    for key in accuracies[0] if accuracies else ():
+        values = [figures[key] for figures in accuracies]
+        cells = [number(values[0], 4)]
+        cells += [f"{number(value, 4)} ({value - values[0]:+.3g})".replace("-", "−") for value in values[1:]]
+        table.add_row(key if key == "loss" else f"{key}, %", *cells)
     console.print(table)
-    changed = [row for row in widths if row["before"] != row["after"]]
+    if plain["ahead"] is not None and len(names) > 2:
+        ahead = ", ".join(numbers[place] for place in plain["ahead"])
+        console.print(f"no other network has fewer MACs and is as accurate: {ahead}")
+    changed = [row for row in plain["widths"] if len(set(row["widths"])) > 1]
     if not changed:
         console.print("all layers have the same widths")
         return
-    listed = Table(title=f"{len(changed)} of {len(widths)} layers have other widths")
-    for column in ("layer", "first", "second"):
+    console.print(f"{len(changed)} of {len(plain['widths'])} layers have other widths:")
+    listed = Table()
+    for column in ("layer", *numbers):
         listed.add_column(column, justify="left" if column == "layer" else "right")
     for row in changed:
-        listed.add_row(row["layer"], str(row["before"]), str(row["after"]))
+        listed.add_row(row["layer"], *map(str, row["widths"]))
     console.print(listed)
+
+
+def plot(plain: Plain, path: Path, format: str) -> None:
+    """Accuracy over MACs: a point per network, those that no other surpasses joined by a line.
+
+    Args:
+        plain: What the verb writes as JSON, with accuracy.
+        path: Where the image goes.
+        format: One of matplotlib's, such as png.
+
+    Raises:
+        ValueError: matplotlib writes no such format.
+    """
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    key = headline_of(plain["accuracy"])
+    points = [
+        (cost["macs"] / 1e6, figures[key])
+        for cost, figures in zip(plain["costs"], plain["accuracy"], strict=True)
+    ]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    line = sorted(points[place] for place in plain["ahead"])
+    axes.plot([x for x, _ in line], [y for _, y in line], color="#2b6cb0", zorder=1)
+    axes.scatter([x for x, _ in points], [y for _, y in points], color="#c05621", zorder=2)
+    for place, point in enumerate(points):
+        axes.annotate(str(place + 1), point, xytext=(5, 5), textcoords="offset points")
+    axes.set_xlabel("million multiply-accumulates")
+    axes.set_ylabel(f"{key}, %")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130, format=format)
 
 
 VERB = declared(declare, run)

@@ -15,42 +15,30 @@ from torch import nn
 
 from image_classification.config import check
 from image_classification.file_writing import write_text
-from image_classification.models import arch_info, identity_of, input_of, model_for_weights
-from image_classification.network_input import NetworkInput
 from image_classification.plain_data import Plain
 from image_classification.verbs import declared
 from pruning.costs import cost_names
 from pruning.costs.budget import Budget
 from pruning.costs.latency_measure import measure_networks
 from pruning.costs.latency_table import LatencySettings
-from pruning.criteria import criterion_names
-from pruning.criteria.by_name import make_criterion
-from pruning.engine.channel_graph import DEFAULT_MIN_WIDTH, Constraints
 from pruning.files.saved_network import save_pruned
-from pruning.repair.repairing import REPAIR_METHODS, RepairSettings
 from pruning.report.compressed_page import render
-from pruning.verbs.compressing import CompressSettings, Point, compress, divergence, outputs_of
-from pruning.verbs.plain_images import PlainImages, read_folder
-from pruning.verbs.shrink import find_factory
+from pruning.verbs.compressing import Point, compress, divergence, outputs_of
+from pruning.verbs.network_and_images import (
+    check_network_and_images,
+    declare_network_and_images,
+    open_network,
+    read_images,
+    settings_of,
+)
+from pruning.verbs.plain_images import PlainImages
 
 _SECONDS = 10.0
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument(
-        "checkpoint", type=Path, help="trained network: a checkpoint of ours, or weights with --arch"
-    )
-    parser.add_argument(
-        "images", type=Path, help="folder of images, with or without class folders; labels are not needed"
-    )
-    parser.add_argument("--arch", default=None, help="architecture of the weights, such as timm/resnet50")
-    parser.add_argument(
-        "--factory",
-        default=None,
-        metavar="MODULE:FUNCTION",
-        help="builds a network of your own, in place of --arch",
-    )
+    declare_network_and_images(parser)
     parser.add_argument(
         "--budget",
         nargs="+",
@@ -61,52 +49,20 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="the smaller network, such as small.pth.tar"
     )
-    parser.add_argument("--num-images", "-n", type=int, default=160, help="images to calibrate with")
     parser.add_argument(
         "--num-judged", type=int, default=500, help="other images of the folder to measure on"
     )
     parser.add_argument(
-        "--repair", choices=REPAIR_METHODS, default=RepairSettings.method, help="as in training"
-    )
-    parser.add_argument(
-        "--criterion",
-        default="reconstruction",
-        help=f"what orders channels: one of {', '.join(criterion_names())}",
-    )
-    parser.add_argument("--round-to", type=int, default=Constraints.round_to, help="as in training")
-    parser.add_argument("--min-width", type=float, default=DEFAULT_MIN_WIDTH, help="as in training")
-    parser.add_argument(
-        "--prune-ignore", nargs="+", default=[], metavar="PATTERN", help="modules that are left alone"
-    )
-    parser.add_argument("--image-size", type=int, default=None, help="default: the architecture's")
-    parser.add_argument(
-        "--resize", type=int, default=None, help="short side before the crop; default: likewise"
-    )
-    parser.add_argument(
-        "--mean", type=float, nargs=3, default=None, help="normalisation; default: the architecture's"
-    )
-    parser.add_argument("--std", type=float, nargs=3, default=None, help="likewise")
-    parser.add_argument("--seed", type=int, default=0, help="which images are drawn")
-    parser.add_argument(
         "--latency", action=argparse.BooleanOptionalAction, default=True, help="time the networks"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Compress, measure, write."""
     _check(arguments)
     budgets = parse_budgets(arguments.budget)
-    factory = None if arguments.factory is None else find_factory(arguments.factory)
-    model = (
-        model_for_weights(arguments.arch, arguments.checkpoint, factory=factory).to(arguments.device).eval()
-    )
-    wanted = _format(arguments, model)
-    identity = identity_of(model)
-    classes = None if identity is None else identity.num_classes
-    found = read_folder(
-        arguments.images, arguments.num_images + arguments.num_judged, wanted, classes, arguments.seed
-    )
+    model, factory = open_network(arguments)
+    found = read_images(arguments, model, arguments.num_images + arguments.num_judged)
     count = min(arguments.num_images, max(1, 3 * len(found.images) // 4))
     calibration, judged = found.split(count)
     check(len(judged.images) > 0, f"IMAGES {arguments.images}: one image is not enough: give some more")
@@ -115,12 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"{found.num_found} in {arguments.images}"
     )
     console = Console(stderr=True)
-    settings = CompressSettings(
-        criterion=make_criterion(arguments.criterion),
-        repair=RepairSettings(method=arguments.repair),
-        constraints=Constraints(arguments.round_to, arguments.min_width, tuple(arguments.prune_ignore)),
-        announce=lambda text: console.print(text, highlight=False),
-    )
+    settings = settings_of(arguments, announce=lambda text: console.print(text, highlight=False))
     images = calibration.images.to(arguments.device)
     judge = _Judge(model, judged, torch.device(arguments.device), arguments.latency)
     rows = [judge.row("original", model, None)]
@@ -157,40 +108,13 @@ def _check(arguments: argparse.Namespace) -> None:
     Raises:
         ConfigError: Naming the flag.
     """
-    for name in ("num_images", "num_judged", "image_size", "resize", "round_to"):
-        value = getattr(arguments, name)
-        check(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: give a whole number ≥ 1")
-    check(arguments.seed >= 0, f"--seed {arguments.seed} is negative")
-    check(
-        arguments.arch is None or arguments.factory is None,
-        "--arch and --factory exclude each other: the factory says what is built",
-    )
+    check_network_and_images(arguments)
+    check(arguments.num_judged >= 1, f"--num-judged {arguments.num_judged}: give a whole number ≥ 1")
     check(
         arguments.checkpoint.resolve() != arguments.output.resolve(),
         f"--output {arguments.output}: the checkpoint itself; give another name",
     )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _format(arguments: argparse.Namespace, model: nn.Module) -> NetworkInput:
-    """What the flags say of the images, else the checkpoint, else the architecture."""
-    identity = identity_of(model)
-    known = input_of(model)
-    if known is None and identity is not None:
-        known = arch_info(identity.arch).network_input
-    if known is None:
-        missing = None in (arguments.image_size, arguments.mean, arguments.std)
-        check(
-            not missing,
-            "--image-size, --mean and --std are needed: the checkpoint does not name its architecture",
-        )
-        known = NetworkInput(arguments.image_size, arguments.image_size, arguments.mean, arguments.std)
-    own = None if identity is None or input_of(model) is not None else identity.image_size
-    size = int(arguments.image_size or own or known.image_size)
-    resize = arguments.resize or round(size * known.resize / known.image_size)
-    check(resize >= size, f"--resize {resize} is smaller than the image size {size}: raise it")
-    mean, std = tuple(arguments.mean or known.mean), tuple(arguments.std or known.std)
-    return NetworkInput(size, resize, mean, std, known.geometry)
 
 
 class _Judge:

@@ -1,7 +1,9 @@
 """Networks made smaller without training: widths by sensitivity, then a repair, for one budget or several.
 
-    for point in compress(model, example, images, budgets=[{"macs": 0.75}, {"macs": 0.5}]):
-        point.model, point.costs, point.report
+    for point in compress(model, images, budgets=[{"macs": 0.75}, {"macs": 0.5}]):
+        point.model, point.costs, point.repair
+
+    graph, curves = sensitivity(model, images)
 
 What is measured of the network as it is (scores, and the loss along every group's widths) serves all budgets. The loss
 is how far the outputs are from the original's: labels are not needed.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -34,7 +37,7 @@ from pruning.repair.local_repair import LocalRepair
 from pruning.repair.repairing import RepairReport, RepairSettings, plan_repair
 from pruning.search.loss_change import LossChange
 from pruning.search.search import Situation
-from pruning.search.sensitivity import SensitivitySearch
+from pruning.search.sensitivity import Curves, SensitivitySearch
 from pruning.task import Task, logits_of
 
 _CHUNK = 32
@@ -102,56 +105,93 @@ def compress(
     """
     settings = settings or CompressSettings()
     begin = time.perf_counter()
-    graph = trace_groups(model, images[:2], constraints=settings.constraints)
     metrics = tuple(dict.fromkeys(["macs", "params", *(name for budget in budgets for name in budget)]))
-    costs = CostModel(graph, model, images[:1], metrics)
+    subject = _Subject(model, images, metrics, settings)
     for budget in budgets:
         for metric, share in Budget(dict(budget)).shares.items():
-            costs.check_budget(metric, share)
-    settings.announce(
-        f"{len(graph.prunable)} of {len(graph.groups)} channel groups can be pruned; ordering their channels"
-    )
-    batches = _batches(model, images)
-    task = Task(loss=divergence)
-    scores = score_groups(model, graph, batches, settings.criterion, task=task)
-    repaired = settings.repair.method == "least-squares"
-    parts = parted(batches, settings.repair.held_out, task)
-    fitted = [part.batch for part in parts if not part.held_out]
-    judging = [part.batch for part in parts if part.held_out] or fitted
-    local = LocalRepair(model, graph, fitted, task=task) if repaired else None
-    judge = LossChange(model, graph, judging, task=task, repair=local)
-    plain = {index: values.numpy() for index, values in scores.items()}
-    settings.announce(f"measuring each group at {len(settings.search.shares)} widths")
-    curves = settings.search.curves(Situation(graph, costs, plain, {}, judge))
+            subject.costs.check_budget(metric, share)
+    curves = subject.curves()
     for budget in budgets:
-        targets = {metric: share * costs.baseline(metric) for metric, share in budget.items()}
         settings.announce(f"cutting and repairing to {', '.join(f'{m}={s:g}' for m, s in budget.items())}")
-        keep = settings.search.choose_along(Situation(graph, costs, plain, targets, judge), curves)
-        yield _point(model, graph, keep, budget, metrics, images, batches, task, settings, begin)
+        keep = settings.search.choose_along(subject.situation(budget), curves)
+        yield subject.point(keep, budget, begin)
         begin = time.perf_counter()
 
 
-def _point(
-    model: nn.Module,
-    graph: ChannelGraph,
-    keep: dict[int, np.ndarray],
-    budget: Mapping[str, float],
-    metrics: Sequence[str],
-    images: Tensor,
-    batches: Sequence[tuple[Tensor, Tensor]],
-    task: Task,
-    settings: CompressSettings,
-    begin: float,
-) -> Point:
-    """Cut a copy and repair it."""
-    small, its_graph = copy.deepcopy(model), copy.deepcopy(graph)
-    costs = CostModel(its_graph, small, images[:1], metrics)
-    plan = plan_repair(small, its_graph, its_graph.keep_mask(keep), settings.repair)
-    prune_channels(small, its_graph, keep)
-    costs.refresh()
-    report = None if settings.repair.method == "none" else plan.repair(small, batches, task=task)
-    reached = {metric: (costs.baseline(metric), costs.current(metric)) for metric in metrics}
-    return Point(small, its_graph, budget, reached, report, time.perf_counter() - begin)
+def sensitivity(
+    model: nn.Module, images: Tensor, settings: CompressSettings | None = None
+) -> tuple[ChannelGraph, Curves]:
+    """How far the outputs move when each group alone is narrowed; nothing is cut.
+
+    Args:
+        model: The trained network; it is left as it was.
+        images: (N, …) calibration images on its device.
+        settings: How; the search says to which widths.
+
+    Returns:
+        The network's channel groups, and what was measured of each.
+    """
+    subject = _Subject(model, images, ("macs",), settings or CompressSettings())
+    return subject.graph, subject.curves()
+
+
+class _Subject:
+    """A network on its calibration images, and what is measured of it once for all budgets."""
+
+    def __init__(
+        self, model: nn.Module, images: Tensor, metrics: Sequence[str], settings: CompressSettings
+    ) -> None:
+        self.model, self.images, self.metrics, self.settings = model, images, metrics, settings
+        self.graph = trace_groups(model, images[:2], constraints=settings.constraints)
+        self.costs = CostModel(self.graph, model, images[:1], metrics)
+        self.task = Task(loss=divergence)
+        self._batches = _batches(model, images)
+
+    def curves(self) -> Curves:
+        """Order the channels of every group, and measure the loss along its widths."""
+        situation = self.situation({})
+        self.settings.announce(f"measuring each group at {len(self.settings.search.shares)} widths")
+        return self.settings.search.curves(situation)
+
+    def situation(self, budget: Mapping[str, float]) -> Situation:
+        """The network as it is, on its way to a budget."""
+        targets = {metric: share * self.costs.baseline(metric) for metric, share in budget.items()}
+        return Situation(self.graph, self.costs, self._scores, targets, self._judge)
+
+    @functools.cached_property
+    def _scores(self) -> dict[int, np.ndarray]:
+        graph, settings = self.graph, self.settings
+        settings.announce(
+            f"{len(graph.prunable)} of {len(graph.groups)} channel groups can be pruned; ordering their channels"
+        )
+        scores = score_groups(self.model, graph, self._batches, settings.criterion, task=self.task)
+        return {index: values.numpy() for index, values in scores.items()}
+
+    @functools.cached_property
+    def _judge(self) -> LossChange:
+        """Judges by the images that no repair is fitted to."""
+        repair = self.settings.repair
+        parts = parted(self._batches, repair.held_out, self.task)
+        fitted = [part.batch for part in parts if not part.held_out]
+        judging = [part.batch for part in parts if part.held_out] or fitted
+        local = None
+        if repair.method == "least-squares":
+            local = LocalRepair(self.model, self.graph, fitted, task=self.task)
+        return LossChange(self.model, self.graph, judging, task=self.task, repair=local)
+
+    def point(self, keep: dict[int, np.ndarray], budget: Mapping[str, float], begin: float) -> Point:
+        """Cut a copy and repair it."""
+        settings = self.settings
+        small, graph = copy.deepcopy(self.model), copy.deepcopy(self.graph)
+        costs = CostModel(graph, small, self.images[:1], self.metrics)
+        plan = plan_repair(small, graph, graph.keep_mask(keep), settings.repair)
+        prune_channels(small, graph, keep)
+        costs.refresh()
+        report = None
+        if settings.repair.method != "none":
+            report = plan.repair(small, self._batches, task=self.task)
+        reached = {metric: (costs.baseline(metric), costs.current(metric)) for metric in self.metrics}
+        return Point(small, graph, budget, reached, report, time.perf_counter() - begin)
 
 
 def divergence(outputs: Outputs, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -25,6 +25,7 @@ from pruning.report import charts, content, speed, wording
 from pruning.report.content import score_table, width_table
 from pruning.report.lineage import Lineage, Stage, find_lineage, rewrites_of
 from pruning.report.networks import Network
+from pruning.report.page import render
 from pruning.report.speed import compare_speed
 from pruning.report.trajectory import Trajectory, last_accuracy, trajectory_of
 from pruning.report.verdict import verdict
@@ -337,6 +338,23 @@ def test_the_verdict_comes_first_and_says_what_is_not_known(
     for batch in (1, 2):
         assert "median of 5 batches" in lines[f"Latency, batch {batch}"]
     assert "not what pruning costs" not in dict(verdict(trained_as_long(plain))["lines"])["Accuracy"]
+
+
+def test_sensitivity_is_shown_where_it_was_measured(
+    report: tuple[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    page, plain = report
+    assert "Sensitivity" not in page
+    rows = [{"group": "layer9.conv1", "width": 16, "losses": [0.125, None]}]
+    measured = {"groups": rows, "removed": [0.5, 0.9], "repair": "none", "num_images": 8, "command": ""}
+    (tmp_path / "sensitivity.json").write_text(json.dumps(measured))
+    missing: list[str] = []
+    found = content.read_sensitivity(tmp_path / "sensitivity.json", missing)
+    whole = content.Content({**plain, "sensitivity": found}, Trajectory(), [])
+    shown = render(whole)
+    assert "layer9.conv1" in shown
+    assert "8 images" in shown
+    assert not missing
 
 
 def test_the_card_of_an_upload_has_the_figures(

@@ -31,8 +31,8 @@ def test_costs_and_widths(networks: list[str], tmp_path: Path, capsys: pytest.Ca
     saved = 2 * 16 * 16 * 9 * 32 * 12
     assert plain["costs"][0]["macs"] - plain["costs"][1]["macs"] == saved
     assert plain["costs"][0]["params"] - plain["costs"][1]["params"] == 2 * 9 * 32 * 12 + 2 * 12
-    changed = [row for row in plain["widths"] if row["before"] != row["after"]]
-    assert changed == [{"layer": "layer2.1.conv1", "kind": "Conv2d", "before": 32, "after": 20}]
+    changed = [row for row in plain["widths"] if len(set(row["widths"])) > 1]
+    assert changed == [{"layer": "layer2.1.conv1", "kind": "Conv2d", "widths": [32, 20]}]
     out = capsys.readouterr().out
     assert "1 of 20 layers have other widths" in out
     assert plain["accuracy"] is None
@@ -58,6 +58,25 @@ def test_accuracy_is_measured_on_data(
     assert len(figures) == 2
     assert all(0 <= entry["top1"] <= entry["top5"] <= 100 for entry in figures)
     assert "top1, %" in capsys.readouterr().out
+
+
+def test_many_networks_and_which_are_ahead(
+    networks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that says the same with more MACs is not ahead."""
+    monkeypatch.setenv("LUCIDPRUNE_CACHE", str(tmp_path / "cache"))
+    report, plot = tmp_path / "compare.json", tmp_path / "plot.png"
+    words = ["compare", *networks, networks[0], "--data", "shapes:train=24,val=24", "--device", "cpu"]
+    accuracies = iter([{"top1": 50.0}, {"top1": 50.0}, {"top1": 60.0}])
+    monkeypatch.setattr("pruning.verbs.compare_networks.accuracy_of", lambda *_: next(accuracies))
+    assert main([*words, "--json", str(report), "--plot", str(plot)]) == 0
+    plain = json.loads(report.read_text())
+    assert plain["ahead"] == [1, 2]
+    assert [row["widths"] for row in plain["widths"] if row["layer"] == "layer2.1.conv1"] == [[32, 20, 32]]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "2, 3" in capsys.readouterr().out
+    assert main(["compare", *networks, "--plot", str(plot)]) == 2
+    assert "--plot" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(networks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from pruning.files.saved_network import save_pruned
 from pruning.repair.repairing import RepairSettings
 from pruning.search.sensitivity import SensitivitySearch
 from pruning.verbs.compress import parse_budgets
-from pruning.verbs.compressing import CompressSettings, compress
+from pruning.verbs.compressing import CompressSettings, compress, sensitivity
+from pruning.verbs.sensitivity import rows_of
 
 
 def twins(groups: int) -> nn.Sequential:
@@ -172,3 +174,42 @@ def test_a_folder_without_images(network: Path, tmp_path: Path, capsys: pytest.C
     for place in (empty, tmp_path / "nowhere"):
         assert main(["compress", str(network), str(place), "--output", str(tmp_path / "small.pth.tar")]) == 2
         assert str(place) in capsys.readouterr().err
+
+
+def test_sensitivity_of_what_repeats_and_what_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the first layer repeats the other half; the second layer has nothing to spare."""
+    model = twins(1)
+    images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    search = SensitivitySearch((0.75, 0.5, 0.25), limit=math.inf)
+    settings = CompressSettings(search=search, repair=RepairSettings(ridges=(1e-9,)))
+    graph, curves = sensitivity(model, images, settings)
+    rows = {row["group"]: row for row in rows_of(graph, curves, [0.25, 0.5, 0.75])}
+    assert list(rows) == ["0", "3"], "the least sensitive one first"
+    first, second = rows["0"]["losses"], rows["3"]["losses"]
+    assert max(first[:2]) < 1e-3 * min(second), "repeated channels cost nothing, others do"
+    assert first[2] > 100 * first[1]
+    assert graph.group("0").width == 12
+
+
+def test_the_verb_measures_every_share_and_writes_table_json_and_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pruned(tmp_path / "net.pth.tar", create_model("resnet20", num_classes=4))
+    folder = tmp_path / "images"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(12):
+        Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    output = tmp_path / "sensitivity.json"
+    words = ["sensitivity", str(tmp_path / "net.pth.tar"), str(folder), "--image-size", "32", "-n", "8"]
+    assert main([*words, "--removed", "0.5", "0.9", "--repair", "none", "--output", str(output)]) == 0
+    content = json.loads(output.read_text())
+    assert content["removed"] == [0.5, 0.9]
+    assert len(content["groups"]) > 5
+    assert all(row["losses"][0] >= 0 for row in content["groups"])
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert content["groups"][0]["group"] in capsys.readouterr().out
+    assert main([*words, "--removed", "1.5"]) == 2
+    assert "--removed 1.5" in capsys.readouterr().err
