@@ -3,7 +3,9 @@
 For every group there is one candidate: this group alone loses its lowest-scored units until the target is met. The
 candidates are sorted by the estimated change of the calibration loss, the first ones are measured, and the best is
 taken. The published rewrites are small, half a percent of the cost. A large one would take most of a single group, so
-the way to its target is divided into instalments, and each is paid by the group that is then the best.
+the way to its target is divided into instalments, and each is paid by the group that is then the best. The first one
+measures all candidates; the later ones those that were the best when they were measured last (Minoux's lazy greedy,
+1978): the estimate knows nothing of repairs, and would offer the same groups again and again.
 """
 
 from __future__ import annotations
@@ -51,12 +53,13 @@ class GreedySearch:
         ends = dict(situation.targets)
         starts = {metric: situation.costs.cost(metric, situation.mask) for metric in ends}
         instalments = self.instalments or self._small_instalments(situation)
+        rises = None if instalments == 1 or self.shortlist == 1 else _Rises()
         for part in range(1, instalments + 1):
             paid = part / instalments
             situation.targets = {
                 metric: end + (1 - paid) * max(starts[metric] - end, 0.0) for metric, end in ends.items()
             }
-            stages += self._towards_targets(situation)
+            stages += self._towards_targets(situation, rises)
         return Decision(situation.keep(situation.mask), stages[0] if stages else [])
 
     @staticmethod
@@ -70,14 +73,19 @@ class GreedySearch:
         # Without the small tolerance 0.1 / 0.02 might be a little more than 5.
         return max(1, math.ceil(max(ways) / LARGEST_INSTALMENT - 1e-6))
 
-    def _towards_targets(self, situation: Situation) -> list[list[Candidate]]:
+    def _towards_targets(self, situation: Situation, rises: _Rises | None) -> list[list[Candidate]]:
         """Close units of the situation's mask until the targets are met, or nothing is left; what was weighed."""
         stages: list[list[Candidate]] = []
         while (metric := situation.most_behind()) is not None:
             options = self._options(situation, metric)
             if not options:
                 break
-            best, candidates = self._best(situation, options)
+            if rises is None or not rises.known:
+                best, candidates = self._best(situation, options, self.shortlist if rises is None else 0)
+            else:
+                best, candidates = self._best_again(situation, options, rises.least(options, self.shortlist))
+            if rises is not None:
+                rises.learn(situation, candidates, best)
             stages.append(candidates)
             situation.mask = situation.without(options[best])
         return stages
@@ -122,7 +130,24 @@ class GreedySearch:
                 found[group.index] = situation.lowest(group, fitting[-1] if fitting else widths[0])
         return found
 
-    def _best(self, situation: Situation, options: Mapping[int, np.ndarray]) -> tuple[int, list[Candidate]]:
+    @staticmethod
+    def _best_again(
+        situation: Situation, options: Mapping[int, np.ndarray], indices: list[int]
+    ) -> tuple[int, list[Candidate]]:
+        """Of these groups the one with the smallest loss, and all of them."""
+        judge = situation.loss_change
+        assert judge is not None, "the greedy search judges by calibration data"
+        cuts = [situation.keep(situation.without(options[index])) for index in indices]
+        losses = judge.measure(cuts).tolist()
+        candidates = [
+            Candidate(situation.graph.groups[index].name, len(options[index]), None, loss)
+            for index, loss in zip(indices, losses, strict=True)
+        ]
+        return indices[int(np.argmin(losses))], candidates
+
+    def _best(
+        self, situation: Situation, options: Mapping[int, np.ndarray], shortlist: int
+    ) -> tuple[int, list[Candidate]]:
         """The group of the option with the smallest loss, and all that were weighed.
 
         Options without an estimate are always measured, unless the estimate alone is trusted: then they come last.
@@ -133,9 +158,9 @@ class GreedySearch:
         estimated = judge.estimate(list(options.values()), closed=np.flatnonzero(~situation.mask))
         order = np.argsort(estimated, kind="stable")  # NaN goes last
         truth: dict[int, float] = {}
-        if self.shortlist != 1:
+        if shortlist != 1:
             unknown = order[np.isnan(estimated[order])]
-            short = order[: self.shortlist or None]
+            short = order[: shortlist or None]
             chosen = [*short, *unknown[~np.isin(unknown, short)]]
             cuts = [situation.keep(situation.without(options[indices[i]])) for i in chosen]
             truth = {int(i): float(loss) for i, loss in zip(chosen, judge.measure(cuts), strict=True)}
@@ -146,3 +171,30 @@ class GreedySearch:
             estimate = None if np.isnan(estimated[i]) else float(estimated[i])
             candidates.append(Candidate(name, len(options[indices[i]]), estimate, truth.get(i)))
         return indices[best], candidates
+
+
+class _Rises:
+    """How much the loss rose by each group's candidate when that was measured last."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, float] = {}
+        self._present: float | None = None
+
+    def learn(self, situation: Situation, candidates: list[Candidate], best: int) -> None:
+        """Remember what was measured, and what the loss is now that the best one has been taken."""
+        judge = situation.loss_change
+        assert judge is not None, "it has measured"
+        present = judge.loss_as_it_is() if self._present is None else self._present
+        indices = {group.name: group.index for group in situation.groups}
+        losses = {indices[one.group]: one.measured for one in candidates if one.measured is not None}
+        self.known |= {index: loss - present for index, loss in losses.items()}
+        self._present = losses[best]
+
+    def least(self, options: Mapping[int, np.ndarray], count: int) -> list[int]:
+        """Indices of the groups with the smallest rises, those that were never measured first.
+
+        Args:
+            options: Group index → units, of the groups to choose from.
+            count: How many; 0 for all.
+        """
+        return sorted(options, key=lambda index: self.known.get(index, -np.inf))[: count or None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from image_classification.models import create_model
 from pruning.costs.budget import Budget, BudgetCourse, as_budget
 from pruning.costs.cost_model import CostModel
 from pruning.criteria.sample_losses import multi_label_sample_losses, sample_losses
-from pruning.engine.channel_graph import ChannelGraph, Constraints
+from pruning.engine.channel_graph import ChannelGraph, Constraints, Keep
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
 from pruning.search import (
@@ -211,6 +212,25 @@ def test_instalments_are_paid_by_the_group_that_is_then_the_best(
         mask = graph.keep_mask(wanted)
     assert decision.keep.keys() == wanted.keys()
     assert all(np.array_equal(decision.keep[index], kept) for index, kept in wanted.items())
+
+
+def test_later_instalments_measure_what_was_best_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one measures every group, the others as many as the shortlist has."""
+    model, graph, costs, images = network()
+    judge = LossChange(model, graph, data(images))
+    scores, goal = random_scores(graph), {"macs": 0.9 * costs.baseline("macs")}
+    measured: list[int] = []
+    real = judge.measure
+
+    def counting(cuts: Iterable[Keep], *, repaired: bool = True) -> np.ndarray:
+        cuts = list(cuts)
+        measured.append(len(cuts))
+        return real(cuts, repaired=repaired)
+
+    monkeypatch.setattr(judge, "measure", counting)
+    decision = GreedySearch(shortlist=3, instalments=5).choose(Situation(graph, costs, scores, goal, judge))
+    assert measured == [len(graph.prunable), 3, 3, 3, 3]
+    assert costs.cost("macs", graph.keep_mask(decision.keep)) <= goal["macs"] * (1 + 1e-6)
 
 
 def test_estimates_count_what_is_closed_already() -> None:

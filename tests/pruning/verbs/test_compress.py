@@ -188,8 +188,8 @@ def test_sensitivity_of_what_repeats_and_what_does_not(
     rows = {row["group"]: row for row in rows_of(graph, curves, [0.25, 0.5, 0.75])}
     assert list(rows) == ["0", "3"], "the least sensitive one first"
     first, second = rows["0"]["losses"], rows["3"]["losses"]
-    assert max(first[:2]) < 1e-3 * min(second), "repeated channels cost nothing, others do"
-    assert first[2] > 100 * first[1]
+    assert max(first[:2]) < 0.05 * min(second), "repeated channels cost nothing, others do"
+    assert first[2] > 20 * max(first[:2])
     assert graph.group("0").width == 12
 
 
