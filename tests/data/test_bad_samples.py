@@ -260,9 +260,9 @@ def test_sixteen_bits_are_scaled(tmp_path):
 
 def test_reasons(tmp_path):
     smooth_image(20, 20, 0).save(tmp_path / "a.gif")
-    with pytest.raises(UnreadableError, match="unknown format"):
+    with pytest.raises(UnreadableError, match="format"):
         open_image(tmp_path / "a.gif")
-    with pytest.raises(UnreadableError, match="No such file"):
+    with pytest.raises(UnreadableError, match=r"b\.jpg"):
         open_image(tmp_path / "b.jpg")
 
 
@@ -298,7 +298,7 @@ class BrokenPipeline:
         (
             "Internal error of the executor",
             SettingError,
-            r"4 times .* can all be decoded .*executor.*choose pytorch",
+            "data_backend='dali-cpu'.*Internal error of the executor.*pytorch",
         ),
     ],
 )

@@ -143,17 +143,17 @@ def test_baselines_by_hand() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("", "does not define load_model and get_masks_and_check_predictions"),
-        ("def load_model(path): return 1", "does not define get_masks_and_check_predictions"),
-        ("import nothing_of_the_kind", "cannot be run: ModuleNotFoundError"),
+        ("", "load_model.* get_masks_and_check_predictions"),
+        ("def load_model(path): return 1", "get_masks_and_check_predictions"),
+        ("import nothing_of_the_kind", "'nothing_of_the_kind'"),
     ],
 )
 def test_files_without_an_interface_are_refused(source: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "own.py"
     path.write_text(source)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=rf"interface=.*own\.py.*{message}"):
         load_interface(path)
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match=r"interface=.*nowhere\.py"):
         load_interface(tmp_path / "nowhere.py")
 
 
@@ -169,12 +169,12 @@ def test_an_interface_may_define_dataclasses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (np.zeros(3), "must give masks, rectangles and correct"),
-        ((np.zeros((2, 4, 5)), np.zeros((2, 4, 4)), np.zeros(2)), r"masks have shape \(2, 4, 5\)"),
-        ((np.zeros((2, 4, 4)), np.zeros((2, 4)), np.zeros(2)), "rectangles have shape"),
-        ((np.zeros((2, 4, 4)), np.zeros((2, 4, 4)), np.zeros(3)), "correct have shape"),
-        ((np.full((2, 4, 4), 1.5), np.zeros((2, 4, 4)), np.zeros(2)), r"lie in \[0, 1\]"),
-        ((np.full((2, 4, 4), np.nan), np.zeros((2, 4, 4)), np.zeros(2)), "without NaN"),
+        (np.zeros(3), "masks, rectangles.* correct"),
+        ((np.zeros((2, 4, 5)), np.zeros((2, 4, 4)), np.zeros(2)), r"masks .*\(2, 4, 5\)"),
+        ((np.zeros((2, 4, 4)), np.zeros((2, 4)), np.zeros(2)), r"rectangles .*\(2, 4\)"),
+        ((np.zeros((2, 4, 4)), np.zeros((2, 4, 4)), np.zeros(3)), r"correct .*\(3,\)"),
+        ((np.full((2, 4, 4), 1.5), np.zeros((2, 4, 4)), np.zeros(2)), r"masks .*\[0, 1\]"),
+        ((np.full((2, 4, 4), np.nan), np.zeros((2, 4, 4)), np.zeros(2)), "masks .*NaN"),
     ],
 )
 def test_answers_of_the_wrong_form(answer: Any, message: str) -> None:

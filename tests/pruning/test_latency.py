@@ -293,7 +293,7 @@ def test_tables_are_measured_once(
             "latency"
         )  # of layers so small a busy machine may measure one time
     state["latency"]["fixed"] += 1.0
-    with pytest.raises(LatencyError, match="saved with"):
+    with pytest.raises(LatencyError, match="latency table"):
         first.load_state_dict(state)
 
 
@@ -345,9 +345,9 @@ def test_plain_tables_travel(mixed: tuple[Mixed, Tensor, ChannelGraph]) -> None:
     again = LatencyTable.from_plain(json.loads(json.dumps(table.to_plain())))
     assert again == table
     assert again.digest == table.digest != synthetic_table(model, images, graph, seed=1).digest
-    with pytest.raises(LatencyError, match="format 99"):
+    with pytest.raises(LatencyError, match=r"\b99\b"):
         LatencyTable.from_plain({**table.to_plain(), "format": 99})
-    with pytest.raises(LatencyError, match="not a latency table"):
+    with pytest.raises(LatencyError, match="'identity'"):
         LatencyTable.from_plain({"format": 1})
 
 

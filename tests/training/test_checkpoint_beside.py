@@ -91,7 +91,7 @@ def test_a_write_that_fails_ends_the_training_within_a_step(
     steps: list[int] = []
     monkeypatch.setattr(checkpoint, "save_atomically", full)
     trainer = make_trainer(epochs=2, checkpoint={"checkpoint_interval": 2}, callbacks=[Waiting()])
-    with pytest.raises(OSError, match=r"cannot write .*checkpoint\.pth\.tar"):
+    with pytest.raises(OSError, match=r"checkpoint\.pth\.tar"):
         trainer.fit()
     assert steps[-1] <= 4
 
