@@ -343,7 +343,7 @@ class DaliLoader(PlannedLoader):
         """Arguments of the decoder that depend on the device."""
         if not self.gpu:
             return {"device": "cpu"}
-        height, width = self._usual_largest()
+        height, width = usual_largest(self.manifest, ~self.samples.known)
         return {
             "device": "mixed",
             "hw_decoder_load": 0.65,  # DALI's default: the share of images for the hardware decoder
@@ -353,19 +353,19 @@ class DaliLoader(PlannedLoader):
             "jpeg_fancy_upsampling": True,  # the chroma filter of the CPU decoders
         }
 
-    def _usual_largest(self) -> tuple[int, int]:
-        """Height and width that 999 of 1000 readable images do not exceed: one giant must not fill the GPU."""
-        readable = ~self.samples.known
-        heights, widths = self.manifest.heights[readable], self.manifest.widths[readable]
-        if not len(heights):
-            return 1, 1
-        height, width = (int(np.percentile(sides, 99.9, method="higher")) for sides in (heights, widths))
-        return height, width
-
     def close(self) -> None:
         """See `Loader.close`."""
         super().close()
         self._pipeline = None
+
+
+def usual_largest(manifest: Manifest, readable: NDArray[np.bool_]) -> tuple[int, int]:
+    """Height and width that 999 of 1000 readable images do not exceed: one giant must not fill the GPU."""
+    heights, widths = manifest.heights[readable], manifest.widths[readable]
+    if not len(heights):
+        return 1, 1
+    height, width = (int(np.percentile(sides, 99.9, method="higher")) for sides in (heights, widths))
+    return height, width
 
 
 Item = TypeVar("Item")
