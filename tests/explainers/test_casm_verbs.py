@@ -18,22 +18,13 @@ from explainers.casm.interface import CasmInterface, checked_answer, load_interf
 from explainers.casm.score import as_mask, baseline_rectangle
 from explainers.measures.localization import Rectangle, box_figures, object_rectangle
 from image_classification.config import ConfigError
-from image_classification.models import capture_structure, create_model
-from tests.support.explained import make_images, randomise
+from image_classification.models import create_model
+from tests.support.explained import make_images, randomise, save_network
 
+pytestmark = pytest.mark.usefixtures("small_cache")
 OWN = Path(__file__).resolve().parents[1] / "support" / "own_architecture.py"
 DATA = "shapes:train=24,val=20,seed=5"
 COMMON = ["-b", "8", "--data-backend", "pytorch", "-j", "0", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def private_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LUCIDPRUNE_CACHE", str(cache))
 
 
 def made_casm(num_classes: int = 12) -> Casm:
@@ -47,14 +38,6 @@ def casms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("casms")
     save_casm(folder / "one.pth.tar", made_casm())
     return folder
-
-
-def save_network(path: Path, num_classes: int = 12) -> str:
-    torch.manual_seed(1)
-    model = create_model("resnet20", num_classes=num_classes)
-    content = {"format": "lucidprune", "version": 1, "arch": "resnet20", "state_dict": model.state_dict()}
-    torch.save(content | {"structure": capture_structure(model).to_plain()}, path)
-    return str(path)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 from support.explanations import ReadOut
+from support.ranks import RecordedRank
 from torch import Tensor, nn
 
 from explainers.differentiable.gated_features import gated_features
 from explainers.differentiable.gradcam_explanation import GradCamExplanation
 from explainers.differentiable.remembered import OriginalExplanations, image_keys
 from image_classification.config import ConfigError
-from image_classification.distributed import Distributed
 from pruning.criteria import Combined, Saliency, combine_scores, create_criterion, normalise_scores
 from pruning.criteria.by_name import CriterionSettings, make_criterion
 from pruning.criteria.saliency import random_signs
@@ -213,18 +213,6 @@ def test_signs_belong_to_the_image() -> None:
     assert signs.shape == (3, 4, 7)
     assert torch.equal(random_signs([keys[2]], 3, 7)[:, 0], signs[:, 2])
     assert signs.abs().eq(1).all()
-
-
-@dataclasses.dataclass(frozen=True)
-class RecordedRank(Distributed):
-    """A rank whose reduction hands its tensors out, and adds those of the other rank if there are any."""
-
-    sent: list[Tensor] = dataclasses.field(default_factory=list)
-    others: tuple[Tensor, ...] = ()
-
-    def all_reduce_sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        self.sent.extend(t.clone() for t in tensors)
-        return tuple(t + o for t, o in zip(tensors, self.others, strict=True)) if self.others else tensors
 
 
 @pytest.mark.parametrize("max_passes", [4, 2])

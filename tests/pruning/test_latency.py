@@ -257,10 +257,6 @@ def test_a_measured_table_predicts_its_own_network(
     assert min(table.fixed, table.scale, table.per_element) >= 0
     assert [anchor[0] for anchor in table.anchors] == [1.0, 0.75, 0.5]
     assert costs.current("latency") == pytest.approx(table.anchors[0][2], rel=1e-9)
-    checked = costs.validate()
-    assert checked["error_after"] == pytest.approx(
-        checked["after_predicted"] / checked["after_measured"] - 1, rel=1e-9
-    )
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert graph.group("stem").width == graph.group("stem").original_width
@@ -408,4 +404,3 @@ def test_a_table_on_the_gpu(settings: LatencySettings) -> None:
     assert costs.latency_table.identity["memory_format"] == "channels_last"
     gates = torch.ones(graph.num_units, device="cuda", requires_grad=True)
     assert costs.cost("latency", gates).item() == pytest.approx(costs.current("latency"))
-    assert costs.validate()["before_measured"] > 0

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 _Pipeline = Any
 
 
-#: What DALI and CUDA say when memory is at an end, and after errors that no pipeline of this process survives.
+#: What DALI and CUDA say when memory runs out, and after errors that no pipeline of this process survives.
 _OUT_OF_MEMORY = (
     "out of memory",
     "bad_alloc",
@@ -61,7 +61,7 @@ _FATAL = (
     "illegal memory access",
     "unspecified launch",
 )
-#: Failures of DALI that no file explains, before the job is told; forgotten after so many good batches.
+#: Failures of DALI that no file explains, after which the job ends; good batches after which they are forgotten.
 _MAX_UNEXPLAINED, _GOOD_BATCHES = 3, 200
 
 
@@ -263,7 +263,7 @@ class DaliLoader(PlannedLoader):
         """Give up the pipeline after a failure; what was read ahead is fed again to the next one.
 
         Raises:
-            OutOfMemoryError: Memory is at an end: another pipeline would find no more of it.
+            OutOfMemoryError: Memory has run out: another pipeline would fare no better.
             RuntimeError: CUDA has failed, for this process once and for all.
         """
         self._pipeline = None
