@@ -233,7 +233,7 @@ def test_a_run_resumed_inside_a_round_ends_alike(tmp_path: Path, stop_at: int, r
     pruning = UnstructuredPruning(UnstructuredConfig(unstructured_pruning=0.4, rounds=2, rewind=rewind))
     shorter = build_trainer(workspace=tmp_path / "other", callbacks=(pruning,), epochs=2, ema=0.9)
     shorter.restore(payload)
-    with pytest.raises(ConfigError, match="--epochs 2: .* 4"):  # a round would begin in the past
+    with pytest.raises(ConfigError, match=r"--epochs 2: .* 4"):  # a round would begin in the past
         shorter.fit()
 
 
