@@ -253,7 +253,7 @@ def test_the_state_goes_through_a_file_and_refuses_another_network(tmp_path: Pat
     assert again.history == pruner.history
     assert again.graph.signature() == pruner.graph.signature()
     assert again.costs.baseline("macs") == pruner.costs.baseline("macs")
-    with pytest.raises(ValueError, match=r"'layer1\.0\.conv1\.weight'"):
+    with pytest.raises(ValueError, match=r"conv1\.weight'"):
         Pruner(create_model("resnet20", num_classes=10), images[:2], budget={"macs": 0.7}, state=state)
 
 
