@@ -155,10 +155,10 @@ def prepare(
     resumed = None
     if resume_path is not None:
         resumed = read_resumable(shared_file(resume_path, distributed), configs.model.arch)
-    workspace = configs.checkpoint.workspace
-    logger = Logger(configs.log, workspace, is_main=distributed.is_main, append=resumed is not None)
-    evaluating = configs.train.evaluate
-    if not evaluating:  # which only looks, beside a job that may be training here
+    logger = Logger(
+        configs.log, configs.checkpoint.workspace, is_main=distributed.is_main, append=resumed is not None
+    )
+    if not configs.train.evaluate:  # which only looks, beside a job that may be training here
         checkpointer.prepare(resume_path)
     torch.manual_seed(configs.train.seed)
     if distributed.device.type == "cuda":
@@ -173,31 +173,40 @@ def prepare(
     if loaders.calibration is not None:
         configs = _setting_aside(configs, loaders.calibration.num_samples)
     if distributed.is_main and configs.checkpoint.checkpoints:
-        of_another_job = evaluating and (workspace / "config.yaml").exists()
-        if not of_another_job:
-            save_yaml(configs, workspace / "config.yaml")
-        append = of_another_job or resumed is not None
-        record_invocation(workspace, distributed.device, distributed.world_size, append=append)
+        _record_job(configs, distributed, resumed=resumed is not None)
     logger.log_parameters(to_plain(configs))
     notes = [f"data backend: {loaders.backend}", *distributed.notes, *precision.notes, *origin.notes]
-    size = loaders.preset.image_size
-    if (
-        loaders.preset.augmentation == "cifar"
-        and configs.data.augmentation == "default"
-        and size <= SMALL_SIDE
-    ):
-        notes.append(
-            f"small images: {size} × {size} pixels, shifted and mirrored while training (--image-size, --augmentation)"
-        )
-    if loaders.calibration is not None:
-        notes.append(f"{loaders.calibration.num_samples} training images are kept aside for calibration")
-    for note in notes:
+    for note in (*notes, *_notes_of_images(loaders, configs.data)):
         logger.message(note)
     if resume_path is not None:
         logger.message(f"continuing from {resume_path}")
     return Job(
         configs, distributed, logger, precision, loaders, checkpointer, Monitor(distributed.device), resumed
     )
+
+
+def _record_job(configs: CommonConfig, distributed: Distributed, *, resumed: bool) -> None:
+    """Leave the configuration and the command in the workspace; an evaluation keeps the configuration of a training."""
+    workspace = configs.checkpoint.workspace
+    of_another_job = configs.train.evaluate and (workspace / "config.yaml").exists()
+    if not of_another_job:
+        save_yaml(configs, workspace / "config.yaml")
+    append = of_another_job or resumed
+    record_invocation(workspace, distributed.device, distributed.world_size, append=append)
+
+
+def _notes_of_images(loaders: Loaders, config: DataConfig) -> list[str]:
+    """What was chosen about the images, for the log."""
+    preset, notes = loaders.preset, []
+    small = preset.augmentation == "cifar" and preset.image_size <= SMALL_SIDE
+    if small and config.augmentation == "default":
+        notes.append(
+            f"small images: {preset.image_size} × {preset.image_size} pixels, shifted and mirrored while training "
+            "(--image-size, --augmentation)"
+        )
+    if loaders.calibration is not None:
+        notes.append(f"{loaders.calibration.num_samples} training images are kept aside for calibration")
+    return notes
 
 
 def _given_input(model: ModelConfig, resumed: Plain | None, teacher: str | None) -> NetworkInput | None:
@@ -252,13 +261,8 @@ def open_loaders(
         with naming_the_flag("DATA"):
             dataset = origin.name_classes(dataset)
     if calibration_batches and not config.calibration_size:
-        preset = IMAGENET_PRESET if dataset is None else dataset.preset
-        size = calibration_batches * config.resolved_preset(preset).batch_size * distributed.world_size
-        if dataset is not None:
-            size = max(min(size, len(dataset.train) // 20), dataset.num_classes)
-        else:
-            size = min(size, IMAGENET_NUM_TRAIN // 20)
-        config = dataclasses.replace(config, calibration_size=size)
+        num_batches = calibration_batches * distributed.world_size
+        config = dataclasses.replace(config, calibration_size=_set_aside_for(num_batches, config, dataset))
     with naming_the_flag("DATA"):
         return build_loaders(
             config,
@@ -271,6 +275,15 @@ def open_loaders(
             num_classes=configs.model.num_classes or IMAGENET_CLASSES,
             training=not configs.train.evaluate,
         )
+
+
+def _set_aside_for(num_batches: int, config: DataConfig, dataset: Dataset | None) -> int:
+    """Images for the calibration batches: at most a twentieth of the training set, one per class at least."""
+    preset = IMAGENET_PRESET if dataset is None else dataset.preset
+    size = num_batches * config.resolved_preset(preset).batch_size
+    if dataset is None:
+        return min(size, IMAGENET_NUM_TRAIN // 20)
+    return max(min(size, len(dataset.train) // 20), dataset.num_classes)
 
 
 @contextlib.contextmanager

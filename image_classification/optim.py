@@ -105,8 +105,8 @@ class Lars(torch.optim.Optimizer):
         self,
         params: ParamsT,
         lr: float,
-        momentum: float = 0.9,
-        trust: float = 0.001,
+        momentum: float,
+        trust: float,
         weight_decay: float = 0.0,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": weight_decay}

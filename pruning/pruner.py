@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import itertools
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -57,6 +56,7 @@ from pruning.rewrites.companions import (
     warn_of_leftovers,
 )
 from pruning.rewrites.intervals import Intervals, shortfall
+from pruning.rewrites.laps import Laps
 from pruning.rewrites.momentum_pairs import warn_of_pairs
 from pruning.rewrites.resuming import PrunerState, check_course, graph_of, known_originals, shared_costs
 from pruning.rewrites.rewrite_record import RewriteRecord, describe_group
@@ -179,56 +179,75 @@ class Pruner:
         pairs: Iterable[tuple[str, str]] = (),
         forward: Forward | None = None,
         loss: Loss | None = None,
-        mode: Mode = "eval",
+        mode: Mode = Task.mode,
         repair: Method | RepairSettings | None = None,
         settings: PrunerSettings | None = None,
         state: PrunerState | None = None,
     ) -> None:
         check_setting(step >= 1, "step", step, "must be at least 1 iteration")
         _check_arguments(model, example, criterion, budget, search)
+        self.model, self.interval, self.delta = model, step, delta
         self.settings = settings or PrunerSettings()
-        self.model, self.optimizers = model, optimizers_in(optimizer)
-        check_optimizers(model, self.optimizers)
-        check_wrappers(model, optimizer)
-        self.averages = averages_in(ema, model)
-        self._watch = OptimizerWatch(self)
-        self.interval, self.delta = step, delta
+        self.autocast, self.originals = self.settings.autocast, self.settings.originals
+        self.distributed = self.settings.distributed or Distributed.of_process_group(_device_of(model))
+        self._attach(optimizer, ema)
         self.task = Task(forward, loss, mode)
         self.repair = RepairSettings(method=repair).method if isinstance(repair, str) else repair
         self.criterion = make_criterion(criterion) if isinstance(criterion, str) else criterion
         self.search = build_search(search) if isinstance(search, str) else search
-        self._judged: bool | None = None
-        self.autocast, self.originals = self.settings.autocast, self.settings.originals
-        self.distributed = self.settings.distributed or Distributed.of_process_group(_device_of(model))
         images = first_arguments(model, example)  # refuses keywords that the network does not take
         self._unpruned = self._kept_for_saving(resumed=state is not None)
+        limits = constraints or Constraints()
         with uncompiled():
             self.graph = graph_of(
-                model,
-                example,
-                constraints or Constraints(),
-                state,
-                training_example=training_example,
-                pairs=pairs,
+                model, example, limits, state, training_example=training_example, pairs=pairs
             )
         self._check_graph()
-        metrics = ("macs",) if budget is None else tuple(as_budget(budget).shares)
-        with uncompiled():
-            self.costs = shared_costs(
-                self.graph, model, images, metrics, state, self.distributed, self.autocast
-            )
-        budget = self._budget_of_rates(state) if budget is None else as_budget(budget)
-        if state is not None:
-            check_course(state, budget, delta)
-        self.course = BudgetCourse(budget, self.costs, delta)
-        self.course.check_reachable()
+        self._plan(images, budget, state)
         self.completed: int = 0
         self.history: list[RewriteRecord] = []
         self._scores: dict[int, Tensor] = {}
+        self._judged: bool | None = None
         if state is not None:
             self._take_up(state)
         if not self.done:
             self._check_what_rewrites_need(images)
+
+    def _attach(self, optimizer: OptimizerGiven, ema: AverageGiven) -> None:
+        """Find what is rewritten together with the network: optimizers and averages."""
+        self.optimizers = optimizers_in(optimizer)
+        check_optimizers(self.model, self.optimizers)
+        check_wrappers(self.model, optimizer)
+        self.averages = averages_in(ema, self.model)
+        self._watch = OptimizerWatch(self)
+
+    def _plan(
+        self,
+        arguments: Args,
+        budget: Budget | Mapping[str, float] | float | None,
+        state: PrunerState | None,
+    ) -> None:
+        """Count the network's costs, and lay out what every rewrite brings them down to.
+
+        Args:
+            arguments: The network's positional arguments, whose size costs are counted at.
+            budget: As given; None where the rates of the search decide.
+            state: Of an earlier run, which had the same course.
+
+        Raises:
+            SettingError: The budget is out of reach, or another course than the earlier run's.
+        """
+        shares = None if budget is None else as_budget(budget)
+        metrics = ("macs",) if shares is None else tuple(shares.shares)
+        with uncompiled():
+            self.costs = shared_costs(
+                self.graph, self.model, arguments, metrics, state, self.distributed, self.autocast
+            )
+        shares = shares or self._budget_of_rates(state)
+        if state is not None:
+            check_course(state, shares, self.delta)
+        self.course = BudgetCourse(shares, self.costs, self.delta)
+        self.course.check_reachable()
 
     def _kept_for_saving(self, resumed: bool) -> nn.Module | None:
         """What a network that no known function builds was before it is pruned; None where it is pruned already."""
@@ -346,20 +365,20 @@ class Pruner:
             num_iterations: Its length.
             after: Iterations that are done already.
             steps_per_epoch: Iterations of an epoch, for the message.
-            doubt: Told on the main rank where it may just do, since channels leave in whole steps, and where the
-                search or the cost is none that can be reckoned with; by default the log.
+            doubt: Called on the main rank where the rewrites may turn out to suffice, since channels leave in whole
+                steps, and where it cannot be predicted what this search removes or this cost; by default it is logged.
 
         Raises:
-            SettingError: With the rewrites that it holds and needs, and what mends it.
+            SettingError: With the rewrites that there is room for and that are needed, and what to change.
         """
         lack = shortfall(self.course, self._intervals(), after, num_iterations)
         if lack is None or after >= num_iterations or isinstance(self.search, RateSearch):
             return
         budget = ", ".join(f"{metric}={share:g}" for metric, share in self.course.budget.shares.items())
         error = SettingError("budget", budget, lack.describe(steps_per_epoch))
-        reckoned = self.search is None or isinstance(self.search, STEPWISE)
+        predictable = self.search is None or isinstance(self.search, STEPWISE)
         together = isinstance(self.search, UniformSearch)
-        if reckoned and self.course.certainly_missed(self.completed + lack.held, together):
+        if predictable and self.course.certainly_missed(self.completed + lack.held, together):
             raise error
         if self.distributed.is_main:
             (doubt or _warn_of_length)(error)
@@ -384,21 +403,47 @@ class Pruner:
                 before this, does not meet it.
             RuntimeError: All rewrites have been done, or the ranks disagree about the result.
         """
+        self._check_may_rewrite()
+        batches = self._taken(calibration)
+        self._settle(batches)
+        self._remember(batches)
+        laps = Laps()
+        self._scores = self.score(batches)
+        laps.end("score")
+        how = settled(self.repair, batches, self.task, at_once=self.delta >= 1, distributed=self.distributed)
+        judging, fitted = self._parted(batches, how)
+        loss_change = self._judge(judging, fitted)
+        keep, candidates = self._choose(loss_change)
+        losses = [loss_change.loss_as_it_is(), float(loss_change.measure([keep], repaired=False)[0])]
+        moved = self._moved(batches)
+        laps.end("search")
+        mask, lenient = self.graph.keep_mask(keep), self.repair is None
+        repair = RewriteRepair.of_cut(self.model, self.averages, self.graph, mask, how, lenient=lenient)
+        record = self._rewrite(keep, iteration, losses, candidates)
+        laps.end("rewrite")
+        repaired = repair(batches, self.task, judged=bool(self._judged), distributed=self.distributed)
+        if repaired is not None:
+            laps.end("repair")
+            record = self._with_repair(record, repaired, judging)
+        explanation = [*moved, *self._moved(batches)]
+        record = dataclasses.replace(record, seconds=laps.seconds, explanation=explanation)
+        self.history.append(record)
+        if self.distributed.is_main:
+            for metric, left in self.missed.items():
+                log.warning("%s", missed(metric, left, self.course.budget))
+        return record
+
+    def _check_may_rewrite(self) -> None:
+        """Refuse a rewrite after the last one, and one that would leave an optimizer behind."""
         for metric, left in self.missed.items():
             raise missed(metric, left, self.course.budget)
         if self.done:
             raise RuntimeError(f"all {self.num_rewrites} rewrites have been done; ask `pruner.due` first")
         check_optimizers(self.model, self.optimizers)
         self._watch.check_none_forgotten(self.model, self.optimizers)
-        batches = self._taken(calibration)
-        self._settle(batches)
-        self._remember(batches)
-        begin = time.perf_counter()
-        self._scores = self.score(batches)
-        scored = time.perf_counter()
-        how = settled(self.repair, batches, self.task, at_once=self.delta >= 1, distributed=self.distributed)
-        judging, fitted = self._parted(batches, how)
-        loss_change = self._judge(judging, fitted)
+
+    def _choose(self, loss_change: LossChange) -> tuple[dict[int, np.ndarray], list[Candidate]]:
+        """Which channels stay at the next rewrite, the same on all ranks, and what the search weighed."""
         situation = self._situation(self.course.targets(self.completed + 1), loss_change)
         decision = self._search.choose(situation)
         with uncompiled():
@@ -406,28 +451,7 @@ class Pruner:
         self._warn_of_one_sided(keep)
         if self.num_rewrites == 1 and not isinstance(self._search, RateSearch):
             check_met(situation, keep, self.course.budget)
-        losses = [loss_change.loss_as_it_is(), float(loss_change.measure([keep], repaired=False)[0])]
-        moved = self._moved(batches)
-        searched = time.perf_counter()
-        mask, lenient = self.graph.keep_mask(keep), self.repair is None
-        repair = RewriteRepair.of_cut(self.model, self.averages, self.graph, mask, how, lenient=lenient)
-        record = self._rewrite(keep, iteration, losses, decision.candidates)
-        rewritten = time.perf_counter()
-        repaired = repair(batches, self.task, judged=bool(self._judged), distributed=self.distributed)
-        seconds = {
-            "score": scored - begin,
-            "search": searched - scored,
-            "rewrite": rewritten - searched,
-        }
-        if repaired is not None:
-            seconds["repair"] = time.perf_counter() - rewritten
-            record = self._with_repair(record, repaired, judging)
-        record = dataclasses.replace(record, seconds=seconds, explanation=[*moved, *self._moved(batches)])
-        self.history.append(record)
-        if self.missed and self.distributed.is_main:
-            for metric, left in self.missed.items():
-                log.warning("%s", missed(metric, left, self.course.budget))
-        return record
+        return keep, decision.candidates
 
     def _warn_of_one_sided(self, keep: Mapping[int, np.ndarray]) -> None:
         """Say where the greedy search lets one group pay so much that most of it goes at once."""
@@ -502,7 +526,7 @@ class Pruner:
         ]
 
     def _settle(self, batches: Batches) -> None:
-        """Choose what was left open by what the batches hold, once, and say so. Collective."""
+        """Choose criterion and search by what the batches hold, where they were left open, and log it. Collective."""
         if self._judged is not None:
             return
         evidence = look(self.task, self.model, batches, self.distributed, self.autocast)
@@ -760,7 +784,7 @@ def prune(
     pairs: Iterable[tuple[str, str]] = (),
     forward: Forward | None = None,
     loss: Loss | None = None,
-    mode: Mode = "eval",
+    mode: Mode = Task.mode,
     repair: Method | RepairSettings | None = None,
 ) -> RewriteRecord:
     """Make a network smaller at once, in place. Within a process group all ranks call it together.

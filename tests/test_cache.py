@@ -48,7 +48,7 @@ def test_a_full_cache_is_told_by_path_and_variable(tmp_path: Path) -> None:
     def fill(folder: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(ValueError, match=rf"{tmp_path} cannot be written \(No space left.*LUCIDPRUNE_CACHE"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*No space left.*LUCIDPRUNE_CACHE"):
         build_directory(tmp_path / "entry", fill)
 
     def read(folder: Path) -> None:

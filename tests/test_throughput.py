@@ -59,7 +59,7 @@ def test_what_cannot_be_measured_says_why(
     words = ["nowhere", "--backends", "pytorch", "--device", "cpu", "--iterations", "8"]
     assert throughput.run(parser.parse_args(words)) == 1
     assert "'nowhere' does not exist" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--iterations 2: at least 8"):
+    with pytest.raises(ValueError, match=r"--iterations 2\b.*\b8\b"):
         throughput.run(parser.parse_args(["--iterations", "2"]))
     with pytest.raises(ValueError, match="data_backend='dali'"):
         throughput.run(parser.parse_args(["--backends", "dali"]))

@@ -10,7 +10,7 @@ from torch import nn
 
 from explainers.aem.predictor import check_predictor, load_predictor
 from explainers.aem.saved_selector import SelectorExplanation, load_black_box, load_selector
-from explainers.differentiable.explanation import EXPLAINED, ExplainedClass
+from explainers.differentiable.explanation import EXPLAIN_HELP, EXPLAINED, ExplainedClass
 from explainers.verbs.attribution_job import ImageConfig, open_split
 from image_classification.config import check, flag
 from image_classification.data.build import ReadConfig
@@ -30,7 +30,7 @@ class SelectorFileConfig:
     explained_class: ExplainedClass = flag(
         EXPLAINED,
         "--explain",
-        help="class that is explained: what the network predicts, or the label, as published",
+        help=EXPLAIN_HELP,
     )
 
     def __post_init__(self) -> None:

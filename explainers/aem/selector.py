@@ -127,7 +127,7 @@ def design_selector(
         num_scales: Number of the deepest scales to read; None: `default_num_scales`.
 
     Raises:
-        ValueError: The images are too small for the classifier to have so many scales.
+        ValueError: The images are too small for the classifier to have that many scales.
     """
     wanted = default_num_scales(geometry.image_size) if num_scales is None else num_scales
     taps = find_taps(model, example_images, wanted)

@@ -9,7 +9,7 @@ from explainers.aem.masks import MASK_PRESETS, MaskGeometry
 from explainers.aem.objectives import SelectorWeights
 from explainers.aem.selector import DECODER, LIGHT_WIDTH, DecoderName, Kind
 from explainers.aem.selector_callbacks import BestBy
-from explainers.differentiable.explanation import EXPLAINED, ExplainedClass
+from explainers.differentiable.explanation import EXPLAIN_HELP, EXPLAINED, ExplainedClass
 from image_classification.config import ConfigError, check, check_file, flag, section
 from image_classification.job import JobConfig
 from image_classification.optim import OptimConfig
@@ -189,11 +189,13 @@ class SelectorConfig(ImitationConfig):
     alpha: float | None = flag(
         None, "--alpha", parse=float, help=f"α, exponent of the area term; {_published('exponent')}"
     )
-    temperature: float = flag(1.0, "--temperature", help="temperature of the relaxed Bernoulli samples")
+    temperature: float = flag(
+        ImitationConfig.temperature, "--temperature", help="temperature of the relaxed Bernoulli samples"
+    )
     explained_class: ExplainedClass = flag(
         EXPLAINED,
         "--explain",
-        help="class that is explained: what the network predicts, or the label, as published",
+        help=EXPLAIN_HELP,
     )
 
     def __post_init__(self) -> None:

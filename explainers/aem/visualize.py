@@ -34,7 +34,7 @@ class VisualizeConfig(SelectorFileConfig):
     num_images: int = flag(
         6, "--num-images", "--num-pictures", "--num-im-show", "-n", help="number of images"
     )
-    split: Split = flag("val", "--split", help="split that they are drawn from")
+    split: Split = flag(ImageConfig.split, "--split", help="split that they are drawn from")
     predictor: str | None = flag(
         None, "--predictor", metavar="FILE", help="also say what this predictor sees in the masked images"
     )

@@ -232,7 +232,7 @@ def record_forward(model: nn.Module, images: Tensor) -> Record:
 
     Raises:
         UnsupportedOperatorError: The network writes in place into part of a tensor that it reads elsewhere.
-        ValueError: Its output does not depend on the images, or is none of (B, num_classes).
+        ValueError: Its output does not depend on the images, or is not (B, num_classes).
     """
     recorder = _Recorder(images)
     with torch.no_grad(), following(model, leaving=recorder.note_output) as running, recorder:

@@ -75,6 +75,8 @@ def network_digest(model: nn.Module) -> str:
 ExplainedClass = Literal["predicted", "label"]
 #: The class that is explained where nothing else is said.
 EXPLAINED: ExplainedClass = "predicted"
+#: What `--explain` means, for `--help`.
+EXPLAIN_HELP = "class that is explained: what the network predicts, or the label, as published"
 
 
 def explained_classes(which: ExplainedClass, logits: Tensor, targets: Tensor | None) -> Tensor:

@@ -35,6 +35,7 @@ from image_classification.data.plan import (
     WholeImage,
 )
 from image_classification.data.workers import num_cores
+from image_classification.models.registry import IMAGENET_CLASSES
 from image_classification.network_input import EvaluationGeometry
 
 logger = logging.getLogger(__name__)
@@ -360,7 +361,7 @@ def build_loaders(
     rank: int = 0,
     world_size: int = 1,
     memory_format: torch.memory_format = torch.contiguous_format,
-    num_classes: int = 1000,
+    num_classes: int = IMAGENET_CLASSES,
     training: bool = True,
 ) -> Loaders:
     """The loaders of a training job on one rank.

@@ -56,7 +56,7 @@ def evaluating(*models: nn.Module, keep_random_state: bool = False) -> Iterator[
 def uncompiled() -> contextlib.AbstractContextManager[object]:
     """What `torch.compile` has compiled, the whole network or parts of it, runs as plain code inside.
 
-    Hooks and recordings would be compiled along otherwise, anew for each of them.
+    Otherwise hooks and recordings would be compiled too, once more for each of them.
     """
     stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return stance

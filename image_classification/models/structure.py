@@ -369,7 +369,7 @@ def _check_known_modules(model: nn.Module) -> None:
     """The attributes of the usual layers agree with their tensors."""
     for name, module in model.named_modules():
         expected: list[int] | None = None
-        # A weight that a hook computes (weight norm of the old kind) is anew with every forward pass.
+        # A weight that a hook computes (weight norm of the old kind) is computed again in every forward pass.
         weight = getattr(module, "weight", None) if _is_held(module, "weight") else None
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             groups = module.groups

@@ -23,7 +23,7 @@ from image_classification.file_writing import write_text
 from image_classification.observe.figures import curves
 
 _EXPERIMENT = "lucidprune"
-_MOST_PARAMETERS = 100  # MLflow takes so many at a time
+_MOST_PARAMETERS = 100  # the most that MLflow accepts at a time
 _LONGEST_PARAMETER = 500
 _PAUSE = 300.0  # seconds in which a tracker that has failed is not asked again
 

@@ -23,7 +23,7 @@ from image_classification.observe.html_table import html_table, share_words
 from pruning.costs.activations import Activations
 from pruning.costs.cost_registry import CostInputs, cost_named
 from pruning.costs.counts import CountTable, Metric
-from pruning.costs.latency_measure import measure_latency, measure_networks, pruned_copy
+from pruning.costs.latency_measure import measure_latency
 from pruning.costs.latency_table import LatencyError, LatencySettings, LatencyTable
 from pruning.costs.product_costs import Products
 from pruning.engine.channel_graph import ChannelGraph, GroupKey
@@ -268,34 +268,6 @@ class CostModel:
             "baseline remains. Raise the share, or loosen min_width, round_to or ignored",
         )
 
-    def validate(self, mask: np.ndarray | None = None, seed: int = 0) -> dict[str, float]:
-        """Error of the latency table, against real measurements of the whole network on this device.
-
-        Args:
-            mask: The pruned network to try; by default random widths between 40 and 90 %, not those that the table
-                was fitted to.
-            seed: Of these random widths.
-
-        Returns:
-            Seconds measured and predicted for the present network ("before…") and the pruned one ("after…"), with
-            the relative errors "error_before", "error_after" and "error_ratio" (of the speed-up).
-        """
-        if "latency" not in self.metrics:
-            raise ValueError("validate() checks the latency table: add 'latency' to the metrics")
-        chosen = self._random_mask(seed) if mask is None else mask
-        pruned = pruned_copy(self._model, self.graph, chosen)
-        measured = measure_networks([self._model, pruned], self._images, self._settings)
-        before, after = self.current("latency"), self.cost("latency", chosen)
-        return {
-            "before_measured": measured[0],
-            "before_predicted": before,
-            "after_measured": measured[1],
-            "after_predicted": after,
-            "error_before": before / measured[0] - 1,
-            "error_after": after / measured[1] - 1,
-            "error_ratio": (before / after) / (measured[0] / measured[1]) - 1,
-        }
-
     # -- state ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> CostState:
@@ -386,13 +358,3 @@ class CostModel:
         fewer = kept.expand(len(distinct), -1).clone()
         fewer[torch.arange(len(distinct)), torch.from_numpy(distinct)] -= 1
         return distinct, self._metrics[metric].evaluate(self._table.counts(fewer)).numpy()
-
-    def _random_mask(self, seed: int) -> np.ndarray:
-        generator = np.random.default_rng(seed)
-        mask = np.ones(self.graph.num_units, dtype=bool)
-        for group in self.graph.prunable:
-            widths = self._allowed_widths(group.index)
-            wanted = generator.uniform(0.4, 0.9) * group.width
-            width = int(widths[np.abs(widths - wanted).argmin()])
-            mask[generator.permutation(group.units)[width:]] = False
-        return mask

@@ -16,6 +16,7 @@ from pruning.criteria.criterion import GroupWeights, WeightCriterion, register_c
 
 Members = Literal["out", "all"]
 MEMBERS: tuple[Members, ...] = get_args(Members)
+DEFAULT_MEMBERS: Members = "out"
 
 
 def powered_norms(rows: Tensor, power: int) -> Tensor:
@@ -33,7 +34,7 @@ class Magnitude(WeightCriterion):
         members: "out": weights that make the unit (filters), as published. "all": also those that read it.
     """
 
-    def __init__(self, power: int = 1, members: Members = "out") -> None:
+    def __init__(self, power: int = 1, members: Members = DEFAULT_MEMBERS) -> None:
         check_setting(power in (1, 2), "power", power, "choose 1 (L1) or 2 (L2)")
         check_choice("members", members, MEMBERS)
         self.power = power
@@ -55,5 +56,5 @@ class Magnitude(WeightCriterion):
 class MagnitudeL2(Magnitude):
     """`Magnitude` with p = 2."""
 
-    def __init__(self, members: Members = "out") -> None:
+    def __init__(self, members: Members = DEFAULT_MEMBERS) -> None:
         super().__init__(power=2, members=members)

@@ -23,29 +23,10 @@ def check_bare(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise SettingError("model", name, "give a torch.nn.Module")
     for module_name, module in model.named_modules():
-        where = f"{name}, module {module_name!r}" if module_name else name
-        ancestors = [kind.__name__ for kind in type(module).__mro__]
-        if any(kind in ancestors for kind in _SHARDED):
-            raise SettingError(
-                "model",
-                where,
-                "its parameters are sharded over the ranks (FSDP, ZeRO), and shards cannot be cut: prune the plain "
-                "network before it is sharded, or train it with DDP",
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise SettingError(
-                "model",
-                where,
-                "a ScriptModule's code is fixed: prune the Python module that it was made from, and script it again",
-            )
-        quantised = type(module).__module__.startswith(_QUANTISED)
-        if quantised or any(kind in ancestors for kind in _FAKE_QUANTISERS):
-            raise SettingError(
-                "model",
-                where,
-                "its weights are quantised, or trained as if they were: prune the float network, and prepare or "
-                "quantise it afterwards",
-            )
+        problem = _problem_of_module(module)
+        if problem is not None:
+            where = f"{name}, module {module_name!r}" if module_name else name
+            raise SettingError("model", where, problem)
     wrapped = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
     if wrapped or hasattr(model, "_orig_mod") or hasattr(model, "_forward_module"):
         raise SettingError(
@@ -55,16 +36,36 @@ def check_bare(model: object) -> None:
             "rewrite",
         )
     for parameter_name, parameter in model.named_parameters():
-        if hasattr(parameter, "placements") or hasattr(parameter, "ds_id"):  # DTensor, ZeRO
-            raise SettingError(
-                "model",
-                name,
-                f"parameter {parameter_name!r} is sharded over the ranks, and shards cannot be cut: prune the plain "
-                "network before it is sharded, or train it with DDP",
-            )
-        if type(parameter.data).__module__.startswith(_QUANTISED):
-            raise SettingError(
-                "model",
-                name,
-                f"parameter {parameter_name!r} is quantised: prune the float network, and quantise it afterwards",
-            )
+        problem = _problem_of_parameter(parameter)
+        if problem is not None:
+            raise SettingError("model", name, f"parameter {parameter_name!r} {problem}")
+
+
+def _problem_of_module(module: nn.Module) -> str | None:
+    """Why a module cannot be cut, and what to do; None where it can."""
+    ancestors = {kind.__name__ for kind in type(module).__mro__}
+    if not ancestors.isdisjoint(_SHARDED):
+        return (
+            "its parameters are sharded over the ranks (FSDP, ZeRO), and shards cannot be cut: prune the plain network "
+            "before it is sharded, or train it with DDP"
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        return "a ScriptModule's code is fixed: prune the Python module that it was made from, and script it again"
+    if type(module).__module__.startswith(_QUANTISED) or not ancestors.isdisjoint(_FAKE_QUANTISERS):
+        return (
+            "its weights are quantised, or trained as if they were: prune the float network, and prepare or quantise "
+            "it afterwards"
+        )
+    return None
+
+
+def _problem_of_parameter(parameter: nn.Parameter) -> str | None:
+    """Why a parameter cannot be cut, and what to do; None where it can."""
+    if hasattr(parameter, "placements") or hasattr(parameter, "ds_id"):  # DTensor, ZeRO
+        return (
+            "is sharded over the ranks, and shards cannot be cut: prune the plain network before it is sharded, or "
+            "train it with DDP"
+        )
+    if type(parameter.data).__module__.startswith(_QUANTISED):
+        return "is quantised: prune the float network, and quantise it afterwards"
+    return None

@@ -73,7 +73,7 @@ class Shortfall:
     delta: float | None
 
     def describe(self, steps_per_epoch: int | None) -> str:
-        """What is missing and what mends it, with names of arguments in backquotes.
+        """What is missing and what to change, with names of arguments in backquotes.
 
         Args:
             steps_per_epoch: Iterations of an epoch, to tell the length in epochs too.

@@ -199,6 +199,21 @@ class PruningConfig(SaliencyFlags, GateFlags):
     )
 
     def __post_init__(self) -> None:
+        self._check_amount()
+        self._check_intervals()
+        for name in ("calibration_batches", "judge_batches"):
+            value = getattr(self, name)
+            check(value >= 1, f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+        check(self.di_ridge > 0, f"--di-ridge {self.di_ridge}: must be positive")
+        self.constraints()
+        self.gate_settings()
+        if self.active:
+            Budget.parse(self.budget_words())
+            self.check_saliency(self.criteria(), self.learned)
+        self._check_method()
+
+    def _check_amount(self) -> None:
+        """Budget, share or rates: one of them says how much goes."""
         both = self.iterative_pruning and self.one_shot_pruning is not None
         check(not both, "--iterative-pruning and --one-shot-pruning exclude each other: leave one out")
         share = self.one_shot_pruning
@@ -214,6 +229,9 @@ class PruningConfig(SaliencyFlags, GateFlags):
                 f"--pruning-search {self.pruning_search} and --prune-rate exclude each other: the rates say what goes",
             )
             parse_rates(self.prune_rate, share)
+
+    def _check_intervals(self) -> None:
+        """When rewrites happen, how much each takes, and how training recovers."""
         check(self.pruning_step >= 1, f"--pruning-step {self.pruning_step}: must be at least 1 iteration")
         if self.rewrites_per_epoch is not None:
             check(
@@ -231,20 +249,16 @@ class PruningConfig(SaliencyFlags, GateFlags):
             f"--pruning-warmup {self.pruning_warmup} is longer than --pruning-step {self.pruning_step}",
         )
         check(
-            self.calibration_batches >= 1,
-            f"--calibration-batches {self.calibration_batches}: at least 1 is needed",
-        )
-        check(self.judge_batches >= 1, f"--judge-batches {self.judge_batches}: at least 1 is needed")
-        check(self.di_ridge > 0, f"--di-ridge {self.di_ridge}: must be positive")
-        self.constraints()
-        self.gate_settings()
-        check(
             0 < self.pruning_delta <= 1,
             f"--pruning-delta {self.pruning_delta}: give the share that one rewrite removes, above 0 and at most 1",
         )
-        if self.active:
-            Budget.parse(self.budget_words())
-            self.check_saliency(self.criteria(), self.learned)
+
+    def _check_method(self) -> None:
+        """Flags of another way to prune are left out.
+
+        Raises:
+            ConfigError: Naming the flag.
+        """
         if not self.active:
             needed = "--iterative-pruning, --one-shot-pruning or --pruning-method learned"
             refuse_unused(self, [field.name for field in dataclasses.fields(self)], needed)

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal, get_args
 
-from explainers.differentiable.explanation import ExplainedClass
+from explainers.differentiable.explanation import EXPLAINED, ExplainedClass
 from image_classification.config import check, flag
 from pruning.criteria.combine import DEFAULT_WEIGHT
 from pruning.criteria.saliency import DEFAULT_PASSES, DEFAULT_TARGET, Target
@@ -44,7 +44,7 @@ class SaliencyFlags:
         "by default that of the file that is given.",
     )
     explained_class: ExplainedClass = flag(
-        "predicted",
+        EXPLAINED,
         "--explained-class",
         help="The class whose explanation is to survive: what the original network predicts, or the label, as "
         "published.",
@@ -94,7 +94,7 @@ class SaliencyFlags:
                     path is None, f"--{name} has no effect with --saliency-explanation {kind}: leave one out"
                 )
         check(
-            kind is not None or self.explained_class == "predicted",
+            kind is not None or self.explained_class == EXPLAINED,
             "--explained-class has no effect without an explanation that is followed: give --selector or --casm",
         )
         scored = "saliency" in criteria and not learned

@@ -291,7 +291,7 @@ def test_a_cursor_counts_samples(manifest, opened):
     rest = [i for batch in one for i in batch.sample_ids.tolist()]
     assert rest[: len(order) - 12] == order[12:]
     other = loader_of(manifest, "pytorch", batch_size=5)
-    with pytest.raises(ValueError, match=r"12 samples of the epoch are done, .* 5 at a time: .*batch_size"):
+    with pytest.raises(ValueError, match=r"\b12\b.*\b5\b.*`batch_size`"):
         other.load_state_dict(state)
     other.load_state_dict(
         {**state, "step": 0, "epoch": 1}
@@ -373,7 +373,7 @@ def test_normalisation_and_memory_format(memory_format):
 
 def test_dali_missing(manifest, monkeypatch):
     monkeypatch.setattr(dali, "is_available", lambda: False)
-    with pytest.raises(SettingError, match=r"data_backend='dali-cpu': .*pip install nvidia-dali"):
+    with pytest.raises(SettingError, match=r"data_backend='dali-cpu'.*pip install nvidia-dali"):
         loader_of(manifest, "dali-cpu")
     assert choose_backend("auto", CPU).name == "pytorch"
     with loader_of(manifest, "pytorch", workers=0) as loader:
@@ -388,11 +388,11 @@ def test_is_available_without_the_package(monkeypatch):
 @needs_dali
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the message of a machine without a GPU")
 def test_dali_gpu_without_a_gpu(manifest):
-    with pytest.raises(SettingError, match=r"'dali-gpu': .*choose dali-cpu"):
+    with pytest.raises(SettingError, match=r"data_backend='dali-gpu'.*dali-cpu"):
         loader_of(manifest, "dali-gpu")
     loader = loader_of(manifest, "dali-cpu")
     loader.gpu = True
-    with pytest.raises(SettingError, match=r"'dali-gpu': .*choose dali-cpu"):
+    with pytest.raises(SettingError, match=r"data_backend='dali-gpu'.*dali-cpu"):
         next(iter(loader))
 
 

@@ -260,9 +260,9 @@ def test_sixteen_bits_are_scaled(tmp_path):
 
 def test_reasons(tmp_path):
     smooth_image(20, 20, 0).save(tmp_path / "a.gif")
-    with pytest.raises(UnreadableError, match="unknown format"):
+    with pytest.raises(UnreadableError, match="format"):
         open_image(tmp_path / "a.gif")
-    with pytest.raises(UnreadableError, match="No such file"):
+    with pytest.raises(UnreadableError, match=r"b\.jpg"):
         open_image(tmp_path / "b.jpg")
 
 
@@ -277,6 +277,9 @@ class BrokenPipeline:
 
     def __init__(self, message: str) -> None:
         self.message = message
+
+    def build(self) -> None:
+        pass
 
     def feed_input(self, name: str, value: object) -> None:
         pass
@@ -298,7 +301,7 @@ class BrokenPipeline:
         (
             "Internal error of the executor",
             SettingError,
-            r"4 times .* can all be decoded .*executor.*choose pytorch",
+            "data_backend='dali-cpu'.*Internal error of the executor.*pytorch",
         ),
     ],
 )
@@ -306,11 +309,11 @@ def test_failures_that_are_no_files_fault_end_the_job(tmp_path, monkeypatch, mes
     """They are neither taken for bad files nor survived for ever, pipeline after pipeline."""
     built: list[BrokenPipeline] = []
 
-    def build(loader: object) -> BrokenPipeline:
+    def make() -> BrokenPipeline:
         built.append(BrokenPipeline(message))
         return built[-1]
 
-    monkeypatch.setattr(dali_loader.DaliLoader, "_build", build)
+    monkeypatch.setattr("nvidia.dali.pipeline_def", lambda **options: lambda graph: make)
     manifest = manifest_of(tmp_path, write_jpegs(tmp_path, [(40, 50)] * 24))
     with (
         loader_of(
@@ -328,4 +331,4 @@ def test_buffers_are_made_for_usual_images(tmp_path):
     manifest = manifest_of(tmp_path, write_jpegs(tmp_path, [(40, 50)] * 3))
     manifest.heights[1], manifest.widths[1] = 65500, 65500  # a header that lies
     loader = loader_of(manifest, "dali-cpu", WholeImage((32, 32)), batch_size=2)
-    assert loader._usual_largest() == (40, 50)
+    assert dali_loader.usual_largest(manifest, ~loader.samples.known) == (40, 50)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import shutil
 import struct
 import tarfile
@@ -132,18 +133,12 @@ def _flat_val(root: Path) -> None:
     ("damage", "message"),
     [
         (_remove_train, "no train/"),
-        (_only_class_folders, r"ant/ .*no splits"),
+        (_only_class_folders, "ant/ "),
         (_flat, "2 images"),
-        (_flat_val, "val has 3 images"),
-        (
-            lambda root: (root / "train" / "empty").mkdir(),
-            "train .*: empty",
-        ),
-        (
-            lambda root: (root / "val" / "bee").rename(root / "val" / "fly"),
-            "only in train/: bee; only in val/: fly",
-        ),
-        (lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()], "train is empty"),
+        (_flat_val, r"val\b.* 3 images"),
+        (lambda root: (root / "train" / "empty").mkdir(), "train .*: empty"),
+        (lambda root: (root / "val" / "bee").rename(root / "val" / "fly"), "train/: bee.*val/: fly"),
+        (lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()], r"^\S+/train "),
     ],
 )
 def test_incomplete_folders_are_named(class_folders: Path, damage: Callable, message: str) -> None:
@@ -164,7 +159,7 @@ def test_validation_may_lack_classes_and_keeps_the_numbers_of_the_others(class_f
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="'/no/such/place'"):
         open_dataset("/no/such/place")
-    with pytest.raises(ValueError, match="no data set"):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         open_dataset(str(tmp_path))
 
 
@@ -207,8 +202,8 @@ def test_hostile_tar_members_are_refused(tmp_path: Path, private_cache: Path) ->
     device = tarfile.TarInfo("device")
     device.type = tarfile.CHRTYPE
     special = _tar_with(tmp_path / "c.tar", device)
-    for archive in (outside, linked, special):
-        with pytest.raises(ValueError, match=r"not safe to unpack"):
+    for archive, name in ((outside, "../../../evil.txt"), (linked, "link"), (special, "device")):
+        with pytest.raises(ValueError, match=re.escape(f"{archive.name} ") + f".*'{re.escape(name)}'"):
             open_dataset(str(archive), progress=False)
     assert not list(private_cache.rglob("evil.txt"))
     assert not [path for path in (private_cache / "archives").iterdir() if path.is_dir()]
@@ -218,7 +213,7 @@ def test_hostile_zip_members_are_refused(tmp_path: Path, private_cache: Path) ->
     for name in ("../evil.txt", "/evil.txt", "..\\evil.txt", "C:/evil.txt"):
         with zipfile.ZipFile(tmp_path / "a.zip", "w") as members:
             members.writestr(name, "x")
-        with pytest.raises(ValueError, match="not safe to unpack"):
+        with pytest.raises(ValueError, match=rf"a\.zip .*{re.escape(repr(name))}"):
             open_dataset(str(tmp_path / "a.zip"), progress=False)
     assert not [path for path in (private_cache / "archives").iterdir() if path.is_dir()]
 
@@ -399,7 +394,10 @@ def test_cifar_pickles_cannot_run_code(tmp_path: Path) -> None:
             "data_batch_2",
         ),
         (pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}, 2), "2 labels"),
-        (pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 11]}, 2), "labels from 0 to 11"),
+        (
+            pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 11]}, 2),
+            r"\b11\b.*\b10 classes",
+        ),
     ],
 )
 def test_damaged_cifar_files(tmp_path: Path, content: bytes, message: str) -> None:
@@ -566,7 +564,7 @@ def test_tar_members_behind_a_link(tmp_path: Path, private_cache: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = 1
             members.addfile(info, io.BytesIO(b"x"))
-    with pytest.raises(ValueError, match="not safe to unpack"):
+    with pytest.raises(ValueError, match=r"links\.tar .*'up'"):
         open_dataset(str(archive), progress=False)
     assert not list(private_cache.rglob("evil.txt"))
 

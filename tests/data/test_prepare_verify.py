@@ -163,7 +163,7 @@ def test_prepare_goes_on_where_it_stopped(class_folders: Path, tmp_path: Path) -
     assert marker.stat().st_mtime_ns == before
     assert len(list(target.rglob("*.JPEG"))) == 12
     assert not list(target.rglob(".*"))
-    with pytest.raises(ValueError, match=r"short_side.*another directory"):
+    with pytest.raises(ValueError, match=r"'short_side': 10.*'short_side': 11"):
         prepare(class_folders, target, PrepareConfig(short_side=11), num_workers=0, progress=False)
 
 
@@ -195,7 +195,7 @@ def test_names_of_jpeg_copies() -> None:
 
 
 def test_refusals(class_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="within each other"):
+    with pytest.raises(ValueError, match=rf"{class_folders} .*{class_folders}/out"):
         prepare(class_folders, class_folders / "out", num_workers=0)
     with pytest.raises(ValueError, match="short_side=0"):
         PrepareConfig(short_side=0)
@@ -204,7 +204,7 @@ def test_refusals(class_folders: Path, tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(ValueError, match="workers=-1"):
         verify(class_folders, num_workers=-1)
     (class_folders / "Annotations").mkdir()
-    with pytest.raises(ValueError, match="boxes or masks"):
+    with pytest.raises(ValueError, match="Annotations"):
         prepare(class_folders, tmp_path / "out", num_workers=0)
     (tmp_path / "nothing").mkdir()
     assert main(["verify", str(tmp_path / "nothing")]) == 2

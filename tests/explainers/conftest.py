@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,18 @@ def randomised() -> Randomised:
         return randomise(model, make_images(8, size, seed + 1), seed)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the data sets of these tests are drawn, once for all of them."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def small_cache(small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data sets are kept apart from the user's own."""
+    monkeypatch.setenv("LUCIDPRUNE_CACHE", str(small_data))
 
 
 @pytest.fixture

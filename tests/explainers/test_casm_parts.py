@@ -161,9 +161,9 @@ def test_a_network_of_one_scale_is_refused() -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return self.fc(self.conv(images).relu().mean((2, 3)))
 
-    with pytest.raises(ValueError, match="larger images"):
+    with pytest.raises(ValueError, match="image_size=16"):
         find_casm_taps(Flat(), torch.zeros(1, 3, 16, 16))
-    with pytest.raises(ValueError, match="at least two depths"):
+    with pytest.raises(ValueError, match=r"\[4\]"):
         CasmDecoder((4,))
 
 
@@ -257,9 +257,9 @@ def test_flags_override_a_preset() -> None:
     ("settings", "message"),
     [
         ({"hp": 1.5}, "--hp 1.5"),
-        ({"smf": 10}, "--smf 10 has no effect"),
-        ({"num_past": 5}, "--num-past 5"),
-        ({"reproduce": "F", "hp": 0.5}, "--hp"),
+        ({"smf": 10}, "--smf 10 .*--hp"),
+        ({"num_past": 5}, "--num-past 5 .*--hp"),
+        ({"reproduce": "F", "hp": 0.5}, "--hp .*--fixed-classifier"),
         ({"reproduce": "L100", "smf": -1}, "--smf -1"),
         ({"pot": 0.0}, "--pot 0.0"),
         ({"lambda_r": -1.0}, "--lambda-r"),
@@ -346,10 +346,10 @@ def test_a_pruned_classifier_keeps_its_casm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda payload: payload.pop("casm"), "saliency mapping"),
-        (lambda payload: payload["casm"].pop("taps"), "lacks taps"),
-        (lambda payload: payload["casm"].update(taps=["maxpool", "layer4"]), "another architecture"),
-        (lambda payload: payload["casm"].update(width=7), "decoder"),
+        (lambda payload: payload.pop("casm"), "python -m explainers train-casm"),
+        (lambda payload: payload["casm"].pop("taps"), "taps"),
+        (lambda payload: payload["casm"].update(taps=["maxpool", "layer4"]), "'maxpool'.*resnet20"),
+        (lambda payload: payload["casm"].update(width=7), r"decoder.*conv1x1_1\.0\.weight"),
     ],
 )
 def test_files_that_hold_no_sound_casm(
@@ -365,9 +365,9 @@ def test_files_that_hold_no_sound_casm(
 
 
 def test_folders_of_casms(casm: Casm, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(FileNotFoundError, match=r"--casms-path .*nowhere"):
         find_casms(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"--casms-path .*checkpoint\.pth\.tar"):
         find_casms(tmp_path)
     (tmp_path / "L100").mkdir()
     save_casm(tmp_path / "L100" / "checkpoint.pth.tar", casm)
@@ -407,7 +407,7 @@ def test_removed_channels_count_as_zero(casm: Casm) -> None:
         got = explanation.rewritten({"layer3": kept})(casm.classifier, images, classes)
     handle.remove()
     torch.testing.assert_close(got, expected)
-    with pytest.raises(ValueError, match="does not read"):
+    with pytest.raises(ValueError, match="'layer9'"):
         explanation.rewritten({"layer9": kept})
 
 
@@ -462,7 +462,7 @@ def test_inpainting_fills_from_around_and_touches_nothing_else() -> None:
     torch.testing.assert_close(filled[0], flat, atol=3 / 255 / min(std), rtol=0)  # OpenCV computes in 8 bits
     assert torch.equal(filled[0][:, ~mask[0, 0]], images[0][:, ~mask[0, 0]])
     assert not filled[1].any()  # nothing to fill from
-    with pytest.raises(ValueError, match="give bool"):
+    with pytest.raises(ValueError, match=r"masks.*torch\.float32.*bool"):
         inpaint(images, mask.float(), mean, std)
 
 

@@ -24,57 +24,24 @@ from explainers.differentiable.features import FeatureTaps
 from image_classification import job as jobs
 from image_classification.cli import parse_config
 from image_classification.distributed import Distributed
-from image_classification.models import capture_structure, create_model, read_safely
+from image_classification.models import read_safely
 from image_classification.observe.json_report import read_report
+from tests.support.explained import save_network
 
+pytestmark = pytest.mark.usefixtures("small_cache")
 ROOT = Path(__file__).resolve().parents[2]
 DATA = "shapes:train=48,val=20,seed=5"
-COMMON = [
-    "--arch",
-    "resnet20",
-    "--image-size",
-    "32",
-    "--decoder-width",
-    "4",
-    "-b",
-    "8",
-    "--data-backend",
-    "pytorch",
-    "-j",
-    "0",
-    "--device",
-    "cpu",
-    "-p",
-    "1",
-    "--epochs",
-    "2",
-    "--pot",
-    "0.5",
-    "--lr",
-    "0.02",
-]
+COMMON = (
+    "--arch resnet20 --image-size 32 --decoder-width 4 -b 8 --data-backend pytorch -j 0 --device cpu -p 1 "
+    "--epochs 2 --pot 0.5 --lr 0.02"
+).split()
 
 ONE_STEP = ["--epochs", "1", "--prof", "1", "--training-only"]
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def private_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LUCIDPRUNE_CACHE", str(cache))
-
-
-@pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(1)
-    model = create_model("resnet20", num_classes=12)
-    path = tmp_path_factory.mktemp("classifier") / "classifier.pth.tar"
-    content = {"format": "lucidprune", "version": 1, "arch": "resnet20", "state_dict": model.state_dict()}
-    torch.save(content | {"structure": capture_structure(model).to_plain()}, path)
-    return str(path)
+    return save_network(tmp_path_factory.mktemp("classifier") / "classifier.pth.tar")
 
 
 def train(words: list[str]) -> int:

@@ -18,22 +18,13 @@ from explainers.casm.interface import CasmInterface, checked_answer, load_interf
 from explainers.casm.score import as_mask, baseline_rectangle
 from explainers.measures.localization import Rectangle, box_figures, object_rectangle
 from image_classification.config import ConfigError
-from image_classification.models import capture_structure, create_model
-from tests.support.explained import make_images, randomise
+from image_classification.models import create_model
+from tests.support.explained import make_images, randomise, save_network
 
+pytestmark = pytest.mark.usefixtures("small_cache")
 OWN = Path(__file__).resolve().parents[1] / "support" / "own_architecture.py"
 DATA = "shapes:train=24,val=20,seed=5"
 COMMON = ["-b", "8", "--data-backend", "pytorch", "-j", "0", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def private_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LUCIDPRUNE_CACHE", str(cache))
 
 
 def made_casm(num_classes: int = 12) -> Casm:
@@ -47,14 +38,6 @@ def casms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("casms")
     save_casm(folder / "one.pth.tar", made_casm())
     return folder
-
-
-def save_network(path: Path, num_classes: int = 12) -> str:
-    torch.manual_seed(1)
-    model = create_model("resnet20", num_classes=num_classes)
-    content = {"format": "lucidprune", "version": 1, "arch": "resnet20", "state_dict": model.state_dict()}
-    torch.save(content | {"structure": capture_structure(model).to_plain()}, path)
-    return str(path)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -143,17 +126,17 @@ def test_baselines_by_hand() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("", "does not define load_model and get_masks_and_check_predictions"),
-        ("def load_model(path): return 1", "does not define get_masks_and_check_predictions"),
-        ("import nothing_of_the_kind", "cannot be run: ModuleNotFoundError"),
+        ("", "load_model.* get_masks_and_check_predictions"),
+        ("def load_model(path): return 1", "get_masks_and_check_predictions"),
+        ("import nothing_of_the_kind", "'nothing_of_the_kind'"),
     ],
 )
 def test_files_without_an_interface_are_refused(source: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "own.py"
     path.write_text(source)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=rf"interface=.*own\.py.*{message}"):
         load_interface(path)
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match=r"interface=.*nowhere\.py"):
         load_interface(tmp_path / "nowhere.py")
 
 
@@ -169,12 +152,12 @@ def test_an_interface_may_define_dataclasses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (np.zeros(3), "must give masks, rectangles and correct"),
-        ((np.zeros((2, 4, 5)), np.zeros((2, 4, 4)), np.zeros(2)), r"masks have shape \(2, 4, 5\)"),
-        ((np.zeros((2, 4, 4)), np.zeros((2, 4)), np.zeros(2)), "rectangles have shape"),
-        ((np.zeros((2, 4, 4)), np.zeros((2, 4, 4)), np.zeros(3)), "correct have shape"),
-        ((np.full((2, 4, 4), 1.5), np.zeros((2, 4, 4)), np.zeros(2)), r"lie in \[0, 1\]"),
-        ((np.full((2, 4, 4), np.nan), np.zeros((2, 4, 4)), np.zeros(2)), "without NaN"),
+        (np.zeros(3), "masks, rectangles.* correct"),
+        ((np.zeros((2, 4, 5)), np.zeros((2, 4, 4)), np.zeros(2)), r"masks .*\(2, 4, 5\)"),
+        ((np.zeros((2, 4, 4)), np.zeros((2, 4)), np.zeros(2)), r"rectangles .*\(2, 4\)"),
+        ((np.zeros((2, 4, 4)), np.zeros((2, 4, 4)), np.zeros(3)), r"correct .*\(3,\)"),
+        ((np.full((2, 4, 4), 1.5), np.zeros((2, 4, 4)), np.zeros(2)), r"masks .*\[0, 1\]"),
+        ((np.full((2, 4, 4), np.nan), np.zeros((2, 4, 4)), np.zeros(2)), "masks .*NaN"),
     ],
 )
 def test_answers_of_the_wrong_form(answer: Any, message: str) -> None:

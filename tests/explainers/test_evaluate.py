@@ -223,8 +223,8 @@ def test_masks_of_another_size_or_class_are_named(manifest: Manifest) -> None:
             dataclasses.replace(manifest, widths=np.array([9, 8], np.int32)), masks=True, boxes=False
         )
     Image.fromarray(np.full((6, 8), 7, np.uint8)).save(manifest.root / "mask0.png")
-    with pytest.raises(ConfigError, match=r"mask0.png has value 7"):
+    with pytest.raises(ConfigError, match=r"mask0.png .*\b7\b"):
         check_ground_truth(manifest, masks=True, boxes=False)
     Image.fromarray(np.full((6, 8), 2, np.uint8)).save(manifest.root / "mask0.png")
-    with pytest.raises(ConfigError, match="class cat"):
+    with pytest.raises(ConfigError, match=r"\bcat\b"):
         check_ground_truth(manifest, masks=True, boxes=False)

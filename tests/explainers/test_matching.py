@@ -265,20 +265,20 @@ def test_hooks_are_gone_also_after_an_error(tiny: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("attempt", "error", "message"),
     [
-        (
-            lambda m, x: AttributionMatcher("swe", ((LAYER, LAYER),)),
-            ValueError,
-            "kind='swe': choose from swa",
-        ),
-        (lambda m, x: AttributionMatcher("swa", ()), ValueError, "layers=.*at least one"),
+        (lambda m, x: AttributionMatcher("swe", ((LAYER, LAYER),)), ValueError, r"kind='swe'.*swa\?"),
+        (lambda m, x: AttributionMatcher("swa", ()), ValueError, r"layers=\(\)"),
         (lambda m, x: AttributionMatcher("swa", ((LAYER, LAYER),), 1.0), ValueError, "drop_share=1.0"),
         (
             lambda m, x: AttributionMatcher("swa", (("conv9", "conv9"),)).look(m, x),
             ValueError,
-            "no layer 'conv9'",
+            "'conv9'",
         ),
-        (lambda m, x: AttributionMatcher("swa", (("fc1", "fc1"),)).look(m, x), ValueError, "no feature map"),
-        (lambda m, x: AttributionMatcher("swa", (("relu", "relu"),)).look(m, x), ValueError, "ran 2 times"),
+        (
+            lambda m, x: AttributionMatcher("swa", (("fc1", "fc1"),)).look(m, x),
+            ValueError,
+            r"'fc1'.*\(2, 6\)",
+        ),
+        (lambda m, x: AttributionMatcher("swa", (("relu", "relu"),)).look(m, x), ValueError, "'relu'.* 2 "),
     ],
 )
 def test_layers_that_cannot_be_matched_are_refused(

@@ -236,11 +236,11 @@ def test_an_unsupported_operator_is_named(name: str) -> None:
 
 def test_requests_that_make_no_sense_are_refused(randomised) -> None:
     prepared = LRP().prepare(randomised("resnet20", 32), make_images(1, 32))
-    with pytest.raises(ValueError, match="one class index"):
+    with pytest.raises(ValueError, match=r"targets .*\(1,\).*\b2\b"):
         prepared(make_images(2, 32), torch.tensor([1]))
-    with pytest.raises(ValueError, match="one class index"):
+    with pytest.raises(ValueError, match=r"targets .*torch\.float32"):
         prepared(make_images(1, 32), torch.tensor([1.0]))
-    with pytest.raises(ValueError, match="batch"):
+    with pytest.raises(ValueError, match=r"images .*\(3, 32, 32\)"):
         prepared(make_images(1, 32)[0], torch.tensor([1]))
     with pytest.raises(ValueError, match="10 classes"):
         prepared(make_images(1, 32), torch.tensor([10]))
@@ -260,15 +260,15 @@ def test_the_register() -> None:
     assert {"gradcam", "lrp", "ebp", "rap", "ig", "centre"} <= set(method_names())
     assert create_method("gcam", layer="layer3") == GradCAM(layer="layer3")
     assert create_method("lrp", composite="epsilon-plus-flat").name == "lrp"
-    with pytest.raises(ValueError, match="did you mean gradcam"):
+    with pytest.raises(ValueError, match=r"method='grad-cam'.* gradcam\?"):
         create_method("grad-cam")
-    with pytest.raises(ValueError, match="did you mean composite"):
+    with pytest.raises(ValueError, match=r"'composit'.* composite\?"):
         create_method("lrp", composit="zplus")
-    with pytest.raises(ValueError, match="choose from zplus"):
+    with pytest.raises(ValueError, match=r"composite='alpha'.*zplus"):
         LRP("alpha")
-    with pytest.raises(ValueError, match="choose from last-pool"):
+    with pytest.raises(ValueError, match=r"stop='here'.*last-pool"):
         EBP(stop="here")
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="steps=0"):
         IntegratedGradients(steps=0)
 
 
@@ -365,9 +365,9 @@ def test_gradcam_can_be_differentiated_through(randomised) -> None:
 
 def test_gradcam_names_layers_that_do_not_do(randomised) -> None:
     model, images = randomised("resnet20", 32), make_images(1, 32)
-    with pytest.raises(ValueError, match="did you mean layer3"):
+    with pytest.raises(ValueError, match=r"'layer33'.* layer3\?"):
         GradCAM("layer33").prepare(model, images)
-    with pytest.raises(ValueError, match="feature map"):
+    with pytest.raises(ValueError, match=r"'fc'.*\(1, 10\)"):
         GradCAM("fc").prepare(model, images)
 
     class Twice(nn.Module):
@@ -379,7 +379,7 @@ def test_gradcam_names_layers_that_do_not_do(randomised) -> None:
             self.unused(images)
             return self.fc(self.conv(self.conv(images)).mean((2, 3)))
 
-    with pytest.raises(ValueError, match="ran 2 times"):
+    with pytest.raises(ValueError, match=r"'conv'.* 2 "):
         GradCAM("conv").prepare(Twice(), images)
     with pytest.raises(UnsupportedOperatorError, match="'unused'"):
         GradCAM("unused").prepare(Twice(), images)

@@ -199,9 +199,9 @@ def test_output_without_input_or_of_another_shape_is_refused() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return torch.zeros(len(images), 3)
 
-    with pytest.raises(ValueError, match="does not depend"):
+    with pytest.raises(ValueError, match=r"output.*input"):
         record_forward(Constant(), make_images(1, 4))
-    with pytest.raises(ValueError, match="logits"):
+    with pytest.raises(ValueError, match=r"\(1, 2, 4, 4\)"):
         record_forward(nn.Conv2d(3, 2, 1).eval(), make_images(1, 4))
 
 

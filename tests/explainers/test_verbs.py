@@ -17,37 +17,15 @@ from PIL import Image
 from explainers.__main__ import main
 from explainers.verbs.attribution_job import distinct_names
 from image_classification.data.single_image import pixels_of
-from image_classification.models import arch_info, capture_structure, create_model, model_for_weights
+from image_classification.models import arch_info, model_for_weights
 from image_classification.models.factory import remember_class_names
 from pruning.files.saved_network import save_pruned
+from tests.support.explained import save_network
 
+pytestmark = pytest.mark.usefixtures("small_cache")
 ROOT = Path(__file__).resolve().parents[2]
 DATA = "shapes:train=24,val=20,seed=5"
 COMMON = ["-b", "8", "--data-backend", "pytorch", "-j", "0", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def private_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LUCIDPRUNE_CACHE", str(cache))
-
-
-def save_network(path: Path, arch: str = "resnet20", num_classes: int = 12, **options: object) -> str:
-    torch.manual_seed(1)
-    model = create_model(arch, num_classes=num_classes, **options)  # type: ignore[arg-type]
-    content = {
-        "format": "lucidprune",
-        "version": 1,
-        "arch": arch,
-        "structure": capture_structure(model).to_plain(),
-        "state_dict": model.state_dict(),
-    }
-    torch.save(content, path)
-    return str(path)
 
 
 @pytest.fixture

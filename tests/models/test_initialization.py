@@ -47,9 +47,9 @@ def test_vgg_starts_as_in_torchvision():
 @pytest.mark.parametrize(
     ("arch", "config", "words"),
     [
-        ("vgg16_bn_cifar_x8", "grp-fanin", "no residual blocks"),
-        ("resnet20", "fan-in", "did you mean fanin"),
-        ("torchvision/resnet18", "fanin", "leave it out"),
+        ("vgg16_bn_cifar_x8", "grp-fanin", "model_config='grp-fanin'.*classic"),
+        ("resnet20", "fan-in", r"model_config='fan-in'.* fanin\?"),
+        ("torchvision/resnet18", "fanin", "model_config='fanin'.*torchvision/resnet18"),
     ],
 )
 def test_a_configuration_that_cannot_apply_is_an_error(arch, config, words):

@@ -59,7 +59,7 @@ def test_pretrained_weights_ema_and_new_head(tmp_path):
     assert torch.equal(other.conv1.weight, average.conv1.weight)
     torch.save(copy.deepcopy(model).state_dict(), path)
     assert torch.equal(built(model_config="fanin").conv1.weight, model.conv1.weight)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"c\.pthx"):
         build_model(ModelConfig(arch="resnet20", pretrained_weights=path + "x"), num_classes=10)
 
 
@@ -71,9 +71,9 @@ def test_pretrained_weights_ema_and_new_head(tmp_path):
         ({"num_classes": 0}, "--num-classes 0"),
         ({"new_head": True}, "--new-head .* --pretrained-weights"),
         ({"pretrained_ema": False}, "--pretrained-ema"),
-        ({"arch_option": ["shortcut"]}, "KEY=VALUE"),
-        ({"arch_option": ["a=1", "a=2"]}, "twice"),
-        ({"arch_option": ["a=[1"]}, "cannot be read"),
+        ({"arch_option": ["shortcut"]}, "--arch-option 'shortcut'.*KEY=VALUE"),
+        ({"arch_option": ["a=1", "a=2"]}, "--arch-option a "),
+        ({"arch_option": ["a=[1"]}, r"--arch-option 'a=\[1'"),
     ],
 )
 def test_settings_that_cannot_apply(kwargs, words):
@@ -97,5 +97,5 @@ def test_momentum_and_epsilon_of_batch_norms_travel_with_the_network(arch):
 
 
 def test_networks_without_batch_norms_have_no_such_settings():
-    with pytest.raises(ModelError, match="no batch norm"):
+    with pytest.raises(ModelError, match=r"bn_eps=0.001"):
         build_model(ModelConfig(arch="torchvision/vgg11", bn_eps=1e-3), num_classes=3)

@@ -118,7 +118,7 @@ def test_averaged_weights_on_request(key, tmp_path):
     assert_equal_states(ours.state, average.state_dict())
     assert_equal_states(load_weights(tmp_path / "c.pth", ema=False).state, model.state_dict())
     torch.save(checkpoint(model, ema=None), tmp_path / "c.pth")
-    with pytest.raises(WeightsError, match="no averaged weights"):
+    with pytest.raises(WeightsError, match="`pretrained_ema`"):
         load_weights(tmp_path / "c.pth", ema=True)
 
 
@@ -172,8 +172,8 @@ def misfits():
     wrong = {**state, "layer2.1.conv1.weight": torch.zeros(31, 32, 3, 3), "fc.bias": torch.zeros(3)}
     classes = {**state, "fc.weight": torch.zeros(100, 64), "fc.bias": torch.zeros(100)}
     return {
-        "missing": (missing, r"module 'layer2\.1\.bn1': it has no 'layer2\.1\.bn1\.weight'.*`arch`"),
-        "shape": (wrong, r"module 'layer2\.1\.conv1': .*\[31, 32, 3, 3\] there and \[32, 32, 3, 3\]"),
+        "missing": (missing, r"module 'layer2\.1\.bn1'.*'layer2\.1\.bn1\.weight'.*`arch`"),
+        "shape": (wrong, r"module 'layer2\.1\.conv1': .*\[31, 32, 3, 3\].*\[32, 32, 3, 3\]"),
         "unexpected": ({**state, "tail.0.weight": torch.zeros(1)}, r"'tail\.0\.weight'.*module 'tail\.0'"),
         "classes": (classes, r"module 'fc': .*`num_classes` 100 .*`new_head`"),
         "integers": ({**state, "fc.bias": torch.zeros(10, dtype=torch.long)}, "int64"),
@@ -194,7 +194,7 @@ def test_misfits_name_the_module_and_change_nothing(case, tmp_path):
 
 def test_the_file_says_another_architecture(tmp_path):
     torch.save({"arch": "resnet32", "state_dict": create_model("resnet32").state_dict()}, tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match="give `arch` resnet32"):
+    with pytest.raises(WeightsError, match="`arch` resnet32"):
         apply_weights(make(), load_weights(tmp_path / "w.pth"))
 
 
@@ -247,14 +247,14 @@ def test_a_pruned_checkpoint_for_other_classes(tmp_path):
 
 def test_what_was_asked_and_what_the_file_holds(tmp_path):
     torch.save(checkpoint(pruned()), tmp_path / "c.pth")
-    with pytest.raises(WeightsError, match="give `arch` resnet20"):
+    with pytest.raises(WeightsError, match="`arch` resnet20"):
         model_for_weights("resnet50", tmp_path / "c.pth")
     with pytest.raises(WeightsError, match="shortcut"):
         model_for_weights(ARCH, tmp_path / "c.pth", shortcut="B")
     torch.save(make().state_dict(), tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match="give `arch`"):
+    with pytest.raises(WeightsError, match=r"w\.pth.*`arch`"):
         model_for_weights(None, tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match="pruned network"):
+    with pytest.raises(WeightsError, match=r"'layer2\.1\.conv1'.*model_for_weights"):
         apply_weights(make(), load_weights(tmp_path / "c.pth"))
 
 
@@ -299,7 +299,7 @@ def test_structure_and_tensors_of_a_file_must_agree(tmp_path):
         model_for_weights(ARCH, tmp_path / "c.pth")
     content["structure"] = {"arch": ARCH}
     torch.save(content, tmp_path / "c.pth")
-    with pytest.raises(WeightsError, match="not a structure"):
+    with pytest.raises(WeightsError, match="keys arch, attributes"):
         load_weights(tmp_path / "c.pth")
 
 
@@ -307,12 +307,12 @@ def test_structure_and_tensors_of_a_file_must_agree(tmp_path):
 
 
 def test_missing_file_directory_and_empty_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"no\.pth"):
         load_weights(tmp_path / "no.pth")
-    with pytest.raises(FileNotFoundError, match="is a directory"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} .*directory"):
         load_weights(tmp_path)
     (tmp_path / "empty.pth").touch()
-    with pytest.raises(WeightsError, match="is empty"):
+    with pytest.raises(WeightsError, match=r"empty\.pth .*empty"):
         load_weights(tmp_path / "empty.pth")
 
 
@@ -397,10 +397,10 @@ def test_foreign_files(kind, tmp_path):
 def test_foreign_contents(tmp_path):
     path = tmp_path / "w.pth"
     for content, words in (
-        (torch.zeros(3), "holds a Tensor"),
-        ([1], "holds a list"),
-        ({}, "empty state dict"),
-        ({"state_dict": {}}, "empty state dict"),
+        (torch.zeros(3), "Tensor"),
+        ([1], "list"),
+        ({}, "empty"),
+        ({"state_dict": {}}, "empty"),
         ({"epoch": 3, "lr": 0.1}, "'epoch'"),
         ({3: torch.zeros(1)}, "'3'"),
         ({"a": torch.zeros(2, 2).to_sparse()}, "'a'"),
@@ -410,7 +410,7 @@ def test_foreign_contents(tmp_path):
             load_weights(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", bytes(1 << 20))
-    with pytest.raises(WeightsError, match="compressed zip"):
+    with pytest.raises(WeightsError, match="compressed"):
         load_weights(path)
 
 

@@ -10,7 +10,15 @@ import pytest
 import torch
 from support.commands import ROOT
 
-from image_classification.models import ModelError, arch_info, create_model, identity_of, model_for_weights
+from image_classification.checkpoint import save_atomically
+from image_classification.models import (
+    ModelError,
+    arch_info,
+    create_model,
+    identity_of,
+    model_for_weights,
+    read_safely,
+)
 from image_classification.trusted_code import trust
 from pruning import load_pruned, prune, save_pruned
 
@@ -58,31 +66,36 @@ def test_it_is_built_with_what_it_takes(module: str) -> None:
     ("name", "options", "told"),
     [
         ("Nothing", {}, "Nothing"),
-        ("number", {}, "is a int"),
-        ("no_network", {}, "not an nn.Module"),
+        ("number", {}, r"\bint\b"),
+        ("no_network", {}, r"nn\.Module"),
         ("Net", {"depth": 3}, "depth"),
     ],
 )
 def test_what_cannot_be_built_is_told(module: str, name: str, options: dict[str, int], told: str) -> None:
     with pytest.raises(ModelError, match=told):
         create_model(f"{module}:{name}", **options)
-    with pytest.raises(ModelError, match="No module named"):
+    with pytest.raises(ModelError, match="'nowhere_at_all'"):
         create_model("nowhere_at_all:Net")
 
 
-def test_a_file_alone_runs_no_code(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_alone_runs_no_code(module: str, tmp_path: Path) -> None:
     model = create_model(f"{module}:Net", num_classes=4)
     prune(model, torch.randn(2, 3, 16, 16), budget=0.6)
     save_pruned("small.pth", model)
     images = torch.randn(3, 3, 16, 16)
     wanted = model.eval()(images)
 
-    monkeypatch.setattr("image_classification.trusted_code._trusted", set())
-    with pytest.raises(ModelError, match=f"--plugin {module}"):
+    other = f"{module}_of_another"  # which nobody has named
+    (tmp_path / f"{other}.py").write_text(CODE)
+    payload = read_safely("small.pth")
+    payload["structure"]["arch"] = f"{other}:Net"
+    save_atomically(payload, tmp_path / "small.pth")
+    with pytest.raises(ModelError, match=f"--plugin {other}"):
         load_pruned("small.pth")
-    with pytest.raises(ModelError, match=f"--plugin {module}"):
+    with pytest.raises(ModelError, match=f"--plugin {other}"):
         model_for_weights(None, "small.pth")
-    trust([f"--arch={module}:Net"])
+    assert other not in sys.modules
+    trust([f"--arch={other}:Net"])
     torch.testing.assert_close(load_pruned("small.pth").eval()(images), wanted)
 
 

@@ -73,7 +73,7 @@ def test_uncoupled_layers_keep_their_width_and_coupled_ones_follow():
         ("mobilenet_v2", {"features.2.conv.1.0": 90}, "'features.2.conv.1.0'"),
         ("mobilenet_v2", {"features.3.conv.2": 23}, "'features.3.conv.2' .* 'features.2.conv.2'"),
         ("vgg16_bn_cifar", {"features.1": 3}, "'features.1'"),
-        ("torchvision/resnet18", {"conv1": 3}, "only our own networks"),
+        ("torchvision/resnet18", {"conv1": 3}, "arch='torchvision/resnet18'.*'widths'"),
     ],
 )
 def test_contradictions_name_the_module(arch, widths, words):

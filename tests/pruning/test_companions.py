@@ -144,7 +144,7 @@ def test_wrapped_optimizers_are_cut_with_what_is_in_them(name: str) -> None:
 
 def test_tensors_outside_of_the_state_are_refused() -> None:
     model = network()
-    with pytest.raises(ConfigError, match="optimizer='Lookahead': it keeps tensors in 'slow'"):
+    with pytest.raises(ConfigError, match=r"optimizer='Lookahead'.*'slow'"):
         Pruner(model, X[:2], optimizer=Lookahead(sgd(model), apart=True))
 
 
@@ -158,7 +158,7 @@ class SlowWeights:
 def test_tensors_in_a_wrapper_are_refused() -> None:
     model = network()
     slow = [[parameter.detach().clone() for parameter in model.parameters()]]
-    with pytest.raises(ConfigError, match="optimizer='SlowWeights': it keeps tensors in 'slow'"):
+    with pytest.raises(ConfigError, match=r"optimizer='SlowWeights'.*'slow'"):
         Pruner(model, X[:2], optimizer=SlowWeights(sgd(model), slow))
     Pruner(model, X[:2], optimizer=SlowWeights(sgd(model), list(model.parameters())))
 
@@ -166,9 +166,9 @@ def test_tensors_in_a_wrapper_are_refused() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (lambda model: sgd(network()), "optimizer='SGD': it holds none of this network's parameters"),
-        (lambda model: [sgd(model), sgd(network())], "it holds none of this network's parameters"),
-        (lambda model: "sgd", "optimizer='str': give a torch.optim.Optimizer"),
+        (lambda model: sgd(network()), "optimizer='SGD'.*parameters"),
+        (lambda model: [sgd(model), sgd(network())], "optimizer='SGD'.*parameters"),
+        (lambda model: "sgd", r"optimizer='str'.*torch\.optim\.Optimizer"),
         (lambda model: torch.optim.LBFGS(model.parameters()), "optimizer='LBFGS'"),
     ],
 )
@@ -183,7 +183,7 @@ def test_a_forgotten_optimizer_is_named_before_its_network_is_cut() -> None:
     first, second = TwoOptimizers(model).parts
     pruner = Pruner(model, X[:2], optimizer=first, budget=0.5, delta=0.25)
     train(model, [first, second])
-    with pytest.raises(ConfigError, match=r"optimizer=\['SGD'\]: AdamW has been training this network"):
+    with pytest.raises(ConfigError, match=r"optimizer=\['SGD'\]: AdamW\b"):
         pruner.step(BATCHES)
     assert model[0].out_channels == model[2].out_channels == 12
     pruner = Pruner(model, X[:2], optimizer=[first, second], budget=0.5, delta=0.25)
@@ -261,13 +261,11 @@ def test_averages_are_found_in_what_holds_them(wrap: Any, average: Any) -> None:
 
 def test_averages_of_another_network_are_refused() -> None:
     model = network()
-    with pytest.raises(
-        ConfigError, match=r"ema='Linear': it is no average of this network: it has no '0\.weight'"
-    ):
+    with pytest.raises(ConfigError, match=r"ema='Linear'.*'0\.weight'"):
         Pruner(model, X[:2], ema=nn.Linear(3, 4))
     wider = copy.deepcopy(model)
     wider[0] = nn.Conv2d(3, 24, 3)
-    with pytest.raises(ConfigError, match=r"its '0.weight' is \(24, 3, 3, 3\)"):
+    with pytest.raises(ConfigError, match=r"ema='AveragedModel'.*'0\.weight'.*\(24, 3, 3, 3\)"):
         Pruner(model, X[:2], ema=AveragedModel(wider))
     with pytest.raises(ConfigError, match="ema='ShadowList'"):
         Pruner(model, X[:2], ema=type("ShadowList", (), {"shadow": list(model.parameters())})())
@@ -286,37 +284,34 @@ def process_group() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
+        (lambda model: nn.parallel.DistributedDataParallel(model), "DistributedDataParallel.*model.module"),
+        (lambda model: dist.fsdp.fully_shard(model), "FSDPSequential"),
         (
-            lambda model: nn.parallel.DistributedDataParallel(model),
-            "DistributedDataParallel.*give the bare network",
+            lambda model: dist.fsdp.FullyShardedDataParallel(model, device_id=torch.device("cpu")),
+            "FullyShardedDataParallel",
         ),
-        (lambda model: dist.fsdp.fully_shard(model), "sharded over the ranks"),
-        (lambda model: dist.fsdp.FullyShardedDataParallel(model, device_id=torch.device("cpu")), "sharded"),
     ],
 )
 @pytest.mark.usefixtures("process_group")
 def test_networks_of_several_processes_are_refused(wrap: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=f"^model=.*{message}"):
         prune(wrap(network()), X[:2])
 
 
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (
-            lambda model: torch.jit.trace(model, X),
-            "model='TopLevelTracedModule': a ScriptModule's code is fixed",
-        ),
-        (lambda model: torch.jit.script(model), "a ScriptModule's code is fixed"),
+        (lambda model: torch.jit.trace(model, X), "TopLevelTracedModule.*ScriptModule"),
+        (lambda model: torch.jit.script(model), "RecursiveScriptModule.*ScriptModule"),
         (lambda model: nn.Sequential(torch.jit.script(model[:4]), *model[4:]), "Sequential, module '0'"),
-        (lambda model: torch.compile(model), "OptimizedModule.*give the bare network"),
-        (lambda model: nn.DataParallel(model), "DataParallel.*give the bare network"),
-        (lambda model: model.forward, "give a torch.nn.Module"),
+        (lambda model: torch.compile(model), "OptimizedModule.*model.module"),
+        (lambda model: nn.DataParallel(model), "DataParallel.*model.module"),
+        (lambda model: model.forward, "torch.nn.Module"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_wrapped_networks_are_refused(wrap: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=f"^model=.*{message}"):
         prune(wrap(network()), X[:2])
 
 
@@ -415,12 +410,10 @@ class Parted(nn.Module):
 @pytest.mark.parametrize("search", ["global", "uniform", "greedy"])
 def test_a_budget_that_the_scored_groups_cannot_meet_is_refused(search: str) -> None:
     model = Parted()
-    with pytest.raises(
-        ConfigError, match=r"budget='params=0.1': the criterion cannot score wide, and the other"
-    ):
+    with pytest.raises(ConfigError, match=r"budget='params=0\.1'.*\bwide\b"):
         prune(model, X[:2], criterion="bn-scale", budget={"params": 0.1}, calibration=BATCHES, search=search)
     assert model.first.out_channels == 8
-    with pytest.raises(ConfigError, match="cannot score wide"):
+    with pytest.raises(ConfigError, match=r"budget='params=0\.1'.*\bwide\b"):
         Pruner(model, X[:2], criterion="bn-scale", budget={"params": 0.1}, delta=0.1, search=search)
 
 
@@ -446,7 +439,7 @@ class TakesLabels(Named):
     [{"criterion": "taylor"}, {"criterion": "fisher"}, {"search": "greedy"}, {"search": "sensitivity"}],
 )
 def test_outputs_without_a_loss_are_refused_at_once(given: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="loss=None: the network returns dict without logits"):
+    with pytest.raises(ConfigError, match=r"loss=None.*\bdict\b"):
         Pruner(Named(), X[:2], **given)
     Pruner(Named(), X[:2], loss=lambda outputs, batch: outputs["probabilities"].mean(), **given)
     Pruner(TakesLabels(), X[:2], **given)
@@ -474,7 +467,7 @@ def test_a_missed_budget_is_never_done(caplog: pytest.LogCaptureFixture) -> None
             return Decision(situation.keep(situation.mask))
 
     model = network()
-    with pytest.raises(ConfigError, match=r"budget='macs=0.3': the search leaves 0\.\d+ of the baseline"):
+    with pytest.raises(ConfigError, match=r"budget='macs=0\.3'.* 0\.9\d+ "):
         prune(model, X[:2], search=Lazy(), budget=0.3)
     assert (model[0].out_channels, model[2].out_channels) == (12, 12)
     pruner = Pruner(model, X[:2], criterion="magnitude", search=Lazy(), budget=0.3, delta=0.35)
@@ -485,7 +478,7 @@ def test_a_missed_budget_is_never_done(caplog: pytest.LogCaptureFixture) -> None
     assert not pruner.done
     assert not pruner.due(1000)
     assert "the search leaves" in caplog.text
-    with pytest.raises(ConfigError, match="the search leaves"):
+    with pytest.raises(ConfigError, match=r"budget='macs=0\.3'.* 0\.8\d+ "):
         pruner.step([])
 
 

@@ -236,7 +236,7 @@ def test_units_that_differ_are_not_taken_for_equal(small: tuple[Residual, Tensor
         assert curve[width] == pytest.approx(slow_macs(graph, mask), rel=1e-12)
     assert (pessimistic >= curve - 1e-9).all()
     assert pessimistic[8] > curve[8]
-    with pytest.raises(ValueError, match="every kept position"):
+    with pytest.raises(ValueError, match="order"):
         costs.cost_curve("macs", inner, order=[0, 0, 1])
 
 
@@ -292,17 +292,15 @@ def test_the_network_is_left_as_it_was(small: tuple[Residual, Tensor]) -> None:
 def test_mistakes_are_named(small: tuple[Residual, Tensor]) -> None:
     model, images = small
     graph = trace_groups(model, images)
-    with pytest.raises(ValueError, match=r"metrics='mac'.*did you mean macs"):
+    with pytest.raises(ValueError, match=r"metrics='mac'.* macs\?"):
         CostModel(graph, model, images, ("mac",))
     costs = CostModel(graph, model, images)
-    with pytest.raises(ValueError, match="did you mean params"):
+    with pytest.raises(ValueError, match=r"metric='param'.* params\?"):
         costs.cost("param")
     with pytest.raises(ValueError, match="'memory'"):
         costs.baseline("memory")
     with pytest.raises(ValueError, match=r"\(3,\)"):
         costs.cost("macs", np.ones(3))
-    with pytest.raises(ValueError, match="add 'latency'"):
-        costs.validate()
 
 
 def test_budgets_that_cannot_be_met(small: tuple[Residual, Tensor]) -> None:

@@ -174,13 +174,13 @@ def test_registry_names_the_nearest() -> None:
     assert {"discriminant", "magnitude", "bn-scale", "taylor", "fisher", "fpgm", "hrank", "random"} <= set(
         criterion_names()
     )
-    with pytest.raises(ValueError, match="did you mean fisher"):
+    with pytest.raises(ValueError, match=r"criterion='fischer'.* fisher\?"):
         create_criterion("fischer")
     with pytest.raises(ValueError, match="criterion='magnitude'"):
         create_criterion("magnitude", colour="red")
-    with pytest.raises(ValueError, match="is taken"):
+    with pytest.raises(ValueError, match=r"'fisher'.*\bFisher\b"):
         register_criterion("fisher")(type("Other", (FeatureCriterion,), {}))
-    with pytest.raises(ValueError, match="without '\\+'"):
+    with pytest.raises(ValueError, match=r"'a\+b'.*'\+'"):
         register_criterion("a+b")
 
 
@@ -241,7 +241,7 @@ def test_torch_pruning_importance_through_the_adapter() -> None:
     )
     assert scores.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
     assert TorchPruningImportance(lambda group: None, functions).score_group(group) is None
-    with pytest.raises(ValueError, match="4 units of group 'first'"):
+    with pytest.raises(ValueError, match=r"\(3,\).*\b4\b.*'first'"):
         TorchPruningImportance(lambda group: torch.ones(3), functions).score_group(group)
 
 

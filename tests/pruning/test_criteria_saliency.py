@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 from support.explanations import ReadOut
+from support.ranks import RecordedRank
 from torch import Tensor, nn
 
 from explainers.differentiable.gated_features import gated_features
 from explainers.differentiable.gradcam_explanation import GradCamExplanation
 from explainers.differentiable.remembered import OriginalExplanations, image_keys
 from image_classification.config import ConfigError
-from image_classification.distributed import Distributed
 from pruning.criteria import Combined, Saliency, combine_scores, create_criterion, normalise_scores
 from pruning.criteria.by_name import CriterionSettings, make_criterion
 from pruning.criteria.saliency import random_signs
@@ -215,18 +215,6 @@ def test_signs_belong_to_the_image() -> None:
     assert signs.abs().eq(1).all()
 
 
-@dataclasses.dataclass(frozen=True)
-class RecordedRank(Distributed):
-    """A rank whose reduction hands its tensors out, and adds those of the other rank if there are any."""
-
-    sent: list[Tensor] = dataclasses.field(default_factory=list)
-    others: tuple[Tensor, ...] = ()
-
-    def all_reduce_sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        self.sent.extend(t.clone() for t in tensors)
-        return tuple(t + o for t, o in zip(tensors, self.others, strict=True)) if self.others else tensors
-
-
 @pytest.mark.parametrize("max_passes", [4, 2])
 def test_two_ranks_equal_one(network: nn.Module, max_passes: int) -> None:
     graph, batches = trace(network), make_batches(3)
@@ -344,7 +332,7 @@ def test_bad_settings_are_named() -> None:
         make_criterion("saliency")
     with pytest.raises(ConfigError, match="discriminant\\+saliency"):
         make_criterion("saliency+discriminant", originals=originals)
-    with pytest.raises(ConfigError, match="did you mean taylor"):
+    with pytest.raises(ConfigError, match=r"criterion='tailor'.* taylor\?"):
         make_criterion("tailor+saliency", originals=originals)
     with pytest.raises(ValueError, match="weight=2"):
         Combined(Saliency(originals), Saliency(originals), 2.0)

@@ -19,20 +19,24 @@ from support.training import MemoryLoader, Recorder, build_trainer, toy_data
 from torch import nn
 
 from explainers.differentiable.matching import AttributionMatcher
+from image_classification.cli import parse_config
 from image_classification.config import ConfigError
+from image_classification.distributed import Distributed
+from image_classification.job import prepare
 from image_classification.losses import SingleLabelLoss
 from image_classification.models import create_model, read_safely
 from image_classification.objective import TaskObjective
 from image_classification.trainer import Trainer
+from pruning.files.saved_network import save_pruned
 from pruning.training.distill import (
     Distillation,
     DistillationObjective,
     DistillConfig,
-    _put_into_training,
-    _rehearse,
+    build_distillation,
     distillation_loss,
     network_digest,
 )
+from pruning.training.main_job import MainConfig
 from pruning.training.pruning_config import PruningConfig
 from pruning.training.scored import PruningCallback
 
@@ -230,14 +234,27 @@ def test_another_teacher_at_resume_is_refused(file: str) -> None:
         other.load_state_dict(state)
 
 
-def test_a_full_device_is_not_blamed_on_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+def distillation_of(teacher: nn.Module, folder: Path, **settings: Any) -> Distillation:
+    """What a job with a resnet20 sets up for a teacher that lies in a file."""
+    save_pruned(folder / "teacher.pth", teacher)
+    words = ["shapes:train=24,val=12", "--arch", "resnet20", "--workspace", str(folder), "--workers", "0"]
+    job = prepare(parse_config(MainConfig, words), Distributed())
+    try:
+        config = DistillConfig(teacher=str(folder / "teacher.pth"), **settings)
+        distillation = build_distillation(job, create_model("resnet20", num_classes=12), config)
+    finally:
+        job.close()
+    assert distillation is not None
+    return distillation
+
+
+def test_a_full_device_is_not_blamed_on_a_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError("no memory is left")
 
-    student, teacher = networks()
     monkeypatch.setattr(AttributionMatcher, "loss", full)
     with pytest.raises(torch.OutOfMemoryError):
-        _rehearse(AttributionMatcher("swa", LAYERS), student, teacher, torch.randn(2, 3, 16, 16), "swa")
+        distillation_of(create_model("resnet20", num_classes=12), tmp_path, match="swa")
 
 
 def test_channels_are_rewritten_under_a_teacher(tmp_path: Path, file: str) -> None:
@@ -324,10 +341,9 @@ def test_two_ranks_are_one_also_with_accumulation(tmp_path: Path) -> None:
         assert two["weights"][name] == pytest.approx(values, rel=1e-3, abs=1e-5), name
 
 
-def test_a_teacher_in_training_mode_keeps_its_statistics() -> None:
-    teacher = create_model("vgg11_bn_voc_x8", num_classes=5).eval().requires_grad_(False)
-    before, images = network_digest(teacher), torch.randn(4, 3, 32, 32)
-    evaluated = teacher(images)
-    _put_into_training(teacher)
-    assert not torch.allclose(teacher(images), evaluated), "batch statistics and dropout"
-    assert network_digest(teacher) == before
+def test_a_teacher_in_training_mode_keeps_its_statistics(tmp_path: Path) -> None:
+    network = create_model("vgg11_bn_voc_x8", num_classes=12).eval()
+    teacher = distillation_of(network, tmp_path, teacher_mode="train", distill="logit").objective.teacher
+    images = torch.randn(4, 3, 32, 32)
+    assert not torch.allclose(teacher(images), network(images)), "batch statistics and dropout"
+    assert network_digest(teacher) == network_digest(network)

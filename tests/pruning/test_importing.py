@@ -429,14 +429,14 @@ def test_what_does_not_fit_is_named(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"weights": torch.zeros(2)}, "cannot tell which program wrote it"),
-        ({"epoch": 3}, "no state dict"),
-        (["no", "dict"], "no state dict"),
-        ({"state_dict": {"a": 3}}, "no state dict|is no tensor"),
+        ({"weights": torch.zeros(2)}, "'weights'.*swa"),
+        ({"epoch": 3}, "state dict"),
+        (["no", "dict"], "state dict"),
+        ({"state_dict": {"a": 3}}, "state dict"),
     ],
 )
 def test_foreign_files(tmp_path: Path, content: Any, message: str) -> None:
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(WeightsError, match=rf"foreign\.pth.*{message}"):
         import_checkpoint(write(tmp_path / "foreign.pth", content))
 
 

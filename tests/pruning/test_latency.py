@@ -257,10 +257,6 @@ def test_a_measured_table_predicts_its_own_network(
     assert min(table.fixed, table.scale, table.per_element) >= 0
     assert [anchor[0] for anchor in table.anchors] == [1.0, 0.75, 0.5]
     assert costs.current("latency") == pytest.approx(table.anchors[0][2], rel=1e-9)
-    checked = costs.validate()
-    assert checked["error_after"] == pytest.approx(
-        checked["after_predicted"] / checked["after_measured"] - 1, rel=1e-9
-    )
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert graph.group("stem").width == graph.group("stem").original_width
@@ -293,7 +289,7 @@ def test_tables_are_measured_once(
             "latency"
         )  # of layers so small a busy machine may measure one time
     state["latency"]["fixed"] += 1.0
-    with pytest.raises(LatencyError, match="saved with"):
+    with pytest.raises(LatencyError, match="latency table"):
         first.load_state_dict(state)
 
 
@@ -345,9 +341,9 @@ def test_plain_tables_travel(mixed: tuple[Mixed, Tensor, ChannelGraph]) -> None:
     again = LatencyTable.from_plain(json.loads(json.dumps(table.to_plain())))
     assert again == table
     assert again.digest == table.digest != synthetic_table(model, images, graph, seed=1).digest
-    with pytest.raises(LatencyError, match="format 99"):
+    with pytest.raises(LatencyError, match=r"\b99\b"):
         LatencyTable.from_plain({**table.to_plain(), "format": 99})
-    with pytest.raises(LatencyError, match="not a latency table"):
+    with pytest.raises(LatencyError, match="'identity'"):
         LatencyTable.from_plain({"format": 1})
 
 
@@ -408,4 +404,3 @@ def test_a_table_on_the_gpu(settings: LatencySettings) -> None:
     assert costs.latency_table.identity["memory_format"] == "channels_last"
     gates = torch.ones(graph.num_units, device="cuda", requires_grad=True)
     assert costs.cost("latency", gates).item() == pytest.approx(costs.current("latency"))
-    assert costs.validate()["before_measured"] > 0

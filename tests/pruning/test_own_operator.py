@@ -11,25 +11,28 @@ from torch import Tensor, nn
 
 from explainers.attribution.record import Kind, record_forward
 from image_classification.config import ConfigError
-from image_classification.models import operators as facts
 from pruning import prune_channels, register_operator, shrink, trace_groups
 from pruning.engine.gates import Gates
 from pruning.engine.labeller import Labeller
 from pruning.engine.labels import Value
-from pruning.engine.operators import register
 from pruning.engine.tracing import Operation
 
 
-@torch.library.custom_op("lucidprune_tests::soften", mutates_args=())
 def soften(x: Tensor) -> Tensor:
-    """An activation."""
+    """An activation, which makes numbers of NaN."""
     return x.nan_to_num().relu() - 0.1 * x.nan_to_num().tanh()
 
 
-@torch.library.custom_op("lucidprune_tests::centre", mutates_args=())
 def centre(x: Tensor) -> Tensor:
     """Subtracts the mean over channels."""
     return x - x.mean(1, keepdim=True)
+
+
+def operator_of(function: Any, request: pytest.FixtureRequest) -> Any:
+    """The function as an operator of another library: for each test one that nobody has registered yet."""
+    name = f"{function.__name__}_{request.node.name}"
+    torch.library.custom_op(f"lucidprune_tests::{name}", function, mutates_args=())
+    return getattr(torch.ops.lucidprune_tests, name)
 
 
 class Net(nn.Module):
@@ -48,14 +51,6 @@ class Net(nn.Module):
         return self.fc(self.b(self.between(self.a(x))).mean((2, 3)))
 
 
-@pytest.fixture(autouse=True)
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((register, "OPERATORS"), (register, "_BY_NAME"), (facts, "_FACTS")):
-        table = getattr(module, name)
-        for key in [key for key in table if "lucidprune_tests" in str(key)]:
-            del table[key]
-
-
 def images() -> Tensor:
     return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -70,22 +65,24 @@ def check_cut(model: nn.Module) -> None:
     torch.testing.assert_close(model(images()), expected)
 
 
-def test_a_pointwise_operator_needs_no_rule() -> None:
+def test_a_pointwise_operator_needs_no_rule(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(0)
-    model = Net(lambda x: soften(x)).eval()
-    assert "lucidprune_tests.soften in the network itself" in trace_groups(model, images()).frozen["a"]
-    register_operator(torch.ops.lucidprune_tests.soften, kind="pointwise", nonnegative=True)
+    operator = operator_of(soften, request)
+    model = Net(operator).eval()
+    assert f"{operator} in the network itself" in trace_groups(model, images()).frozen["a"]
+    register_operator(operator, kind="pointwise", nonnegative=True)
     with torch.no_grad():
         (step,) = [s for s in record_forward(model, images()).steps if "soften" in s.name]
     assert step.kind is Kind.PASS
     check_cut(model)
 
 
-def test_a_pointwise_operator_that_loses_nan_does_not_look_constant() -> None:
+def test_a_pointwise_operator_that_loses_nan_does_not_look_constant(request: pytest.FixtureRequest) -> None:
     """`soften` makes numbers of NaN; they must not be taken for constants."""
     torch.manual_seed(0)
-    model = Net(lambda x: soften(x)).eval()
-    register_operator(torch.ops.lucidprune_tests.soften.default, kind="pointwise")
+    operator = operator_of(soften, request)
+    model = Net(operator).eval()
+    register_operator(operator.default, kind="pointwise")
     with torch.no_grad():
         model.a.weight[:2] = 0
         model.a.bias[:2] = 0
@@ -106,23 +103,20 @@ def centre_kept(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kept: 
     return (x - (x * mask).sum(1, keepdim=True) / mask.sum()) * mask
 
 
-def test_statistics_over_channels_are_taken_over_the_kept_ones() -> None:
+def test_statistics_over_channels_are_taken_over_the_kept_ones(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(0)
-    model = Net(lambda x: centre(x)).eval()
-    register_operator(
-        torch.ops.lucidprune_tests.centre.default,
-        label=centre_labels,
-        kind="normalisation",
-        statistics=centre_kept,
-    )
+    operator = operator_of(centre, request)
+    model = Net(operator).eval()
+    register_operator(operator.default, label=centre_labels, kind="normalisation", statistics=centre_kept)
     graph = trace_groups(model, images())
     assert "a" in {group.name for group in graph.prunable}
     assert any("statistics" in note for note in graph.group("a").notes)
     check_cut(model)
 
 
-def test_what_cannot_be_registered_is_told() -> None:
+def test_what_cannot_be_registered_is_told(request: pytest.FixtureRequest) -> None:
+    operator = operator_of(centre, request).default
     with pytest.raises(ConfigError, match="label"):
-        register_operator(torch.ops.lucidprune_tests.centre.default, kind="normalisation")
+        register_operator(operator, kind="normalisation")
     with pytest.raises(ConfigError, match="pointwise"):
-        register_operator(torch.ops.lucidprune_tests.centre.default, label=centre_labels, kind="pointwize")
+        register_operator(operator, label=centre_labels, kind="pointwize")

@@ -96,7 +96,7 @@ def test_unusable_settings_are_named(settings: dict[str, Any], message: str) -> 
         ),
         ({**ITERATIVE, "pruning_criterion": "taylor", "di_ridge": 0.2}, "--di-ridge"),
         ({**ITERATIVE, "pruning_criterion": "magnitude", "score_features": "pre"}, "--score-features"),
-        ({**ITERATIVE, "pruning_criterion": "tailor"}, "did you mean taylor"),
+        ({**ITERATIVE, "pruning_criterion": "tailor"}, r"criterion='tailor'.* taylor\?"),
     ],
 )  # fmt: skip
 def test_flags_of_another_way_to_prune_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -124,7 +124,7 @@ def test_criterion_settings_reach_it() -> None:
     criterion = make_criterion("discriminant", settings)
     assert (criterion.features, criterion.ridge, criterion.precision) == ("pre", 0.5, "float32")
     make_criterion("magnitude", settings)  # has none of these
-    with pytest.raises(ConfigError, match="did you mean taylor"):
+    with pytest.raises(ConfigError, match=r"criterion='tailor'.* taylor\?"):
         make_criterion("tailor")
 
 
@@ -228,7 +228,7 @@ def test_explain_says_what_is_coupled_and_why_frozen(tmp_path: Path) -> None:
     assert "coupled modules" in text
     assert "conv1" in text
     assert "cannot be pruned" in pruner.explain("fc")
-    with pytest.raises(ValueError, match="no channel group"):
+    with pytest.raises(ValueError, match=r"'layer9'.*python -m pruning groups"):
         pruner.explain("layer9")
 
 
@@ -253,7 +253,7 @@ def test_the_state_goes_through_a_file_and_refuses_another_network(tmp_path: Pat
     assert again.history == pruner.history
     assert again.graph.signature() == pruner.graph.signature()
     assert again.costs.baseline("macs") == pruner.costs.baseline("macs")
-    with pytest.raises(ValueError, match="another network"):
+    with pytest.raises(ValueError, match=r"conv1\.weight'"):
         Pruner(create_model("resnet20", num_classes=10), images[:2], budget={"macs": 0.7}, state=state)
 
 

@@ -15,6 +15,7 @@ from image_classification.callbacks import Callback
 from image_classification.models import Structure, build_from_structure, read_safely
 from image_classification.trainer import Trainer
 from pruning.engine.surgery import prune_channels
+from pruning.search import Decision, GreedySearch, Situation
 from pruning.training.pruning_config import PruningConfig
 from pruning.training.scored import PruningCallback
 
@@ -100,20 +101,18 @@ def test_with_nothing_due_training_is_the_same_bit_for_bit(tmp_path: Path) -> No
     assert_identical(plain, attached)
 
 
-def test_scoring_and_deciding_without_removing_changes_nothing(tmp_path: Path) -> None:
-    class Keeper(PruningCallback):
-        """Does everything of a rewrite, and then keeps all channels."""
+def test_scoring_and_deciding_without_removing_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything of a rewrite is done, and then all channels are kept."""
+    choose = GreedySearch.choose
 
-        def _rewrite(self, trainer: Trainer) -> None:
-            assert self.pruner is not None
-            choose = self.pruner.search.choose
-            self.pruner.search.choose = lambda situation: type(choose(situation))({})  # type: ignore[method-assign]
-            super()._rewrite(trainer)
-            self.pruner.search.choose = choose  # type: ignore[method-assign]
+    def choose_and_keep_all(search: GreedySearch, situation: Situation) -> Decision:
+        choose(search, situation)
+        return Decision({})
 
-    base = callback()
-    keeper = Keeper(base.config, base.calibration, base.image_size)
-    plain = trained(tmp_path / "plain")
+    plain, keeper = trained(tmp_path / "plain"), callback()
+    monkeypatch.setattr(GreedySearch, "choose", choose_and_keep_all)
     kept = trained(tmp_path / "kept", keeper)
     assert keeper.pruner is not None
     assert len(keeper.pruner.history) == 3

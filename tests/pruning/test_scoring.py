@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.ranks import RecordedRank
 from torch import Tensor, nn
 
-from image_classification.distributed import Distributed
 from pruning.criteria import FeatureCriterion, create_criterion, criterion_names, discriminant_scores
 from pruning.criteria.scoring import score_groups, score_groups_by, warn_once
 from pruning.criteria.taps import Tap, tapped
@@ -161,18 +160,6 @@ def test_network_is_left_as_it_was(network: nn.Module, name: str) -> None:
 
 def num_hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-@dataclasses.dataclass(frozen=True)
-class RecordedRank(Distributed):
-    """A rank whose reduction hands its tensors out, and adds those of the other rank if there are any."""
-
-    sent: list[Tensor] = dataclasses.field(default_factory=list)
-    others: tuple[Tensor, ...] = ()
-
-    def all_reduce_sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        self.sent.extend(t.clone() for t in tensors)
-        return tuple(t + o for t, o in zip(tensors, self.others, strict=True)) if self.others else tensors
 
 
 @pytest.mark.parametrize("share", [1, 0])
@@ -327,7 +314,7 @@ def test_flattened_features_and_missing_evidence(caplog: pytest.LogCaptureFixtur
 def test_scores_that_are_not_finite_are_refused(network: nn.Module) -> None:
     graph = trace(network)
     network.stem.weight.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match=r"'taylor'.*'stem'"):
         score_groups(network, graph, make_batches(1), create_criterion("taylor"))
 
 

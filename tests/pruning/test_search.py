@@ -57,7 +57,7 @@ def random_scores(graph: ChannelGraph, seed: int = 0) -> dict[int, np.ndarray]:
     ("words", "message"),
     [
         ([], "budget={}"),
-        (["mac=0.5"], "budget='mac': .*did you mean macs"),
+        (["mac=0.5"], r"budget='mac': .* macs\?"),
         (["macs"], "METRIC=SHARE"),
         (["macs=half"], "METRIC=SHARE"),
         (["macs=1.5"], "budget='macs="),
@@ -300,7 +300,7 @@ def test_a_registered_search_goes_by_its_name(monkeypatch: pytest.MonkeyPatch) -
 
     assert "nothing" in search_names()
     assert isinstance(build_search("nothing", SearchSettings(shortlist=2)), Nothing)
-    with pytest.raises(ValueError, match="is taken"):
+    with pytest.raises(ValueError, match="'nothing'"):
         register_search("nothing")(UniformSearch)
-    with pytest.raises(ValueError, match=r"search='gready'.*did you mean greedy"):
+    with pytest.raises(ValueError, match=r"search='gready'.* greedy\?"):
         build_search("gready")

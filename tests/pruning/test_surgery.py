@@ -210,14 +210,14 @@ def test_errors_leave_everything_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     before, signature = snapshot(model), graph.signature()
     with pytest.raises(ValueError, match="'nowhere'"):
         prune_channels(model, graph, {"nowhere": [0]})
-    with pytest.raises(ValueError, match="at least 1 must"):
+    with pytest.raises(ValueError, match=r"'conv1': 0 of 8\b"):
         prune_channels(model, graph, {"conv1": []})
-    with pytest.raises(ValueError, match="distinct"):
+    with pytest.raises(ValueError, match=r"'conv1': keep indices.*0…7"):
         prune_channels(model, graph, {"conv1": [0, 99]})
-    with pytest.raises(ValueError, match="output"):
+    with pytest.raises(ValueError, match=r"'fc'.*output"):
         prune_channels(model, graph, {"fc": [0]})
     smaller = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(RewriteError, match="does not belong"):
+    with pytest.raises(RewriteError, match=r"'conv1\.weight'.*trace"):
         prune_channels(model, graph, KEEP, emas=[smaller])
 
     calls: list[str] = []
@@ -253,9 +253,9 @@ def test_constraints() -> None:
     graph = trace_groups(model, IMAGES, constraints=constraints)
     assert "ignored" in graph.frozen["conv1"]  # conv3 adds to it
     assert graph.allowed_widths("conv2") == [8, 12]
-    with pytest.raises(ValueError, match="at least 6 must"):
+    with pytest.raises(ValueError, match=r"'conv2': 5 of 12\b.*\b6\b"):
         prune_channels(model, graph, {"conv2": range(5)})
-    with pytest.raises(ValueError, match="no prunable"):
+    with pytest.raises(ValueError, match="ignored='nowhere'"):
         trace_groups(model, IMAGES, constraints=Constraints(ignored=("nowhere",)))
     with pytest.raises(ValueError, match="round_to=0"):
         Constraints(round_to=0)
@@ -284,5 +284,5 @@ def test_groups_do_not_depend_on_the_weights(value: float) -> None:
 
 
 def test_model_without_parameters() -> None:
-    with pytest.raises(ValueError, match="no parameters"):
+    with pytest.raises(ValueError, match="model='ReLU'"):
         trace_groups(nn.ReLU(), IMAGES)

@@ -123,11 +123,11 @@ def test_examples_of_every_form(model: nn.Module, example: Any) -> None:
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        ([], "example=\\[\\]: there is no example"),
-        (torch.zeros(0, 3, 8, 8), "there is no image"),
-        ("cat.jpg", "example='str': give a tensor"),
-        ({"image": torch.zeros(2, 3, 8, 8)}, "example='image': Classifier.forward does not take"),
-        ({"size": 3}, "it holds no tensor"),
+        ([], r"example=\[\]"),
+        (torch.zeros(0, 3, 8, 8), "example=0"),
+        ("cat.jpg", "example='str'"),
+        ({"image": torch.zeros(2, 3, 8, 8)}, "example='image': Classifier.forward.*forward="),
+        ({"size": 3}, "example={'size': 3}"),
     ],
 )
 def test_what_is_no_example_is_refused(example: Any, message: str) -> None:
@@ -242,14 +242,12 @@ def test_dense_targets_by_the_discriminant() -> None:
 
 def test_criteria_say_which_targets_they_accept() -> None:
     pruner = Pruner(Classifier(), images(2), criterion="discriminant", search="global")
-    with pytest.raises(
-        ConfigError, match=r"discriminant.*accepts class targets.*there are none.*take taylor"
-    ):
+    with pytest.raises(ConfigError, match=r"criterion='discriminant'.*taylor"):
         pruner.step([images()])
-    with pytest.raises(ConfigError, match=r"accepts class targets.*torch.float32 of shape \(8,\)"):
+    with pytest.raises(ConfigError, match=r"criterion='discriminant'.*torch\.float32 .*\(8,\)"):
         pruner.step([(images(), torch.randn(8))])
     pruner = Pruner(Classifier(), images(2), criterion="taylor", search="global")
-    with pytest.raises(ConfigError, match=r"loss=None: the batch has no class targets.*give loss="):
+    with pytest.raises(ConfigError, match=r"loss=None.*loss="):
         pruner.step([images()])
 
 
@@ -279,11 +277,11 @@ def test_a_network_that_only_trains_has_a_loss() -> None:
 @pytest.mark.parametrize(
     ("calibration", "message"),
     [
-        ((images(), classes()), "this is one batch"),
-        (images(), "calibration='Tensor': give an iterable of batches"),
+        ((images(), classes()), r"calibration='\(images, targets\)'.*\[\(images, targets\)\]"),
+        (images(), "calibration='Tensor'"),
         ({"x": images()}, "calibration='dict'"),
-        ([3], "this is no batch"),
-        ([{"image": images()}], "Classifier.forward does not take a batch of image by name.*give forward="),
+        ([3], "calibration='int'.*forward="),
+        ([{"image": images()}], "Classifier.forward.*forward="),
     ],
 )
 def test_what_is_no_batch_is_refused(calibration: Any, message: str) -> None:
@@ -298,9 +296,7 @@ def test_a_loss_of_another_shape_is_refused() -> None:
     def three(outputs: Tensor, batch: Any) -> Tensor:
         return torch.stack([outputs.mean()] * 3)
 
-    with pytest.raises(
-        ConfigError, match=r"loss=\(3,\): return one loss per sample, of which the batch has 8"
-    ):
+    with pytest.raises(ConfigError, match=r"loss=\(3,\): .*\b8\b"):
         prune(Classifier(), images(2), calibration=[(images(), classes())], criterion="taylor", loss=three)
 
 

@@ -60,9 +60,9 @@ class Killer:
     """Ends this very process at the `after`-th Python call made within a function, with SIGKILL.
 
     Args:
-        function: Name of the function.
+        function: Qualified name of the function, such as `Pruner.step`.
         after: Calls within it, over all its runs.
-        log: Gets a line with the names of the active functions.
+        log: Gets a line with the qualified names of the active functions.
     """
 
     function: str
@@ -75,7 +75,7 @@ class Killer:
         if event not in ("call", "return"):
             return
         thread = threading.get_ident()
-        if frame.f_code.co_name == self.function:
+        if frame.f_code.co_qualname == self.function:
             self.depth[thread] = self.depth.get(thread, 0) + (1 if event == "call" else -1)
         if self.depth.get(thread) and event == "call":
             self.count += 1
@@ -85,7 +85,7 @@ class Killer:
     def kill(self, frame: FrameType | None) -> None:
         names = []
         while frame is not None:
-            names.append(frame.f_code.co_name)
+            names.append(frame.f_code.co_qualname)
             frame = frame.f_back
         with self.log.open("a") as file:
             file.write(" ".join(names) + "\n")

@@ -20,12 +20,12 @@ from pruning.pruner import Pruner
 
 #: Where kills fall: function → share of the kills.
 REGIONS = {
-    "_forward_backward": 0.2,
-    "score": 0.1,
-    "_rewrite": 0.2,
-    "save": 0.2,
+    "TaskObjective.__call__": 0.2,
+    "Pruner.score": 0.1,
+    "Pruner.step": 0.2,
+    "Trainer.save": 0.2,
     "save_atomically": 0.2,  # beside the training
-    "_validate": 0.1,
+    "Evaluator.__call__": 0.1,
 }
 BACKENDS = [
     pytest.param(
@@ -116,7 +116,7 @@ def test_kills_within_steps_rewrites_saves_and_validation(
     while kills < 32 or completed < 2:
         function = chooser.choices(list(REGIONS), list(REGIONS.values()))[0]
         # Saves and steps come often: a place in the first few of them, so that runs are killed early and often.
-        within = calls[function] // (2 if function in ("_rewrite", "_validate") else 4)
+        within = calls[function] // (2 if function in ("Pruner.step", "Evaluator.__call__") else 4)
         code = run(processes, train, folder, function, chooser.randint(1, within))
         assert code in (0, -9)
         if code == -9:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
+
+from image_classification.models import capture_structure, create_model
 
 
 def make_images(count: int, size: int, seed: int = 0) -> Tensor:
@@ -28,6 +32,21 @@ def randomise(model: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         model(images)
     return model.eval()
+
+
+def save_network(path: Path, arch: str = "resnet20", num_classes: int = 12, **options: object) -> str:
+    """Write a network with random weights as a checkpoint; returns its path."""
+    torch.manual_seed(1)
+    model = create_model(arch, num_classes=num_classes, **options)  # type: ignore[arg-type]
+    content = {
+        "format": "lucidprune",
+        "version": 1,
+        "arch": arch,
+        "structure": capture_structure(model).to_plain(),
+        "state_dict": model.state_dict(),
+    }
+    torch.save(content, path)
+    return str(path)
 
 
 class Tiny(nn.Module):

@@ -115,7 +115,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", open_full)
-        with pytest.raises(OSError, match="choose another folder"):
+        with pytest.raises(OSError, match=r"checkpoint\.pth\.tar .*No space left"):
             save_atomically({"weights": torch.zeros(3000)}, path)
     assert torch.equal(read_safely(path)["weights"], torch.ones(3))
     assert names(tmp_path) == {"checkpoint.pth.tar"}
@@ -183,11 +183,11 @@ def test_foreign_and_mismatched_files_are_refused(make_trainer: MakeTrainer, tmp
         ({"gather_checkpoints": -2}, "--gather-checkpoints"),
         ({"checkpoint_interval": -1}, "--checkpoint-interval"),
         ({"checkpoint_filename": "a/b"}, "--checkpoint-filename"),
-        ({"checkpoint_filename": ""}, r"--checkpoint-filename: '' .* ends in \.pth"),
-        ({"checkpoint_filename": "experiment_raport.json"}, r"--checkpoint-filename: .* ends in \.pth"),
+        ({"checkpoint_filename": ""}, r"--checkpoint-filename: '' .*\.pth"),
+        ({"checkpoint_filename": "raport.json"}, r"--checkpoint-filename: 'raport\.json' .*\.pth,"),
         ({"checkpoint_filename": ".pth"}, "--checkpoint-filename"),
-        ({"checkpoint_filename": "model_best.pth.tar"}, "--checkpoint-filename.*best checkpoint"),
-        ({"checkpoint_filename": "checkpoint-3.pth.tar"}, "--checkpoint-filename.*an epoch's"),
+        ({"checkpoint_filename": "model_best.pth.tar"}, r"--checkpoint-filename: 'model_best\.pth\.tar'"),
+        ({"checkpoint_filename": "checkpoint-3.pth.tar"}, r"--checkpoint-filename: 'checkpoint-3\.pth\.tar'"),
         ({"checkpoints": False, "checkpoint_interval": 5}, "--no-checkpoints"),
         ({"checkpoints": False, "gather_checkpoints": 5}, "--no-checkpoints"),
     ],
@@ -231,7 +231,7 @@ def test_a_kill_before_the_latest_is_written_leaves_no_old_gathered_one(
 )
 def test_what_cannot_be_written_is_told_with_what_helps(number: int, remedy: str, tmp_path: Path) -> None:
     with (
-        pytest.raises(OSError, match=rf"cannot write .*: {remedy} or choose"),
+        pytest.raises(OSError, match=rf"file .*: {remedy} or "),
         atomic_file(tmp_path / "file"),
     ):
         raise OSError(number, os.strerror(number))

@@ -26,14 +26,14 @@ class SlowDisk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()
         self.at_once = self.most = self.num_written = 0
-        self._real = checkpoint.save_atomically
+        self.write = checkpoint.save_atomically
         monkeypatch.setattr(checkpoint, "save_atomically", self)
 
     def __call__(self, payload: dict[str, Any], path: Path) -> None:
         self.at_once += 1
         self.most = max(self.most, self.at_once)
         assert self.open.wait(60)
-        self._real(payload, path)
+        self.write(payload, path)
         self.at_once -= 1
         self.num_written += 1
 
@@ -61,8 +61,8 @@ def test_training_goes_on_while_the_file_is_written(
     opening = Opening(disk, at=3)
     trainer = make_trainer(epochs=1, checkpoint={"checkpoint_interval": 2}, callbacks=[opening])
     kept: list[dict[str, Any]] = []
-    real = disk._real
-    monkeypatch.setattr(disk, "_real", lambda payload, path: (kept.append(payload), real(payload, path)))
+    write = disk.write
+    disk.write = lambda payload, path: (kept.append(payload), write(payload, path))  # type: ignore[assignment]
     trainer.fit()
     assert [payload["iteration"] for payload in kept][:2] == [2, 4]
     for payload in kept:
@@ -91,7 +91,7 @@ def test_a_write_that_fails_ends_the_training_within_a_step(
     steps: list[int] = []
     monkeypatch.setattr(checkpoint, "save_atomically", full)
     trainer = make_trainer(epochs=2, checkpoint={"checkpoint_interval": 2}, callbacks=[Waiting()])
-    with pytest.raises(OSError, match=r"cannot write .*checkpoint\.pth\.tar"):
+    with pytest.raises(OSError, match=r"checkpoint\.pth\.tar"):
         trainer.fit()
     assert steps[-1] <= 4
 

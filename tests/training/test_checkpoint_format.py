@@ -60,39 +60,27 @@ FC = "fc.weight"
 @pytest.mark.parametrize(
     ("put", "value", "message"),
     [
-        (_put("version"), VERSION + 1, "newer version .*update lucidprune"),
-        (_put("version"), "2", "its version is '2', not a count"),
-        (_put("lr_factor"), -7.0, r"its lr_factor is -7\.0, not a number from 0 to 1"),
-        (_put("lr_factor"), float("nan"), "its lr_factor is nan"),
-        (_put("best_prec1"), float("inf"), "its best_prec1 is inf"),
-        (_put("epoch"), -1, "its epoch is -1"),
-        (_put("epoch"), True, "its epoch is True"),
-        (_put("iteration"), 99, "its iteration 99 is not in its epoch 1 of 12 iterations"),
-        (_put("steps_per_epoch"), 0, "its steps_per_epoch is 0"),
-        (_put("world_size"), 2, "its rng has 1 states for a world_size of 2"),
-        (_put("num_skipped"), [1], "its num_skipped is a list"),
-        (_put("callbacks"), [], "its callbacks is a list, not a table of tables"),
-        (_put("class_names"), ["a", "a"], "its class_names is a list, not a list of different names"),
-        (_put("class_names"), list("abcdefghijk"), "11 class_names for 10 classes"),
-        (
-            _put("training_sums"),
-            torch.zeros(3),
-            r"its training_sums is a tensor of torch.float32 and shape \(3,\)",
-        ),
-        (_put("state_dict", FC), torch.zeros(9, 64), r"structure gives 'fc.weight' shape \[10, 64\]"),
-        (
-            _put("state_dict", FC),
-            [1.0],
-            "its state_dict is a table with 'fc.weight' of list, not a table of plain tensors",
-        ),
-        (
-            _put("state_dict", FC),
-            torch.zeros(10, 64).to_sparse(),
-            "its state_dict is a table with 'fc.weight'",
-        ),
-        (_put("ema", FC), torch.zeros(10, 64, dtype=torch.int8), "averaged weights .* differ at 'fc.weight'"),
-        (_put("optimizer", "state", 0), 7, "its optimizer is a dict, not an optimizer's state"),
-        (_put("rng"), [{}], "its rng is a list"),
+        (_put("version"), VERSION + 1, f"format {VERSION + 1}.*update lucidprune"),
+        (_put("version"), "2", "version is '2'"),
+        (_put("lr_factor"), -7.0, r"lr_factor is -7\.0"),
+        (_put("lr_factor"), float("nan"), "lr_factor is nan"),
+        (_put("best_prec1"), float("inf"), "best_prec1 is inf"),
+        (_put("epoch"), -1, "epoch is -1"),
+        (_put("epoch"), True, "epoch is True"),
+        (_put("iteration"), 99, "iteration 99 .*epoch 1 of 12"),
+        (_put("steps_per_epoch"), 0, "steps_per_epoch is 0"),
+        (_put("world_size"), 2, "rng .*1 .*world_size .*2"),
+        (_put("num_skipped"), [1], "num_skipped is a list"),
+        (_put("callbacks"), [], "callbacks is a list"),
+        (_put("class_names"), ["a", "a"], "class_names is a list"),
+        (_put("class_names"), list("abcdefghijk"), "11 class_names .*10 classes"),
+        (_put("training_sums"), torch.zeros(3), r"training_sums .*torch\.float32 .*\(3,\)"),
+        (_put("state_dict", FC), torch.zeros(9, 64), r"'fc\.weight' .*\[10, 64\].*\[9, 64\]"),
+        (_put("state_dict", FC), [1.0], r"state_dict .*'fc\.weight' of list"),
+        (_put("state_dict", FC), torch.zeros(10, 64).to_sparse(), r"state_dict .*'fc\.weight' of Tensor"),
+        (_put("ema", FC), torch.zeros(10, 64, dtype=torch.int8), r"\(ema\).*'fc\.weight'"),
+        (_put("optimizer", "state", 0), 7, "optimizer is a dict"),
+        (_put("rng"), [{}], "rng is a list"),
     ],
     ids=lambda value: "" if callable(value) else str(value)[:40].replace("\n", " "),
 )
@@ -111,7 +99,7 @@ def test_every_reader_holds_a_file_against_the_schema(written: Path) -> None:
     torch.save(payload, written)
     readers = (load_weights, load_pruned, load_casm, lambda path: read_resumable(path, "resnet20"))
     for reader in readers:
-        with pytest.raises(WeightsError, match=r"its lr_factor is -7\.0"):
+        with pytest.raises(WeightsError, match=r"lr_factor is -7\.0"):
             reader(written)
 
 
@@ -125,9 +113,9 @@ def test_numbers_of_another_kind_are_never_cast(
     torch.save(sealed(payload), written)
     with pytest.raises(WeightsError, match=r"fc\.weight"):
         model_for_weights(None, written)
-    with pytest.raises(WeightsError, match=f"'fc.weight' as {dtype}, not torch.float32"):
+    with pytest.raises(WeightsError, match=f"'fc.weight' as {dtype}.* torch.float32"):
         load_pruned(written)
-    with pytest.raises(WeightsError, match=f"'fc.weight' as {dtype}, not torch.float32"):
+    with pytest.raises(WeightsError, match=f"'fc.weight' as {dtype}.* torch.float32"):
         make_trainer(epochs=2, ema=0.5, amp=True).restore(read_resumable(written, "resnet20"))
 
 
@@ -135,7 +123,7 @@ def test_a_momentum_of_another_shape_is_refused(written: Path, make_trainer: Mak
     payload = read_safely(written)
     payload["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3)
     torch.save(sealed(payload), written)
-    with pytest.raises(ValueError, match=r"optimizer's momentum_buffer of parameter 0 has shape \[3\]"):
+    with pytest.raises(ValueError, match=r"momentum_buffer .*\[3\].*\[16, 3, 3, 3\]"):
         make_trainer(epochs=2, ema=0.5, amp=True).restore(read_resumable(written, "resnet20"))
 
 
@@ -154,7 +142,7 @@ def test_exchanged_members_are_found(written: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "swapped.pth.tar", "w") as archive:
         for name, data in members.items():
             archive.writestr(name, data)
-    with pytest.raises(WeightsError, match="their digest differs"):
+    with pytest.raises(WeightsError, match=r"swapped\.pth\.tar.*digest"):
         load_weights(tmp_path / "swapped.pth.tar")
 
 
@@ -173,13 +161,13 @@ def test_a_checkpoint_of_version_1_goes_on(written: Path, make_trainer: MakeTrai
 def test_what_a_callback_cannot_take_up_is_one_error(written: Path, make_trainer: MakeTrainer) -> None:
     payload = read_safely(written)
     for key, value, message in (
-        ("loader", {}, "the position in the data"),
-        ("rng", [{"torch": "zz", "cuda": None, "numpy": 3, "python": []}], "the random states"),
-        ("callbacks", {"recorder": {}}, "the state of 'recorder'"),
+        ("loader", {}, "data"),
+        ("rng", [{"torch": "zz", "cuda": None, "numpy": 3, "python": []}], "random states"),
+        ("callbacks", {"recorder": {}}, "'recorder'"),
     ):
         broken = copy.deepcopy(payload) | {key: value}
         torch.save(sealed(broken), written)
-        with pytest.raises(ValueError, match=f"{message} .*cannot be taken up"):
+        with pytest.raises(ValueError, match=f"{message} .*`pretrained_weights`"):
             make_trainer(epochs=2, ema=0.5, amp=True, callbacks=(Recorder(),)).restore(
                 read_resumable(written, "resnet20")
             )

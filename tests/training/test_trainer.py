@@ -213,10 +213,7 @@ def poisoned_data(index: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_nan_stops_with_iteration_and_sample_ids(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     trainer = make_trainer(data=poisoned_data(17), training_only=True, checkpoint={"checkpoint_interval": 1})
-    with pytest.raises(
-        NonFiniteLossError,
-        match=r"iteration (\d+) .*\b17\b",
-    ):
+    with pytest.raises(NonFiniteLossError, match=r"iteration \d+ .*\b17\b"):
         trainer.fit()
     checkpoint = tmp_path / "checkpoint.pth.tar"
     if checkpoint.exists():  # the guard looks before every save
@@ -231,7 +228,7 @@ def test_weights_that_are_not_finite_are_never_kept_nor_judged(
 ) -> None:
     """The loss before an update is finite; the update is not."""
     trainer = make_trainer(lr=1e38, ema=0.5, **settings)
-    with pytest.raises(NonFiniteLossError, match=r"(is not finite after iteration|loss is not finite at) "):
+    with pytest.raises(NonFiniteLossError, match=r"iteration \d+"):
         trainer.fit()
     for path in tmp_path.glob("*.tar"):
         payload = read_safely(path)
@@ -253,7 +250,7 @@ def test_a_run_ends_well_only_with_a_finite_validation(
         lambda *_, **__: {"val.loss": next(found), "val.top1": 50.0, "val.samples": 8.0},
     )
     if all(math.isnan(loss) for loss in losses):
-        with pytest.raises(NonFiniteLossError, match="finite validation"):
+        with pytest.raises(NonFiniteLossError, match="validation"):
             trainer.fit()
     else:
         trainer.fit()

@@ -220,9 +220,9 @@ def test_the_kernel_form_has_the_same_solution() -> None:
 @pytest.mark.parametrize(
     ("images", "told"),
     [
-        ([], "there are none"),
-        ([torch.zeros(8, 3, 8, 8)], "all 8 calibration images are equal"),
-        ([torch.full((8, 3, 8, 8), float("nan"))], "not finite"),
+        ([], r"images\b.*repair='none'"),
+        ([torch.zeros(8, 3, 8, 8)], r"\b8\b.*equal.*repair='none'"),
+        ([torch.full((8, 3, 8, 8), float("nan"))], "outputs.*NaN"),
     ],
 )
 def test_images_that_cannot_repair_are_refused(images: list[Tensor], told: str) -> None:
@@ -231,7 +231,7 @@ def test_images_that_cannot_repair_are_refused(images: list[Tensor], told: str) 
     keep = {0: np.arange(5)}
     plan = plan_repair(model, graph, graph.keep_mask(keep), RepairSettings())
     prune_channels(model, graph, keep)
-    with pytest.raises(SettingError, match=told):
+    with pytest.raises(SettingError, match=f"^calibration=None: .*{told}"):
         plan.repair(model, images)
 
 

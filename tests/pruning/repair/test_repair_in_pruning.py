@@ -120,7 +120,7 @@ def test_a_network_that_has_diverged_is_cut_and_not_repaired(caplog: pytest.LogC
     record = prune(model, IMAGES[:2], calibration=[images], **options)
     assert record.repair == ""
     assert "not repaired" in caplog.text
-    with pytest.raises(SettingError, match="not finite"):
+    with pytest.raises(SettingError, match="calibration=None"):
         prune(network(), IMAGES[:2], calibration=[images], repair="least-squares", **options)
 
 
@@ -137,7 +137,7 @@ def test_a_network_that_cannot_be_copied_is_cut_and_not_repaired(caplog: pytest.
     assert pruner.step([IMAGES]).repair == ""
     assert "it holds a lock" in caplog.text
     pruner = Pruner(Uncopied(*network()), IMAGES[:2], repair="least-squares", **options)
-    with pytest.raises(SettingError, match="it holds a lock"):
+    with pytest.raises(SettingError, match=r"repair='least-squares'.*Uncopied.*'none'"):
         pruner.step([IMAGES])
 
 

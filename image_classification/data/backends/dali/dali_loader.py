@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 _Pipeline = Any
 
 
-#: What DALI and CUDA say when memory is at an end, and after errors that no pipeline of this process survives.
+#: What DALI and CUDA say when memory runs out, and after errors that no pipeline of this process survives.
 _OUT_OF_MEMORY = (
     "out of memory",
     "bad_alloc",
@@ -61,7 +61,7 @@ _FATAL = (
     "illegal memory access",
     "unspecified launch",
 )
-#: Failures of DALI that no file explains, before the job is told; forgotten after so many good batches.
+#: Failures of DALI that no file explains, after which the job ends; good batches after which they are forgotten.
 _MAX_UNEXPLAINED, _GOOD_BATCHES = 3, 200
 
 
@@ -263,7 +263,7 @@ class DaliLoader(PlannedLoader):
         """Give up the pipeline after a failure; what was read ahead is fed again to the next one.
 
         Raises:
-            OutOfMemoryError: Memory is at an end: another pipeline would find no more of it.
+            OutOfMemoryError: Memory has run out: another pipeline would fare no better.
             RuntimeError: CUDA has failed, for this process once and for all.
         """
         self._pipeline = None
@@ -343,7 +343,7 @@ class DaliLoader(PlannedLoader):
         """Arguments of the decoder that depend on the device."""
         if not self.gpu:
             return {"device": "cpu"}
-        height, width = self._usual_largest()
+        height, width = usual_largest(self.manifest, ~self.samples.known)
         return {
             "device": "mixed",
             "hw_decoder_load": 0.65,  # DALI's default: the share of images for the hardware decoder
@@ -353,19 +353,19 @@ class DaliLoader(PlannedLoader):
             "jpeg_fancy_upsampling": True,  # the chroma filter of the CPU decoders
         }
 
-    def _usual_largest(self) -> tuple[int, int]:
-        """Height and width that 999 of 1000 readable images do not exceed: one giant must not fill the GPU."""
-        readable = ~self.samples.known
-        heights, widths = self.manifest.heights[readable], self.manifest.widths[readable]
-        if not len(heights):
-            return 1, 1
-        height, width = (int(np.percentile(sides, 99.9, method="higher")) for sides in (heights, widths))
-        return height, width
-
     def close(self) -> None:
         """See `Loader.close`."""
         super().close()
         self._pipeline = None
+
+
+def usual_largest(manifest: Manifest, readable: NDArray[np.bool_]) -> tuple[int, int]:
+    """Height and width that 999 of 1000 readable images do not exceed: one giant must not fill the GPU."""
+    heights, widths = manifest.heights[readable], manifest.widths[readable]
+    if not len(heights):
+        return 1, 1
+    height, width = (int(np.percentile(sides, 99.9, method="higher")) for sides in (heights, widths))
+    return height, width
 
 
 Item = TypeVar("Item")
