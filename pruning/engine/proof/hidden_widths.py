@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence, Set
 import numpy as np
 from torch import nn
 
+from image_classification.models.module_tree import named_modules
 from pruning.engine.case import Case
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.coupling import vector_of
@@ -30,7 +31,7 @@ def hidden_widths(model: nn.Module, labeller: Labeller, graph: ChannelGraph) -> 
     module equal several widths (channels of padding before and behind), they are matched in order: of
     definition here, of use there.
     """
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     found = _split_lists(modules, labeller, graph)
     taken = {(axis.module, axis.attribute, axis.item) for axis in found}
     widths: dict[tuple[str, int], dict[tuple[int, ...], np.ndarray]] = {}
@@ -87,7 +88,7 @@ def tie_widths(model: nn.Module, labeller: Labeller, names: Set[str]) -> bool:
     Returns:
         Whether there was any such number.
     """
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     sizes = {name: {value for _, _, value in _integers(modules[name]) if value > 1} for name in names}
     widths: dict[tuple[str, int], list[np.ndarray]] = {}
     for use in labeller.size_uses:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 from torch import nn
 
+from image_classification.models.module_tree import named_modules
 from pruning.engine.building import build_graph
 from pruning.engine.case import Case
 from pruning.engine.channel_graph import ChannelGraph
@@ -329,7 +330,7 @@ def kind_of(model: nn.Module, name: str) -> tuple[str, frozenset[str]]:
 
     A kind is a class. A PyTorch layer is of the kind "layer of that name within a parent of that class".
     """
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     module = modules[name]
     if not is_native(module):
         same = {other for other, candidate in modules.items() if type(candidate) is type(module)}
