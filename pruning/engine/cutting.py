@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from image_classification.models.attention import fit_attention, restore
 from image_classification.models.module_tree import named_modules
+from image_classification.models.whole_numbers import replaced
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.computed_weights import parametrised_originals, renormalised
 from pruning.engine.native_layers import known_attributes
@@ -137,9 +138,8 @@ def _plan_attributes(
         if attribute.item is None:
             counted[key] = count
         else:
-            items = list(value)
-            items[attribute.item] = count
-            counted[key] = type(value)(items)
+            path = attribute.item if isinstance(attribute.item, tuple) else (attribute.item,)
+            counted[key] = replaced(value, {path: count})
     for (owner, attribute_name), value in counted.items():
         changes.set_attribute(modules[owner], attribute_name, value)
     # A tensor that several modules share was cut under one of its names; all of them follow.
