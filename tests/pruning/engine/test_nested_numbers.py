@@ -85,7 +85,8 @@ def test_numbers_within_containers_follow(cut: tuple[nn.Module, Any]) -> None:
     model, graph = cut
     assert set(graph.frozen.values()) == {"the network's output"}
     first, options = model.blocks[0].split, model.blocks[1].options
-    assert first.sizes["qkv"] == 3 and first.sizes["heads"] * 6 * 3 == len(model.blocks[0].qkv.weight) < 72
+    assert first.sizes["qkv"] == 3
+    assert first.sizes["heads"] * 6 * 3 == len(model.blocks[0].qkv.weight) < 72
     assert options == {
         "width": len(model.blocks[1].up.weight),
         "heads": [4, 2],
@@ -114,6 +115,7 @@ def test_they_are_saved(cut: tuple[nn.Module, Any]) -> None:
 
 def test_paths() -> None:
     value = {"a": 3, "b": [1, ("c", 2)], "d": True}
-    assert is_nested(value) and list(numbers_in(value)) == [(("a",), 3), (("b", 0), 1), (("b", 1, 1), 2)]
+    assert is_nested(value)
+    assert list(numbers_in(value)) == [(("a",), 3), (("b", 0), 1), (("b", 1, 1), 2)]
     assert replaced(value, {("b", 1, 1): 7}) == {"a": 3, "b": [1, ("c", 7)], "d": True}
     assert not any(map(is_nested, ([1, 2], (3,), {}, {"a": "b"}, {"a": object(), "b": 1}, 5)))
