@@ -148,7 +148,8 @@ def _hugging_face(name: str) -> Built:
 def _monai(name: str) -> Built:
     from monai.networks import nets
 
-    return getattr(nets, name)(**_MONAI[name]), (torch.randn(1, 1, 32, 32, 32),)
+    length = 64 if name == "SwinUNETR" else 32  # which halves it five times, and its norms need two positions
+    return getattr(nets, name)(**_MONAI[name]), (torch.randn(1, 1, length, 32, 32),)
 
 
 def _pytorchcv(name: str) -> Built:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from image_classification.models.module_tree import named_modules
+
 
 class CutAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` whose heads and embedding have widths of their own.
@@ -137,10 +139,10 @@ def fit_attention(model: nn.Module, everywhere: bool = False) -> list[tuple[nn.M
         changed.append((module, attribute, getattr(module, attribute)))
         setattr(module, attribute, value)
 
-    for module in model.modules():
+    for _, module in named_modules(model):
         if type(module) is nn.MultiheadAttention and (everywhere or not _is_native(module)):
             change(module, "__class__", CutAttention)
-    for module in model.modules():
+    for _, module in named_modules(model):
         nested = isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
         if nested and any(isinstance(part, CutAttention) for part in module.modules()):
             change(module, "use_nested_tensor", False)

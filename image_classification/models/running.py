@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import nn
 
+from image_classification.models.module_tree import named_modules
+
 
 @dataclasses.dataclass(frozen=True)
 class ModuleCall:
@@ -131,7 +133,7 @@ def following(
     Raises:
         ValueError: There is no module of such a name.
     """
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     chosen = list(modules if names is None else dict.fromkeys(names))
     for name in chosen:
         if name not in modules:

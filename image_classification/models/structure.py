@@ -23,6 +23,7 @@ from image_classification.models.factory import ModelIdentity, identity_of, inpu
 from image_classification.models.lazy_modules import settle
 from image_classification.models.modes import drop_graphs
 from image_classification.models.registry import IMAGENET_CLASSES, ModelError
+from image_classification.models.whole_numbers import is_nested, numbers_in, replaced
 from image_classification.network_input import NetworkInput
 from image_classification.plain_data import Plain, PlainValue
 
@@ -205,7 +206,7 @@ def _cut_down(model: nn.Module, structure: Structure) -> None:
     for name, attributes in structure.attributes.items():
         for attribute, value in attributes.items():
             before = getattr(modules[name], attribute)
-            setattr(modules[name], attribute, type(before)(value) if isinstance(value, list) else value)
+            setattr(modules[name], attribute, _like(before, value))
     for name, tensor in named_tensors(model):
         shape = structure.shapes[name]
         if list(tensor.shape) != shape:
@@ -242,8 +243,27 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def integer_attributes(module: nn.Module) -> dict[str, int | list[int] | tuple[int, ...]]:
-    """Attributes that are whole numbers, or lists or tuples of them; booleans do not count."""
-    return {name: value for name, value in vars(module).items() if _is_integer_value(value)}
+    """Attributes that are whole numbers, or lists or tuples of them; booleans do not count.
+
+    Of other containers of plain values the whole numbers in them, as a list.
+    """
+    found = {}
+    for name, value in vars(module).items():
+        if _is_integer_value(value):
+            found[name] = value
+        elif is_nested(value):
+            found[name] = [number for _, number in numbers_in(value)]
+    return found
+
+
+def _like(before: object, value: IntegerValue) -> object:
+    """Saved whole numbers in the form of the attribute that they are for."""
+    if not isinstance(value, list):
+        return value
+    if is_nested(before):
+        paths = [path for path, _ in numbers_in(before)]
+        return replaced(before, dict(zip(paths, value, strict=True)))
+    return type(before)(value)  # type: ignore[call-arg]
 
 
 def _is_integer(value: object) -> TypeGuard[int]:
@@ -270,6 +290,10 @@ def _differing_attributes(model: nn.Module, fresh: nn.Module) -> dict[str, dict[
         changed: dict[str, IntegerValue] = {}
         for attribute, before in integer_attributes(fresh_module).items():
             value = getattr(modules[name], attribute, None)
+            if is_nested(getattr(fresh_module, attribute)):
+                value = [number for _, number in numbers_in(value)]
+                if not _is_within(value, _as_list(before)):  # what it remembers from a run
+                    continue
             if not _is_integer_value(value):
                 raise StructureError(
                     f"module {_called(name)}: attribute {attribute!r} is {before} in a fresh network and "
@@ -343,14 +367,18 @@ def _check_attribute(
     if attribute not in fresh:
         raise StructureError(f"module {_called(module)} has no whole-number attribute {attribute!r}")
     before = fresh[attribute]
-    same_kind = _is_integer(value) == _is_integer(before) and len(_as_list(value)) == len(_as_list(before))
-    if not same_kind or not all(
-        0 <= new <= old or new == old for new, old in zip(_as_list(value), _as_list(before), strict=True)
-    ):
+    if _is_integer(value) != _is_integer(before) or not _is_within(_as_list(value), _as_list(before)):
         raise StructureError(
             f"module {_called(module)}: attribute {attribute!r} would be {value}, which does not fit into the "
             f"architecture's {before}"
         )
+
+
+def _is_within(numbers: list[int], before: list[int]) -> bool:
+    """Whether there are as many numbers as before, and none has grown."""
+    return len(numbers) == len(before) and all(
+        0 <= new <= old or new == old for new, old in zip(numbers, before, strict=True)
+    )
 
 
 def _check_shared(structure: Structure, fresh: nn.Module) -> None:

@@ -21,6 +21,8 @@ from pruning.engine.operators import RULES
 from pruning.engine.pairs import paired_attributes, tie_pairs
 from pruning.engine.tracing import Trace, TracedCall
 
+_MOST_LABELLED = 4
+
 
 def label(traces: Sequence[Trace], policy: Policy | None = None) -> Labeller:
     """Propagate labels through all traces."""
@@ -33,14 +35,15 @@ def label(traces: Sequence[Trace], policy: Policy | None = None) -> Labeller:
 def label_case(case: Case, policy: Policy | None = None) -> Labeller:
     """Propagate labels through all traces of a network; submodules that are cut alike share theirs.
 
-    The labels of the latest policy are kept, since most graphs of a network differ by what is tied afterwards.
+    The labels of the latest policies are kept, since most graphs of a network differ by what is tied afterwards.
     """
     key = frozenset((policy or {}).items())
     if key not in case.labelled:
         labeller = label(case.traces, policy)
         tie_pairs(case.model, labeller, case.pairs)
         tie_recurrent(case.model, labeller)
-        case.labelled.clear()
+        while len(case.labelled) >= _MOST_LABELLED:
+            del case.labelled[next(iter(case.labelled))]
         case.labelled[key] = labeller
     return case.labelled[key].copy()
 

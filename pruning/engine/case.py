@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from image_classification.config import SettingError
+from image_classification.models.module_tree import named_modules
 from pruning.engine.channel_graph import Constraints
 from pruning.engine.examples import Example, OutputError, Pass
 from pruning.engine.labeller import Labeller
@@ -45,7 +46,7 @@ class Case:
     @functools.cached_property
     def modules(self) -> dict[str, nn.Module]:
         """The network's modules by their qualified names."""
-        return dict(self.model.named_modules())
+        return dict(named_modules(self.model))
 
     @functools.cached_property
     def tensor_names(self) -> dict[str, tuple[str, ...]]:

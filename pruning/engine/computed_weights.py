@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from image_classification.models.module_tree import named_modules
 from pruning.engine.slices import Cuts, sliced_like
 
 _POWER_ITERATIONS = 15
@@ -84,7 +85,7 @@ def weight_norm_gains(
 def weight_norm_pairs(model: nn.Module) -> list[tuple[str, str, int | None]]:
     """(gain, direction, dimension that is not normalised) of every weight normalisation, by qualified names."""
     pairs = []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         for gain, direction, dim in _weight_norms(module):
             prefix = f"{name}." if name else ""
             rank = module.get_parameter(direction).dim()
@@ -95,7 +96,7 @@ def weight_norm_pairs(model: nn.Module) -> list[tuple[str, str, int | None]]:
 def spectral_norms(model: nn.Module) -> list[SpectralNorm]:
     """Every spectral norm of a network."""
     found = []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         prefix = f"{name}." if name else ""
         for tensor, chain in _parametrizations(module).items():
             for position, parametrization in enumerate(chain):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from image_classification.models.attention import fit_attention, restore
+from image_classification.models.module_tree import named_modules
+from image_classification.models.whole_numbers import replaced
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.computed_weights import parametrised_originals, renormalised
 from pruning.engine.native_layers import known_attributes
@@ -126,7 +128,7 @@ def tensor_cuts(graph: ChannelGraph, mask: np.ndarray) -> dict[str, Cuts]:
 def _plan_attributes(
     model: nn.Module, graph: ChannelGraph, mask: np.ndarray, cuts: Mapping[str, Cuts], changes: Changes
 ) -> None:
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     counted: dict[tuple[str, str], Any] = {}
     for attribute in graph.attributes:
         units = attribute.units
@@ -136,16 +138,15 @@ def _plan_attributes(
         if attribute.item is None:
             counted[key] = count
         else:
-            items = list(value)
-            items[attribute.item] = count
-            counted[key] = type(value)(items)
+            path = attribute.item if isinstance(attribute.item, tuple) else (attribute.item,)
+            counted[key] = replaced(value, {path: count})
     for (owner, attribute_name), value in counted.items():
         changes.set_attribute(modules[owner], attribute_name, value)
     # A tensor that several modules share was cut under one of its names; all of them follow.
     cuts = {
         alias: cuts[axis.tensor] for axis in graph.axes for alias in axis.aliases if axis.tensor in cuts
     } | dict(cuts)
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         shapes = {
             own: _cut_shape(tensor, cuts.get(f"{name}.{own}" if name else own, {}))
             for own, tensor in (*module._parameters.items(), *module._buffers.items())

@@ -11,6 +11,8 @@ import dataclasses
 
 import numpy as np
 
+from image_classification.models.whole_numbers import Path
+
 FROZEN = -1
 
 
@@ -37,13 +39,13 @@ class Axis:
 class AttributeAxis:
     """A whole number held by a module that counts channels: it always equals `len(units)`.
 
-    `item` is the position within a list or tuple; None for a plain integer. `found` says that it was found by
-    trial rather than known.
+    `item` is the position within a list or tuple, or the way to it within other containers; None for a plain integer.
+    `found` says that it was found by trial rather than known.
     """
 
     module: str
     attribute: str
-    item: int | None
+    item: int | Path | None
     units: np.ndarray
     found: bool = False
 

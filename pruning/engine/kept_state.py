@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from image_classification.models.module_tree import buffers as buffers_of
+from image_classification.models.module_tree import named_modules, named_parameters
+
 _CONTAINERS = (dict, OrderedDict, list, set)
 # `modes_restored` puts the mode back, by way of the module's own `train()`; hooks are their owners' affair.
 _NOT_KEPT = frozenset({"training", *(name for name in vars(nn.Module()) if "_hooks" in name)})
@@ -31,7 +34,7 @@ def state_kept(model: nn.Module, written: Iterable[str] = ()) -> Iterator[None]:
         model: The network.
         written: Names of parameters that a pass writes into; of others only the storage is looked after.
     """
-    parameters, buffers = dict(model.named_parameters()), list(model.buffers())
+    parameters, buffers = named_parameters(model), buffers_of(model)
     looked_after = [*buffers, *(parameters[name] for name in written if name in parameters)]
     storages = [(tensor, tensor.data) for tensor in (*parameters.values(), *buffers)]
     values = [(tensor, tensor.detach().clone()) for tensor in looked_after if not _overlaps(tensor)]
@@ -50,7 +53,7 @@ def state_kept(model: nn.Module, written: Iterable[str] = ()) -> Iterator[None]:
 @contextlib.contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
     """As `state_kept` for attributes alone: what is written into a buffer stays there."""
-    attributes = [(vars(module), _remembered(vars(module))) for module in model.modules()]
+    attributes = [(vars(module), _remembered(vars(module))) for _, module in named_modules(model)]
     try:
         yield
     finally:
@@ -65,16 +68,22 @@ def _overlaps(tensor: Tensor) -> bool:
 
 def _remembered(table: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
     """A module's attributes, and every container among them with a shallow copy of it."""
-    kept = {name: value for name, value in table.items() if name not in _NOT_KEPT}
-    return kept, [(value, value.copy()) for value in kept.values() if type(value) in _CONTAINERS]
+    kept = table.copy()
+    containers = [
+        (value, value.copy())
+        for name, value in kept.items()
+        if type(value) in _CONTAINERS and name not in _NOT_KEPT
+    ]
+    return kept, containers
 
 
 def _put_back(table: dict[str, Any], kept: dict[str, Any], containers: list[tuple[Any, Any]]) -> None:
-    for name in table.keys() - kept.keys() - _NOT_KEPT:
-        del table[name]
-    for name, value in kept.items():
-        if table.get(name) is not value:
-            table[name] = value
+    if not _same(table, kept):
+        for name in table.keys() - kept.keys() - _NOT_KEPT:
+            del table[name]
+        for name, value in kept.items():
+            if name not in _NOT_KEPT and table.get(name) is not value:
+                table[name] = value
     for container, copy in containers:
         if not _same(container, copy):
             _refill(container, copy)
@@ -85,7 +94,8 @@ def _same(value: Any, copy: Any) -> bool:
     if len(value) != len(copy):
         return False
     if isinstance(value, dict):
-        return value.keys() == copy.keys() and all(map(operator.is_, value.values(), copy.values()))
+        in_order = all(map(operator.is_, value, copy))  # names are the same objects, if nothing came or went
+        return in_order and all(map(operator.is_, value.values(), copy.values()))
     if isinstance(value, set):
         return bool(value == copy)
     return all(map(operator.is_, value, copy))

@@ -71,6 +71,11 @@ class StatisticsOverKept(TorchDispatchMode):
         """Begin another pass."""
         self._counts.clear()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would load its compiler, which takes seconds, only to leave this mode uncompiled."""
+        return False
+
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> Outputs:

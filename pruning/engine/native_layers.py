@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.rnn import RNNCellBase
 
 from image_classification.models.attention import CutAttention
+from image_classification.models.module_tree import named_modules
 from pruning.engine.labeller import Labeller
 
 _GATES = {"LSTM": 4, "GRU": 3}
@@ -72,7 +73,7 @@ def tie_recurrent(model: nn.Module, labeller: Labeller) -> None:
 
     Where these are projected they stay: PyTorch tells a projection by its being narrower.
     """
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, nn.RNNBase):
             for key in (("weight_ih", 0), ("weight_hh", 1)):
                 widths = list(_widths(labeller, name, module, *key))

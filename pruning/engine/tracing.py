@@ -27,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from image_classification.models.attention import attention_of_any_width
 from image_classification.models.modes import exact_float32, modes_restored
+from image_classification.models.module_tree import named_modules, set_mode, walked_once
 from image_classification.models.running import Args, Kwargs, ModuleCall, Running, following
 from pruning.engine.examples import output_tensors, tensors_in
 from pruning.engine.kept_state import state_kept
@@ -185,7 +186,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer once, by its first qualified name; parameters first."""
     parameters: dict[int, tuple[str, Tensor]] = {}
     buffers: dict[int, tuple[str, Tensor]] = {}
-    for module_name, module in model.named_modules():
+    for module_name, module in named_modules(model):
         prefix = f"{module_name}." if module_name else ""
         for found, table in ((parameters, module._parameters), (buffers, module._buffers)):
             for name, tensor in table.items():
@@ -206,6 +207,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
         stack.enter_context(few_objects_to_collect())
+        stack.enter_context(walked_once(model))
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.no_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -257,9 +259,9 @@ def set_trace_mode(model: nn.Module, training: bool) -> None:
     The latter takes the training paths of a network (auxiliary heads) without batch statistics or noise.
     On the way modules drop what they keep from one evaluation to the next (see `forget_cached`).
     """
-    model.train()
-    model.train(training)
-    for module in model.modules():
+    set_mode(model, True)
+    set_mode(model, training)
+    for _, module in named_modules(model):
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
             module.training = False
 
@@ -375,6 +377,11 @@ class _Recorder(TorchDispatchMode):
         self._names = {id(tensor): name for name, tensor in tensors.items()}
         # `parameter.data` is another object with the same storage.
         self._parameters = {_storage(tensor): (name, tensor) for name, tensor in model.named_parameters()}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would load its compiler, which takes seconds, only to leave this mode uncompiled."""
+        return False
 
     def adopt_input(self, tensor: Tensor) -> int:
         """Number an input image tensor."""

@@ -7,11 +7,14 @@ the module that ran the operator, and trials tell whether that was right.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 
 import numpy as np
 from torch import nn
 
+from image_classification.models.module_tree import named_modules
+from image_classification.models.whole_numbers import Path, is_nested, numbers_in
 from pruning.engine.case import Case
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.coupling import vector_of
@@ -30,7 +33,7 @@ def hidden_widths(model: nn.Module, labeller: Labeller, graph: ChannelGraph) -> 
     module equal several widths (channels of padding before and behind), they are matched in order: of
     definition here, of use there.
     """
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     found = _split_lists(modules, labeller, graph)
     taken = {(axis.module, axis.attribute, axis.item) for axis in found}
     widths: dict[tuple[str, int], dict[tuple[int, ...], np.ndarray]] = {}
@@ -49,10 +52,20 @@ def hidden_widths(model: nn.Module, labeller: Labeller, graph: ChannelGraph) -> 
             if value == size and (name, attribute, item) not in taken
         ]
         vectors = list(same.values())
-        for position, (attribute, item) in enumerate(numbers):
+        # A private copy of a number (`_sizes` of `sizes`) stands for the same width, and has its place in the order.
+        counts: Counter[str] = Counter()
+        order: dict[tuple[str, int], int] = {}
+        for attribute, item in numbers:
+            position = order.setdefault((public(attribute), counts[attribute]), len(order))
+            counts[attribute] += 1
             units = vectors[min(position, len(vectors) - 1)]
             found.append(AttributeAxis(name, attribute, item, units, found=True))
     return found
+
+
+def public(attribute: str) -> str:
+    """The name of an attribute that a private copy of it would share."""
+    return attribute.lstrip("_")
 
 
 def _holds_images(use: SizeUse, units: np.ndarray) -> bool:
@@ -87,7 +100,7 @@ def tie_widths(model: nn.Module, labeller: Labeller, names: Set[str]) -> bool:
     Returns:
         Whether there was any such number.
     """
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     sizes = {name: {value for _, _, value in _integers(modules[name]) if value > 1} for name in names}
     widths: dict[tuple[str, int], list[np.ndarray]] = {}
     for use in labeller.size_uses:
@@ -170,7 +183,8 @@ def _counted(use: SizeUse) -> np.ndarray:
     return np.moveaxis(use.atoms, use.dim, 0).reshape(extent, -1)[:, 0]
 
 
-def _integers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
+def _integers(module: nn.Module) -> Iterator[tuple[str, int | Path | None, int]]:
+    """(attribute, position or path within it, value) of the whole numbers that a module holds."""
     if is_native(module) and not isinstance(module, (nn.Unflatten, nn.ChannelShuffle, nn.Transformer)):
         return
     for name, value in vars(module).items():
@@ -180,3 +194,8 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
             yield name, None, value
         elif type(value) in (list, tuple) and value and all(type(item) is int for item in value):
             yield from ((name, position, item) for position, item in enumerate(value))
+        elif not name.startswith("_") or hasattr(
+            module, name.lstrip("_")
+        ):  # PyTorch's own tables are no numbers
+            for path, number in numbers_in(value) if is_nested(value) else ():
+                yield name, path, number

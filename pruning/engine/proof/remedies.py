@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 from torch import nn
 
+from image_classification.models.module_tree import named_modules
 from pruning.engine.building import build_graph
 from pruning.engine.case import Case
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.coupling import as_units
+from pruning.engine.groups import Member
 from pruning.engine.labeller import Labeller, Policy
 from pruning.engine.native_layers import is_native
 from pruning.engine.proof.hidden_widths import tie_shapes, tie_widths
@@ -329,7 +331,7 @@ def kind_of(model: nn.Module, name: str) -> tuple[str, frozenset[str]]:
 
     A kind is a class. A PyTorch layer is of the kind "layer of that name within a parent of that class".
     """
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     module = modules[name]
     if not is_native(module):
         same = {other for other, candidate in modules.items() if type(candidate) is type(module)}
@@ -394,11 +396,10 @@ def _verdicts_on_the_culprit(trouble: Trouble) -> tuple[Verdict, ...]:
     graph, found = trouble.graph, _culprit(trouble)
     if found is None:
         return ()
-    index, owner, failure = found
-    inside = [m for m in graph.members(index) if owner and m.tensor.startswith(f"{owner}.")]
-    member = (inside or graph.members(index))[0]
+    index, met_in, failure = found
+    owner, member = _holder(graph, index, met_in)
     likes = {owner}
-    if inside:
+    if owner:
         likes |= kind_of(trouble.case.model, owner)[1]
     suffix = member.tensor.removeprefix(owner)
     positions = np.flatnonzero(member.positions >= 0)
@@ -415,6 +416,16 @@ def _verdicts_on_the_culprit(trouble: Trouble) -> tuple[Verdict, ...]:
             )
         )
     return tuple(verdicts)
+
+
+def _holder(graph: ChannelGraph, index: int, name: str) -> tuple[str, Member]:
+    """The innermost module, from this one outwards, that holds a tensor of a group, and what it holds of it."""
+    members = graph.members(index)
+    for owner in and_around(name):
+        inside = [member for member in members if owner and member.tensor.startswith(f"{owner}.")]
+        if inside:
+            return owner, inside[0]
+    return "", members[0]
 
 
 def _culprit(trouble: Trouble) -> tuple[int, str, Failure] | None:

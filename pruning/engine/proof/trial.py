@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -318,17 +319,29 @@ def _summary(output: Tensor, places: list[Place], mask: np.ndarray | None) -> np
     if output.numel() == 0:  # a head that was given no boxes
         return np.zeros((2, 1), dtype=np.float32)
     values = output.detach().float()
-    rank = values.dim()
-    if not places or rank != len(places[0].shape):
-        return torch.stack([values.mean(), values.square().mean()]).reshape(2, 1).cpu().numpy()
-    for place in places:
-        if mask is None:
-            break
-        stays = np.flatnonzero((place.units < 0) | mask[np.maximum(place.units, 0)])
-        values = values.index_select(place.dim, torch.from_numpy(stays).to(values.device))
-    both = torch.stack([values, values.square()])
-    others = [dim + 1 for dim in range(rank) if dim != places[0].dim]
-    return (both.mean(others) if others else both).cpu().numpy()
+    if not places or values.dim() != len(places[0].shape):
+        return _moments(values, list(range(values.dim()))).reshape(2, 1)
+    stays = [
+        slice(None) if mask is None else (place.units < 0) | mask[np.maximum(place.units, 0)]
+        for place in places
+    ]
+    for place, chosen in list(zip(places, stays, strict=True))[1:]:
+        if not isinstance(chosen, slice):
+            index = torch.from_numpy(np.flatnonzero(chosen))
+            values = values.index_select(place.dim, index.to(values.device))
+    # What goes along the first dimension that carries channels is left out of the short result.
+    moments = _moments(values, [dim for dim in range(values.dim()) if dim != places[0].dim])
+    kept: np.ndarray = moments[:, stays[0]]
+    return kept
+
+
+def _moments(values: Tensor, over: list[int]) -> np.ndarray:
+    """(2, …) mean and mean square over some dimensions, without an intermediate of the tensor's size."""
+    if not over:
+        return torch.stack([values, values.square()]).cpu().numpy()
+    count = math.prod(values.shape[dim] for dim in over)
+    lengths = torch.linalg.vector_norm(values, dim=over)
+    return torch.stack([values.mean(over), lengths.square() / count]).cpu().numpy()
 
 
 def _difference(expected: _Run, found: _Run) -> Failure | None:

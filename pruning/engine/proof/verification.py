@@ -17,7 +17,7 @@ from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.groups import AttributeAxis
 from pruning.engine.labeller import Labeller
 from pruning.engine.pairs import paired_attributes
-from pruning.engine.proof.hidden_widths import hidden_widths, tie_shapes, tie_widths
+from pruning.engine.proof.hidden_widths import hidden_widths, public, tie_shapes, tie_widths
 from pruning.engine.proof.loosening import freedom, loosened
 from pruning.engine.proof.rehearsal import rehearsal
 from pruning.engine.proof.remedies import Measures, and_around, kind_of, remedied
@@ -214,7 +214,7 @@ def _numbers_by_kind(case: Case, graph: ChannelGraph) -> dict[str, dict[str, lis
         may_change = any(graph.groups[index].prunable for index in graph.groups_in(axis.units))
         if axis.found and may_change:
             kind, _ = kind_of(case.model, axis.module)
-            found.setdefault(kind, {}).setdefault(axis.attribute, []).append(axis)
+            found.setdefault(kind, {}).setdefault(public(axis.attribute), []).append(axis)
     return found
 
 

@@ -1,0 +1,69 @@
+"""The modules of a network as a flat list, and their modes.
+
+A rewrite is tried dozens of times, and each try walks through all modules several times. PyTorch's own walk asks every
+module for its children anew. While nothing can change the tree, it is walked once:
+
+    with walked_once(model):
+        for name, module in named_modules(model):
+            ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+NamedModules = tuple[tuple[str, nn.Module], ...]
+
+_walked: dict[int, NamedModules] = {}
+
+
+@contextlib.contextmanager
+def walked_once(model: nn.Module) -> Iterator[None]:
+    """No module comes or goes inside: `named_modules` remembers what it found. Within itself it does nothing."""
+    if id(model) in _walked:
+        yield
+        return
+    _walked[id(model)] = tuple(model.named_modules())
+    try:
+        yield
+    finally:
+        del _walked[id(model)]
+
+
+def named_modules(model: nn.Module) -> NamedModules:
+    """As the method of `nn.Module`: every module once, under its first name, parents first."""
+    known = _walked.get(id(model))
+    return tuple(model.named_modules()) if known is None else known
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter once, by its first qualified name."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for prefix, module in named_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), (f"{prefix}.{name}" if prefix else name, parameter))
+    return dict(found.values())
+
+
+def buffers(model: nn.Module) -> list[Tensor]:
+    """Every buffer once."""
+    found: dict[int, Tensor] = {}
+    for _, module in named_modules(model):
+        for buffer in module._buffers.values():
+            if buffer is not None:
+                found.setdefault(id(buffer), buffer)
+    return list(found.values())
+
+
+def set_mode(model: nn.Module, training: bool) -> None:
+    """As `model.train(training)`, without the walk where no module does anything of its own on the way."""
+    modules = named_modules(model)
+    if any(type(module).train is not nn.Module.train for _, module in modules):
+        model.train(training)
+        return
+    for _, module in modules:
+        vars(module)["training"] = training
