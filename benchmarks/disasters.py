@@ -48,6 +48,7 @@ from image_classification.models import read_safely
 _BY_NAME = {job.name: job for job in JOBS}
 _PATIENCE = 600.0  # seconds for anything that a job is to do
 _SPACE = "1g"
+_BATCH_SIZE = 16  # of the jobs
 _CHECKPOINT = "checkpoint.pth.tar"
 
 
@@ -88,7 +89,8 @@ def launch(job: str, folder: Path, log: Path, *, ranks: int = 1) -> subprocess.P
     words += ["--casms-path" if "--casms-path" in words else "--workspace", "run"]
     if ranks > 1:
         launcher = [str(ROOT / "multiproc.py"), "--nproc_per_node", str(ranks)]
-        words = [*launcher, *words, "--dist-timeout", "15"]
+        # As many iterations as one process has.
+        words = [*launcher, *words, "--dist-timeout", "15", "-b", str(_BATCH_SIZE // ranks)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with log.open("ab") as output:
         return subprocess.Popen(

@@ -23,9 +23,10 @@ from pruning.files.saved_network import save_pruned
 
 SIZE = 48  # of the images of shapes
 #: `same_training`, `kill_campaign` and `disasters` compare jobs, `gpu_check` needs a GPU; all have tests of their own.
+#: `first_hour` makes an environment, and runs what tests of the wheel and of the docs run.
 SCRIPTS = sorted(
     {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    - {"same_training", "kill_campaign", "disasters", "gpu_check"}
+    - {"same_training", "kill_campaign", "disasters", "first_hour", "gpu_check"}
 )
 #: Script → what it needs besides `--quick`; {folder}, {data} and the files are the fixture's.
 NEEDS = {

@@ -62,7 +62,8 @@ def buffers(model: nn.Module) -> list[Tensor]:
 def set_mode(model: nn.Module, training: bool) -> None:
     """As `model.train(training)`, without the walk where no module does anything of its own on the way."""
     modules = named_modules(model)
-    if any(type(module).train is not nn.Module.train for _, module in modules):
+    ordinary = all(type(one).train is nn.Module.train and "training" in vars(one) for _, one in modules)
+    if not ordinary:
         model.train(training)
         return
     for _, module in modules:
