@@ -1,4 +1,4 @@
-"""A first hour with the project, timed: a fresh environment with the wheel, and commands of the docs on images of one's own.
+"""A first hour with the project, timed: a new environment with the wheel, and commands of the docs on own images.
 
     python benchmarks/first_hour.py [--environment DIR] [--output FILE]
 
