@@ -32,6 +32,7 @@ def miniature(workspace: Path) -> Trainer:
         iterative_pruning=True,
         pruning_step=4,
         pruning_delta=0.1,
+        pruning_instalments=1,
         budget=["macs=0.7"],
         calibration_batches=2,
         pruning_warmup=3,

@@ -48,7 +48,7 @@ def run(processes: Any, target: Any, *arguments: Any) -> int:
     """Exit code of a child process, negative for the signal that killed it."""
     child = processes.Process(target=target, args=arguments)
     child.start()
-    child.join(timeout=240)
+    child.join(timeout=600)
     assert child.exitcode is not None, "the training hangs"
     return child.exitcode
 
