@@ -1,10 +1,10 @@
-"""What verbs can be told, listed in a file of each package: help and slips are answered from it, without PyTorch.
+"""What verbs can be told, listed in a file for each package: help and slips are answered from it, without PyTorch.
 
 The flags stand beside the code that they configure, and criteria, networks and methods enter themselves into registers
 when they are imported: to know every choice takes seconds of imports. So `make flags` asks each verb for its parser
-once and writes what it says into `flags.json`; a test compares. The file decides nothing: a command line that it finds
-no fault with is read by the verb itself. So are all of them once torch is loaded: nothing would be saved any more, and
-a program may have registered things of its own.
+once and writes what it says into `flags/PACKAGE.json`; a test compares. The file decides nothing: a command line that
+it finds no fault with is read by the verb itself. So are all of them once torch is loaded: nothing would be saved any
+more, and a program may have registered things of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from image_classification.config import FlagSpec, told
 from image_classification.older_commands import translated
 from image_classification.plain_data import Plain
 
-NAME = "flags.json"
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("image_classification", "explainers", "pruning")
 #: Files of one checkout or installation are written within this time, in any order.
@@ -67,7 +66,7 @@ def listed_parser(verb: str, prog: str, description: str, *, or_older: bool = Fa
         verb, prog, description: See `answer`.
         or_older: Take a list also if source is newer, and so may say something else.
     """
-    path = ROOT / verb.partition(".")[0] / NAME
+    path = list_path(verb.partition(".")[0])
     if not path.is_file() or not (or_older or path.stat().st_mtime + _SLACK_SECONDS >= _newest_source()):
         return None
     listed = json.loads(path.read_text(encoding="utf-8"))
@@ -76,13 +75,18 @@ def listed_parser(verb: str, prog: str, description: str, *, or_older: bool = Fa
     return _rebuilt(listed["verbs"][verb], listed["groups"], prog, description)
 
 
+def list_path(package: str) -> Path:
+    """The file that lists a package's flags."""
+    return Path(__file__).resolve().parent / "flags" / f"{package}.json"
+
+
 def _newest_source() -> float:
     files = (file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
     return max(file.stat().st_mtime for file in files)
 
 
 def list_of(parsers: dict[str, Parser]) -> Plain:
-    """The content of `flags.json`: groups of flags, each once, and the groups that each verb has.
+    """The content of a package's list: groups of flags, each once, and the groups that each verb has.
 
     Args:
         parsers: Verb → its parser.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from image_classification.file_writing import write_text
-from image_classification.flag_lists import NAME, PACKAGES, ROOT, list_of
+from image_classification.flag_lists import PACKAGES, list_of, list_path
 from image_classification.verbs import AnyVerb, verb_of
 
 
@@ -30,7 +30,7 @@ def lists(tables: Sequence[str]) -> dict[Path, str]:
     found = {}
     for package in PACKAGES:
         content = list_of({place: made for place, made in parsers.items() if place.startswith(f"{package}.")})
-        found[ROOT / package / NAME] = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        found[list_path(package)] = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     return found
 
 

@@ -26,7 +26,7 @@ VERBS = {
         "make a trained network smaller in minutes, without training: CHECKPOINT IMAGES",
     ),
     "sensitivity": (
-        "pruning.verbs.sensitivity",
+        "pruning.verbs.measure_sensitivity",
         "how far the outputs move when one channel group is narrowed: CHECKPOINT IMAGES",
     ),
     "report": ("pruning.verbs.report", "everything about a run in one HTML file: RUN"),

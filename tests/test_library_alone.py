@@ -169,7 +169,8 @@ def test_the_wheel_in_a_fresh_environment(tmp_path: Path, monkeypatch: pytest.Mo
     for path in json.loads(succeeded(result)).values():
         assert Path(path).is_relative_to(site_packages)
     shipped = {path.relative_to(ROOT) for path in (ROOT / "pruning" / "report" / "templates").iterdir()}
-    shipped |= {Path(package, "flags.json") for package in ("image_classification", "explainers", "pruning")}
+    packages = ("image_classification", "explainers", "pruning")
+    shipped |= {Path("image_classification", "flags", f"{package}.json") for package in packages}
     assert [path for path in shipped if not (site_packages / path).is_file()] == []
 
     # The command is not taken in by a main.py of the user's, and the recipes come along.

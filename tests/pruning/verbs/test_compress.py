@@ -21,7 +21,7 @@ from pruning.repair.repairing import RepairSettings
 from pruning.search.sensitivity import SensitivitySearch
 from pruning.verbs.compress import parse_budgets
 from pruning.verbs.compressing import CompressSettings, compress, sensitivity
-from pruning.verbs.sensitivity import rows_of
+from pruning.verbs.measure_sensitivity import rows_of
 
 
 def twins(groups: int) -> nn.Sequential:
