@@ -5,7 +5,8 @@
 
 IMAGES is a folder of ImageNet files that are named by their class (n01440764_….JPEG). Some calibrate; top-1 is measured
 on the others. Every method gets the same images and the same MACs. Ours: cut by norm, all inner layers alike, without a
-repair, with statistics measured again, and with least squares; and `compress` (widths by sensitivity, least squares).
+repair, with statistics measured again, and with least squares; `compress` (widths by sensitivity, least squares); and
+one cut by each search, whose candidates are judged by the labels of the calibration images.
 Torch-Pruning's: L2 norm, group norm, batch-norm scale and Taylor (with the labels of the calibration images), with and
 without statistics measured again. A network that has been measured is not measured again (`--workspace`).
 """
@@ -82,6 +83,20 @@ def ours(model: nn.Module, images: Tensor, share: float, repair: RepairSettings)
     return small
 
 
+def one_cut(model: nn.Module, images: Tensor, labels: Tensor, share: float, search: str) -> nn.Module:
+    """Widths by a search, candidates judged by the labels of the calibration images."""
+    small = copy.deepcopy(model)
+    prune(
+        small,
+        images[:2],
+        budget=share,
+        criterion="reconstruction",
+        search=search,
+        calibration=list(zip(images.split(_CHUNK), labels.split(_CHUNK), strict=True)),
+    )
+    return small
+
+
 def torch_pruning(
     model: nn.Module, images: Tensor, labels: Tensor, share: float, importance: str
 ) -> nn.Module:
@@ -131,6 +146,8 @@ def methods(
             lambda settings=settings: ours(model, images, share, settings),
         )
     yield "compress", lambda: next(iter(compress(model, images, [{"macs": share}], CompressSettings()))).model
+    for search in ("global", "greedy", "sensitivity"):
+        yield f"one cut, {search}", lambda search=search: one_cut(model, images, labels, share, search)
     for importance in ("L2", "group norm", "BN scale", "Taylor"):
         for again in (False, True):
 
@@ -150,6 +167,7 @@ def main() -> None:
     parser.add_argument("--network", default="lite0", help="lite0 … lite4")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.55])
     parser.add_argument("--num-calibration", type=int, default=160)
+    parser.add_argument("--image-size", type=int, help="smaller images than the network was trained for")
     parser.add_argument("--methods", default="", help="only those whose name holds this")
     parser.add_argument("--workspace", type=Path, default=Path("runs/without_training"))
     arguments = parser.parse(
@@ -164,6 +182,9 @@ def main() -> None:
             parser.error("IMAGES is missing: a folder of ImageNet files")
         model, arch = pretrained(arguments.network)
         images, labels = labelled_images(arguments.images, arch)
+        if arguments.image_size is not None:
+            size = (arguments.image_size, arguments.image_size)
+            images = nn.functional.interpolate(images, size=size, mode="area")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(arguments.seed))
     chosen, others = order[: arguments.num_calibration], order[arguments.num_calibration :]
     expected = outputs_of(model, images[others]).argmax(1)
@@ -173,7 +194,8 @@ def main() -> None:
         for name, make in methods(model, images[chosen], labels[chosen], share):
             if arguments.methods not in name:
                 continue
-            note = arguments.workspace / f"{arguments.network}-{share:g}-{name.replace(' ', '_')}.json"
+            size = f"-{arguments.image_size}" if arguments.image_size else ""
+            note = arguments.workspace / f"{arguments.network}{size}-{share:g}-{name.replace(' ', '_')}.json"
             if not note.is_file() or arguments.quick:
                 row = measured(name, share, make, model, images[others], labels[others], expected)
                 note.parent.mkdir(parents=True, exist_ok=True)

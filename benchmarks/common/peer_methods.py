@@ -67,7 +67,7 @@ class Ours(Untouched):
         cuts: When.
         criterion: Scores channels.
         search: Chooses groups; `sensitivity` cuts once, at the first of the steps.
-        instalments: Of each cut of the greedy search: so many groups pay it.
+        instalments: Of each cut of the greedy search; see `GreedySearch`.
         repair: Of every rewrite.
         distil: Learn from the network as it was, too.
     """
@@ -80,7 +80,7 @@ class Ours(Untouched):
         *,
         criterion: str = "discriminant",
         search: str = "greedy",
-        instalments: int = 1,
+        instalments: int | None = None,
         repair: Method = "least-squares",
         distil: bool = False,
     ) -> None:
@@ -263,15 +263,15 @@ def _theirs(**settings: Any) -> Maker:
 #: Name of a row → makes the method. Whose schedule has another peak (from scratch) is in `FROM_SCRATCH`.
 METHODS: dict[str, Maker] = {
     "not pruned": lambda *_: Untouched(),
-    "ours: discriminant": _ours(instalments=8),
-    "ours: discriminant, one group a cut": _ours(),
-    "ours: discriminant, no repair": _ours(instalments=8, repair="none"),
-    "ours: taylor": _ours(criterion="taylor", instalments=8),
-    "ours: taylor, no repair": _ours(criterion="taylor", instalments=8, repair="none"),
-    "ours: reconstruction": _ours(criterion="reconstruction", instalments=8),
-    "ours: discriminant+reconstruction": _ours(criterion="discriminant+reconstruction", instalments=8),
+    "ours: discriminant": _ours(),
+    "ours: discriminant, one group a cut": _ours(instalments=1),
+    "ours: discriminant, no repair": _ours(repair="none"),
+    "ours: taylor": _ours(criterion="taylor"),
+    "ours: taylor, no repair": _ours(criterion="taylor", repair="none"),
+    "ours: reconstruction": _ours(criterion="reconstruction"),
+    "ours: discriminant+reconstruction": _ours(criterion="discriminant+reconstruction"),
     "ours: sensitivity at once": _ours(criterion="reconstruction", search="sensitivity"),
-    "ours: discriminant, distilled": _ours(instalments=8, distil=True),
+    "ours: discriminant, distilled": _ours(distil=True),
     "ours: sensitivity at once, distilled": _ours(
         criterion="reconstruction", search="sensitivity", distil=True
     ),

@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         copy=arguments.copy,
     )
-    print(f"{report.describe()}; next: main.py {arguments.output} …")
+    print(f"{report.describe()}; next: lucidprune train {arguments.output} …")
     return 0
 
 
