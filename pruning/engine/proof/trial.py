@@ -234,14 +234,15 @@ def all_but_one(graph: ChannelGraph) -> np.ndarray:
 
 
 def different_widths(graph: ChannelGraph) -> np.ndarray:
-    """Groups of one width keep different numbers of units, as far as they go round.
+    """Groups of one width keep different numbers of units, as far as they go round, and two at least.
 
     Random numbers can come out equal, and then a number that counts two kinds of channels is right for both.
     """
     mask = np.ones(graph.num_units, dtype=bool)
     rank: Counter[int] = Counter()
     for group in graph.prunable:
-        mask[group.units[1 + rank[group.width] % (group.width - 1) :]] = False
+        count = min(2 + rank[group.width] % max(1, group.width - 2), group.width - 1)
+        mask[group.units[count:]] = False
         rank[group.width] += 1
     return mask
 
