@@ -269,6 +269,9 @@ def _annotate(modules: Mapping[str, nn.Module], graph: ChannelGraph) -> None:
         members = graph.members(group)
         kinds = {type(modules[m.tensor.rpartition(".")[0]]).__name__ for m in members}
         name = group.name.partition("#")[0]
+        if not members:  # repetitions that a reshape ran together with channels: the batch, most often
+            group.prunable, group.reason = False, group.reason or "no tensor of the network holds it"
+            continue
         outs = [m for m in members if m.role == "out"]
         first = [m for m in outs if m.tensor.startswith(f"{name}.")] or outs or members
         group.kinds = tuple(sorted(kinds))

@@ -324,6 +324,18 @@ def record(model: nn.Module, images: Args, kwargs: Kwargs | None = None, *, trai
     )
 
 
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor is what `torch.func` (vmap, grad) shows inside: it has no storage, and lacks dimensions."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """What lies behind such a tensor."""
+    while is_wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 class Requests(TorchFunctionMode):
     """Notes what the network's code asks of PyTorch, before PyTorch decides how to do it.
 
@@ -350,7 +362,7 @@ class Requests(TorchFunctionMode):
         module = self._running.innermost
         attends = func is F.scaled_dot_product_attention and kwargs.get("scale") is None
         if attends and self._recorder is not None:
-            query = kwargs["query"] if "query" in kwargs else args[0]
+            query = unwrapped(kwargs["query"] if "query" in kwargs else args[0])
             self.scaled.append((self._recorder.value_of(query), module))
         result = func(*args, **kwargs)
         if isinstance(result, (Tensor, tuple, list)) and not isinstance(result, torch.Size):
@@ -527,7 +539,7 @@ class _Recorder(TorchDispatchMode):
             yield
 
     def _values_in(self, tree: object) -> tuple[int, ...]:
-        return tuple(self.value_of(leaf) for leaf in tensors_in(tree))
+        return tuple(self.value_of(leaf) for leaf in tensors_in(tree) if not is_wrapped(leaf))
 
     @contextlib.contextmanager
     def parameters_kept(self) -> Iterator[None]:

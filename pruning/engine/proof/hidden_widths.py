@@ -92,16 +92,26 @@ def _split_lists(
     return list(found.values())
 
 
-def tie_widths(model: nn.Module, labeller: Labeller, names: Set[str]) -> bool:
-    """Unite, within each of these modules, widths of the same size of which it holds a number.
+def tie_widths(model: nn.Module, labeller: Labeller, numbers: Set[tuple[str, str]]) -> bool:
+    """Unite, within a module, widths of the same size as a number that it holds.
 
     A number that counts several kinds of channels is right for all of them only if they lose the same.
+
+    Args:
+        model: The network.
+        labeller: Its labels.
+        numbers: (module, attribute) of the numbers; the name of an attribute as `public` gives it.
 
     Returns:
         Whether there was any such number.
     """
     modules = dict(named_modules(model))
-    sizes = {name: {value for _, _, value in _integers(modules[name]) if value > 1} for name in names}
+    names = {name for name, _ in numbers}
+    sizes: dict[str, set[int]] = {name: set() for name in names}
+    for name in names:
+        for attribute, _, value in _integers(modules[name]):
+            if value > 1 and (name, public(attribute)) in numbers:
+                sizes[name].add(value)
     widths: dict[tuple[str, int], list[np.ndarray]] = {}
     for use in labeller.size_uses:
         extent = use.atoms.shape[use.dim]
@@ -134,6 +144,8 @@ def tie_shapes(case: Case, labeller: Labeller, names: Set[str], ties: str) -> bo
         Whether there was anything to unite.
     """
     tied = False
+    root = labeller.table.components()
+    stays = labeller.table.frozen(root)[root]
     for number, trace in enumerate(case.traces):
         widths: dict[str, list[np.ndarray]] = {name: [] for name in names}
         for call in trace.calls:
@@ -145,6 +157,8 @@ def tie_shapes(case: Case, labeller: Labeller, names: Set[str], ties: str) -> bo
         done: set[tuple[str, int]] = set()
         for use in reversed(labeller.size_uses):
             for width in widths.get(use.module, ()):
+                if stays[width].any():  # nothing is computed anew from what cannot change
+                    continue
                 key = (use.module, width.size)
                 if key in done and ties == "last":
                     continue

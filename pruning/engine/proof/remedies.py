@@ -21,7 +21,7 @@ from pruning.engine.coupling import as_units
 from pruning.engine.groups import Member
 from pruning.engine.labeller import Labeller, Policy
 from pruning.engine.native_layers import is_native
-from pruning.engine.proof.hidden_widths import tie_shapes, tie_widths
+from pruning.engine.proof.hidden_widths import public, tie_shapes, tie_widths
 from pruning.engine.proof.loosening import BLOCKWISE, FLIPPED
 from pruning.engine.proof.trial import Failure, Trial, random_mask
 
@@ -61,7 +61,7 @@ class Measure:
         kind: The kind of modules it is for; "" is the whole network.
         follows: Whole numbers that modules hold follow the widths that they equal.
         unfollowed: Modules whose numbers stay as they are nevertheless.
-        tied: Modules in which widths that share a number lose the same.
+        tied: (module, attribute) of numbers that widths share, which lose the same therefore.
         shaped: Modules in which widths may have been computed from each other, and which widths (see `tie_shapes`).
         couplings: Choices of operators that are made the other way.
         verdicts: Slices that must stay.
@@ -71,7 +71,7 @@ class Measure:
     kind: str = ""
     follows: bool = False
     unfollowed: frozenset[str] = frozenset()
-    tied: frozenset[str] = frozenset()
+    tied: frozenset[tuple[str, str]] = frozenset()
     shaped: tuple[frozenset[str], str] = (frozenset(), "")
     couplings: Mapping[str, str] = dataclasses.field(default_factory=dict)
     verdicts: tuple[Verdict, ...] = ()
@@ -121,9 +121,9 @@ class Measures:
         return {name for measure in self.taken for name in measure.unfollowed}
 
     @property
-    def tied(self) -> set[str]:
-        """Modules in which widths that share a number lose the same."""
-        return {name for measure in self.taken for name in measure.tied}
+    def tied(self) -> set[tuple[str, str]]:
+        """(module, attribute) of numbers that widths share."""
+        return {number for measure in self.taken for number in measure.tied}
 
     @property
     def shaped(self) -> list[tuple[frozenset[str], str]]:
@@ -139,10 +139,23 @@ class Measures:
         """With one more."""
         return dataclasses.replace(self, taken=(*self.taken, measure))
 
+    def is_as(self, other: Measures) -> bool:
+        """Whether the same measures were taken."""
+        return list(map(id, self.taken)) == list(map(id, other.taken))
+
     def without(self, measures: Iterable[Measure]) -> Measures:
         """Without some of them."""
         gone = {id(measure) for measure in measures}
         return dataclasses.replace(self, taken=tuple(m for m in self.taken if id(m) not in gone))
+
+    def untied(self, attribute: str) -> Measures:
+        """Without what one attribute, by its name, ties."""
+        taken = []
+        for measure in self.taken:
+            tied = frozenset(number for number in measure.tied if number[1] != attribute)
+            if tied or not measure.tied:
+                taken.append(dataclasses.replace(measure, tied=tied) if measure.tied != tied else measure)
+        return dataclasses.replace(self, taken=tuple(taken))
 
     def without_assumptions(self) -> Measures:
         """Without verdicts on modules that did not fail themselves."""
@@ -191,13 +204,13 @@ def follow_numbers(trouble: Trouble, measures: Measures) -> Measures | None:
 def tie_numbers(trouble: Trouble, measures: Measures) -> Measures | None:
     """Widths of the kind's modules that share a number lose the same, unless that ties all channels of a group."""
     modules = trouble.following(measures)
-    if not modules:
-        return None
-    if not tie_widths(trouble.case.model, trouble.labeller, modules):
+    axes = [axis for axis in trouble.graph.attributes if axis.found and axis.module in modules]
+    numbers = frozenset((axis.module, public(axis.attribute)) for axis in axes)
+    if not numbers or not tie_widths(trouble.case.model, trouble.labeller, numbers):
         return None
     if _ties_whole_groups(trouble):
         return None
-    return measures.plus(Measure("tie_numbers", trouble.kind, tied=modules))
+    return measures.plus(Measure("tie_numbers", trouble.kind, tied=numbers))
 
 
 def couple_heads_otherwise(trouble: Trouble, measures: Measures) -> Measures | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -24,7 +25,7 @@ from pruning.engine.groups import Group, Place
 from pruning.engine.kept_state import state_kept
 from pruning.engine.proof.rehearsal import as_float, in_type, masked, rehearsal
 from pruning.engine.steady import Steady
-from pruning.engine.tracing import Requests, is_leaf, set_trace_mode, undisturbed
+from pruning.engine.tracing import Requests, is_leaf, is_wrapped, set_trace_mode, undisturbed
 
 TOLERANCE = 1e-4
 _MODULE_TOLERANCE = 1e-3
@@ -232,8 +233,22 @@ def all_but_one(graph: ChannelGraph) -> np.ndarray:
     return mask
 
 
+def different_widths(graph: ChannelGraph) -> np.ndarray:
+    """Groups of one width keep different numbers of units, as far as they go round, and two at least.
+
+    Random numbers can come out equal, and then a number that counts two kinds of channels is right for both.
+    """
+    mask = np.ones(graph.num_units, dtype=bool)
+    rank: Counter[int] = Counter()
+    for group in graph.prunable:
+        count = min(2 + rank[group.width] % max(1, group.width - 2), group.width - 1)
+        mask[group.units[count:]] = False
+        rank[group.width] += 1
+    return mask
+
+
 #: The cuts that every graph must stand.
-MASKS: tuple[MaskMaker, ...] = (random_halves, one_in_ten, equal_widths)
+MASKS: tuple[MaskMaker, ...] = (random_halves, one_in_ten, equal_widths, different_widths)
 
 
 @dataclasses.dataclass
@@ -271,7 +286,7 @@ def _run(
     def leaving(call: ModuleCall, module: nn.Module, output: object) -> None:
         # Of a module that the recorded pass did not call (an expert that got no token) the channels are not known.
         known = call.name in one.called and is_leaf(module)
-        if known and isinstance(output, Tensor) and output.is_floating_point():
+        if known and isinstance(output, Tensor) and output.is_floating_point() and not is_wrapped(output):
             # What is looked at here is no step, and no statistics of the network's.
             with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
                 summary = _summary(output, places.get((call.name, call.number), []), mask)
