@@ -26,6 +26,8 @@ from pruning.repair.survey import Reader, survey
 from pruning.repair.unit_inputs import UnitInputs, reading_units, unit_inputs
 from pruning.task import Batch, Task, num_samples
 
+_SOLUTIONS_KEPT = 2  # of each layer: with the units that are closed by now, and with those of a candidate
+
 
 class LocalRepair:
     """Repairs of candidate cuts of a network that is not cut.
@@ -56,6 +58,7 @@ class LocalRepair:
         self.distributed = distributed or Distributed()
         self.ridge = ridge
         self._inputs: dict[str, list[UnitInputs]] = {}
+        self._solutions: dict[tuple[str, int], dict[bytes, Tensor | None]] = {}
         self._looked: set[str] = set()
         self._readers: dict[str, Reader] | None = None
 
@@ -100,13 +103,30 @@ class LocalRepair:
         try:
             for name, groups in self._inputs.items():
                 for number, one in enumerate(groups):
-                    weights = _solved(one, mask, self.ridge)
+                    weights = self._solution(name, number, one, mask)
                     if weights is not None:
                         self._put(tensors, saved, name, number, one, weights)
             yield
         finally:
             for name, values in saved.items():
                 tensors[name].data.copy_(values)
+
+    def _solution(self, name: str, number: int, one: UnitInputs, mask: np.ndarray) -> Tensor | None:
+        """As `_solved`, with the latest solutions of a layer at hand.
+
+        Candidates differ by what one group loses: the layers that read others are solved for already.
+        """
+        units = one.units.numpy()
+        closed = (units >= 0) & ~mask[np.maximum(units, 0)]
+        known = self._solutions.setdefault((name, number), {})
+        key = closed.tobytes()
+        if key in known:
+            known[key] = known.pop(key)  # the latest one stands last
+        else:
+            while len(known) >= _SOLUTIONS_KEPT:
+                del known[next(iter(known))]
+            known[key] = _solved(one, closed, self.ridge)
+        return known[key]
 
     def _put(
         self,
@@ -132,14 +152,12 @@ class LocalRepair:
             taker[begin : begin + len(constant)] += constant.to(taker.dtype)
 
 
-def _solved(inputs: UnitInputs, mask: np.ndarray, ridge: float) -> Tensor | None:
-    """(K, M) weights, zeros for closed units; None if none of these inputs is closed, or there is no solution."""
-    units = inputs.units.numpy()
-    closed = torch.from_numpy((units >= 0) & ~mask[np.maximum(units, 0)])
+def _solved(inputs: UnitInputs, closed: np.ndarray, ridge: float) -> Tensor | None:
+    """(K, M) weights, zeros for closed inputs; None if none or all are closed, or there is no solution."""
     if not closed.any() or closed.all():
         return None
     device = inputs.gram.device
-    gone, stays = (part.nonzero().flatten().to(device) for part in (closed, ~closed))
+    gone, stays = (torch.from_numpy(part.nonzero()[0]).to(device) for part in (closed, ~closed))
     gram = inputs.gram[stays][:, stays]
     load = ridge * inputs.gram.diagonal().mean()
     across = inputs.gram[stays][:, gone] @ inputs.weights[gone]

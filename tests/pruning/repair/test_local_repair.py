@@ -65,3 +65,23 @@ def test_candidates_are_judged_as_repaired() -> None:
         model, graph, batches, task=task, repair=LocalRepair(model, graph, batches, task=task, ridge=1e-9)
     )
     assert judge.measure([twin])[0] < 1e-6 < judge.measure([twin], repaired=False)[0]
+
+
+def test_what_was_solved_before_changes_nothing() -> None:
+    """Candidates after one another, some of them twice, do as each would alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    ).eval()  # fmt: skip
+    graph = trace_groups(model, IMAGES[:2])
+    first, second = graph.prunable
+    cuts = [{first.index: np.array([0, 2, 3])}, {second.index: np.array([1, 2])}]
+    cuts += [{**cuts[0], **cuts[1]}, {first.index: np.array([0, 3])}, cuts[0], cuts[2]]
+    task = Task(loss=lambda outputs, batch: outputs.square().mean(1))
+
+    def losses(several: list[dict[int, np.ndarray]]) -> list[float]:
+        repair = LocalRepair(model, graph, [(IMAGES,)], task=task)
+        return LossChange(model, graph, [(IMAGES,)], task=task, repair=repair).measure(several).tolist()
+
+    assert losses(cuts) == [losses([cut])[0] for cut in cuts]
