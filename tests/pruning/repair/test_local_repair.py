@@ -76,8 +76,8 @@ def test_what_was_solved_before_changes_nothing() -> None:
     ).eval()  # fmt: skip
     graph = trace_groups(model, IMAGES[:2])
     first, second = graph.prunable
-    cuts = [{first.index: np.array([0, 2, 3])}, {second.index: np.array([1, 2])}]
-    cuts += [{**cuts[0], **cuts[1]}, {first.index: np.array([0, 3])}, cuts[0], cuts[2]]
+    one, other = {first.index: np.array([0, 2, 3])}, {second.index: np.array([1, 2])}
+    cuts = [one, other, one | other, {first.index: np.array([0, 3])}, one, one | other]
     task = Task(loss=lambda outputs, batch: outputs.square().mean(1))
 
     def losses(several: list[dict[int, np.ndarray]]) -> list[float]:
