@@ -71,7 +71,7 @@ class GreedySearch:
             for metric, target in situation.targets.items()
         ]
         # Without the small tolerance 0.1 / 0.02 might be a little more than 5.
-        return max(1, math.ceil(max(ways) / LARGEST_INSTALMENT - 1e-6))
+        return max(1, math.ceil(max(ways, default=0.0) / LARGEST_INSTALMENT - 1e-6))
 
     def _towards_targets(self, situation: Situation, rises: _Rises | None) -> list[list[Candidate]]:
         """Close units of the situation's mask until the targets are met, or nothing is left; what was weighed."""
