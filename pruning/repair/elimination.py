@@ -78,7 +78,7 @@ class _Reader:
     """
 
     def __init__(self, inputs: UnitInputs, position: Tensor, width: int, ridge: float) -> None:
-        self._inverse = _loaded_inverse(inputs.gram.cpu(), ridge)
+        self._inverse = loaded_inverse(inputs.gram.cpu(), ridge)
         self._weights = inputs.weights.cpu().clone()
         self._scale = float(inputs.variance)
         self._pending: list[tuple[Tensor, Tensor]] = []  # (K, |B|) each: the inverse less Σ share · acrossᵀ
@@ -132,9 +132,14 @@ class _Reader:
             self._pending.clear()
 
 
-def _loaded_inverse(gram: Tensor, ridge: float) -> Tensor:
-    """(UᵀU + λ·I)⁻¹; a λ that roundings swallow is raised."""
-    identity = torch.eye(len(gram), dtype=gram.dtype)
+def loaded_inverse(gram: Tensor, ridge: float) -> Tensor:
+    """(UᵀU + λ·I)⁻¹; a λ that roundings swallow is raised.
+
+    Args:
+        gram: (K, K) UᵀU, finite.
+        ridge: λ relative to the mean of its diagonal.
+    """
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     load = max(ridge * float(gram.diagonal().mean()), torch.finfo(gram.dtype).tiny)
     factor, info = torch.linalg.cholesky_ex(gram + load * identity)
     while int(info):

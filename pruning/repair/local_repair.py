@@ -5,8 +5,10 @@ are now:
 
     W_S* = W_S + (U_Sᵀ U_S + λ·I)⁻¹ U_Sᵀ U_R · W_R          S: what stays, R: what goes
 
-The products UᵀU are collected once and serve every candidate. Layers further on are not solved for, as the real repair
-does (`repair_wave.py`): this is what a search can afford for each candidate.
+The products UᵀU are collected once and serve every candidate. With the inverse of H = UᵀU + λ·I the same weights are
+W − H⁻¹_:R [H⁻¹_RR]⁻¹ W_R (Hassibi & Stork 1993, for several inputs at once), a system as large as what goes. Layers
+further on are not solved for, as the real repair does (`repair_wave.py`): this is what a search can afford for each
+candidate.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from image_classification.distributed import Distributed
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.tracing import named_tensors
-from pruning.repair.elimination import DEFAULT_RIDGE
+from pruning.repair.elimination import DEFAULT_RIDGE, loaded_inverse
 from pruning.repair.survey import Reader, survey
 from pruning.repair.unit_inputs import UnitInputs, reading_units, unit_inputs
 from pruning.task import Batch, Task, num_samples
@@ -57,7 +59,7 @@ class LocalRepair:
         self.task = task or Task()
         self.distributed = distributed or Distributed()
         self.ridge = ridge
-        self._inputs: dict[str, list[UnitInputs]] = {}
+        self._inputs: dict[str, list[_Layer]] = {}
         self._solutions: dict[tuple[str, int], dict[bytes, Tensor | None]] = {}
         self._looked: set[str] = set()
         self._readers: dict[str, Reader] | None = None
@@ -83,7 +85,7 @@ class LocalRepair:
             distributed=self.distributed,
             strict=False,
         ):
-            self._inputs.setdefault(one.parameter, []).append(one)
+            self._inputs.setdefault(one.parameter, []).append(_Layer(one, self.ridge))
         if self._readers is None and self.batches:
             batch = self.batches[0]
             with self.task.running(self.model):
@@ -111,13 +113,12 @@ class LocalRepair:
             for name, values in saved.items():
                 tensors[name].data.copy_(values)
 
-    def _solution(self, name: str, number: int, one: UnitInputs, mask: np.ndarray) -> Tensor | None:
-        """As `_solved`, with the latest solutions of a layer at hand.
+    def _solution(self, name: str, number: int, one: _Layer, mask: np.ndarray) -> Tensor | None:
+        """As `_Layer.without`, with the latest solutions at hand.
 
         Candidates differ by what one group loses: the layers that read others are solved for already.
         """
-        units = one.units.numpy()
-        closed = (units >= 0) & ~mask[np.maximum(units, 0)]
+        closed = (one.units >= 0) & ~mask[np.maximum(one.units, 0)]
         known = self._solutions.setdefault((name, number), {})
         key = closed.tobytes()
         if key in known:
@@ -125,7 +126,7 @@ class LocalRepair:
         else:
             while len(known) >= _SOLUTIONS_KEPT:
                 del known[next(iter(known))]
-            known[key] = _solved(one, closed, self.ridge)
+            known[key] = one.without(closed)
         return known[key]
 
     def _put(
@@ -134,7 +135,7 @@ class LocalRepair:
         saved: dict[str, Tensor],
         name: str,
         number: int,
-        one: UnitInputs,
+        one: _Layer,
         weights: Tensor,
     ) -> None:
         """Write the weights of one group of a contraction, and the constant where it can be taken up."""
@@ -152,19 +153,62 @@ class LocalRepair:
             taker[begin : begin + len(constant)] += constant.to(taker.dtype)
 
 
-def _solved(inputs: UnitInputs, closed: np.ndarray, ridge: float) -> Tensor | None:
-    """(K, M) weights, zeros for closed inputs; None if none or all are closed, or there is no solution."""
-    if not closed.any() or closed.all():
-        return None
-    device = inputs.gram.device
-    gone, stays = (torch.from_numpy(part.nonzero()[0]).to(device) for part in (closed, ~closed))
-    gram = inputs.gram[stays][:, stays]
-    load = ridge * inputs.gram.diagonal().mean()
-    across = inputs.gram[stays][:, gone] @ inputs.weights[gone]
-    identity = torch.eye(len(stays), dtype=gram.dtype, device=device)
-    factor, info = torch.linalg.cholesky_ex(gram + load * identity)
-    if int(info):
-        return None
-    found = torch.zeros_like(inputs.weights)
-    found[stays] = inputs.weights[stays] + torch.cholesky_solve(across, factor)
-    return found
+class _Layer:
+    """One group of one contraction, and its solutions.
+
+    The first one is a system as large as what stays; where a second one is asked for, UᵀU + λ·I is inverted, which
+    costs three of them, and every further system is as large as what goes.
+
+    Args:
+        inputs: What the layer reads.
+        ridge: λ relative to the mean square of these.
+    """
+
+    def __init__(self, inputs: UnitInputs, ridge: float) -> None:
+        self.positions, self.weights, self.mean = inputs.positions, inputs.weights, inputs.mean
+        self.units = inputs.units.numpy()
+        self._ridge = ridge
+        self._gram: Tensor | None = inputs.gram  # until it is inverted
+        self._inverse: Tensor | None = None
+        self._asked = False
+
+    def without(self, closed: np.ndarray) -> Tensor | None:
+        """(K, M) weights, zeros for closed inputs; None if none or all are closed, or there is no solution.
+
+        Args:
+            closed: (K,) bool, inputs of units that are closed.
+        """
+        if not closed.any() or closed.all():
+            return None
+        gone, stays = (
+            torch.from_numpy(part.nonzero()[0]).to(self.weights.device) for part in (closed, ~closed)
+        )
+        if self._asked:
+            return self._by_inverse(gone)
+        self._asked = True
+        return self._directly(gone, stays)
+
+    def _directly(self, gone: Tensor, stays: Tensor) -> Tensor | None:
+        assert self._gram is not None, "it is inverted for a second solution"
+        gram = self._gram[stays][:, stays]
+        load = self._ridge * self._gram.diagonal().mean()
+        across = self._gram[stays][:, gone] @ self.weights[gone]
+        identity = torch.eye(len(stays), dtype=gram.dtype, device=gram.device)
+        factor, info = torch.linalg.cholesky_ex(gram + load * identity)
+        if int(info):
+            return None
+        found = torch.zeros_like(self.weights)
+        found[stays] = self.weights[stays] + torch.cholesky_solve(across, factor)
+        return found
+
+    def _by_inverse(self, gone: Tensor) -> Tensor | None:
+        if self._gram is not None:
+            self._inverse, self._gram = loaded_inverse(self._gram, self._ridge), None
+        assert self._inverse is not None
+        across = self._inverse[:, gone]
+        factor, info = torch.linalg.cholesky_ex(across[gone])
+        if int(info):
+            return None
+        found = self.weights - across @ torch.cholesky_solve(self.weights[gone], factor)
+        found[gone] = 0
+        return found
