@@ -454,19 +454,21 @@ class Pruner:
         return keep, decision.candidates
 
     def _warn_of_one_sided(self, keep: Mapping[int, np.ndarray]) -> None:
-        """Say where the greedy search lets one group pay so much that most of it goes at once."""
+        """Say where the greedy search lets a group pay so much that most of it goes at once."""
         if not isinstance(self._search, GreedySearch) or not self.distributed.is_main:
             return
-        for index, kept in keep.items():
-            group = self.graph.groups[index]
-            if len(kept) < _MOST_AT_ONCE * group.width and len(self.graph.prunable) > 1:
-                log.warning(
-                    "this rewrite takes %s from %d to %d channels: a smaller `delta`, or more `instalments`, spread "
-                    "what goes over several layers",
-                    group.name,
-                    group.width,
-                    len(kept),
-                )
+        groups = self.graph.groups
+        halved = [
+            f"{groups[index].name} from {groups[index].width} to {len(kept)}"
+            for index, kept in keep.items()
+            if len(kept) < _MOST_AT_ONCE * groups[index].width
+        ]
+        if halved and len(self.graph.prunable) > 1:
+            log.warning(
+                "this rewrite takes %s channels: a smaller `delta`, or more `instalments`, spread what goes over "
+                "several layers",
+                ", ".join(halved),
+            )
 
     def _with_repair(self, record: RewriteRecord, repaired: RepairReport, judging: Batches) -> RewriteRecord:
         """The record with what the repair did, and the loss after it."""
