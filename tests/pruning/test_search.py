@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable
 
 import numpy as np
 import pytest
 import torch
+from support.commands import run
 from torch import Tensor, nn
 
 from image_classification.config import ConfigError
@@ -19,7 +21,6 @@ from pruning.engine.channel_graph import ChannelGraph, Constraints, Keep
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
 from pruning.search import (
-    Decision,
     GlobalSearch,
     GreedySearch,
     SearchSettings,
@@ -27,7 +28,6 @@ from pruning.search import (
     UniformSearch,
     build_search,
     register_search,
-    search_names,
 )
 from pruning.search.loss_change import LossChange
 
@@ -288,19 +288,24 @@ def test_groups_without_scores_stay() -> None:
     assert situation.width(left_out) == left_out.width
 
 
-def test_a_registered_search_goes_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pruning.search import search as module
+def test_a_registered_search_goes_by_its_name() -> None:
+    """In a process of its own: what is registered stays."""
+    script = """
+from pruning.search import Decision, SearchSettings, build_search, register_search, search_names
 
-    monkeypatch.setattr(module, "_REGISTRY", dict(module._REGISTRY))
 
-    @register_search("nothing")
-    class Nothing:
-        def choose(self, situation: Situation) -> Decision:
-            return Decision({})
+@register_search("nothing")
+class Nothing:
+    def choose(self, situation):
+        return Decision({})
 
-    assert "nothing" in search_names()
-    assert isinstance(build_search("nothing", SearchSettings(shortlist=2)), Nothing)
-    with pytest.raises(ValueError, match="'nothing'"):
-        register_search("nothing")(UniformSearch)
+
+assert "nothing" in search_names()
+assert isinstance(build_search("nothing", SearchSettings(shortlist=2)), Nothing)
+"""
+    done = run([sys.executable, "-c", script])
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(ValueError, match="'greedy'"):
+        register_search("greedy")(UniformSearch)
     with pytest.raises(ValueError, match=r"search='gready'.* greedy\?"):
         build_search("gready")
