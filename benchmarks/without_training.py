@@ -68,32 +68,23 @@ def labelled_images(folder: Path, arch: str) -> tuple[Tensor, Tensor]:
     return torch.stack([pixels_of(path, wanted) for path in paths]), labels
 
 
-def ours(model: nn.Module, images: Tensor, share: float, repair: RepairSettings) -> nn.Module:
+def cut_alike(model: nn.Module, images: Tensor, share: float, repair: RepairSettings) -> nn.Module:
     """Inner layers cut alike by the norm of their weights."""
-    small = copy.deepcopy(model)
-    prune(
-        small,
-        images[:2],
-        budget=share,
-        criterion="magnitude-l2",
-        search="uniform",
-        calibration=list(images.split(_CHUNK)),
-        repair=repair,
-    )
-    return small
+    calibration = list(images.split(_CHUNK))
+    return pruned_copy(model, calibration, share, criterion="magnitude-l2", search="uniform", repair=repair)
 
 
 def one_cut(model: nn.Module, images: Tensor, labels: Tensor, share: float, search: str) -> nn.Module:
     """Widths by a search, candidates judged by the labels of the calibration images."""
-    small = copy.deepcopy(model)
-    prune(
-        small,
-        images[:2],
-        budget=share,
-        criterion="reconstruction",
-        search=search,
-        calibration=list(zip(images.split(_CHUNK), labels.split(_CHUNK), strict=True)),
-    )
+    calibration = list(zip(images.split(_CHUNK), labels.split(_CHUNK), strict=True))
+    return pruned_copy(model, calibration, share, criterion="reconstruction", search=search)
+
+
+def pruned_copy(model: nn.Module, calibration: list[Any], share: float, **settings: Any) -> nn.Module:
+    """A copy cut to a share of the MACs; the settings are those of `prune`."""
+    small, first = copy.deepcopy(model), calibration[0]
+    example = (first if isinstance(first, Tensor) else first[0])[:2]
+    prune(small, example, budget=share, calibration=calibration, **settings)
     return small
 
 
@@ -143,7 +134,7 @@ def methods(
         settings = RepairSettings(method=method)
         yield (
             f"all alike by norm, repair {method}",
-            lambda settings=settings: ours(model, images, share, settings),
+            lambda settings=settings: cut_alike(model, images, share, settings),
         )
     yield "compress", lambda: next(iter(compress(model, images, [{"macs": share}], CompressSettings()))).model
     for search in ("global", "greedy", "sensitivity"):

@@ -21,7 +21,7 @@ from pruning.files.exporting import (
     export_network,
     openvino_difference,
 )
-from pruning.verbs.images import first_images, noise_images, open_validation, size_of
+from pruning.verbs.images import declare_ema, first_images, noise_images, open_validation, size_of
 from pruning.verbs.quantised import quantise_and_compare
 
 _ONNX_BLOCK = 8
@@ -45,12 +45,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         help=f"default: the checkpoint's name with {', '.join(SUFFIXES.values())}",
     )
     parser.add_argument("--arch", default=None, help="not needed for a checkpoint of ours")
-    parser.add_argument(
-        "--ema",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="take the averaged weights, or with --no- the last ones; default: the averaged ones where there are any",
-    )
+    declare_ema(parser)
     parser.add_argument(
         "--image-size", type=int, default=None, help="side of the images; default: the network's"
     )

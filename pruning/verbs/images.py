@@ -1,7 +1,8 @@
-"""Real images for verbs that look at finished networks: the validation split, as the networks get it."""
+"""Finished networks and real images, as verbs that look at them take them: whose weights, and the validation split."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,16 @@ from image_classification.plain_data import Plain
 from pruning.report.measure import EvaluationImages, open_images
 
 _SETTINGS = ("image_size", "resize", "mean", "std", "geometry")
+
+
+def declare_ema(parser: argparse.ArgumentParser) -> None:
+    """`--ema`: which of a checkpoint's weights are taken."""
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="take the averaged weights, or with --no- the last ones; default: the averaged ones where there are any",
+    )
 
 
 def size_of(model: nn.Module, image_size: int | None) -> int:

@@ -36,6 +36,7 @@ from pruning.costs.latency_table import LatencySettings
 from pruning.files.importing.reading import harmless, read_published
 from pruning.files.saved_network import save_pruned
 from pruning.masked.shrinking import ShrinkReport, shrink
+from pruning.verbs.images import declare_ema
 
 Factory = Callable[[], nn.Module]
 _SECONDS = 20.0
@@ -57,12 +58,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE:FUNCTION",
         help="builds a network of your own, unpruned, in place of --arch; the module is imported",
     )
-    parser.add_argument(
-        "--ema",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="take the averaged weights, or with --no- the last ones; default: the averaged ones where there are any",
-    )
+    declare_ema(parser)
     parser.add_argument(
         "--example-size",
         type=int,

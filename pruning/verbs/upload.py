@@ -12,7 +12,7 @@ from image_classification.models import model_for_weights
 from image_classification.plain_data import Plain
 from image_classification.verbs import declared
 from pruning.report.hub import check_repository, prepare, upload
-from pruning.verbs.images import size_of
+from pruning.verbs.images import declare_ema, size_of
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -35,12 +35,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="write what would be uploaded there, and upload nothing",
     )
-    parser.add_argument(
-        "--ema",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="take the averaged weights, or with --no- the last ones; default: the averaged ones where there are any",
-    )
+    declare_ema(parser)
     parser.add_argument(
         "--image-size", type=int, default=None, help="side of the images; default: the network's"
     )
