@@ -410,7 +410,7 @@ class Pruner:
         laps = Laps()
         self._scores = self.score(batches)
         laps.end("score")
-        how = settled(self.repair, batches, self.task, at_once=self.delta >= 1, distributed=self.distributed)
+        how = self._how_repaired(batches)
         judging, fitted = self._parted(batches, how)
         loss_change = self._judge(judging, fitted)
         keep, candidates = self._choose(loss_change)
@@ -553,6 +553,10 @@ class Pruner:
         assert self.search is not None, "settled before"
         return self.search
 
+    def _how_repaired(self, batches: Batches) -> RepairSettings:
+        """How a rewrite by these batches is repaired, what was left open included. Collective."""
+        return settled(self.repair, batches, self.task, at_once=self.delta >= 1, distributed=self.distributed)
+
     def _parted(self, batches: Batches, how: RepairSettings) -> tuple[Batches, Batches | None]:
         """Images that judge candidates, and those that least squares are fitted to; None where nothing is fitted.
 
@@ -661,8 +665,8 @@ class Pruner:
         self._remember(batches)
         self._scores = self.score(batches)
         numbers = range(self.completed + 1, self.num_rewrites + 1)
-        judging = batches[: self.settings.judge_batches]
-        rows = forecast(self._search, self._situation({}, self._judge(judging)), self.course, numbers)
+        judge = self._judge(*self._parted(batches, self._how_repaired(batches)))
+        rows = forecast(self._search, self._situation({}, judge), self.course, numbers)
         for row, iteration in zip(rows, self.iterations_to_come(), strict=True):
             row["iteration"] = iteration
         return rows
