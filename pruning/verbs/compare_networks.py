@@ -47,10 +47,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure all, print tables."""
-    check(
-        arguments.plot is None or arguments.data is not None,
-        "--plot shows accuracy: give --data, or leave it out",
-    )
+    _check_plot(arguments)
     paths = [arguments.first, *arguments.others]
     networks = [load_network(str(path), path, arguments.arch) for path in paths]
     first = networks[0]
@@ -85,8 +82,27 @@ def run(arguments: argparse.Namespace) -> int:
         write_text(arguments.json, json.dumps(plain, indent=2) + "\n")
     if arguments.plot is not None:
         with atomic_path(arguments.plot) as unfinished:
-            plot(plain, unfinished, arguments.plot.suffix.removeprefix(".") or "png")
+            plot(plain, unfinished, arguments.plot.suffix.removeprefix("."))
     return 0
+
+
+def _check_plot(arguments: argparse.Namespace) -> None:
+    """Refuse a plot that cannot be drawn before anything is measured.
+
+    Raises:
+        ConfigError: Naming the flag.
+    """
+    path = arguments.plot
+    if path is None:
+        return
+    check(arguments.data is not None, f"--plot {path} shows accuracy: give --data, or leave --plot out")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    check(
+        path.suffix.removeprefix(".") in known,
+        f"--plot {path}: matplotlib writes no such format; the name may end in {', '.join(known)}",
+    )
 
 
 def _ahead(costs: Sequence[dict[str, float]], accuracies: Sequence[dict[str, float]]) -> list[int] | None:
@@ -146,9 +162,6 @@ def plot(plain: Plain, path: Path, format: str) -> None:
         plain: What the verb writes as JSON, with accuracy.
         path: Where the image goes.
         format: One of matplotlib's, such as png.
-
-    Raises:
-        ValueError: matplotlib writes no such format.
     """
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 

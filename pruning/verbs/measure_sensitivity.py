@@ -29,7 +29,7 @@ from pruning.verbs.network_and_images import (
 )
 
 REMOVED = (0.1, 0.25, 0.5, 0.75, 0.9)
-_LEAST = 1e-4  # of the plot's colours
+_COLOURED = 1e-4  # of the largest loss: what the plot tells apart
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +98,8 @@ def rows_of(graph: ChannelGraph, curves: Curves, removed: list[float]) -> list[P
     measured: dict[str, dict[int, float]] = {}
     for candidate in curves.measured:
         if candidate.measured is not None:
-            measured.setdefault(candidate.group, {})[candidate.num_units] = candidate.measured
+            # Rounding can make a divergence of nothing a little negative.
+            measured.setdefault(candidate.group, {})[candidate.num_units] = max(candidate.measured, 0.0)
     rows: list[Plain] = []
     for name, losses in measured.items():
         width = graph.group(name).width
@@ -125,7 +126,7 @@ def _table(plain: Plain) -> Table:
     for column in ("width", *(f"−{100 * share:g} %" for share in plain["removed"])):
         table.add_column(column, justify="right")
     for row in plain["groups"]:
-        cells = ["–" if loss is None else f"{loss:.4f}" for loss in row["losses"]]
+        cells = ["–" if loss is None else f"{loss:.2g}" for loss in row["losses"]]
         table.add_row(row["group"], str(row["width"]), *cells)
     return table
 
@@ -141,11 +142,12 @@ def plot(plain: Plain, path: Path) -> None:
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     rows = plain["groups"]
-    losses = np.array([[np.nan if x is None else max(x, _LEAST) for x in row["losses"]] for row in rows])
+    losses = np.array([[np.nan if loss is None else loss for loss in row["losses"]] for row in rows])
+    most = float(np.nanmax(losses, initial=1e-12))
+    least = _COLOURED * most
     figure = Figure(figsize=(1.2 * len(plain["removed"]) + 4, 0.24 * len(rows) + 1.4), layout="constrained")
     axes = figure.subplots()
-    most = max(float(np.nanmax(losses, initial=_LEAST)), 10 * _LEAST)
-    image = axes.imshow(losses, aspect="auto", cmap="viridis", norm=LogNorm(_LEAST, most))
+    image = axes.imshow(losses.clip(min=least), aspect="auto", cmap="viridis", norm=LogNorm(least, most))
     axes.set_xticks(range(len(plain["removed"])), [f"{100 * share:g} %" for share in plain["removed"]])
     axes.set_yticks(range(len(rows)), [row["group"] for row in rows], fontsize=7)
     axes.set_xlabel("channels removed")

@@ -75,8 +75,9 @@ def test_many_networks_and_which_are_ahead(
     assert [row["widths"] for row in plain["widths"] if row["layer"] == "layer2.1.conv1"] == [[32, 20, 32]]
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "2, 3" in capsys.readouterr().out
-    assert main(["compare", *networks, "--plot", str(plot)]) == 2
-    assert "--plot" in capsys.readouterr().err
+    for slip in (["--plot", str(plot)], ["--plot", "points.xyz", "--data", "shapes:train=24,val=24"]):
+        assert main(["compare", *networks, *slip]) == 2
+        assert f"--plot {slip[1]}" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(networks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
