@@ -161,9 +161,9 @@ def test_every_search_meets_its_targets(name: str, targets: dict[str, float]) ->
     decision = build_search(name, SearchSettings(shortlist=2)).choose(situation)
     prune_channels(model, graph, decision.keep)
     costs.refresh()
-    for metric, goal in goals.items():
-        assert costs.current(metric) <= goal * (1 + 1e-6)
-        assert costs.current(metric) >= goal - 0.12 * costs.baseline(metric)  # and not much beyond
+    beyond = [(goal - costs.current(metric)) / costs.baseline(metric) for metric, goal in goals.items()]
+    assert min(beyond) >= -1e-6
+    assert min(beyond) <= 0.12  # the metric that was met last is not met by much more than asked
     model(images)
 
 
