@@ -89,9 +89,7 @@ def run_one(
     peak = arguments.pretrain_lr if method in FROM_SCRATCH else arguments.lr
     torch.manual_seed(seed)
     schedule = Schedule(arguments.epochs, peak)
-    training = ShortTraining(
-        copy.deepcopy(original), images, schedule, seed=seed + 100, bf16=arguments.bf16
-    )
+    training = ShortTraining(copy.deepcopy(original), images, schedule, seed=seed + 100, bf16=arguments.bf16)
     begin = time.process_time()
     joints = METHODS[method](training, budget, Cuts(arguments.cuts, arguments.pruning_share))
     watched = Watched(joints, training)
