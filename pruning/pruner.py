@@ -454,7 +454,7 @@ class Pruner:
         return keep, decision.candidates
 
     def _warn_of_one_sided(self, keep: Mapping[int, np.ndarray]) -> None:
-        """Say where the greedy search lets a group pay so much that most of it goes at once."""
+        """Log the groups of which the greedy search takes most of the channels at once."""
         if not isinstance(self._search, GreedySearch) or not self.distributed.is_main:
             return
         groups = self.graph.groups
@@ -493,7 +493,7 @@ class Pruner:
         )
 
     def remember(self, calibration: Calibration) -> None:
-        """Take the network as it is for the original one; otherwise the first `step` does. Collective.
+        """Treat the present network as the original one; otherwise the first `step` does. Collective.
 
         Args:
             calibration: As for `step`.

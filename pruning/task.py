@@ -92,7 +92,7 @@ class Task:
         """Run a network on a batch.
 
         Raises:
-            SettingError: Without `forward` the batch is no input of the network.
+            SettingError: Without `forward` the batch is not an input of the network.
         """
         if self.forward is not None:
             return self.forward(model, batch) if _takes_network(self.forward) else self.forward(batch)
@@ -299,7 +299,7 @@ def inputs_of(batch: Batch) -> Outputs:
     raise SettingError(
         "calibration",
         type(batch).__name__,
-        "this is no batch: yield (images, targets), a mapping or a tensor, or give forward=",
+        "this is not a batch: yield (images, targets), a mapping or a tensor, or give forward=",
     )
 
 
@@ -357,7 +357,7 @@ def kind_of_targets(targets: Targets) -> TargetKind | None:
 
 
 def class_map(targets: Tensor) -> Tensor | None:
-    """Class indices of positions, (N, H, W) or of other dimensions; None where targets are no such map.
+    """Class indices of positions, (N, H, W) or of other dimensions; None where targets are not such a map.
 
     Args:
         targets: (N, …) or (N, 1, …) whole numbers of any type, or (N, L, …) one-hot or soft.
@@ -431,7 +431,7 @@ def _losses_by_default(outputs: Outputs, batch: Batch) -> Tensor:
     classes = class_map(targets)
     if classes is None or classes.shape != (len(logits), *logits.shape[2:]) or logits.shape[1] < 2:
         raise _no_loss(targets, logits)
-    # 255 is the void class of PASCAL VOC and its kin.
+    # 255 is the void class of PASCAL VOC and the like.
     return F.cross_entropy(logits.float(), classes, ignore_index=255, reduction="none")
 
 

@@ -60,7 +60,7 @@ class VisualizeConfig(SelectorFileConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisualizeJobConfig:
-    """Everything that `visualize` is told."""
+    """Configuration of `visualize`."""
 
     explainer: VisualizeConfig = section(VisualizeConfig)
     data: ReadConfig = section(ReadConfig)

@@ -3,7 +3,7 @@
 Attribution rules need to know what a network does, not how it is written: as modules or functions, with one ReLU
 for ten places, in place or not. So the pass is recorded while it runs, below modules and functions, where every
 network of torchvision and timm is made of the same few dozen operators (`torch.fx` traces 71 of 75 of them, and
-would leave each to be spelt in many ways; `torch.export` fixes the batch). The record is made anew for each batch:
+would leave each to be spelt in many ways; `torch.export` fixes the batch). A new record is made for each batch:
 any batch size, any width, any control flow.
 
 In the record each call has its own inputs and outputs. An in-place operator appears as the functional one, and what
@@ -252,7 +252,7 @@ def record_forward(model: nn.Module, images: Tensor) -> Record:
 def is_feature_map(value: Value, record: Record, *, to_one_row: bool = False) -> bool:
     """Whether a value is a feature map (B, C, h, w): more than one pixel, no average of a larger map, not the images.
 
-    Maps with their channels last, (B, h, w, C), are told by their aspect ratio, which is not that of the images.
+    Maps with their channels last, (B, h, w, C), are recognised by their aspect ratio, which is not that of the images.
 
     Args:
         value: A value of the record.
@@ -428,7 +428,7 @@ def _is_nonnegative(step: Step) -> bool:
 
 
 def linear_map_of(step: Step) -> tuple[LinearMap | None, Value | None]:
-    """The weights of a step and the value that they apply to; (None, None) if it is no map with constant weights."""
+    """The weights of a step and the value that they apply to; (None, None) if it is not a map with constant weights."""
     if step.name in ("aten::convolution", "aten::_convolution", "aten::cudnn_convolution"):
         names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
         settings = tuple(step.argument(name) for name in names)

@@ -53,7 +53,7 @@ class CasmTrainer(Trainer):
                  was the judge
 
     Everything else (epochs, logging, checkpoints, signals, resume) is the common loop's; `on_backward_end` does not
-    fire, for there is no one backward pass.
+    fire, since there is no single backward pass.
 
     Args:
         casm: Classifier (the same object as `state.model`) and decoder.

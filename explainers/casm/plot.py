@@ -77,7 +77,7 @@ class PlottedConfig(ImageConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlotCasmConfig(ImagesJob):
-    """Everything that `plot-casm` is told."""
+    """Configuration of `plot-casm`."""
 
     plot: PlotConfig = section(PlotConfig)
     images: PlottedConfig = section(PlottedConfig)

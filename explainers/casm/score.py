@@ -81,7 +81,7 @@ class ScoreConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreCasmConfig(ImagesJob):
-    """Everything that `score-casm` is told."""
+    """Configuration of `score-casm`."""
 
     files: FilesConfig = section(FilesConfig)
     score: ScoreConfig = section(ScoreConfig)

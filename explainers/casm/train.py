@@ -105,7 +105,7 @@ class OneLabelLoss(LossConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CasmJobConfig(CommonConfig):
-    """Everything that `train-casm` is told."""
+    """Configuration of `train-casm`."""
 
     casm: CasmConfig = section(CasmConfig)
     data: CasmDataConfig = section(CasmDataConfig)

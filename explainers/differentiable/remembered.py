@@ -237,7 +237,7 @@ class OriginalExplanations:
         }
 
     def load_state_dict(self, state: PlainMapping) -> None:
-        """Take up a state of `state_dict`.
+        """Restore a state from `state_dict`.
 
         Raises:
             ConfigError: Its values are those of another explanation.

@@ -58,7 +58,7 @@ class OutputConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttributeConfig(ImagesJob):
-    """Everything that `attribute` is told."""
+    """Configuration of `attribute`."""
 
     network: NetworkConfig = section(NetworkConfig)
     method: MethodConfig = section(method_config())

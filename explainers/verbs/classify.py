@@ -38,7 +38,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the network")
-    parser.add_argument("--arch", default=None, help="not needed for a checkpoint of ours")
+    parser.add_argument("--arch", default=None, help="not needed for a LucidPrune checkpoint")
     parser.add_argument(
         "--class-names",
         type=Path,

@@ -145,7 +145,7 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Everything that `compare` is told."""
+    """Configuration of `compare`."""
 
     pair: PairConfig = section(PairConfig)
     data: ReadConfig = section(ReadConfig)

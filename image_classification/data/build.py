@@ -57,7 +57,7 @@ class ReadConfig:
         "auto",
         "--data-backend",
         choices=backend_names,
-        help="who decodes and cuts; auto: DALI where it is installed (dali-gpu with CUDA, else dali-cpu), or pytorch",
+        help="what decodes and crops; auto: DALI where it is installed (dali-gpu with CUDA, else dali-cpu), or pytorch",
     )
     rescan: bool = flag(
         False,

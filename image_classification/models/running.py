@@ -38,7 +38,8 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 #: What a network or a module of it returns: a tensor, or tensors within whatever its author chose.
 Outputs = Any
-#: (call, module, positional arguments, keyword arguments) → both kinds of arguments anew, or None to leave them.
+#: (call, module, positional arguments, keyword arguments) → both kinds of arguments to take their place, or None to
+#: leave them.
 Entering = Callable[[ModuleCall, nn.Module, Args, Kwargs], tuple[Args, Kwargs] | None]
 #: (call, module, output) → what takes the output's place, or None to leave it.
 Leaving = Callable[[ModuleCall, nn.Module, Outputs], object]
@@ -121,7 +122,7 @@ def following(
     """Follow the modules of a network through its forward passes.
 
     Args:
-        model: The bare network. Stack and counts start anew with each of its forward passes.
+        model: The bare network. Stack and counts start over with each of its forward passes.
         names: Modules to follow, by qualified name ("" is the network itself); all by default.
         entering: Called before a module runs.
         leaving: Called after it, unless it raised.

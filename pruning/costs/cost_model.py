@@ -185,7 +185,7 @@ class CostModel:
             together: All groups take a step at a time, in place of one of them.
 
         Returns:
-            None where it cannot be known: the cost is no sum of products of counts, and may fall faster later.
+            None where it cannot be known: the cost is not a sum of products of counts, and may fall faster later.
         """
         if not isinstance(self._metric(metric), Products):
             return None

@@ -1,7 +1,7 @@
 """Measuring what `latency` predicts from: layers alone on a grid of widths, and the whole network at a few widths.
 
-The whole network gives the fixed part, the price per element of everything that is no layer, and the scale of the
-layers (in a network caches are colder than alone).
+The whole network gives the fixed part, the price per element of everything that is not a layer, and the scale of the
+layers (caches are colder inside a network than for a layer on its own).
 """
 
 from __future__ import annotations

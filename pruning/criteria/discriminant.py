@@ -332,7 +332,7 @@ class Discriminant(FeatureCriterion):
         self._worst_condition = 0.0
 
     def check_targets(self, targets: Targets) -> None:
-        """Refuse what are no class targets."""
+        """Refuse targets that are not classes."""
         if kind_of_shape(targets) is not None:
             return
         given = "there are none"

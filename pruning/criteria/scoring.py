@@ -256,7 +256,7 @@ class _Scorer:
             )
 
     def score_networks(self, batches: Sequence[Batch]) -> None:
-        """Let the criteria that look on their own do so."""
+        """Run the criteria that make passes of their own over the batches."""
         assert isinstance(self.graph, ChannelGraph), "only a whole graph says what reads which units"
         for number, criterion in self.networks:
             self.of_network[number] = criterion.score_network(

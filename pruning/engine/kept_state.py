@@ -19,7 +19,7 @@ from image_classification.models.module_tree import buffers as buffers_of
 from image_classification.models.module_tree import named_modules, named_parameters
 
 _CONTAINERS = (dict, OrderedDict, list, set)
-# `modes_restored` puts the mode back, by way of the module's own `train()`; hooks are their owners' affair.
+# `modes_restored` puts the mode back, by way of the module's own `train()`; hooks are left to their owners.
 _NOT_KEPT = frozenset({"training", *(name for name in vars(nn.Module()) if "_hooks" in name)})
 
 

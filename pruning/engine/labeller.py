@@ -44,7 +44,7 @@ _LIKE = frozenset(
 )
 #: Operators whose input nobody reads if nobody reads their result.
 _PARTS = frozenset("slice select unsqueeze squeeze detach alias narrow".split())
-_MOST_CHANNELS = 1 << 16  # a longer dimension is no channels but a flattened tensor
+_MOST_CHANNELS = 1 << 16  # a longer dimension is a flattened tensor, not channels
 
 
 def policy_key(trace: int, operation: int, kind: str) -> str:
@@ -248,7 +248,7 @@ class Labeller:
         return operation.outputs[0] in self._read
 
     def describe(self, operation: Operation) -> str:
-        """`view in 'layer1.0.conv2'`, for people."""
+        """`view in 'layer1.0.conv2'`, for messages."""
         where = repr(operation.module) if operation.module else "the network itself"
         return f"{operation_name(operation.func)} in {where}"
 

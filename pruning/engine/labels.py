@@ -43,7 +43,7 @@ class AtomTable:
         return atoms
 
     def freeze(self, atoms: np.ndarray, reason: str) -> None:
-        """Say that these atoms (negative entries aside) can never be removed, and why."""
+        """Record that these atoms (negative entries aside) can never be removed, and why."""
         atoms = np.unique(atoms)
         atoms = atoms[atoms >= 0]
         if atoms.size:

@@ -79,12 +79,12 @@ class Operation:
         index: Position among all operators of the pass.
         func: The ATen overload.
         args, kwargs: Its arguments with tensors replaced by `Ref`.
-        outputs: Values it made; None for outputs that are no tensors.
+        outputs: Values it made; None for outputs that are not tensors.
         module: Qualified name of the innermost module that was running.
         stack: Names of all modules that were running, outermost first.
         writes_to: For a write through a view: (value of the whole tensor before, the chain of views, value
             of the whole tensor after).
-        replayed: A view that is taken anew, since what lies behind it was written; the network did not run it.
+        replayed: A view that is taken again, since the tensor behind it was written; the network did not run it.
     """
 
     index: int
@@ -225,7 +225,9 @@ def few_objects_to_collect() -> Iterator[None]:
 
     Recordings and trials make many small objects, which sets off collections of everything that the process holds.
     """
-    if gc.get_freeze_count():  # by whoever set others aside already: they could not be told apart afterwards
+    if (
+        gc.get_freeze_count()
+    ):  # other code has set objects aside already: they could not be told apart afterwards
         yield
         return
     gc.freeze()
@@ -462,7 +464,7 @@ class _Recorder(TorchDispatchMode):
         return Ref(self.value_of(leaf))
 
     def _look_again(self, view: Tensor, whole: Tensor, chain: tuple[ViewStep, ...]) -> None:
-        """The tensor behind a view was written since: take the view anew."""
+        """Take a view again if its tensor has been written to since."""
         current, value = whole, self.value_of(whole)
         for step in chain:
             kwargs = {key: item for key, item in step.kwargs.items() if key != "_position"}

@@ -163,7 +163,7 @@ def export_network(
 
 
 def description(model: nn.Module) -> dict[str, str]:
-    """What whoever serves a network has to know, as far as it is known: a line of text or of JSON each.
+    """What anyone who serves the network needs to know, as far as it is known: a line of text or of JSON each.
 
     Returns:
         `class_names`, and of the images `image_size` and `resize` (pixels), `mean` and `std` (of RGB in [0, 1]) and
@@ -206,7 +206,9 @@ def _largest_difference(network: nn.Module, run: Callable[[Tensor], Tensor], ima
                 f"the file returns logits of shape {tuple(found.shape)}, not {tuple(expected.shape)}"
             )
         differences.append((expected - found).abs().max())
-    return float(torch.stack(differences).max())  # NaN, which Python's max() would pass over, is no agreement
+    return float(
+        torch.stack(differences).max()
+    )  # NaN is not agreement, and Python's max() would pass over it
 
 
 @contextlib.contextmanager

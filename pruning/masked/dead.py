@@ -1,4 +1,4 @@
-"""Channels that are dead for certain: nothing that reads them notices when they go.
+"""Provably dead channels: nothing that reads them notices when they go.
 
 A consumer does not notice a channel that is zero for every image (`constants.py` proves it), one that it gives
 zero weights (in all rows that matter themselves), or a constant whose share can be moved elsewhere exactly

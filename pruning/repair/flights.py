@@ -1,4 +1,4 @@
-"""Forward passes that stop at every contraction that is to be repaired, and go on when they are told to.
+"""Forward passes that stop at every contraction that is to be repaired, and resume when told to.
 
 A repaired layer sees what all repairs before it have changed, so layers are solved in the order in which they run, each
 from all calibration images. Running the network once per layer would cost as many passes as it has layers. Instead the

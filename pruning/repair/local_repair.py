@@ -1,4 +1,4 @@
-"""How a cut would do if it were repaired, without making it: weights that take up what closed units said.
+"""How a cut would do if it were repaired, without making it: weights that make up for closed units.
 
 Each layer that reads closed units gets, for a while, the weights of the least-squares solution with its inputs as they
 are now:
@@ -95,7 +95,7 @@ class LocalRepair:
 
     @contextlib.contextmanager
     def applied(self, mask: np.ndarray) -> Iterator[None]:
-        """The weights that take up what closed units said; the present ones again afterwards.
+        """Inside, the weights that make up for closed units; the present ones again afterwards.
 
         Args:
             mask: (num_units,) bool: what stays. Known to `prepare`.

@@ -1,4 +1,4 @@
-"""Repairs a rewritten network: what left is said again by what stays, without labels, gradients or training.
+"""Repairs a rewritten network: what stays makes up for what left, without labels, gradients or training.
 
     plan = plan_repair(model, graph, mask)                        # before the cut: keeps a copy of the network
     prune_channels(model, graph, keep)
@@ -105,7 +105,7 @@ class RepairReport:
     problem: str = ""
 
     def describe(self) -> str:
-        """One line for people."""
+        """A one-line summary."""
         before, after = self.distance
         problem = f" ({self.problem})" if self.problem else ""
         if not self.kept:

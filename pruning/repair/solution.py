@@ -1,4 +1,4 @@
-"""Weights that say again, with fewer inputs, what a layer said before: ridge regression, checked on held-out images.
+"""Weights that reproduce a layer's outputs from fewer inputs: ridge regression, checked on held-out images.
 
     W* = W + (UᵀU + λ·I)⁻¹ Uᵀ(Y − U·W)          U, Y centred where a bias can take up the means
     b* = mean(Y) − mean(U)·W*

@@ -1,4 +1,4 @@
-"""Weights that say again, with some of them held at zero, what a layer said before.
+"""Weights that reproduce a layer's outputs with some of them held at zero.
 
 Every output of the layer has a support of its own (the weights that are left), so no inverse serves all of them. Each
 column w of W is led from the present weights towards

@@ -135,7 +135,7 @@ def read_sensitivity(path: Path, missing: list[str]) -> Plain | None:
 
     Args:
         path: The file.
-        missing: Is told where it cannot be read.
+        missing: Gets the reason where it cannot be read.
     """
     if not path.is_file():
         return None
@@ -145,7 +145,7 @@ def read_sensitivity(path: Path, missing: list[str]) -> Plain | None:
             return {key: content[key] for key in ("groups", "removed", "repair", "num_images")}
     except (ValueError, TypeError, KeyError):
         pass
-    missing.append(f"sensitivity of the groups: {path} is none that `python -m pruning sensitivity` writes")
+    missing.append(f"sensitivity of the groups: {path} was not written by `python -m pruning sensitivity`")
     return None
 
 

@@ -25,7 +25,7 @@ _MOST_NAMES = 20  # classes that the card lists
 
 
 def check_repository(name: str) -> None:
-    """Refuse what is no name of a repository on the Hub.
+    """Refuse what is not the name of a repository on the Hub.
 
     Raises:
         SettingError: Saying what is wrong with it.
@@ -85,7 +85,7 @@ def upload(folder: Path, repository: str, *, private: bool = False) -> str:
         The repository's address.
 
     Raises:
-        ConfigError: The Hub refuses, or there is no way to it.
+        ConfigError: The Hub refuses, or cannot be reached.
     """
     need("huggingface_hub")
     from huggingface_hub import HfApi
@@ -98,7 +98,7 @@ def upload(folder: Path, repository: str, *, private: bool = False) -> str:
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"the Hub did not take it ({reason}): `hf auth login` or HF_TOKEN says who you are; nothing is lost, "
+            f"the Hub did not accept it ({reason}): `hf auth login` or HF_TOKEN says who you are; nothing is lost, "
             "the same command does it again"
         ) from error
     return address

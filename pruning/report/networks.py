@@ -18,7 +18,7 @@ from pruning.files.saved_network import pruned_state
 
 
 def cost_rows() -> dict[str, tuple[str, str, float]]:
-    """Metric → (name for people, unit, divisor): the costs that hold on every machine, and the file's size."""
+    """Metric → (display name, unit, divisor): the costs that hold on every machine, and the file's size."""
     costs = [cost_named(name) for name in cost_names()]
     rows = {cost.name: (cost.title, cost.unit, cost.divisor) for cost in costs if not cost.measured}
     return rows | {"file": ("Weights on disk", "MiB", 2**20)}

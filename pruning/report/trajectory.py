@@ -1,4 +1,4 @@
-"""What a lineage's reports say about its course: figures over iterations, all stages on one axis."""
+"""What a lineage's reports say about its history: figures over iterations, all stages on one axis."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def warn_of_pairs(model: nn.Module, graph: ChannelGraph) -> None:
-    """Say which submodules look like a network and its momentum teacher, yet would be cut independently."""
+    """Warn of submodules that look like a network and its momentum teacher, yet would be cut independently."""
     for one, two in momentum_pairs(model):
         if not _cut_alike(graph, one, two):
             log.warning(

@@ -1,4 +1,4 @@
-"""A pruner as people look at it in a notebook: a table, and a plot of its course."""
+"""A pruner as a notebook shows it: a table, and a plot of its progress."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class ForecastRow(TypedDict):
 def forecast(
     search: Search, situation: Situation, course: BudgetCourse, rewrites: Iterable[int]
 ) -> list[ForecastRow]:
-    """Take one target of the course after the other, without rewriting.
+    """Meet one target of the schedule after the other, without rewriting.
 
     Args:
         search: Chooses; a greedy one trusts its estimate, as nothing is measured.

@@ -130,7 +130,7 @@ class ChannelPruning(Callback, abc.ABC):
         """Mean squared distance of the explanation from the original network's; None where none is followed."""
 
     def on_fit_end(self, trainer: TrainLoop) -> None:
-        """Say how far the explanation is from the original network's in the end."""
+        """Log how far the final network's explanation is from the original's."""
         moved = self.explanation_moved(trainer)
         if moved is None:
             return

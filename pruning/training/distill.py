@@ -58,13 +58,13 @@ class DistillConfig:
         "--teacher",
         metavar="FILE",
         reads=True,
-        help="Weights of a trained network that the student learns from: a checkpoint of ours, or others'.",
+        help="Weights of a trained network that the student learns from: a LucidPrune checkpoint, or others'.",
     )
     teacher_arch: str | None = flag(
         None,
         "--teacher-arch",
         metavar="NAME",
-        help="Architecture of --teacher; checkpoints of ours say theirs.",
+        help="Architecture of --teacher; LucidPrune checkpoints say theirs.",
     )
     teacher_mode: Literal["evaluation", "train"] = flag(
         "evaluation",
@@ -259,7 +259,7 @@ class Distillation(Callback):
         self._count = 0
 
     def on_fit_start(self, trainer: TrainLoop) -> None:
-        """Say what is learnt from which teacher."""
+        """Log what is learnt from which teacher."""
         trainer.logger.message(self.announcement)
 
     def on_batch_start(self, trainer: TrainLoop, batch: Batch) -> None:
@@ -300,7 +300,7 @@ class Distillation(Callback):
         check(
             state.get("teacher") == self._digest,
             f"--teacher {self.objective.config.teacher}: this is not the teacher that the resumed run began with; give "
-            "the same file, or start anew from the student's weights with --pretrained-weights",
+            "the same file, or start over from the student's weights with --pretrained-weights",
         )
 
 
@@ -371,7 +371,7 @@ def _load_teacher(
     assert identity is not None
     check(
         identity.num_classes == expected,
-        f"--teacher {config.teacher} tells {identity.num_classes} classes apart, the student {expected}: give a "
+        f"--teacher {config.teacher} has {identity.num_classes} classes, the student {expected}: give a "
         f"teacher that was trained on {job.configs.data.data}",
     )
     known, manifest = class_names_of(teacher), job.loaders.train.manifest

@@ -214,7 +214,7 @@ def mask_digests(masks: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 class RepeatedSchedule(Schedule):
-    """A schedule that starts anew in every round.
+    """A schedule that starts over in every round.
 
     Args:
         schedule: Of the whole training; its curve is fitted to one round.
@@ -268,7 +268,7 @@ class UnstructuredPruning(Callback):
     # ------------------------------------------------------------------ when
 
     def on_fit_start(self, trainer: TrainLoop) -> None:
-        """Fit the learning rate to the rounds, take up the masks of a resumed run, say what is going to happen."""
+        """Fit the learning rate to the rounds, restore the masks of a resumed run, and log what is going to happen."""
         config, state = self.config, trainer.state
         assert config.unstructured_pruning is not None
         if self._epochs is not None:  # of another length, a round might begin late or not at all
@@ -281,7 +281,7 @@ class UnstructuredPruning(Callback):
         trainer.logger.message(
             f"pruning single weights in {config.rounds} round(s) of {self._epochs} epoch(s), "
             f"{100 * config.unstructured_pruning:g} % of what is left in each, to {100 * final:.1f} % zeros; the "
-            "learning rate and the best checkpoint start anew in every round"
+            "learning rate and the best checkpoint start over in every round"
         )
 
     def on_epoch_start(self, trainer: TrainLoop) -> None:
@@ -334,7 +334,7 @@ class UnstructuredPruning(Callback):
 
     @contextlib.contextmanager
     def _repaired(self, trainer: TrainLoop) -> Iterator[None]:
-        """Network and average are zeroed within, and then say with the other weights what these said."""
+        """Network and average are zeroed inside; afterwards their other weights make up for it."""
         state, distributed = trainer.state, trainer.distributed
         calibration = [] if self._calibration is None else calibration_batches(self._calibration)
         batches = list(itertools.islice(calibration, PrunerSettings.max_batches))
@@ -418,7 +418,7 @@ class UnstructuredPruning(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state; masks go to the network's device when training starts.
+        """Restore a state; masks go to the network's device when training starts.
 
         Raises:
             ConfigError: The flags of the rounds are not those of the checkpoint.
@@ -433,6 +433,6 @@ class UnstructuredPruning(Callback):
     def _check_same(name: str, now: float | None, before: float | None) -> None:
         check(
             before == now,
-            f"{name} {now}: the resumed run has {before}; give the same, or start anew from its weights with "
+            f"{name} {now}: the resumed run has {before}; give the same, or start over from its weights with "
             "--pretrained-weights",
         )

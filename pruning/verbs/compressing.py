@@ -71,7 +71,7 @@ class CompressSettings:
     Attributes:
         criterion: Orders the channels of a group.
         search: Chooses the widths.
-        repair: Heals the network.
+        repair: How the network is repaired.
         constraints: Rounding, least widths, modules to leave alone.
         announce: Gets a line of text as the work goes on.
     """

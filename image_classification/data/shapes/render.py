@@ -125,7 +125,7 @@ def bounds(pixels: np.ndarray) -> tuple[int, int, int, int]:
 def place_objects(stream: np.random.Generator, size: tuple[int, int], labels: tuple[int, ...]) -> list[Layer]:
     """Draw the objects at random places where each stays visible.
 
-    Objects are drawn again, smaller by and by, until no one is covered by more than a quarter.
+    Objects are drawn again, gradually smaller, until none is covered by more than a quarter.
     """
     span = _RADIUS_ALONE if len(labels) == 1 else _RADIUS_AMONG_OTHERS
     shrink = 1.0
@@ -245,7 +245,7 @@ def _shade(stream: np.random.Generator, fabric: np.ndarray, x: np.ndarray, y: np
 
 
 def draw_background(stream: np.random.Generator) -> np.ndarray:
-    """A cluttered image without an object: (H, W, 3) uint8 of random size. Takes no class, so it can tell none."""
+    """A cluttered image without an object: (H, W, 3) uint8 of random size. It does not depend on the class."""
     short = int(stream.integers(_SHORT_SIDE[0], _SHORT_SIDE[1] + 1))
     long = int(short * stream.uniform(1.0, 1.5))
     size = (short, long) if stream.random() < 0.75 else (long, short)

@@ -84,7 +84,7 @@ def _couple_slices(
         else:
             run.table.freeze(slot, f"{run.describe(operation)} takes every {step}th channel")
         return slot
-    # A single channel (an alpha beside colours) is no chunk of many.
+    # A single channel (an alpha beside colours) is not one chunk of many.
     even = length > 1 and size % length == 0 and taken.start % length == 0
     if even and run.choice(operation, slot, "even") == "even":
         blocks = atoms.reshape(*atoms.shape[:-1], size // length, length)

@@ -36,7 +36,7 @@ class Verdict:
         tensor, dim: Which dimension of which parameter or buffer.
         positions: Which slices, among `extent`. In a tensor of another extent, as a module of the same kind may
             have, they mean nothing: all of its slices must stay.
-        reason: Why, for people.
+        reason: Why, in words.
         assumed: Another module of the kind failed, not this one.
     """
 

@@ -287,7 +287,7 @@ def _run(
         # Of a module that the recorded pass did not call (an expert that got no token) the channels are not known.
         known = call.name in one.called and is_leaf(module)
         if known and isinstance(output, Tensor) and output.is_floating_point() and not is_wrapped(output):
-            # What is looked at here is no step, and no statistics of the network's.
+            # Summarising is not a step of the network, nor one of its statistics.
             with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
                 summary = _summary(output, places.get((call.name, call.number), []), mask)
                 run.calls.append((call.name, summary))

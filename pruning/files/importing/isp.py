@@ -51,7 +51,7 @@ def read_isp(
     Args:
         content: From `read_published`.
         source: The file.
-        classifier: Checkpoint of ours with the black box, for files that lack it.
+        classifier: LucidPrune checkpoint with the black box, for files that lack it.
         name: Of the format.
         small_images: Networks for 32×32 images.
     """

@@ -175,7 +175,7 @@ class LearnedPruning(ChannelPruning):
             check(
                 then == now or not (self.done or name in _FIXED),
                 f"--{name.replace('_', '-')} {now or 'left out'} comes too late: in the run to resume {late} with "
-                f"{then or 'none'}; give that, or start anew in another --workspace",
+                f"{then or 'none'}; give that, or start over in another --workspace",
             )
 
     def _gated(self) -> list[Group]:
@@ -230,7 +230,7 @@ class LearnedPruning(ChannelPruning):
         with learner, stop:
             for step in learner.learn():
                 self._after_step(trainer, learner, step, stop)
-        if stop.received:  # too late for a step of the gates: the training loop gets to know
+        if stop.received:  # too late for a step of the gates: the training loop handles it
             signal.raise_signal(signal.Signals[stop.received])
         logits = self._agreed(trainer, learner.logits())
         cut = widths_of_gates(self.graph, self.groups, self.costs, self.budget(), logits)

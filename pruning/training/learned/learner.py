@@ -171,7 +171,7 @@ class GateLearner:
         return self.settings.gate_epochs * self.steps_per_epoch
 
     def learn(self) -> Iterator[int]:
-        """Take the steps that are left; yields the number of steps taken after each. Collective."""
+        """Take the remaining steps; yields the number of steps taken after each. Collective."""
         while self.step < self.num_steps:
             done = self.step % self.steps_per_epoch
             for index, batch in enumerate(self.calibration):
