@@ -334,7 +334,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
-    spec, names = option.spec, option.spellings()
+    spec = option.spec
+    names = option.spellings()
     settings: Plain = {"help": _help(option), "default": argparse.SUPPRESS}
     if option.is_positional:
         group.add_argument(

@@ -361,7 +361,8 @@ class Distributed:
         else:
             stage = 2
         stages = self.gather_objects(stage)
-        prefix, store = f"lucidprune/first/{next(_num_waits)}", _store()
+        prefix = f"lucidprune/first/{next(_num_waits)}"
+        store = _store()
         failed = f"{prefix}/failed"
 
         def wait_for(ranks: list[int]) -> None:

@@ -197,7 +197,8 @@ def _record_job(configs: CommonConfig, distributed: Distributed, *, resumed: boo
 
 def _notes_of_images(loaders: Loaders, config: DataConfig) -> list[str]:
     """What was chosen about the images, for the log."""
-    preset, notes = loaders.preset, []
+    preset = loaders.preset
+    notes = []
     small = preset.augmentation == "cifar" and preset.image_size <= SMALL_SIDE
     if small and config.augmentation == "default":
         notes.append(
@@ -379,7 +380,8 @@ def make_trainer(
         callbacks: Take part in the loop.
         describe: See `Trainer`; for models that `create_model` did not build.
     """
-    configs, train = job.configs, job.configs.train
+    configs = job.configs
+    train = job.configs.train
     schedule = _schedule(job)
     optimizer = build_optimizer(configs.optim, model, schedule.lr)
     ema = None if train.use_ema is None else Ema(model, train.use_ema)
@@ -414,7 +416,9 @@ def _schedule(job: Job[JobConfig]) -> Schedule:
     Raises:
         ConfigError: It has not one.
     """
-    train, loader, world_size = job.configs.train, job.loaders.train, job.distributed.world_size
+    train = job.configs.train
+    loader = job.loaders.train
+    world_size = job.distributed.world_size
     accumulation = train.accumulation_steps(loader.batch_size, world_size)
     steps_per_epoch = len(loader) // accumulation
     check(

@@ -305,7 +305,8 @@ class Trainer(TrainLoop):
 
     def _has_stalled(self) -> bool:
         """Whether the best network is `early_stopping_patience` epochs old."""
-        patience, best_epoch = self.config.early_stopping_patience, self.state.best_epoch
+        patience = self.config.early_stopping_patience
+        best_epoch = self.state.best_epoch
         return patience > 0 and best_epoch is not None and self.state.epoch - 1 - best_epoch >= patience
 
     def _name_result(self) -> None:
@@ -438,7 +439,8 @@ class Trainer(TrainLoop):
         self.train_loader.set_epoch(state.epoch)
         is_best = False
         if figures and self.evaluator is not None:
-            headline, prefix = self.evaluator.headline, "val" if state.ema is None else "val_ema"
+            headline = self.evaluator.headline
+            prefix = "val" if state.ema is None else "val_ema"
             figure = figures[f"{prefix}.{headline}"]
             sound = math.isfinite(figure) and math.isfinite(figures[f"{prefix}.loss"])
             is_best = sound and (state.best is None or figure > state.best)

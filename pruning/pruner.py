@@ -186,9 +186,12 @@ class Pruner:
     ) -> None:
         check_setting(step >= 1, "step", step, "must be at least 1 iteration")
         _check_arguments(model, example, criterion, budget, search)
-        self.model, self.interval, self.delta = model, step, delta
+        self.model = model
+        self.interval = step
+        self.delta = delta
         self.settings = settings or PrunerSettings()
-        self.autocast, self.originals = self.settings.autocast, self.settings.originals
+        self.autocast = self.settings.autocast
+        self.originals = self.settings.originals
         self.distributed = self.settings.distributed or Distributed.of_process_group(_device_of(model))
         self._attach(optimizer, ema)
         self.task = Task(forward, loss, mode)
@@ -417,7 +420,8 @@ class Pruner:
         losses = [loss_change.loss_as_it_is(), float(loss_change.measure([keep], repaired=False)[0])]
         moved = self._moved(batches)
         laps.end("search")
-        mask, lenient = self.graph.keep_mask(keep), self.repair is None
+        mask = self.graph.keep_mask(keep)
+        lenient = self.repair is None
         repair = RewriteRepair.of_cut(self.model, self.averages, self.graph, mask, how, lenient=lenient)
         record = self._rewrite(keep, iteration, losses, candidates)
         laps.end("rewrite")

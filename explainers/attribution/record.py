@@ -204,7 +204,8 @@ class Record:
             if any(id(output) in reaching for output in step.outputs):
                 for value in step.inputs:
                     last_use[id(value)] = index
-        found, busy_until = [self.images], last_use[id(self.images)]
+        found = [self.images]
+        busy_until = last_use[id(self.images)]
         for index, step in enumerate(self.steps):
             alive = [output for output in step.outputs if id(output) in reaching]
             # Nothing computed earlier is read later than here, and this step leaves a single value.
@@ -380,7 +381,8 @@ def _classify(step: Step) -> None:
     """Fill in kind, weights and what is known about the results."""
     linear, signal = linear_map_of(step)
     if linear is not None and step.inputs == [signal]:
-        step.kind, step.linear = Kind.WEIGHTED, linear
+        step.kind = Kind.WEIGHTED
+        step.linear = linear
     else:
         step.kind = _kind_of(step)
     if step.facts.kind is OperatorKind.BATCH_NORM or (
@@ -440,7 +442,9 @@ def linear_map_of(step: Step) -> tuple[LinearMap | None, Value | None]:
         signal, weight, bias = step.argument("mat1"), step.argument("mat2"), step.argument("self")
     elif step.name == "aten::mm":
         settings = None
-        signal, weight, bias = step.argument("self"), step.argument("mat2"), None
+        signal = step.argument("self")
+        weight = step.argument("mat2")
+        bias = None
     else:
         return None, None
     if isinstance(signal, Tensor) or not isinstance(weight, Tensor):

@@ -171,7 +171,8 @@ def run(configs: CasmJobConfig, distributed: Distributed) -> None:
 
 def make_casm_trainer(job: jobs.Job[CasmJobConfig], classifier: nn.Module) -> CasmTrainer:
     """The trainer of a classifier and a fresh decoder, continued from the resumed checkpoint if there is one."""
-    configs, train = job.configs, job.configs.train
+    configs = job.configs
+    train = job.configs.train
     settings = configs.casm
     loader = job.loaders.train
     check(

@@ -290,7 +290,8 @@ def input_preset(data: ReadConfig, dataset: Dataset, networks: Sequence[Network]
 def _inputs(networks: Sequence[Network], dataset: Dataset) -> Iterator[NetworkInput]:
     """What the networks were trained with, as far as they say."""
     for network in networks:
-        images, identity = input_of(network.model), identity_of(network.model)
+        images = input_of(network.model)
+        identity = identity_of(network.model)
         if images is not None:
             yield images
         elif identity is not None and identity.image_size:

@@ -95,7 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _wanted(model: nn.Module) -> NetworkInput:
     """What the network's images are like; its architecture's where the file does not say."""
-    images, identity = input_of(model), identity_of(model)
+    images = input_of(model)
+    identity = identity_of(model)
     if images is None:
         assert identity is not None, "model_for_weights builds networks by name"
         images = arch_info(identity.arch).network_input

@@ -70,7 +70,8 @@ def preset_for(train: Manifest) -> Preset:
         return IMAGENET_PRESET
     if (train.heights == 32).all() and (train.widths == 32).all():
         return CIFAR100_PRESET if len(train.class_names) > 10 else CIFAR10_PRESET
-    longer, shorter = np.maximum(train.heights, train.widths), np.minimum(train.heights, train.widths)
+    longer = np.maximum(train.heights, train.widths)
+    shorter = np.minimum(train.heights, train.widths)
     if np.quantile(longer, 0.95) > SMALL_SIDE:
         return IMAGENET_PRESET
     # Networks halve their maps several times: a multiple of 4, and not below half of CIFAR's.

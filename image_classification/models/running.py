@@ -139,7 +139,8 @@ def following(
     for name in chosen:
         if name not in modules:
             raise ValueError(f"the network has no module {name!r}")
-    running, context = Running(), contextlib.ExitStack()
+    running = Running()
+    context = contextlib.ExitStack()
 
     def start(_module: nn.Module, _args: object) -> None:
         context.close()  # of a pass that was broken off

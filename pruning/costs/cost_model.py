@@ -249,7 +249,9 @@ class CostModel:
             SettingError: The metric is unknown, cannot change at all, or cannot get down to this share.
         """
         self._metric(metric)
-        lowest, present, baseline = self.minimum(metric), self.current(metric), self.baseline(metric)
+        lowest = self.minimum(metric)
+        present = self.current(metric)
+        baseline = self.baseline(metric)
         constant = lowest >= present * (1 - _TINY)
         if constant and share * baseline < present:
             reasons = "; ".join(sorted(set(self.graph.frozen.values()))[:3])

@@ -299,7 +299,8 @@ class _Scorer:
 
     def _feature_pass(self, batch: Batch, sites: Mapping[Features, list[_Site]]) -> None:
         """A forward pass for all criteria that look at feature maps, and another for those that ask for it."""
-        targets, count = targets_of(batch), num_samples(batch)
+        targets = targets_of(batch)
+        count = num_samples(batch)
         for _, criterion in self.features:
             criterion.check_targets(targets)
         waiting = self.features
@@ -501,8 +502,10 @@ class _Collector:
     def __init__(
         self, number: int, criterion: FeatureCriterion, targets: Targets, num_samples: int, sums: Tensor
     ) -> None:
-        self.number, self.criterion = number, criterion
-        self.targets, self.num_samples = targets, num_samples
+        self.number = number
+        self.criterion = criterion
+        self.targets = targets
+        self.num_samples = num_samples
         self.sums = torch.zeros_like(sums[number])
         self.shown = torch.zeros_like(self.sums)
         self.sites: list[_Site] = []

@@ -391,7 +391,8 @@ class ChannelGraph:
         for key in groups:
             group = self.group(key)
             if group.prunable:
-                group.prunable, group.reason = False, reason
+                group.prunable = False
+                group.reason = reason
 
     @property
     def macs(self) -> float:

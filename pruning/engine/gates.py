@@ -56,7 +56,8 @@ class Gates:
         per_sample: int | None = None,
     ) -> None:
         first = next(model.parameters())
-        self._model, self._graph = model, graph
+        self._model = model
+        self._graph = graph
         self._groups = graph.prunable if groups is None else [graph.group(key) for key in groups]
         shape = (graph.num_units,) if per_sample is None else (per_sample, graph.num_units)
         self.values = torch.ones(shape, device=first.device)

@@ -135,7 +135,8 @@ class Labeller:
         """The same labels, to be tied and frozen further on their own."""
         other = copy.copy(self)
         other.table = self.table.copy()
-        other.parameter_atoms, other.choices = dict(self.parameter_atoms), dict(self.choices)
+        other.parameter_atoms = dict(self.parameter_atoms)
+        other.choices = dict(self.choices)
         return other
 
     # -- running -------------------------------------------------------------------------------------------
@@ -289,7 +290,8 @@ class Labeller:
 
     def note_statistics(self, operation: Operation, slot: Slot) -> None:
         """Remember that statistics are taken over these labels (see `StatisticsUse`)."""
-        trace, name = len(self.values) - 1, operation_name(operation.func)
+        trace = len(self.values) - 1
+        name = operation_name(operation.func)
         self.statistics.append(StatisticsUse(trace, operation.index, operation.module, name, slot))
 
     def note_consumed(self, operation: Operation, atoms: np.ndarray) -> None:

@@ -153,7 +153,8 @@ class Trace:
         """Names of the vectors that a value is, or was made of element by element without the images' help."""
         if not isinstance(argument, Ref) or self.tensors[argument.value].derived:
             return
-        info, maker = self.tensors[argument.value], self.maker(argument.value)
+        info = self.tensors[argument.value]
+        maker = self.maker(argument.value)
         if info.name is not None and math.prod(info.shape) == max(info.shape, default=0):
             yield info.name
         elif maker is not None:
@@ -243,7 +244,8 @@ def plain_kernels() -> Iterator[None]:
 
     An autocast within the network keeps no casts of weights: those of one pass would serve in the next.
     """
-    fast_path, cache = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    cache = torch.is_autocast_cache_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     torch.set_autocast_cache_enabled(False)
     try:
@@ -355,7 +357,8 @@ class Requests(TorchFunctionMode):
         super().__init__()
         self.steps: set[tuple[str, str]] = set()
         self.scaled: list[tuple[int, str]] = []
-        self._running, self._recorder = running, recorder
+        self._running = running
+        self._recorder = recorder
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: Args = (), kwargs: Kwargs | None = None
@@ -465,7 +468,8 @@ class _Recorder(TorchDispatchMode):
 
     def _look_again(self, view: Tensor, whole: Tensor, chain: tuple[ViewStep, ...]) -> None:
         """Take a view again if its tensor has been written to since."""
-        current, value = whole, self.value_of(whole)
+        current = whole
+        value = self.value_of(whole)
         for step in chain:
             kwargs = {key: item for key, item in step.kwargs.items() if key != "_position"}
             result = step.func(current, *step.args, **kwargs)
@@ -474,7 +478,8 @@ class _Recorder(TorchDispatchMode):
             outputs = tuple(self._new_value(out, derived) for out in returned)
             self._append(step.func, (Ref(value), *step.args), kwargs, outputs, None, replayed=True)
             position = step.kwargs.get("_position", 0)
-            current, value = returned[position], outputs[position]
+            current = returned[position]
+            value = outputs[position]
         self._values[view] = value
         self._seen_whole[view] = self.value_of(whole)
 

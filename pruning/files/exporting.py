@@ -169,7 +169,8 @@ def description(model: nn.Module) -> dict[str, str]:
         `class_names`, and of the images `image_size` and `resize` (pixels), `mean` and `std` (of RGB in [0, 1]) and
         `geometry`.
     """
-    names, images = class_names_of(model), input_of(model)
+    names = class_names_of(model)
+    images = input_of(model)
     known = {CLASS_NAMES: json.dumps(names)} if names is not None else {}
     wanted = {} if images is None else images.to_plain()
     return known | {
@@ -200,7 +201,8 @@ def _largest_difference(network: nn.Module, run: Callable[[Tensor], Tensor], ima
     """Over all images at once, and over the first by itself: a file with a fixed batch size fails one of them."""
     differences = []
     for batch in (images, images[:1]):
-        expected, found = network(batch), run(batch)
+        expected = network(batch)
+        found = run(batch)
         if found.shape != expected.shape:
             raise ExportError(
                 f"the file returns logits of shape {tuple(found.shape)}, not {tuple(expected.shape)}"
@@ -313,7 +315,9 @@ WRITERS: dict[Format, Callable[[_Logits, Path, Tensor, Mapping[str, str], int | 
 def _architecture(model: nn.Module) -> tuple[str, str]:
     """What to import and call for the unpruned architecture; torchvision's wherever it has the same network."""
     structure = capture_structure(model)
-    arch, count, options = str(structure.arch), structure.num_classes, structure.options
+    arch = str(structure.arch)
+    count = structure.num_classes
+    options = structure.options
     if not options and structure.image_size is None and not arch.startswith("timm/"):
         name = arch.removeprefix("torchvision/")
         if _same_in_torchvision(name, structure.fresh, count):

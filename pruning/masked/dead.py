@@ -181,7 +181,8 @@ def _object(
     reading: _Reading, dead: np.ndarray, graph: ChannelGraph, folding: Folding, blocked: dict[int, str]
 ) -> None:
     """Hold against units what this consumer would notice."""
-    constants, layer = reading.constants, reading.place.module
+    constants = reading.constants
+    layer = reading.place.module
     noticed = reading.noticed(dead) & (reading.place.units >= 0) & (constants != 0)
     for position in np.flatnonzero(noticed):
         unit = int(reading.place.units[position])
@@ -207,7 +208,8 @@ def _spare_last(
 
 
 def _offsets(model: nn.Module, readings: list[_Reading], dead: np.ndarray) -> dict[str, Tensor]:
-    modules, offsets = dict(model.named_modules()), dict[str, Tensor]()
+    modules = dict(model.named_modules())
+    offsets = dict[str, Tensor]()
     for reading in readings:
         units = reading.place.units
         going = (units >= 0) & dead[np.maximum(units, 0)]

@@ -126,7 +126,8 @@ def shrink(model: nn.Module, example_images: Tensor | Args, *, tolerance: float 
     graph = trace_groups(model, images)
     before = (_num_parameters(model), graph.macs)
     original = {group.name: group.width for group in graph.groups}
-    num_folded, vetoed = 0, dict[int, str]()
+    num_folded = 0
+    vetoed = dict[int, str]()
     while True:
         verdict = find_dead(model, graph, images, Folding(model, images), vetoed)
         if not verdict.dead.any():

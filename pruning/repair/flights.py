@@ -117,7 +117,8 @@ class Flight:
         except BaseException as error:  # it belongs to whoever waits
             self._error = error
         finally:
-            self._finished, self._stop = True, None
+            self._finished = True
+            self._stop = None
             self._to_caller.release()
 
     def _visit(self, contraction: Contraction, compute: Callable[[], Tensor]) -> Tensor:

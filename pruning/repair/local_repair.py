@@ -165,7 +165,9 @@ class _Layer:
     """
 
     def __init__(self, inputs: UnitInputs, ridge: float) -> None:
-        self.positions, self.weights, self.mean = inputs.positions, inputs.weights, inputs.mean
+        self.positions = inputs.positions
+        self.weights = inputs.weights
+        self.mean = inputs.mean
         self.units = inputs.units.numpy()
         self._ridge = ridge
         self._gram: Tensor | None = inputs.gram  # until it is inverted

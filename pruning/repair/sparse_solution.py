@@ -79,7 +79,8 @@ def descent(equations: NormalEquations, present: Tensor, support: Tensor, steps:
     weights = present
     slope = (equations.right - equations.multiply(present)) * support
     scaled = slope * inverse
-    direction, size = scaled, (slope * scaled).sum(1, keepdim=True)
+    direction = scaled
+    size = (slope * scaled).sum(1, keepdim=True)
     for _ in range(steps):
         bent = equations.multiply(direction) * support
         length = _quotient(size, (direction * bent).sum(1, keepdim=True))

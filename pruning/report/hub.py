@@ -194,7 +194,8 @@ def _snippet(repository: str) -> str:
 
 def _images(model: nn.Module, image_size: int) -> str:
     """What the network takes, and what its outputs mean."""
-    wanted, names = input_of(model), class_names_of(model)
+    wanted = input_of(model)
+    names = class_names_of(model)
     text = f"It takes (N, 3, {image_size}, {image_size}) float images"
     if wanted is not None:
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (wanted.mean, wanted.std))

@@ -184,7 +184,8 @@ def find_weights(stage: Stage) -> Path | None:
     given = Path(stage.start)
     candidates = [given]
     if not given.is_absolute():
-        parts, own = stage.workspace.resolve().parts, Path(stage.config.get("workspace") or "").parts
+        parts = stage.workspace.resolve().parts
+        own = Path(stage.config.get("workspace") or "").parts
         if own and parts[-len(own) :] == own:
             candidates.append(Path(*parts[: -len(own)]) / given)
         candidates.append(stage.workspace.parent / given)

@@ -75,7 +75,8 @@ def layer_widths(before: nn.Module, after: nn.Module) -> list[Plain]:
     Returns:
         Rows `layer`, `kind`, `before`, `after`.
     """
-    was, rows = dict(before.named_modules()), []
+    was = dict(before.named_modules())
+    rows = []
     for name, module in after.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.dim() >= 2 and name in was:

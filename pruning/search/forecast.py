@@ -36,7 +36,8 @@ def forecast(
     """
     if isinstance(search, GreedySearch):
         search = dataclasses.replace(search, shortlist=1)
-    costs, rows = situation.costs, []
+    costs = situation.costs
+    rows = []
     for rewrite in rewrites:
         situation.targets = course.targets(rewrite)
         search.choose(situation)

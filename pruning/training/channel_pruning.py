@@ -56,7 +56,8 @@ class ChannelPruning(Callback, abc.ABC):
         multi_label: bool = False,
         repair: RepairConfig | None = None,
     ) -> None:
-        self.config, self.repair = config, repair or RepairConfig()
+        self.config = config
+        self.repair = repair or RepairConfig()
         self.calibration = calibration
         self.image_size = image_size
         self.loss = losses_of(multi_label)

@@ -203,7 +203,10 @@ class DistillationObjective:
         matcher: AttributionMatcher | None,
         multi_label: bool,
     ) -> None:
-        self.config, self.task, self.teacher, self.matcher = config, task, teacher, matcher
+        self.config = config
+        self.task = task
+        self.teacher = teacher
+        self.matcher = matcher
         self.multi_label = multi_label
         self.step = 0
         self.parts: dict[str, Tensor] = {}
@@ -285,7 +288,8 @@ class Distillation(Callback):
         )
         *sums, count = total.tolist()
         figures |= {f"train.{name}": value / count for name, value in zip(names, sums, strict=True)}
-        self._sums, self._count = {}, 0
+        self._sums = {}
+        self._count = 0
 
     def state_dict(self) -> dict[str, Any]:
         """A digest of the teacher: a resumed run must have the same."""
@@ -374,7 +378,8 @@ def _load_teacher(
         f"--teacher {config.teacher} has {identity.num_classes} classes, the student {expected}: give a "
         f"teacher that was trained on {job.configs.data.data}",
     )
-    known, manifest = class_names_of(teacher), job.loaders.train.manifest
+    known = class_names_of(teacher)
+    manifest = job.loaders.train.manifest
     check(
         known is None
         or manifest is None

@@ -46,7 +46,8 @@ class PruningCallback(ChannelPruning):
             self._rewrite(trainer)
 
     def _make_pruner(self, trainer: TrainLoop) -> Pruner:
-        config, state = self.config, trainer.state
+        config = self.config
+        state = trainer.state
         originals = self.originals_of(trainer, fresh=self.restored is None)
         criterion = make_criterion(config.pruning_criterion, config.criterion_settings(), originals=originals)
         settings = PrunerSettings(
@@ -127,7 +128,9 @@ class PruningCallback(ChannelPruning):
         self._log(trainer, record)
 
     def _log(self, trainer: TrainLoop, record: RewriteRecord) -> None:
-        state, logger, groups = trainer.state, trainer.logger, self.pruner.graph.prunable
+        state = trainer.state
+        logger = trainer.logger
+        groups = self.pruner.graph.prunable
         iteration = state.iteration
         step = (state.epoch, iteration - state.epoch * trainer.steps_per_epoch)
         logger.message(record.describe())

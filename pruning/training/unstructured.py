@@ -131,7 +131,8 @@ def check_combination(
         "--iterative-pruning, --one-shot-pruning and --pruning-method learned",
     )
     check(not train.evaluate, "--unstructured-pruning has no effect with --evaluate: leave one out")
-    epochs, rounds = train.epochs, config.rounds
+    epochs = train.epochs
+    rounds = config.rounds
     more = -(-epochs // rounds) * rounds
     check(
         epochs % rounds == 0,
@@ -195,7 +196,8 @@ def _without_smallest(
         stays = L1Unstructured(amount=count).compute_mask(alive, default_mask=stays)
 
     # The vector back into the masks, weight by weight.
-    found, begin = {}, 0
+    found = {}
+    begin = 0
     for name in weights:
         mask = masks[name].clone()
         end = begin + int(mask.sum())
@@ -257,7 +259,8 @@ class UnstructuredPruning(Callback):
         repair: RepairMethod | None = None,
     ) -> None:
         self.config = config
-        self._calibration, self._multi_label = calibration, multi_label
+        self._calibration = calibration
+        self._multi_label = multi_label
         self._repair = "none" if config.rewind is not None else repair
         self.masks: dict[str, Tensor] = {}
         self.completed = 0
@@ -269,7 +272,8 @@ class UnstructuredPruning(Callback):
 
     def on_fit_start(self, trainer: TrainLoop) -> None:
         """Fit the learning rate to the rounds, restore the masks of a resumed run, and log what is going to happen."""
-        config, state = self.config, trainer.state
+        config = self.config
+        state = trainer.state
         assert config.unstructured_pruning is not None
         if self._epochs is not None:  # of another length, a round might begin late or not at all
             self._check_same("--epochs", trainer.config.epochs, self._epochs * config.rounds)
@@ -286,7 +290,8 @@ class UnstructuredPruning(Callback):
 
     def on_epoch_start(self, trainer: TrainLoop) -> None:
         """Begin a round if it is time; keep the weights to rewind to."""
-        state, config = trainer.state, self.config
+        state = trainer.state
+        config = self.config
         at_boundary = state.iteration == state.epoch * trainer.steps_per_epoch
         if at_boundary and config.rewind == state.epoch == 0:
             self._keep_start(trainer)
@@ -307,7 +312,8 @@ class UnstructuredPruning(Callback):
 
     def _begin_round(self, trainer: TrainLoop) -> None:
         """Choose by the weights as they are, rewind if asked, zero, forget momenta."""
-        config, state = self.config, trainer.state
+        config = self.config
+        state = trainer.state
         assert config.unstructured_pruning is not None
         weights = prunable_weights(state.model, self.config.unstructured_layers)
         check(

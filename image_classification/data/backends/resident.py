@@ -107,7 +107,8 @@ class ResidentLoader(PlannedLoader):
 
         def decode(start: int) -> tuple[int, np.ndarray, dict[int, str]]:
             stop = min(start + _CHUNK, len(self.manifest))
-            chunk, bad = np.zeros((stop - start, width, height, 3), dtype=np.uint8), {}
+            chunk = np.zeros((stop - start, width, height, 3), dtype=np.uint8)
+            bad = {}
             for sample_id in range(start, stop):
                 try:
                     pixels = np.asarray(open_sample(sample_id, self.samples)).transpose(1, 0, 2)

@@ -285,8 +285,10 @@ def _add_blob(stream: np.random.Generator, canvas: np.ndarray) -> None:
     height, width = canvas.shape[:2]
     radius = stream.uniform(0.1, 0.24) * min(height, width)
     centre_y, centre_x = stream.uniform(0, height), stream.uniform(0, width)
-    top, bottom = max(int(centre_y - radius), 0), min(int(centre_y + radius) + 1, height)
-    left, right = max(int(centre_x - radius), 0), min(int(centre_x + radius) + 1, width)
+    top = max(int(centre_y - radius), 0)
+    bottom = min(int(centre_y + radius) + 1, height)
+    left = max(int(centre_x - radius), 0)
+    right = min(int(centre_x + radius) + 1, width)
     y = (np.arange(top, bottom, dtype=np.float32)[:, None] + 0.5 - centre_y) / radius
     x = (np.arange(left, right, dtype=np.float32)[None, :] + 0.5 - centre_x) / radius
     ragged = smooth_noise(stream, (5, 5), (bottom - top, right - left))

@@ -173,7 +173,8 @@ def _tie_shape(labeller: Labeller, width: np.ndarray, use: SizeUse, divisors: bo
     extent = use.atoms.shape[use.dim]
     if extent < 2 or width.size % extent or (extent < width.size and not divisors):
         return False
-    counted, blocks = _counted(use), width.reshape(-1, extent)
+    counted = _counted(use)
+    blocks = width.reshape(-1, extent)
     if counted.min() < 0 or (blocks == counted).all():
         return False
     labeller.table.unite(blocks, counted[None], "counted by the same number")

@@ -48,7 +48,8 @@ def loosened(case: Case) -> Policy:
             continue
         labeller, graph = built(candidate)
         if freedom(graph) > best:
-            best, policy = freedom(graph), candidate
+            best = freedom(graph)
+            policy = candidate
             if not _choices_of_the_stuck(labeller, graph):
                 break
     return policy

@@ -380,7 +380,8 @@ def _verdicts_on_suspects(trouble: Trouble, message: str) -> tuple[Verdict, ...]
 
     Without any suspect there, everything that can still be cut is one.
     """
-    graph, failed = trouble.graph, trouble.failure.module
+    graph = trouble.graph
+    failed = trouble.failure.module
     modules = sorted(trouble.siblings) if _suspects(trouble.labeller, graph, failed) else [failed]
     verdicts = []
     for module in modules:
@@ -406,7 +407,8 @@ def _verdicts_on_suspects(trouble: Trouble, message: str) -> tuple[Verdict, ...]
 
 def _verdicts_on_the_culprit(trouble: Trouble) -> tuple[Verdict, ...]:
     """Cut groups around the failed module one by one: the first that fails alone, and those like it."""
-    graph, found = trouble.graph, _culprit(trouble)
+    graph = trouble.graph
+    found = _culprit(trouble)
     if found is None:
         return ()
     index, met_in, failure = found

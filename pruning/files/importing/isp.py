@@ -110,7 +110,8 @@ def _add_selector(imported: Imported, part: Part, small_images: bool) -> None:
     network.eval()
     imported.selector = _selector(part, decoder_names, network, small_images)
     imported.selector_arch = arch
-    imported.mask_kind, imported.geometry = imported.selector.design.kind, imported.selector.design.geometry
+    imported.mask_kind = imported.selector.design.kind
+    imported.geometry = imported.selector.design.geometry
     if box is None:
         imported.remarks.append(
             "the selector's network is not in the file: give it later as it was trained, or import again with its "

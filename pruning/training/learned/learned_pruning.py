@@ -126,7 +126,8 @@ class LearnedPruning(ChannelPruning):
         Raises:
             ConfigError: A budget out of reach, no channels for gates, or a flag that comes too late.
         """
-        model, state = trainer.state.model, cast("LearnedState | None", self.restored)
+        model = trainer.state.model
+        state = cast("LearnedState | None", self.restored)
         if state is not None:
             self.done = state["done"]
             self.record = state["record"]
@@ -269,7 +270,8 @@ class LearnedPruning(ChannelPruning):
         restore_rng(inside)
 
     def _log_epoch(self, trainer: TrainLoop, learner: GateLearner, step: int) -> None:
-        figures, logits = learner.read(), learner.logits()
+        figures = learner.read()
+        logits = learner.logits()
         # Where a loss is NaN its derivatives are too, and they reach the logits with the next step.
         check(
             all(np.isfinite(values).all() for values in logits.values()),
@@ -284,7 +286,9 @@ class LearnedPruning(ChannelPruning):
     # -- rewriting -----------------------------------------------------------------------------------------
 
     def _rewrite(self, trainer: TrainLoop, cut: GateCut) -> None:
-        state, distributed, autocast = trainer.state, trainer.distributed, trainer.precision.autocast
+        state = trainer.state
+        distributed = trainer.distributed
+        autocast = trainer.precision.autocast
         few = list(itertools.islice(self.batches(), _JUDGED_BATCHES))
         task = Task(loss=on_targets(self.loss))
         judge = LossChange(
@@ -293,7 +297,8 @@ class LearnedPruning(ChannelPruning):
         losses = judge.measure([{}, cut.keep]).tolist()
         trainer.release()
         averages = [] if state.ema is None else [state.ema.module]
-        choice, mask = self.repair.choice(), self.graph.keep_mask(cut.keep)
+        choice = self.repair.choice()
+        mask = self.graph.keep_mask(cut.keep)
         settings = settled(choice, few, task, at_once=True, distributed=distributed)
         repair = RewriteRepair.of_cut(
             state.model, averages, self.graph, mask, settings, lenient=choice is None

@@ -108,11 +108,16 @@ class GateLearner:
         scaled: bool = False,
     ) -> None:
         self.model = model
-        self.graph, self.groups = graph, list(groups)
-        self.costs, self.budget = costs, budget
-        self.originals, self.calibration = originals, calibration
-        self.settings, self.seed = settings, seed
-        self.loss, self.autocast = loss, autocast
+        self.graph = graph
+        self.groups = list(groups)
+        self.costs = costs
+        self.budget = budget
+        self.originals = originals
+        self.calibration = calibration
+        self.settings = settings
+        self.seed = seed
+        self.loss = loss
+        self.autocast = autocast
         self.distributed = distributed or Distributed()
         self.scale = _FLOAT16_SCALE if scaled else 1.0
         self.device = next(model.parameters()).device

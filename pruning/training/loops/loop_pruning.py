@@ -45,7 +45,9 @@ class LoopPruning:
 
     def __init__(self, example: Example, calibration: Iterable[Any], **settings: Any) -> None:
         self.pruner: Pruner | None = None
-        self._example, self._calibration, self._settings = example, calibration, settings
+        self._example = example
+        self._calibration = calibration
+        self._settings = settings
         self._fresh: nn.Module | None = None
         self._state: PrunerState | None = None
 
