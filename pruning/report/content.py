@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from pruning.report.networks import (
 from pruning.report.speed import compare_speed
 from pruning.report.trajectory import Trajectory, last_accuracy, trajectory_of
 
-#: In a run's folder: from `python -m pruning sensitivity --output`.
+#: In a run's folder, or a stage's: from `python -m pruning sensitivity --output`.
 SENSITIVITY_FILE = "sensitivity.json"
 PARTS = ("accuracy", "explanations", "speed")
 
@@ -125,20 +125,23 @@ def collect(run: Path, settings: Settings) -> Content:
     plain["predictions"] = _predictions(original, pruned, images, settings)
     gallery = _explanations(plain, original, pruned, images, settings, missing)
     plain["speed"] = _speed(original, pruned, size, final, settings, missing)
-    plain["sensitivity"] = read_sensitivity(run / SENSITIVITY_FILE, missing)
+    folders = [run, *(stage.workspace for stage in reversed(lineage.stages))]
+    plain["sensitivity"] = read_sensitivity(folders, missing)
     plain["missing"] = missing
     return Content(plain, course, gallery)
 
 
-def read_sensitivity(path: Path, missing: list[str]) -> Plain | None:
+def read_sensitivity(folders: Iterable[Path], missing: list[str]) -> Plain | None:
     """What `python -m pruning sensitivity` measured, where its file lies with the run.
 
     Args:
-        path: The file.
+        folders: Where it may lie; the first one counts.
         missing: Gets the reason where it cannot be read.
     """
-    if not path.is_file():
+    files = [folder / SENSITIVITY_FILE for folder in folders if (folder / SENSITIVITY_FILE).is_file()]
+    if not files:
         return None
+    path = files[0]
     try:
         content: Plain = json.loads(path.read_text(encoding="utf-8"))
         if all(len(row["losses"]) == len(content["removed"]) for row in content["groups"]):
