@@ -33,6 +33,7 @@ from pruning.report.networks import (
 )
 from pruning.report.speed import compare_speed
 from pruning.report.trajectory import Trajectory, last_accuracy, trajectory_of
+from pruning.report.wording import counted
 
 #: In a run's folder, or a stage's: from `python -m pruning sensitivity --output`.
 SENSITIVITY_FILE = "sensitivity.json"
@@ -376,7 +377,7 @@ def _no_control(before: object, after: object) -> str:
     """What the first and the last accuracy cannot tell: what the unpruned network would have learned meanwhile."""
     trained = "longer"
     if isinstance(before, int) and isinstance(after, int):
-        trained = f"{after - before} epochs longer"
+        trained = f"{counted(after - before, 'epoch')} longer"
     return (
         f"what pruning costs: the last network was trained {trained} than the one before pruning, and no unpruned one "
         "was trained as long; --original FILE compares with such a network"

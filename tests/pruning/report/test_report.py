@@ -126,7 +126,7 @@ def test_figures_are_those_of_the_run(runs: Path, report: tuple[str, dict[str, A
     (uncontrolled,) = plain["missing"]
     more = plain["accuracy"][-1]["epochs"] - plain["accuracy"][0]["epochs"]
     assert more > 0
-    assert f"was trained {more} epochs longer than the one before pruning" in uncontrolled
+    assert f"was trained {wording.counted(more, 'epoch')} longer than the one before pruning" in uncontrolled
     pruning = yaml.safe_load((runs / "prune" / "config.yaml").read_text())
     assert plain["criterion"] == pruning["pruning_criterion"], "not the fine-tuning's"
 
@@ -223,7 +223,7 @@ def test_what_a_lonely_run_lacks_is_listed(
         plain["costs"][0]["before"] > plain["costs"][0]["after"]
     )  # the architecture's name knows the widths
     text = out.read_text()
-    assert "What this run does not say" in text
+    assert "What this run does not tell" in text
     assert "The command was not recorded." in text
 
 
