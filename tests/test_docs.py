@@ -122,7 +122,7 @@ def places(page: str, folder: Path, tmp_path: Path) -> dict[str, str]:
             " checkpoint.pth.tar": f" {folder / 'small.pth.tar'}",
             " pruned.pth.tar": f" {folder / 'small.pth.tar'}",
             "moved.json --gallery ": f"{tmp_path / 'moved.json'} --gallery {tmp_path}/",
-            "shapes": "shapes:train=160,val=24 --num-images 4 --batch-size 4",
+            "--json ": "--num-images 4 --batch-size 4 --json ",
         },
     }
     return own.get(page, {}) | {
