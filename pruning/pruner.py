@@ -138,7 +138,7 @@ class Pruner:
             settings of its own. By default discriminant where targets are classes, taylor where only a loss is known,
             magnitude where there is neither (`pruning/search/left_open.py`).
         budget: Metric → share that may remain, or a share of the MACs; None with a `RateSearch`, whose rates decide.
-        optimizer: Its state is rewritten too, with that of the optimizers inside of it (SAM, Lookahead); or a list.
+        optimizer: Its state is rewritten too, with that of the optimizers inside it (SAM, Lookahead); or a list.
         ema: Average of the network, rewritten alike: a copy, a wrapper that holds one, a state dict, or a list.
         step: Training iterations between rewrites.
         delta: Share of the baseline's cost that one rewrite removes; 1: everything at once.

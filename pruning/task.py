@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from image_classification.config import SettingError, check_choice
-from image_classification.models.modes import evaluating, modes_restored, random_state_kept, uncompiled
+from image_classification.models.modes import (
+    evaluating,
+    modes_restored,
+    quieten,
+    random_state_kept,
+    uncompiled,
+)
 from image_classification.models.running import Args, Outputs
 
 #: What calibration yields: (inputs, targets), a mapping, a tensor, or whatever `forward` takes.
@@ -458,10 +464,7 @@ def _no_loss(targets: Targets, logits: Tensor | None = None) -> SettingError:
 def _enter_training(model: nn.Module) -> None:
     """Training mode with normalisation and dropout as in evaluation."""
     model.train()
-    quiet = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-    for module in model.modules():
-        if isinstance(module, quiet) or type(module).__name__ in _NOISY:
-            module.training = False
+    quieten(model.modules(), also=_NOISY)
 
 
 def _takes_targets(model: nn.Module) -> bool:

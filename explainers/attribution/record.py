@@ -91,7 +91,7 @@ class Step:
         args, kwargs: Its arguments; tensors that depend on the images stand as `Value`.
         inputs: Those values, each once.
         outputs: Floating-point results, in order.
-        where: Name of the innermost module that was running ("" outside of all).
+        where: Name of the innermost module that was running ("" outside all).
         kind: See `Kind`.
         linear: The weights of a WEIGHTED step.
     """

@@ -50,7 +50,7 @@ class Running:
 
     Attributes:
         stack: Calls that have begun and not ended, outermost first.
-        passing: A forward pass of the network is on. A module that runs outside of one is run again by a checkpoint, in
+        passing: A forward pass of the network is on. A module that runs outside one is run again by a checkpoint, in
             the backward pass.
         failed: Name of the innermost module in which an exception arose that no module around it has dealt with.
     """
@@ -64,7 +64,7 @@ class Running:
 
     @property
     def innermost(self) -> str:
-        """Name of the innermost module that is running, "" outside of all."""
+        """Name of the innermost module that is running, "" outside all."""
         return self.stack[-1].name if self.stack else ""
 
     @property

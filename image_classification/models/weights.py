@@ -167,7 +167,7 @@ def read_safely(path: str | Path) -> PlainValue:
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], path: Path, what: str = "network") -> None:
-    """`load_state_dict`, which alone would turn whole or complex numbers into weights without a word.
+    """`load_state_dict`, which alone would turn whole or complex numbers into weights silently.
 
     Args:
         model: Takes the tensors.

@@ -65,7 +65,7 @@ class Graph(Protocol):
 
     num_units: int
     places: list[Place]
-    ungated: np.ndarray  # units that are also read outside of modules, where no gate can be put
+    ungated: np.ndarray  # units that are also read outside modules, where no gate can be put
 
     @property
     def prunable(self) -> list[Group]:
@@ -172,7 +172,7 @@ def score_groups_by(
     Returns:
         For every criterion: group index → (width,) float64 on the CPU, the same on all ranks. A group that the
         criterion cannot score is left out, with a warning: an auxiliary head that only trains, bn-scale without a
-        batch norm, derivatives by gates of channels that are read outside of any module.
+        batch norm, derivatives by gates of channels that are read outside any module.
 
     Raises:
         SettingError: No batch on any rank, or a criterion that fits no group.

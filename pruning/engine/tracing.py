@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from image_classification.models.attention import attention_of_any_width
-from image_classification.models.modes import exact_float32, modes_restored
+from image_classification.models.modes import exact_float32, modes_restored, quieten
 from image_classification.models.module_tree import named_modules, set_mode, walked_once
 from image_classification.models.running import Args, Kwargs, ModuleCall, Running, following
 from pruning.engine.examples import output_tensors, tensors_in
@@ -265,9 +265,7 @@ def set_trace_mode(model: nn.Module, training: bool) -> None:
     """
     set_mode(model, True)
     set_mode(model, training)
-    for _, module in named_modules(model):
-        if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
-            module.training = False
+    quieten(module for _, module in named_modules(model))
 
 
 def forget_cached(model: nn.Module) -> None:

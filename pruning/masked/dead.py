@@ -166,7 +166,7 @@ def _untouchable(graph: ChannelGraph, readings: list[_Reading], vetoed: Mapping[
     for statistics in graph.statistics:
         why = f"the statistics of {statistics.module} are taken over it, and would change"
         reasons.update(dict.fromkeys(statistics.units[statistics.units >= 0].tolist(), why))
-    reasons.update(dict.fromkeys(graph.ungated.tolist(), "an operator outside of any layer reads it"))
+    reasons.update(dict.fromkeys(graph.ungated.tolist(), "an operator outside any layer reads it"))
     seen = {int(unit) for reading in readings for unit in reading.place.units}
     training = {int(unit) for place in graph.places if place.consumer for unit in place.units} - seen
     for unit in range(graph.num_units):

@@ -35,7 +35,7 @@ class LocalRepair:
     """Repairs of candidate cuts of a network that is not cut.
 
     Args:
-        model: The network; its weights are as before outside of `applied`.
+        model: The network; its weights are as before outside `applied`.
         graph: Its channel graph.
         batches: This rank's calibration batches, on the network's device.
         task: How the network is run on a batch.

@@ -3,7 +3,7 @@
 Every output of the layer has a support of its own (the weights that are left), so no inverse serves all of them. Each
 column w of W is led from the present weights towards
 
-    min ‖y − U·w‖²        w zero outside of its support
+    min ‖y − U·w‖²        w zero outside its support
 
 by conjugate gradients within the support, all columns at once. A few steps move only along the strongest directions of
 the inputs, many fit freely: the number of steps, chosen on the held-out images, does what the ridge does for whole
@@ -36,12 +36,12 @@ def solve_on_support(
     has_bias: bool,
     steps: Sequence[int] = STEPS,
 ) -> Solution:
-    """The best weights for a layer, zero outside of the support.
+    """The best weights for a layer, zero outside the support.
 
     Args:
         fit: The images to fit.
         held_out: The images to judge by.
-        present: (G, K, M) weights, zero outside of the support.
+        present: (G, K, M) weights, zero outside the support.
         support: (G, K, M) bool: the weights that are left.
         has_bias: The layer can take up a change of its mean output.
         steps: Numbers of steps to choose from, ascending.

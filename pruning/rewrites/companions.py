@@ -28,7 +28,7 @@ _UNCUTTABLE = ("LBFGS", "ZeroRedundancyOptimizer", "DeepSpeedZeroOptimizer", "De
 
 
 def optimizers_in(given: object) -> list[Optimizer]:
-    """Every optimizer in what a user gives, those inside of wrappers included (SAM, Lookahead, Accelerate).
+    """Every optimizer in what a user gives, those inside wrappers included (SAM, Lookahead, Accelerate).
 
     Raises:
         SettingError: It is not an optimizer and holds none.
@@ -78,7 +78,7 @@ def _kept_elsewhere(optimizer: object, place: str) -> SettingError:
     return SettingError(
         "optimizer",
         type(optimizer).__name__,
-        f"it keeps tensors in {place}, outside of its state, where they cannot be cut: keep them in "
+        f"it keeps tensors in {place}, outside its state, where they cannot be cut: keep them in "
         "`state[parameter]`, or prune with another one",
     )
 
@@ -87,7 +87,7 @@ def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Refuse optimizers whose state cannot follow the network's rewrites.
 
     Raises:
-        SettingError: One of another network, or with tensors outside of its state.
+        SettingError: One of another network, or with tensors outside its state.
     """
     own = {id(parameter) for parameter in model.parameters()}
     for optimizer in optimizers:
@@ -212,7 +212,7 @@ def _notes_of(parameter: nn.Parameter) -> dict[str, object]:
 
 
 def averages_in(given: object, model: nn.Module) -> list[Average]:
-    """The averages of a network in what a user gives, those inside of wrappers included.
+    """The averages of a network in what a user gives, those inside wrappers included.
 
     Args:
         given: A copy of the network, a wrapper that holds one (`AveragedModel`, timm's `ModelEma`), a state dict, or a

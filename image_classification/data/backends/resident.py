@@ -180,7 +180,7 @@ def _filter(
     """
     num_outputs = plan.size[axis]
     device = start.device
-    # Pixels low … high − 1 cover the canvas and every window; those outside of the canvas are cut off at the end.
+    # Pixels low … high − 1 cover the canvas and every window; those outside the canvas are cut off at the end.
     low = min(0, int(np.floor(plan.windows[:, axis].min())))
     high = max(length, int(np.ceil((plan.windows[:, axis] + plan.windows[:, axis + 2]).max())))
     # Raw pixels per output pixel (N,), centres of the output pixels in raw pixels (N, output), and half the filter's
