@@ -64,7 +64,7 @@ CIFAR100_PRESET = Preset(32, 32, *CIFAR100, "cifar", batch_size=128)
 def preset_for(train: Manifest) -> Preset:
     """Choose by the images: all 32 × 32 is CIFAR (by the number of classes which one), small ones keep their size.
 
-    Small is what has no side above 64 pixels, but for a twentieth of the images.
+    Small: at most a twentieth of the images has a side above 64 pixels.
     """
     if not len(train):
         return IMAGENET_PRESET

@@ -1,4 +1,4 @@
-"""Coupled channel groups: which slices of which tensors leave together.
+"""Coupled channel groups: which slices of which tensors are removed together.
 
 The atoms that label propagation has united form *units*: removing unit u means removing every slice that
 carries it. Units that touch the same dimensions of the same tensors form a *group*; within a group every unit

@@ -270,7 +270,7 @@ def _rewrites(lineage: Lineage, course: Trajectory) -> list[Plain]:
 
 
 def width_table(rewrites: Sequence[Plain]) -> tuple[list[str], np.ndarray]:
-    """Groups that gave way, in order of their first loss, and their shares (groups, rewrites) after each rewrite."""
+    """Groups that lost channels, in order of first loss, and their shares (groups, rewrites) after each rewrite."""
     groups = list(dict.fromkeys(name for record in rewrites for name in record["widths"]))
     shares = np.ones((len(groups), len(rewrites)))
     for row, group in enumerate(groups):

@@ -48,7 +48,7 @@ def _trains(module: nn.Module) -> bool:
 
 
 def _cut_alike(graph: ChannelGraph, one: str, two: str) -> bool:
-    """Whether every slice of one submodule's parameters leaves together with that of the other's."""
+    """Whether every slice of one submodule's parameters is removed together with that of the other's."""
     prunable = {group.index for group in graph.prunable}
     units: dict[str, dict[tuple[str, int], np.ndarray]] = {one: {}, two: {}}
     for axis in graph.axes:

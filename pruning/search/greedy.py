@@ -55,9 +55,9 @@ class GreedySearch:
         instalments = self.instalments or self._small_instalments(situation)
         rises = None if instalments == 1 or self.shortlist == 1 else _Rises()
         for part in range(1, instalments + 1):
-            paid = part / instalments
+            done = part / instalments
             situation.targets = {
-                metric: end + (1 - paid) * max(starts[metric] - end, 0.0) for metric, end in ends.items()
+                metric: end + (1 - done) * max(starts[metric] - end, 0.0) for metric, end in ends.items()
             }
             stages += self._towards_targets(situation, rises)
         return Decision(situation.keep(situation.mask), stages[0] if stages else [])

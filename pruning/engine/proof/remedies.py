@@ -247,7 +247,7 @@ def couple_culprit_otherwise(trouble: Trouble, measures: Measures) -> Measures |
 def _flipped(
     trouble: Trouble, measures: Measures, modules: frozenset[str], kinds: frozenset[str]
 ) -> Measures | None:
-    """The other way for all choices of these kinds that modules have, but for those that were made already."""
+    """The other way for all choices of these kinds that modules have, except those already made."""
     flipped = {}
     for key, choice in trouble.labeller.choices.items():
         if choice.module in modules and measures.is_open(key) and choice.chosen in kinds:
