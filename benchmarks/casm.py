@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
     parser = BenchmarkParser(__doc__)
     parser.add_argument("data", nargs="?", default="shapes")
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="classifier to start from, a checkpoint of ours"
+        "--checkpoint", type=Path, required=True, help="classifier to start from, a LucidPrune checkpoint"
     )
     parser.add_argument("--workspace", type=Path, required=True)
     parser.add_argument("--presets", nargs="+", default=["F", "L", "L100"], choices=tuple(PRESETS))
@@ -104,7 +104,7 @@ def main() -> None:
     weights = load_weights(arguments.checkpoint)
     if weights.structure is None or weights.arch is None or weights.structure.num_classes is None:
         raise SystemExit(
-            f"--checkpoint {arguments.checkpoint}: give a checkpoint of ours, which says its architecture"
+            f"--checkpoint {arguments.checkpoint}: give a LucidPrune checkpoint, which says its architecture"
         )
     if arguments.lambda_scale == "auto":
         scale = math.log(weights.structure.num_classes) / math.log(1000)

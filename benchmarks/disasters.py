@@ -6,13 +6,13 @@ The jobs are those of `same/jobs.py` that train, with a checkpoint every second 
 checkpoint is there:
 
     full        the workspace is a tmpfs, which a file fills to the last byte
-    read-only   the workspace is a tmpfs, which is mounted anew read-only; where the job holds a file open for writing,
+    read-only   the workspace is a tmpfs, which is mounted again read-only; where the job holds a file open for writing,
                 so that the system refuses, folder and files are made immutable instead
     removed     the workspace's folder is removed
     twice       the same command is started beside it, which waits for it (SIGSTOP) and then goes on
     hung        of two ranks the second is stopped (SIGSTOP), with `--dist-timeout 15`
 
-Then the cause is mended (space, write access), and the same command is sent once more with `--resume auto`. Printed is
+Then the cause is removed (space, write access), and the same command is sent once more with `--resume auto`. Printed is
 a row for each: how the job ended (of two at once the second) and what it said, whether the last checkpoint could be
 read, and whether the command that was sent again left what an undisturbed run leaves, tensor by tensor (of two ranks:
 whether it came to its end).

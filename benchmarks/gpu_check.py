@@ -9,7 +9,7 @@ throughput   images/s of training ResNet-50: synthetic in fp32, tf32, fp16, bf16
 scoring      discriminant scores ÷ a forward pass
 pruned       speed-up of half the MACs ÷ the MACs saved, batch 1, 32, 256
 
-What has run is in the JSON file; the same command goes on with what is missing (`--again` begins anew). Each part is a
+What has run is in the JSON file; the same command goes on with what is missing (`--again` starts over). Each part is a
 process of its own and is ended after `--part-seconds`. No network is needed. Where no package index can be reached,
 bring what the report calls missing: `pip install --target carried pytest hypothesis rich` elsewhere, and
 PYTHONPATH=carried there.

@@ -156,7 +156,7 @@ class Side:
     tree: Callable[[], Path]
 
     def environment(self) -> dict[str, str]:
-        """Variables of its processes. Each commit draws the data set anew: the drawing may be what changed."""
+        """Variables of its processes. Each commit draws the data set again: the drawing may be what changed."""
         single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         places = {"PYTHONPATH": str(self.tree()), "LUCIDPRUNE_CACHE": str(self.folder / ".cache")}
         return {**os.environ, **single, **places, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -54,7 +54,7 @@ def shared_file(path: Path, distributed: Distributed) -> Path:
 
     Returns:
         `path`; on a rank that has no such file, or another one, a copy that lives as long as the process. Without a
-        file on rank 0 nothing is sent, and who opens it says so.
+        file on rank 0 nothing is sent, and opening it reports that.
     """
     if not distributed.is_distributed:
         return path

@@ -1,4 +1,4 @@
-"""Work that goes on beside the training: one piece at a time, in a thread, on data that nobody changes any more."""
+"""Work that runs alongside training: one piece at a time, in a thread, on data that nobody changes any more."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from image_classification.plain_data import PlainValue
 class Background:
     """Runs pieces of work in the order in which they come; the next waits until the one before has ended.
 
-    A piece that fails is told about by the next call of anything here, on the caller's thread. Where the process forks
-    (workers of a loader do that), the fork waits for the piece: a child would inherit locks that nobody opens.
+    The error of a piece that fails is raised by the next call of anything here, on the caller's thread. Where the
+    process forks (workers of a loader do that), the fork waits for the piece: a child would inherit locks that nobody
+    releases.
     """
 
     def __init__(self) -> None:

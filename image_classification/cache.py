@@ -80,7 +80,7 @@ def _share(path: Path, parent: Path) -> None:
 
 @contextlib.contextmanager
 def naming_the_cache(folder: Path) -> Iterator[None]:
-    """Around writing to the cache: a full disk, or a folder that is not ours, is told with the way out.
+    """Around writing to the cache: a full disk, or a folder that is not ours, is reported with a remedy.
 
     Raises:
         ValueError: In place of such an OSError.

@@ -34,7 +34,7 @@ class TrainState:
         epoch: Epoch under way, from 0.
         iteration: Optimizer steps finished since the start of training.
         best: Best validation figure of networks of the present size, None before their first validation: a rewrite
-            begins anew, for a smaller network does not compete with what it was cut from.
+            starts over, since a smaller network does not compete with what it was cut from.
         best_epoch: Epoch of that figure, from 0.
         lr_factor: Multiplies the schedule (a callback's short re-warm-up, for instance).
     """
@@ -79,7 +79,7 @@ class TrainLoop(abc.ABC):
 
     @abc.abstractmethod
     def rebind(self) -> None:
-        """Wrap the network again, after it was rewritten. Which checkpoint is best starts anew."""
+        """Wrap the network again, after it was rewritten. The search for the best checkpoint starts over."""
 
     @abc.abstractmethod
     def save(self, *, is_best: bool = False, end_of_epoch: bool = False) -> None:
@@ -128,4 +128,4 @@ class Callback:
         return {}
 
     def load_state_dict(self, state: Plain) -> None:
-        """Take up a state of `state_dict`."""
+        """Restore a state from `state_dict`."""

@@ -88,7 +88,7 @@ class CheckpointConfig:
     checkpoint_beside: bool = flag(
         True,
         "--checkpoint-beside",
-        help="Write checkpoints beside the training, which stands still only while its state is copied to the host's "
+        help="Write checkpoints alongside training, which stands still only while its state is copied to the host's "
         "memory; otherwise until the file is on disk.",
     )
 
@@ -115,7 +115,7 @@ class CheckpointConfig:
         )
         check(
             name.endswith(SUFFIXES) and not name.startswith("."),
-            f"--checkpoint-filename: {name!r} is no checkpoint's name: it ends in {', '.join(SUFFIXES)}",
+            f"--checkpoint-filename: {name!r} is not a checkpoint's name: it must end in {', '.join(SUFFIXES)}",
         )
         check(
             name != BEST_FILENAME and not _GATHERED.fullmatch(name),
@@ -145,7 +145,7 @@ class _ErrnoWriter:
 
 
 def save_atomically(payload: Plain, path: Path) -> None:
-    """`torch.save` through `atomic_file`; a checkpoint of ours (`format`) gets its version and digest."""
+    """`torch.save` through `atomic_file`; a LucidPrune checkpoint (`format`) gets its version and digest."""
     if payload.get("format") == FORMAT:
         payload = sealed(payload)
     with atomic_file(path) as file:
@@ -230,8 +230,8 @@ def restore_rng(state: Plain) -> None:
 class Checkpointer:
     """Writes a run's checkpoints on rank 0 and keeps as many as asked for.
 
-    Files are written beside the training, one save at a time. One that fails is told about by the next `check`, `save`
-    or `finish`; what stood under the name before is then still there.
+    Files are written alongside training, one save at a time. The error of one that fails is raised by the next
+    `check`, `save` or `finish`; what stood under the name before is then still there.
 
     Args:
         config: What to keep.
@@ -239,7 +239,7 @@ class Checkpointer:
         say: Prints a message, such as that a previous run's checkpoint was set aside.
 
     Attributes:
-        stood_still: Seconds for which saves have kept the training waiting; whoever reads it may set it back.
+        stood_still: Seconds for which saves have kept the training waiting; a reader may reset it.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """The format of our checkpoints: one schema, checked on reading, and a digest over all tensors.
 
-A file is an untrusted dictionary of tensors and plain data. Whoever reads one of ours goes through `check_payload`, so
+A file is an untrusted dictionary of tensors and plain data. Every reader goes through `check_payload`, so
 that a wrong type, shape, range or version is one line and never a number that training silently goes on with. The zip
 archive's check sums find damage within a member; that members were exchanged, only the digest finds.
 
@@ -27,7 +27,7 @@ _DIGESTED = 2
 
 
 class FormatError(ValueError):
-    """A checkpoint of ours that breaks its schema. The message names the entry."""
+    """A LucidPrune checkpoint that breaks its schema. The message names the entry."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,12 +159,12 @@ def sealed(payload: PlainMapping) -> Plain:
 
 
 def is_ours(content: object) -> TypeGuard[PlainMapping]:
-    """Whether a file's content calls itself a checkpoint of ours."""
+    """Whether a file's content calls itself a LucidPrune checkpoint."""
     return isinstance(content, Mapping) and content.get("format") == FORMAT
 
 
 def check_payload(payload: PlainMapping) -> None:
-    """Make sure that a checkpoint of ours is what `sealed` writes.
+    """Make sure that a LucidPrune checkpoint is what `sealed` writes.
 
     Raises:
         FormatError: Naming the first entry that is not, and what it is.

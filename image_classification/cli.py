@@ -129,7 +129,7 @@ class Option:
 
 
 def _printable(message: str) -> str:
-    """A message that any stream takes: words of a shell may be no text."""
+    """A message that any stream takes: arguments of a shell need not be valid text."""
     return message.encode("utf-8", "backslashreplace").decode()
 
 
@@ -321,7 +321,7 @@ class Parser(argparse.ArgumentParser):
         self.options: dict[str, Option] = {}
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong and where the flags are listed; status 2."""
+        """Report what is wrong and where the flags are listed; status 2."""
         self.exit(2, f"{self.prog}: error: {_printable(message)}\n{self.prog} --help lists the flags\n")
 
     def parse_or_fail(self, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -334,7 +334,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
-    spec, names = option.spec, option.spellings()
+    spec = option.spec
+    names = option.spellings()
     settings: Plain = {"help": _help(option), "default": argparse.SUPPRESS}
     if option.is_positional:
         group.add_argument(
@@ -420,7 +421,7 @@ def recipe_path(word: str) -> Path:
 
 
 def read_mapping(path: Path) -> dict[object, object]:
-    """The content of a recipe, as it stands there.
+    """The content of a recipe, unchecked.
 
     Raises:
         ConfigError: The file holds no mapping.

@@ -23,7 +23,7 @@ def complete(prog: str, verbs: Verbs, inner: Mapping[str, Verbs]) -> None:
     Args:
         prog: The command.
         verbs: Its verbs.
-        inner: Verb → the verbs that stand behind it.
+        inner: Verb → the verbs that it has.
 
     Raises:
         SystemExit: Always.
@@ -42,7 +42,7 @@ def complete(prog: str, verbs: Verbs, inner: Mapping[str, Verbs]) -> None:
 def _add_verbs(
     parser: argparse.ArgumentParser, verbs: Verbs, words: Sequence[str], inner: Mapping[str, Verbs]
 ) -> list[str]:
-    """Enter all verbs, and the flags of the one that stands in the line, which are returned."""
+    """Enter all verbs, and the flags of the one in the line, which are returned."""
     flags: list[str] = []
     choices = parser.add_subparsers()
     for name, (module, text) in verbs.items():

@@ -28,7 +28,7 @@ class ConfigError(ValueError):
 
 
 class SettingError(ConfigError):
-    """A setting of the library that cannot be used: told by its argument in Python, by its flag on a command line.
+    """A setting of the library that cannot be used: named by its argument in Python, by its flag on a command line.
 
     Args:
         setting: Name of the argument, such as "ridge".
@@ -62,9 +62,10 @@ def told(error: Exception) -> str:
 
 
 def is_told(error: Exception) -> bool:
-    """Whether an error is one that a user can mend: its message is the whole story, a traceback would hide it.
+    """Whether an error is one that a user can fix: its message is the whole story, a traceback would hide it.
 
-    A bare `RuntimeError` is how PyTorch reports a bug, and keeps its traceback; subclasses bring a message for people.
+    A bare `RuntimeError` is how PyTorch reports a bug, and keeps its traceback; subclasses carry a message meant for
+    users.
     """
     bugs = (RuntimeError, RecursionError)
     return isinstance(error, (ValueError, OSError, RuntimeError)) and type(error) not in bugs
@@ -171,7 +172,7 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_file(path: str | Path, message: str) -> None:
-    """As `check`, for a file of a flag that `reads`: it must be there for rank 0, which sends it to who lacks it."""
+    """As `check`, for a file of a flag that `reads`: it must be there for rank 0, and is sent to ranks that lack it."""
     check(int(os.environ.get("RANK", "0")) > 0 or Path(path).is_file(), message)
 
 

@@ -42,7 +42,7 @@ __all__ = [
 T = TypeVar("T")
 
 _LOW_BITS = 32
-_POLL_SECONDS = 0.05, 1.0  # between two looks at the store, at first and in the end
+_POLL_SECONDS = 0.05, 1.0  # between two looks at the store, at first and at most
 _FAILED = b"failed"
 _num_waits = itertools.count()  # all ranks wait for the same things in the same order
 #: What Gloo, NCCL and the store of the process group say when the other end has gone.
@@ -361,7 +361,8 @@ class Distributed:
         else:
             stage = 2
         stages = self.gather_objects(stage)
-        prefix, store = f"lucidprune/first/{next(_num_waits)}", _store()
+        prefix = f"lucidprune/first/{next(_num_waits)}"
+        store = _store()
         failed = f"{prefix}/failed"
 
         def wait_for(ranks: list[int]) -> None:

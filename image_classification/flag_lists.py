@@ -1,7 +1,7 @@
-"""What verbs can be told, listed in a file for each package: help and slips are answered from it, without PyTorch.
+"""The flags of all verbs, in one file per package, which answers `--help` and usage errors without PyTorch.
 
-The flags stand beside the code that they configure, and criteria, networks and methods enter themselves into registers
-when they are imported: to know every choice takes seconds of imports. So `make flags` asks each verb for its parser
+Flags are declared beside the code that they configure, and criteria, networks and methods register themselves when they
+are imported: to know every choice takes seconds of imports. So `make flags` asks each verb for its parser
 once and writes what it says into `flags/PACKAGE.json`; a test compares. The file decides nothing: a command line that
 it finds no fault with is read by the verb itself. So are all of them once torch is loaded: nothing would be saved any
 more, and a program may have registered things of its own.

@@ -96,7 +96,7 @@ def speed_row(batch_size: int, seconds: Sequence[float]) -> SpeedRow:
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("--arch", "-a", default=None, help="network; not needed with a checkpoint of ours")
+    parser.add_argument("--arch", "-a", default=None, help="network; not needed with a LucidPrune checkpoint")
     parser.add_argument(
         "--checkpoint", type=Path, default=None, help="weights, pruned ones too; random if left out"
     )

@@ -47,7 +47,7 @@ class StoppedAtOnce(KeyboardInterrupt):
 
     def __init__(self, number: int) -> None:
         super().__init__(
-            f"stopped by {signal.Signals(number).name} outside of training: nothing is lost, no checkpoint was needed; "
+            f"stopped by {signal.Signals(number).name} outside training: nothing is lost, no checkpoint was needed; "
             "the same command starts again"
         )
         self.number = signal.Signals(number)

@@ -71,7 +71,7 @@ from image_classification.weights_origin import WeightsOrigin, weights_origin
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommonConfig:
-    """What every job that trains something is told, a field per section."""
+    """Configuration of every training job, a field per section."""
 
     data: DataConfig = section(DataConfig)
     model: ModelConfig = section(ModelConfig)
@@ -197,7 +197,8 @@ def _record_job(configs: CommonConfig, distributed: Distributed, *, resumed: boo
 
 def _notes_of_images(loaders: Loaders, config: DataConfig) -> list[str]:
     """What was chosen about the images, for the log."""
-    preset, notes = loaders.preset, []
+    preset = loaders.preset
+    notes = []
     small = preset.augmentation == "cifar" and preset.image_size <= SMALL_SIDE
     if small and config.augmentation == "default":
         notes.append(
@@ -298,7 +299,7 @@ def naming_the_flag(name: str) -> Iterator[None]:
 
 
 def read_resumable(path: Path, arch: str) -> Plain:
-    """Read a checkpoint of ours for `--resume`.
+    """Read a LucidPrune checkpoint for `--resume`.
 
     Raises:
         ConfigError: It is a foreign file, or of another architecture.
@@ -356,7 +357,7 @@ def make_model(job: Job[CommonConfig]) -> nn.Module:
 
 
 def remember_data(job: Job[CommonConfig], model: nn.Module) -> None:
-    """Let a network know what images it is trained on, and what their classes are called."""
+    """Record on a network what images it is trained on, and what their classes are called."""
     remember_input(model, job.loaders.preset.network_input)
     manifest = job.loaders.train.manifest
     remember_class_names(model, None if manifest is None else manifest.class_names)
@@ -379,7 +380,8 @@ def make_trainer(
         callbacks: Take part in the loop.
         describe: See `Trainer`; for models that `create_model` did not build.
     """
-    configs, train = job.configs, job.configs.train
+    configs = job.configs
+    train = job.configs.train
     schedule = _schedule(job)
     optimizer = build_optimizer(configs.optim, model, schedule.lr)
     ema = None if train.use_ema is None else Ema(model, train.use_ema)
@@ -414,7 +416,9 @@ def _schedule(job: Job[JobConfig]) -> Schedule:
     Raises:
         ConfigError: It has not one.
     """
-    train, loader, world_size = job.configs.train, job.loaders.train, job.distributed.world_size
+    train = job.configs.train
+    loader = job.loaders.train
+    world_size = job.distributed.world_size
     accumulation = train.accumulation_steps(loader.batch_size, world_size)
     steps_per_epoch = len(loader) // accumulation
     check(
@@ -480,8 +484,8 @@ def run_job(configs: D, body: Callable[[D, Distributed], None]) -> int:
 
     Returns:
         0; `EXIT_SAVED` after a signal, once the state is saved or where there is none to save, `EXIT_STOPPED` where it
-        is not to be saved; 2 for an error that a user can mend, told in one line, as of a wrong command line; 1 for any
-        other, with a traceback; `EXIT_PEER` where another rank failed; 130 after Ctrl-C.
+        is not to be saved; 2 for an error that a user can fix, reported in one line, as for a wrong command line; 1
+        for any other, with a traceback; `EXIT_PEER` where another rank failed; 130 after Ctrl-C.
     """
     try:
         with stopping_at_once():
@@ -501,7 +505,7 @@ def _run(configs: D, body: Callable[[D, Distributed], None]) -> int:
     except StopRequested as stop:
         if not stop.saved:
             print(
-                f"{stop}; nothing was saved (--no-checkpoints): the same command begins anew", file=sys.stderr
+                f"{stop}; nothing was saved (--no-checkpoints): the same command starts over", file=sys.stderr
             )
             return EXIT_STOPPED
         print(f"{stop}; --resume auto continues", file=sys.stderr)

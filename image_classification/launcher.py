@@ -307,6 +307,7 @@ class Agent(LocalElasticAgent):
         if log is not None:
             lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
             print("\n  ".join([f"multiproc: {log} ends with", *lines]), file=sys.stderr)
-        total, left = self._worker_group.spec.max_restarts, int(self._remaining_restarts)
+        total = self._worker_group.spec.max_restarts
+        left = int(self._remaining_restarts)
         what = f"starting all ranks again (restart {total - left + 1} of {total})" if left else "stopping"
         print(f"multiproc: {self.reason[1]}; {what}", file=sys.stderr, flush=True)

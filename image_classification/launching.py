@@ -90,7 +90,8 @@ def parse(argv: list[str] | None, prog: str = "multiproc.py") -> argparse.Namesp
     args.master_port = args.master_port or 29500
     command = _command(args)
     if command is not None:
-        args.no_python, args.training_script = True, command
+        args.no_python = True
+        args.training_script = command
     return args
 
 

@@ -22,7 +22,7 @@ NanPolicy = Literal["stop", "skip"]
 _NEVER = 2**62
 
 
-#: The settings that usually mend a training that diverges.
+#: The settings that usually help when a training diverges.
 _REMEDIES = "Usual remedies: a lower `lr`, `warmup`, `clip_grad_norm`, bf16 instead of fp16"
 
 

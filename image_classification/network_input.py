@@ -43,7 +43,7 @@ class NetworkInput:
             ValueError: It is not of that form.
         """
         if not isinstance(plain, dict) or set(plain) != {field.name for field in dataclasses.fields(cls)}:
-            raise ValueError(f"no description of a network's images: {str(plain)[:80]}")
+            raise ValueError(f"not a description of a network's images: {str(plain)[:80]}")
         sides = [plain["image_size"], plain["resize"]]
         triples = [plain["mean"], plain["std"]]
         sound = (
@@ -56,5 +56,5 @@ class NetworkInput:
             and plain["geometry"] in get_args(EvaluationGeometry)
         )
         if not sound:
-            raise ValueError(f"no description of a network's images: {str(plain)[:200]}")
+            raise ValueError(f"not a description of a network's images: {str(plain)[:200]}")
         return cls(**(plain | {"mean": tuple(plain["mean"]), "std": tuple(plain["std"])}))

@@ -11,8 +11,8 @@ import torch
 def open_gpu(device: torch.device) -> tuple[ModuleType, object] | None:
     """The library, initialised, and its handle of a CUDA device; None without GPU, driver or `pynvml`.
 
-    The device is found by its UUID: NVML does not know CUDA_VISIBLE_DEVICES. Who gets a handle calls the library's
-    `nvmlShutdown` in the end.
+    The device is found by its UUID: NVML does not know CUDA_VISIBLE_DEVICES. The caller that gets a handle calls the
+    library's `nvmlShutdown` when done.
     """
     if device.type != "cuda":
         return None

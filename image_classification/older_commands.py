@@ -1,7 +1,7 @@
 """Flags of NVIDIA's DeepLearningExamples (both generations of its ConvNets) and of apex's ImageNet script.
 
 A command written for them runs here: what has another name is translated, what has no effect any more is left out, and
-what cannot be had is refused with the flag to use in its place. Nothing of it stands in recipes.
+what cannot be had is refused with the flag to use in its place. Recipes have none of this.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _opt_level(value: str) -> list[str]:
 
 
 def _local_rank(value: str) -> list[str]:
-    os.environ.setdefault("LOCAL_RANK", value)  # older launchers told it by this flag alone
+    os.environ.setdefault("LOCAL_RANK", value)  # older launchers passed it by this flag alone
     return []
 
 

@@ -1,4 +1,4 @@
-"""Importing every file of a package, so that each may enter what it defines into the package's register."""
+"""Importing every file of a package, so that each may register what it defines."""
 
 from __future__ import annotations
 

@@ -169,6 +169,6 @@ class Precision:
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state: Plain) -> None:
-        """Take up the scaler where a checkpoint left it; a checkpoint without scaler starts a new one."""
+        """Restore the scaler as a checkpoint left it; a checkpoint without scaler starts a new one."""
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)

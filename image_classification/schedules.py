@@ -27,7 +27,7 @@ class ScheduleConfig:
         help="Learning rate of an optimizer step; default: 0.1 per 256 images of a step.",
     )
     lr_schedule: Literal["constant", "step", "linear", "cosine", "exponential"] = flag(
-        "cosine", "--lr-schedule", help="Course of the learning rate."
+        "cosine", "--lr-schedule", help="Shape of the learning-rate schedule."
     )
     warmup: float = flag(0.0, "--warmup", help="Epochs of linear warm-up, per iteration; may be a fraction.")
     end_lr: float = flag(

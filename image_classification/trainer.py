@@ -49,7 +49,7 @@ register_figures(
     },
 )
 
-#: What tells DistributedDataParallel whether to send buffers before every forward pass; PyTorch has renamed it.
+#: Whether DistributedDataParallel sends buffers before every forward pass; PyTorch has renamed it.
 _SYNC_BUFFERS = (
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -72,7 +72,7 @@ def described_classifier(model: nn.Module) -> Plain:
 
 @contextlib.contextmanager
 def taking_up(what: str) -> Iterator[None]:
-    """Around taking up a part of a checkpoint: anything but a message for people becomes one (ValueError)."""
+    """Around restoring a part of a checkpoint: an error without a message for users becomes a ValueError with one."""
     try:
         yield
     except ConfigError:
@@ -81,7 +81,7 @@ def taking_up(what: str) -> Iterator[None]:
         if type(error) is ValueError and "`" in str(error):  # tells the argument to change
             raise
         raise ValueError(
-            f"{what} in the checkpoint cannot be taken up ({type(error).__name__}: {error}): it was written by another "
+            f"{what} in the checkpoint cannot be restored ({type(error).__name__}: {error}): it was written by another "
             "version or altered; start from its weights with `pretrained_weights`"
         ) from error
 
@@ -305,11 +305,12 @@ class Trainer(TrainLoop):
 
     def _has_stalled(self) -> bool:
         """Whether the best network is `early_stopping_patience` epochs old."""
-        patience, best_epoch = self.config.early_stopping_patience, self.state.best_epoch
+        patience = self.config.early_stopping_patience
+        best_epoch = self.state.best_epoch
         return patience > 0 and best_epoch is not None and self.state.epoch - 1 - best_epoch >= patience
 
     def _name_result(self) -> None:
-        """Say at the end which file is the one to use, and what its figure is of."""
+        """Log at the end which file to use, and what its figure measures."""
         state = self.state
         if not self.checkpointer.config.checkpoints or self.evaluator is None or state.best_epoch is None:
             return
@@ -438,7 +439,8 @@ class Trainer(TrainLoop):
         self.train_loader.set_epoch(state.epoch)
         is_best = False
         if figures and self.evaluator is not None:
-            headline, prefix = self.evaluator.headline, "val" if state.ema is None else "val_ema"
+            headline = self.evaluator.headline
+            prefix = "val" if state.ema is None else "val_ema"
             figure = figures[f"{prefix}.{headline}"]
             sound = math.isfinite(figure) and math.isfinite(figures[f"{prefix}.loss"])
             is_best = sound and (state.best is None or figure > state.best)
@@ -518,7 +520,7 @@ class Trainer(TrainLoop):
         """Continue where a checkpoint stopped. The network was already built with the checkpoint's structure.
 
         The random states of all ranks are restored when the number of ranks is the same; with another number the
-        the data continue exactly, dropout draws new numbers, and a message says so.
+        data continue exactly, dropout draws new numbers, and a message says so.
 
         Raises:
             ValueError: Steps per epoch differ, so that the iteration means another place in the data; or see

@@ -1,8 +1,8 @@
 """Command lines of the form `python -m PACKAGE VERB …`: a table of verbs and one way to run them.
 
 A package's table maps each verb to its module and to one line of help. The module is imported for its own verb only,
-and for a command line in which `flag_lists` finds nothing to answer: help and slips take no PyTorch. It defines `VERB`,
-made by one of
+and for a command line in which `flag_lists` finds nothing to answer: help and usage errors need no PyTorch. It defines
+`VERB`, made by one of
 
     VERB = configured(JobConfig, run)       # flags, YAML and checks from the dataclass of a job (`cli.parse_config`)
     VERB = declared(declare, run)           # a few arguments, declared on an argparse parser
@@ -36,7 +36,7 @@ class Verb(Generic[P]):
     """A job on the command line.
 
     Attributes:
-        parse: Command line, program and description → what the job is told; exits with status 2 like argparse.
+        parse: Command line, program and description → the job's configuration; exits with status 2 like argparse.
         run: Does it; returns the exit status.
         parser: Makes the parser of its command line; None where that is another program's.
     """
@@ -46,7 +46,7 @@ class Verb(Generic[P]):
     parser: Callable[[], Parser] | None = None
 
 
-#: A verb, whatever its job is told.
+#: A verb, whatever its job's configuration.
 AnyVerb = Verb[Any]
 
 
@@ -55,7 +55,7 @@ def configured(
     run: Callable[[P], int],
     defaults: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None,
 ) -> Verb[P]:
-    """A verb that is told a job's configuration, a dataclass of sections.
+    """A verb with a job's configuration, a dataclass of sections.
 
     Args:
         job, defaults: As for `cli.parse_config`.
@@ -89,7 +89,7 @@ def declared(
 
 
 def run_verb(verbs: Verbs, argv: Sequence[str] | None, *, prog: str, description: str) -> int:
-    """Parse a command line, run its verb, and turn errors that a user can mend into one line.
+    """Parse a command line, run its verb, and turn errors that a user can fix into one line.
 
     Args:
         verbs: The package's table.
@@ -143,7 +143,7 @@ def usage(verbs: Verbs, prog: str, description: str) -> str:
 
 
 def _told_as(error: Exception) -> tuple[int, str]:
-    """Exit status and message of an error that a user can mend; any other is raised again."""
+    """Exit status and message of an error that a user can fix; any other is raised again."""
     if isinstance(error, RuntimeError):
         from image_classification.distributed import EXIT_PEER, peer_loss
 

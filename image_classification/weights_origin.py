@@ -37,7 +37,7 @@ class WeightsOrigin:
             return dataset
         remedy = (
             "Give the data that it was trained on, or name the folders alike; --new-head with --pretrained-weights "
-            "learns the classes anew, and --ignore-class-names goes by their order alone"
+            "learns new classes, and --ignore-class-names goes by their order alone"
         )
         found = difference(dataset.class_names, self.class_names)
         dataset = dataset.in_classes(self.class_names, str(self.path), remedy)

@@ -3,7 +3,7 @@
 The lock is a file with who holds it, under a POSIX record lock of the operating system, which ends with its process
 however that ends and is not handed on to data workers. So a dead process leaves no lock behind on its own machine.
 Record locks may be unknown to a network file system, or not reach other machines; there the file's age decides: its
-owner touches it every `HEARTBEAT` seconds, and one that was not touched for `STALE_AFTER` is nobody's.
+owner touches it every `HEARTBEAT` seconds, and one that was not touched for `STALE_AFTER` is free to take.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FILENAME = ".lucidprune.lock"
 HEARTBEAT = 10.0
 """Seconds between two signs of life."""
 STALE_AFTER = 45.0
-"""Seconds without a sign of life after which a lock of another machine is nobody's."""
+"""Seconds without a sign of life after which a lock of another machine is free to take."""
 
 _held_here: set[Path] = set()
 
@@ -84,7 +84,7 @@ class WorkspaceLock:
             except BaseException:
                 os.close(descriptor)
                 raise
-            os.close(descriptor)  # its owner has just removed it: another file stands there, or none
+            os.close(descriptor)  # its owner has just removed it: another file is there, or none
 
     def _is_free(self, descriptor: int) -> bool:
         """True with the lock taken; False to try again.

@@ -1,4 +1,4 @@
-"""`python -m image_classification.write_flags TABLE…` writes the lists of flags anew: `make flags`."""
+"""`python -m image_classification.write_flags TABLE…` writes the lists of flags: `make flags`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YAML from people's files and words: plain values only, whatever stands there, or one error.
+"""YAML from people's files and words: plain values only, whatever the text holds, or one error.
 
 Left out of YAML are aliases, with which a file of a few lines means gigabytes, and every type that JSON does not have:
 a date stays the text that it is.
@@ -51,7 +51,7 @@ def parse_yaml(text: str) -> PlainValue:
     """The plain value that a text means.
 
     Raises:
-        ConfigError: It is no YAML of plain values. The message is one line.
+        ConfigError: It is not YAML of plain values. The message is one line.
     """
     try:
         return yaml.load(text, _PlainLoader)

@@ -44,7 +44,7 @@ VERBS = {
     ),
     "import": (
         "pruning.verbs.import_published",
-        "turn published checkpoints into checkpoints of ours: FILE OUT",
+        "turn published checkpoints into LucidPrune checkpoints: FILE OUT",
     ),
     "shrink": ("pruning.verbs.shrink", "cut away what a masked network has no use for: CHECKPOINT OUT"),
 }

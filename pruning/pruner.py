@@ -138,7 +138,7 @@ class Pruner:
             settings of its own. By default discriminant where targets are classes, taylor where only a loss is known,
             magnitude where there is neither (`pruning/search/left_open.py`).
         budget: Metric → share that may remain, or a share of the MACs; None with a `RateSearch`, whose rates decide.
-        optimizer: Its state is rewritten too, with that of the optimizers inside of it (SAM, Lookahead); or a list.
+        optimizer: Its state is rewritten too, with that of the optimizers inside it (SAM, Lookahead); or a list.
         ema: Average of the network, rewritten alike: a copy, a wrapper that holds one, a state dict, or a list.
         step: Training iterations between rewrites.
         delta: Share of the baseline's cost that one rewrite removes; 1: everything at once.
@@ -186,9 +186,12 @@ class Pruner:
     ) -> None:
         check_setting(step >= 1, "step", step, "must be at least 1 iteration")
         _check_arguments(model, example, criterion, budget, search)
-        self.model, self.interval, self.delta = model, step, delta
+        self.model = model
+        self.interval = step
+        self.delta = delta
         self.settings = settings or PrunerSettings()
-        self.autocast, self.originals = self.settings.autocast, self.settings.originals
+        self.autocast = self.settings.autocast
+        self.originals = self.settings.originals
         self.distributed = self.settings.distributed or Distributed.of_process_group(_device_of(model))
         self._attach(optimizer, ema)
         self.task = Task(forward, loss, mode)
@@ -417,7 +420,8 @@ class Pruner:
         losses = [loss_change.loss_as_it_is(), float(loss_change.measure([keep], repaired=False)[0])]
         moved = self._moved(batches)
         laps.end("search")
-        mask, lenient = self.graph.keep_mask(keep), self.repair is None
+        mask = self.graph.keep_mask(keep)
+        lenient = self.repair is None
         repair = RewriteRepair.of_cut(self.model, self.averages, self.graph, mask, how, lenient=lenient)
         record = self._rewrite(keep, iteration, losses, candidates)
         laps.end("rewrite")
@@ -454,7 +458,7 @@ class Pruner:
         return keep, decision.candidates
 
     def _warn_of_one_sided(self, keep: Mapping[int, np.ndarray]) -> None:
-        """Say where the greedy search lets a group pay so much that most of it goes at once."""
+        """Log the groups of which the greedy search takes most of the channels at once."""
         if not isinstance(self._search, GreedySearch) or not self.distributed.is_main:
             return
         groups = self.graph.groups
@@ -493,7 +497,7 @@ class Pruner:
         )
 
     def remember(self, calibration: Calibration) -> None:
-        """Take the network as it is for the original one; otherwise the first `step` does. Collective.
+        """Treat the present network as the original one; otherwise the first `step` does. Collective.
 
         Args:
             calibration: As for `step`.

@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from image_classification.config import SettingError, check_choice
-from image_classification.models.modes import evaluating, modes_restored, random_state_kept, uncompiled
+from image_classification.models.modes import (
+    evaluating,
+    modes_restored,
+    quieten,
+    random_state_kept,
+    uncompiled,
+)
 from image_classification.models.running import Args, Outputs
 
 #: What calibration yields: (inputs, targets), a mapping, a tensor, or whatever `forward` takes.
@@ -92,7 +98,7 @@ class Task:
         """Run a network on a batch.
 
         Raises:
-            SettingError: Without `forward` the batch is no input of the network.
+            SettingError: Without `forward` the batch is not an input of the network.
         """
         if self.forward is not None:
             return self.forward(model, batch) if _takes_network(self.forward) else self.forward(batch)
@@ -299,7 +305,7 @@ def inputs_of(batch: Batch) -> Outputs:
     raise SettingError(
         "calibration",
         type(batch).__name__,
-        "this is no batch: yield (images, targets), a mapping or a tensor, or give forward=",
+        "this is not a batch: yield (images, targets), a mapping or a tensor, or give forward=",
     )
 
 
@@ -357,7 +363,7 @@ def kind_of_targets(targets: Targets) -> TargetKind | None:
 
 
 def class_map(targets: Tensor) -> Tensor | None:
-    """Class indices of positions, (N, H, W) or of other dimensions; None where targets are no such map.
+    """Class indices of positions, (N, H, W) or of other dimensions; None where targets are not such a map.
 
     Args:
         targets: (N, …) or (N, 1, …) whole numbers of any type, or (N, L, …) one-hot or soft.
@@ -431,7 +437,7 @@ def _losses_by_default(outputs: Outputs, batch: Batch) -> Tensor:
     classes = class_map(targets)
     if classes is None or classes.shape != (len(logits), *logits.shape[2:]) or logits.shape[1] < 2:
         raise _no_loss(targets, logits)
-    # 255 is the void class of PASCAL VOC and its kin.
+    # 255 is the void class of PASCAL VOC and the like.
     return F.cross_entropy(logits.float(), classes, ignore_index=255, reduction="none")
 
 
@@ -458,10 +464,7 @@ def _no_loss(targets: Targets, logits: Tensor | None = None) -> SettingError:
 def _enter_training(model: nn.Module) -> None:
     """Training mode with normalisation and dropout as in evaluation."""
     model.train()
-    quiet = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-    for module in model.modules():
-        if isinstance(module, quiet) or type(module).__name__ in _NOISY:
-            module.training = False
+    quieten(model.modules(), also=_NOISY)
 
 
 def _takes_targets(model: nn.Module) -> bool:

@@ -5,12 +5,14 @@ Commands of a page run one after the other, as a reader would type them: what on
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -40,6 +42,15 @@ WITH_PYTHON = [
     for name, text in PAGES.items()
     if "```python" in text
 ]
+#: Packages whose exported names the reference describes.
+PUBLIC = (
+    "pruning",
+    "pruning.criteria",
+    "pruning.search",
+    "pruning.costs",
+    "explainers",
+    "image_classification.models",
+)
 #: Later flags win over the documents'.
 SMALL = ["--calibration-batches", "1", "--pruning-step", "1", "--pruning-delta", "0.25"]
 
@@ -102,7 +113,17 @@ def places(page: str, folder: Path, tmp_path: Path) -> dict[str, str]:
             "--precision tf32 amp bf16 --batch-size 256": "--arch resnet20 --image-size 32 -b 2 --iterations 8",
             "throughput.json": str(tmp_path / "throughput.json"),
         },
+        "howto/train.md": {
+            "/data/imagenet/train parts": f"{folder / 'imagenet' / 'train'} {tmp_path / 'parts'}"
+        },
         "methods/attribution.md": {" checkpoint.pth.tar": f" {folder / 'small.pth.tar'}"},
+        "methods/discriminant.md": {" checkpoint.pth.tar": f" {folder / 'small.pth.tar'}"},
+        "methods/preserve.md": {
+            " checkpoint.pth.tar": f" {folder / 'small.pth.tar'}",
+            " pruned.pth.tar": f" {folder / 'small.pth.tar'}",
+            "moved.json --gallery ": f"{tmp_path / 'moved.json'} --gallery {tmp_path}/",
+            "--json ": "--num-images 4 --batch-size 4 --json ",
+        },
     }
     return own.get(page, {}) | {
         "/data/imagenet": str(folder / "imagenet"),
@@ -269,3 +290,15 @@ def test_where_is_what_names_files_that_are_there() -> None:
         files = re.findall(r"`([\w/.]+\.(?:py|j2))`", answer)
         assert all((ROOT / file).is_file() for file in files), row
         assert 1 <= len(files) + len(re.findall(r"\]\(howto/", answer)) <= 2, row
+
+
+def test_the_reference_has_every_public_name() -> None:
+    """What the packages export, each by its module or by itself."""
+    shown = set(re.findall(r"^::: ([\w.]+)$", "\n".join(PAGES.values()), re.MULTILINE))
+    for package in PUBLIC:
+        module = importlib.import_module(package)
+        for name in module.__all__:
+            value = getattr(module, name)
+            home = getattr(value, "__module__", None)
+            if isinstance(value, type | FunctionType):
+                assert {home, f"{home}.{name}"} & shown, f"{package}.{name} of {home}"

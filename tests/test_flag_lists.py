@@ -101,7 +101,7 @@ def test_help_and_slips_of_every_verb_take_no_torch(fresh: Path) -> None:
 @pytest.mark.slow
 def test_lists_say_what_the_verbs_say(fresh: Path) -> None:
     stale, differing, num_verbs = json.loads(run(COMPARE, fresh))
-    assert stale == [], "make flags writes them anew"
+    assert stale == [], "run make flags"
     assert differing == []
     assert num_verbs > 25
 

@@ -189,7 +189,7 @@ def test_teacher_checkpoint_of_other_classes(attempt: Attempt, tmp_path: Path) -
     save_pruned(tmp_path / "eight.pth.tar", create_model("resnet20", num_classes=8))
     code, text = attempt("--teacher", tmp_path / "eight.pth.tar", "--match", "swa")
     assert code == 2
-    assert "eight.pth.tar tells 8 classes apart, the student 20: give a teacher that was trained on" in text
+    assert "eight.pth.tar has 8 classes, the student 20: give a teacher that was trained on" in text
     assert "train.loss" not in text
 
 

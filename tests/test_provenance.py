@@ -1,4 +1,4 @@
-"""How a run was started is kept: a line per start, a fresh run begins anew."""
+"""How a run was started is kept: a line per start, a fresh run starts over."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class Ours(Untouched):
 
 
 class TorchPruning(Untouched):
-    """Torch-Pruning in the same loop: to the same costs at the same steps, the optimizer made anew after each cut.
+    """Torch-Pruning in the same loop: to the same costs at the same steps, with a new optimizer after each cut.
 
     Args:
         training: The run.

@@ -65,7 +65,7 @@ class EvaluateConfig(SelectorFileConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateSelectorConfig(ImagesJob):
-    """Everything that `evaluate-selector` is told."""
+    """Configuration of `evaluate-selector`."""
 
     explainer: EvaluateConfig = section(EvaluateConfig)
     precision: PrecisionConfig = section(PrecisionConfig)
@@ -93,7 +93,7 @@ def as_json(figures: Mapping[str, float], config: Mapping[str, object]) -> str:
 
 
 def _measure(configs: EvaluateSelectorConfig, distributed: Distributed) -> dict[str, float]:
-    """All figures that can be had."""
+    """All figures that are available."""
     config, data, images = configs.explainer, configs.data, configs.images
     opened = open_selector(config, data, images, distributed)
     table = opened.manifest.targets

@@ -119,7 +119,8 @@ class SelectorObjective:
         self.black_box = black_box
         self.predictor = predictor
         self.weights = weights
-        self.multi_label, self.explained = multi_label, explained
+        self.multi_label = multi_label
+        self.explained = explained
         self._sums: Tensor | None = None
 
     def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +135,8 @@ class SelectorObjective:
         masks = selector.sample(raw, weights.temperature, hard=weights.hard)
         logits, _ = main_and_auxiliary_logits(self.predictor(images * masks))
         divergence = imitation_loss(wanted, logits, multi_label=self.multi_label).mean()
-        area, variation = area_penalty(masks, weights.exponent), total_variation(masks)
+        area = area_penalty(masks, weights.exponent)
+        variation = total_variation(masks)
         self._add(torch.stack([divergence, area, variation]).detach(), len(images))
         return divergence + weights.area * area + weights.smoothness * variation, logits
 

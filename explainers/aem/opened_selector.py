@@ -83,7 +83,8 @@ def open_selector(
     Raises:
         ConfigError: The data has other classes, or `--image-size` another size.
     """
-    path, device = str(config.selector), distributed.device
+    path = str(config.selector)
+    device = distributed.device
     explanation = load_selector(path, device=device)
     black_box = load_black_box(path, device=device)
     dataset, manifest = open_split(data, images, distributed)

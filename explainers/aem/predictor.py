@@ -65,7 +65,7 @@ class PredictorRecord:
                 int(plain["num_classes"]),
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"no description of a predictor ({error!r})") from error
+            raise ValueError(f"not a description of a predictor ({error!r})") from error
 
 
 def describe_predictor(

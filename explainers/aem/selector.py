@@ -103,7 +103,7 @@ class SelectorDesign:
                 row_first=bool(plain.get("row_first", False)),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"no description of a selector ({error!r})") from error
+            raise ValueError(f"not a description of a selector ({error!r})") from error
 
 
 def design_selector(

@@ -107,7 +107,7 @@ class Judge(Callback):
         return {**self.record, "best_by": self.best_by}
 
     def load_state_dict(self, state: Plain) -> None:
-        """Take up the figures; what the model is was compared before (`check_record`).
+        """Restore the figures; what the model is was compared before (`check_record`).
 
         Raises:
             ConfigError: The best so far is the best by another figure, which cannot be compared with this one.

@@ -33,7 +33,7 @@ LOSS_PRESETS = {"cifar": LossConstants(0.2, 1e-3, 0.3), "imagenet": LossConstant
 
 
 def preset_name(image_size: int) -> str:
-    """Whose constants images of this side take."""
+    """Which data set's constants apply to images of this side."""
     return "cifar" if image_size <= LARGEST_CIFAR_LIKE else "imagenet"
 
 
@@ -241,7 +241,7 @@ class ExplainerJobConfig(JobConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictorJobConfig(ExplainerJobConfig):
-    """Everything that `train-predictor` is told."""
+    """Configuration of `train-predictor`."""
 
     train: TrainConfig = section(TrainConfig, epochs=100)
     explainer: PredictorConfig = section(PredictorConfig)
@@ -249,7 +249,7 @@ class PredictorJobConfig(ExplainerJobConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectorJobConfig(ExplainerJobConfig):
-    """Everything that `train-selector` is told."""
+    """Configuration of `train-selector`."""
 
     train: TrainConfig = section(TrainConfig, epochs=5)
     explainer: SelectorConfig = section(SelectorConfig)

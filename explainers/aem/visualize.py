@@ -60,7 +60,7 @@ class VisualizeConfig(SelectorFileConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisualizeJobConfig:
-    """Everything that `visualize` is told."""
+    """Configuration of `visualize`."""
 
     explainer: VisualizeConfig = section(VisualizeConfig)
     data: ReadConfig = section(ReadConfig)
@@ -100,7 +100,8 @@ def _rows(
 ) -> Iterator[MaskedImage]:
     """Rows of a batch."""
     images = batch.images
-    selector, size = opened.explanation.selector, images.shape[-1]
+    selector = opened.explanation.selector
+    size = images.shape[-1]
     labels = None
     if config.explained_class == "label":
         labels = explained_classes("label", batch.targets, batch.targets)

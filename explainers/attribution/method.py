@@ -100,7 +100,7 @@ _BUILT_IN = (
 
 
 def register_method(name: str) -> Callable[[type[M]], type[M]]:
-    """Class decorator that enters a method under `name`.
+    """Class decorator that registers a method under `name`.
 
     The class is a dataclass; its fields are the method's settings. A field made with `image_classification.config.flag`
     gets that flag in the verbs that take `--method`.
@@ -212,10 +212,11 @@ def target_logits(logits: Tensor, targets: Tensor, *, known: bool = False) -> Te
     Args:
         logits: (B, num_classes).
         targets: (B,) int64.
-        known: The targets are classes of the network for sure; the host need not wait for the device to look at them.
+        known: The targets are known to be classes of the network; the host need not wait for the device to look at
+            them.
 
     Raises:
-        ValueError: A target that is no class of the network, or logits of another shape than (B, num_classes).
+        ValueError: A target that is not a class of the network, or logits of another shape than (B, num_classes).
     """
     if logits.dim() != 2:
         raise ValueError(

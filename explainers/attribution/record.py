@@ -3,7 +3,7 @@
 Attribution rules need to know what a network does, not how it is written: as modules or functions, with one ReLU
 for ten places, in place or not. So the pass is recorded while it runs, below modules and functions, where every
 network of torchvision and timm is made of the same few dozen operators (`torch.fx` traces 71 of 75 of them, and
-would leave each to be spelt in many ways; `torch.export` fixes the batch). The record is made anew for each batch:
+would leave each to be spelt in many ways; `torch.export` fixes the batch). A new record is made for each batch:
 any batch size, any width, any control flow.
 
 In the record each call has its own inputs and outputs. An in-place operator appears as the functional one, and what
@@ -91,7 +91,7 @@ class Step:
         args, kwargs: Its arguments; tensors that depend on the images stand as `Value`.
         inputs: Those values, each once.
         outputs: Floating-point results, in order.
-        where: Name of the innermost module that was running ("" outside of all).
+        where: Name of the innermost module that was running ("" outside all).
         kind: See `Kind`.
         linear: The weights of a WEIGHTED step.
     """
@@ -204,7 +204,8 @@ class Record:
             if any(id(output) in reaching for output in step.outputs):
                 for value in step.inputs:
                     last_use[id(value)] = index
-        found, busy_until = [self.images], last_use[id(self.images)]
+        found = [self.images]
+        busy_until = last_use[id(self.images)]
         for index, step in enumerate(self.steps):
             alive = [output for output in step.outputs if id(output) in reaching]
             # Nothing computed earlier is read later than here, and this step leaves a single value.
@@ -252,7 +253,7 @@ def record_forward(model: nn.Module, images: Tensor) -> Record:
 def is_feature_map(value: Value, record: Record, *, to_one_row: bool = False) -> bool:
     """Whether a value is a feature map (B, C, h, w): more than one pixel, no average of a larger map, not the images.
 
-    Maps with their channels last, (B, h, w, C), are told by their aspect ratio, which is not that of the images.
+    Maps with their channels last, (B, h, w, C), are recognised by their aspect ratio, which is not that of the images.
 
     Args:
         value: A value of the record.
@@ -380,7 +381,8 @@ def _classify(step: Step) -> None:
     """Fill in kind, weights and what is known about the results."""
     linear, signal = linear_map_of(step)
     if linear is not None and step.inputs == [signal]:
-        step.kind, step.linear = Kind.WEIGHTED, linear
+        step.kind = Kind.WEIGHTED
+        step.linear = linear
     else:
         step.kind = _kind_of(step)
     if step.facts.kind is OperatorKind.BATCH_NORM or (
@@ -428,7 +430,7 @@ def _is_nonnegative(step: Step) -> bool:
 
 
 def linear_map_of(step: Step) -> tuple[LinearMap | None, Value | None]:
-    """The weights of a step and the value that they apply to; (None, None) if it is no map with constant weights."""
+    """The weights of a step and the value that they apply to; (None, None) if it is not a map with constant weights."""
     if step.name in ("aten::convolution", "aten::_convolution", "aten::cudnn_convolution"):
         names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
         settings = tuple(step.argument(name) for name in names)
@@ -440,7 +442,9 @@ def linear_map_of(step: Step) -> tuple[LinearMap | None, Value | None]:
         signal, weight, bias = step.argument("mat1"), step.argument("mat2"), step.argument("self")
     elif step.name == "aten::mm":
         settings = None
-        signal, weight, bias = step.argument("self"), step.argument("mat2"), None
+        signal = step.argument("self")
+        weight = step.argument("mat2")
+        bias = None
     else:
         return None, None
     if isinstance(signal, Tensor) or not isinstance(weight, Tensor):

@@ -53,7 +53,7 @@ class CasmTrainer(Trainer):
                  was the judge
 
     Everything else (epochs, logging, checkpoints, signals, resume) is the common loop's; `on_backward_end` does not
-    fire, for there is no one backward pass.
+    fire, since there is no single backward pass.
 
     Args:
         casm: Classifier (the same object as `state.model`) and decoder.
@@ -75,7 +75,8 @@ class CasmTrainer(Trainer):
         self.casm = casm
         self.settings = settings
         self.thinning = settings.thinning
-        self.validation, self.decoder_schedule = validation, decoder_schedule
+        self.validation = validation
+        self.decoder_schedule = decoder_schedule
         # Adam with the decay in the gradient, as published.
         self.decoder_optimizer = torch.optim.Adam(
             casm.decoder.parameters(), lr=settings.lr_casm, weight_decay=settings.weight_decay
@@ -132,7 +133,8 @@ class CasmTrainer(Trainer):
 
     def _clean_pass(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Train f on whole images; its logits and features, detached."""
-        casm, fixed = self.casm, self.thinning.fixed
+        casm = self.casm
+        fixed = self.thinning.fixed
         with (
             torch.set_grad_enabled(not fixed),
             FeatureTaps(casm.classifier, casm.taps, casm.kept, casm.widths) as taps,

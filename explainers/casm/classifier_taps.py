@@ -66,7 +66,8 @@ class _Watch:
     """Notes during a forward pass what modules give, and which module's output enters each stage."""
 
     def __init__(self, model: nn.Module, stages: tuple[str, ...]) -> None:
-        self.model, self.stages = model, set(stages)
+        self.model = model
+        self.stages = set(stages)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._entered: dict[str, str] = {}
         self._last: dict[int, tuple[str, Tensor]] = {}

@@ -33,7 +33,8 @@ class CasmDecoder(nn.Module):
             raise ValueError(
                 f"a CASM decoder needs features of at least two depths, each with channels, not {list(channels)}"
             )
-        self.channels, self.width = tuple(channels), width
+        self.channels = tuple(channels)
+        self.width = width
         for index, count in enumerate(channels[1:], 1):
             reduce = nn.Sequential(
                 nn.Conv2d(count, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)

@@ -105,7 +105,7 @@ class ClassifierConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalCasmConfig(ImagesJob):
-    """Everything that `eval-casm` is told."""
+    """Configuration of `eval-casm`."""
 
     files: FilesConfig = section(FilesConfig)
     classifiers: ClassifierConfig = section(ClassifierConfig)

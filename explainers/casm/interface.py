@@ -112,7 +112,7 @@ def checked_answer(
         Masks (B, S, S), a rectangle per image (`EMPTY` without a pixel of 1), correct (B,).
 
     Raises:
-        ConfigError: Wrong number of results, wrong shapes, NaN, values outside of [0, 1].
+        ConfigError: Wrong number of results, wrong shapes, NaN, values outside [0, 1].
     """
     if not isinstance(answer, (tuple, list)) or len(answer) != 3:
         raise ConfigError(f"{who}: get_masks_and_check_predictions must give masks, rectangles and correct")

@@ -1,6 +1,6 @@
 """A classifier with CASM's decoder on its features, and the file that holds both.
 
-The file is a checkpoint of ours (so its classifier loads wherever a checkpoint does) with one more entry:
+The file is a LucidPrune checkpoint (so its classifier loads wherever a checkpoint does) with one more entry:
 
     casm    taps, channels, width, image_size, kept (channels that a pruned classifier still has), decoder (state dict)
 """

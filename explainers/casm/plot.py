@@ -77,7 +77,7 @@ class PlottedConfig(ImageConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlotCasmConfig(ImagesJob):
-    """Everything that `plot-casm` is told."""
+    """Configuration of `plot-casm`."""
 
     plot: PlotConfig = section(PlotConfig)
     images: PlottedConfig = section(PlottedConfig)
@@ -142,7 +142,8 @@ def save_page(path: Path, columns: Sequence[Sequence[Pixels]], title: str, num_c
     """Write a page; shorter ones keep the size of their cells."""
     figure = Figure(figsize=(num_columns * _CELL_INCHES + 0.35, len(ROWS) * _CELL_INCHES + 0.3), dpi=130)
     FigureCanvasAgg(figure)
-    height, width = figure.get_figheight(), figure.get_figwidth()
+    height = figure.get_figheight()
+    width = figure.get_figwidth()
     grid = figure.add_gridspec(
         len(ROWS),
         num_columns,

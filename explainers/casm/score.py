@@ -81,7 +81,7 @@ class ScoreConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreCasmConfig(ImagesJob):
-    """Everything that `score-casm` is told."""
+    """Configuration of `score-casm`."""
 
     files: FilesConfig = section(FilesConfig)
     score: ScoreConfig = section(ScoreConfig)
@@ -121,7 +121,8 @@ def score(configs: ScoreCasmConfig, distributed: Distributed) -> list[dict[str, 
         preset = input_preset(data, dataset, networks)
         models = [network.casm for network in networks]
     else:
-        interface, preset = load_interface(settings.interface), data.resolved_preset(dataset.preset)
+        interface = load_interface(settings.interface)
+        preset = data.resolved_preset(dataset.preset)
         models = [interface.load_model(str(path)) for path in paths]
     if data.resize is None:  # as published: no border is cut off the short side, and boxes lose less to it
         preset = dataclasses.replace(preset, resize=preset.image_size)
@@ -144,7 +145,8 @@ def _score_one(
         for batch in loader:
             if not len(batch):
                 continue
-            images, targets = batch.images.float().cpu().numpy(), _one_label(batch.targets)
+            images = batch.images.float().cpu().numpy()
+            targets = _one_label(batch.targets)
             size = images.shape[2], images.shape[3]
             answer = interface.get_masks_and_check_predictions(images, targets.cpu().numpy(), model)
             masks, found, correct = checked_answer(answer, len(batch), size, name)

@@ -79,7 +79,7 @@ class PastClassifiers:
         return {"states": self.states}
 
     def load_state_dict(self, state: Mapping[str, list[dict[str, Tensor]]]) -> None:
-        """Take up a state of `state_dict`."""
+        """Restore a state from `state_dict`."""
         self.states = list(state["states"])
         self._loaded = None
 

@@ -105,7 +105,7 @@ class OneLabelLoss(LossConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CasmJobConfig(CommonConfig):
-    """Everything that `train-casm` is told."""
+    """Configuration of `train-casm`."""
 
     casm: CasmConfig = section(CasmConfig)
     data: CasmDataConfig = section(CasmDataConfig)
@@ -171,7 +171,8 @@ def run(configs: CasmJobConfig, distributed: Distributed) -> None:
 
 def make_casm_trainer(job: jobs.Job[CasmJobConfig], classifier: nn.Module) -> CasmTrainer:
     """The trainer of a classifier and a fresh decoder, continued from the resumed checkpoint if there is one."""
-    configs, train = job.configs, job.configs.train
+    configs = job.configs
+    train = job.configs.train
     settings = configs.casm
     loader = job.loaders.train
     check(

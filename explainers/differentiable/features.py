@@ -23,7 +23,8 @@ from image_classification.config import SettingError, nearest
 from image_classification.models import evaluating, unwrap
 from image_classification.models.running import Args, ModuleCall, following
 
-#: Sizes closer than this factor are one scale: an unpadded convolution takes a pixel off, which is no new scale.
+#: Sizes closer than this factor are one scale: an unpadded convolution takes a pixel off, which does not make a new
+#: scale.
 _SAME_SCALE = 1.5
 _Size = tuple[int, int]
 
@@ -163,7 +164,7 @@ class FeatureTaps:
         widths: Tap to its original number of channels; needed for the taps in `kept`.
 
     Raises:
-        ValueError: There is no such module, or `kept` names a module that is no tap, has no width, or has wrong
+        ValueError: There is no such module, or `kept` names a module that is not a tap, has no width, or has wrong
             positions.
     """
 
@@ -192,12 +193,12 @@ class FeatureTaps:
     def _check_kept(self) -> None:
         for name, positions in self._kept.items():
             if name not in self.names:
-                raise ValueError(f"kept names {name!r}, which is no tap ({', '.join(self.names)})")
+                raise ValueError(f"kept names {name!r}, which is not a tap ({', '.join(self.names)})")
             width = self._widths.get(name)
             if width is None:
                 raise ValueError(f"tap {name!r}: give its original number of channels (widths) with kept")
             if positions.dim() != 1 or positions.unique().numel() != positions.numel():
-                raise ValueError(f"tap {name!r}: the kept positions are no list of different channels")
+                raise ValueError(f"tap {name!r}: the kept positions are not a list of distinct channels")
             if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < width:
                 raise ValueError(f"tap {name!r}: kept positions lie outside its {width} original channels")
 

@@ -132,7 +132,8 @@ def _normalised(kind: str, maps: Tensor) -> Tensor:
     rows = maps.flatten(1)
     if kind != "gradcam":
         return F.normalize(rows, dim=1, eps=_TINY)
-    least, most = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    least = rows.amin(1, keepdim=True)
+    most = rows.amax(1, keepdim=True)
     return (rows - least) / (most - least).clamp_min(_TINY)
 
 

@@ -178,7 +178,8 @@ class OriginalExplanations:
 
     def keys(self, images: Tensor) -> list[int]:
         """A number per image: that of the remembered image (see `image_keys`), or its own."""
-        known, keys = {row: key for key, row in self._rows.items()}, image_keys(images)
+        known = {row: key for key, row in self._rows.items()}
+        keys = image_keys(images)
         pairs = zip(self._found(images, keys), keys, strict=True)
         return [own if row is None else known.get(row, own) for row, own in pairs]
 
@@ -237,7 +238,7 @@ class OriginalExplanations:
         }
 
     def load_state_dict(self, state: PlainMapping) -> None:
-        """Take up a state of `state_dict`.
+        """Restore a state from `state_dict`.
 
         Raises:
             ConfigError: Its values are those of another explanation.

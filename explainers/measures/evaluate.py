@@ -186,8 +186,10 @@ class _Judge:
     def __init__(
         self, prepared: Prepared, predict: Predict, metrics: Sequence[str], multi_label: bool
     ) -> None:
-        self.prepared, self.predict = prepared, predict
-        self.metrics, self.multi_label = set(metrics), multi_label
+        self.prepared = prepared
+        self.predict = predict
+        self.metrics = set(metrics)
+        self.multi_label = multi_label
         self.sums = _Sums(metrics)
 
     def add(self, batch: Batch, truths: Sequence[Annotated], logits: Tensor, max_pairs: int) -> None:

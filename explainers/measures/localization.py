@@ -43,7 +43,7 @@ def pixel_auc(heatmap: Array, mask: Mask) -> float:
     It depends on the order of pixels only, so normalising the map first would change nothing.
 
     Returns:
-        NaN where the mask has no pixel, or no pixel outside of it.
+        NaN where the mask has no pixel, or no pixel outside it.
     """
     if not mask.any() or mask.all():
         return math.nan
@@ -156,7 +156,7 @@ def box_figures(saliency: Array, boxes: Array, found: Rectangle | None = None) -
     """Compare a saliency mask with ground-truth boxes.
 
     Corners are truncated to whole pixels. A box counts with its area in full, also beyond the image's border; one
-    that lies outside of the image, or has no area after truncation, scores 0.
+    that lies outside the image, or has no area after truncation, scores 0.
 
     Args:
         saliency: (H, W) in [0, 1].

@@ -67,7 +67,8 @@ def _curve(
     predict: Predict, before: Tensor, after: Tensor, targets: Tensor, maps: Tensor, steps: int
 ) -> Tensor:
     """Probability of the target while `before` turns into `after`, pixel by pixel in descending order of the map."""
-    batch, pixels = len(maps), maps[0].numel()
+    batch = len(maps)
+    pixels = maps[0].numel()
     order = maps.reshape(batch, -1).argsort(dim=1, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(
         1, order, torch.arange(pixels, device=maps.device).expand_as(order)

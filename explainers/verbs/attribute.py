@@ -58,7 +58,7 @@ class OutputConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttributeConfig(ImagesJob):
-    """Everything that `attribute` is told."""
+    """Configuration of `attribute`."""
 
     network: NetworkConfig = section(NetworkConfig)
     method: MethodConfig = section(method_config())
@@ -144,7 +144,8 @@ class _Writer:
         arrays = {name: (result.map.cpu().numpy(), result.signed) for name, result in results.items()}
         names = self.manifest.class_names
         for row, sample_id in enumerate(batch.sample_ids.tolist()):
-            target, truth = int(targets[row]), batch.targets[row].cpu()
+            target = int(targets[row])
+            truth = batch.targets[row].cpu()
             labels = [int(truth)] if truth.dim() == 0 else truth.gt(0.5).nonzero()[:, 0].tolist()
             mark = "" if target in labels else f"\n(labelled {', '.join(names[label] for label in labels)})"
             title = f"{names[target]} {100 * chances[row]:.0f} %{mark}"

@@ -45,7 +45,7 @@ class WeightsConfig:
         "--arch",
         "-a",
         metavar="NAME",
-        help="architecture of the checkpoints; not needed for checkpoints of ours",
+        help="architecture of the checkpoints; not needed for LucidPrune checkpoints",
     )
     ema: bool | None = flag(
         None,
@@ -65,8 +65,8 @@ class NetworkConfig(WeightsConfig):
         "--path",
         metavar="FILE",
         repeatable=True,
-        help="weights of a network: a checkpoint of ours (pruned ones too), a plain state dict, torchvision's; may be "
-        "given several times",
+        help="weights of a network: a LucidPrune checkpoint (pruned ones too), a plain state dict, torchvision's; "
+        "may be given several times",
     )
 
     def __post_init__(self) -> None:
@@ -116,7 +116,7 @@ class ImageConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImagesJob:
-    """What every verb that looks at images is told; verbs add sections of theirs."""
+    """Configuration of every verb that looks at images; verbs add sections of their own."""
 
     images: ImageConfig = section(ImageConfig)
     data: ReadConfig = section(ReadConfig)
@@ -290,7 +290,8 @@ def input_preset(data: ReadConfig, dataset: Dataset, networks: Sequence[Network]
 def _inputs(networks: Sequence[Network], dataset: Dataset) -> Iterator[NetworkInput]:
     """What the networks were trained with, as far as they say."""
     for network in networks:
-        images, identity = input_of(network.model), identity_of(network.model)
+        images = input_of(network.model)
+        identity = identity_of(network.model)
         if images is not None:
             yield images
         elif identity is not None and identity.image_size:

@@ -38,7 +38,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the network")
-    parser.add_argument("--arch", default=None, help="not needed for a checkpoint of ours")
+    parser.add_argument("--arch", default=None, help="not needed for a LucidPrune checkpoint")
     parser.add_argument(
         "--class-names",
         type=Path,
@@ -95,7 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _wanted(model: nn.Module) -> NetworkInput:
     """What the network's images are like; its architecture's where the file does not say."""
-    images, identity = input_of(model), identity_of(model)
+    images = input_of(model)
+    identity = identity_of(model)
     if images is None:
         assert identity is not None, "model_for_weights builds networks by name"
         images = arch_info(identity.arch).network_input

@@ -145,7 +145,7 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Everything that `compare` is told."""
+    """Configuration of `compare`."""
 
     pair: PairConfig = section(PairConfig)
     data: ReadConfig = section(ReadConfig)
@@ -319,7 +319,8 @@ class _Judge:
 def _pairs(targets: Tensor, max_pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows and labelled classes of a batch, at most `max_pairs` at once."""
     if targets.dim() == 1:
-        rows, classes = torch.arange(len(targets), device=targets.device), targets
+        rows = torch.arange(len(targets), device=targets.device)
+        classes = targets
     else:
         rows, classes = targets.gt(0.5).nonzero(as_tuple=True)
     if len(rows):

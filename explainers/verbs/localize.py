@@ -80,7 +80,7 @@ class FigureConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LocalizeConfig(ImagesJob):
-    """Everything that `localize` is told."""
+    """Configuration of `localize`."""
 
     network: NetworkConfig = section(NetworkConfig)
     method: MethodConfig = section(method_config())

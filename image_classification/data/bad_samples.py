@@ -39,7 +39,8 @@ class BadSamples:
 
     def __init__(self, manifest: Manifest, policy: BadSamplePolicy) -> None:
         check_choice("on_bad_sample", policy, get_args(BadSamplePolicy))
-        self.manifest, self.policy = manifest, policy
+        self.manifest = manifest
+        self.policy = policy
         num_pixels = manifest.heights.astype(np.int64) * manifest.widths
         # Pillow refuses to decode beyond twice its limit ("decompression bomb"); so does every backend
         limit = 2 * (Image.MAX_IMAGE_PIXELS or np.iinfo(np.int64).max // 2)

@@ -57,7 +57,7 @@ class ReadConfig:
         "auto",
         "--data-backend",
         choices=backend_names,
-        help="who decodes and cuts; auto: DALI where it is installed (dali-gpu with CUDA, else dali-cpu), or pytorch",
+        help="what decodes and crops; auto: DALI where it is installed (dali-gpu with CUDA, else dali-cpu), or pytorch",
     )
     rescan: bool = flag(
         False,
@@ -425,7 +425,8 @@ def _made_up(
 ) -> Loaders:
     """Loaders that read no images, as long as those of the data set where there is one."""
     num_train, num_val = IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL
-    preset, multi_label = IMAGENET_PRESET, False
+    preset = IMAGENET_PRESET
+    multi_label = False
     if dataset is not None:
         num_train, num_val = len(dataset.train), len(dataset.val)
         preset, multi_label = dataset.preset, dataset.multi_label

@@ -64,13 +64,14 @@ CIFAR100_PRESET = Preset(32, 32, *CIFAR100, "cifar", batch_size=128)
 def preset_for(train: Manifest) -> Preset:
     """Choose by the images: all 32 × 32 is CIFAR (by the number of classes which one), small ones keep their size.
 
-    Small is what has no side above 64 pixels, but for a twentieth of the images.
+    Small: at most a twentieth of the images has a side above 64 pixels.
     """
     if not len(train):
         return IMAGENET_PRESET
     if (train.heights == 32).all() and (train.widths == 32).all():
         return CIFAR100_PRESET if len(train.class_names) > 10 else CIFAR10_PRESET
-    longer, shorter = np.maximum(train.heights, train.widths), np.minimum(train.heights, train.widths)
+    longer = np.maximum(train.heights, train.widths)
+    shorter = np.minimum(train.heights, train.widths)
     if np.quantile(longer, 0.95) > SMALL_SIDE:
         return IMAGENET_PRESET
     # Networks halve their maps several times: a multiple of 4, and not below half of CIFAR's.

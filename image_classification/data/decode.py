@@ -129,7 +129,8 @@ def decode_batch(plan: BatchPlan, planner: Planner, samples: BadSamples) -> Deco
                 ids[row] = samples.next_good(int(ids[row]))
         source, place = plan, row
         if ids[row] != sample_id:
-            source, place = planner.plan(plan.epoch, plan.step, ids[row : row + 1]), 0
+            source = planner.plan(plan.epoch, plan.step, ids[row : row + 1])
+            place = 0
         flip = bool(source.flips[place])
         images[row] = cut(image, source.windows[place], plan.size, flip=flip, crop_first=plan.crop_first)
     if bad:

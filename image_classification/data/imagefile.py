@@ -97,7 +97,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         head = os.read(descriptor, _HEAD_BYTES)
         num_bytes = status.st_size
         digest = _digest(num_bytes, head)
-        intact, turned = head.startswith(_OTHER_SIGNATURES), False
+        intact = head.startswith(_OTHER_SIGNATURES)
+        turned = False
         if head.startswith(_JPEG_SIGNATURE):
             *size, turned = _read_jpeg(descriptor, head)
             intact = _END_OF_IMAGE in os.pread(descriptor, _TAIL_BYTES, max(0, num_bytes - _TAIL_BYTES))
@@ -131,7 +132,8 @@ def _read_jpeg(descriptor: int, head: bytes) -> tuple[int, int, bool]:
             return head[offset : offset + count]
         return os.pread(descriptor, count, offset)
 
-    offset, turned = 2, False
+    offset = 2
+    turned = False
     for _ in range(_MAX_SEGMENTS):
         segment = at(offset, 10)
         if len(segment) < 9 or segment[0] != 0xFF:

@@ -138,7 +138,8 @@ class CursorLoader(ABC):
     def set_epoch(self, epoch: int) -> None:
         """See `Loader.set_epoch`."""
         if epoch != self._epoch:
-            self._epoch, self._step = epoch, 0
+            self._epoch = epoch
+            self._step = 0
 
     def __iter__(self) -> Iterator[Batch]:
         """See `Loader.__iter__`."""
@@ -267,7 +268,8 @@ class PlannedLoader(CursorLoader):
     def __init__(
         self, manifest: Manifest, planner: Planner, stage: DeviceStage, options: LoaderOptions
     ) -> None:
-        policy, mixup = planner.policy, options.mixup
+        policy = planner.policy
+        mixup = options.mixup
         annotated = options.with_boxes or options.with_masks
         problem = "boxes and masks do not follow it: switch it off"
         if annotated and policy is not None:
@@ -334,7 +336,8 @@ class PlannedLoader(CursorLoader):
 
     def _finish(self, decoded: Decoded) -> Batch:
         """Device stage, targets, mixing."""
-        plan, table = decoded.plan, self.manifest.targets
+        plan = decoded.plan
+        table = self.manifest.targets
         images = self.stage(decoded.images, plan.operations)
         targets = table.lookup(plan.sample_ids)
         if images.device.type == "cuda":

@@ -142,7 +142,7 @@ class Mixup:
 
     @staticmethod
     def _own_share(weight: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """(N, 1, H, W) weight of the image itself: 0 inside and 1 outside of a box, λ everywhere without one."""
+        """(N, 1, H, W) weight of the image itself: 0 inside and 1 outside a box, λ everywhere without one."""
         top, left, bottom, right = (edge.view(-1, 1, 1, 1) for edge in boxes.unbind(1))
         row = torch.arange(size[0], device=boxes.device).view(1, 1, -1, 1)
         column = torch.arange(size[1], device=boxes.device).view(1, 1, 1, -1)

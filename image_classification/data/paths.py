@@ -28,7 +28,8 @@ class Paths(Sequence[str]):
     """
 
     def __init__(self, joined: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
-        self.joined, self.ends = joined, ends
+        self.joined = joined
+        self.ends = ends
 
     @classmethod
     def of(cls, paths: Iterable[str]) -> Paths:

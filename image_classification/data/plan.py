@@ -300,7 +300,7 @@ class Planner:
         return self._order(epoch)[start:stop]
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        """The samples of an epoch in order. Two epochs are kept: who reads ahead is in the next one already."""
+        """The samples of an epoch in order. Two epochs are kept: a reader that is ahead is in the next one already."""
         with _ORDERING:
             if epoch not in self._orders:
                 self._orders = {other: self._orders[other] for other in sorted(self._orders)[-1:]}

@@ -117,7 +117,7 @@ def prepare(
 
     Raises:
         FileNotFoundError: There is no such source.
-        ValueError: No images, a set with boxes or masks, a target inside of the source (or the reverse), or a
+        ValueError: No images, a set with boxes or masks, a target inside the source (or the reverse), or a
             target that was prepared with other settings.
     """
     config = config or PrepareConfig()

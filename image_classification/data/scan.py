@@ -212,7 +212,8 @@ def _scan(
         if [id(files) for files in found] != [id(files) for files in known.folders.values()]:
             table = _joined(folders, found)
         unread = np.flatnonzero(~table.rows["read"] | (table.rows["heights"] == 0))
-        changed, saved = table is not known, time.monotonic()
+        changed = table is not known
+        saved = time.monotonic()
         shown = progress and len(unread) >= _SHOW_PROGRESS_FROM
         with progress_bar(f"scanning {label}", len(unread), shown) as advance:
             chunks = [unread[start : start + CHUNK] for start in range(0, len(unread), CHUNK)]
@@ -255,7 +256,8 @@ def _cut(
     rows: np.ndarray,
 ) -> _Table:
     """A table whose pieces have so many files."""
-    pieces, start = {}, 0
+    pieces = {}
+    start = 0
     for folder, own, count in zip(folders, directories, counts, strict=True):
         stop = start + count
         pieces[folder] = Files(own, paths.rows(start, stop), rows[start:stop])

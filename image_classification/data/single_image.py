@@ -1,4 +1,4 @@
-"""One image file as a network wants it, outside of any data set."""
+"""One image file as a network wants it, outside any data set."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class SplitReport:
     num_val: dict[str, int]
 
     def describe(self) -> str:
-        """One line for people."""
+        """A one-line summary."""
         train, val = sum(self.num_train.values()), sum(self.num_val.values())
         return f"{len(self.num_train)} classes: {train:,} images in train/, {val:,} in val/"
 

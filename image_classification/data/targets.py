@@ -130,7 +130,7 @@ class TargetTable:
             windows: (n, 4) float top, left, height, width in raw pixels.
             flips: (n,) bool.
             size: Output height and width.
-            clip: Cut the boxes at the crop's border. A box outside of the crop then has no area; it is kept, so that
+            clip: Cut the boxes at the crop's border. A box outside the crop then has no area; it is kept, so that
                 the rows of both forms correspond. Figures that divide by the whole area need the uncut form.
 
         Returns:

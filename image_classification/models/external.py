@@ -171,7 +171,8 @@ def build_external(
             return timm_network
         if name in _WITH_AUXILIARY_HEADS:
             arguments = {"aux_logits": True, "init_weights": True, "transform_input": True, **arguments}
-        size, keyword = image_size or info.image_size, _torchvision_size_option(name)
+        size = image_size or info.image_size
+        keyword = _torchvision_size_option(name)
         if keyword is not None:
             arguments.setdefault(keyword, size if keyword == "image_size" else (size, size))
         models = import_library("torchvision")

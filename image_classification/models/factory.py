@@ -28,7 +28,7 @@ from image_classification.trusted_code import is_own_code, trust
 _ATTRIBUTE = "lucidprune_identity"
 _INPUT_ATTRIBUTE = "lucidprune_input"
 _CLASS_NAMES = "lucidprune_class_names"
-# The families of our own networks; importing them entered their members into the register.
+# The families of our own networks; importing them has registered their members.
 FAMILIES = (resnet, resnet_cifar, vgg, mobilenetv2, mobilenetv2_isp)
 
 
@@ -43,7 +43,7 @@ class ModelIdentity:
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def build(self) -> nn.Module:
-        """The architecture, unpruned, with fresh weights. Unlike `create_model` it may be no classifier."""
+        """The architecture, unpruned, with fresh weights. Unlike `create_model` it need not be a classifier."""
         check_trusted(self.arch)
         named = external.split_name(self.arch)
         if named is not None and external.is_no_classifier(*named):
@@ -100,17 +100,17 @@ def create_model(
 
 
 def remember_identity(model: nn.Module, identity: ModelIdentity) -> None:
-    """Let a network know what builds it; copies do too, and the state dict does not change by it."""
+    """Record on a network what builds it; copies keep the record, and the state dict does not change."""
     setattr(model, _ATTRIBUTE, identity)
 
 
 def remember_class_names(model: nn.Module, names: Sequence[str] | None) -> None:
-    """Let a network know what its logits stand for, by class index; copies and files made of it do too."""
+    """Record on a network what its logits stand for, by class index; copies and files keep the record."""
     setattr(unwrap(model), _CLASS_NAMES, None if names is None else tuple(names))
 
 
 def class_names_of(model: nn.Module) -> tuple[str, ...] | None:
-    """Names of a network's classes by class index (through any wrapper); None where nobody has told them."""
+    """Names of a network's classes by class index (through any wrapper); None where they are not known."""
     return getattr(unwrap(model), _CLASS_NAMES, None)
 
 
@@ -191,10 +191,10 @@ def identity_of(model: nn.Module) -> ModelIdentity | None:
 
 
 def remember_input(model: nn.Module, images: NetworkInput | None) -> None:
-    """Let a network know what images it was trained for; copies and files do too."""
+    """Record on a network what images it was trained for; copies and files keep the record."""
     setattr(unwrap(model), _INPUT_ATTRIBUTE, images)
 
 
 def input_of(model: nn.Module) -> NetworkInput | None:
-    """What images a network was trained for (through any wrapper); None where nobody has said."""
+    """What images a network was trained for (through any wrapper); None where that is not known."""
     return getattr(unwrap(model), _INPUT_ATTRIBUTE, None)

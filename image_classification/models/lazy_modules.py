@@ -1,4 +1,4 @@
-"""Lazy modules (`nn.LazyConv2d` and its kin) given their shapes without a first batch."""
+"""Lazy modules (`nn.LazyConv2d` and the like) given their shapes without a first batch."""
 
 from __future__ import annotations
 

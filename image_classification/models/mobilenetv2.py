@@ -83,7 +83,8 @@ class MobileNetV2(nn.Module):
                 if hidden is None:
                     widths.tied(f"{name}.0.0", channels, stream_name)
                 if index == 0:
-                    out_channels, stream_name = widths.free(last, planes), last
+                    out_channels = widths.free(last, planes)
+                    stream_name = last
                 else:
                     out_channels = widths.tied(last, channels, stream_name)
                 self.features.append(InvertedResidual(channels, hidden, out_channels, stride, index > 0))

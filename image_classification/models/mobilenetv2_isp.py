@@ -74,11 +74,13 @@ class IspMobileNetV2(nn.Module):
 
     def _block(self, stage: int, index: int, widths: Widths) -> IspInvertedResidual:
         expansion, planes = STAGES[stage][:2]
-        name, before = f"layers.{len(self.layers)}", planes_in(stage, index)
+        name = f"layers.{len(self.layers)}"
+        before = planes_in(stage, index)
         stride = 2 if index == 0 and stage in _HALVING else 1
         hidden = widths.free(f"{name}.conv1", expansion * before)
         widths.tied(f"{name}.conv2", hidden, f"{name}.conv1")
-        in_channels, last = self._stream, f"{name}.conv3"
+        in_channels = self._stream
+        last = f"{name}.conv3"
         project = stride == 1 and before != planes
         if stride == 2:
             out_channels = widths.free(last, planes)

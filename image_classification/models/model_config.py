@@ -39,7 +39,7 @@ class ModelConfig:
     pretrained_weights: str | None = flag(
         None,
         "--pretrained-weights",
-        help="start from these weights: a checkpoint of ours (pruned ones too), a plain state dict, "
+        help="start from these weights: a LucidPrune checkpoint (pruned ones too), a plain state dict, "
         "torchvision's",
         metavar="FILE",
         reads=True,
@@ -48,7 +48,7 @@ class ModelConfig:
         None,
         "--pretrained-ema",
         help="take the averaged weights of --pretrained-weights, or with --no- the last ones; default: the averaged "
-        "ones of a checkpoint of ours that has them, for validation has judged them",
+        "ones of a LucidPrune checkpoint that has them, for validation has judged them",
     )
     new_head: bool = flag(
         False, "--new-head", help="with --pretrained-weights: start a new classifier, for other classes"

@@ -8,7 +8,7 @@ takes it out again when it trains, an attention layer drops a cached table. Sett
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Protocol
 
@@ -51,6 +51,21 @@ def evaluating(*models: nn.Module, keep_random_state: bool = False) -> Iterator[
         for model in models:
             model.eval()
         yield
+
+
+def quieten(modules: Iterable[nn.Module], also: Collection[str] = ()) -> None:
+    """PyTorch's batch norms and dropouts evaluate, whatever mode the network around them is in.
+
+    Their mode is set past `train()`, which none of them overrides.
+
+    Args:
+        modules: Of a network in training mode.
+        also: Further classes that evaluate, by name.
+    """
+    quiet = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    for module in modules:
+        if isinstance(module, quiet) or type(module).__name__ in also:
+            module.training = False
 
 
 def uncompiled() -> contextlib.AbstractContextManager[object]:

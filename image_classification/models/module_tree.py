@@ -1,7 +1,7 @@
 """The modules of a network as a flat list, and their modes.
 
 A rewrite is tried dozens of times, and each try walks through all modules several times. PyTorch's own walk asks every
-module for its children anew. While nothing can change the tree, it is walked once:
+module for its children each time. While nothing can change the tree, it is walked once:
 
     with walked_once(model):
         for name, module in named_modules(model):

@@ -1,6 +1,6 @@
 """Networks that a user's own code builds, by name: `package.module:Callable`.
 
-The module is imported as Python does it, from the working directory too. What a file names is no reason to import
+The module is imported as Python does it, from the working directory too. A name in a file is not a reason to import
 anything: a checkpoint of such a network is built only where the same name has been given, on the command line, in a
 recipe or to `create_model`.
 """

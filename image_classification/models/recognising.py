@@ -52,7 +52,7 @@ def identity_of_builder(builder: Builder) -> ModelIdentity | None:
         builder: Such as `functools.partial(torchvision.models.resnet50, num_classes=10)`.
 
     Raises:
-        SettingError: Arguments that cannot be told by name.
+        SettingError: Arguments that cannot be given by name.
     """
     function: Builder = builder
     options: Plain = {}

@@ -77,7 +77,7 @@ ARCHITECTURES: dict[str, Architecture] = {}
 def register(
     name: str, info: ArchInfo, *, options: tuple[str, ...] = (), min_image_size: int = 1
 ) -> Callable[[Builder], Builder]:
-    """Decorator that enters a building function into the register under `name`.
+    """Decorator that registers a building function under `name`.
 
     Args:
         name: For `create_model`; lower case with underscores.

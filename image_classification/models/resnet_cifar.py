@@ -52,7 +52,8 @@ class CifarResNet(nn.Module):
         return blocks
 
     def _block(self, name: str, planes: int, shortcut: str | None, widths: Widths) -> BasicBlock:
-        in_channels, last = self._stream, f"{name}.conv2"
+        in_channels = self._stream
+        last = f"{name}.conv2"
         downsample: nn.Module | None = None
         if shortcut in ("A", "pooled"):
             out_channels = widths.free(last, max(planes, in_channels))
@@ -71,7 +72,8 @@ class CifarResNet(nn.Module):
             if shortcut == "B":
                 downsample = projection(in_channels, out_channels, stride=2)
         if shortcut is not None:
-            self._stream, self._stream_name = out_channels, last
+            self._stream = out_channels
+            self._stream_name = last
         inner = widths.free(f"{name}.conv1", planes)
         return BasicBlock(in_channels, inner, out_channels, 1 if shortcut is None else 2, downsample)
 

@@ -38,7 +38,8 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 #: What a network or a module of it returns: a tensor, or tensors within whatever its author chose.
 Outputs = Any
-#: (call, module, positional arguments, keyword arguments) → both kinds of arguments anew, or None to leave them.
+#: (call, module, positional arguments, keyword arguments) → both kinds of arguments to take their place, or None to
+#: leave them.
 Entering = Callable[[ModuleCall, nn.Module, Args, Kwargs], tuple[Args, Kwargs] | None]
 #: (call, module, output) → what takes the output's place, or None to leave it.
 Leaving = Callable[[ModuleCall, nn.Module, Outputs], object]
@@ -49,7 +50,7 @@ class Running:
 
     Attributes:
         stack: Calls that have begun and not ended, outermost first.
-        passing: A forward pass of the network is on. A module that runs outside of one is run again by a checkpoint, in
+        passing: A forward pass of the network is on. A module that runs outside one is run again by a checkpoint, in
             the backward pass.
         failed: Name of the innermost module in which an exception arose that no module around it has dealt with.
     """
@@ -63,7 +64,7 @@ class Running:
 
     @property
     def innermost(self) -> str:
-        """Name of the innermost module that is running, "" outside of all."""
+        """Name of the innermost module that is running, "" outside all."""
         return self.stack[-1].name if self.stack else ""
 
     @property
@@ -121,7 +122,7 @@ def following(
     """Follow the modules of a network through its forward passes.
 
     Args:
-        model: The bare network. Stack and counts start anew with each of its forward passes.
+        model: The bare network. Stack and counts start over with each of its forward passes.
         names: Modules to follow, by qualified name ("" is the network itself); all by default.
         entering: Called before a module runs.
         leaving: Called after it, unless it raised.
@@ -138,7 +139,8 @@ def following(
     for name in chosen:
         if name not in modules:
             raise ValueError(f"the network has no module {name!r}")
-    running, context = Running(), contextlib.ExitStack()
+    running = Running()
+    context = contextlib.ExitStack()
 
     def start(_module: nn.Module, _args: object) -> None:
         context.close()  # of a pass that was broken off

@@ -285,7 +285,8 @@ def _called(module_name: str) -> str:
 
 
 def _differing_attributes(model: nn.Module, fresh: nn.Module) -> dict[str, dict[str, IntegerValue]]:
-    modules, found = dict(model.named_modules()), {}
+    modules = dict(model.named_modules())
+    found = {}
     for name, fresh_module in fresh.named_modules():
         changed: dict[str, IntegerValue] = {}
         for attribute, before in integer_attributes(fresh_module).items():
@@ -429,7 +430,8 @@ def _is_held(module: nn.Module, name: str) -> bool:
 
 def _sized_while_running(model: nn.Module, fresh: nn.Module) -> dict[str, list[int]]:
     """Fresh shapes of buffers that no state dict keeps and that have grown: the network makes them as needed."""
-    saved, originals = set(model.state_dict()), dict(fresh.named_buffers(remove_duplicate=False))
+    saved = set(model.state_dict())
+    originals = dict(fresh.named_buffers(remove_duplicate=False))
     return {
         name: list(originals[name].shape)
         for name, buffer in model.named_buffers(remove_duplicate=False)

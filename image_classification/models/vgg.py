@@ -29,7 +29,8 @@ INFOS = {"imagenet": IMAGENET, "voc": VOC, "cifar": CIFAR}
 
 def make_features(depth: int, divisor: int, widths: Widths) -> tuple[nn.Sequential, int]:
     """The convolutional part (convolution, batch norm, ReLU; a pool after each stage), its output width."""
-    features, channels = nn.Sequential(), 3
+    features = nn.Sequential()
+    channels = 3
     for stage, planes in zip(STAGES[depth], PLANES, strict=True):
         for _ in range(stage):
             width = widths.free(f"features.{len(features)}", planes // divisor)

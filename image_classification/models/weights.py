@@ -71,8 +71,8 @@ def takes_average(content: object, ema: bool | None) -> bool:
 
     Args:
         content: Of the file.
-        ema: What was asked for; None: the average wherever a checkpoint of ours carries one, for it is what validation
-            judged and what made the file the best.
+        ema: What was asked for; None: the average wherever a LucidPrune checkpoint carries one, for it is what
+            validation judged and what made the file the best.
     """
     if ema is not None:
         return ema
@@ -83,7 +83,7 @@ def load_weights(path: str | Path, *, ema: bool | None = None) -> LoadedWeights:
     """Read a weights file of any of the usual kinds.
 
     Args:
-        path: A checkpoint of ours, a plain state dict, or a dict with one under `state_dict`, `model` and the
+        path: A LucidPrune checkpoint, a plain state dict, or a dict with one under `state_dict`, `model` and the
             like; prefixes of DataParallel, DDP (`module.`) and `torch.compile` (`_orig_mod.`) are taken off.
         ema: Whether to take the averaged weights (exponential moving average) or the last ones; None: see
             `takes_average`.
@@ -122,7 +122,7 @@ def load_weights(path: str | Path, *, ema: bool | None = None) -> LoadedWeights:
 def saved_input(path: str | Path) -> NetworkInput | None:
     """The images that the network in a file was trained for; None where the file does not say, or cannot be read.
 
-    Reads no tensors; what is wrong with a file is told when its weights are loaded.
+    Reads no tensors; errors in a file are reported when its weights are loaded.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -134,7 +134,7 @@ def saved_input(path: str | Path) -> NetworkInput | None:
 def read_safely(path: str | Path) -> PlainValue:
     """What `torch.save` put into a file: tensors (on the CPU) and plain values.
 
-    Verifies the check sums of every record, runs no code from the file, and holds a checkpoint of ours against its
+    Verifies the check sums of every record, runs no code from the file, and holds a LucidPrune checkpoint against its
     schema (`checkpoint_format`).
 
     Raises:
@@ -167,7 +167,7 @@ def read_safely(path: str | Path) -> PlainValue:
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], path: Path, what: str = "network") -> None:
-    """`load_state_dict`, which alone would turn whole or complex numbers into weights without a word.
+    """`load_state_dict`, which alone would turn whole or complex numbers into weights silently.
 
     Args:
         model: Takes the tensors.
@@ -219,7 +219,9 @@ def _unreadable(path: Path, error: Exception) -> str:
             "published programs are read by `python -m pruning import`"
         )
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    return f"{path} is damaged, or no file of torch.save ({reason}): give a checkpoint or a saved state dict"
+    return (
+        f"{path} is damaged, or not a file of torch.save ({reason}): give a checkpoint or a saved state dict"
+    )
 
 
 def _find_state(content: Mapping[object, object], path: Path, ema: bool) -> dict[str, Tensor]:
@@ -417,13 +419,13 @@ def model_for_weights(
     """Build the network that a weights file belongs to, pruned or not, and load it.
 
     Args:
-        arch: Architecture; None takes the one that a checkpoint of ours names.
+        arch: Architecture; None takes the one that a LucidPrune checkpoint names.
         path: Weights file, see `load_weights`.
         num_classes: Number of classes; None takes the file's (ImageNet's where it does not say).
         model_config: As in `create_model`; by default a checkpoint's own.
         image_size: As in `create_model`; by default a checkpoint's own.
         kwargs: As in `create_model`; by default a checkpoint's own.
-        ema: Whether to take the averaged weights; None: wherever a checkpoint of ours carries them.
+        ema: Whether to take the averaged weights; None: wherever a LucidPrune checkpoint carries them.
         new_head: Start a new classifier, for other classes.
         factory: Builds the unpruned network of a class of the user's own (with arch None).
         device: Where to build it.

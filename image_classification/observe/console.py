@@ -71,9 +71,11 @@ class Console:
         """Print the figures of an epoch or of the run; those of an iteration belong to the progress."""
         if step == _PARAMETERS or len(step) > 1:
             return
-        head, shown = "Summary", data
+        head = "Summary"
+        shown = data
         if step:  # the other figures of an epoch are in the report
-            head, shown = f"Epoch {step[0]}", data if self._detail == "verbose" else steering(data)
+            head = f"Epoch {step[0]}"
+            shown = data if self._detail == "verbose" else steering(data)
         line = "  ".join([f"{head}:", *(self.format(key, value) for key, value in shown.items())])
         if step and self._detail == "quiet":
             self.to_log(line)

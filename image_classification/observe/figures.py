@@ -33,7 +33,7 @@ FIGURES: dict[str, Figure] = {}
 
 
 def register_figures(prefixes: str | Iterable[str], figures: Mapping[str, Figure]) -> None:
-    """Enter figures into the register.
+    """Register figures.
 
     Args:
         prefixes: What stands before the dot, such as "train"; several where the same figures have several.

@@ -103,7 +103,7 @@ class Report:
         try:
             if os.fstat(self._file.fileno()).st_nlink == 0:
                 self._write_again()
-            # After a failed write part of a line may stand there: begin a new one.
+            # A failed write may have left part of a line: begin a new one.
             self._file.write("\n" + text if self._failed else text)
             self._file.flush()
         except OSError as error:

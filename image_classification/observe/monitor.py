@@ -95,18 +95,21 @@ class Monitor:
             `process.memory_gib` (resident now); with a GPU `gpu.util` (%), `gpu.memory_gib`, `gpu.power_w`,
             `gpu.temperature_c`, and `train.joules_per_image` of this process's GPU.
         """
-        now, cpu_seconds = time.monotonic(), _cpu_seconds()
+        now = time.monotonic()
+        cpu_seconds = _cpu_seconds()
         seconds = max(now - self._read_time, 1e-9)
         figures = {
             "process.cpu_cores": (cpu_seconds - self._cpu_seconds) / seconds,
             "process.memory_gib": _resident_bytes() / _GIB,
         }
-        self._read_time, self._cpu_seconds = now, cpu_seconds
+        self._read_time = now
+        self._cpu_seconds = cpu_seconds
         if self._gpu is None:
             return figures
         with self._lock:
             figures |= {key: total / self._counts[key] for key, total in self._sums.items()}
-            self._sums, self._counts = {}, {}
+            self._sums = {}
+            self._counts = {}
         joules = self._joules(seconds, figures.get("gpu.power_w"))
         if num_images > 0 and joules is not None:
             figures["train.joules_per_image"] = joules / num_images

@@ -40,7 +40,7 @@ class TensorBoard:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Around every use of the writer: a full disk costs the rest of the curves, not the training."""
+        """Around every use of the writer: a full disk loses the rest of the curves, not the training."""
         try:
             yield
         except OSError as error:

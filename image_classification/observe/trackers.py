@@ -181,7 +181,7 @@ class WandbTracker(_Tracker):
         self._run.log({**figures, "iteration": self._iteration})
 
     def flush(self) -> None:
-        """See `Output`; the library writes beside the training."""
+        """See `Output`; the library writes alongside training."""
 
     def close(self) -> None:
         """See `Output`."""

@@ -102,7 +102,9 @@ class _Sizes:
     """Sizes of traced values in terms of the graph's units."""
 
     def __init__(self, trace: Trace, labeller: Labeller, graph: ChannelGraph, batch: int) -> None:
-        self._trace, self._labeller, self.batch = trace, labeller, batch
+        self._trace = trace
+        self._labeller = labeller
+        self.batch = batch
         self._unit_of_atom = _units_of_atoms(labeller, graph)
 
     def units(self, slot: Slot) -> np.ndarray:
@@ -126,7 +128,8 @@ class _Sizes:
         """
         shape = self._trace.tensors[number].shape
         value = self._labeller.values[0][number] or Value(shape)
-        vectors, carried = [], set()
+        vectors = []
+        carried = set()
         for slot in value.slots:
             units = self.units(slot)
             dims = support(units)
@@ -284,7 +287,8 @@ def _convolution(
     trace: Trace, operation: Operation, use: LayerUse, name: str, sizes: _Sizes
 ) -> Kernel | None:
     named = arguments(operation)
-    groups, transposed = named["groups"], bool(named["transposed"])
+    groups = named["groups"]
+    transposed = bool(named["transposed"])
     if transposed and groups > 1:
         return None
     x, weight = (trace.tensors[named[key].value].shape for key in ("input", "weight"))

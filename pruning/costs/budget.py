@@ -1,4 +1,4 @@
-"""Resource budgets: what share of which cost may remain, and the course of targets that leads there.
+"""Resource budgets: what share of which cost may remain, and the schedule of targets that leads there.
 
 A rewrite removes about δ (`delta`) of the baseline cost, as in Kung & Hou (2020, Commun. Inf. Syst. 20(3)). The
 targets are laid out beforehand: rewrite i of n ends at `1 − (1 − share)·i/n`. So n is known before training, and what
@@ -61,7 +61,7 @@ class BudgetCourse:
     """The targets of a run's rewrites.
 
     Args:
-        budget: Where the course ends.
+        budget: Where the schedule ends.
         costs: Baseline and present cost.
         delta: Share of the baseline cost that one rewrite removes; 1 does everything in one.
 

@@ -185,7 +185,7 @@ class CostModel:
             together: All groups take a step at a time, in place of one of them.
 
         Returns:
-            None where it cannot be known: the cost is no sum of products of counts, and may fall faster later.
+            None where it cannot be known: the cost is not a sum of products of counts, and may fall faster later.
         """
         if not isinstance(self._metric(metric), Products):
             return None
@@ -249,7 +249,9 @@ class CostModel:
             SettingError: The metric is unknown, cannot change at all, or cannot get down to this share.
         """
         self._metric(metric)
-        lowest, present, baseline = self.minimum(metric), self.current(metric), self.baseline(metric)
+        lowest = self.minimum(metric)
+        present = self.current(metric)
+        baseline = self.baseline(metric)
         constant = lowest >= present * (1 - _TINY)
         if constant and share * baseline < present:
             reasons = "; ".join(sorted(set(self.graph.frozen.values()))[:3])

@@ -32,7 +32,7 @@ class Metric(Protocol):
         """Cost, (...,), of the counts of all rows, (..., rows) float64; differentiable."""
 
     def part(self, rows: Tensor) -> Metric | None:
-        """The summands that depend on any of these rows, (rows,) bool; None where the cost is no sum."""
+        """The summands that depend on any of these rows, (rows,) bool; None where the cost is not a sum."""
 
 
 class OnDevices:
@@ -102,7 +102,7 @@ class CountTable:
 
         Returns:
             Whether that was possible. Where a group whose units differ has lost some, it is not known which
-            kinds they were: the table has to be made anew.
+            kinds they were: the table has to be made again.
         """
         for group in graph.groups:
             classes = self._classes[group.index]

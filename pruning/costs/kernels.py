@@ -54,8 +54,10 @@ class KernelBench:
     def __init__(
         self, batch_size: int, device: torch.device, dtype: torch.dtype, channels_last: bool
     ) -> None:
-        self._batch_size, self._channels_last = batch_size, channels_last
-        self._device, self._dtype = device, dtype
+        self._batch_size = batch_size
+        self._channels_last = channels_last
+        self._device = device
+        self._dtype = dtype
         self._inputs = torch.empty(0)
         self._weights = torch.empty(0)
         self._offset = 0

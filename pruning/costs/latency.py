@@ -70,7 +70,10 @@ class _Sum:
     """fixed + scale · Σ interpolated layers + the rest."""
 
     def __init__(self, layers: list[_Layer], rest: Products, fixed: float, scale: float) -> None:
-        self._layers, self._rest, self._fixed, self._scale = layers, rest, fixed, scale
+        self._layers = layers
+        self._rest = rest
+        self._fixed = fixed
+        self._scale = scale
         depth = 2 + max((max(len(x.grid.out_widths), len(x.grid.in_widths)) for x in layers), default=0)
         grids = [_padded(layer.grid, depth) for layer in layers]
         self._constants = OnDevices(

@@ -1,7 +1,7 @@
 """Measuring what `latency` predicts from: layers alone on a grid of widths, and the whole network at a few widths.
 
-The whole network gives the fixed part, the price per element of everything that is no layer, and the scale of the
-layers (in a network caches are colder than alone).
+The whole network gives the fixed part, the price per element of everything that is not a layer, and the scale of the
+layers (caches are colder inside a network than for a layer on its own).
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ def _measure_grids(
 
 def _as_grids(axes: Mapping[str, tuple[list[int], list[int]]], medians: Sequence[float]) -> dict[str, Grid]:
     """Seconds of all entries, one grid after the other and row by row, as a grid per kernel."""
-    grids, start = {}, 0
+    grids = {}
+    start = 0
     for key, (outs, ins) in axes.items():
         rows = []
         for _ in outs:
@@ -320,7 +321,8 @@ def fit_parts(measured: np.ndarray, alone: np.ndarray, moved: np.ndarray) -> tup
     matrix = np.vstack([parts / measured[:, None], [0.0, _PRIOR_OF_SCALE, 0.0]])
     target = np.append(np.ones_like(measured), _PRIOR_OF_SCALE)
 
-    best, best_error = np.zeros(3), math.inf
+    best = np.zeros(3)
+    best_error = math.inf
     for size in range(1, 4):
         for active in itertools.combinations(range(3), size):
             solution = np.zeros(3)

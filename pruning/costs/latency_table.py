@@ -166,7 +166,8 @@ class TableCache:
                 self.networks = {key: _parts_from(parts) for key, parts in plain["networks"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             logger.warning("latency table %s cannot be read (%r): measuring again", self._path, error)
-            self.grids, self.networks = {}, {}
+            self.grids = {}
+            self.networks = {}
 
     def add_grids(self, grids: Mapping[str, Grid]) -> None:
         """Keep what was measured of kernels."""

@@ -3,7 +3,7 @@
     memory = max over moments  Σ_{storages alive}  bytes            (per image)
 
 A moment is the execution of one operator: what was alive before it, plus what it allocates. Storages are followed
-through one eager forward pass in evaluation mode, so a tensor counts until Python really lets go of it (a local
+through one eager forward pass in evaluation mode, so a tensor counts until Python really releases it (a local
 variable, the shortcut of a block); views and in-place operators allocate nothing, index outputs of poolings count.
 The input images count; parameters, workspaces of kernels, and the allocator's rounding do not. Attention counts as
 plain operators (its weights are written out). Bytes are those of the network's own dtype, without autocast.
@@ -33,4 +33,4 @@ class PeakMemory:
         return (self._sizes.values(counts) @ self._constants.at(counts.device)["moments"]).amax(-1)
 
     def part(self, rows: Tensor) -> None:
-        """See `Metric`: None, a maximum has no summands."""
+        """See `Metric`: None, since a maximum has no summands."""

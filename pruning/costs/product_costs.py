@@ -65,7 +65,7 @@ def macs_of(graph: ChannelGraph, table: CountTable) -> Products:
 
 
 def parameters_of(graph: ChannelGraph, model: nn.Module, table: CountTable) -> Products:
-    """Number of parameters, shared ones counted once; buffers are no parameters."""
+    """Number of parameters, shared ones counted once; buffers do not count."""
     axes: dict[str, dict[int, np.ndarray]] = {}
     for axis in graph.axes:
         axes.setdefault(axis.tensor, {})[axis.dim] = axis.units

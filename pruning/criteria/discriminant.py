@@ -178,7 +178,8 @@ def summarise_layer(features: Tensor, precision: torch.dtype = torch.float32) ->
             f"features of shape {tuple(features.shape)} and {features.dtype}: (N, C, …) is needed"
         )
     maps = features.detach().flatten(2) if features.dim() > 2 else features.detach()[:, :, None]
-    num_others, num_positions = len(maps) - 1, maps.shape[2]
+    num_others = len(maps) - 1
+    num_positions = maps.shape[2]
     if num_others > 2 * num_positions or num_others < 1:
         return LayerSummary(differences=maps[1:].to(precision) - maps[:1].to(precision))
     with exact_float32():
@@ -332,7 +333,7 @@ class Discriminant(FeatureCriterion):
         self._worst_condition = 0.0
 
     def check_targets(self, targets: Targets) -> None:
-        """Refuse what are no class targets."""
+        """Refuse targets that are not classes."""
         if kind_of_shape(targets) is not None:
             return
         given = "there are none"

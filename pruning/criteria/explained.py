@@ -39,7 +39,7 @@ class Explained(Protocol):
         distributed: Distributed | None = None,
         autocast: Autocast = nullcontext,
     ) -> None:
-        """Take the network as it is for the original one. Collective."""
+        """Treat the present network as the original one. Collective."""
 
     def lookup(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Classes (N,) and original φ (N, K) of images that were remembered."""
@@ -66,4 +66,4 @@ class Explained(Protocol):
         """Plain data and tensors for a checkpoint."""
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Take up a state of `state_dict`."""
+        """Restore a state from `state_dict`."""

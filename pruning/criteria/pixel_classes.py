@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Positions of a batch that are looked at, and the void class of PASCAL VOC and its kin.
+#: Positions of a batch that are looked at, and the void class of PASCAL VOC and the like.
 DEFAULT_POSITIONS = 512
 VOID = 255
 

@@ -65,7 +65,7 @@ class Graph(Protocol):
 
     num_units: int
     places: list[Place]
-    ungated: np.ndarray  # units that are also read outside of modules, where no gate can be put
+    ungated: np.ndarray  # units that are also read outside modules, where no gate can be put
 
     @property
     def prunable(self) -> list[Group]:
@@ -172,7 +172,7 @@ def score_groups_by(
     Returns:
         For every criterion: group index → (width,) float64 on the CPU, the same on all ranks. A group that the
         criterion cannot score is left out, with a warning: an auxiliary head that only trains, bn-scale without a
-        batch norm, derivatives by gates of channels that are read outside of any module.
+        batch norm, derivatives by gates of channels that are read outside any module.
 
     Raises:
         SettingError: No batch on any rank, or a criterion that fits no group.
@@ -256,7 +256,7 @@ class _Scorer:
             )
 
     def score_networks(self, batches: Sequence[Batch]) -> None:
-        """Let the criteria that look on their own do so."""
+        """Run the criteria that make passes of their own over the batches."""
         assert isinstance(self.graph, ChannelGraph), "only a whole graph says what reads which units"
         for number, criterion in self.networks:
             self.of_network[number] = criterion.score_network(
@@ -299,7 +299,8 @@ class _Scorer:
 
     def _feature_pass(self, batch: Batch, sites: Mapping[Features, list[_Site]]) -> None:
         """A forward pass for all criteria that look at feature maps, and another for those that ask for it."""
-        targets, count = targets_of(batch), num_samples(batch)
+        targets = targets_of(batch)
+        count = num_samples(batch)
         for _, criterion in self.features:
             criterion.check_targets(targets)
         waiting = self.features
@@ -501,8 +502,10 @@ class _Collector:
     def __init__(
         self, number: int, criterion: FeatureCriterion, targets: Targets, num_samples: int, sums: Tensor
     ) -> None:
-        self.number, self.criterion = number, criterion
-        self.targets, self.num_samples = targets, num_samples
+        self.number = number
+        self.criterion = criterion
+        self.targets = targets
+        self.num_samples = num_samples
         self.sums = torch.zeros_like(sums[number])
         self.shown = torch.zeros_like(self.sums)
         self.sites: list[_Site] = []

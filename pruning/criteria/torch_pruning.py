@@ -109,7 +109,7 @@ class TorchPruningImportance(WeightCriterion):
         return scores
 
     def _item(self, member: WeightMember) -> Item | None:
-        """A member in Torch-Pruning's form; None for modules that it has no word for."""
+        """A member in Torch-Pruning's form; None for modules that Torch-Pruning does not know."""
         kind = next((name for types, name in _KINDS if isinstance(member.module, types)), None)
         if kind is None:
             return None

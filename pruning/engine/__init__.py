@@ -1,1 +1,1 @@
-"""What leaves together, and the cut: trace, labels, groups, proof, rewrite. Knows no data, loss or flag."""
+"""What is cut together, and the cut: trace, labels, groups, proof, rewrite. Knows no data, loss or flag."""

@@ -134,12 +134,16 @@ def _bare_norms(modules: Mapping[str, nn.Module], places: list[Place]) -> list[A
             continue
         if place.kind != "output" or [*module.parameters(), *module.buffers()]:
             continue
-        attribute, item, width = "", None, 0
+        attribute = ""
+        item = None
+        width = 0
         if isinstance(module, nn.modules.batchnorm._NormBase):
-            attribute, width = "num_features", module.num_features
+            attribute = "num_features"
+            width = module.num_features
         elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             item = place.dim - len(place.shape) + len(module.normalized_shape)
-            attribute, width = "normalized_shape", module.normalized_shape[item] if item >= 0 else 0
+            attribute = "normalized_shape"
+            width = module.normalized_shape[item] if item >= 0 else 0
         if attribute and width == place.units.size:
             axis = AttributeAxis(place.module, attribute, item, place.units)
             found.setdefault((place.module, item), axis)

@@ -190,7 +190,7 @@ def untouched_parameters(case: Case) -> tuple[str, ...]:
 
 
 def warn_of_untouched(names: Sequence[str]) -> None:
-    """Say which parameters stay as they are though what they read may become narrower."""
+    """Warn of parameters that stay as they are though what they read may become narrower."""
     if not names:
         return
     shown = ", ".join(names[:_MOST_NAMES])

@@ -93,7 +93,7 @@ class ChannelGraph:
         constraints: The user's demands.
         statistics: Normalisations whose statistics run over units.
         choices: How couplings that could go several ways were chosen.
-        ungated: Units that some operator outside of any layer reads, so that gates at layers' inputs miss it.
+        ungated: Units that some operator outside any layer reads, so that gates at layers' inputs miss it.
         unit_of_atom: Unit of every atom of the label propagation (before any rewrite).
         passes: The ways in which the network is run when a cut is tried before it is made; a graph from a checkpoint
             has none until `give_examples` gives it some.
@@ -391,7 +391,8 @@ class ChannelGraph:
         for key in groups:
             group = self.group(key)
             if group.prunable:
-                group.prunable, group.reason = False, reason
+                group.prunable = False
+                group.reason = reason
 
     @property
     def macs(self) -> float:

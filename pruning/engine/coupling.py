@@ -1,4 +1,4 @@
-"""Which labels leave together: united labels become coupled units, units become groups."""
+"""Which labels are removed together: united labels become coupled units, units become groups."""
 
 from __future__ import annotations
 

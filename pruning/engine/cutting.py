@@ -48,7 +48,8 @@ class Changes:
             return
         self.cuts[id(tensor)] = cuts
         self.names[id(tensor)] = name
-        data, sliced = tensor.data, sliced_like(tensor.data, cuts) if new is None else new
+        data = tensor.data
+        sliced = sliced_like(tensor.data, cuts) if new is None else new
         grad = tensor.grad if tensor.is_leaf else None
         new_grad = None if grad is None else sliced_like(grad, cuts)
 

@@ -58,7 +58,7 @@ class Example:
     def few(self) -> Example:
         """The first two images of the batch, which is the first dimension of the first tensor.
 
-        Tensors of another length, and those inside of lists, are left alone.
+        Tensors of another length, and those inside lists, are left alone.
         """
         tensors = [leaf for leaf in (*self.args, *self.kwargs.values()) if isinstance(leaf, Tensor)]
         if not tensors or tensors[0].dim() < 2:

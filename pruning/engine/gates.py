@@ -9,7 +9,7 @@ channels included); derivatives with respect to the gates are channel scores; ga
         logits = model(images)              # as if the other channels were gone
     # no hook is left
 
-Channels that an operator outside of any layer reads (`einsum` with a parameter, a product in a `forward`) have
+Channels that an operator outside any layer reads (`einsum` with a parameter, a product in a `forward`) have
 no layer's input to be gated at. Their slices of the network's parameters are multiplied instead: each forward pass
 runs on gated tensors in the parameters' places, and the parameters are back, as the same objects in the same order,
 when it ends.
@@ -56,7 +56,8 @@ class Gates:
         per_sample: int | None = None,
     ) -> None:
         first = next(model.parameters())
-        self._model, self._graph = model, graph
+        self._model = model
+        self._graph = graph
         self._groups = graph.prunable if groups is None else [graph.group(key) for key in groups]
         shape = (graph.num_units,) if per_sample is None else (per_sample, graph.num_units)
         self.values = torch.ones(shape, device=first.device)

@@ -1,4 +1,4 @@
-"""The groups of a channel graph as a table: for people on a command line and in a notebook."""
+"""The groups of a channel graph as a table, for the command line and for notebooks."""
 
 from __future__ import annotations
 

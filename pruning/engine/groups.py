@@ -1,4 +1,4 @@
-"""Coupled channel groups: which slices of which tensors leave together.
+"""Coupled channel groups: which slices of which tensors are removed together.
 
 The atoms that label propagation has united form *units*: removing unit u means removing every slice that
 carries it. Units that touch the same dimensions of the same tensors form a *group*; within a group every unit
@@ -119,7 +119,7 @@ class Group:
             the same layer apart).
         units: Ids of its units, in the order of the first member's slices.
         prunable: Whether units may be removed.
-        reason: Why not, for people; empty if prunable.
+        reason: Why not, in words; empty if prunable.
         notes: What a user should know (statistics of a LayerNorm change, an integer attribute follows).
         kinds: Types of the modules it touches.
         channels_per_unit: Channels of the producing layer that a unit holds (more than 1 for grouped layers).

@@ -19,7 +19,7 @@ from image_classification.models.module_tree import buffers as buffers_of
 from image_classification.models.module_tree import named_modules, named_parameters
 
 _CONTAINERS = (dict, OrderedDict, list, set)
-# `modes_restored` puts the mode back, by way of the module's own `train()`; hooks are their owners' affair.
+# `modes_restored` puts the mode back, by way of the module's own `train()`; hooks are left to their owners.
 _NOT_KEPT = frozenset({"training", *(name for name in vars(nn.Module()) if "_hooks" in name)})
 
 
@@ -34,7 +34,8 @@ def state_kept(model: nn.Module, written: Iterable[str] = ()) -> Iterator[None]:
         model: The network.
         written: Names of parameters that a pass writes into; of others only the storage is looked after.
     """
-    parameters, buffers = named_parameters(model), buffers_of(model)
+    parameters = named_parameters(model)
+    buffers = buffers_of(model)
     looked_after = [*buffers, *(parameters[name] for name in written if name in parameters)]
     storages = [(tensor, tensor.data) for tensor in (*parameters.values(), *buffers)]
     values = [(tensor, tensor.detach().clone()) for tensor in looked_after if not _overlaps(tensor)]

@@ -44,7 +44,7 @@ _LIKE = frozenset(
 )
 #: Operators whose input nobody reads if nobody reads their result.
 _PARTS = frozenset("slice select unsqueeze squeeze detach alias narrow".split())
-_MOST_CHANNELS = 1 << 16  # a longer dimension is no channels but a flattened tensor
+_MOST_CHANNELS = 1 << 16  # a longer dimension is a flattened tensor, not channels
 
 
 def policy_key(trace: int, operation: int, kind: str) -> str:
@@ -135,7 +135,8 @@ class Labeller:
         """The same labels, to be tied and frozen further on their own."""
         other = copy.copy(self)
         other.table = self.table.copy()
-        other.parameter_atoms, other.choices = dict(self.parameter_atoms), dict(self.choices)
+        other.parameter_atoms = dict(self.parameter_atoms)
+        other.choices = dict(self.choices)
         return other
 
     # -- running -------------------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ class Labeller:
         return operation.outputs[0] in self._read
 
     def describe(self, operation: Operation) -> str:
-        """`view in 'layer1.0.conv2'`, for people."""
+        """`view in 'layer1.0.conv2'`, for messages."""
         where = repr(operation.module) if operation.module else "the network itself"
         return f"{operation_name(operation.func)} in {where}"
 
@@ -289,7 +290,8 @@ class Labeller:
 
     def note_statistics(self, operation: Operation, slot: Slot) -> None:
         """Remember that statistics are taken over these labels (see `StatisticsUse`)."""
-        trace, name = len(self.values) - 1, operation_name(operation.func)
+        trace = len(self.values) - 1
+        name = operation_name(operation.func)
         self.statistics.append(StatisticsUse(trace, operation.index, operation.module, name, slot))
 
     def note_consumed(self, operation: Operation, atoms: np.ndarray) -> None:

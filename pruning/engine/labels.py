@@ -32,8 +32,10 @@ class AtomTable:
     def copy(self) -> AtomTable:
         """The same atoms with what is known of them so far."""
         other = AtomTable()
-        other.num_atoms, other.freezes = self.num_atoms, list(self.freezes)
-        other._left, other._right = list(self._left), list(self._right)
+        other.num_atoms = self.num_atoms
+        other.freezes = list(self.freezes)
+        other._left = list(self._left)
+        other._right = list(self._right)
         return other
 
     def new(self, count: int) -> np.ndarray:
@@ -43,7 +45,7 @@ class AtomTable:
         return atoms
 
     def freeze(self, atoms: np.ndarray, reason: str) -> None:
-        """Say that these atoms (negative entries aside) can never be removed, and why."""
+        """Record that these atoms (negative entries aside) can never be removed, and why."""
         atoms = np.unique(atoms)
         atoms = atoms[atoms >= 0]
         if atoms.size:

@@ -2,7 +2,7 @@
 
     for a, b in zip(self.q.parameters(), self.k.parameters()): b.data.lerp_(a.data, 0.01)
 
-No pass shows this where it stands outside of `forward`. Cut apart, two layers of equal widths would go on quietly, each
+No pass shows this where it stands outside `forward`. Cut apart, two layers of equal widths would go on quietly, each
 channel of one averaged with another channel of the other. So the labels of the two submodules are united, parameter by
 parameter, whether or not a pass runs the second one.
 """

@@ -36,7 +36,8 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
 
 
 def _row_major(shape: Iterable[int]) -> tuple[int, ...]:
-    strides, step = [], 1
+    strides = []
+    step = 1
     for size in reversed(tuple(shape)):
         strides.append(step)
         step *= max(size, 1)

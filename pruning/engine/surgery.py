@@ -35,7 +35,7 @@ class RewriteReport:
         kept: Group name to the positions that stayed, as before the rewrite.
         num_parameters: Parameters of the network before and after.
         macs: MACs per image before and after, by the graph.
-        dropped_states: Parameters whose optimizer state has a form of its own and starts anew.
+        dropped_states: Parameters whose optimizer state has a form of its own and starts over.
     """
 
     widths: dict[str, tuple[int, int]]
@@ -152,7 +152,7 @@ def _plan_average(
 
 
 def _plan_optimizer(optimizer: Optimizer, changes: Changes) -> None:
-    """Slice every state tensor that has its parameter's shape; a parameter whose state fits no form starts anew."""
+    """Slice every state tensor that has its parameter's shape; a parameter whose state fits no form starts over."""
     for parameter, state in optimizer.state.items():
         cuts = changes.cuts.get(id(parameter))
         if cuts is None or not state:

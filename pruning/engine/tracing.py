@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from image_classification.models.attention import attention_of_any_width
-from image_classification.models.modes import exact_float32, modes_restored
+from image_classification.models.modes import exact_float32, modes_restored, quieten
 from image_classification.models.module_tree import named_modules, set_mode, walked_once
 from image_classification.models.running import Args, Kwargs, ModuleCall, Running, following
 from pruning.engine.examples import output_tensors, tensors_in
@@ -79,12 +79,12 @@ class Operation:
         index: Position among all operators of the pass.
         func: The ATen overload.
         args, kwargs: Its arguments with tensors replaced by `Ref`.
-        outputs: Values it made; None for outputs that are no tensors.
+        outputs: Values it made; None for outputs that are not tensors.
         module: Qualified name of the innermost module that was running.
         stack: Names of all modules that were running, outermost first.
         writes_to: For a write through a view: (value of the whole tensor before, the chain of views, value
             of the whole tensor after).
-        replayed: A view that is taken anew, since what lies behind it was written; the network did not run it.
+        replayed: A view that is taken again, since the tensor behind it was written; the network did not run it.
     """
 
     index: int
@@ -153,7 +153,8 @@ class Trace:
         """Names of the vectors that a value is, or was made of element by element without the images' help."""
         if not isinstance(argument, Ref) or self.tensors[argument.value].derived:
             return
-        info, maker = self.tensors[argument.value], self.maker(argument.value)
+        info = self.tensors[argument.value]
+        maker = self.maker(argument.value)
         if info.name is not None and math.prod(info.shape) == max(info.shape, default=0):
             yield info.name
         elif maker is not None:
@@ -225,7 +226,9 @@ def few_objects_to_collect() -> Iterator[None]:
 
     Recordings and trials make many small objects, which sets off collections of everything that the process holds.
     """
-    if gc.get_freeze_count():  # by whoever set others aside already: they could not be told apart afterwards
+    if (
+        gc.get_freeze_count()
+    ):  # other code has set objects aside already: they could not be told apart afterwards
         yield
         return
     gc.freeze()
@@ -241,7 +244,8 @@ def plain_kernels() -> Iterator[None]:
 
     An autocast within the network keeps no casts of weights: those of one pass would serve in the next.
     """
-    fast_path, cache = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    cache = torch.is_autocast_cache_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     torch.set_autocast_cache_enabled(False)
     try:
@@ -261,9 +265,7 @@ def set_trace_mode(model: nn.Module, training: bool) -> None:
     """
     set_mode(model, True)
     set_mode(model, training)
-    for _, module in named_modules(model):
-        if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
-            module.training = False
+    quieten(module for _, module in named_modules(model))
 
 
 def forget_cached(model: nn.Module) -> None:
@@ -353,7 +355,8 @@ class Requests(TorchFunctionMode):
         super().__init__()
         self.steps: set[tuple[str, str]] = set()
         self.scaled: list[tuple[int, str]] = []
-        self._running, self._recorder = running, recorder
+        self._running = running
+        self._recorder = recorder
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: Args = (), kwargs: Kwargs | None = None
@@ -462,8 +465,9 @@ class _Recorder(TorchDispatchMode):
         return Ref(self.value_of(leaf))
 
     def _look_again(self, view: Tensor, whole: Tensor, chain: tuple[ViewStep, ...]) -> None:
-        """The tensor behind a view was written since: take the view anew."""
-        current, value = whole, self.value_of(whole)
+        """Take a view again if its tensor has been written to since."""
+        current = whole
+        value = self.value_of(whole)
         for step in chain:
             kwargs = {key: item for key, item in step.kwargs.items() if key != "_position"}
             result = step.func(current, *step.args, **kwargs)
@@ -472,7 +476,8 @@ class _Recorder(TorchDispatchMode):
             outputs = tuple(self._new_value(out, derived) for out in returned)
             self._append(step.func, (Ref(value), *step.args), kwargs, outputs, None, replayed=True)
             position = step.kwargs.get("_position", 0)
-            current, value = returned[position], outputs[position]
+            current = returned[position]
+            value = outputs[position]
         self._values[view] = value
         self._seen_whole[view] = self.value_of(whole)
 

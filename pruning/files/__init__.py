@@ -1,1 +1,1 @@
-"""Pruned networks in and out of disk."""
+"""Saving and loading pruned networks."""

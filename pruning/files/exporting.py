@@ -163,13 +163,14 @@ def export_network(
 
 
 def description(model: nn.Module) -> dict[str, str]:
-    """What whoever serves a network has to know, as far as it is known: a line of text or of JSON each.
+    """What anyone who serves the network needs to know, as far as it is known: a line of text or of JSON each.
 
     Returns:
         `class_names`, and of the images `image_size` and `resize` (pixels), `mean` and `std` (of RGB in [0, 1]) and
         `geometry`.
     """
-    names, images = class_names_of(model), input_of(model)
+    names = class_names_of(model)
+    images = input_of(model)
     known = {CLASS_NAMES: json.dumps(names)} if names is not None else {}
     wanted = {} if images is None else images.to_plain()
     return known | {
@@ -200,13 +201,16 @@ def _largest_difference(network: nn.Module, run: Callable[[Tensor], Tensor], ima
     """Over all images at once, and over the first by itself: a file with a fixed batch size fails one of them."""
     differences = []
     for batch in (images, images[:1]):
-        expected, found = network(batch), run(batch)
+        expected = network(batch)
+        found = run(batch)
         if found.shape != expected.shape:
             raise ExportError(
                 f"the file returns logits of shape {tuple(found.shape)}, not {tuple(expected.shape)}"
             )
         differences.append((expected - found).abs().max())
-    return float(torch.stack(differences).max())  # NaN, which Python's max() would pass over, is no agreement
+    return float(
+        torch.stack(differences).max()
+    )  # NaN is not agreement, and Python's max() would pass over it
 
 
 @contextlib.contextmanager
@@ -311,7 +315,9 @@ WRITERS: dict[Format, Callable[[_Logits, Path, Tensor, Mapping[str, str], int | 
 def _architecture(model: nn.Module) -> tuple[str, str]:
     """What to import and call for the unpruned architecture; torchvision's wherever it has the same network."""
     structure = capture_structure(model)
-    arch, count, options = str(structure.arch), structure.num_classes, structure.options
+    arch = str(structure.arch)
+    count = structure.num_classes
+    options = structure.options
     if not options and structure.image_size is None and not arch.startswith("timm/"):
         name = arch.removeprefix("torchvision/")
         if _same_in_torchvision(name, structure.fresh, count):

@@ -108,7 +108,7 @@ def load_pruned(
     """Rebuild a pruned network from a file.
 
     Args:
-        path: Written by `save_pruned`, or any checkpoint of ours.
+        path: Written by `save_pruned`, or any LucidPrune checkpoint.
         factory: Builds the unpruned network, for a class of the user's own.
         ema: Whether to take the averaged weights; None: wherever the file carries them, for they are what was judged.
         device: Where the network goes; the CPU by default.
@@ -118,12 +118,12 @@ def load_pruned(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It holds no network of ours, one that does not fit the architecture, or what breaks the schema.
+        ValueError: It holds no LucidPrune network, one that does not fit the architecture, or what breaks the schema.
     """
     path = Path(path)
     content = read_safely(path)
     if not is_ours(content) or content.get("structure") is None:
-        raise ValueError(f"{path}: holds no network of ours (no entry 'structure')")
+        raise ValueError(f"{path}: holds no LucidPrune network (no entry 'structure')")
     model = build_from_structure(Structure.from_plain(content["structure"]), factory=factory, device=device)
     load_exactly(model, content["ema" if takes_average(content, ema) else "state_dict"], path)
     remember_class_names(model, content.get("class_names"))

@@ -1,1 +1,1 @@
-"""Networks whose channels others have masked, made small."""
+"""Shrinking networks that were masked elsewhere."""

@@ -1,8 +1,8 @@
 """What in a network does not depend on the image: one run in which "unknown" is NaN.
 
 The images are NaN. Every operator carries NaN on, except where a zero makes its operand irrelevant: a zero weight
-in a contraction, a zero factor of a product, a batch norm's channel whose scale is zero (what comes of unknown
-inputs stands with each operator, in `engine/operators/`). Whatever is a number in the end is the same for all
+in a contraction, a zero factor of a product, a batch norm's channel whose scale is zero (each operator says what
+comes of unknown inputs, in `engine/operators/`). Whatever is a number in the end is the same for all
 images, whatever the other weights are: this is a proof, not a sample. What looks at values in ways that NaN could
 not show (comparisons, sorting) is refused.
 

@@ -1,4 +1,4 @@
-"""Channels that are dead for certain: nothing that reads them notices when they go.
+"""Provably dead channels: nothing that reads them notices when they go.
 
 A consumer does not notice a channel that is zero for every image (`constants.py` proves it), one that it gives
 zero weights (in all rows that matter themselves), or a constant whose share can be moved elsewhere exactly
@@ -166,7 +166,7 @@ def _untouchable(graph: ChannelGraph, readings: list[_Reading], vetoed: Mapping[
     for statistics in graph.statistics:
         why = f"the statistics of {statistics.module} are taken over it, and would change"
         reasons.update(dict.fromkeys(statistics.units[statistics.units >= 0].tolist(), why))
-    reasons.update(dict.fromkeys(graph.ungated.tolist(), "an operator outside of any layer reads it"))
+    reasons.update(dict.fromkeys(graph.ungated.tolist(), "an operator outside any layer reads it"))
     seen = {int(unit) for reading in readings for unit in reading.place.units}
     training = {int(unit) for place in graph.places if place.consumer for unit in place.units} - seen
     for unit in range(graph.num_units):
@@ -181,7 +181,8 @@ def _object(
     reading: _Reading, dead: np.ndarray, graph: ChannelGraph, folding: Folding, blocked: dict[int, str]
 ) -> None:
     """Hold against units what this consumer would notice."""
-    constants, layer = reading.constants, reading.place.module
+    constants = reading.constants
+    layer = reading.place.module
     noticed = reading.noticed(dead) & (reading.place.units >= 0) & (constants != 0)
     for position in np.flatnonzero(noticed):
         unit = int(reading.place.units[position])
@@ -207,7 +208,8 @@ def _spare_last(
 
 
 def _offsets(model: nn.Module, readings: list[_Reading], dead: np.ndarray) -> dict[str, Tensor]:
-    modules, offsets = dict(model.named_modules()), dict[str, Tensor]()
+    modules = dict(model.named_modules())
+    offsets = dict[str, Tensor]()
     for reading in readings:
         units = reading.place.units
         going = (units >= 0) & dead[np.maximum(units, 0)]

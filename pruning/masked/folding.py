@@ -70,7 +70,8 @@ class Folding:
 
     def add(self, layer: str, offset: Tensor) -> None:
         """Give the layer's outputs a constant: (outputs,) float64."""
-        tensors, sinks = named_tensors(self._model), self.sinks(layer)
+        tensors = named_tensors(self._model)
+        sinks = self.sinks(layer)
         assert not isinstance(sinks, str)
         for sink in sinks:
             target = tensors[sink.tensor].data[sink.start : sink.start + len(offset)]
@@ -124,10 +125,13 @@ class Folding:
     def _through_cat(
         self, operation: Operation, value: int, start: int, layer: str, reason: str
     ) -> list[Sink]:
-        parts, dim = operation.args[0], operation.args[1] if len(operation.args) > 1 else 0
+        parts = operation.args[0]
+        dim = operation.args[1] if len(operation.args) > 1 else 0
         if dim != 1:
             raise NoSinkError(reason)
-        found, position, output = [], start, operation.outputs[0]
+        found = []
+        position = start
+        output = operation.outputs[0]
         assert output is not None
         for part in parts:
             if part.value == value:

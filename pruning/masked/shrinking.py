@@ -4,7 +4,7 @@
     print(report.describe())
 
 People prune by masks: zeros in the weights of a network that is as large and as slow as before. `dead.py` finds the
-channels that are dead for certain; constants they leave behind are folded into biases and batch norms; the rewrite
+channels that are provably dead; constants they leave behind are folded into biases and batch norms; the rewrite
 is `surgery.prune_channels`, and the outputs on example images are compared before and after.
 
 Note:
@@ -72,7 +72,7 @@ class ShrinkReport:
         return sum(before - after for before, after in self.widths.values())
 
     def describe(self) -> str:
-        """A few lines for people."""
+        """A summary of a few lines."""
         if self.changed:
             lines = [
                 f"{self.num_removed:,} dead channels of {len(self.widths)} groups were cut away",
@@ -81,7 +81,7 @@ class ShrinkReport:
                 f"outputs differ by {self.max_difference:.1e} at most",
             ]
         else:
-            lines = ["no channel is dead for certain: the network stays as it is"]
+            lines = ["no channel is provably dead: the network stays as it is"]
         if self.num_folded:
             lines.insert(
                 1, f"constants were folded into the biases or batch norms of {self.num_folded} layers"
@@ -96,7 +96,7 @@ def _gain(what: str, before: float, after: float) -> str:
 
 
 def shrink(model: nn.Module, example_images: Tensor | Args, *, tolerance: float = TOLERANCE) -> ShrinkReport:
-    """Cut away all channels that are dead for certain, in place.
+    """Cut away all channels that are provably dead, in place.
 
     Masks of `torch.nn.utils.prune` are made permanent first.
 
@@ -126,7 +126,8 @@ def shrink(model: nn.Module, example_images: Tensor | Args, *, tolerance: float 
     graph = trace_groups(model, images)
     before = (_num_parameters(model), graph.macs)
     original = {group.name: group.width for group in graph.groups}
-    num_folded, vetoed = 0, dict[int, str]()
+    num_folded = 0
+    vetoed = dict[int, str]()
     while True:
         verdict = find_dead(model, graph, images, Folding(model, images), vetoed)
         if not verdict.dead.any():
@@ -231,7 +232,7 @@ def largest_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> flo
 
 
 def _precise_difference(before: nn.Module, after: nn.Module, images: Args) -> float:
-    """`largest_difference` in float64: what is left of it is no rounding."""
+    """`largest_difference` in float64: what is left of it is not rounding."""
     outputs = []
     for model in (before, after):
         doubled = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in images)

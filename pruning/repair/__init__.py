@@ -1,1 +1,1 @@
-"""What is given back after a cut: layers that read removed channels learn to say the same with those that stay."""
+"""Making up for a cut: layers that read removed channels reproduce their outputs from the rest."""

@@ -1,4 +1,4 @@
-"""In which order units can be done without, if least squares finds the others' weights anew after each.
+"""In which order units can be done without, if least squares solves for the others' weights again after each.
 
 For a layer that reads U with weights W, the sum of squares that no weights of the other inputs can make up for, when
 the columns B of a unit go, is

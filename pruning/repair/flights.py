@@ -1,4 +1,4 @@
-"""Forward passes that stop at every contraction that is to be repaired, and go on when they are told to.
+"""Forward passes that stop at every contraction that is to be repaired, and resume when told to.
 
 A repaired layer sees what all repairs before it have changed, so layers are solved in the order in which they run, each
 from all calibration images. Running the network once per layer would cost as many passes as it has layers. Instead the
@@ -117,7 +117,8 @@ class Flight:
         except BaseException as error:  # it belongs to whoever waits
             self._error = error
         finally:
-            self._finished, self._stop = True, None
+            self._finished = True
+            self._stop = None
             self._to_caller.release()
 
     def _visit(self, contraction: Contraction, compute: Callable[[], Tensor]) -> Tensor:

@@ -112,7 +112,9 @@ def check_differ(chunks: Sequence[Chunk], distributed: Distributed) -> None:
         leaves = [leaf for leaf in tree_leaves(inputs_of(chunk.batch)) if _is_images(leaf, chunk.num_images)]
         first = first or [leaf[:1] for leaf in leaves]
         found += [(leaf != one).any().double() for leaf, one in zip(leaves, first, strict=True)]
-    differ = torch.stack(found).sum() if found else torch.ones(())  # of what is no tensor nothing is known
+    differ = (
+        torch.stack(found).sum() if found else torch.ones(())
+    )  # nothing is known of values that are not tensors
     (total,) = distributed.all_reduce_sum(differ)
     count = sum(chunk.num_images for chunk in chunks)
     if not total and count > 1:

@@ -1,4 +1,4 @@
-"""How a cut would do if it were repaired, without making it: weights that take up what closed units said.
+"""How a cut would do if it were repaired, without making it: weights that make up for closed units.
 
 Each layer that reads closed units gets, for a while, the weights of the least-squares solution with its inputs as they
 are now:
@@ -35,7 +35,7 @@ class LocalRepair:
     """Repairs of candidate cuts of a network that is not cut.
 
     Args:
-        model: The network; its weights are as before outside of `applied`.
+        model: The network; its weights are as before outside `applied`.
         graph: Its channel graph.
         batches: This rank's calibration batches, on the network's device.
         task: How the network is run on a batch.
@@ -95,7 +95,7 @@ class LocalRepair:
 
     @contextlib.contextmanager
     def applied(self, mask: np.ndarray) -> Iterator[None]:
-        """The weights that take up what closed units said; the present ones again afterwards.
+        """Inside, the weights that make up for closed units; the present ones again afterwards.
 
         Args:
             mask: (num_units,) bool: what stays. Known to `prepare`.
@@ -165,7 +165,9 @@ class _Layer:
     """
 
     def __init__(self, inputs: UnitInputs, ridge: float) -> None:
-        self.positions, self.weights, self.mean = inputs.positions, inputs.weights, inputs.mean
+        self.positions = inputs.positions
+        self.weights = inputs.weights
+        self.mean = inputs.mean
         self.units = inputs.units.numpy()
         self._ridge = ridge
         self._gram: Tensor | None = inputs.gram  # until it is inverted

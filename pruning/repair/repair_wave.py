@@ -121,9 +121,12 @@ class Wave:
         distributed: Distributed | None = None,
     ) -> None:
         self.supports = supports or {}
-        self.original, self.rewritten = original, rewritten
-        self.elements, self.layers = elements, layers
-        self.num_images, self.ridges = num_images, ridges
+        self.original = original
+        self.rewritten = rewritten
+        self.elements = elements
+        self.layers = layers
+        self.num_images = num_images
+        self.ridges = ridges
         self.distributed = distributed or Distributed()
         self._tensors = named_tensors(rewritten)
         self._problems: dict[str, _Problem] = {}
@@ -288,7 +291,9 @@ class Wave:
         weights = self._tensors[name].detach().flatten()
         positions = contraction.positions.to(weights.device)
         has_bias = self.layers[name].constant is not None
-        fit, judge, present = problem.fit, problem.judge, weights[positions]
+        fit = problem.fit
+        judge = problem.judge
+        present = weights[positions]
         with failing_together(self.distributed):
             if name in self.supports:
                 support = self.supports[name].to(weights.device).flatten()[positions]

@@ -1,4 +1,4 @@
-"""Repairs a rewritten network: what left is said again by what stays, without labels, gradients or training.
+"""Repairs a rewritten network: what stays makes up for what left, without labels, gradients or training.
 
     plan = plan_repair(model, graph, mask)                        # before the cut: keeps a copy of the network
     prune_channels(model, graph, keep)
@@ -105,7 +105,7 @@ class RepairReport:
     problem: str = ""
 
     def describe(self) -> str:
-        """One line for people."""
+        """A one-line summary."""
         before, after = self.distance
         problem = f" ({self.problem})" if self.problem else ""
         if not self.kept:
@@ -150,8 +150,10 @@ class RepairPlan:
         supports: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.original = original
-        self.settings, self.cut = settings, cut
-        self.elements, self.supports = elements or {}, supports or {}
+        self.settings = settings
+        self.cut = cut
+        self.elements = elements or {}
+        self.supports = supports or {}
 
     def repair(
         self,
@@ -201,8 +203,13 @@ class _Repair:
         distributed: Distributed,
     ) -> None:
         self.largest = largest
-        self.plan, self.model, self.settings = plan, model, plan.settings
-        self.chunks, self.task, self.judged, self.distributed = chunks, task, judged, distributed
+        self.plan = plan
+        self.model = model
+        self.settings = plan.settings
+        self.chunks = chunks
+        self.task = task
+        self.judged = judged
+        self.distributed = distributed
         self.judging = [chunk for chunk in chunks if chunk.held_out]
         self.fitting = [chunk for chunk in chunks if not chunk.held_out]
         self.expected: list[Any] = []
@@ -354,7 +361,8 @@ def plan_repair(
     """
     settings = settings or RepairSettings()
     original = copied(model, settings.method)
-    elements, cut = kept_elements(model, graph, mask), reading_parameters(graph, mask)
+    elements = kept_elements(model, graph, mask)
+    cut = reading_parameters(graph, mask)
     return RepairPlan(original, settings, cut, elements=elements)
 
 

@@ -46,7 +46,7 @@ def settled(
         repair: A method, settings, or None to leave it open.
         batches: This rank's calibration batches.
         task: How the network is run on them.
-        at_once: The whole budget is paid by one rewrite: then all layers behind the first cut are solved for. Else
+        at_once: One rewrite meets the whole budget: then all layers behind the first cut are solved for. Else
             training goes on after each of many small ones, and only the layers that lost inputs are.
         distributed: The ranks.
 
@@ -91,7 +91,7 @@ class RewriteRepair:
         model: The network.
         averages: Of the network: copies, or state dicts.
         plan: Remembers of one of them what its repair needs; None if there is nothing to repair.
-        method: How is repaired; an error names it.
+        method: How to repair; an error names it.
         lenient: A network that cannot be copied, and images that cannot repair, are warned of, and the cut stays as it
             is; otherwise they are refused.
     """

@@ -1,4 +1,4 @@
-"""Weights that say again, with fewer inputs, what a layer said before: ridge regression, checked on held-out images.
+"""Weights that reproduce a layer's outputs from fewer inputs: ridge regression, checked on held-out images.
 
     W* = W + (UᵀU + λ·I)⁻¹ Uᵀ(Y − U·W)          U, Y centred where a bias can take up the means
     b* = mean(Y) − mean(U)·W*
@@ -74,7 +74,8 @@ def solve(
     for ridge in ridges:
         trial = fit.ridge(present, ridge, has_bias)
         errors.append(held_out.error(trial, fit.best_bias(trial) if has_bias else constant))
-    error, variance = torch.stack(errors), held_out.variance()
+    error = torch.stack(errors)
+    variance = held_out.variance()
     choice = chosen(error, held_out.power(), has_bias)
     strengths = torch.tensor([1.0, 1.0, *ridges], dtype=present.dtype, device=present.device)
     whole = fit.joined(held_out)

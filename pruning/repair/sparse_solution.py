@@ -1,9 +1,9 @@
-"""Weights that say again, with some of them held at zero, what a layer said before.
+"""Weights that reproduce a layer's outputs with some of them held at zero.
 
 Every output of the layer has a support of its own (the weights that are left), so no inverse serves all of them. Each
 column w of W is led from the present weights towards
 
-    min ‖y − U·w‖²        w zero outside of its support
+    min ‖y − U·w‖²        w zero outside its support
 
 by conjugate gradients within the support, all columns at once. A few steps move only along the strongest directions of
 the inputs, many fit freely: the number of steps, chosen on the held-out images, does what the ridge does for whole
@@ -36,12 +36,12 @@ def solve_on_support(
     has_bias: bool,
     steps: Sequence[int] = STEPS,
 ) -> Solution:
-    """The best weights for a layer, zero outside of the support.
+    """The best weights for a layer, zero outside the support.
 
     Args:
         fit: The images to fit.
         held_out: The images to judge by.
-        present: (G, K, M) weights, zero outside of the support.
+        present: (G, K, M) weights, zero outside the support.
         support: (G, K, M) bool: the weights that are left.
         has_bias: The layer can take up a change of its mean output.
         steps: Numbers of steps to choose from, ascending.
@@ -79,7 +79,8 @@ def descent(equations: NormalEquations, present: Tensor, support: Tensor, steps:
     weights = present
     slope = (equations.right - equations.multiply(present)) * support
     scaled = slope * inverse
-    direction, size = scaled, (slope * scaled).sum(1, keepdim=True)
+    direction = scaled
+    size = (slope * scaled).sum(1, keepdim=True)
     for _ in range(steps):
         bent = equations.multiply(direction) * support
         length = _quotient(size, (direction * bent).sum(1, keepdim=True))

@@ -278,7 +278,8 @@ class Rows:
 
     def ridge(self, present: Tensor, ridge: Tensor | float, has_bias: bool) -> Tensor:
         """See `Evidence`. The same solution through the kernel of the rows: W + Uᵀ(UUᵀ + λ·I)⁻¹(Y − U·W)."""
-        inputs, residual = self.inputs, self._residual(present)
+        inputs = self.inputs
+        residual = self._residual(present)
         if has_bias:
             inputs = inputs - inputs.mean(1, keepdim=True)
             residual = residual - residual.mean(1, keepdim=True)

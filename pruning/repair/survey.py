@@ -1,4 +1,4 @@
-"""What reads through which parameter, in the order in which the layers run, and who can take up a constant.
+"""What reads through which parameter, in the order in which the layers run, and what can absorb a constant.
 
 One pass over a few images finds both. A constant that is added to a layer's outputs can go into its bias, or into the
 running mean of a batch norm that alone reads those outputs.
@@ -35,7 +35,7 @@ _ADDITIONS = {aten.add.Tensor, aten.add_.Tensor}
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """Who takes up a constant that is added to a layer's outputs.
+    """What absorbs a constant that is added to a layer's outputs.
 
     Attributes:
         tensor: A bias, or the running mean of the batch norm that reads the layer and nothing else does.
@@ -54,7 +54,7 @@ class Reader:
         calls: How often in a forward pass.
         num_inputs: K, what one output of it reads.
         rows_per_image: Rows that an image gives in one call.
-        constant: Who takes up a constant; None if nobody can.
+        constant: What absorbs a constant; None if nothing can.
     """
 
     calls: int
@@ -87,7 +87,7 @@ def layers_behind(readers: dict[str, Reader], cut: set[str]) -> dict[str, Reader
 
 
 class _Survey(ContractionMode):
-    """Watches who reads the outputs of contractions."""
+    """Watches what reads the outputs of contractions."""
 
     def __init__(self, model: nn.Module, num_images: int) -> None:
         super().__init__(model, self._look)
@@ -135,7 +135,7 @@ class _Survey(ContractionMode):
                 self._uses.setdefault(made[1], []).append(taker)
 
     def _taker(self, func: OpOverload, args: Args, kwargs: Kwargs) -> Constant | None:
-        """Who takes up a constant in what this operator reads."""
+        """What absorbs a constant in what this operator reads."""
         if func in _NORMS and len(args) > 3:
             mean = self._buffers.get(id(args[3]))
             return None if mean is None else Constant(mean, -1.0)
@@ -145,7 +145,7 @@ class _Survey(ContractionMode):
         return None
 
     def found(self, result: Outputs) -> dict[str, Reader]:
-        """The readers with those who take up their constants."""
+        """The readers with what absorbs their constants."""
         for leaf in tensors_in(result):
             made = self._made.get(id(leaf))
             if made is not None:
@@ -156,7 +156,7 @@ class _Survey(ContractionMode):
         }
 
     def _constant(self, name: str, reader: Reader) -> Constant | None:
-        """The taker of all calls of a layer, if it is one, and nobody else's."""
+        """What absorbs the constants of all calls of a layer, if it is a single one and no other layer's."""
         uses = self._uses.get(name, [])
         first = uses[0] if uses else None
         if first is None or self._takers[first.tensor] != reader.calls:

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from image_classification.plain_data import Plain
 from pruning.report.trajectory import Trajectory
@@ -45,6 +45,7 @@ _STYLE: Any = {
     "savefig.facecolor": "none", "legend.frameon": False, "lines.linewidth": 1.6, "grid.linewidth": 0.8,
 }  # fmt: skip
 _COLOURS = "viridis"
+_COLOURED = 1e-4  # of the largest loss: what the colours tell apart
 
 
 def both(name: str, draw: Callable[[float], Figure]) -> dict[str, str]:
@@ -157,7 +158,14 @@ def _losses(axes: Axes, course: Trajectory, _targets: Mapping[str, float]) -> No
 
 def _legend(axes: Axes) -> None:
     axes.legend(
-        loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=2, fontsize=8, borderpad=0, handlelength=1.2
+        loc="lower right",
+        bbox_to_anchor=(1.0, 0.98),
+        ncols=2,
+        fontsize=8,
+        borderpad=0,
+        handlelength=1.0,
+        handletextpad=0.4,
+        columnspacing=1.0,
     )
 
 
@@ -209,23 +217,30 @@ def rewrites(shares: np.ndarray, groups: Sequence[str], numbers: Sequence[int]) 
         numbers: Numbers of the rewrites.
     """
     if shares.shape[1] == 1:
-        return _bars("rewrites", 100 * shares[:, 0], groups, "% of the channels left")
-    return _table_chart("rewrites", 100 * shares, groups, numbers, "% of the channels left", (0.0, 100.0))
+        return _bars("rewrites", 100 * shares[:, 0], groups, "% of the channels left", (0.0, 100.0))
+    columns = [str(each) for each in numbers]
+    return _table_chart("rewrites", 100 * shares, groups, columns, "% of the channels left", (0.0, 100.0))
 
 
-def _bars(name: str, values: np.ndarray, groups: Sequence[str], label: str) -> dict[str, str] | None:
-    """A bar per group, for a run of a single rewrite: (groups,) values up to 100."""
+def _bars(
+    name: str, values: np.ndarray, groups: Sequence[str], label: str, limits: tuple[float, float]
+) -> dict[str, str] | None:
+    """A bar per group, for a run of a single rewrite: (groups,) values; logarithmic from a positive limit on."""
     if values.size == 0:
         return None
 
     def draw(width: float) -> Figure:
         figure = Figure(figsize=(width, 0.6 + 0.185 * len(groups)), layout="constrained")
         axes = figure.subplots()
-        axes.barh(range(len(groups)), values, color=BLUE, height=0.72)
+        if limits[0] > 0:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _place: number(value, 2)))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.barh(range(len(groups)), values - limits[0], left=limits[0], color=BLUE, height=0.72)
         names = [_shortened(group, 30 if width > 6 else 17) for group in groups]
         axes.set_yticks(range(len(groups)), names, fontsize=7.5 if width > 6 else 7)
         axes.set_ylim(len(groups) - 0.4, -0.6)
-        axes.set_xlim(0, 100)
+        axes.set_xlim(*limits)
         axes.grid(visible=True, axis="x")
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
@@ -240,23 +255,61 @@ def scores(values: np.ndarray, groups: Sequence[str], numbers: Sequence[int]) ->
     sound = values[np.isfinite(values) & (values > 0)]
     if not len(sound):
         return None
-    logarithms = np.log10(np.where(values > 0, values, np.nan))
-    limits = float(np.log10(sound.min())), float(np.log10(sound.max()))
-    return _table_chart("scores", logarithms, groups, numbers, "median score", limits, logarithmic=True)
+    low, high = float(sound.min()), float(sound.max())
+    if values.shape[1] == 1:
+        label = "median score, logarithmic"
+        sole = np.where(values[:, 0] > 0, values[:, 0], np.nan)
+        return _bars("scores", sole, groups, label, (low / 2, max(high, 2 * low)))
+    columns = [str(each) for each in numbers]
+    return _table_chart("scores", values, groups, columns, "median score", (low, high), logarithmic=True)
+
+
+def sensitivity(measured: Plain) -> dict[str, str] | None:
+    """How far the outputs move: a row per group, a column per share that it loses. None without a loss above 0.
+
+    Args:
+        measured: What `python -m pruning sensitivity` writes: `groups` with their `losses`, and the shares `removed`.
+    """
+    rows = measured["groups"]
+    losses = np.array([row["losses"] for row in rows], dtype=float)
+    sound = losses[np.isfinite(losses) & (losses > 0)]
+    if not len(sound):
+        return None
+    # What is far below the largest loss differs by rounding only: it has the lowest colour.
+    high = float(sound.max())
+    low = max(float(sound.min()), _COLOURED * high)
+    coloured = np.where(np.isfinite(losses), losses.clip(min=low), np.nan)
+    columns = [f"−{100 * share:g} %" for share in measured["removed"]]
+    groups = [row["group"] for row in rows]
+    return _table_chart(
+        "sensitivity",
+        coloured,
+        groups,
+        columns,
+        "loss of the outputs",
+        (low, high),
+        axis="channels removed",
+        logarithmic=True,
+    )
 
 
 def _table_chart(
     name: str,
     values: np.ndarray,
     groups: Sequence[str],
-    numbers: Sequence[int],
+    columns: Sequence[str],
     label: str,
     limits: tuple[float, float],
     *,
+    axis: str = "rewrite",
     logarithmic: bool = False,
 ) -> dict[str, str] | None:
+    """Values as colours, (groups, columns); logarithmic ones are positive, or NaN, which stays empty."""
     if values.size == 0:
         return None
+    if logarithmic:
+        values = np.log10(np.where(values > 0, values, np.nan))
+        limits = float(np.log10(limits[0])), float(np.log10(limits[1]))
 
     def draw(width: float) -> Figure:
         figure = Figure(figsize=(width, 0.95 + 0.2 * len(groups)), layout="constrained")
@@ -267,10 +320,10 @@ def _table_chart(
         )
         names = [_shortened(group, 30 if width > 6 else 17) for group in groups]
         axes.set_yticks(range(len(groups)), names, fontsize=7.5 if width > 6 else 7)
-        step = max(1, -(-len(numbers) // (20 if width > 6 else 8)))
-        places = range(0, len(numbers), step)
-        axes.set_xticks(places, [str(numbers[place]) for place in places])
-        axes.set_xlabel("rewrite")
+        step = max(1, -(-len(columns) // (20 if width > 6 else 8)))
+        places = range(0, len(columns), step)
+        axes.set_xticks(places, [columns[place] for place in places])
+        axes.set_xlabel(axis)
         axes.grid(visible=False)
         axes.tick_params(length=0)
         bar = figure.colorbar(image, ax=axes, orientation="horizontal", location="top", aspect=40, shrink=0.7)

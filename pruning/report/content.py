@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,8 +33,9 @@ from pruning.report.networks import (
 )
 from pruning.report.speed import compare_speed
 from pruning.report.trajectory import Trajectory, last_accuracy, trajectory_of
+from pruning.report.wording import counted
 
-#: In a run's folder: from `python -m pruning sensitivity --output`.
+#: In a run's folder, or a stage's: from `python -m pruning sensitivity --output`.
 SENSITIVITY_FILE = "sensitivity.json"
 PARTS = ("accuracy", "explanations", "speed")
 
@@ -125,27 +126,30 @@ def collect(run: Path, settings: Settings) -> Content:
     plain["predictions"] = _predictions(original, pruned, images, settings)
     gallery = _explanations(plain, original, pruned, images, settings, missing)
     plain["speed"] = _speed(original, pruned, size, final, settings, missing)
-    plain["sensitivity"] = read_sensitivity(run / SENSITIVITY_FILE, missing)
+    folders = [run, *(stage.workspace for stage in reversed(lineage.stages))]
+    plain["sensitivity"] = read_sensitivity(folders, missing)
     plain["missing"] = missing
     return Content(plain, course, gallery)
 
 
-def read_sensitivity(path: Path, missing: list[str]) -> Plain | None:
+def read_sensitivity(folders: Iterable[Path], missing: list[str]) -> Plain | None:
     """What `python -m pruning sensitivity` measured, where its file lies with the run.
 
     Args:
-        path: The file.
-        missing: Is told where it cannot be read.
+        folders: Where it may lie; the first one counts.
+        missing: Gets the reason where it cannot be read.
     """
-    if not path.is_file():
+    files = [folder / SENSITIVITY_FILE for folder in folders if (folder / SENSITIVITY_FILE).is_file()]
+    if not files:
         return None
+    path = files[0]
     try:
         content: Plain = json.loads(path.read_text(encoding="utf-8"))
         if all(len(row["losses"]) == len(content["removed"]) for row in content["groups"]):
             return {key: content[key] for key in ("groups", "removed", "repair", "num_images")}
     except (ValueError, TypeError, KeyError):
         pass
-    missing.append(f"sensitivity of the groups: {path} is none that `python -m pruning sensitivity` writes")
+    missing.append(f"sensitivity of the groups: {path} was not written by `python -m pruning sensitivity`")
     return None
 
 
@@ -266,7 +270,7 @@ def _rewrites(lineage: Lineage, course: Trajectory) -> list[Plain]:
 
 
 def width_table(rewrites: Sequence[Plain]) -> tuple[list[str], np.ndarray]:
-    """Groups that gave way, in order of their first loss, and their shares (groups, rewrites) after each rewrite."""
+    """Groups that lost channels, in order of first loss, and their shares (groups, rewrites) after each rewrite."""
     groups = list(dict.fromkeys(name for record in rewrites for name in record["widths"]))
     shares = np.ones((len(groups), len(rewrites)))
     for row, group in enumerate(groups):
@@ -373,7 +377,7 @@ def _no_control(before: object, after: object) -> str:
     """What the first and the last accuracy cannot tell: what the unpruned network would have learned meanwhile."""
     trained = "longer"
     if isinstance(before, int) and isinstance(after, int):
-        trained = f"{after - before} epochs longer"
+        trained = f"{counted(after - before, 'epoch')} longer"
     return (
         f"what pruning costs: the last network was trained {trained} than the one before pruning, and no unpruned one "
         "was trained as long; --original FILE compares with such a network"

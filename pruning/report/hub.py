@@ -25,7 +25,7 @@ _MOST_NAMES = 20  # classes that the card lists
 
 
 def check_repository(name: str) -> None:
-    """Refuse what is no name of a repository on the Hub.
+    """Refuse what is not the name of a repository on the Hub.
 
     Raises:
         SettingError: Saying what is wrong with it.
@@ -85,7 +85,7 @@ def upload(folder: Path, repository: str, *, private: bool = False) -> str:
         The repository's address.
 
     Raises:
-        ConfigError: The Hub refuses, or there is no way to it.
+        ConfigError: The Hub refuses, or cannot be reached.
     """
     need("huggingface_hub")
     from huggingface_hub import HfApi
@@ -98,7 +98,7 @@ def upload(folder: Path, repository: str, *, private: bool = False) -> str:
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"the Hub did not take it ({reason}): `hf auth login` or HF_TOKEN says who you are; nothing is lost, "
+            f"the Hub did not accept it ({reason}): `hf auth login` or HF_TOKEN says who you are; nothing is lost, "
             "the same command does it again"
         ) from error
     return address
@@ -194,7 +194,8 @@ def _snippet(repository: str) -> str:
 
 def _images(model: nn.Module, image_size: int) -> str:
     """What the network takes, and what its outputs mean."""
-    wanted, names = input_of(model), class_names_of(model)
+    wanted = input_of(model)
+    names = class_names_of(model)
     text = f"It takes (N, 3, {image_size}, {image_size}) float images"
     if wanted is not None:
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (wanted.mean, wanted.std))

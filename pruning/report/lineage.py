@@ -134,7 +134,7 @@ def read_stage(workspace: Path) -> Stage:
     content = None if checkpoint is None else read_safely(checkpoint)
     check(
         checkpoint is None or is_ours(content),
-        f"RUN {workspace}: {checkpoint} is no checkpoint of a run: take its own file back, or delete it",
+        f"RUN {workspace}: {checkpoint} is not a checkpoint of a run: restore the run's own file, or delete it",
     )
     payload: Plain = dict(content) if is_ours(content) else {}
     progress: dict[str, int] = {
@@ -184,7 +184,8 @@ def find_weights(stage: Stage) -> Path | None:
     given = Path(stage.start)
     candidates = [given]
     if not given.is_absolute():
-        parts, own = stage.workspace.resolve().parts, Path(stage.config.get("workspace") or "").parts
+        parts = stage.workspace.resolve().parts
+        own = Path(stage.config.get("workspace") or "").parts
         if own and parts[-len(own) :] == own:
             candidates.append(Path(*parts[: -len(own)]) / given)
         candidates.append(stage.workspace.parent / given)

@@ -18,7 +18,7 @@ from pruning.files.saved_network import pruned_state
 
 
 def cost_rows() -> dict[str, tuple[str, str, float]]:
-    """Metric → (name for people, unit, divisor): the costs that hold on every machine, and the file's size."""
+    """Metric → (display name, unit, divisor): the costs that hold on every machine, and the file's size."""
     costs = [cost_named(name) for name in cost_names()]
     rows = {cost.name: (cost.title, cost.unit, cost.divisor) for cost in costs if not cost.measured}
     return rows | {"file": ("Weights on disk", "MiB", 2**20)}
@@ -75,7 +75,8 @@ def layer_widths(before: nn.Module, after: nn.Module) -> list[Plain]:
     Returns:
         Rows `layer`, `kind`, `before`, `after`.
     """
-    was, rows = dict(before.named_modules()), []
+    was = dict(before.named_modules())
+    rows = []
     for name, module in after.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.dim() >= 2 and name in was:

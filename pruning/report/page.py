@@ -124,6 +124,7 @@ def _charts(content: Content) -> dict[str, dict[str, str] | None]:
         "widths": charts.widths(_shown_widths(plain["widths"])),
         "rewrites": charts.rewrites(shares, groups, numbers),
         "scores": charts.scores(values, scored, numbers),
+        "sensitivity": charts.sensitivity(plain["sensitivity"]) if plain["sensitivity"] else None,
     }
 
 

@@ -1,4 +1,4 @@
-"""What a lineage's reports say about its course: figures over iterations, all stages on one axis."""
+"""What a lineage's reports say about its history: figures over iterations, all stages on one axis."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Trajectory:
 
 def trajectory_of(stages: Sequence[Stage]) -> Trajectory:
     """Put the stages' figures one after the other."""
-    course, offset = Trajectory(), 0
+    course = Trajectory()
+    offset = 0
     entries = [entry for stage in stages for entry in figures(stage)]
     logged = {key for entry in entries for key in entry.get("data", {})}
     course.headline = next((name for name in ("map", "map_images") if f"val.{name}" in logged), "top1")

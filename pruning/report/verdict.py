@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from image_classification.plain_data import Plain
 from pruning.costs import cost_named, cost_names
-from pruning.report.wording import change, interval, number, percent
+from pruning.report.wording import change, counted, interval, number, percent
 
 #: Key of a figure → its name; the first that a run has is the headline.
 HEADLINES = {"map": "mAP", "map_images": "mAP over images", "top1": "top-1"}
@@ -70,12 +70,12 @@ def _accuracy(plain: Plain) -> str:
         return f"{text}."
     text += f"; {first[key]:.1f} % {first['when']}."
     if first["epochs"] is not None and first["epochs"] == last["epochs"]:
-        return f"{text} Both networks were trained for {last['epochs']} epochs."
+        return f"{text} Both networks were trained for {counted(last['epochs'], 'epoch')}."
     if first["epochs"] is None or last["epochs"] is None:
         return f"{text} Whether both were trained as long is not known."
     return (
-        f"{text} They were trained for {last['epochs']} and {first['epochs']} epochs: without an unpruned network "
-        "trained as long, this is not what pruning costs."
+        f"{text} They were trained for {last['epochs']} and {counted(first['epochs'], 'epoch')}: without "
+        "an unpruned network trained as long, this is not what pruning costs."
     )
 
 

@@ -1,1 +1,1 @@
-"""What a rewrite starts from, what goes along with it, and what it did."""
+"""A rewrite's starting point, what is cut along with the network (optimizers, averages), and the record."""

@@ -14,7 +14,7 @@ _QUANTISED = ("torch.ao.nn.quantized.", "torchao.")
 
 
 def check_bare(model: object) -> None:
-    """Refuse what is no network, is wrapped, or holds parameters that cannot be cut.
+    """Refuse what is not a network, is wrapped, or holds parameters that cannot be cut.
 
     Raises:
         SettingError: Saying what to give instead.

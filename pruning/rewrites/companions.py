@@ -28,10 +28,10 @@ _UNCUTTABLE = ("LBFGS", "ZeroRedundancyOptimizer", "DeepSpeedZeroOptimizer", "De
 
 
 def optimizers_in(given: object) -> list[Optimizer]:
-    """Every optimizer in what a user gives, those inside of wrappers included (SAM, Lookahead, Accelerate).
+    """Every optimizer in what a user gives, those inside wrappers included (SAM, Lookahead, Accelerate).
 
     Raises:
-        SettingError: It is no optimizer and holds none.
+        SettingError: It is not an optimizer and holds none.
     """
     if given is None:
         return []
@@ -78,7 +78,7 @@ def _kept_elsewhere(optimizer: object, place: str) -> SettingError:
     return SettingError(
         "optimizer",
         type(optimizer).__name__,
-        f"it keeps tensors in {place}, outside of its state, where they cannot be cut: keep them in "
+        f"it keeps tensors in {place}, outside its state, where they cannot be cut: keep them in "
         "`state[parameter]`, or prune with another one",
     )
 
@@ -87,7 +87,7 @@ def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Refuse optimizers whose state cannot follow the network's rewrites.
 
     Raises:
-        SettingError: One of another network, or with tensors outside of its state.
+        SettingError: One of another network, or with tensors outside its state.
     """
     own = {id(parameter) for parameter in model.parameters()}
     for optimizer in optimizers:
@@ -158,12 +158,12 @@ class OptimizerWatch:
                         "optimizer",
                         None if not known else [type(one).__name__ for one in known],
                         f"{type(optimizer).__name__} has been training this network, and its state would keep the "
-                        "widths of before: give it too (several as a list)",
+                        "old widths: give it too (several as a list)",
                     )
 
 
 def warn_of_leftovers(model: nn.Module, known: Sequence[Optimizer]) -> None:
-    """Say what would make training fail after a rewrite."""
+    """Warn of what would make training fail after a rewrite."""
     held = alive_graph(model)
     if held is not None:
         log.warning(
@@ -212,7 +212,7 @@ def _notes_of(parameter: nn.Parameter) -> dict[str, object]:
 
 
 def averages_in(given: object, model: nn.Module) -> list[Average]:
-    """The averages of a network in what a user gives, those inside of wrappers included.
+    """The averages of a network in what a user gives, those inside wrappers included.
 
     Args:
         given: A copy of the network, a wrapper that holds one (`AveragedModel`, timm's `ModelEma`), a state dict, or a
@@ -220,7 +220,7 @@ def averages_in(given: object, model: nn.Module) -> list[Average]:
         model: The network.
 
     Raises:
-        SettingError: It is no average of this network.
+        SettingError: It is not an average of this network.
     """
     if given is None:
         return []
@@ -240,7 +240,7 @@ def _average_in(given: object, model: nn.Module) -> Average:
     # Of several candidates the nearest one: another shape says more than another name.
     problems.sort(key=lambda problem: problem.startswith("it has no"))
     problems.append("give a copy of the network, a wrapper that holds one, or a state dict")
-    raise SettingError("ema", type(given).__name__, f"it is no average of this network: {problems[0]}")
+    raise SettingError("ema", type(given).__name__, f"it is not an average of this network: {problems[0]}")
 
 
 def _candidates(given: object) -> Iterable[Average]:

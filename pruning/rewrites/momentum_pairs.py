@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def warn_of_pairs(model: nn.Module, graph: ChannelGraph) -> None:
-    """Say which submodules look like a network and its momentum teacher, yet would be cut independently."""
+    """Warn of submodules that look like a network and its momentum teacher, yet would be cut independently."""
     for one, two in momentum_pairs(model):
         if not _cut_alike(graph, one, two):
             log.warning(
@@ -48,7 +48,7 @@ def _trains(module: nn.Module) -> bool:
 
 
 def _cut_alike(graph: ChannelGraph, one: str, two: str) -> bool:
-    """Whether every slice of one submodule's parameters leaves together with that of the other's."""
+    """Whether every slice of one submodule's parameters is removed together with that of the other's."""
     prunable = {group.index for group in graph.prunable}
     units: dict[str, dict[tuple[str, int], np.ndarray]] = {one: {}, two: {}}
     for axis in graph.axes:

@@ -1,4 +1,4 @@
-"""What pruning starts from: channel graph, costs and explanation, made anew or taken from an earlier run's state."""
+"""What pruning starts from: channel graph, costs and explanation, new, or taken from an earlier run's state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pruning.engine.channel_graph import ChannelGraph, Constraints
 from pruning.engine.examples import Examples
 from pruning.engine.trace_groups import give_examples, trace_groups
 
-_ANEW = "or start anew from its weights"
+_OR_START_OVER = "or start over from its weights"
 
 
 class ResumedState(TypedDict):
@@ -77,7 +77,7 @@ def graph_of(
         before == now,
         "ignored",
         now,
-        f"the run to resume left {before} alone when its channel groups were found: give the same, {_ANEW}",
+        f"the run to resume left {before} alone when its channel groups were found: give the same, {_OR_START_OVER}",
     )
     graph = ChannelGraph.from_state(state["graph"], constraints)
     tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
@@ -136,7 +136,7 @@ def check_course(state: PrunerState, budget: Budget, delta: float) -> None:
         before == delta,
         "delta",
         delta,
-        f"the run to resume has {before} (1: everything at once); give that, {_ANEW}",
+        f"the run to resume has {before} (1: everything at once); give that, {_OR_START_OVER}",
     )
     for metric, share in state.get("budget", {}).items():
         now = budget.shares.get(metric, share)
@@ -144,7 +144,7 @@ def check_course(state: PrunerState, budget: Budget, delta: float) -> None:
             now <= share or math.isclose(now, share),
             "budget",
             f"{metric}={now}",
-            f"the run to resume has gone for {share:g}; give that or less, {_ANEW}",
+            f"the run to resume has gone for {share:g}; give that or less, {_OR_START_OVER}",
         )
 
 
@@ -160,6 +160,6 @@ def known_originals(state: PrunerState) -> Mapping[str, object]:
             "originals",
             "given",
             "the run to resume followed no explanation, and what it was in the original network is not known any "
-            f"more; follow none, {_ANEW}",
+            f"more; follow none, {_OR_START_OVER}",
         )
     return known

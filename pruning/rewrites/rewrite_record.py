@@ -20,7 +20,7 @@ class RewriteRecord:
 
     Attributes:
         rewrite: Number of the rewrite, from 1.
-        iteration: Training iteration it happened after; -1 outside of training.
+        iteration: Training iteration it happened after; -1 outside training.
         widths: Group name → [before, after], changed groups only.
         costs: Metric → [before, after, baseline].
         loss: Calibration loss [before, after], or [before, after the cut, after the repair]; all without any training.

@@ -1,4 +1,4 @@
-"""A pruner as people look at it in a notebook: a table, and a plot of its course."""
+"""A pruner as a notebook shows it: a table, and a plot of its progress."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def course_html(
     """
     rows = []
     for metric, share in budget.items():
-        now, first = costs.current(metric), costs.baseline(metric)
+        now = costs.current(metric)
+        first = costs.baseline(metric)
         rows.append((metric, now, first, share_words(now, first), share_words(share, 1)))
     head = html_table(title, ("metric", "now", "at first", "share", "budget"), rows)
     if not history:

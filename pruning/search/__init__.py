@@ -1,4 +1,4 @@
-"""Searches: which channels leave at a rewrite. Importing this package registers all of them.
+"""Searches: which channels a rewrite removes. Importing this package registers all of them.
 
 search = build_search("greedy", SearchSettings(shortlist=8))
 decision = search.choose(situation)

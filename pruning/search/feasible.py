@@ -1,7 +1,7 @@
 """A chosen cut, less what would make the network compute something else than without the channels.
 
 A network whose code decides by a width (`if x.shape[1] == 7`) may be right at almost all widths. The very cut is tried
-before it is made; a group that spoils it keeps a little more, or stays whole this time.
+before it is made; a group that breaks it keeps a little more, or stays whole this time.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class ForecastRow(TypedDict):
 def forecast(
     search: Search, situation: Situation, course: BudgetCourse, rewrites: Iterable[int]
 ) -> list[ForecastRow]:
-    """Take one target of the course after the other, without rewriting.
+    """Meet one target of the schedule after the other, without rewriting.
 
     Args:
         search: Chooses; a greedy one trusts its estimate, as nothing is measured.
@@ -36,7 +36,8 @@ def forecast(
     """
     if isinstance(search, GreedySearch):
         search = dataclasses.replace(search, shortlist=1)
-    costs, rows = situation.costs, []
+    costs = situation.costs
+    rows = []
     for rewrite in rewrites:
         situation.targets = course.targets(rewrite)
         search.choose(situation)

@@ -65,7 +65,7 @@ class GlobalSearch:
 
     @staticmethod
     def _remove(situation: Situation, metric: str, steps: list[np.ndarray]) -> None:
-        """Take the shortest beginning of the ranking that meets the target, by bisection."""
+        """Take the shortest prefix of the ranking that meets the target, by bisection."""
         target = situation.targets[metric] + 1e-9 * situation.costs.baseline(metric)
 
         def mask_after(count: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 For every group there is one candidate: this group alone loses its lowest-scored units until the target is met. The
 candidates are sorted by the estimated change of the calibration loss, the first ones are measured, and the best is
 taken. The published rewrites are small, half a percent of the cost. A large one would take most of a single group, so
-the way to its target is divided into instalments, and each is paid by the group that is then the best. The first one
+the way to its target is divided into instalments, and each is taken from the group that is then the best. The first one
 measures all candidates; the later ones those that were the best when they were measured last (Minoux's lazy greedy,
 1978): the estimate knows nothing of repairs, and would offer the same groups again and again.
 """
@@ -20,7 +20,7 @@ import torch
 from image_classification.config import check_setting
 from pruning.search.search import DEFAULT_SHORTLIST, Candidate, Decision, Situation, register_search
 
-#: Share of the original cost that a single group pays at once, where the number of instalments is left open.
+#: Share of the original cost taken from a single group at once, where the number of instalments is left open.
 LARGEST_INSTALMENT = 0.02
 
 
@@ -32,8 +32,8 @@ class GreedySearch:
     Args:
         shortlist: Candidates that are measured after the estimate has sorted them; 0 measures all, 1 trusts the
             estimate.
-        instalments: Parts that the way to the target is paid in, each by a group of its own; 1 as published. None: as
-            many as keep each of them at 2 % of the original cost.
+        instalments: Parts that the way to the target is divided into, each taken from one group; 1 as published. None:
+            as many as keep each of them at 2 % of the original cost.
     """
 
     shortlist: int = DEFAULT_SHORTLIST
@@ -55,9 +55,9 @@ class GreedySearch:
         instalments = self.instalments or self._small_instalments(situation)
         rises = None if instalments == 1 or self.shortlist == 1 else _Rises()
         for part in range(1, instalments + 1):
-            paid = part / instalments
+            done = part / instalments
             situation.targets = {
-                metric: end + (1 - paid) * max(starts[metric] - end, 0.0) for metric, end in ends.items()
+                metric: end + (1 - done) * max(starts[metric] - end, 0.0) for metric, end in ends.items()
             }
             stages += self._towards_targets(situation, rises)
         return Decision(situation.keep(situation.mask), stages[0] if stages else [])

@@ -30,7 +30,7 @@ class Evidence:
 
     Attributes:
         batches: There are any.
-        targets: What classes their targets are, of samples or of positions; None where they are no classes.
+        targets: What classes their targets are, of samples or of positions; None where they are not classes.
         problem: Why the outputs cannot be judged; None where they can.
     """
 
@@ -51,7 +51,7 @@ class Evidence:
             of = "samples" if self.targets == "classes" else "positions"
             return "discriminant", f"the targets are classes of {of}"
         if self.judged:
-            return "taylor", "the targets are no classes, but a loss is known"
+            return "taylor", "the targets are not classes, but a loss is known"
         return "magnitude", "the batches have neither class targets nor a loss"
 
     def search(self, at_once: bool) -> str:

@@ -64,7 +64,8 @@ class LossChange:
         self.batches = [to_device(batch, self.device) for batch in batches]
         self.task = task or Task()
         self.distributed = distributed or Distributed()
-        self.autocast, self.repair = autocast, repair
+        self.autocast = autocast
+        self.repair = repair
         self._gradients: Tensor | None = None
         self._unknown = graph.ungated
         self._loss: float | None = None

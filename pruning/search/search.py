@@ -1,4 +1,4 @@
-"""What a search is: which channels leave at a rewrite, so that the next target of the budget's course is met.
+"""What a search is: which channels leave at a rewrite, so that the next target of the budget's schedule is met.
 
 Calibration data decides; validation data is never seen. A new search is a class with one function and a decorator:
 

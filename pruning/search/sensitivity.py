@@ -112,7 +112,8 @@ class SensitivitySearch:
         now = situation.costs.cost(metric, situation.mask)
         best: tuple[float, Group, int] | None = None
         for group in situation.groups:
-            curve, present = curves[group.index], situation.width(group)
+            curve = curves[group.index]
+            present = situation.width(group)
             costs = situation.costs.cost_curve(metric, group, situation.mask, situation.leaving(group))
             loss = max(curve[width] for width in curve if width >= present)
             for width in (width for width in curve if width < present):

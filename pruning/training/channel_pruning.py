@@ -56,7 +56,8 @@ class ChannelPruning(Callback, abc.ABC):
         multi_label: bool = False,
         repair: RepairConfig | None = None,
     ) -> None:
-        self.config, self.repair = config, repair or RepairConfig()
+        self.config = config
+        self.repair = repair or RepairConfig()
         self.calibration = calibration
         self.image_size = image_size
         self.loss = losses_of(multi_label)
@@ -130,7 +131,7 @@ class ChannelPruning(Callback, abc.ABC):
         """Mean squared distance of the explanation from the original network's; None where none is followed."""
 
     def on_fit_end(self, trainer: TrainLoop) -> None:
-        """Say how far the explanation is from the original network's in the end."""
+        """Log how far the final network's explanation is from the original's."""
         moved = self.explanation_moved(trainer)
         if moved is None:
             return

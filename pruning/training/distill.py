@@ -58,13 +58,13 @@ class DistillConfig:
         "--teacher",
         metavar="FILE",
         reads=True,
-        help="Weights of a trained network that the student learns from: a checkpoint of ours, or others'.",
+        help="Weights of a trained network that the student learns from: a LucidPrune checkpoint, or others'.",
     )
     teacher_arch: str | None = flag(
         None,
         "--teacher-arch",
         metavar="NAME",
-        help="Architecture of --teacher; checkpoints of ours say theirs.",
+        help="Architecture of --teacher; LucidPrune checkpoints say theirs.",
     )
     teacher_mode: Literal["evaluation", "train"] = flag(
         "evaluation",
@@ -203,7 +203,10 @@ class DistillationObjective:
         matcher: AttributionMatcher | None,
         multi_label: bool,
     ) -> None:
-        self.config, self.task, self.teacher, self.matcher = config, task, teacher, matcher
+        self.config = config
+        self.task = task
+        self.teacher = teacher
+        self.matcher = matcher
         self.multi_label = multi_label
         self.step = 0
         self.parts: dict[str, Tensor] = {}
@@ -259,7 +262,7 @@ class Distillation(Callback):
         self._count = 0
 
     def on_fit_start(self, trainer: TrainLoop) -> None:
-        """Say what is learnt from which teacher."""
+        """Log what is learnt from which teacher."""
         trainer.logger.message(self.announcement)
 
     def on_batch_start(self, trainer: TrainLoop, batch: Batch) -> None:
@@ -285,7 +288,8 @@ class Distillation(Callback):
         )
         *sums, count = total.tolist()
         figures |= {f"train.{name}": value / count for name, value in zip(names, sums, strict=True)}
-        self._sums, self._count = {}, 0
+        self._sums = {}
+        self._count = 0
 
     def state_dict(self) -> dict[str, Any]:
         """A digest of the teacher: a resumed run must have the same."""
@@ -300,7 +304,7 @@ class Distillation(Callback):
         check(
             state.get("teacher") == self._digest,
             f"--teacher {self.objective.config.teacher}: this is not the teacher that the resumed run began with; give "
-            "the same file, or start anew from the student's weights with --pretrained-weights",
+            "the same file, or start over from the student's weights with --pretrained-weights",
         )
 
 
@@ -371,10 +375,11 @@ def _load_teacher(
     assert identity is not None
     check(
         identity.num_classes == expected,
-        f"--teacher {config.teacher} tells {identity.num_classes} classes apart, the student {expected}: give a "
+        f"--teacher {config.teacher} has {identity.num_classes} classes, the student {expected}: give a "
         f"teacher that was trained on {job.configs.data.data}",
     )
-    known, manifest = class_names_of(teacher), job.loaders.train.manifest
+    known = class_names_of(teacher)
+    manifest = job.loaders.train.manifest
     check(
         known is None
         or manifest is None

@@ -26,7 +26,7 @@ from pruning.training.unstructured import UnstructuredConfig, UnstructuredPrunin
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MainConfig(jobs.JobConfig):
-    """Everything that a training job of this program is told."""
+    """Configuration of a training job of this program."""
 
     pruning: PruningConfig = section(PruningConfig)
     unstructured: UnstructuredConfig = section(UnstructuredConfig)

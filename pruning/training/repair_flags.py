@@ -18,10 +18,11 @@ class RepairConfig:
         None,
         "--repair",
         setting="repair",
-        help="What heals the network right after a rewrite, from the calibration images and without training: "
-        "least-squares finds the weights that say again what left, statistics measures batch norms anew, none leaves "
-        "the cut as it is. Held-out images decide whether it is kept. Default: least-squares, where every process has "
-        "calibration images; --unstructured-pruning sets images aside only if this flag or --calibration-size asks.",
+        help="What repairs the network right after a rewrite, from the calibration images and without training: "
+        "least-squares solves for weights that make up for what left, statistics measures batch norms again, none "
+        "leaves the cut as it is. Held-out images decide whether it is kept. Default: least-squares, where every "
+        "process has calibration images; --unstructured-pruning sets images aside only if this flag or "
+        "--calibration-size asks.",
     )
     repair_scope: Scope | None = flag(
         None,

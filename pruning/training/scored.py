@@ -1,4 +1,4 @@
-"""Pruning by scores, at intervals: when a rewrite is due, score, choose, rewrite and bind anew.
+"""Pruning by scores, at intervals: when a rewrite is due, score, choose, rewrite and bind again.
 
 Flow of one interval, after the optimizer's step and with no graph alive:
 
@@ -36,7 +36,7 @@ class PruningCallback(ChannelPruning):
         return self._pruner
 
     def on_fit_start(self, trainer: TrainLoop) -> None:
-        """Trace the network, lay out the course of the budget, and say what is going to happen."""
+        """Trace the network, lay out the budget's schedule, and log what is going to happen."""
         self._pruner = self._make_pruner(trainer)
         self.check_groups(trainer, self.pruner.graph)
         trainer.logger.message(self._announcement(trainer))
@@ -46,7 +46,8 @@ class PruningCallback(ChannelPruning):
             self._rewrite(trainer)
 
     def _make_pruner(self, trainer: TrainLoop) -> Pruner:
-        config, state = self.config, trainer.state
+        config = self.config
+        state = trainer.state
         originals = self.originals_of(trainer, fresh=self.restored is None)
         criterion = make_criterion(config.pruning_criterion, config.criterion_settings(), originals=originals)
         settings = PrunerSettings(
@@ -127,7 +128,9 @@ class PruningCallback(ChannelPruning):
         self._log(trainer, record)
 
     def _log(self, trainer: TrainLoop, record: RewriteRecord) -> None:
-        state, logger, groups = trainer.state, trainer.logger, self.pruner.graph.prunable
+        state = trainer.state
+        logger = trainer.logger
+        groups = self.pruner.graph.prunable
         iteration = state.iteration
         step = (state.epoch, iteration - state.epoch * trainer.steps_per_epoch)
         logger.message(record.describe())
@@ -155,7 +158,7 @@ class PruningCallback(ChannelPruning):
         figures |= {f"pruning.{metric}_share": share for metric, share in self._shares().items()}
 
     def on_fit_end(self, trainer: TrainLoop) -> None:
-        """Say where the network has not come down to the budget, which no file of the run then meets."""
+        """Warn where the network has not come down to the budget, which no file of the run then meets."""
         super().on_fit_end(trainer)
         asked = self.pruner.course.budget.shares
         missed = [

@@ -131,7 +131,8 @@ def check_combination(
         "--iterative-pruning, --one-shot-pruning and --pruning-method learned",
     )
     check(not train.evaluate, "--unstructured-pruning has no effect with --evaluate: leave one out")
-    epochs, rounds = train.epochs, config.rounds
+    epochs = train.epochs
+    rounds = config.rounds
     more = -(-epochs // rounds) * rounds
     check(
         epochs % rounds == 0,
@@ -195,7 +196,8 @@ def _without_smallest(
         stays = L1Unstructured(amount=count).compute_mask(alive, default_mask=stays)
 
     # The vector back into the masks, weight by weight.
-    found, begin = {}, 0
+    found = {}
+    begin = 0
     for name in weights:
         mask = masks[name].clone()
         end = begin + int(mask.sum())
@@ -214,7 +216,7 @@ def mask_digests(masks: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 class RepeatedSchedule(Schedule):
-    """A schedule that starts anew in every round.
+    """A schedule that starts over in every round.
 
     Args:
         schedule: Of the whole training; its curve is fitted to one round.
@@ -257,7 +259,8 @@ class UnstructuredPruning(Callback):
         repair: RepairMethod | None = None,
     ) -> None:
         self.config = config
-        self._calibration, self._multi_label = calibration, multi_label
+        self._calibration = calibration
+        self._multi_label = multi_label
         self._repair = "none" if config.rewind is not None else repair
         self.masks: dict[str, Tensor] = {}
         self.completed = 0
@@ -268,8 +271,9 @@ class UnstructuredPruning(Callback):
     # ------------------------------------------------------------------ when
 
     def on_fit_start(self, trainer: TrainLoop) -> None:
-        """Fit the learning rate to the rounds, take up the masks of a resumed run, say what is going to happen."""
-        config, state = self.config, trainer.state
+        """Fit the learning rate to the rounds, restore the masks of a resumed run, and log what is going to happen."""
+        config = self.config
+        state = trainer.state
         assert config.unstructured_pruning is not None
         if self._epochs is not None:  # of another length, a round might begin late or not at all
             self._check_same("--epochs", trainer.config.epochs, self._epochs * config.rounds)
@@ -281,12 +285,13 @@ class UnstructuredPruning(Callback):
         trainer.logger.message(
             f"pruning single weights in {config.rounds} round(s) of {self._epochs} epoch(s), "
             f"{100 * config.unstructured_pruning:g} % of what is left in each, to {100 * final:.1f} % zeros; the "
-            "learning rate and the best checkpoint start anew in every round"
+            "learning rate and the best checkpoint start over in every round"
         )
 
     def on_epoch_start(self, trainer: TrainLoop) -> None:
         """Begin a round if it is time; keep the weights to rewind to."""
-        state, config = trainer.state, self.config
+        state = trainer.state
+        config = self.config
         at_boundary = state.iteration == state.epoch * trainer.steps_per_epoch
         if at_boundary and config.rewind == state.epoch == 0:
             self._keep_start(trainer)
@@ -307,7 +312,8 @@ class UnstructuredPruning(Callback):
 
     def _begin_round(self, trainer: TrainLoop) -> None:
         """Choose by the weights as they are, rewind if asked, zero, forget momenta."""
-        config, state = self.config, trainer.state
+        config = self.config
+        state = trainer.state
         assert config.unstructured_pruning is not None
         weights = prunable_weights(state.model, self.config.unstructured_layers)
         check(
@@ -334,7 +340,7 @@ class UnstructuredPruning(Callback):
 
     @contextlib.contextmanager
     def _repaired(self, trainer: TrainLoop) -> Iterator[None]:
-        """Network and average are zeroed within, and then say with the other weights what these said."""
+        """Network and average are zeroed inside; afterwards their other weights make up for it."""
         state, distributed = trainer.state, trainer.distributed
         calibration = [] if self._calibration is None else calibration_batches(self._calibration)
         batches = list(itertools.islice(calibration, PrunerSettings.max_batches))
@@ -418,7 +424,7 @@ class UnstructuredPruning(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state; masks go to the network's device when training starts.
+        """Restore a state; masks go to the network's device when training starts.
 
         Raises:
             ConfigError: The flags of the rounds are not those of the checkpoint.
@@ -433,6 +439,6 @@ class UnstructuredPruning(Callback):
     def _check_same(name: str, now: float | None, before: float | None) -> None:
         check(
             before == now,
-            f"{name} {now}: the resumed run has {before}; give the same, or start anew from its weights with "
+            f"{name} {now}: the resumed run has {before}; give the same, or start over from its weights with "
             "--pretrained-weights",
         )

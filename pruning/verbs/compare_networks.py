@@ -34,7 +34,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", type=Path, help="checkpoint that the others are compared with")
     parser.add_argument("others", type=Path, nargs="+", help="checkpoints of the same architecture")
     parser.add_argument("--data", default=None, help="data set; accuracy is measured on its validation split")
-    parser.add_argument("--arch", default=None, help="not needed for checkpoints of ours")
+    parser.add_argument("--arch", default=None, help="not needed for LucidPrune checkpoints")
     parser.add_argument("--image-size", type=int, default=None, help="default: the networks'")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(

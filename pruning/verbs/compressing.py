@@ -71,7 +71,7 @@ class CompressSettings:
     Attributes:
         criterion: Orders the channels of a group.
         search: Chooses the widths.
-        repair: Heals the network.
+        repair: How the network is repaired.
         constraints: Rounding, least widths, modules to leave alone.
         announce: Gets a line of text as the work goes on.
     """
@@ -141,7 +141,10 @@ class _Subject:
     def __init__(
         self, model: nn.Module, images: Tensor, metrics: Sequence[str], settings: CompressSettings
     ) -> None:
-        self.model, self.images, self.metrics, self.settings = model, images, metrics, settings
+        self.model = model
+        self.images = images
+        self.metrics = metrics
+        self.settings = settings
         self.graph = trace_groups(model, images[:2], constraints=settings.constraints)
         self.costs = CostModel(self.graph, model, images[:1], metrics)
         self.task = Task(loss=divergence)
@@ -204,7 +207,8 @@ def divergence(outputs: Outputs, batch: tuple[Tensor, Tensor]) -> Tensor:
     Raises:
         SettingError: There is no main output.
     """
-    found, expected = logits_of(outputs), batch[1]
+    found = logits_of(outputs)
+    expected = batch[1]
     if found.dim() == 2 and found.shape[1] > 1:
         terms = F.kl_div(found.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="none")
         return terms.sum(1)

@@ -44,7 +44,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"default: the checkpoint's name with {', '.join(SUFFIXES.values())}",
     )
-    parser.add_argument("--arch", default=None, help="not needed for a checkpoint of ours")
+    parser.add_argument("--arch", default=None, help="not needed for a LucidPrune checkpoint")
     declare_ema(parser)
     parser.add_argument(
         "--image-size", type=int, default=None, help="side of the images; default: the network's"
@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"… and in OpenVINO, which is installed here: {beside:.1e}")
     if arguments.format == "onnx" and (uneven := _num_uneven(model)):
         print(
-            f"note: the width of {uneven} convolutions is no multiple of {_ONNX_BLOCK}, and ONNX Runtime is slow in "
+            f"note: the width of {uneven} convolutions is not a multiple of {_ONNX_BLOCK}, and ONNX Runtime is slow in "
             f"them on a CPU. Prune with --round-to {_ONNX_BLOCK} for it"
         )
     print(f"\nload it with:\n\n{exported.loader}")
@@ -151,7 +151,7 @@ def _check_int8(arguments: argparse.Namespace) -> None:
 
 
 def _num_uneven(model: nn.Module) -> int:
-    """Convolutions whose output is no whole number of blocks."""
+    """Convolutions whose output is not a whole number of blocks."""
     widths = [layer.out_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     return sum(width % _ONNX_BLOCK != 0 for width in widths)
 

@@ -1,4 +1,4 @@
-"""Finished networks and real images, as verbs that look at them take them: whose weights, and the validation split."""
+"""Finished networks and real images for the verbs that look at them: which weights, and the validation split."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def open_validation(
         device: Where images go.
 
     Raises:
-        ConfigError: The network tells another number of classes apart.
+        ConfigError: The network has another number of classes.
     """
     identity = identity_of(model)
     settings = _settings_of(checkpoint)

@@ -1,4 +1,4 @@
-"""`python -m pruning import FILE OUT`: published checkpoints become checkpoints of ours."""
+"""`python -m pruning import FILE OUT`: published checkpoints become LucidPrune checkpoints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=None,
         metavar="FILE",
-        help="checkpoint of ours with the classifier of a selector, for files that hold the selector alone",
+        help="LucidPrune checkpoint with the classifier of a selector, for files that hold the selector alone",
     )
     parser.add_argument(
         "--trust-pickle",

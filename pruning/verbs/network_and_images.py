@@ -1,4 +1,4 @@
-"""A trained network and a folder of images, as verbs that need no training take them: flags, and what they open."""
+"""A trained network and a folder of images, for the verbs that need no training: flags, and what they open."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pruning.verbs.shrink import Factory, find_factory
 def declare_network_and_images(parser: argparse.ArgumentParser) -> None:
     """The arguments that these verbs share."""
     parser.add_argument(
-        "checkpoint", type=Path, help="trained network: a checkpoint of ours, or weights with --arch"
+        "checkpoint", type=Path, help="trained network: a LucidPrune checkpoint, or weights with --arch"
     )
     parser.add_argument(
         "images", type=Path, help="folder of images, with or without class folders; labels are not needed"

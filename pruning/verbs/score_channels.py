@@ -72,7 +72,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("checkpoint", type=Path, help="network to score")
     parser.add_argument("data", help="data set; its training split is read")
-    parser.add_argument("--arch", default=None, help="not needed for a checkpoint of ours")
+    parser.add_argument("--arch", default=None, help="not needed for a LucidPrune checkpoint")
     parser.add_argument(
         "--criterion",
         nargs="+",

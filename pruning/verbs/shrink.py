@@ -45,7 +45,7 @@ _SECONDS = 20.0
 def declare(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument(
-        "checkpoint", type=Path, help="a checkpoint of ours, a plain state dict, torchvision's"
+        "checkpoint", type=Path, help="a LucidPrune checkpoint, a plain state dict, torchvision's"
     )
     parser.add_argument("out", type=Path, help="the smaller network's checkpoint")
     parser.add_argument("--arch", default=None, help="not needed where the file says it")
@@ -119,7 +119,7 @@ def find_factory(words: str) -> Factory:
     """The function that `MODULE:FUNCTION` names.
 
     Raises:
-        ConfigError, ValueError: It does not exist or is no function.
+        ConfigError, ValueError: It does not exist or is not a function.
     """
     module_name, colon, function = words.partition(":")
     check(bool(module_name and colon and function), f"--factory {words}: write MODULE:FUNCTION")
@@ -127,7 +127,7 @@ def find_factory(words: str) -> Factory:
         found: Factory = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--factory {words}: {error}; start in the folder of the module") from error
-    check(callable(found), f"--factory {words}: is no function")
+    check(callable(found), f"--factory {words}: is not a function")
     return found
 
 

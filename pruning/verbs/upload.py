@@ -90,7 +90,7 @@ def _report(page: Path) -> tuple[Plain, Path]:
         known = False
     if not known:
         raise ConfigError(
-            f"--report {page}: {path.name} is no report of ours; `python -m pruning report RUN` writes one"
+            f"--report {page}: {path.name} is not a LucidPrune report; `python -m pruning report RUN` writes one"
         )
     return content, page
 

@@ -62,7 +62,7 @@ class SAM(Optimizer):
 
 
 class Lookahead(Optimizer):
-    """k steps forward, one step back (Zhang et al. 2019); `apart` keeps the slow weights outside of the state."""
+    """k steps forward, one step back (Zhang et al. 2019); `apart` keeps the slow weights outside the state."""
 
     def __init__(self, base: Optimizer, apart: bool = False) -> None:
         self.base, self.apart = base, apart

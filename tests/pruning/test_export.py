@@ -146,7 +146,7 @@ def test_widths_that_onnxruntime_is_slow_with_are_named(
     prune(model, torch.randn(2, 3, 32, 32), budget=0.5, constraints=Constraints(round_to=round_to))
     save_pruned(tmp_path / "network.pth.tar", model)
     assert main(["export", str(tmp_path / "network.pth.tar"), "--num-images", "4"]) == 0
-    noted = "no multiple of 8" in capsys.readouterr().out
+    noted = "not a multiple of 8" in capsys.readouterr().out
     assert noted == (round_to == 1)
 
 

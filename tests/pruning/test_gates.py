@@ -87,7 +87,7 @@ def test_no_hook_leaks() -> None:
 
 
 def test_parameters_keep_their_identity_and_order() -> None:
-    """Also those that an operator outside of any layer reads, and also after an exception in the forward pass."""
+    """Also those that an operator outside any layer reads, and also after an exception in the forward pass."""
     torch.manual_seed(0)
 
     class Mixed(nn.Module):

@@ -290,7 +290,7 @@ def test_a_signal_saves_and_stops(
 
 
 def test_rate_and_decay_on_resume_are_those_of_the_flags() -> None:
-    """As the main job's: a flag that is given anew has its effect."""
+    """As the main job's: a flag that is given again takes effect."""
     model = network().eval()
     first = make_learner(model, gate_epochs=1)
     with first:

@@ -479,7 +479,7 @@ def test_ranks_of_ones_own_process_group_agree(tmp_path: Path) -> None:
 
 
 def test_what_is_not_known_is_not_shown() -> None:
-    """Without calibration data there is no loss, and outside of training no iteration."""
+    """Without calibration data there is no loss, and outside training no iteration."""
     model = create_model("resnet20", num_classes=10)
     record = prune(model, torch.randn(2, 3, 32, 32), budget=0.7, criterion="magnitude")
     assert "nan" not in record.describe()

@@ -192,7 +192,7 @@ def test_greedy_takes_the_measured_best_of_all() -> None:
 
 
 @pytest.mark.parametrize(("way", "instalments", "parts"), [(0.2, 2, 2), (0.06, None, 3), (0.005, None, 1)])
-def test_instalments_are_paid_by_the_group_that_is_then_the_best(
+def test_instalments_are_taken_from_the_group_that_is_then_the_best(
     way: float, instalments: int | None, parts: int
 ) -> None:
     """They are searches in a row, each from where the one before has ended; left open, each is 2 % of the cost."""

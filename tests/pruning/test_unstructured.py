@@ -130,12 +130,12 @@ def test_zeros_are_held_through_every_step(tmp_path: Path, scope: str) -> None:
         assert torch.equal(weight == 0, averaged[name] == 0), name
         momentum = trainer.state.optimizer.state[weight]["momentum_buffer"]
         assert (momentum[weight == 0] == 0).all()
-    assert watcher.rates[:steps] == watcher.rates[2 * steps : 3 * steps]  # the schedule starts anew
+    assert watcher.rates[:steps] == watcher.rates[2 * steps : 3 * steps]  # the schedule starts again
     assert watcher.rates[0] > watcher.rates[2 * steps - 1]
 
 
 def test_a_round_is_repaired_by_calibration_images(tmp_path: Path) -> None:
-    """What is left says again what the zeroed weights said, in the network and in its average."""
+    """What is left reproduces what the zeroed weights contributed, in the network and in its average."""
     images, targets = toy_data()
     calibration = MemoryLoader(images, targets, 8, False)
     distances: dict[str | None, list[float]] = {}

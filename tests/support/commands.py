@@ -98,7 +98,7 @@ def run(
 
 
 def run_here(words: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
-    """As `run`, in this process, by the function that the command line calls: nothing is imported anew.
+    """As `run`, in this process, by the function that the command line calls: nothing is imported again.
 
     Args:
         words: `PYTHON main.py …`, `PYTHON -m PACKAGE …` or `lucidprune …`, as `shortened` returns them; others are left

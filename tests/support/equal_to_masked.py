@@ -72,7 +72,7 @@ def outputs_without(
 
 
 def zeroed(model: nn.Module, graph: ChannelGraph, keep: dict[str, np.ndarray]) -> nn.Module:
-    """A copy in which every slice that goes is zero, but for vectors that are divided by."""
+    """A copy in which every slice that goes is zero, except vectors that are divided by."""
     divisors = {name for one in graph.passes for name in one.divisors}
     model = copy.deepcopy(model)
     tensors = named_tensors(model)

@@ -107,7 +107,7 @@ class StandInTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise RuntimeError(f"{func} on a tensor of the stand-in outside of `with StandIn()`")
+        raise RuntimeError(f"{func} on a tensor of the stand-in outside `with StandIn()`")
 
 
 class _Literals(TorchFunctionMode):

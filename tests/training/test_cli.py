@@ -169,7 +169,7 @@ def test_arguments_are_told_by_their_flags() -> None:
 def test_an_error_takes_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
     lines = refusal(capsys, "--bogus").splitlines()
     assert len(lines) == 2
-    assert lines[0].endswith("unrecognized argument '--bogus'")  # nothing is like it but for the dashes
+    assert lines[0].endswith("unrecognized argument '--bogus'")  # nothing is like it apart from the dashes
     assert "--help" in lines[1]
 
 

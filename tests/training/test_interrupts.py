@@ -1,4 +1,4 @@
-"""Signals outside of training: the job ends at once, with a word, and training takes them over."""
+"""Signals outside training: the job ends at once, with a message, and training takes them over."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_start_up_ends_with_a_word_and_the_codes_of_training(
     assert signal.getsignal(number) == before
     said = capsys.readouterr().err
     assert said.startswith(
-        f"stopped by {number.name} outside of training: nothing is lost, no checkpoint was needed"
+        f"stopped by {number.name} outside training: nothing is lost, no checkpoint was needed"
     )
     assert "Traceback" not in said
 

@@ -39,7 +39,7 @@ class Backend:
     needs_dataset: bool = True
 
 
-#: Its files enter their backends when they are imported.
+#: Its files register their backends when they are imported.
 _PACKAGE = __name__.rpartition(".")[0]
 _BACKENDS: dict[str, Backend] = {}
 
@@ -52,7 +52,7 @@ def register_backend(
     aliases: tuple[str, ...] = (),
     needs_dataset: bool = True,
 ) -> Callable[[Factory], Factory]:
-    """Decorator that enters a loader class, or a function that makes a loader, into the register.
+    """Decorator that registers a loader class, or a function that makes a loader.
 
     A function may import what it needs when it is called, so that only the chosen backend is loaded.
 

@@ -20,7 +20,8 @@ class _PlannedImages(Dataset[Decoded]):
     """A data set whose index is a plan and whose item is a batch."""
 
     def __init__(self, planner: Planner, samples: BadSamples) -> None:
-        self.planner, self.samples = planner, samples
+        self.planner = planner
+        self.samples = samples
 
     def __getitem__(self, plan: BatchPlan) -> Decoded:
         return decode_batch(plan, self.planner, self.samples)

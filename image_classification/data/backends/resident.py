@@ -107,7 +107,8 @@ class ResidentLoader(PlannedLoader):
 
         def decode(start: int) -> tuple[int, np.ndarray, dict[int, str]]:
             stop = min(start + _CHUNK, len(self.manifest))
-            chunk, bad = np.zeros((stop - start, width, height, 3), dtype=np.uint8), {}
+            chunk = np.zeros((stop - start, width, height, 3), dtype=np.uint8)
+            bad = {}
             for sample_id in range(start, stop):
                 try:
                     pixels = np.asarray(open_sample(sample_id, self.samples)).transpose(1, 0, 2)
@@ -179,7 +180,7 @@ def _filter(
     """
     num_outputs = plan.size[axis]
     device = start.device
-    # Pixels low … high − 1 cover the canvas and every window; those outside of the canvas are cut off at the end.
+    # Pixels low … high − 1 cover the canvas and every window; those outside the canvas are cut off at the end.
     low = min(0, int(np.floor(plan.windows[:, axis].min())))
     high = max(length, int(np.ceil((plan.windows[:, axis] + plan.windows[:, axis + 2]).max())))
     # Raw pixels per output pixel (N,), centres of the output pixels in raw pixels (N, output), and half the filter's

@@ -8,7 +8,7 @@
 | `.tar`, `.tar.gz`, `.tar.xz`, `.tar.bz2`, `.zip` | any of these, unpacked once into the cache |
 | `shapes`, `shapes-multi` | generated images with exact masks and boxes |
 
-Each file here enters its layout by `register_layout`. A layout of your own is registered the same way, from a module
+Each file here registers its layout by `register_layout`. A layout of your own is registered the same way, from a module
 that the program imports (`--plugin MODULE`); see docs/howto/own-layout.md.
 """
 

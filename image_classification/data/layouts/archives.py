@@ -32,7 +32,7 @@ def unpack(archive: Path, cache_dir: Path, *, progress: bool = True) -> Path:
     """Unpack an archive, or find it unpacked: the entry goes by its absolute path, size and modification time.
 
     Raises:
-        ValueError: The file is not an archive of a known kind, is damaged, or has members that point outside of it.
+        ValueError: The file is not an archive of a known kind, is damaged, or has members that point outside it.
     """
     if not is_archive(archive):
         raise ValueError(f"{archive} is a file but not an archive; known are {', '.join(ARCHIVE_SUFFIXES)}")
@@ -110,7 +110,7 @@ def _unpack_zip(archive: Path, target: Path, progress: bool) -> None:
         infos = members.infolist()
         for info in infos:
             if not _stays_inside(info.filename):
-                raise ValueError(f"{archive} is not safe to unpack: {info.filename!r} lies outside of it")
+                raise ValueError(f"{archive} is not safe to unpack: {info.filename!r} lies outside it")
         with progress_bar(f"unpacking {archive.name}", len(infos), progress) as advance:
             for info in infos:
                 if info.is_dir():

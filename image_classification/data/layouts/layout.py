@@ -55,7 +55,7 @@ class Layout:
     priority: int
 
 
-#: Its files enter their layouts when they are imported.
+#: Its files register their layouts when they are imported.
 _PACKAGE = __name__.rpartition(".")[0]
 _LAYOUTS: dict[str, Layout] = {}
 
@@ -63,7 +63,7 @@ _LAYOUTS: dict[str, Layout] = {}
 def register_layout(
     name: str, *, recognise: Recognise, description: str, priority: int = 0
 ) -> Callable[[Open], Open]:
-    """Decorator that enters a function `(path, options) -> Dataset` into the register.
+    """Decorator that registers a function `(path, options) -> Dataset`.
 
     Args:
         name, description, recognise, priority: See `Layout`.

@@ -125,7 +125,7 @@ def bounds(pixels: np.ndarray) -> tuple[int, int, int, int]:
 def place_objects(stream: np.random.Generator, size: tuple[int, int], labels: tuple[int, ...]) -> list[Layer]:
     """Draw the objects at random places where each stays visible.
 
-    Objects are drawn again, smaller by and by, until no one is covered by more than a quarter.
+    Objects are drawn again, gradually smaller, until none is covered by more than a quarter.
     """
     span = _RADIUS_ALONE if len(labels) == 1 else _RADIUS_AMONG_OTHERS
     shrink = 1.0
@@ -245,7 +245,7 @@ def _shade(stream: np.random.Generator, fabric: np.ndarray, x: np.ndarray, y: np
 
 
 def draw_background(stream: np.random.Generator) -> np.ndarray:
-    """A cluttered image without an object: (H, W, 3) uint8 of random size. Takes no class, so it can tell none."""
+    """A cluttered image without an object: (H, W, 3) uint8 of random size. It does not depend on the class."""
     short = int(stream.integers(_SHORT_SIDE[0], _SHORT_SIDE[1] + 1))
     long = int(short * stream.uniform(1.0, 1.5))
     size = (short, long) if stream.random() < 0.75 else (long, short)
@@ -285,8 +285,10 @@ def _add_blob(stream: np.random.Generator, canvas: np.ndarray) -> None:
     height, width = canvas.shape[:2]
     radius = stream.uniform(0.1, 0.24) * min(height, width)
     centre_y, centre_x = stream.uniform(0, height), stream.uniform(0, width)
-    top, bottom = max(int(centre_y - radius), 0), min(int(centre_y + radius) + 1, height)
-    left, right = max(int(centre_x - radius), 0), min(int(centre_x + radius) + 1, width)
+    top = max(int(centre_y - radius), 0)
+    bottom = min(int(centre_y + radius) + 1, height)
+    left = max(int(centre_x - radius), 0)
+    right = min(int(centre_x + radius) + 1, width)
     y = (np.arange(top, bottom, dtype=np.float32)[:, None] + 0.5 - centre_y) / radius
     x = (np.arange(left, right, dtype=np.float32)[None, :] + 0.5 - centre_x) / radius
     ragged = smooth_noise(stream, (5, 5), (bottom - top, right - left))

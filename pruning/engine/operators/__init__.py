@@ -5,7 +5,7 @@ contractions consume the labels of the contracted dimension and pass the others 
 and operators that are not listed freeze what they touch, with the reason.
 """
 
-# Importing a module of rules enters them in the register.
+# Importing a module of rules registers them.
 from pruning.engine.labeller import Rules
 from pruning.engine.operators import (
     elementwise,

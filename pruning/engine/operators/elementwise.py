@@ -71,7 +71,8 @@ def made(run: Labeller, operation: Operation) -> Value:
 @operator("rand_like randn_like full_like zeros_like ones_like empty_like")
 def as_large(run: Labeller, operation: Operation) -> Value:
     """Numbers from nowhere in the shape of another tensor: as wide as that where it is labelled."""
-    x, shape = run.at(operation.args[0]), run.out_shape(operation)
+    x = run.at(operation.args[0])
+    shape = run.out_shape(operation)
     labelled = {dim for slot in x.slots for dim in support(slot)}
     noise = operation_name(operation.func).startswith("rand")
     return Value(shape, x.slots, x.free if noise else all_dims(shape) - labelled)

@@ -23,7 +23,8 @@ def _reason(run: Labeller, operation: Operation) -> str:
 @operator("embedding")
 def embedded(run: Labeller, operation: Operation) -> Value:
     """Rows of a table, as a new last dimension."""
-    table, shape = run.at(operation.args[0]), run.out_shape(operation)
+    table = run.at(operation.args[0])
+    shape = run.out_shape(operation)
     slots = within(run, table, (0,), _reason(run, operation))
     last = len(shape) - 1
     return run.make(operation, shape, [along(slot.reshape(-1), last, len(shape)) for slot in slots])
@@ -78,7 +79,8 @@ def _beside(
 @operator("index")
 def indexed(run: Labeller, operation: Operation) -> Value | list[Value]:
     """`x[…]` with tensors of positions or booleans among the subscripts."""
-    x, shape = run.at(operation.args[0]), run.out_shape(operation)
+    x = run.at(operation.args[0])
+    shape = run.out_shape(operation)
     layout = _Layout.of(run, operation, len(x.shape))
     if layout is None:
         return unknown(run, operation)
@@ -123,7 +125,10 @@ class _Layout:
     """
 
     def __init__(self, rank: int, consumed: tuple[int, ...], front: int, num_dims: int) -> None:
-        self.rank, self.consumed, self.front, self._num_dims = rank, consumed, front, num_dims
+        self.rank = rank
+        self.consumed = consumed
+        self.front = front
+        self._num_dims = num_dims
 
     @classmethod
     def of(cls, run: Labeller, operation: Operation, num_dims: int) -> _Layout | None:

@@ -64,7 +64,8 @@ def _num_groups(named: Kwargs) -> int:
 
 
 def _group_norm_kept(named: Kwargs, kept: Tensor) -> Tensor:
-    x, groups = named["input"], _num_groups(named)
+    x = named["input"]
+    groups = _num_groups(named)
     index = torch.nonzero(kept.reshape(-1)).flatten()
     weight, bias = (None if named[key] is None else named[key][index] for key in ("weight", "bias"))
     output = torch.zeros_like(x)
@@ -125,7 +126,8 @@ def layer_norm(run: Labeller, operation: Operation) -> list[Value]:
 def group_norm(run: Labeller, operation: Operation) -> list[Value]:
     """Whole groups go where there are many (exact); else the same position of every group (statistics change)."""
     named = arguments(operation)
-    x, groups = run.at(named["input"]), _num_groups(named)
+    x = run.at(named["input"])
+    groups = _num_groups(named)
     vectors = [
         as_channel(run.at(named[k]), len(x.shape)) for k in ("weight", "bias") if named.get(k) is not None
     ]

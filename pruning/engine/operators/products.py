@@ -193,7 +193,8 @@ def convolution(run: Labeller, operation: Operation) -> Value:
     """Convolutions of any rank, grouped, depthwise or transposed."""
     named = arguments(operation)
     x, weight = run.at(named["input"]), run.at(named["weight"])
-    groups, transposed = named["groups"], named.get("transposed", False)
+    groups = named["groups"]
+    transposed = named.get("transposed", False)
     where = run.describe(operation)
     weight = _rows_or_columns(run, operation, weight)
     x, along_map = _taken_apart(run, operation, x, weight)
@@ -238,7 +239,8 @@ def _rows_or_columns(run: Labeller, operation: Operation, weight: Value) -> Valu
 def _taken_apart(run: Labeller, operation: Operation, x: Value, weight: Value) -> tuple[Value, list[Slot]]:
     """What is labelled by channel, image or a dimension that the kernel leaves alone, and what it slides over."""
     named = {**arguments(operation), "weight": weight}
-    slots, slid = list(x.slots), []
+    slots = list(x.slots)
+    slid = []
     for slot in x.slots:
         moved = slide(run, operation, x, slot, _window(named, support(slot)[0]))
         if moved is not None:
@@ -329,7 +331,8 @@ def _grouped_transposed(
 @elsewhere("torchvision::deform_conv2d")
 def deformed(run: Labeller, operation: Operation) -> Value:
     """A convolution whose taps move: points and masks stay, the channels are those of a convolution."""
-    named, shape = arguments(operation), run.out_shape(operation)
+    named = arguments(operation)
+    shape = run.out_shape(operation)
     where = run.describe(operation)
     for key in ("offset", "mask"):
         run.freeze_value(run.at(named[key]), f"{where} takes its points from it")
@@ -355,7 +358,8 @@ def deformed(run: Labeller, operation: Operation) -> Value:
 @operator("_trilinear")
 def trilinear(run: Labeller, operation: Operation) -> Value:
     """The product of three tensors, each with new dimensions, summed over some (a bilinear layer)."""
-    named, shape = arguments(operation), run.out_shape(operation)
+    named = arguments(operation)
+    shape = run.out_shape(operation)
     factors = []
     for number in "123":
         x = run.at(named[f"i{number}"])

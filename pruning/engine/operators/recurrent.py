@@ -44,7 +44,8 @@ def _hidden(
     where = f"{run.describe(operation)} reads channels that cannot be removed"
     run.freeze_value(x, f"{run.describe(operation)} runs along it", tuple(range(last)))
     from_input, from_hidden = (run.at(weight) for weight in weights)
-    columns, width = run.collapse(from_input, 1), from_hidden.shape[1]
+    columns = run.collapse(from_input, 1)
+    width = from_hidden.shape[1]
     incoming = run.collapse(x, last)
     run.table.unite(incoming, columns, where)
     rows = run.collapse(from_input, 0)

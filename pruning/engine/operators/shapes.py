@@ -117,7 +117,8 @@ def expanded(run: Labeller, operation: Operation) -> Value:
 @operator("repeat tile")
 def repeated(run: Labeller, operation: Operation) -> Value:
     """Copies side by side."""
-    shape, times = run.out_shape(operation), operation.args[1]
+    shape = run.out_shape(operation)
+    times = operation.args[1]
     x = aligned(run.at(operation.args[0]), len(shape))
     times = [1] * (len(shape) - len(times)) + list(times)
     slots = []
@@ -143,7 +144,8 @@ def interleaved(run: Labeller, operation: Operation) -> Value | list[Value]:
 @operator("view_as_real view_as_complex")
 def complex_parts(run: Labeller, operation: Operation) -> Value:
     """Real and imaginary part as a last dimension of two, and back."""
-    x, shape = run.at(operation.args[0]), run.out_shape(operation)
+    x = run.at(operation.args[0])
+    shape = run.out_shape(operation)
     if len(shape) > len(x.shape):
         return Value(shape, tuple(slot[..., None] for slot in x.slots), x.free)
     parts = [run.table.unite_along(slot, (len(x.shape) - 1,)) for slot in x.slots]

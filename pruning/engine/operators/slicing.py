@@ -57,7 +57,9 @@ def sliced(run: Labeller, operation: Operation) -> Value:
     dim = wrap(named["dim"], len(x.shape))
     size = x.shape[dim]
     if "length" in named:
-        start, step, end = named["start"], 1, named["start"] + named["length"]
+        start = named["start"]
+        step = 1
+        end = named["start"] + named["length"]
     else:
         start, end, step = slice(named["start"], named["end"], named["step"]).indices(size)
     shape = (*x.shape[:dim], len(range(start, end, step)), *x.shape[dim + 1 :])
@@ -76,7 +78,8 @@ def _couple_slices(
     run: Labeller, operation: Operation, slot: Slot, dim: int, taken: range, size: int
 ) -> Slot:
     """Tie channels so that a slice still cuts in the same places when some are gone."""
-    length, step = len(taken), abs(taken.step)
+    length = len(taken)
+    step = abs(taken.step)
     atoms = np.moveaxis(slot, dim, -1)
     if step > 1:
         if size % step == 0:
@@ -84,7 +87,7 @@ def _couple_slices(
         else:
             run.table.freeze(slot, f"{run.describe(operation)} takes every {step}th channel")
         return slot
-    # A single channel (an alpha beside colours) is no chunk of many.
+    # A single channel (an alpha beside colours) is not one chunk of many.
     even = length > 1 and size % length == 0 and taken.start % length == 0
     if even and run.choice(operation, slot, "even") == "even":
         blocks = atoms.reshape(*atoms.shape[:-1], size // length, length)
@@ -112,7 +115,9 @@ def split(run: Labeller, operation: Operation) -> list[Value]:
     if slot is not None:
         note_size(run, operation, slot, dim)
     others = [other for other in x.slots if other.shape[dim] == 1]
-    values, uses, start = [], [], 0
+    values = []
+    uses = []
+    start = 0
     for size in sizes:
         shape = (*x.shape[:dim], size, *x.shape[dim + 1 :])
         slots = list(others)
@@ -131,7 +136,8 @@ def gated(run: Labeller, operation: Operation) -> Value:
     """The first half times the sigmoid of the second."""
     x = run.at(operation.args[0])
     dim = wrap(arguments(operation)["dim"], len(x.shape))
-    shape, slot = run.out_shape(operation), x.slot_at(dim)
+    shape = run.out_shape(operation)
+    slot = x.slot_at(dim)
     slots = [other for other in x.slots if other.shape[dim] == 1]
     if slot is not None:
         first, second = np.split(slot, 2, axis=dim)
@@ -205,7 +211,8 @@ def _join(run: Labeller, operation: Operation, parts: list[Value], dim: int, sha
 @operator("pad")
 def padded(run: Labeller, operation: Operation) -> Value:
     """A border of one value. Along channels its width may have to follow: it gets atoms of its own."""
-    x, pads = run.at(operation.args[0]), list(operation.args[1])
+    x = run.at(operation.args[0])
+    pads = list(operation.args[1])
     shape = run.out_shape(operation)
     rank = len(shape)
     slots = list(x.slots)
@@ -250,7 +257,8 @@ def rolled(run: Labeller, operation: Operation) -> Value:
 @operator("pixel_shuffle")
 def pixel_shuffled(run: Labeller, operation: Operation) -> Value:
     """Blocks of r² channels become r×r pixels: the channels of a block go together."""
-    x, factor = run.at(operation.args[0]), operation.args[1]
+    x = run.at(operation.args[0])
+    factor = operation.args[1]
     rank = len(x.shape)
     blocks = run.collapse(x, rank - 3).reshape(-1, factor * factor)
     return run.make(
@@ -261,7 +269,8 @@ def pixel_shuffled(run: Labeller, operation: Operation) -> Value:
 @operator("pixel_unshuffle")
 def pixel_unshuffled(run: Labeller, operation: Operation) -> Value:
     """Each channel becomes r² channels."""
-    x, factor = run.at(operation.args[0]), operation.args[1]
+    x = run.at(operation.args[0])
+    factor = operation.args[1]
     rank = len(x.shape)
     atoms = np.repeat(run.collapse(x, rank - 3), factor * factor)
     return run.make(operation, run.out_shape(operation), [along(atoms, rank - 3, rank)])
@@ -270,7 +279,8 @@ def pixel_unshuffled(run: Labeller, operation: Operation) -> Value:
 @operator("channel_shuffle native_channel_shuffle")
 def channel_shuffled(run: Labeller, operation: Operation) -> Value:
     """(groups, width) channels in the order (width, groups): equal positions of all groups go together."""
-    x, groups = run.at(operation.args[0]), operation.args[1]
+    x = run.at(operation.args[0])
+    groups = operation.args[1]
     table = run.collapse(x, 1).reshape(groups, -1)
     run.table.unite_along(table, (0,))
     return run.make(operation, x.shape, [along(table.T.reshape(-1), 1, len(x.shape))])
@@ -279,7 +289,8 @@ def channel_shuffled(run: Labeller, operation: Operation) -> Value:
 @operator("im2col")
 def patches(run: Labeller, operation: Operation) -> Value:
     """Every kernel position of every channel becomes a channel."""
-    x, kernel = run.at(operation.args[0]), operation.args[1]
+    x = run.at(operation.args[0])
+    kernel = operation.args[1]
     atoms = np.repeat(run.collapse(x, 1), math.prod(kernel))
     return run.make(operation, run.out_shape(operation), [along(atoms, 1, 3)])
 
@@ -287,7 +298,9 @@ def patches(run: Labeller, operation: Operation) -> Value:
 @operator("col2im")
 def laid_back(run: Labeller, operation: Operation) -> Value:
     """Patches laid over each other: all kernel positions of a channel become that channel again."""
-    x, kernel, shape = run.at(operation.args[0]), operation.args[2], run.out_shape(operation)
+    x = run.at(operation.args[0])
+    kernel = operation.args[2]
+    shape = run.out_shape(operation)
     dim = len(x.shape) - 2
     blocks = run.collapse(x, dim).reshape(-1, math.prod(kernel))
     atoms = run.table.unite_along(blocks, (1,))

@@ -22,7 +22,8 @@ def written_through(run: Labeller, operation: Operation) -> Value:
     before, chain, _ = operation.writes_to
     written = operation.outputs[0]
     assert written is not None
-    whole, part = run.at(before), run.values[-1][written]
+    whole = run.at(before)
+    part = run.values[-1][written]
     assert part is not None
     return _write(run, operation, whole, part, chain) if part.slots or whole.slots else whole
 

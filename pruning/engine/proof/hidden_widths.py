@@ -157,7 +157,7 @@ def tie_shapes(case: Case, labeller: Labeller, names: Set[str], ties: str) -> bo
         done: set[tuple[str, int]] = set()
         for use in reversed(labeller.size_uses):
             for width in widths.get(use.module, ()):
-                if stays[width].any():  # nothing is computed anew from what cannot change
+                if stays[width].any():  # what is computed from a fixed width is fixed too
                     continue
                 key = (use.module, width.size)
                 if key in done and ties == "last":
@@ -173,7 +173,8 @@ def _tie_shape(labeller: Labeller, width: np.ndarray, use: SizeUse, divisors: bo
     extent = use.atoms.shape[use.dim]
     if extent < 2 or width.size % extent or (extent < width.size and not divisors):
         return False
-    counted, blocks = _counted(use), width.reshape(-1, extent)
+    counted = _counted(use)
+    blocks = width.reshape(-1, extent)
     if counted.min() < 0 or (blocks == counted).all():
         return False
     labeller.table.unite(blocks, counted[None], "counted by the same number")
@@ -210,6 +211,6 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int | Path | None, int]]
             yield from ((name, position, item) for position, item in enumerate(value))
         elif not name.startswith("_") or hasattr(
             module, name.lstrip("_")
-        ):  # PyTorch's own tables are no numbers
+        ):  # PyTorch's own tables hold no widths
             for path, number in numbers_in(value) if is_nested(value) else ():
                 yield name, path, number

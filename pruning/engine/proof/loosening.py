@@ -48,7 +48,8 @@ def loosened(case: Case) -> Policy:
             continue
         labeller, graph = built(candidate)
         if freedom(graph) > best:
-            best, policy = freedom(graph), candidate
+            best = freedom(graph)
+            policy = candidate
             if not _choices_of_the_stuck(labeller, graph):
                 break
     return policy
@@ -79,7 +80,7 @@ def _attempts(model: nn.Module, stuck: dict[str, Choice]) -> list[Policy]:
 
 
 def _choices_of_the_stuck(labeller: Labeller, graph: ChannelGraph) -> dict[str, Choice]:
-    """Choices that touch groups which cannot be cut though they are no output."""
+    """Choices that touch groups which cannot be cut though they are not outputs."""
     stuck = {group.index for group in graph.groups if _is_stuck(group)}
     found = {}
     for key, choice in labeller.choices.items():

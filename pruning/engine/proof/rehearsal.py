@@ -240,7 +240,8 @@ def masked_tensors(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> d
     Of a weight-normalised layer the gains are zeroed for removed rows, and adjusted for removed columns so that
     the other weights keep their values; so are the vectors of a spectral norm.
     """
-    tensors, found = named_tensors(model), {}
+    tensors = named_tensors(model)
+    found = {}
     cuts = tensor_cuts(graph, mask)
     pairs = {v_name: (g_name, dim) for g_name, v_name, dim in weight_norm_pairs(model)}
     for name, per_dim in cuts.items():

@@ -36,7 +36,7 @@ class Verdict:
         tensor, dim: Which dimension of which parameter or buffer.
         positions: Which slices, among `extent`. In a tensor of another extent, as a module of the same kind may
             have, they mean nothing: all of its slices must stay.
-        reason: Why, for people.
+        reason: Why, in words.
         assumed: Another module of the kind failed, not this one.
     """
 
@@ -247,7 +247,7 @@ def couple_culprit_otherwise(trouble: Trouble, measures: Measures) -> Measures |
 def _flipped(
     trouble: Trouble, measures: Measures, modules: frozenset[str], kinds: frozenset[str]
 ) -> Measures | None:
-    """The other way for all choices of these kinds that modules have, but for those that were made already."""
+    """The other way for all choices of these kinds that modules have, except those already made."""
     flipped = {}
     for key, choice in trouble.labeller.choices.items():
         if choice.module in modules and measures.is_open(key) and choice.chosen in kinds:
@@ -380,7 +380,8 @@ def _verdicts_on_suspects(trouble: Trouble, message: str) -> tuple[Verdict, ...]
 
     Without any suspect there, everything that can still be cut is one.
     """
-    graph, failed = trouble.graph, trouble.failure.module
+    graph = trouble.graph
+    failed = trouble.failure.module
     modules = sorted(trouble.siblings) if _suspects(trouble.labeller, graph, failed) else [failed]
     verdicts = []
     for module in modules:
@@ -406,7 +407,8 @@ def _verdicts_on_suspects(trouble: Trouble, message: str) -> tuple[Verdict, ...]
 
 def _verdicts_on_the_culprit(trouble: Trouble) -> tuple[Verdict, ...]:
     """Cut groups around the failed module one by one: the first that fails alone, and those like it."""
-    graph, found = trouble.graph, _culprit(trouble)
+    graph = trouble.graph
+    found = _culprit(trouble)
     if found is None:
         return ()
     index, met_in, failure = found

@@ -58,7 +58,9 @@ class Trial:
         self, model: nn.Module, passes: Sequence[Pass], graph: ChannelGraph, mask: np.ndarray
     ) -> None:
         self.graph = graph
-        self._model, self._passes, self._mask = model, passes, mask
+        self._model = model
+        self._passes = passes
+        self._mask = mask
         self._expected: dict[int, _Run] = {}
         # (number of the pass, ids of the attributes that followed) of the tries in which all agreed.
         self._agreed: set[tuple[int, frozenset[int]]] = set()
@@ -97,7 +99,8 @@ class Trial:
         if failure.raised:
             return False
         with in_type(self._model, torch.float64):
-            found, expected = self._run_cut(one), self._run_masked(one)
+            found = self._run_cut(one)
+            expected = self._run_masked(one)
         if found.failure is not None or expected.failure is not None:  # it does not run in double precision
             return False
         return _difference(expected, found) is None and _other_steps(one, expected, found) is None
@@ -287,7 +290,7 @@ def _run(
         # Of a module that the recorded pass did not call (an expert that got no token) the channels are not known.
         known = call.name in one.called and is_leaf(module)
         if known and isinstance(output, Tensor) and output.is_floating_point() and not is_wrapped(output):
-            # What is looked at here is no step, and no statistics of the network's.
+            # Summarising is not a step of the network, nor one of its statistics.
             with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
                 summary = _summary(output, places.get((call.name, call.number), []), mask)
                 run.calls.append((call.name, summary))

@@ -52,7 +52,7 @@ def import_checkpoint(
         path: The file.
         format: One of `FORMATS`; None guesses from the names in the file.
         trust_pickle: See `read_published`.
-        classifier: A checkpoint of ours with the classifier of a selector, for files that lack it.
+        classifier: A LucidPrune checkpoint with the classifier of a selector, for files that lack it.
 
     Returns:
         What it holds; nothing is written yet.

@@ -80,7 +80,7 @@ def recognise(part: Part, small_images: bool, families: tuple[str, ...] = ("resn
         families: What the names of the format's architectures begin with.
 
     Raises:
-        WeightsError: None of ours has such names, or one of another family.
+        WeightsError: No architecture here has such names, or one of another family.
     """
     arch = _architecture(part, small_images)
     if not arch.startswith(families):
@@ -108,7 +108,7 @@ def _architecture(part: Part, small_images: bool) -> str:
     if part.has(r"features\.\d+\."):
         return _vgg(part)
     shown = ", ".join(map(repr, list(part.names.values())[:4]))
-    raise WeightsError(f"{part.source}: no architecture of ours has such tensors ({shown}, …)")
+    raise WeightsError(f"{part.source}: no architecture here has such tensors ({shown}, …)")
 
 
 def _depths(part: Part) -> dict[int, int]:

@@ -51,7 +51,7 @@ def read_isp(
     Args:
         content: From `read_published`.
         source: The file.
-        classifier: Checkpoint of ours with the black box, for files that lack it.
+        classifier: LucidPrune checkpoint with the black box, for files that lack it.
         name: Of the format.
         small_images: Networks for 32×32 images.
     """
@@ -110,7 +110,8 @@ def _add_selector(imported: Imported, part: Part, small_images: bool) -> None:
     network.eval()
     imported.selector = _selector(part, decoder_names, network, small_images)
     imported.selector_arch = arch
-    imported.mask_kind, imported.geometry = imported.selector.design.kind, imported.selector.design.geometry
+    imported.mask_kind = imported.selector.design.kind
+    imported.geometry = imported.selector.design.geometry
     if box is None:
         imported.remarks.append(
             "the selector's network is not in the file: give it later as it was trained, or import again with its "

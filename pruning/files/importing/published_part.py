@@ -1,7 +1,7 @@
 """Published tensors under our names: prefixes of wrappers, older spellings, and what a file's name for a tensor is.
 
 A `Part` is one network's (or decoder's) share of a file. It remembers what each tensor is called in the file, so
-that errors speak the file's language.
+that errors use the file's own names.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def state_of(content: object, source: Path, key: str | None = None) -> Part:
         )
     for name, value in state.items():
         if not isinstance(value, Tensor):
-            raise WeightsError(f"{source}: {str(name)!r} is no tensor but {type(value).__name__}")
+            raise WeightsError(f"{source}: {str(name)!r} is not a tensor but {type(value).__name__}")
     tensors = {str(name): value for name, value in state.items()}
     return Part(tensors, source, {name: name for name in tensors}, lambda name: name).unwrapped()
 

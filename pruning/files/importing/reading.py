@@ -25,7 +25,7 @@ def _dtype(*arguments: PlainValue) -> np.dtype[np.generic]:
     """`numpy.dtype` for numbers only."""
     made: np.dtype[np.generic] = np.dtype(*arguments)
     if made.kind not in _KINDS:
-        raise ValueError(f"a NumPy value of type {made} is no number")
+        raise ValueError(f"a NumPy value of type {made} is not a number")
     return made
 
 

@@ -126,7 +126,8 @@ class LearnedPruning(ChannelPruning):
         Raises:
             ConfigError: A budget out of reach, no channels for gates, or a flag that comes too late.
         """
-        model, state = trainer.state.model, cast("LearnedState | None", self.restored)
+        model = trainer.state.model
+        state = cast("LearnedState | None", self.restored)
         if state is not None:
             self.done = state["done"]
             self.record = state["record"]
@@ -175,7 +176,7 @@ class LearnedPruning(ChannelPruning):
             check(
                 then == now or not (self.done or name in _FIXED),
                 f"--{name.replace('_', '-')} {now or 'left out'} comes too late: in the run to resume {late} with "
-                f"{then or 'none'}; give that, or start anew in another --workspace",
+                f"{then or 'none'}; give that, or start over in another --workspace",
             )
 
     def _gated(self) -> list[Group]:
@@ -230,7 +231,7 @@ class LearnedPruning(ChannelPruning):
         with learner, stop:
             for step in learner.learn():
                 self._after_step(trainer, learner, step, stop)
-        if stop.received:  # too late for a step of the gates: the training loop gets to know
+        if stop.received:  # too late for a step of the gates: the training loop handles it
             signal.raise_signal(signal.Signals[stop.received])
         logits = self._agreed(trainer, learner.logits())
         cut = widths_of_gates(self.graph, self.groups, self.costs, self.budget(), logits)
@@ -269,7 +270,8 @@ class LearnedPruning(ChannelPruning):
         restore_rng(inside)
 
     def _log_epoch(self, trainer: TrainLoop, learner: GateLearner, step: int) -> None:
-        figures, logits = learner.read(), learner.logits()
+        figures = learner.read()
+        logits = learner.logits()
         # Where a loss is NaN its derivatives are too, and they reach the logits with the next step.
         check(
             all(np.isfinite(values).all() for values in logits.values()),
@@ -284,7 +286,9 @@ class LearnedPruning(ChannelPruning):
     # -- rewriting -----------------------------------------------------------------------------------------
 
     def _rewrite(self, trainer: TrainLoop, cut: GateCut) -> None:
-        state, distributed, autocast = trainer.state, trainer.distributed, trainer.precision.autocast
+        state = trainer.state
+        distributed = trainer.distributed
+        autocast = trainer.precision.autocast
         few = list(itertools.islice(self.batches(), _JUDGED_BATCHES))
         task = Task(loss=on_targets(self.loss))
         judge = LossChange(
@@ -293,7 +297,8 @@ class LearnedPruning(ChannelPruning):
         losses = judge.measure([{}, cut.keep]).tolist()
         trainer.release()
         averages = [] if state.ema is None else [state.ema.module]
-        choice, mask = self.repair.choice(), self.graph.keep_mask(cut.keep)
+        choice = self.repair.choice()
+        mask = self.graph.keep_mask(cut.keep)
         settings = settled(choice, few, task, at_once=True, distributed=distributed)
         repair = RewriteRepair.of_cut(
             state.model, averages, self.graph, mask, settings, lenient=choice is None

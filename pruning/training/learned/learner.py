@@ -108,11 +108,16 @@ class GateLearner:
         scaled: bool = False,
     ) -> None:
         self.model = model
-        self.graph, self.groups = graph, list(groups)
-        self.costs, self.budget = costs, budget
-        self.originals, self.calibration = originals, calibration
-        self.settings, self.seed = settings, seed
-        self.loss, self.autocast = loss, autocast
+        self.graph = graph
+        self.groups = list(groups)
+        self.costs = costs
+        self.budget = budget
+        self.originals = originals
+        self.calibration = calibration
+        self.settings = settings
+        self.seed = seed
+        self.loss = loss
+        self.autocast = autocast
         self.distributed = distributed or Distributed()
         self.scale = _FLOAT16_SCALE if scaled else 1.0
         self.device = next(model.parameters()).device
@@ -171,7 +176,7 @@ class GateLearner:
         return self.settings.gate_epochs * self.steps_per_epoch
 
     def learn(self) -> Iterator[int]:
-        """Take the steps that are left; yields the number of steps taken after each. Collective."""
+        """Take the remaining steps; yields the number of steps taken after each. Collective."""
         while self.step < self.num_steps:
             done = self.step % self.steps_per_epoch
             for index, batch in enumerate(self.calibration):

@@ -3,8 +3,8 @@
     pruning = LightningPruning(images[:2], calibration_loader, budget=0.5, step=200, delta=0.05)
     Trainer(callbacks=[pruning, …]).fit(module, data, ckpt_path="last")
 
-A checkpoint of Lightning's holds the network's structure and the pruner's course, so `ckpt_path=` of `fit`, `validate`
-and `test` takes those of a pruned network, with the module as its class builds it.
+A checkpoint of Lightning's holds the network's structure and the pruner's progress, so `ckpt_path=` of `fit`,
+`validate` and `test` takes those of a pruned network, with the module as its class builds it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class LightningPruning(Callback):
 
     Args:
         example: See `Pruner`; the network's arguments.
-        calibration: Yields batches for every rewrite, anew each time: training data that is held out from training.
+        calibration: Yields batches for every rewrite, from the start each time: training data that is held out from
+            training.
         network: Which part of the module is pruned: its name, or the module itself by default.
         settings: Further arguments of `Pruner`.
     """

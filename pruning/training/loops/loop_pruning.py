@@ -23,7 +23,7 @@ class LoopState(TypedDict):
 
     Attributes:
         structure: Of the network.
-        pruner: Its course.
+        pruner: Its progress.
     """
 
     structure: dict[str, Any]
@@ -35,7 +35,8 @@ class LoopPruning:
 
     Args:
         example: See `Pruner`.
-        calibration: Yields batches for every rewrite, anew each time: training data that is held out from training.
+        calibration: Yields batches for every rewrite, from the start each time: training data that is held out from
+            training.
         settings: Further arguments of `Pruner`: `budget`, `step`, `delta`, `criterion`, `forward`, `loss`, ….
 
     Attributes:
@@ -44,12 +45,14 @@ class LoopPruning:
 
     def __init__(self, example: Example, calibration: Iterable[Any], **settings: Any) -> None:
         self.pruner: Pruner | None = None
-        self._example, self._calibration, self._settings = example, calibration, settings
+        self._example = example
+        self._calibration = calibration
+        self._settings = settings
         self._fresh: nn.Module | None = None
         self._state: PrunerState | None = None
 
     def remember(self, network: nn.Module) -> None:
-        """Keep the network as it is before the first rewrite: what a structure is told against."""
+        """Keep the network as it is before the first rewrite: what a structure is compared with."""
         if self._fresh is None:
             self._fresh = skeleton_of(network)
 

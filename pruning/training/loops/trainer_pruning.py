@@ -39,7 +39,8 @@ class TrainerPruning(TrainerCallback):
 
     Args:
         example: See `Pruner`, such as `{"pixel_values": images}`.
-        calibration: Yields batches for every rewrite, anew each time: training data that is held out from training.
+        calibration: Yields batches for every rewrite, from the start each time: training data that is held out from
+            training.
         settings: Further arguments of `Pruner`.
     """
 
@@ -80,8 +81,8 @@ class TrainerPruning(TrainerCallback):
             raise SettingError(
                 "args",
                 args.parallel_mode.value,
-                "a rewrite needs the network wrapped anew, and the Trainer has no place for it: train in one process, "
-                "in a loop of your own with accelerate, or with Lightning",
+                "the network must be wrapped again after a rewrite, and the Trainer has no place for that: train in "
+                "one process, in a loop of your own with accelerate, or with Lightning",
             )
         self._pruning.begin(kwargs["model"], [kwargs["optimizer"]])
 
@@ -94,7 +95,7 @@ class TrainerPruning(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add structure and course to the trainer's checkpoint."""
+        """Add structure and progress to the trainer's checkpoint."""
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             save_atomically(dict(self._pruning.state()), folder / _FILE)

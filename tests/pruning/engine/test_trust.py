@@ -531,7 +531,7 @@ def test_buffers_and_attributes_that_forward_puts_in_place() -> None:
 
 
 class CachedGrid(nn.Module):
-    """Makes its grid anew when the shape of the features changes, as detectors' heads do; returns the features too."""
+    """Makes a new grid when the shape of the features changes, as detectors' heads do; returns the features too."""
 
     def __init__(self) -> None:
         super().__init__()

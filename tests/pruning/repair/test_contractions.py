@@ -12,7 +12,7 @@ from pruning.repair.contractions import Contraction, ContractionMode
 
 
 class Functional(nn.Module):
-    """Weights that are used outside of layers."""
+    """Weights that are used outside layers."""
 
     def __init__(self, shape: tuple[int, ...], use: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()

@@ -126,7 +126,7 @@ def test_figures_are_those_of_the_run(runs: Path, report: tuple[str, dict[str, A
     (uncontrolled,) = plain["missing"]
     more = plain["accuracy"][-1]["epochs"] - plain["accuracy"][0]["epochs"]
     assert more > 0
-    assert f"was trained {more} epochs longer than the one before pruning" in uncontrolled
+    assert f"was trained {wording.counted(more, 'epoch')} longer than the one before pruning" in uncontrolled
     pruning = yaml.safe_load((runs / "prune" / "config.yaml").read_text())
     assert plain["criterion"] == pruning["pruning_criterion"], "not the fine-tuning's"
 
@@ -347,12 +347,15 @@ def test_sensitivity_is_shown_where_it_was_measured(
     assert "Sensitivity" not in page
     rows = [{"group": "layer9.conv1", "width": 16, "losses": [0.125, None]}]
     measured = {"groups": rows, "removed": [0.5, 0.9], "repair": "none", "num_images": 8, "command": ""}
-    (tmp_path / "sensitivity.json").write_text(json.dumps(measured))
+    (tmp_path / "prune").mkdir()
+    (tmp_path / "prune" / "sensitivity.json").write_text(json.dumps(measured))
     missing: list[str] = []
-    found = content.read_sensitivity(tmp_path / "sensitivity.json", missing)
+    found = content.read_sensitivity(
+        [tmp_path, tmp_path / "prune"], missing
+    )  # a folder of runs, and a run in it
     whole = content.Content({**plain, "sensitivity": found}, Trajectory(), [])
     shown = render(whole)
-    assert "layer9.conv1" in shown
+    assert shown.count("layer9.conv1") == 3  # the chart in both its forms, and the table
     assert "8 images" in shown
     assert not missing
 
@@ -470,3 +473,27 @@ def test_as_many_batches_count_as_were_asked_for(num_batches: int, monkeypatch: 
     networks = [Network(name, torch.nn.Identity(), None) for name in ("original", "pruned")]
     compare_speed(networks, 8, torch.device("cpu"), batch_sizes=(1,), num_batches=num_batches)
     assert counts == [num_batches, num_batches]
+
+
+def test_a_single_rewrite_is_shown_as_bars() -> None:
+    """A heat-map of one column would say nothing; scores that are zero or missing have no bar."""
+    shares, values = np.array([[0.5], [0.25]]), np.array([[0.01], [0.0]])
+    for several, chart in (
+        (np.hstack([shares, shares]), charts.rewrites),
+        (np.hstack([values] * 2), charts.scores),
+    ):
+        single = chart(several[:, :1], ["a", "b"], [1])
+        assert single is not None
+        assert "rewrite" not in re.findall(r"<text[^>]*>([^<]*)</text>", single["wide"])
+        both = chart(several, ["a", "b"], [1, 2])
+        assert both is not None
+        assert "rewrite" in re.findall(r"<text[^>]*>([^<]*)</text>", both["wide"])
+
+
+def test_the_chart_of_sensitivity_has_a_row_per_group_and_a_column_per_share() -> None:
+    rows = [{"group": "a", "losses": [0.0, 0.5]}, {"group": "b", "losses": [None, 1.0]}]
+    drawn = charts.sensitivity({"groups": rows, "removed": [0.1, 0.5]})
+    assert drawn is not None
+    words = re.findall(r"<text[^>]*>([^<]*)</text>", drawn["narrow"])
+    assert {"a", "b", "−10 %", "−50 %", "channels removed"} <= set(words)
+    assert charts.sensitivity({"groups": [{"group": "a", "losses": [None]}], "removed": [0.1]}) is None

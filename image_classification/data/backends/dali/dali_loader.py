@@ -223,7 +223,8 @@ class DaliLoader(PlannedLoader):
 
     def _send(self, plan: BatchPlan) -> None:
         """Put a batch into the pipeline's inputs."""
-        ids, manifest = plan.sample_ids, self.manifest
+        ids = plan.sample_ids
+        manifest = self.manifest
         part = regions(plan, manifest.heights[ids], manifest.widths[ids])
         paths = [np.frombuffer(os.fsencode(manifest.path(i)), dtype=np.uint8) for i in ids]
         for name, value in zip(INPUTS, (paths, *part, plan.flips.astype(np.int32)), strict=True):
@@ -361,7 +362,8 @@ class DaliLoader(PlannedLoader):
 
 def usual_largest(manifest: Manifest, readable: NDArray[np.bool_]) -> tuple[int, int]:
     """Height and width that 999 of 1000 readable images do not exceed: one giant must not fill the GPU."""
-    heights, widths = manifest.heights[readable], manifest.widths[readable]
+    heights = manifest.heights[readable]
+    widths = manifest.widths[readable]
     if not len(heights):
         return 1, 1
     height, width = (int(np.percentile(sides, 99.9, method="higher")) for sides in (heights, widths))
