@@ -158,7 +158,8 @@ class Wave:
             else:
                 results = self._fly(segment, pairs, finishes=segment is segments[-1])
         if results is None or self.layers[segments[-1][0]].calls > 1:
-            results = [(pair.original(), pair.rewritten()) for pair in pairs if pair.held_out]
+            with failing_together(self.distributed):
+                results = [(pair.original(), pair.rewritten()) for pair in pairs if pair.held_out]
         return self._report(), results
 
     def _segments(self, *, one_by_one: bool) -> list[list[str]]:
@@ -197,11 +198,12 @@ class Wave:
                     self._solve(self._problems.pop(name))
             if not finishes:
                 return None
-            return [
-                (before.finish(), after.finish())
-                for (before, after), judges in zip(flights, held_out, strict=True)
-                if judges
-            ]
+            with failing_together(self.distributed):
+                return [
+                    (before.finish(), after.finish())
+                    for (before, after), judges in zip(flights, held_out, strict=True)
+                    if judges
+                ]
 
     def _visit(self, name: str, pairs: Sequence[Pair]) -> None:
         """Add the rows of all calls of one layer in some batches."""
