@@ -7,6 +7,7 @@ disturbed: one computes other last bits, has more or smaller batches than the ot
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import MagicMock
@@ -164,6 +165,14 @@ class TestMeeting:
 
         assert ranks.run(job) == [([2, 1], [0, 1], 7)] * 2
         assert ranks.calls[0][0] == "all_reduce float64 [4]"
+
+    def test_what_hosts_know_travels_between_hosts(self, ranks: SimulatedRanks) -> None:
+        def job(distributed: Distributed) -> int:
+            beside_nccl: Any = "a group of Gloo"
+            return dataclasses.replace(distributed, host_group=beside_nccl).sum_on_hosts(distributed.rank + 2)
+
+        assert ranks.run(job) == [5, 5]
+        assert ranks.calls[1] == ["all_reduce int64 [1] on hosts"]
 
     def test_other_shapes_are_a_mismatch(self, ranks: SimulatedRanks) -> None:
         with pytest.raises(CollectiveMismatchError, match=r"rank 0: all_reduce.*\[1\], rank 1: .*\[2\]"):

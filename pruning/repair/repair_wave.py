@@ -71,11 +71,11 @@ def failing_together(distributed: Distributed) -> Iterator[None]:
         yield
     except RuntimeError as found:
         error = found
-    (count,) = distributed.all_reduce_sum(torch.tensor(float(error is not None), dtype=torch.float64))
+    count = distributed.sum_on_hosts(error is not None)
     if error is not None:
         raise error
     if count:
-        raise RuntimeError(f"it failed on {int(count)} of the other ranks")
+        raise RuntimeError(f"it failed on {count} of the other ranks")
 
 
 @dataclasses.dataclass
@@ -145,8 +145,7 @@ class Wave:
         """
         size = len(pairs) if in_flight is None else min(in_flight, len(pairs))
         squads = [pairs[begin : begin + size] for begin in range(0, len(pairs), size)]
-        (number,) = self.distributed.all_reduce_sum(torch.tensor(float(len(squads) > 1), dtype=torch.float64))
-        one_by_one = bool(number)  # on some rank
+        one_by_one = self.distributed.sum_on_hosts(len(squads) > 1) > 0
         segments = self._segments(one_by_one=one_by_one)
         results: list[tuple[Outputs, Outputs]] | None = None
         for segment in segments:

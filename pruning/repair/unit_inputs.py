@@ -87,7 +87,7 @@ def unit_inputs(
         SettingError: Inputs are not finite, or a rank has no images: it would not know what to add up.
     """
     distributed = distributed or Distributed()
-    without = _ranks_without_images(batches, distributed)
+    without = distributed.sum_on_hosts(not any(num_samples(batch) for batch in batches))
     if without and not strict:
         return []
     if without:
@@ -116,13 +116,6 @@ def unit_inputs(
         )
         found += _of_contraction(graph, contraction, sums, tensors[name].detach())
     return found
-
-
-def _ranks_without_images(batches: Sequence[Batch], distributed: Distributed) -> int:
-    """How many ranks have no images. Collective."""
-    here = torch.tensor(float(not any(num_samples(batch) for batch in batches)), dtype=torch.float64)
-    (total,) = distributed.all_reduce_sum(here)
-    return int(total)
 
 
 def _rows_read(

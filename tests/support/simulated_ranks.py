@@ -116,18 +116,22 @@ class SimulatedRanks:
 
     def all_reduce(self, tensor: Tensor, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
         """Sum, or maximum."""
-        values = torch.stack(self._meet(_name("all_reduce", tensor, op), tensor.clone()))
+        values = torch.stack(
+            self._meet(_name("all_reduce", tensor, op, group and "on hosts"), tensor.clone())
+        )
         total = values.amax(0) if op == torch.distributed.ReduceOp.MAX else values.sum(0)
         tensor.copy_(self.altered(self._here.rank, total))
         return mock.Mock(**{"is_completed.return_value": True}) if async_op else None
 
     def broadcast(self, tensor: Tensor, src: int = 0, group: Any = None) -> None:
         """Rank `src`'s values."""
-        tensor.copy_(self._meet(_name("broadcast", tensor, src), tensor.clone())[src])
+        tensor.copy_(self._meet(_name("broadcast", tensor, src, group and "on hosts"), tensor.clone())[src])
 
     def all_gather(self, parts: Sequence[Tensor], tensor: Tensor, group: Any = None) -> None:
         """All ranks' values."""
-        for part, value in zip(parts, self._meet(_name("all_gather", tensor), tensor.clone()), strict=True):
+        for part, value in zip(
+            parts, self._meet(_name("all_gather", tensor, group and "on hosts"), tensor.clone()), strict=True
+        ):
             part.copy_(value)
 
     def barrier(self, device_ids: Any = None) -> None:
