@@ -149,7 +149,7 @@ def _walk(value: object, path: str, seen: set[int], strict: bool = True) -> Iter
     if isinstance(value, Tensor):
         if strict and value.layout != torch.strided:
             raise OutputError(
-                f"the network returns a sparse tensor ({path}), in which channels cannot be followed: return a dense one"
+                f"the network returns a sparse tensor ({path}), in which channels cannot be followed: return it dense"
             )
         yield path, value
         return

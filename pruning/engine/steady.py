@@ -39,7 +39,7 @@ _BY_MODE = frozenset(
 
 def as_in_evaluation(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     """Arguments with which batch norms and dropouts work as in evaluation, though a network trains."""
-    if func not in _BY_MODE:
+    if func not in _BY_MODE or kwargs.get("training") is False:
         return args, kwargs
     call = inspect.signature(func).bind(*args, **kwargs)
     if "running_mean" in call.arguments and call.arguments["running_mean"] is None:  # it never has others

@@ -31,6 +31,7 @@ from image_classification.models.attention import attention_of_any_width
 from image_classification.models.modes import exact_float32, modes_restored
 from image_classification.models.module_tree import named_modules, set_mode, walked_once
 from image_classification.models.running import Args, Kwargs, ModuleCall, Running, following
+from pruning.engine.code_lines import line_running
 from pruning.engine.examples import output_tensors, tensors_in
 from pruning.engine.kept_state import state_kept
 from pruning.engine.own_gradients import has_gradient_hooks, own_functions_noted
@@ -89,6 +90,7 @@ class Operation:
         writes_to: For a write through a view: (value of the whole tensor before, the chain of views, value
             of the whole tensor after).
         replayed: A view that is taken anew, since what lies behind it was written; the network did not run it.
+        line: Where in the network's code it was asked for (see `code_lines.py`).
     """
 
     index: int
@@ -100,6 +102,7 @@ class Operation:
     stack: tuple[str, ...]
     writes_to: tuple[int, tuple[ViewStep, ...], int] | None = None
     replayed: bool = False
+    line: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -507,8 +510,9 @@ class _Recorder(TorchDispatchMode):
     ) -> None:
         stack = self.watched.names
         index = len(self.operations)
+        line = line_running(record.__code__)
         self.operations.append(
-            Operation(index, func, args, kwargs, outputs, self.running, stack, writes_to, replayed)
+            Operation(index, func, args, kwargs, outputs, self.running, stack, writes_to, replayed, line)
         )
 
     @staticmethod

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from image_classification.models.running import ModuleCall, following
 from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.code_lines import line_raising
 from pruning.engine.computed_weights import computes_weights
 from pruning.engine.cutting import Changes, plan_network, tensor_cuts
 from pruning.engine.examples import Pass, output_tensors
@@ -352,7 +353,7 @@ def _run(
                 raise
             where = running.failed or ""
             kind = type(model.get_submodule(where)).__name__
-            message = f"{kind} {where!r} raises {type(error).__name__}: {_first_line(error)}"
+            message = f"{kind} {where!r} raises {_in_words(error)}"
             run.failure = Failure(where, message, raised=True)
     return run
 
@@ -374,8 +375,7 @@ def _gradients(model: nn.Module, one: Pass) -> dict[str, Tensor] | Failure:
         except Exception as error:  # as in `_run`
             if _lacks_memory(error):
                 raise
-            message = f"the backward pass raises {type(error).__name__}: {_first_line(error)}"
-            return Failure("", message, raised=True)
+            return Failure("", f"the backward pass raises {_in_words(error)}", raised=True)
 
 
 def _lacks_memory(error: Exception) -> bool:
@@ -383,8 +383,11 @@ def _lacks_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:160]
+def _in_words(error: BaseException) -> str:
+    """`ValueError (model.py:57): …`, one line."""
+    line = line_raising(error)
+    first = (str(error).strip().splitlines() or [""])[0][:160]
+    return f"{type(error).__name__}{f' ({line})' if line else ''}: {first}"
 
 
 def _summary(output: Tensor, places: list[Place], mask: np.ndarray | None) -> np.ndarray:
