@@ -15,6 +15,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +117,7 @@ def load_weights(path: str | Path, *, ema: bool | None = None) -> LoadedWeights:
     )
 
 
-def structure_in(payload: Mapping[object, object], path: Path) -> Structure:
+def structure_in(payload: Mapping[Any, Any], path: Path) -> Structure:
     """The structure of the network that a file of ours holds.
 
     Raises:
