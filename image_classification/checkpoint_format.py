@@ -205,6 +205,11 @@ def _check_agreement(payload: PlainMapping) -> None:
     names, num_classes = payload.get("class_names"), (structure or {}).get("num_classes")
     if names is not None and is_count(num_classes) and len(names) > num_classes:
         raise FormatError(f"it has {len(names)} class_names for {num_classes} classes")
+    best = payload.get("best_epoch")
+    if best is not None and (payload.get("best_prec1") is None or best >= payload.get("epoch", best + 1)):
+        raise FormatError(
+            f"its best_epoch is {best}, its best_prec1 {payload.get('best_prec1')} and its epoch {payload.get('epoch')}"
+        )
     if {"epoch", "iteration", "steps_per_epoch"} <= payload.keys():
         first = payload["epoch"] * payload["steps_per_epoch"]
         if not first <= payload["iteration"] <= first + payload["steps_per_epoch"]:

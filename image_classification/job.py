@@ -320,6 +320,7 @@ def read_resumable(path: Path, arch: str) -> Plain:
     ):
         payload.setdefault(key, value)
     missing = [key for key in TRAINING_STATE if key not in payload]
+    missing += ["structure"] if payload.get("structure") is None and not missing else []
     check(
         not missing,
         f"--resume: {path} lacks {', '.join(missing)}: it was written by another version or is incomplete; start from "

@@ -18,7 +18,6 @@ from image_classification.checkpoint import save_atomically
 from image_classification.checkpoint_format import FORMAT
 from image_classification.config import SettingError, check_setting
 from image_classification.models import (
-    Structure,
     WeightsError,
     apply_weights,
     build_from_structure,
@@ -27,6 +26,7 @@ from image_classification.models import (
     main_and_auxiliary_logits,
     unwrap,
 )
+from image_classification.models.weights import structure_in
 
 #: Key of a checkpoint's `callbacks` under which a selector's description lies.
 SELECTOR_RECORD = "selector"
@@ -220,6 +220,6 @@ def load_black_box(path: str | Path, *, device: torch.device | str | None = None
             str(path),
             "the file does not hold the network that it explains, which `create_model` did not build",
         )
-    model = build_from_structure(Structure.from_plain(held.get("structure")), device=device)
+    model = build_from_structure(structure_in(held, Path(path)), device=device)
     apply_weights(model, held["state_dict"])
     return model.eval().requires_grad_(False)

@@ -19,7 +19,6 @@ from explainers.differentiable.features import FeatureTaps
 from image_classification.checkpoint import save_atomically
 from image_classification.checkpoint_format import FORMAT
 from image_classification.models import (
-    Structure,
     build_from_structure,
     capture_structure,
     identity_of,
@@ -27,7 +26,7 @@ from image_classification.models import (
     read_safely,
     unwrap,
 )
-from image_classification.models.weights import WeightsError, load_exactly
+from image_classification.models.weights import WeightsError, load_exactly, structure_in
 from image_classification.plain_data import PlainMapping
 
 KEY = "casm"
@@ -132,7 +131,7 @@ def load_casm(path: str | Path, *, device: torch.device | str | None = None) -> 
             f"{path} holds no saliency mapping (CASM): give a file that `python -m explainers train-casm` wrote; "
             "a file of the published program becomes one by `python -m pruning import FILE OUT`"
         )
-    classifier = build_from_structure(Structure.from_plain(payload["structure"]), device=device)
+    classifier = build_from_structure(structure_in(payload, path), device=device)
     load_exactly(classifier, payload["state_dict"], path, "classifier")
     casm = casm_from_entry(classifier, payload[KEY], path)
     return casm.to(device).eval().requires_grad_(False)

@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -73,11 +73,13 @@ class Files(NamedTuple):
         directories: Path → modification time in nanoseconds, of every directory that was looked into.
         paths: N POSIX paths.
         rows: (N,) of `_ROW`.
+        left_out: Suffix → files of it that are images, but not for every backend.
     """
 
     directories: dict[str, int]
     paths: Paths
     rows: np.ndarray
+    left_out: dict[str, int]
 
 
 def scan_folders(
@@ -107,10 +109,12 @@ def scan_folders(
         if known is not None and not rescan and _is_unchanged(root, known):
             return known
         directories: dict[str, int] = {}
-        return _noted(list_images(root, folder, directories, left_out), directories, known)
+        left_out = Counter[str]()
+        entries = list_images(root, folder, directories, left_out)
+        return _noted(entries, directories, known)._replace(left_out=dict(left_out))
 
-    left_out = Counter[str]()
     table = _scan(root, folders, look, cache_dir, label, progress)
+    left_out = sum((Counter(files.left_out) for files in table.folders.values()), Counter[str]())
     if left_out:
         logger.warning(
             "%s: %s left out: not every backend decodes them (`python -m image_classification prepare` writes a copy "
@@ -184,7 +188,7 @@ def _noted(entries: Sequence[FileEntry], directories: dict[str, int], known: Fil
             before["mtime_ns"] == rows["mtime_ns"][both]
         )
         rows[both[same]] = before[same]
-    return Files(times, paths, rows)
+    return Files(times, paths, rows, {})
 
 
 class _Table(NamedTuple):
@@ -244,23 +248,23 @@ def _read(
 def _joined(folders: Sequence[str], parts: Sequence[Files]) -> _Table:
     paths = Paths.concatenated([part.paths for part in parts])
     rows = np.concatenate([np.zeros(0, _ROW), *(part.rows for part in parts)])
-    directories = [part.directories for part in parts]
-    return _cut(folders, directories, [len(part.paths) for part in parts], paths, rows)
+    notes = [(part.directories, part.left_out) for part in parts]
+    return _cut(folders, notes, [len(part.paths) for part in parts], paths, rows)
 
 
 def _cut(
     folders: Iterable[str],
-    directories: Iterable[dict[str, int]],
+    notes: Iterable[tuple[dict[str, int], dict[str, int]]],
     counts: Sequence[int],
     paths: Paths,
     rows: np.ndarray,
 ) -> _Table:
-    """A table whose pieces have so many files."""
+    """A table whose pieces have so many files, and such directories and counts of what is left out."""
     pieces = {}
     start = 0
-    for folder, own, count in zip(folders, directories, counts, strict=True):
+    for folder, (directories, left_out), count in zip(folders, notes, counts, strict=True):
         stop = start + count
-        pieces[folder] = Files(own, paths.rows(start, stop), rows[start:stop])
+        pieces[folder] = Files(directories, paths.rows(start, stop), rows[start:stop], left_out)
         start = stop
     return _Table(pieces, paths, rows)
 
@@ -275,6 +279,9 @@ def _save(cached: Path, table: _Table) -> None:
         **table.paths.to_arrays("paths"),
         **Paths.of(path for files in parts for path in files.directories).to_arrays("directories"),
         **Paths.of(table.folders).to_arrays("folders"),
+        "num_left_out": np.array([len(files.left_out) for files in parts], np.int64),
+        "counts": np.array([count for files in parts for count in files.left_out.values()], np.int64),
+        **Paths.of(suffix for files in parts for suffix in files.left_out).to_arrays("suffixes"),
     }
     write_npz(cached, arrays)
 
@@ -282,12 +289,19 @@ def _save(cached: Path, table: _Table) -> None:
 def _load(cached: Path) -> _Table:
     """What an earlier scan has left; an empty table without one, or where it is damaged."""
     arrays = read_npz(cached) if cached.is_file() else None
-    if arrays is None or arrays.get("rows", np.zeros(0)).dtype != _ROW:
+    if arrays is None or arrays.get("rows", np.zeros(0)).dtype != _ROW or "num_left_out" not in arrays:
         return _joined((), ())
-    directories = iter(zip(Paths.from_arrays(arrays, "directories"), arrays["times"].tolist(), strict=True))
-    own = [dict(itertools.islice(directories, count)) for count in arrays["num_directories"].tolist()]
+    directories = _dicts(arrays, "directories", "times", "num_directories")
+    left_out = _dicts(arrays, "suffixes", "counts", "num_left_out")
     folders, paths = Paths.from_arrays(arrays, "folders"), Paths.from_arrays(arrays, "paths")
-    return _cut(folders, own, arrays["num_files"].tolist(), paths, arrays["rows"])
+    notes = zip(directories, left_out, strict=True)
+    return _cut(folders, notes, arrays["num_files"].tolist(), paths, arrays["rows"])
+
+
+def _dicts(arrays: Mapping[str, np.ndarray], keys: str, values: str, lengths: str) -> list[dict[str, int]]:
+    """One table for each folder, of such lengths, from what all of them hold one after the other."""
+    entries = iter(zip(Paths.from_arrays(arrays, keys), arrays[values].tolist(), strict=True))
+    return [dict(itertools.islice(entries, length)) for length in arrays[lengths].tolist()]
 
 
 def _warn(root: Path, table: _Table) -> None:

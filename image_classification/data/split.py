@@ -78,6 +78,9 @@ def split(
 def _images(source: Path, name: str) -> list[str]:
     """Images of a class, relative to the source, sorted."""
     paths = [entry.path for entry in list_images(source, name)]
+    odd = next((path for path in paths if not (source / path).is_file()), None)
+    if odd is not None:
+        raise ValueError(f"{source / odd} is no regular file: remove it")
     if len(paths) < 2:
         raise ValueError(f"{source / name} has {len(paths)} images: at least 2 are needed, one for each part")
     return paths

@@ -121,7 +121,10 @@ def decode_fully(item: tuple[str, str]) -> Finding:
                 return Finding(path, "", "no regular file")
             with Image.open(place) as image:
                 kind = f"{image.format} {image.mode}"
-                if image.format not in FORMATS or image.mode == "F":
+                if image.mode == "F":
+                    reason = "its pixels are in floating point, of which every decoder makes other bytes"
+                    return Finding(path, "", f"{reason}: write it with 8 or 16 bits")
+                if image.format not in FORMATS:
                     return Finding(
                         path, "", f"{kind}: not every backend decodes it; prepare writes a copy as JPEG"
                     )

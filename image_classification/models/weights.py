@@ -15,6 +15,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,10 +101,7 @@ def load_weights(path: str | Path, *, ema: bool | None = None) -> LoadedWeights:
     raw_structure = content.get("structure")
     structure = None
     if is_ours(content) and raw_structure is not None:
-        try:
-            structure = Structure.from_plain(raw_structure)
-        except StructureError as error:
-            raise WeightsError(f"{path}: {error}") from error
+        structure = structure_in(content, path)
     averaged = takes_average(content, ema)
     state = _find_state(content, path, averaged)
     if structure is None or not state.keys() <= structure.shapes.keys():
@@ -117,6 +115,18 @@ def load_weights(path: str | Path, *, ema: bool | None = None) -> LoadedWeights:
         averaged,
         None if names is None else tuple(names),
     )
+
+
+def structure_in(payload: Mapping[Any, Any], path: Path) -> Structure:
+    """The structure of the network that a file of ours holds.
+
+    Raises:
+        WeightsError: It has none, or it contradicts itself.
+    """
+    try:
+        return Structure.from_plain(payload.get("structure"))
+    except StructureError as error:
+        raise WeightsError(f"{path}: {error}") from error
 
 
 def saved_input(path: str | Path) -> NetworkInput | None:

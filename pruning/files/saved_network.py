@@ -26,8 +26,8 @@ from image_classification.models.factory import (
 )
 from image_classification.models.modes import modes_restored
 from image_classification.models.recognising import identity_of_builder
-from image_classification.models.structure import Structure, build_from_structure, capture_structure
-from image_classification.models.weights import load_exactly, read_safely, takes_average
+from image_classification.models.structure import build_from_structure, capture_structure
+from image_classification.models.weights import load_exactly, read_safely, structure_in, takes_average
 from image_classification.plain_data import Plain, PlainValue
 
 
@@ -140,7 +140,7 @@ def load_pruned(
     content = read_safely(path)
     if not is_ours(content) or content.get("structure") is None:
         raise ValueError(f"{path}: holds no LucidPrune network (no entry 'structure')")
-    model = build_from_structure(Structure.from_plain(content["structure"]), factory=factory, device=device)
+    model = build_from_structure(structure_in(content, path), factory=factory, device=device)
     load_exactly(model, content["ema" if takes_average(content, ema) else "state_dict"], path)
     remember_class_names(model, content.get("class_names"))
     return model

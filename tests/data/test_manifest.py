@@ -21,7 +21,9 @@ from image_classification.data.layouts import open_dataset
 from image_classification.data.listing import list_images
 from image_classification.data.manifest import Manifest
 from image_classification.data.paths import Paths
+from image_classification.data.prepare import prepare
 from image_classification.data.scan import scan_folders, scan_list
+from image_classification.data.split import split
 from image_classification.data.targets import TargetTable
 from image_classification.data.verify import verify
 
@@ -78,9 +80,11 @@ def test_what_is_no_image_for_every_backend_is_told(
         write_image(folder / name, mode="L", format="GIF")
     Image.fromarray(np.linspace(0, 300, 600, dtype=np.float32).reshape(20, 30)).save(folder / "float.tif")
     os.mkfifo(folder / "pipe.jpg")
-    with caplog.at_level("WARNING"):
-        paths, headers, _ = scan_folders(tmp_path, ["c"], cache_dir=tmp_path / "cache", label="train")
-    assert "2 .gif left out" in caplog.text
+    for _ in ("looked at", "known"):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            paths, headers, _ = scan_folders(tmp_path, ["c"], cache_dir=tmp_path / "cache", label="train")
+        assert "2 .gif left out" in caplog.text
     intact = {Path(path).name: bool(whole) for path, whole in zip(paths, headers.intact, strict=True)}
     assert intact == {
         "a.jfif": True,
@@ -94,9 +98,15 @@ def test_what_is_no_image_for_every_backend_is_told(
         for entry in verify(tmp_path, num_workers=0, progress=False).broken
     }
     assert broken.keys() == {"c.gif", "d.GIF", "hidden_gif.jpg", "float.tif", "pipe.jpg"}
-    for name in ("hidden_gif.jpg", "float.tif"):
+    for name in ("hidden_gif.jpg", "float.tif", "pipe.jpg"):
         with pytest.raises(UnreadableError):
             open_image(folder / name)
+    assert "prepare writes a copy" in broken["c.gif"]
+    assert "16 bits" in broken["float.tif"]
+    prepared = prepare(tmp_path / "c", tmp_path / "copy", num_workers=0, progress=False)
+    assert {entry.path for entry in prepared.broken} == {"float.tif", "pipe.jpg"}
+    with pytest.raises(ValueError, match=r"pipe\.jpg is no regular file"):
+        split(tmp_path, tmp_path.with_name("parts"))
 
 
 def test_content_decides_the_format(tmp_path: Path, write_image) -> None:

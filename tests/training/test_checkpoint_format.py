@@ -15,6 +15,7 @@ from support.training import MakeTrainer, Recorder, build_trainer
 
 from explainers.casm.model import load_casm
 from image_classification.checkpoint_format import VERSION, digest, sealed
+from image_classification.config import ConfigError
 from image_classification.job import read_resumable
 from image_classification.models import WeightsError, load_weights, model_for_weights, read_safely
 from pruning.files.saved_network import load_pruned
@@ -65,6 +66,8 @@ FC = "fc.weight"
         (_put("lr_factor"), -7.0, r"lr_factor is -7\.0"),
         (_put("lr_factor"), float("nan"), "lr_factor is nan"),
         (_put("best_prec1"), float("inf"), "best_prec1 is inf"),
+        (_put("best_epoch"), 0, "best_epoch is 0, its best_prec1 None"),
+        (_put("best_epoch"), 9, "best_epoch is 9.* epoch 1"),
         (_put("epoch"), -1, "epoch is -1"),
         (_put("epoch"), True, "epoch is True"),
         (_put("iteration"), 99, "iteration 99 .*epoch 1 of 12"),
@@ -92,6 +95,12 @@ def test_a_forged_entry_is_named(
     torch.save(payload | {"digest": digest(payload)}, written)
     with pytest.raises(WeightsError, match=message):
         read_safely(written)
+
+
+def test_a_checkpoint_without_a_structure_is_named(written: Path) -> None:
+    torch.save(sealed(read_safely(written) | {"structure": None}), written)
+    with pytest.raises(ConfigError, match=f"{written} lacks structure"):
+        read_resumable(written, "resnet20")
 
 
 def test_every_reader_holds_a_file_against_the_schema(written: Path) -> None:
