@@ -19,7 +19,7 @@ help:
 	@echo 'make lint        install, then ruff and mypy'
 	@echo 'make benchmarks  install, then the scripts of benchmarks/ that need no data or checkpoint of yours'
 	@echo 'make gpu-check   tests and speeds of this machine with its GPU, into benchmarks/results/gpu_check.json'
-	@echo 'make campaign    install, then kill nine kinds of training 207 times, and compare; hostile flags, all of them'
+	@echo 'make campaign    install, then kill nine kinds of training 207 times, and compare; hostile words for every verb'
 	@echo 'make clean       remove .venv and what tools left behind'
 	@echo 'PYTHON=python3.12 chooses the interpreter (3.11 or newer)'
 
@@ -76,6 +76,7 @@ gpu-check:
 
 campaign: install
 	$(BIN)/python benchmarks/kill_campaign.py
+	$(BIN)/python benchmarks/fuzz.py --seconds 1800
 	$(BIN)/python -m pytest tests/reliability
 
 clean:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from common.foreign_networks import FOREIGN
-from common.measure import limit_memory, peak_memory, resident_memory
+from common.measure import limit_process, peak_memory, resident_memory
 from common.networks import uniform_cut
 from common.report import BenchmarkParser, print_table, write_json
 from torch import Tensor, nn
@@ -229,7 +229,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = BenchmarkParser(__doc__, threads=1, cpu_only=True)
     parser.add_argument("--only", nargs="*", help="libraries, or networks as library/name")
-    parser.add_argument("--time-limit", type=float, default=300, help="seconds per network")
+    parser.add_argument("--time-limit", type=float, default=300, help="CPU-seconds per network")
     parser.add_argument("--memory-limit", type=float, default=10, help="GiB per network")
     parser.add_argument("--torch-pruning", action="store_true", help="also run Torch-Pruning, if installed")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file already has")
@@ -242,7 +242,7 @@ def main() -> None:
     """Run or resume the sweep and print the table."""
     arguments = parse()
     if arguments.one:
-        limit_memory(arguments.memory_limit)
+        limit_process(arguments.memory_limit, arguments.time_limit)
         examiner = examine if arguments.tool == "ours" else examine_torch_pruning
         print(json.dumps(examiner(arguments.one)))
         return

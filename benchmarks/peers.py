@@ -41,7 +41,7 @@ def trained_network(arguments: argparse.Namespace, images: ImagesInMemory) -> nn
     path = arguments.workspace / f"{arguments.arch.replace('/', '_')}.pt"
     if not path.is_file():
         schedule = Schedule(arguments.pretrain_epochs, arguments.pretrain_lr)
-        ShortTraining(model, images, schedule, seed=0).run()
+        ShortTraining(model, images, schedule, seed=0, bf16=arguments.bf16).run()
         torch.save(model.state_dict(), path)
     model.load_state_dict(torch.load(path, weights_only=True))
     return model
@@ -74,7 +74,7 @@ class Watched:
             self.epochs.append(self._top1())
 
     def _top1(self) -> float:
-        return top1(self._training.model, self._training.images.val)
+        return top1(self._training.model, self._training.images.val, bf16=self._training.bf16)
 
 
 def _num_weights(model: nn.Module) -> int:
@@ -88,9 +88,8 @@ def run_one(
     original = trained_network(arguments, images)
     peak = arguments.pretrain_lr if method in FROM_SCRATCH else arguments.lr
     torch.manual_seed(seed)
-    training = ShortTraining(
-        copy.deepcopy(original), images, Schedule(arguments.epochs, peak), seed=seed + 100
-    )
+    schedule = Schedule(arguments.epochs, peak)
+    training = ShortTraining(copy.deepcopy(original), images, schedule, seed=seed + 100, bf16=arguments.bf16)
     begin = time.process_time()
     joints = METHODS[method](training, budget, Cuts(arguments.cuts, arguments.pruning_share))
     watched = Watched(joints, training)
@@ -102,10 +101,10 @@ def run_one(
         "epochs_trained": arguments.epochs,
         "seed": seed,
         "macs": share_of_macs(original, training.model, images.val[0][:2]),
-        "top1_before": top1(original, images.val),
+        "top1_before": top1(original, images.val, bf16=arguments.bf16),
         "top1_after_cut": watched.after_cut,
         "top1_epochs": watched.epochs,
-        "top1": top1(training.model, images.val),
+        "top1": top1(training.model, images.val, bf16=arguments.bf16),
         "method_seconds": watched.method_seconds,
         "seconds": time.process_time() - begin,
     }
@@ -177,6 +176,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.1, help="peak of the further training")
     parser.add_argument("--pretrain-epochs", type=float, default=40)
     parser.add_argument("--pretrain-lr", type=float, default=0.6)
+    parser.add_argument("--bf16", action="store_true", help="train and judge under autocast to bfloat16")
     parser.add_argument("--cuts", type=int, default=5, help="rewrites of the methods that cut step by step")
     parser.add_argument("--pruning-share", type=float, default=0.4, help="of the steps, until the last cut")
     parser.add_argument("--num-calibration", type=int, default=1024, help="training images held out")

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from typing import Any
 
 import torch
 from common import ROOT
-from common.measure import limit_memory
+from common.measure import limit_process
 from common.networks import conditioned_network, smooth_images, uniform_cut
 from common.report import BenchmarkParser, print_table, write_json
 from torch import Tensor, nn
@@ -314,13 +315,10 @@ def silence(layer: nn.Module, name: str, indices: list[int], present: dict[str, 
 def examine_apart(named: Sequence[str], tool: str, arguments: argparse.Namespace) -> Row:
     """Examine a network, by the words of `--one`, in a process of its own that runs this program."""
     command = [sys.executable, sys.argv[0], "--one", *named, "--tool", tool, "--threads", "1"]
-    command += ["--memory-limit", str(arguments.memory_limit)]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=arguments.time_limit, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"longer than {arguments.time_limit:g} s"}
+    command += ["--memory-limit", str(arguments.memory_limit), "--time-limit", str(arguments.time_limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == -signal.SIGXCPU:
+        return {"error": f"longer than {arguments.time_limit:g} CPU-seconds"}
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
         return dict(json.loads(lines[-1]))
@@ -397,7 +395,7 @@ def parse() -> argparse.Namespace:
     parser = BenchmarkParser(__doc__, threads=1, cpu_only=True)
     parser.add_argument("--only", nargs="*", help="names of networks")
     parser.add_argument("--list", type=Path, default=ROOT / "benchmarks" / "zoo.txt", help="networks")
-    parser.add_argument("--time-limit", type=float, default=300, help="seconds per network")
+    parser.add_argument("--time-limit", type=float, default=300, help="CPU-seconds per network")
     parser.add_argument("--memory-limit", type=float, default=10, help="GiB per network")
     parser.add_argument("--torch-pruning", action="store_true", help="also run Torch-Pruning, if installed")
     parser.add_argument("--repair", action="store_true", help="instead: what a repair makes of a cut")
@@ -411,7 +409,7 @@ def main() -> None:
     """Run or resume the sweep and print the table."""
     arguments = parse()
     if arguments.one:
-        limit_memory(arguments.memory_limit)
+        limit_process(arguments.memory_limit, arguments.time_limit)
         print(json.dumps(TOOLS[arguments.tool](*arguments.one)))
         return
     tools = ["repair"] if arguments.repair else ["ours"]

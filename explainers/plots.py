@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from image_classification.extras import optional_import
+from image_classification.figure_writing import save_figure
+from image_classification.file_writing import atomic_path
 
 with optional_import():
     import matplotlib as mpl
@@ -96,7 +98,8 @@ def to_image(image: NDArray[np.floating], mean: Sequence[float], std: Sequence[f
 
 def save_image(path: Path, image: Pixels) -> None:
     """Write (H, W, 3) in [0, 1] as an 8-bit file; the suffix says the format."""
-    Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8)).save(path)
+    with atomic_path(path) as unfinished:
+        Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8)).save(unfinished)
 
 
 def save_grid(path: Path, rows: Sequence[Sequence[Panel]], *, title: str = "") -> None:
@@ -141,7 +144,7 @@ def save_grid(path: Path, rows: Sequence[Sequence[Panel]], *, title: str = "") -
         _colour_bar(figure, grid[: min(len(rows), 2), columns + index], signed)
     if title:
         figure.suptitle(title, fontsize=10, y=1 - 0.12 / figure.get_figheight(), va="top")
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _colour_bar(figure: Figure, place: mpl.gridspec.SubplotSpec, signed: bool) -> None:

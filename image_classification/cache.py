@@ -22,6 +22,8 @@ try:
 except ImportError:  # not a POSIX system: the final rename alone keeps concurrent builders apart
     fcntl = None  # type: ignore[assignment]
 
+from image_classification.file_writing import reason_of
+
 logger = logging.getLogger(__name__)
 
 #: Errors of a place that cannot be written, as opposed to one of the data.
@@ -92,7 +94,7 @@ def naming_the_cache(folder: Path) -> Iterator[None]:
         if error.errno not in _UNWRITABLE or elsewhere:
             raise
         raise ValueError(
-            f"the cache {folder} cannot be written ({error.strerror}): free space there, or point the environment "
+            f"the cache {folder} cannot be written ({reason_of(error)}): free space there, or point the environment "
             "variable LUCIDPRUNE_CACHE at a directory that can be written"
         ) from error
 

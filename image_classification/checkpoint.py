@@ -36,7 +36,7 @@ from image_classification.background import Background, snapshot
 from image_classification.checkpoint_format import FORMAT, sealed
 from image_classification.config import SettingError, check, check_setting, flag
 from image_classification.distributed import Distributed
-from image_classification.file_writing import TEMPORARY, atomic_file, copy_file
+from image_classification.file_writing import TEMPORARY, atomic_file, copy_file, reason_of
 from image_classification.plain_data import Plain
 from image_classification.workspace_lock import WorkspaceLock
 
@@ -144,18 +144,24 @@ class _ErrnoWriter:
         self.file.flush()
 
 
+@contextlib.contextmanager
+def naming_the_reason(file: IO[bytes]) -> Iterator[IO[bytes]]:
+    """A file to hand to torch, whose writer fails with the system's error in place of torch's."""
+    writer = _ErrnoWriter(file)
+    try:
+        yield cast(IO[bytes], writer)
+    except RuntimeError as error:
+        if writer.error is not None:
+            raise writer.error from error
+        raise
+
+
 def save_atomically(payload: Plain, path: Path) -> None:
     """`torch.save` through `atomic_file`; a LucidPrune checkpoint (`format`) gets its version and digest."""
     if payload.get("format") == FORMAT:
         payload = sealed(payload)
-    with atomic_file(path) as file:
-        writer = _ErrnoWriter(file)
-        try:
-            torch.save(payload, cast(IO[bytes], writer))
-        except RuntimeError as error:
-            if writer.error is not None:
-                raise writer.error from error
-            raise
+    with atomic_file(path) as file, naming_the_reason(file) as writer:
+        torch.save(payload, writer)
 
 
 @contextlib.contextmanager
@@ -164,7 +170,7 @@ def naming_workspace(config: CheckpointConfig) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        problem = f"cannot be written ({error.strerror}); choose another folder, or write no `checkpoints`"
+        problem = f"cannot be written ({reason_of(error)}); choose another folder, or write no `checkpoints`"
         raise SettingError(config.folder_setting, str(config.workspace), problem) from None
 
 

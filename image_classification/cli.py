@@ -9,16 +9,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import math
 import os
 import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from image_classification.config import ConfigError, FlagSpec, flag_fields, nearest, sections, told
+from image_classification.config import (
+    ConfigError,
+    FlagSpec,
+    flag_fields,
+    nearest,
+    sections,
+    told,
+    word_problem,
+)
 from image_classification.extras import optional_import
 from image_classification.file_writing import write_text
 from image_classification.older_commands import translated
@@ -106,12 +113,9 @@ class Option:
             raise ConfigError(
                 f"{self.flag_name}: {_shown(value)} is not usable: {_shorter(str(error))}"
             ) from None
-        if isinstance(converted, float) and not math.isfinite(converted):
-            raise ConfigError(f"{self.flag_name}: {_shown(value)} is not usable: give a finite number")
-        if isinstance(converted, int) and abs(converted) >= 1 << 63:
-            raise ConfigError(f"{self.flag_name}: {_shown(value)} is not usable: it is beyond 64 bits")
-        if isinstance(converted, (str, Path)) and "\0" in str(converted):
-            raise ConfigError(f"{self.flag_name}: {_shown(value)} is not usable: it holds a zero byte")
+        problem = None if converted == "" else word_problem(converted)
+        if problem is not None:
+            raise ConfigError(f"{self.flag_name}: {_shown(value)} is not usable: {problem}")
         if self.choices is not None and converted not in self.choices:
             names = list(map(str, self.choices))
             raise ConfigError(
@@ -330,7 +334,47 @@ class Parser(argparse.ArgumentParser):
             known = [name for action in self._actions for name in action.option_strings]
             word = unknown[0].split("=")[0]
             self.error(f"unrecognized argument {unknown[0]!r}{nearest(word, known)}")
+        for action in self._actions:
+            if action.dest not in self.options and isinstance(action, argparse._StoreAction):
+                given = getattr(namespace, action.dest, None)
+                if isinstance(given, list) and action.nargs in (
+                    None,
+                    "?",
+                ):  # what argparse makes of a lone --
+                    self.error(
+                        f"{shown_name(action)}: there is no value behind it: give one, or leave it out"
+                    )
         return namespace
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """A word as its argument means it; what no argument can mean is refused."""
+        value = super()._get_value(action, arg_string)
+        if action.dest not in self.options:  # which check themselves
+            problem = word_problem(arg_string) or word_problem(value)
+            if problem is not None:
+                raise argparse.ArgumentError(action, f"{_shown(arg_string)}: {problem}")
+        return value
+
+
+def positive(word: str) -> int:
+    """A whole number ≥ 1: `type=` of an argument that counts something.
+
+    Raises:
+        ArgumentTypeError: It is none.
+    """
+    try:
+        number = int(word)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{_shown(word)}: give a whole number ≥ 1")
+    return number
+
+
+def shown_name(action: argparse.Action) -> str:
+    """What messages call an argument: its flag, or what stands in its place in the usage."""
+    long_names = [name for name in action.option_strings if name.startswith("--")]
+    return (long_names or [*action.option_strings, str(action.metavar or action.dest).upper()])[0]
 
 
 def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,18 +48,62 @@ class SettingError(ConfigError):
 _FLAGS: dict[str, str] = {}
 
 
-def told(error: Exception) -> str:
+def told(error: Exception, flags: Mapping[str, str] | None = None) -> str:
     """An error as command-line users read it: with flags in place of the names of arguments.
 
     In the text of any error, a name in backquotes (`num_classes`) stands for the argument, and so for its flag.
+
+    Args:
+        error: What was raised.
+        flags: Argument → flag of the command at hand; those of training serve where it has none.
     """
+    flags = {**_FLAGS, **(flags or {})}
     text = str(error)
-    if isinstance(error, OSError) and error.filename is None and error.strerror:
-        text = error.strerror  # without its number
+    if isinstance(error, OSError) and error.strerror:  # without its number
+        text = (
+            error.strerror if error.filename is None else f"{_short(str(error.filename))}: {error.strerror}"
+        )
     if isinstance(error, SettingError):
-        name = _FLAGS.get(error.setting, "--" + error.setting.replace("_", "-"))
+        name = flags.get(error.setting, "--" + error.setting.replace("_", "-"))
         text = f"{name} {error.value}: {error.problem}"
-    return re.sub(r"`(\w+)`", lambda found: _FLAGS.get(found[1], found[0]), text)
+    return re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), text)
+
+
+def _short(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def word_problem(value: object) -> str | None:
+    """What is wrong with a word that a number or a text was made of, wherever it was given; None where nothing is."""
+    if value == "":
+        return "the value is empty: give one, or leave it out"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "give a finite number"
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        return "it is beyond 64 bits"
+    if isinstance(value, (str, Path)):
+        try:
+            if b"\0" in str(value).encode("utf-8"):
+                return "it holds a zero byte"
+        except UnicodeEncodeError:
+            return "it is no UTF-8 text"
+    return None
+
+
+#: What PyTorch says, in bare RuntimeErrors, of tensors that a CPU has no room for.
+_NO_ROOM = (
+    "can't allocate memory",
+    "not enough memory",
+    "Storage size calculation overflowed",
+    "numel: integer mul",
+)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether there was no room for what a user asked for, on a GPU or beside it."""
+    # By name: torch is not imported here.
+    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return named or isinstance(error, MemoryError) or any(words in str(error) for words in _NO_ROOM)
 
 
 def is_told(error: Exception) -> bool:

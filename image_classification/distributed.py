@@ -200,6 +200,13 @@ class Distributed:
             results.append(total.reshape(tensor.shape).to(tensor.device))
         return tuple(results)
 
+    def sum_on_hosts(self, number: int) -> int:
+        """A number that the host knows, summed over all ranks. Collective; no host waits for its device."""
+        total = torch.tensor([number])
+        if self.is_distributed:
+            dist.all_reduce(total, group=self.host_group)
+        return int(total)
+
     def broadcast_object(self, value: object = None, source: int = 0) -> PlainValue:
         """Send a JSON-able object from one rank to all; the source too gets what JSON makes of it.
 

@@ -15,8 +15,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from image_classification.cli import Option, Parser, from_command_line, named_plugins
+from image_classification.cli import Option, Parser, from_command_line, named_plugins, positive
 from image_classification.config import FlagSpec, told
+from image_classification.file_writing import output_path
 from image_classification.older_commands import translated
 from image_classification.plain_data import Plain
 
@@ -24,7 +25,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("image_classification", "explainers", "pruning")
 #: Files of one checkout or installation are written within this time, in any order.
 _SLACK_SECONDS = 60.0
-_TYPES: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str, "Path": Path}
+_TYPES: dict[str, Callable[[str], object]] = {
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "str": str,
+    "Path": Path,
+    "positive": positive,
+    "output_path": output_path,
+}
 _ACTIONS = {
     argparse._StoreAction: "store",
     argparse._AppendAction: "append",

@@ -13,8 +13,10 @@ from typing import get_args
 import torch
 from torch import nn
 
+from image_classification.cli import positive
 from image_classification.config import check
-from image_classification.file_writing import write_text
+from image_classification.device_flag import declare_device, device_named
+from image_classification.file_writing import output_path, write_text
 from image_classification.models import arch_info, create_model, identity_of, model_for_weights
 from image_classification.observe.environment import describe_environment
 from image_classification.observe.meters import latency_figures
@@ -101,16 +103,16 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", type=Path, default=None, help="weights, pruned ones too; random if left out"
     )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32], metavar="N")
-    parser.add_argument("--image-size", type=int, default=None, help="default: the architecture's")
+    parser.add_argument("--image-size", type=positive, default=None, help="default: the architecture's")
     parser.add_argument("--num-batches", type=int, default=50, help="batches that count, per batch size")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    declare_device(parser)
     parser.add_argument("--amp", action="store_true", help="fp16 on GPUs, bf16 on CPUs")
     parser.add_argument(
         "--memory-format", choices=get_args(MemoryFormat), default=PrecisionConfig.memory_format
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument(
-        "--json", type=Path, default=None, metavar="FILE", help="write the figures there as well"
+        "--json", type=output_path, default=None, metavar="FILE", help="write the figures there as well"
     )
 
 
@@ -122,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = PrecisionConfig(
         amp=arguments.amp, memory_format=arguments.memory_format, compile=arguments.compile
     )
-    precision = Precision(settings, torch.device(arguments.device))
+    precision = Precision(settings, device_named(arguments.device))
     model, arch = _network(arguments)
     size = arguments.image_size or arch_info(arch).image_size
     model = precision.place(model)

@@ -22,7 +22,7 @@ from image_classification.callbacks import Callback, TrainState
 from image_classification.checkpoint import TRAINING_STATE, CheckpointConfig, Checkpointer, workspace_alone
 from image_classification.checkpoint_format import is_ours
 from image_classification.cli import save_yaml, to_plain
-from image_classification.config import ConfigError, check, is_told, section, told
+from image_classification.config import ConfigError, check, is_told, out_of_memory, section, told
 from image_classification.data.backends import choose_backend
 from image_classification.data.build import DataConfig, Loaders, build_loaders
 from image_classification.data.dataset import IMAGENET_NUM_TRAIN, IMAGENET_PRESET, SMALL_SIDE, Dataset
@@ -520,15 +520,15 @@ def _run(configs: D, body: Callable[[D, Distributed], None]) -> int:
             said = "there is no checkpoint to continue from"
         print(f"interrupted; {said}", file=sys.stderr)
         return 130
-    except torch.OutOfMemoryError as error:
-        advice = "lower --batch-size (--optimizer-batch-size keeps the effective size), or add --amp"
-        print(f"error: out of device memory: {advice}\n{error}", file=sys.stderr)
-        return 2
     except Exception as error:
         lost = peer_loss(error)
         if lost is not None:
             print(f"error: {lost}", file=sys.stderr)
             return EXIT_PEER
+        if out_of_memory(error):
+            advice = "lower --batch-size (--optimizer-batch-size keeps the effective size), or add --amp"
+            print(f"error: out of memory: {advice}\n{error}", file=sys.stderr)
+            return 2
         if is_told(error):
             print(f"error: {told(error)}", file=sys.stderr)
             return 2

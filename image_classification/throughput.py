@@ -20,10 +20,11 @@ from typing import get_args
 
 import torch
 
+from image_classification.cli import positive
 from image_classification.config import check
 from image_classification.data.backends import choose_backend
 from image_classification.distributed import DeviceName, DistributedConfig
-from image_classification.file_writing import write_text
+from image_classification.file_writing import output_path, write_text
 from image_classification.observe.environment import describe_environment
 from image_classification.observe.json_report import read_report
 from image_classification.plain_data import Plain
@@ -164,15 +165,15 @@ def declare(parser: argparse.ArgumentParser) -> None:
         help="fp16 with --precision amp",
     )
     parser.add_argument("--arch", "-a", default="resnet50")
-    parser.add_argument("--batch-size", "-b", type=int, default=128, help="per process")
-    parser.add_argument("--image-size", type=int, default=None)
+    parser.add_argument("--batch-size", "-b", type=positive, default=128, help="per process")
+    parser.add_argument("--image-size", type=positive, default=None)
     parser.add_argument("--iterations", type=int, default=100, help="of each measurement")
     parser.add_argument("--workers", "-j", type=int, default=None)
     parser.add_argument("--memory-format", default="nhwc", choices=get_args(MemoryFormat))
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--device", default=DistributedConfig.device, choices=get_args(DeviceName))
     parser.add_argument(
-        "--json", type=Path, default=None, metavar="FILE", help="write the figures there as well"
+        "--json", type=output_path, default=None, metavar="FILE", help="write the figures there as well"
     )
 
 

@@ -219,6 +219,7 @@ class Trainer(TrainLoop):
         if self.distributed.world_size > 1:
             buffers: Kwargs = {_SYNC_BUFFERS: not _only_batch_norm(model)}
             device_ids = [self.distributed.device] if self.distributed.device.type == "cuda" else None
+            # No `static_graph`: it saves a search that is off anyway, and matching makes every graph another one.
             wrapped = DistributedDataParallel(
                 model,
                 device_ids=device_ids,

@@ -15,9 +15,11 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from image_classification.config import is_told, nearest, told
+from image_classification.config import is_told, nearest, out_of_memory, told
+from image_classification.file_writing import output_path
 
 if TYPE_CHECKING:
     from image_classification.cli import Parser
@@ -83,9 +85,27 @@ def declared(
         return made
 
     def parse(argv: Sequence[str], prog: str, description: str) -> argparse.Namespace:
-        return parser(prog, description).parse_or_fail(argv)
+        made = parser(prog, description)
+        arguments = made.parse_or_fail(argv)
+        _check_outputs(made, arguments)
+        return arguments
 
     return Verb(parse, run, parser)
+
+
+def _check_outputs(parser: Parser, arguments: argparse.Namespace) -> None:
+    """Refuse an output that is one of the other files of the command line."""
+    from image_classification.cli import shown_name
+
+    named: dict[Path, str] = {}
+    for action in sorted(parser._actions, key=lambda action: action.type is output_path):
+        given = getattr(arguments, action.dest, None)
+        for path in given if isinstance(given, list) else [given]:
+            if not isinstance(path, Path):
+                continue
+            other = named.setdefault(path.resolve(), shown_name(action))
+            if action.type is output_path and other != shown_name(action):
+                parser.error(f"{shown_name(action)} {path}: that is {other}; give another name")
 
 
 def run_verb(verbs: Verbs, argv: Sequence[str] | None, *, prog: str, description: str) -> int:
@@ -111,6 +131,7 @@ def run_verb(verbs: Verbs, argv: Sequence[str] | None, *, prog: str, description
         return 2
     module, description = verbs[name]
     prog = f"{prog} {name}"
+    verb: AnyVerb | None = None
     try:
         from image_classification.cli import import_plugins
         from image_classification.flag_lists import answer
@@ -119,8 +140,8 @@ def run_verb(verbs: Verbs, argv: Sequence[str] | None, *, prog: str, description
         import_plugins(words[1:])  # first: a plugin may bring methods with flags for the verb
         verb = verb_of(module)
         return verb.run(verb.parse(words[1:], prog, description))
-    except (ValueError, OSError, RuntimeError) as error:
-        status, message = _told_as(error)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        status, message = _told_as(error, verb)
         print(f"{prog}: error: {message}", file=sys.stderr)
         return status
     except KeyboardInterrupt:
@@ -142,7 +163,7 @@ def usage(verbs: Verbs, prog: str, description: str) -> str:
     return "\n".join([f"usage: {prog} VERB …", "", description, "", "verbs (each has --help):", *lines])
 
 
-def _told_as(error: Exception) -> tuple[int, str]:
+def _told_as(error: Exception, verb: AnyVerb | None) -> tuple[int, str]:
     """Exit status and message of an error that a user can fix; any other is raised again."""
     if isinstance(error, RuntimeError):
         from image_classification.distributed import EXIT_PEER, peer_loss
@@ -150,6 +171,17 @@ def _told_as(error: Exception) -> tuple[int, str]:
         lost = peer_loss(error)
         if lost is not None:
             return EXIT_PEER, lost
+    if out_of_memory(error):
+        return 2, f"memory has run out: give smaller numbers ({' '.join(str(error).split())[:200]})"
     if not is_told(error):
         raise error
-    return 2, told(error)
+    return 2, told(error, _flags_of(verb))
+
+
+def _flags_of(verb: AnyVerb | None) -> dict[str, str]:
+    """Argument → flag of a verb."""
+    from image_classification.cli import shown_name
+
+    if verb is None or verb.parser is None:
+        return {}
+    return {action.dest: shown_name(action) for action in verb.parser()._actions}

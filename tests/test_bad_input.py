@@ -440,7 +440,7 @@ def test_out_of_memory(attempt: Attempt, good: Path, monkeypatch: pytest.MonkeyP
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     monkeypatch.setattr(TaskObjective, "__call__", exhausted)
-    assert_told(attempt(good), r"out of device memory: lower --batch-size")
+    assert_told(attempt(good), r"out of memory: lower --batch-size")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -26,6 +26,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
+import torch.distributed as dist
 from image_classification.distributed import DistributedConfig, setup_distributed
 from image_classification.models import create_model
 from image_classification.metrics import MultiLabelMetrics
@@ -35,8 +36,22 @@ from support.training import MemoryLoader, Recorder, build_trainer, toy_data
 
 folder, name = Path(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
-seen = {}
+seen = {"collectives": []}
 
+
+def counted(name):  # writes down a collective before it begins
+    collective = getattr(dist, name)
+
+    def call(*args, **keywords):
+        shapes = [list(part.shape) for part in args if isinstance(part, torch.Tensor)]
+        seen["collectives"].append([name, *shapes])
+        return collective(*args, **keywords)
+
+    setattr(dist, name, call)
+
+
+for kind in ("all_reduce", "broadcast", "all_gather", "barrier"):
+    counted(kind)
 
 class Watched(PruningCallback):  # writes down the BN statistics that scores are made with
     buffers = []
@@ -164,6 +179,13 @@ class TestMiniature:
         for key, value in first.items():
             assert second[key] == value, key
         assert len(first["buffers"]) == 3
+
+    def test_all_ranks_take_part_in_the_same_collectives(self, seen) -> None:
+        """Training, rewrites, validation and checkpoints; tests/test_collectives.py has their parts, disturbed."""
+        one, (first, second) = seen
+        assert len(first["collectives"]) > 100
+        assert first["collectives"] == second["collectives"]
+        assert one["collectives"] == []
 
     def test_rows_of_all_ranks_in_order(self, seen) -> None:
         one, two = seen

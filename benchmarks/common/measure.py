@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import statistics
 import subprocess
@@ -125,10 +126,12 @@ def _status_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def limit_memory(gib: float) -> None:
-    """Let an allocation fail that takes this process above a limit."""
+def limit_process(gib: float, cpu_seconds: float) -> None:
+    """Let an allocation fail that takes this process above a limit; SIGXCPU ends it after so much time on a core."""
     limit = int(gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    seconds = math.ceil(cpu_seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
 
 
 def resident_memory() -> int:

@@ -124,9 +124,13 @@ class ShortTraining:
         images: Splits.
         schedule: Steps and learning rate.
         seed: Of order and translation.
+        bf16: Forward passes run under autocast to bfloat16.
     """
 
-    def __init__(self, model: nn.Module, images: ImagesInMemory, schedule: Schedule, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, images: ImagesInMemory, schedule: Schedule, seed: int, *, bf16: bool = False
+    ) -> None:
+        self.bf16 = bf16
         self.model = model.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(model)
         self.images, self.schedule, self.seed = images, schedule, seed
@@ -156,12 +160,12 @@ class ShortTraining:
             after_step(step + 1)
 
     def _loss(self, shown: Tensor, targets: Tensor) -> Tensor:
-        logits = self.model(shown)
+        logits = logits_of(self.model, shown, bf16=self.bf16)
         loss = nn.functional.cross_entropy(logits, targets, label_smoothing=_SMOOTHING)
         if self.teacher is None:
             return loss
         with torch.no_grad():
-            wanted = self.teacher(shown).softmax(1)
+            wanted = logits_of(self.teacher, shown, bf16=self.bf16).softmax(1)
         return 0.5 * loss + 0.5 * nn.functional.cross_entropy(logits, wanted)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -198,11 +202,19 @@ def augmented(batch: Tensor, mirrored: Tensor, random: torch.Generator) -> Tenso
     return moved.permute(0, 3, 1, 2)
 
 
+def logits_of(model: nn.Module, shown: Tensor, *, bf16: bool) -> Tensor:
+    """A forward pass; (N, classes) float32."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        logits: Tensor = model(shown)
+    return logits.float()
+
+
 @torch.no_grad()
-def top1(model: nn.Module, images: tuple[Tensor, Tensor]) -> float:
+def top1(model: nn.Module, images: tuple[Tensor, Tensor], *, bf16: bool = False) -> float:
     """Percent of the images whose largest logit is their class."""
     model.eval()
     right = 0
     for shown, labels in zip(images[0].split(_JUDGED_AT_ONCE), images[1].split(_JUDGED_AT_ONCE), strict=True):
-        right += int((model(shown.contiguous(memory_format=torch.channels_last)).argmax(1) == labels).sum())
+        logits = logits_of(model, shown.contiguous(memory_format=torch.channels_last), bf16=bf16)
+        right += int((logits.argmax(1) == labels).sum())
     return 100 * right / len(images[1])

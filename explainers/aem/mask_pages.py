@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from explainers.plots import CELL_INCHES, Pixels
 from image_classification.extras import optional_import
+from image_classification.figure_writing import save_figure
 
 with optional_import():
     from matplotlib.axes import Axes
@@ -81,7 +82,7 @@ def save_mask_page(path: Path, rows: Sequence[MaskedImage]) -> None:
         if further and row.binary is not None:
             further[0].imshow(row.binary, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             further[0].set_title(f"binarised, area {100 * row.binary.mean():.0f} %", fontsize=7.5, pad=3)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _draw_rbf(axes: Axes, row: MaskedImage) -> None:

@@ -21,6 +21,7 @@ from image_classification.config import check, flag, section
 from image_classification.data.build import ReadConfig
 from image_classification.data.loader import Batch
 from image_classification.distributed import DistributedConfig, setup_distributed
+from image_classification.figure_writing import check_figure
 from image_classification.models import main_and_auxiliary_logits
 from image_classification.verbs import configured
 
@@ -72,6 +73,7 @@ def run(configs: VisualizeJobConfig) -> int:
     config = configs.explainer
     data = configs.data
     output = Path(config.output)
+    check_figure(output, "--output")
     check_writable(output.absolute().parent, "--output")
     with setup_distributed(configs.distributed) as distributed:
         images = ImageConfig(split=config.split, num_images=config.num_images)

@@ -46,5 +46,5 @@ class PreparedCentre:
         rows = torch.linspace(-1, 1, height, device=images.device) if height > 1 else images.new_zeros(1)
         columns = torch.linspace(-1, 1, width, device=images.device) if width > 1 else images.new_zeros(1)
         distance = torch.hypot(rows[:, None], columns[None, :])
-        heatmap = (1 - distance / max(float(distance.max()), 1.0)).float().expand(batch, -1, -1)
+        heatmap = (1 - distance / distance.max().clamp(min=1)).float().expand(batch, -1, -1)
         return Attribution.without_account(heatmap, logits, targets)

@@ -75,11 +75,17 @@ class PreparedGradCAM:
         with exact_float32():
             maps, logits = class_activation(self.model, self.layer, images.to(self.dtype), targets)
         heatmap = resize(maps, images.shape[2:]).float()
-        return Attribution.without_account(heatmap, logits, targets)
+        return Attribution.without_account(heatmap, logits, targets, known=True)
 
 
 def class_activation(
-    model: nn.Module, layer: str, images: Tensor, targets: Tensor, *, create_graph: bool = False
+    model: nn.Module,
+    layer: str,
+    images: Tensor,
+    targets: Tensor,
+    *,
+    create_graph: bool = False,
+    known: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Grad-CAM maps at the resolution of A, on the network itself.
 
@@ -90,6 +96,7 @@ def class_activation(
         targets: (B,) int64.
         create_graph: Keep the graph, so that the maps can be differentiated by the network's parameters (second order):
             for matching the explanations of two networks.
+        known: See `target_logits`.
 
     Returns:
         Maps (B, h, w) after the ReLU, and logits (B, num_classes); both detached unless `create_graph`.
@@ -100,7 +107,7 @@ def class_activation(
     """
     with torch.enable_grad(), feature_maps(model, [layer], detach=not create_graph) as caught:
         logits, _ = main_and_auxiliary_logits(model(images))
-        chosen = target_logits(logits, targets).sum()
+        chosen = target_logits(logits, targets, known=known).sum()
     features = caught[layer]
     (gradient,) = _gradient(chosen, features, layer, create_graph)
     maps = (gradient.mean((2, 3), keepdim=True) * features).sum(1).relu()

@@ -127,7 +127,9 @@ class PreparedIntegratedGradients:
         with torch.no_grad(), exact_float32():
             both, _ = main_and_auxiliary_logits(self.model(torch.cat([images, baseline[:1]])))
         logits, from_baseline = both[:-1], both[-1:]  # one baseline serves all images
-        started = target_logits(logits, targets) - target_logits(from_baseline.expand_as(logits), targets)
+        started = target_logits(logits, targets) - target_logits(
+            from_baseline.expand_as(logits), targets, known=True
+        )
         relevance = (images - baseline) * self._integral(images, baseline, targets)
         arrived = relevance.flatten(1).sum(1, dtype=torch.float64).float()
         heatmap, signed = show(relevance.sum(1).float(), self.method.sign, self.method.smooth)
@@ -146,11 +148,11 @@ class PreparedIntegratedGradients:
         return integral
 
     def _gradient(self, images: Tensor, targets: Tensor) -> Tensor:
-        """∂z_k/∂x at some images."""
+        """∂z_k/∂x at some images; their classes are known to be some of the network's."""
         images = images.detach().requires_grad_()
         with torch.enable_grad(), exact_float32():
             logits, _ = main_and_auxiliary_logits(self.model(images))
-            (gradient,) = torch.autograd.grad(target_logits(logits, targets).sum(), images)
+            (gradient,) = torch.autograd.grad(target_logits(logits, targets, known=True).sum(), images)
         return gradient
 
 

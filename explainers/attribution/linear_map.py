@@ -57,6 +57,27 @@ class LinearMap:
         )[0]
         return inputs_gradient
 
+    def of_ones(self) -> LinearMap:
+        """The map with all weights 1, between the sums of channels that `sum_channels` makes."""
+        if self.settings is None:
+            return LinearMap(self.weight.new_ones(1, 1), None, None)
+        return LinearMap(
+            self.weight.new_ones(self.settings[-1], 1, *self.weight.shape[2:]), None, self.settings
+        )
+
+    def sum_channels(self, tensor: Tensor) -> Tensor:
+        """Inputs or outputs with the channels of each group added up: (B, groups, …), or (…, 1) of a product."""
+        if self.settings is None:
+            return tensor.sum(-1, keepdim=True)
+        summed: Tensor = tensor.unflatten(1, (self.settings[-1], -1)).sum(2)
+        return summed
+
+    def repeat_channels(self, tensor: Tensor, inputs: Tensor) -> Tensor:
+        """Of the shape of `inputs`: what `sum_channels` has as one channel, for every channel of its group."""
+        if self.settings is None:
+            return tensor.expand_as(inputs)
+        return tensor.repeat_interleave(inputs.shape[1] // self.settings[-1], dim=1)
+
     def can_scale(self) -> bool:
         """Whether `scaled` is possible: everything but transposed convolutions."""
         return self.settings is None or not self.settings[3]

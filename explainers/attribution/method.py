@@ -44,10 +44,13 @@ class Attribution:
 
     @classmethod
     def without_account(
-        cls, map: Tensor, logits: Tensor, targets: Tensor, *, signed: bool = False
+        cls, map: Tensor, logits: Tensor, targets: Tensor, *, signed: bool = False, known: bool = False
     ) -> Attribution:
-        """The result of a method that distributes nothing: `started` is the target's logit, `arrived` NaN."""
-        chosen = target_logits(logits, targets).float()
+        """The result of a method that distributes nothing: `started` is the target's logit, `arrived` NaN.
+
+        Arguments as of `Attribution` and `target_logits`.
+        """
+        chosen = target_logits(logits, targets, known=known).float()
         return cls(map, signed, chosen, torch.full_like(chosen, torch.nan), logits)
 
 
@@ -223,8 +226,10 @@ def target_logits(logits: Tensor, targets: Tensor, *, known: bool = False) -> Te
             f"the network returns shape {tuple(logits.shape)}; attribution needs logits (B, num_classes)"
         )
     num_classes = logits.shape[1]
-    if not known and targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < num_classes:
-        raise ValueError(
-            f"targets run from {int(targets.min())} to {int(targets.max())}, but the network has {num_classes} classes"
-        )
+    if not known and targets.numel():
+        lowest, highest = torch.stack(targets.aminmax()).tolist()
+        if not 0 <= lowest <= highest < num_classes:
+            raise ValueError(
+                f"targets run from {lowest} to {highest}, but the network has {num_classes} classes"
+            )
     return logits.gather(1, targets.to(logits.device)[:, None])[:, 0]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from explainers.attribution.canonize import CanonicalNetwork, merge_batch_norms
 from explainers.attribution.method import Attribution, check_request, target_logits
 from explainers.attribution.record import Kind, Record, Step, UnsupportedOperatorError, Value
-from explainers.attribution.weight_rules import divide
+from explainers.attribution.weight_rules import divide, known_to_be_zero
 from image_classification.models import exact_float32
 
 Relevances = dict[Value, Tensor]
@@ -126,7 +126,7 @@ def shared(step: Step, relevances: Sequence[Tensor]) -> list[Tensor]:
     ratios = [divide(relevance, output) for relevance, output in zip(relevances, outputs, strict=True)]
     result = [value.tensor * grad for value, grad in zip(step.inputs, transposed(step, ratios), strict=True)]
     rest = [relevance * (output == 0) for relevance, output in zip(relevances, outputs, strict=True)]
-    if not any(bool(part.any()) for part in rest):
+    if all(known_to_be_zero(part) for part in rest):
         return result
     of_ones = step.compute([torch.ones_like(value.tensor) for value in step.inputs])
     ratios = [divide(part, output) for part, output in zip(rest, of_ones, strict=False)]

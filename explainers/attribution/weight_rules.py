@@ -30,14 +30,17 @@ def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     return (numerator / denominator.masked_fill(zero, 1)).masked_fill(zero, 0)
 
 
+def known_to_be_zero(tensor: Tensor) -> bool:
+    """Whether all elements are 0, asked only where the answer is free: the host would wait for another device."""
+    return tensor.device.type == "cpu" and not tensor.any()
+
+
 def spread_rest(
     linear: LinearMap, result: Tensor, relevance: Tensor, total: Tensor, seen: Tensor | None
 ) -> Tensor:
     """Add to a rule's result the relevance of units whose `total` contributions are 0, evenly over what they see."""
     rest = relevance * (total == 0)
-    if not rest.any():
-        return result
-    return result + flat(linear, result, rest, seen)
+    return result if known_to_be_zero(rest) else result + flat(linear, result, rest, seen)
 
 
 def z_plus(
@@ -99,10 +102,14 @@ def epsilon(linear: LinearMap, x: Tensor, relevance: Tensor) -> Tensor:
 
 
 def flat(linear: LinearMap, x: Tensor, relevance: Tensor, seen: Tensor | None = None) -> Tensor:
-    """Evenly over the inputs that a unit sees, whatever their values."""
-    weight = torch.ones_like(linear.weight)
-    ones = torch.ones_like(x) if seen is None else seen
-    result = linear.transpose(divide(relevance, linear.apply(ones, weight)), weight, x)
+    """Evenly over the inputs that a unit sees, whatever their values.
+
+    All channels of a group see the same places, so that one channel stands for them.
+    """
+    ones = linear.of_ones()
+    inputs = linear.sum_channels(torch.ones_like(x[:1]) if seen is None else seen)
+    shares = divide(linear.sum_channels(relevance), ones.apply(inputs, ones.weight))
+    result = linear.repeat_channels(ones.transpose(shares, ones.weight, linear.sum_channels(x)), x)
     return result if seen is None else result * seen
 
 

@@ -33,6 +33,7 @@ from image_classification.data.dataset import Preset
 from image_classification.data.progress import progress_bar
 from image_classification.distributed import setup_distributed
 from image_classification.extras import optional_import
+from image_classification.figure_writing import save_figure
 from image_classification.verbs import configured
 
 with optional_import():
@@ -165,7 +166,7 @@ def save_page(path: Path, columns: Sequence[Sequence[Pixels]], title: str, num_c
             if column == 0:
                 axes.set_ylabel(name, fontsize=8)
     figure.suptitle(title, fontsize=9, y=1 - 0.06 / height, va="top")
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 VERB = configured(PlotCasmConfig, run)

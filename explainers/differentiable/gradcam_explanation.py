@@ -47,7 +47,8 @@ class GradCamExplanation:
         """See `Explanation.__call__`; K is the number of the map's pixels, and maps without evidence are all zero."""
         wanted = torch.is_grad_enabled()
         with torch.enable_grad():
-            maps, _ = class_activation(model, self.layer, images, classes, create_graph=wanted)
+            # Only maps of remembered images are differentiated, whose classes were looked at then.
+            maps, _ = class_activation(model, self.layer, images, classes, create_graph=wanted, known=wanted)
         flat = maps.flatten(1)
         flat = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
         lengths: Tensor = torch.linalg.vector_norm(flat, dim=1, keepdim=True)

@@ -10,10 +10,12 @@ Sums are exact over ranks: each image is seen once, and sums and counts are adde
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Literal, Protocol, get_args
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal, Protocol, Self, get_args
 
 import numpy as np
 import torch
@@ -157,15 +159,19 @@ def localize(
     Returns:
         A row per method.
     """
-    judges = {name: _Judge(prepared, predict, metrics, multi_label) for name, prepared in methods.items()}
-    for batch in loader:
-        if not len(batch):
-            continue
-        truths = list(annotated(batch))
-        logits = predict(batch.images)
-        for judge in judges.values():
-            judge.add(batch, truths, logits, max_pairs)
-        advance(len(batch))
+    with _Behind() as behind:
+        judges = {
+            name: _Judge(prepared, predict, metrics, multi_label, behind)
+            for name, prepared in methods.items()
+        }
+        for batch in loader:
+            if not len(batch):
+                continue
+            truths = list(annotated(batch))
+            logits = predict(batch.images)
+            for judge in judges.values():
+                judge.add(batch, truths, logits, max_pairs)
+            advance(len(batch))
     return [judge.sums.row(network, name, distributed) for name, judge in judges.items()]
 
 
@@ -180,14 +186,51 @@ class _Pair:
     has_boxes: bool
 
 
+class _Behind:
+    """Work of the host that a thread does while the device makes the next maps, one piece after the other.
+
+    As a context it waits for the last piece; an error of a piece is raised at the next one, or at the end.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="figures")
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Begin a piece of work once the one before it is done."""
+        self.wait()
+        self._last = self._thread.submit(work)
+
+    def wait(self) -> None:
+        """Until the work is done."""
+        if self._last is not None:
+            self._last.result()
+
+
 class _Judge:
     """Collects the figures of one method."""
 
     def __init__(
-        self, prepared: Prepared, predict: Predict, metrics: Sequence[str], multi_label: bool
+        self,
+        prepared: Prepared,
+        predict: Predict,
+        metrics: Sequence[str],
+        multi_label: bool,
+        behind: _Behind,
     ) -> None:
         self.prepared = prepared
         self.predict = predict
+        self.behind = behind
         self.metrics = set(metrics)
         self.multi_label = multi_label
         self.sums = _Sums(metrics)
@@ -228,15 +271,21 @@ class _Judge:
         self.sums.seconds += time.perf_counter() - begin
         sound = np.isfinite(maps).all(axis=(1, 2))
         self.sums.counts["nan_maps"] += int((~sound).sum())
+        self.behind.do(functools.partial(self._against_truth, pairs, maps, sound))
+        if self.metrics & {"saliency", "curves"}:
+            kept = [i for i, pair in enumerate(pairs) if sound[i] and pair.predicted and pair.has_mask]
+            if kept:
+                self._against_network(chosen[kept], targets[kept], result.map[kept])
+
+    def _against_truth(
+        self, pairs: Sequence[_Pair], maps: NDArray[np.float32], sound: NDArray[np.bool_]
+    ) -> None:
+        """Figures that compare maps with masks and boxes."""
         for pair, heatmap, fine in zip(pairs, maps, sound, strict=True):
             if fine and pair.predicted and pair.has_mask:
                 self._against_mask(heatmap, pair.truth.masks[pair.target])
             if fine and pair.has_boxes and "boxes" in self.metrics:
                 self._against_boxes(heatmap, pair)
-        if self.metrics & {"saliency", "curves"}:
-            kept = [i for i, pair in enumerate(pairs) if sound[i] and pair.predicted and pair.has_mask]
-            if kept:
-                self._against_network(chosen[kept], targets[kept], result.map[kept])
 
     def _against_mask(self, heatmap: NDArray[np.float32], mask: NDArray[np.bool_]) -> None:
         if "point" in self.metrics:

@@ -34,6 +34,7 @@ from image_classification.data.loader import Batch
 from image_classification.data.manifest import Manifest
 from image_classification.data.progress import progress_bar
 from image_classification.distributed import setup_distributed
+from image_classification.file_writing import atomic_file
 from image_classification.verbs import configured
 
 
@@ -158,8 +159,8 @@ class _Writer:
         for method, (heatmap, signed) in entry.maps.items():
             # Images of one name and different formats keep different files: the suffix stays.
             path = self.folder / method / relative
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path.with_name(f"{path.name}.npy"), heatmap)
+            with atomic_file(path.with_name(f"{path.name}.npy")) as file:
+                np.save(file, heatmap)
             save_image(path.with_name(f"{path.name}.png"), overlay(entry.image, heatmap, signed))
 
     def _write_page(self, entries: Sequence[_Explained]) -> None:

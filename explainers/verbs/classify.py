@@ -19,7 +19,8 @@ from explainers.verbs.method_flags import offered_methods
 from image_classification.config import ConfigError, check
 from image_classification.data.decode import UnreadableError
 from image_classification.data.single_image import pixels_of
-from image_classification.file_writing import write_text
+from image_classification.figure_writing import check_figure
+from image_classification.file_writing import output_path, write_text
 from image_classification.models import (
     arch_info,
     identity_of,
@@ -61,18 +62,20 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         "-o",
-        type=Path,
+        type=output_path,
         default=None,
         metavar="FILE",
         help="also write a page of images and heat-maps",
     )
     parser.add_argument(
-        "--json", type=Path, default=None, metavar="FILE", help="also write what is printed as JSON"
+        "--json", type=output_path, default=None, metavar="FILE", help="also write what is printed as JSON"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
+    if arguments.output is not None:
+        check_figure(arguments.output, "--output")
     check(arguments.top >= 1, f"--top {arguments.top}: give at least 1")
     model = model_for_weights(arguments.arch, arguments.checkpoint).eval().requires_grad_(False)
     wanted = _wanted(model)
@@ -161,7 +164,6 @@ def _save_page(
     wanted: NetworkInput,
     method: str,
 ) -> None:
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
     result = create_method(method).prepare(model, images[:1])(images, classes)
     panels = []
     for image, heatmap, row in zip(images, result.map.cpu().numpy(), rows, strict=True):

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.table import Table
 from torch import Tensor
 
@@ -47,6 +46,7 @@ from image_classification.data.loader import Batch
 from image_classification.data.manifest import Manifest
 from image_classification.data.progress import progress_bar
 from image_classification.distributed import Distributed, DistributedConfig, setup_distributed
+from image_classification.figure_writing import check_figure
 from image_classification.file_writing import write_text
 from image_classification.metrics import ClassificationMetrics, Metrics, MultiLabelMetrics
 from image_classification.verbs import configured
@@ -94,11 +94,8 @@ class ResultConfig:
             "--rows has no effect without --gallery: add it, or leave --rows out",
         )
         check(self.rows is None or self.rows >= 1, f"--rows {self.rows}: give at least 1")
-        formats = sorted(FigureCanvasAgg.get_supported_filetypes())
-        check(  # now, not when everything has been computed
-            self.gallery is None or Path(self.gallery).suffix[1:].lower() in formats,
-            f"--gallery {self.gallery}: unknown image format; choose a suffix from {', '.join(formats)}",
-        )
+        if self.gallery is not None:
+            check_figure(Path(self.gallery), "--gallery")
         for name, path in (("--json", self.json), ("--gallery", self.gallery)):
             check(path is None or not Path(path).is_dir(), f"{name} {path} is a folder: name a file in it")
 

@@ -20,6 +20,7 @@ from torchvision import transforms as torchvision_transforms
 from torchvision.transforms.v2 import functional as F
 
 from image_classification.config import check_choice
+from image_classification.data.sending import sent
 
 KINDS = (
     *("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
@@ -230,7 +231,7 @@ def apply_operations(images: Tensor, operations: Operations) -> Tensor:
         for group, (kind, magnitude) in enumerate(groups):
             if KINDS[int(kind)] == "Identity":
                 continue
-            index = torch.from_numpy(np.flatnonzero(members == group)).to(result.device, non_blocking=True)
+            index = sent(torch.from_numpy(np.flatnonzero(members == group)), result.device)
             result[index] = apply_operation(result[index], KINDS[int(kind)], float(magnitude))
     return result
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from image_classification.config import check_setting
 from image_classification.data.augment import Operations, apply_operations
+from image_classification.data.sending import sent
 
 _NUM_AT_ONCE = 4
 
@@ -53,9 +54,7 @@ class DeviceStage:
         Returns:
             (N, 3, H, W) float32 on the device.
         """
-        if self.device.type == "cuda" and pixels.device.type == "cpu" and not pixels.is_pinned():
-            pixels = pixels.pin_memory()
-        pixels = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        pixels = sent(pixels, self.device).permute(0, 3, 1, 2)
         if operations is not None and len(pixels):
             pixels = apply_operations(pixels, operations)
         images = torch.empty(pixels.shape, device=self.device, memory_format=self.memory_format)

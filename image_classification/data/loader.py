@@ -24,6 +24,7 @@ from image_classification.data.device_stage import DeviceStage
 from image_classification.data.manifest import Manifest
 from image_classification.data.mixup import Mixup
 from image_classification.data.plan import BatchPlan, Planner
+from image_classification.data.sending import sent
 from image_classification.plain_data import Plain
 
 
@@ -339,9 +340,7 @@ class PlannedLoader(CursorLoader):
         plan = decoded.plan
         table = self.manifest.targets
         images = self.stage(decoded.images, plan.operations)
-        targets = table.lookup(plan.sample_ids)
-        if images.device.type == "cuda":
-            targets = targets.pin_memory().to(images.device, non_blocking=True)
+        targets = sent(table.lookup(plan.sample_ids), images.device)
         batch = Batch(images, targets, torch.from_numpy(plan.sample_ids))
         if self.mixup is not None:
             batch.images, batch.targets = self.mixup(images, targets, plan)

@@ -21,6 +21,7 @@ from torch import Tensor
 from image_classification.config import check_setting
 from image_classification.data.philox import Stream, uniforms
 from image_classification.data.plan import BatchPlan
+from image_classification.data.sending import sent
 
 _TABLE_SIZE = 8192
 
@@ -127,17 +128,15 @@ class Mixup:
         weights, boxes = self.weights(plan)
         partner = np.arange(len(plan))
         partner[: len(plan) // 2 * 2] ^= 1
-        index = torch.from_numpy(partner).to(device, non_blocking=True)
-        weight = torch.from_numpy(weights.astype(np.float32)).to(device, non_blocking=True)
+        index = sent(torch.from_numpy(partner), device)
+        weight = sent(torch.from_numpy(weights.astype(np.float32)), device)
         if targets.ndim == 1:
             targets = F.one_hot(targets, self.num_classes)
         targets = targets.to(torch.float32)
         mixed_targets = torch.lerp(targets[index], targets, weight[:, None])
         own_share = weight.view(-1, 1, 1, 1)
         if self.cutmix:
-            own_share = self._own_share(
-                own_share, torch.from_numpy(boxes).to(device, non_blocking=True), plan.size
-            )
+            own_share = self._own_share(own_share, sent(torch.from_numpy(boxes), device), plan.size)
         return torch.lerp(images[index], images, own_share), mixed_targets
 
     @staticmethod

@@ -26,7 +26,7 @@ from image_classification.data.decode import FORMATS
 from image_classification.data.progress import progress_bar
 from image_classification.data.verify import Broken, declare_common, find_images, print_broken
 from image_classification.data.workers import map_in_processes
-from image_classification.file_writing import atomic_path, write_text
+from image_classification.file_writing import atomic_path, output_path, write_text
 from image_classification.verbs import declared
 
 _SETTINGS_FILE = "prepare.json"
@@ -249,7 +249,7 @@ def _check_settings(target: Path, config: PrepareConfig) -> None:
 def declare(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     declare_common(parser)
-    parser.add_argument("output", type=Path, help="directory of the copy")
+    parser.add_argument("output", type=output_path, help="directory of the copy")
     parser.add_argument(
         "--short-side",
         type=int,

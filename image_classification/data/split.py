@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from image_classification.config import check_setting
 from image_classification.data.layouts.folders import class_folders
 from image_classification.data.listing import list_images
-from image_classification.file_writing import atomic_path
+from image_classification.file_writing import atomic_path, output_path
 from image_classification.verbs import declared
 
 
@@ -105,7 +105,7 @@ def _place(source: Path, target: Path, *, copy: bool) -> None:
 def declare(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("directory", type=Path, help="one folder of images per class")
-    parser.add_argument("output", type=Path, help="directory to create, with train/ and val/")
+    parser.add_argument("output", type=output_path, help="directory to create, with train/ and val/")
     parser.add_argument(
         "--share",
         type=float,

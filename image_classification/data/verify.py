@@ -19,7 +19,7 @@ from image_classification.data.imagefile import IMAGE_SUFFIXES, OTHER_SUFFIXES
 from image_classification.data.listing import list_images
 from image_classification.data.progress import progress_bar
 from image_classification.data.workers import map_in_processes
-from image_classification.file_writing import write_text
+from image_classification.file_writing import output_path, write_text
 from image_classification.verbs import declared
 
 _SHOWN = 50
@@ -152,7 +152,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     declare_common(parser)
     parser.add_argument(
-        "--json", type=Path, default=None, metavar="FILE", help="write the report there as well"
+        "--json", type=output_path, default=None, metavar="FILE", help="write the report there as well"
     )
 
 

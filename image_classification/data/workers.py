@@ -29,7 +29,8 @@ def map_in_processes(
     Args:
         function: A module's function; its module is imported in each worker and should be light.
         items: Arguments that can be pickled.
-        num_workers: Processes; one per core by default, 0 to work in this process.
+        num_workers: Processes; one per core by default, 0 to work in this process. No more are started than have
+            something to do.
 
     Raises:
         SettingError: `num_workers` is negative.
@@ -41,7 +42,7 @@ def map_in_processes(
         yield from map(function, items)
         return
     # spawned, not forked: the caller may hold threads, and a fork would copy their locks
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(workers, -(-len(items) // _CHUNK)), mp_context=get_context("spawn")) as pool:
         try:
             yield from pool.map(function, items, chunksize=_CHUNK)
         except BrokenProcessPool as error:

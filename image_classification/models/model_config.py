@@ -49,6 +49,7 @@ class ModelConfig:
         "--pretrained-ema",
         help="take the averaged weights of --pretrained-weights, or with --no- the last ones; default: the averaged "
         "ones of a LucidPrune checkpoint that has them, for validation has judged them",
+        setting="ema",
     )
     new_head: bool = flag(
         False, "--new-head", help="with --pretrained-weights: start a new classifier, for other classes"

@@ -53,7 +53,7 @@ def evaluating(*models: nn.Module, keep_random_state: bool = False) -> Iterator[
         yield
 
 
-def quieten(modules: Iterable[nn.Module], also: Collection[str] = ()) -> None:
+def quieten(modules: Iterable[nn.Module], also: Collection[str] = (), *, extended: bool = True) -> None:
     """PyTorch's batch norms and dropouts evaluate, whatever mode the network around them is in.
 
     Their mode is set past `train()`, which none of them overrides.
@@ -61,10 +61,14 @@ def quieten(modules: Iterable[nn.Module], also: Collection[str] = ()) -> None:
     Args:
         modules: Of a network in training mode.
         also: Further classes that evaluate, by name.
+        extended: Classes that extend these layers, with a forward pass of their own, evaluate too.
     """
     quiet = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     for module in modules:
-        if isinstance(module, quiet) or type(module).__name__ in also:
+        layer = isinstance(module, quiet)
+        if layer and not extended:
+            layer = type(module).forward.__module__.startswith("torch.")
+        if layer or type(module).__name__ in also:
             module.training = False
 
 

@@ -230,7 +230,7 @@ def _find_state(content: Mapping[object, object], path: Path, ema: bool) -> dict
     if ema:
         state = next((content[key] for key in _EMA_KEYS if isinstance(content.get(key), Mapping)), None)
         if state is None:
-            raise WeightsError(f"{path} carries no averaged weights (EMA): leave `pretrained_ema` out")
+            raise WeightsError(f"{path} carries no averaged weights (EMA): leave `ema` out")
     if state is None:
         state = next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), Mapping)), content)
     for name, value in state.items():

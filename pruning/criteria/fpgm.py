@@ -15,7 +15,8 @@ _BLOCK_COLUMNS = 4096  # of large fully connected layers only a part is widened 
 
 
 def total_distances(filters: Tensor) -> Tensor:
-    """Sum of Euclidean distances of every row of (C, D) to all rows: (C,) float64."""
+    """Sum of Euclidean distances of every row of (C, D), real or complex, to all rows: (C,) float64."""
+    filters = torch.view_as_real(filters).flatten(1) if filters.is_complex() else filters
     products = filters.new_zeros(len(filters), len(filters), dtype=torch.float64)
     for columns in filters.split(_BLOCK_COLUMNS, dim=1):
         wide = columns.double()

@@ -20,7 +20,8 @@ DEFAULT_MEMBERS: Members = "out"
 
 
 def powered_norms(rows: Tensor, power: int) -> Tensor:
-    """Σ|w|^power over every row of (C, D): (C,) float64."""
+    """Σ|w|^power over every row of (C, D), real or complex: (C,) float64."""
+    rows = rows.abs() if rows.is_complex() else rows
     norms: Tensor = torch.linalg.vector_norm(rows, ord=power, dim=1, dtype=torch.float64)
     return norms**power
 

@@ -549,6 +549,13 @@ class _GateContext(Protocol):
         """Keep them."""
 
 
+def _real_product(tensor: Tensor, gradient: Tensor) -> Tensor:
+    """What a real factor of each number would change, float32."""
+    if tensor.is_complex():
+        return (tensor * gradient.conj()).real.float()
+    return tensor.float() * gradient.float()
+
+
 class _Gate(torch.autograd.Function):
     """Multiply by a gate of ones without doing so: the tensor goes through, the gate gets its derivative Σ g·a.
 
@@ -566,13 +573,13 @@ class _Gate(torch.autograd.Function):
         (tensor, gate), gradient = ctx.saved_tensors, gradients[0]
         others = [d for d in range(1, tensor.dim()) if d != ctx.dim]
         if torch.is_grad_enabled():
-            product = tensor.float() * gradient.float()
+            product = _real_product(tensor, gradient)
             shape = [s if d in (0, ctx.dim) else 1 for d, s in enumerate(tensor.shape)]
             factor = gate.to(gradient.dtype).reshape(shape)
             return gradient * factor, product.sum(others) if others else product, None
         per_block = max(1, _GATE_BLOCK_ELEMENTS * len(tensor) // max(1, tensor.numel()))
         sums = []
         for a, g in zip(tensor.split(per_block), gradient.split(per_block), strict=True):
-            product = a.float() * g.float()
+            product = _real_product(a, g)
             sums.append(product.sum(others) if others else product)
         return gradient, torch.cat(sums), None

@@ -109,6 +109,7 @@ def _enter(passes: list[Pass], traces: list[Trace], example: Example, trace: Tra
             written=trace.written,
             divisors=trace.divisors,
             unsteady=trace.unsteady,
+            own_gradients=trace.own_gradients,
         )
     )
 

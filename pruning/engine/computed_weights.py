@@ -93,6 +93,11 @@ def weight_norm_pairs(model: nn.Module) -> list[tuple[str, str, int | None]]:
     return pairs
 
 
+def computes_weights(model: nn.Module) -> bool:
+    """Whether a network has weight norms or spectral norms."""
+    return bool(weight_norm_pairs(model) or spectral_norms(model))
+
+
 def spectral_norms(model: nn.Module) -> list[SpectralNorm]:
     """Every spectral norm of a network."""
     found = []

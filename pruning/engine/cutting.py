@@ -41,6 +41,7 @@ class Changes:
         self.names: dict[int, str] = {}
         self.dropped: list[str] = []
         self._assignments: list[tuple[Callable[[], None], Callable[[], None]]] = []
+        self._leaves: list[Tensor] = []
 
     def cut(self, tensor: Tensor, cuts: Cuts, name: str, new: Tensor | None = None) -> None:
         """Plan smaller data for a parameter (and its gradient) or a buffer."""
@@ -48,6 +49,7 @@ class Changes:
             return
         self.cuts[id(tensor)] = cuts
         self.names[id(tensor)] = name
+        self._leaves += [tensor] if tensor.is_leaf and tensor.requires_grad else []
         data = tensor.data
         sliced = sliced_like(tensor.data, cuts) if new is None else new
         grad = tensor.grad if tensor.is_leaf else None
@@ -92,6 +94,20 @@ class Changes:
             for undo in reversed(done):
                 undo()
             raise
+
+    def leave_graphs(self) -> None:
+        """What autograd has noted in the parameters for a graph that is still alive, the old shape, is noted anew.
+
+        A loop that holds on to its loss needs no more. PyTorch does so when the type of the data changes. Not under
+        `torch.distributed`: a wrapper that still listens to the old notes would miss gradients without a word.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return
+        for tensor in self._leaves:
+            data = tensor.data
+            other = torch.float32 if data.dtype == torch.float64 else torch.float64
+            tensor.data = torch.empty(0, dtype=other, device=data.device)
+            tensor.data = data
 
     def revert(self) -> None:
         """Undo everything."""

@@ -87,6 +87,7 @@ class Pass:
         written: Names of the parameters that it writes into.
         divisors: Names of the vectors that cannot be zero (see `tracing.Trace.divisors`).
         unsteady: It draws random numbers or computes in half precision (see `steady.py`).
+        own_gradients: The network has a say in its gradients (see `own_gradients.py`).
     """
 
     example: Example
@@ -97,6 +98,7 @@ class Pass:
     written: frozenset[str] = frozenset()
     divisors: frozenset[str] = frozenset()
     unsteady: bool = True
+    own_gradients: bool = False
 
 
 def as_examples(given: Examples, setting: str = "example") -> list[Example]:
@@ -145,6 +147,10 @@ def tensors_in(tree: object) -> list[Tensor]:
 def _walk(value: object, path: str, seen: set[int], strict: bool = True) -> Iterator[tuple[str, Tensor]]:
     """(path, tensor) of everything within a value, each object once."""
     if isinstance(value, Tensor):
+        if strict and value.layout != torch.strided:
+            raise OutputError(
+                f"the network returns a sparse tensor ({path}), in which channels cannot be followed: return it dense"
+            )
         yield path, value
         return
     if isinstance(value, (*_PLAIN, *_PLAIN_OF_TORCH)) or id(value) in seen:

@@ -9,10 +9,12 @@ kept elements and give zero for the others, and the marked reductions see the ke
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -86,6 +88,26 @@ class StatisticsOverKept(TorchDispatchMode):
         family = known.statistics.family
         kept = self._kept.get((family, self._counts[family]))
         self._counts[family] += 1
+        if kept is not None and isinstance(args[0], Tensor):
+            kept = _for_shape(kept, tuple(args[0].shape))
         if kept is None:
             return func(*args, **kwargs)
         return known.statistics.over_kept(func, args, kwargs, kept)
+
+
+def _for_shape(kept: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+    """What stays of a tensor of another size than on the example; None where that cannot be told.
+
+    Channels that were flattened with their positions are as many positions each as the images have now.
+    """
+    for dim, extent in enumerate(kept.shape):
+        if extent in (1, shape[dim]):
+            continue
+        stays = kept.reshape(-1)
+        each = math.gcd(extent, *(np.flatnonzero(np.diff(stays)) + 1).tolist())
+        blocks = stays[::each]
+        if kept.size != extent or shape[dim] % len(blocks):
+            return None
+        sizes = [shape[dim] if d == dim else 1 for d in range(kept.ndim)]
+        kept = np.repeat(blocks, shape[dim] // len(blocks)).reshape(sizes)
+    return kept

@@ -249,9 +249,10 @@ class Labeller:
         return operation.outputs[0] in self._read
 
     def describe(self, operation: Operation) -> str:
-        """`view in 'layer1.0.conv2'`, for messages."""
+        """`view in 'layer1.0.conv2' (model.py:57)`, for messages."""
         where = repr(operation.module) if operation.module else "the network itself"
-        return f"{operation_name(operation.func)} in {where}"
+        line = f" ({operation.line})" if operation.line else ""
+        return f"{operation_name(operation.func)} in {where}{line}"
 
     def choice(self, operation: Operation, atoms: np.ndarray, preferred: str) -> str:
         """Which of two ways of coupling an operator takes: by policy, else the preferred one."""

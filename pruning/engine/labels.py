@@ -156,9 +156,14 @@ def compress(slot: Slot) -> Slot:
 
 
 def join_slots(table: AtomTable, first: Slot, second: Slot) -> Slot:
-    """Couple two slots that vary along a common dimension and return the one that serves for both."""
+    """Couple two slots that vary along a common dimension and return the one that serves for both.
+
+    Of two that vary alike the older atoms serve, so that what is coupled with the same channels is labelled the same.
+    """
     table.unite(first, second, "combined with channels that cannot be removed")
     one, two = set(support(first)), set(support(second))
+    if one == two and min(first.min(), second.min()) >= 0:
+        return np.minimum(first, second)
     if one <= two and first.min() >= 0:
         return first
     if two <= one and second.min() >= 0:

@@ -6,7 +6,12 @@ The cut network draws other random numbers than the whole one, since it draws fe
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +23,29 @@ _NOISE = frozenset(
     "geometric_ bernoulli bernoulli_".split()
 )
 _LOW = (torch.float16, torch.bfloat16)
+#: Functions that do something else in training, by an argument, which leaves channels as they are.
+_BY_MODE = frozenset(
+    {
+        F.batch_norm,
+        F.dropout,
+        F.dropout1d,
+        F.dropout2d,
+        F.dropout3d,
+        F.alpha_dropout,
+        F.feature_alpha_dropout,
+    }
+)
+
+
+def as_in_evaluation(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """Arguments with which batch norms and dropouts work as in evaluation, though a network trains."""
+    if func not in _BY_MODE or kwargs.get("training") is False:
+        return args, kwargs
+    call = inspect.signature(func).bind(*args, **kwargs)
+    if "running_mean" in call.arguments and call.arguments["running_mean"] is None:  # it never has others
+        return args, kwargs
+    call.arguments["training"] = False
+    return call.args, call.kwargs
 
 
 def is_unsteady(func: OpOverload, kwargs: Kwargs) -> bool:

@@ -3,8 +3,8 @@
 Everything is planned first and put in place afterwards (`cutting.py`), so an error leaves the network as it was. Before
 that, the cut is tried on the network's examples: it must compute what the masked network does (`proof/`).
 
-Drop references to the loss and the autograd graph, and the DDP wrapper, before a rewrite: a live gradient
-accumulator keeps the old shape and PyTorch says so in the next backward pass.
+Drop the DDP wrapper before a rewrite, and then references to the loss too: a live gradient accumulator keeps the old
+shape there, and PyTorch says so in the next backward pass.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ def prune_channels(
             "Nothing was changed; choose other widths, or leave the module alone (`ignored`)"
         )
     changes.apply()
+    changes.leave_graphs()
     for network in (model, *(ema for ema in emas if isinstance(ema, nn.Module))):
         forget_cached(network)
     graph.shrink(mask)

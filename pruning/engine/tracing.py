@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import gc
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
@@ -23,16 +24,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from image_classification.models.attention import attention_of_any_width
 from image_classification.models.modes import exact_float32, modes_restored, quieten
 from image_classification.models.module_tree import named_modules, set_mode, walked_once
 from image_classification.models.running import Args, Kwargs, ModuleCall, Running, following
+from pruning.engine.code_lines import line_running
 from pruning.engine.examples import output_tensors, tensors_in
 from pruning.engine.kept_state import state_kept
-from pruning.engine.steady import Steady, is_unsteady
+from pruning.engine.own_gradients import has_gradient_hooks, own_functions_noted
+from pruning.engine.steady import Steady, as_in_evaluation, is_unsteady
 
+_OF_GRADIENTS = frozenset({Tensor.register_hook, Tensor.retain_grad})
 _NEEDS_NO_ZERO = frozenset({"div", "log", "log2", "log10", "reciprocal", "rsqrt"})
 
 
@@ -85,6 +90,7 @@ class Operation:
         writes_to: For a write through a view: (value of the whole tensor before, the chain of views, value
             of the whole tensor after).
         replayed: A view that is taken again, since the tensor behind it was written; the network did not run it.
+        line: Where in the network's code it was asked for (see `code_lines.py`).
     """
 
     index: int
@@ -96,6 +102,7 @@ class Operation:
     stack: tuple[str, ...]
     writes_to: tuple[int, tuple[ViewStep, ...], int] | None = None
     replayed: bool = False
+    line: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +123,7 @@ class Trace:
     `scaled` holds queries of attentions that scale by their width unasked, and the module where that happens;
     `steps` what the network's code asked of PyTorch, as (module, function); `results` the tensors it returned;
     `written` the names of the parameters that it wrote into; `unsteady` says that it drew random numbers or computed in
-    half precision.
+    half precision, `own_gradients` that hooks or functions of the network's own take part in a backward pass.
     """
 
     operations: list[Operation]
@@ -130,6 +137,7 @@ class Trace:
     results: list[Tensor] = dataclasses.field(default_factory=list, repr=False)
     written: frozenset[str] = frozenset()
     unsteady: bool = False
+    own_gradients: bool = False
     _makers: dict[int, Operation] = dataclasses.field(default_factory=dict, repr=False)
 
     def maker(self, value: int) -> Operation | None:
@@ -258,14 +266,15 @@ def plain_kernels() -> Iterator[None]:
 
 
 def set_trace_mode(model: nn.Module, training: bool) -> None:
-    """Evaluation mode, or training mode with normalisation and dropout still as in evaluation.
+    """Evaluation mode, or training mode with PyTorch's normalisation and dropout still as in evaluation.
 
-    The latter takes the training paths of a network (auxiliary heads) without batch statistics or noise.
+    The latter takes the training paths of a network (auxiliary heads) without batch statistics or noise. A class of the
+    network's own may do more in training than the layer that it extends; within it, `Requests` sees to that.
     On the way modules drop what they keep from one evaluation to the next (see `forget_cached`).
     """
     set_mode(model, True)
     set_mode(model, training)
-    quieten(module for _, module in named_modules(model))
+    quieten((module for _, module in named_modules(model)), extended=False)
 
 
 def forget_cached(model: nn.Module) -> None:
@@ -306,6 +315,7 @@ def record(model: nn.Module, images: Args, kwargs: Kwargs | None = None, *, trai
         recorder.watching_modules(model),
         Requests(recorder.watched, recorder) as requests,
         Steady(full_precision=False),
+        own_functions_noted() as own_functions,
         recorder,
     ):
         result = model(*images, **(kwargs or {}))
@@ -323,6 +333,7 @@ def record(model: nn.Module, images: Args, kwargs: Kwargs | None = None, *, trai
         results,
         frozenset(recorder.written),
         recorder.unsteady,
+        bool(own_functions) or has_gradient_hooks(model),
     )
 
 
@@ -340,6 +351,8 @@ def unwrapped(tensor: Tensor) -> Tensor:
 
 class Requests(TorchFunctionMode):
     """Notes what the network's code asks of PyTorch, before PyTorch decides how to do it.
+
+    Batch norms and dropouts work as in evaluation, whichever mode the network is in.
 
     Args:
         running: Which modules are running.
@@ -361,8 +374,10 @@ class Requests(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        args, kwargs = as_in_evaluation(func, args, kwargs or {})
         module = self._running.innermost
+        if func in _OF_GRADIENTS and not (args[0].requires_grad and torch.is_grad_enabled()):
+            return RemovableHandle(OrderedDict())  # of a gradient that this pass does not have
         attends = func is F.scaled_dot_product_attention and kwargs.get("scale") is None
         if attends and self._recorder is not None:
             query = unwrapped(kwargs["query"] if "query" in kwargs else args[0])
@@ -413,13 +428,12 @@ class _Recorder(TorchDispatchMode):
         return self._new_value(tensor, derived=False) if known is None else known
 
     def _new_value(self, tensor: Tensor, derived: bool) -> int:
-        countable = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
         repeated = {d for d, size in enumerate(tensor.shape) if size > 1 and tensor.stride(d) == 0}
         self.tensors.append(
             TensorInfo(
                 shape=tuple(tensor.shape),
                 repeated=frozenset(repeated),
-                name=None if countable or derived else self._name_of(tensor),
+                name=None if _counts(tensor) or derived else self._name_of(tensor),
                 derived=derived,
                 dtype=tensor.dtype,
             )
@@ -437,12 +451,14 @@ class _Recorder(TorchDispatchMode):
         self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        target = self._mutated_argument(func, args, kwargs)
+        if target is not None and _counts(target) and not self._derives(args, kwargs):
+            return func(*args, **kwargs)
         refs, kwrefs = tree_map(self._to_ref, (args, kwargs))
         derived = any(
             self.tensors[leaf.value].derived for leaf in tree_leaves((refs, kwrefs)) if isinstance(leaf, Ref)
         )
         self.unsteady = self.unsteady or is_unsteady(func, kwargs)
-        target = self._mutated_argument(func, args, kwargs)
         if target is not None:
             self._before_write(target)
         result = func(*args, **kwargs)
@@ -455,6 +471,12 @@ class _Recorder(TorchDispatchMode):
             self._note_views(func, args, kwargs, returned)
         self._append(func, refs, kwrefs, outputs, writes_to)
         return result
+
+    def _derives(self, args: Args, kwargs: Kwargs) -> bool:
+        """Whether any argument follows from the images."""
+        leaves = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        known = (self._values.get(tensor) for tensor in leaves)
+        return any(value is not None and self.tensors[value].derived for value in known)
 
     def _to_ref(self, leaf: object) -> object:
         if not isinstance(leaf, Tensor):
@@ -492,8 +514,9 @@ class _Recorder(TorchDispatchMode):
     ) -> None:
         stack = self.watched.names
         index = len(self.operations)
+        line = line_running(record.__code__)
         self.operations.append(
-            Operation(index, func, args, kwargs, outputs, self.running, stack, writes_to, replayed)
+            Operation(index, func, args, kwargs, outputs, self.running, stack, writes_to, replayed, line)
         )
 
     @staticmethod
@@ -562,6 +585,11 @@ class _Recorder(TorchDispatchMode):
         if name is not None and name not in self.written:
             with _disable_current_modes():
                 self.written[name] = parameter.detach().clone()
+
+
+def _counts(tensor: Tensor) -> bool:
+    """Whether a tensor holds whole numbers (of batches, a queue's pointer, positions) and so no channels."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def _storage(tensor: Tensor) -> tuple[Any, ...]:

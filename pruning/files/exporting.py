@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from image_classification.checkpoint import save_atomically
+from image_classification.checkpoint import naming_the_reason, save_atomically
 from image_classification.config import SettingError, check, check_choice, check_setting
 from image_classification.extras import need
 from image_classification.file_writing import atomic_path
@@ -272,7 +272,8 @@ def _write_torch_export(
             extra = {f"{METADATA}.json": json.dumps(metadata)}
             if CLASS_NAMES in metadata:
                 extra[f"{CLASS_NAMES}.json"] = metadata[CLASS_NAMES]
-            torch.export.save(program, path, extra_files=extra)
+            with path.open("wb") as file, naming_the_reason(file) as writer:
+                torch.export.save(program, writer, extra_files=extra)
     except RuntimeError as error:
         raise ExportError(f"torch-export: {_first_line(error)}") from error
     loader = f'import torch\nmodel = torch.export.load("{path}").module()\nlogits = model(images)\n'

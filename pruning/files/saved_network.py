@@ -24,6 +24,7 @@ from image_classification.models.factory import (
     remember_identity,
     unwrap,
 )
+from image_classification.models.modes import modes_restored
 from image_classification.models.recognising import identity_of_builder
 from image_classification.models.structure import Structure, build_from_structure, capture_structure
 from image_classification.models.weights import load_exactly, read_safely, takes_average
@@ -60,9 +61,7 @@ def pruned_state(
             )
         remember_identity(unwrap(model), identity)
     structure = capture_structure(model, factory=factory)
-    saved = unwrap(model).state_dict()
-    tensors = OrderedDict((name, tensor.detach().cpu()) for name, tensor in saved.items())
-    tensors._metadata = getattr(saved, "_metadata", None)  # type: ignore[attr-defined]  # versions of modules
+    tensors = _tensors_in_training(unwrap(model))
     names = class_names_of(model)
     return sealed(
         {
@@ -73,6 +72,23 @@ def pruned_state(
             "state_dict": tensors,
         }
     )
+
+
+def _tensors_in_training(model: nn.Module) -> OrderedDict[str, torch.Tensor]:
+    """The state dict as it is in training mode, in which a loaded network is when it takes the tensors in.
+
+    A layer that merges a low-rank update into its weight when it is to evaluate would merge it a second time.
+    """
+    if all(type(module).train is nn.Module.train for module in model.modules()):
+        saved = model.state_dict()
+        tensors = OrderedDict((name, tensor.detach().cpu()) for name, tensor in saved.items())
+    else:
+        with modes_restored(model):
+            model.train()
+            saved = model.state_dict()
+            tensors = OrderedDict((name, tensor.detach().cpu().clone()) for name, tensor in saved.items())
+    tensors._metadata = getattr(saved, "_metadata", None)  # type: ignore[attr-defined]  # versions of modules
+    return tensors
 
 
 def save_pruned(

@@ -140,9 +140,9 @@ def loaded_inverse(gram: Tensor, ridge: float) -> Tensor:
         ridge: λ relative to the mean of its diagonal.
     """
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    load = max(ridge * float(gram.diagonal().mean()), torch.finfo(gram.dtype).tiny)
+    load = (ridge * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny)
     factor, info = torch.linalg.cholesky_ex(gram + load * identity)
     while int(info):
-        load *= 10
+        load = 10 * load
         factor, info = torch.linalg.cholesky_ex(gram + load * identity)
     return torch.cholesky_inverse(factor)

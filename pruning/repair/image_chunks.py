@@ -112,16 +112,15 @@ def check_differ(chunks: Sequence[Chunk], distributed: Distributed) -> None:
         leaves = [leaf for leaf in tree_leaves(inputs_of(chunk.batch)) if _is_images(leaf, chunk.num_images)]
         first = first or [leaf[:1] for leaf in leaves]
         found += [(leaf != one).any().double() for leaf, one in zip(leaves, first, strict=True)]
-    differ = (
-        torch.stack(found).sum() if found else torch.ones(())
-    )  # nothing is known of values that are not tensors
-    (total,) = distributed.all_reduce_sum(differ)
-    count = sum(chunk.num_images for chunk in chunks)
-    if not total and count > 1:
+    differ = torch.stack(found).sum() if found else torch.ones(())  # nothing is known of other values
+    here = sum(chunk.num_images for chunk in chunks)
+    counts = differ.new_tensor([here, here > 1])
+    differing, count, several = torch.cat(distributed.all_reduce_sum(differ[None], counts)).tolist()
+    if not differing and several:
         raise SettingError(
             "calibration",
             None,
-            f"all {count} calibration images are equal, and weights fitted to them would fit nothing else: give "
+            f"all {count:.0f} calibration images are equal, and weights fitted to them would fit nothing else: give "
             "different images, or repair='none'",
         )
 

@@ -175,7 +175,9 @@ class _Layer:
         self._asked = False
 
     def without(self, closed: np.ndarray) -> Tensor | None:
-        """(K, M) weights, zeros for closed inputs; None if none or all are closed, or there is no solution.
+        """(K, M) weights, zeros for closed inputs; None if none or all are closed.
+
+        Where there is no solution they are the present ones; the host does not ask.
 
         Args:
             closed: (K,) bool, inputs of units that are closed.
@@ -190,27 +192,23 @@ class _Layer:
         self._asked = True
         return self._directly(gone, stays)
 
-    def _directly(self, gone: Tensor, stays: Tensor) -> Tensor | None:
+    def _directly(self, gone: Tensor, stays: Tensor) -> Tensor:
         assert self._gram is not None, "it is inverted for a second solution"
         gram = self._gram[stays][:, stays]
         load = self._ridge * self._gram.diagonal().mean()
         across = self._gram[stays][:, gone] @ self.weights[gone]
         identity = torch.eye(len(stays), dtype=gram.dtype, device=gram.device)
         factor, info = torch.linalg.cholesky_ex(gram + load * identity)
-        if int(info):
-            return None
         found = torch.zeros_like(self.weights)
         found[stays] = self.weights[stays] + torch.cholesky_solve(across, factor)
-        return found
+        return torch.where(info == 0, found, self.weights)
 
-    def _by_inverse(self, gone: Tensor) -> Tensor | None:
+    def _by_inverse(self, gone: Tensor) -> Tensor:
         if self._gram is not None:
             self._inverse, self._gram = loaded_inverse(self._gram, self._ridge), None
         assert self._inverse is not None
         across = self._inverse[:, gone]
         factor, info = torch.linalg.cholesky_ex(across[gone])
-        if int(info):
-            return None
         found = self.weights - across @ torch.cholesky_solve(self.weights[gone], factor)
         found[gone] = 0
-        return found
+        return torch.where(info == 0, found, self.weights)

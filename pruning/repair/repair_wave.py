@@ -71,11 +71,11 @@ def failing_together(distributed: Distributed) -> Iterator[None]:
         yield
     except RuntimeError as found:
         error = found
-    (count,) = distributed.all_reduce_sum(torch.tensor(float(error is not None), dtype=torch.float64))
+    count = distributed.sum_on_hosts(error is not None)
     if error is not None:
         raise error
     if count:
-        raise RuntimeError(f"it failed on {int(count)} of the other ranks")
+        raise RuntimeError(f"it failed on {count} of the other ranks")
 
 
 @dataclasses.dataclass
@@ -148,8 +148,7 @@ class Wave:
         """
         size = len(pairs) if in_flight is None else min(in_flight, len(pairs))
         squads = [pairs[begin : begin + size] for begin in range(0, len(pairs), size)]
-        (number,) = self.distributed.all_reduce_sum(torch.tensor(float(len(squads) > 1), dtype=torch.float64))
-        one_by_one = bool(number)  # on some rank
+        one_by_one = self.distributed.sum_on_hosts(len(squads) > 1) > 0
         segments = self._segments(one_by_one=one_by_one)
         results: list[tuple[Outputs, Outputs]] | None = None
         for segment in segments:
@@ -161,7 +160,8 @@ class Wave:
             else:
                 results = self._fly(segment, pairs, finishes=segment is segments[-1])
         if results is None or self.layers[segments[-1][0]].calls > 1:
-            results = [(pair.original(), pair.rewritten()) for pair in pairs if pair.held_out]
+            with failing_together(self.distributed):
+                results = [(pair.original(), pair.rewritten()) for pair in pairs if pair.held_out]
         return self._report(), results
 
     def _segments(self, *, one_by_one: bool) -> list[list[str]]:
@@ -200,11 +200,12 @@ class Wave:
                     self._solve(self._problems.pop(name))
             if not finishes:
                 return None
-            return [
-                (before.finish(), after.finish())
-                for (before, after), judges in zip(flights, held_out, strict=True)
-                if judges
-            ]
+            with failing_together(self.distributed):
+                return [
+                    (before.finish(), after.finish())
+                    for (before, after), judges in zip(flights, held_out, strict=True)
+                    if judges
+                ]
 
     def _visit(self, name: str, pairs: Sequence[Pair]) -> None:
         """Add the rows of all calls of one layer in some batches."""

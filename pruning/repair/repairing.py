@@ -308,15 +308,13 @@ class _Repair:
             readers = {name: reader for name, reader in readers.items() if name in self.plan.cut}
         if not readers:
             return [], []
-        num_images = self.distributed.all_reduce_sum(
-            torch.tensor(float(sum(chunk.num_images for chunk in self.fitting)), dtype=torch.float64)
-        )
+        num_images = self.distributed.sum_on_hosts(sum(chunk.num_images for chunk in self.fitting))
         wave = Wave(
             self.plan.original,
             self.model,
             self.plan.elements,
             readers,
-            int(num_images[0]),
+            num_images,
             ridges=self.settings.ridges,
             supports=self.plan.supports,
             distributed=self.distributed,

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -69,9 +68,7 @@ def settled(
 
 def _problem(batches: Sequence[Batch], task: Task, distributed: Distributed) -> str | None:
     """Why there can be no repair."""
-    without = torch.tensor(float(not any(num_samples(batch) for batch in batches)), dtype=torch.float64)
-    (total,) = distributed.all_reduce_sum(without)
-    if float(total):
+    if distributed.sum_on_hosts(not any(num_samples(batch) for batch in batches)):
         on_ranks = " on some ranks" if distributed.is_distributed else ""
         return (
             f"it needs calibration images, and there are none{on_ranks}: give calibration batches, or 'none'"

@@ -79,11 +79,17 @@ def solve(
     choice = chosen(error, held_out.power(), has_bias)
     strengths = torch.tensor([1.0, 1.0, *ridges], dtype=present.dtype, device=present.device)
     whole = fit.joined(held_out)
-    solved = torch.where(choice >= 2, whole.ridge(present, strengths[choice], has_bias), present)
+    strength = picked(strengths, choice)
+    solved = torch.where(choice >= 2, whole.ridge(present, strength, has_bias), present)
     bias = torch.where((choice >= 1) & has_bias, whole.best_bias(solved), constant)
-    strength = strengths[choice] * (choice >= 2)
     scale = variance.clamp(min=torch.finfo(variance.dtype).tiny)
-    return Solution(solved, bias, torch.stack([error[0] / scale, error[choice] / scale, strength]))
+    figures = [error[0] / scale, picked(error, choice) / scale, strength * (choice >= 2)]
+    return Solution(solved, bias, torch.stack(figures))
+
+
+def picked(values: Tensor, number: Tensor) -> Tensor:
+    """`values[number]` of a scalar tensor, which would wait for the device to read the number."""
+    return values.index_select(0, number[None])[0]
 
 
 def chosen(errors: Tensor, power: Tensor, has_bias: bool) -> Tensor:

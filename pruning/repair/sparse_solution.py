@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pruning.repair.solution import Solution, chosen
+from pruning.repair.solution import Solution, chosen, picked
 from pruning.repair.sums import Evidence, NormalEquations
 
 #: Numbers of steps that are tried.
@@ -63,13 +63,13 @@ def solve_on_support(
 
     # As many steps with all images; which ones is decided on the device.
     whole = fit.joined(held_out)
-    counts = torch.tensor([0, 0, *steps], device=choice.device)
+    count = picked(torch.tensor([0, 0, *steps], device=choice.device), choice)
     solved = present
     for number, trial in enumerate(descent(whole.normal(has_bias), present, support, steps[-1]), start=1):
-        solved = torch.where(counts[choice] == number, trial, solved)
+        solved = torch.where(count == number, trial, solved)
     bias = torch.where((choice >= 1) & has_bias, whole.best_bias(solved), constant)
     scale = held_out.variance().clamp(min=torch.finfo(error.dtype).tiny)
-    figures = torch.stack([error[0] / scale, error[choice] / scale, error.new_zeros(())])
+    figures = torch.stack([error[0] / scale, picked(error, choice) / scale, error.new_zeros(())])
     return Solution(solved, bias, figures)
 
 

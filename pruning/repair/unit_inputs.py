@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from image_classification.config import check_setting
+from image_classification.config import SettingError, check_setting
 from image_classification.distributed import Distributed
 from image_classification.models.modes import exact_float32
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.repair.contractions import Contraction, ContractionMode
 from pruning.repair.sums import WIDE, Sums, step_for
-from pruning.task import Batch, Task
+from pruning.task import Batch, Task, num_samples
 
 #: Columns of a contraction up to which its products are kept; wider ones are left as the cut leaves them.
 WIDEST = 4 * WIDE
@@ -80,18 +80,32 @@ def unit_inputs(
         parameters: Whose contractions.
         task: How the network is run on a batch.
         distributed: Sums are added up over ranks.
-        strict: Refuse inputs that are not finite; otherwise their contraction is left out.
+        strict: Refuse inputs that are not finite; otherwise their contraction is left out, and all are where a rank has
+            no images.
 
     Raises:
-        SettingError: Inputs are not finite.
+        SettingError: Inputs are not finite, or a rank has no images: it would not know what to add up.
     """
     distributed = distributed or Distributed()
+    without = distributed.sum_on_hosts(not any(num_samples(batch) for batch in batches))
+    if without and not strict:
+        return []
+    if without:
+        on_ranks = f" on {without} of {distributed.world_size} ranks" if distributed.is_distributed else ""
+        raise SettingError(
+            "calibration",
+            None,
+            f"what layers read is collected on every rank, and there are no images{on_ranks}: give each some",
+        )
     read = _rows_read(model, batches, parameters, task or Task(), distributed.world_size)
     tensors = dict(model.named_parameters())
+    names = sorted(read)
+    for name in names:
+        read[name][1].reduce(distributed)
+    all_finite = [read[name][1].gram.isfinite().all() for name in names]
     found: list[UnitInputs] = []
-    for name, (contraction, sums) in sorted(read.items()):
-        sums.reduce(distributed)
-        finite = bool(sums.gram.isfinite().all())
+    for name, finite in zip(names, torch.stack(all_finite).tolist() if names else [], strict=True):
+        contraction, sums = read[name]
         if not finite and not strict:
             continue
         check_setting(
@@ -123,7 +137,7 @@ def _rows_read(
 
     with task.running(model), exact_float32():
         numbers: dict[str, Tensor] = {}
-        for batch in batches:
+        for batch in filter(num_samples, batches):
             with ContractionMode(model, visit, parameters, numbers):
                 task.outputs(model, batch)
     return read

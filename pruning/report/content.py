@@ -304,6 +304,8 @@ def _images(final: Stage, settings: Settings, pruned: Network, missing: list[str
     try:
         return open_images(final.config, settings.device, settings.data, input_of(pruned.model))
     except (OSError, ValueError) as error:
+        if settings.data is not None:  # which was asked for, where the run's own may have gone
+            raise
         missing.append(f"explanations, and accuracy that was not logged: the data cannot be opened ({error})")
         return None
 

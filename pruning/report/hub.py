@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 
 from image_classification.config import ConfigError, SettingError, check, check_setting
 from image_classification.extras import need
-from image_classification.file_writing import write_text
+from image_classification.file_writing import copy_file, write_text
 from image_classification.models import class_names_of, identity_of, input_of
 from image_classification.plain_data import Plain
 from pruning.files.saved_network import save_pruned
@@ -47,7 +46,7 @@ def prepare(
     image_size: int,
     license: str | None = None,
     report: tuple[Plain, Path] | None = None,
-) -> None:
+) -> list[str]:
     """Write everything that is uploaded: the network alone, without the training that it comes from, and its card.
 
     Args:
@@ -57,6 +56,9 @@ def prepare(
         image_size: Side of its images, in pixels.
         license: Of the weights, such as apache-2.0.
         report: Content and page of `python -m pruning report`, whose figures the card then has.
+
+    Returns:
+        Names of the files.
 
     Raises:
         ConfigError: The network has no name that others could build it by.
@@ -69,8 +71,10 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     save_pruned(folder / NETWORK_FILE, model)
     write_text(folder / "README.md", card(model, repository, image_size, license, report and report[0]))
-    if report is not None:
-        shutil.copyfile(report[1], folder / "report.html")
+    if report is None:
+        return [NETWORK_FILE, "README.md"]
+    copy_file(report[1], folder / "report.html")
+    return [NETWORK_FILE, "README.md", "report.html"]
 
 
 def upload(folder: Path, repository: str, *, private: bool = False) -> str:

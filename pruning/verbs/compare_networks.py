@@ -8,12 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from image_classification.cli import positive
 from image_classification.config import check
-from image_classification.file_writing import atomic_path, write_text
+from image_classification.device_flag import declare_device, device_named
+from image_classification.figure_writing import check_figure, save_figure
+from image_classification.file_writing import output_path, write_text
 from image_classification.plain_data import Plain
 from image_classification.verbs import declared
 from pruning.report.measure import accuracy_of
@@ -35,19 +37,27 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("others", type=Path, nargs="+", help="checkpoints of the same architecture")
     parser.add_argument("--data", default=None, help="data set; accuracy is measured on its validation split")
     parser.add_argument("--arch", default=None, help="not needed for LucidPrune checkpoints")
-    parser.add_argument("--image-size", type=int, default=None, help="default: the networks'")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--image-size", type=positive, default=None, help="default: the networks'")
+    declare_device(parser)
     parser.add_argument(
-        "--json", type=Path, default=None, metavar="FILE", help="write everything there as well"
+        "--json", type=output_path, default=None, metavar="FILE", help="write everything there as well"
     )
     parser.add_argument(
-        "--plot", type=Path, default=None, metavar="FILE", help="accuracy over MACs as an image; needs --data"
+        "--plot",
+        type=output_path,
+        default=None,
+        metavar="FILE",
+        help="accuracy over MACs as an image; needs --data",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure all, print tables."""
-    _check_plot(arguments)
+    if arguments.plot is not None:
+        problem = f"--plot {arguments.plot} shows accuracy: give --data, or leave --plot out"
+        check(arguments.data is not None, problem)
+        check_figure(arguments.plot, "--plot")
+    device = device_named(arguments.device)
     paths = [arguments.first, *arguments.others]
     networks = [load_network(str(path), path, arguments.arch) for path in paths]
     first = networks[0]
@@ -64,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
             networks[-1].model,
             paths[-1],
             arguments.image_size,
-            torch.device(arguments.device),
+            device,
         )
         size = images.preset.image_size
         accuracies = [accuracy_of(network, images) for network in networks]
@@ -81,28 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         write_text(arguments.json, json.dumps(plain, indent=2) + "\n")
     if arguments.plot is not None:
-        with atomic_path(arguments.plot) as unfinished:
-            plot(plain, unfinished, arguments.plot.suffix.removeprefix("."))
+        plot(plain, arguments.plot)
     return 0
-
-
-def _check_plot(arguments: argparse.Namespace) -> None:
-    """Refuse a plot that cannot be drawn before anything is measured.
-
-    Raises:
-        ConfigError: Naming the flag.
-    """
-    path = arguments.plot
-    if path is None:
-        return
-    check(arguments.data is not None, f"--plot {path} shows accuracy: give --data, or leave --plot out")
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    known = sorted(FigureCanvasBase.get_supported_filetypes())
-    check(
-        path.suffix.removeprefix(".") in known,
-        f"--plot {path}: matplotlib writes no such format; the name may end in {', '.join(known)}",
-    )
 
 
 def _ahead(costs: Sequence[dict[str, float]], accuracies: Sequence[dict[str, float]]) -> list[int] | None:
@@ -155,13 +145,12 @@ def _print(plain: Plain) -> None:
     console.print(listed)
 
 
-def plot(plain: Plain, path: Path, format: str) -> None:
+def plot(plain: Plain, path: Path) -> None:
     """Accuracy over MACs: a point per network, those that no other surpasses joined by a line.
 
     Args:
         plain: What the verb writes as JSON, with accuracy.
         path: Where the image goes.
-        format: One of matplotlib's, such as png.
     """
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
@@ -180,7 +169,7 @@ def plot(plain: Plain, path: Path, format: str) -> None:
     axes.set_xlabel("million multiply-accumulates")
     axes.set_ylabel(f"{key}, %")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130, format=format)
+    save_figure(figure, path, dpi=130)
 
 
 VERB = declared(declare, run)

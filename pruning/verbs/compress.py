@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from image_classification.config import check
-from image_classification.file_writing import write_text
+from image_classification.file_writing import output_path, write_text
 from image_classification.plain_data import Plain
 from image_classification.verbs import declared
 from pruning.costs import cost_names
@@ -47,7 +47,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         help=f"share of a cost ({', '.join(cost_names())}) that may remain; several shares give a curve to choose from",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="the smaller network, such as small.pth.tar"
+        "--output", type=output_path, required=True, help="the smaller network, such as small.pth.tar"
     )
     parser.add_argument(
         "--num-judged", type=int, default=500, help="other images of the folder to measure on"

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from image_classification.cli import positive
 from image_classification.config import check
+from image_classification.file_writing import output_path
 from image_classification.models import model_for_weights
 from image_classification.observe.provenance import command_line
 from image_classification.verbs import declared
@@ -39,7 +41,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         "-o",
-        type=Path,
+        type=output_path,
         default=None,
         metavar="FILE",
         help=f"default: the checkpoint's name with {', '.join(SUFFIXES.values())}",
@@ -47,7 +49,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", default=None, help="not needed for a LucidPrune checkpoint")
     declare_ema(parser)
     parser.add_argument(
-        "--image-size", type=int, default=None, help="side of the images; default: the network's"
+        "--image-size", type=positive, default=None, help="side of the images; default: the network's"
     )
     parser.add_argument(
         "--data",

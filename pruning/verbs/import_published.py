@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from image_classification.config import check
+from image_classification.file_writing import output_path
 from image_classification.verbs import declared
 from pruning.files.importing import FORMATS, import_checkpoint
 from pruning.files.importing.imported import arch_of
@@ -16,7 +17,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a file of one of the published programs")
     parser.add_argument(
         "out",
-        type=Path,
+        type=output_path,
         help="where the classifier goes; predictor, selector and encoder get names beside it",
     )
     parser.add_argument(

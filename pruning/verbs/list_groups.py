@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from image_classification.file_writing import write_text
+from image_classification.cli import positive
+from image_classification.file_writing import output_path, write_text
 from image_classification.plain_data import Plain
 from image_classification.verbs import declared
 from pruning.engine.channel_graph import ChannelGraph, Constraints
@@ -26,8 +27,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, default=None, help="look at this (pruned) network's widths"
     )
-    parser.add_argument("--num-classes", type=int, default=None, help="default: the checkpoint's, or 1000")
-    parser.add_argument("--image-size", type=int, default=None, help="default: the architecture's")
+    parser.add_argument(
+        "--num-classes", type=positive, default=None, help="default: the checkpoint's, or 1000"
+    )
+    parser.add_argument("--image-size", type=positive, default=None, help="default: the architecture's")
     parser.add_argument("--round-to", type=int, default=Constraints.round_to, help="as in training")
     parser.add_argument("--min-width", type=float, default=Constraints.min_width, help="as in training")
     parser.add_argument(
@@ -38,7 +41,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--members", action="store_true", help="list the tensors of every group too")
     parser.add_argument(
-        "--json", type=Path, default=None, metavar="FILE", help="write everything there as well"
+        "--json", type=output_path, default=None, metavar="FILE", help="write everything there as well"
     )
 
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from image_classification.config import check
-from image_classification.file_writing import atomic_path, write_text
+from image_classification.figure_writing import save_figure
+from image_classification.file_writing import output_path, write_text
 from image_classification.observe.provenance import command_line
 from image_classification.plain_data import Plain
 from image_classification.verbs import declared
@@ -46,7 +47,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         "-o",
-        type=Path,
+        type=output_path,
         default=None,
         metavar="FILE",
         help="JSON, with a plot (.png) beside it; RUN/sensitivity.json goes into the report of RUN",
@@ -70,6 +71,11 @@ def run(arguments: argparse.Namespace) -> int:
         announce=lambda text: console.print(text, highlight=False),
     )
     graph, curves = sensitivity(model, images.to(arguments.device), settings)
+    rows = rows_of(graph, curves, shares)
+    check(
+        bool(rows),
+        "no group can be narrowed: lower --min-width or --round-to, or ignore less (--prune-ignore)",
+    )
     plain: Plain = {
         "checkpoint": str(arguments.checkpoint),
         "images": str(arguments.images),
@@ -77,13 +83,12 @@ def run(arguments: argparse.Namespace) -> int:
         "repair": arguments.repair,
         "command": command_line(),
         "removed": shares,
-        "groups": rows_of(graph, curves, shares),
+        "groups": rows,
     }
     Console(width=None if sys.stdout.isatty() else 120).print(_table(plain))
     if output is not None:
         write_text(output, json.dumps(plain, indent=2) + "\n")
-        with atomic_path(output.with_suffix(".png")) as unfinished:
-            plot(plain, unfinished)
+        plot(plain, output.with_suffix(".png"))
         print(f"wrote {output} and {output.with_suffix('.png').name}")
     return 0
 
@@ -152,7 +157,7 @@ def plot(plain: Plain, path: Path) -> None:
     axes.set_yticks(range(len(rows)), [row["group"] for row in rows], fontsize=7)
     axes.set_xlabel("channels removed")
     figure.colorbar(image, label="loss of the outputs")
-    figure.savefig(path, dpi=130, format="png")
+    save_figure(figure, path, dpi=130)
 
 
 VERB = declared(declare, run)

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from image_classification.config import check
+from image_classification.device_flag import declare_device, device_named
 from image_classification.models import arch_info, identity_of, input_of, model_for_weights
 from image_classification.network_input import NetworkInput
 from pruning.criteria import criterion_names
@@ -62,7 +62,7 @@ def declare_network_and_images(parser: argparse.ArgumentParser) -> None:
         "--std", type=float, nargs=3, default=None, help="standard deviation; default: the architecture's"
     )
     parser.add_argument("--seed", type=int, default=0, help="which images are drawn")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    declare_device(parser)
 
 
 def check_network_and_images(arguments: argparse.Namespace) -> None:
@@ -75,6 +75,8 @@ def check_network_and_images(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         check(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: give a whole number ≥ 1")
     check(arguments.seed >= 0, f"--seed {arguments.seed} is negative")
+    check(arguments.std is None or min(arguments.std) > 0, f"--std {arguments.std}: must be positive")
+    device_named(arguments.device)
     check(
         arguments.arch is None or arguments.factory is None,
         "--arch and --factory exclude each other: the factory says what is built",

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from explainers.measures.tables import show
-from image_classification.file_writing import atomic_path
+from image_classification.file_writing import write_text
 from image_classification.observe.environment import describe_environment
 from image_classification.plain_data import Plain
 from pruning.files.exporting import export_network
@@ -56,10 +56,9 @@ def quantise_and_compare(
             figures[f"{name}, INT8"] = served(small, pixels, BATCH_SIZES)
     rows = _rows(figures, targets)
     _print(rows, len(pixels), len(calibration))
-    with atomic_path(target.with_suffix(".json")) as unfinished:
-        report = {"calibration_images": len(calibration), "judged_images": len(pixels), "rows": rows}
-        report["environment"] = describe_environment()
-        unfinished.write_text(json.dumps(report, indent=2) + "\n")
+    report = {"calibration_images": len(calibration), "judged_images": len(pixels), "rows": rows}
+    report["environment"] = describe_environment()
+    write_text(target.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
     return target
 
 

@@ -6,12 +6,11 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
 from explainers.attribution.method import method_names
 from image_classification.config import check
+from image_classification.device_flag import declare_device, device_named
 from image_classification.extras import need
-from image_classification.file_writing import write_text
+from image_classification.file_writing import output_path, write_text
 from image_classification.plain_data import PlainValue
 from image_classification.verbs import declared
 from pruning.report.content import PARTS, Settings, collect
@@ -28,7 +27,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         "-o",
-        type=Path,
+        type=output_path,
         default=None,
         metavar="FILE",
         help="HTML file, with the JSON beside it; default: RUN/report.html",
@@ -72,7 +71,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         default=Settings.num_batches,
         help="batches timed, per network and batch size",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    declare_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -91,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         num_images=arguments.num_images,
         batch_sizes=arguments.batch_sizes,
         num_batches=arguments.num_batches,
-        device=torch.device(arguments.device),
+        device=device_named(arguments.device),
     )
     content = collect(arguments.run, settings)
     write_text(page, render(content))

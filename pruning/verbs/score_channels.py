@@ -14,10 +14,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from image_classification.cli import positive
 from image_classification.config import check
 from image_classification.data.build import DataConfig, build_loaders
 from image_classification.data.layouts import open_dataset
-from image_classification.file_writing import write_text
+from image_classification.figure_writing import save_figure
+from image_classification.file_writing import output_path, write_text
 from image_classification.models import class_names_of, input_of
 from image_classification.verbs import declared
 from pruning.criteria import FEATURE_CHOICES, Combined, criterion_class, criterion_names
@@ -65,7 +67,7 @@ def plot_scores(scores: Mapping[str, Mapping[str, Sequence[float]]], path: Path)
         panel.set_ylabel("relative score")
         panel.axhline(1.0, color="#a0aec0", linewidth=0.8, zorder=0)
         panel.set_ylim(bottom=0)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -92,12 +94,16 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--saliency-weight", type=float, default=DEFAULT_WEIGHT, help="as in training, for NAME+saliency"
     )
     parser.add_argument("--batch-size", "-b", type=int, default=_BATCH_SIZE)
-    parser.add_argument("--calibration-batches", type=int, default=PrunerSettings.max_batches)
-    parser.add_argument("--image-size", type=int, default=None, help="default: the data set's")
+    parser.add_argument("--calibration-batches", type=positive, default=PrunerSettings.max_batches)
+    parser.add_argument("--image-size", type=positive, default=None, help="default: the data set's")
     parser.add_argument("--data-backend", default=DataConfig.data_backend)
     parser.add_argument("--seed", type=int, default=0, help="chooses the images")
     parser.add_argument(
-        "--output", type=Path, default=None, metavar="DIR", help="write scores.json and scores.png there"
+        "--output",
+        type=output_path,
+        default=None,
+        metavar="DIR",
+        help="write scores.json and scores.png there",
     )
 
 

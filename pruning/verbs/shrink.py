@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from image_classification.cli import positive
 from image_classification.config import check
-from image_classification.file_writing import copy_file, write_text
+from image_classification.file_writing import copy_file, output_path, write_text
 from image_classification.models import (
     LoadedWeights,
     WeightsError,
@@ -47,10 +48,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", type=Path, help="a LucidPrune checkpoint, a plain state dict, torchvision's"
     )
-    parser.add_argument("out", type=Path, help="the smaller network's checkpoint")
+    parser.add_argument("out", type=output_path, help="the smaller network's checkpoint")
     parser.add_argument("--arch", default=None, help="not needed where the file says it")
     parser.add_argument(
-        "--num-classes", type=int, default=None, help="default: the rows of the file's classifier"
+        "--num-classes", type=positive, default=None, help="default: the rows of the file's classifier"
     )
     parser.add_argument(
         "--factory",
@@ -61,16 +62,16 @@ def declare(parser: argparse.ArgumentParser) -> None:
     declare_ema(parser)
     parser.add_argument(
         "--example-size",
-        type=int,
+        type=positive,
         default=None,
         metavar="PIXELS",
         help="side of the images for tracing, comparing and timing; default: the architecture's",
     )
-    parser.add_argument("--num-examples", type=int, default=4, help="images to compare the outputs on")
-    parser.add_argument("--batch-size", type=int, default=1, help="images per batch when timing")
+    parser.add_argument("--num-examples", type=positive, default=4, help="images to compare the outputs on")
+    parser.add_argument("--batch-size", type=positive, default=1, help="images per batch when timing")
     parser.add_argument("--latency", action=argparse.BooleanOptionalAction, default=True, help="time both")
     parser.add_argument(
-        "--json", type=Path, default=None, metavar="FILE", help="write the report there as well"
+        "--json", type=output_path, default=None, metavar="FILE", help="write the report there as well"
     )
 
 

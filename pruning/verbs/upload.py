@@ -7,7 +7,9 @@ import json
 import tempfile
 from pathlib import Path
 
+from image_classification.cli import positive
 from image_classification.config import ConfigError, check
+from image_classification.file_writing import output_path
 from image_classification.models import model_for_weights
 from image_classification.plain_data import Plain
 from image_classification.verbs import declared
@@ -30,14 +32,14 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", help="make a repository that only its owner sees")
     parser.add_argument(
         "--folder",
-        type=Path,
+        type=output_path,
         default=None,
         metavar="DIR",
         help="write what would be uploaded there, and upload nothing",
     )
     declare_ema(parser)
     parser.add_argument(
-        "--image-size", type=int, default=None, help="side of the images; default: the network's"
+        "--image-size", type=positive, default=None, help="side of the images; default: the network's"
     )
 
 
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     image_size = size_of(model, arguments.image_size)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        prepare(
+        files = prepare(
             folder,
             model,
             arguments.repository,
@@ -63,11 +65,12 @@ def run(arguments: argparse.Namespace) -> int:
             license=arguments.license,
             report=report,
         )
-        files = ", ".join(sorted(path.name for path in folder.iterdir()))
         if arguments.folder is not None:
-            print(f"wrote {files} to {folder}; nothing was uploaded")
+            print(f"wrote {', '.join(files)} to {folder}; nothing was uploaded")
         else:
-            print(f"uploaded {files} to {upload(folder, arguments.repository, private=arguments.private)}")
+            print(
+                f"uploaded {', '.join(files)} to {upload(folder, arguments.repository, private=arguments.private)}"
+            )
     return 0
 
 

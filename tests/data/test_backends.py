@@ -8,6 +8,7 @@ import multiprocessing
 import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -246,6 +247,25 @@ def test_reading_calibration_in_mid_epoch_changes_nothing(manifest, backend, ope
         aside = set(disturbed.calibration.manifest.paths)
         assert len(aside) == 8
         assert not aside & set(disturbed.train.manifest.paths)
+
+
+@needs_dali
+def test_dali_has_the_next_plan_before_it_is_asked_for_a_batch(manifest, opened, monkeypatch):
+    geometry, options = GEOMETRIES["centre"]  # the one that the consumer's own thread executes
+    loader = opened(loader_of(manifest, "dali-cpu", geometry=geometry, prefetch=2, **options))
+    planned, fourth = [], threading.Event()
+    plan = loader.planner.plan
+
+    def noted(epoch, step, ids):
+        planned.append(threading.current_thread().name)
+        if len(planned) == 4:
+            fourth.set()
+        return plan(epoch, step, ids)
+
+    monkeypatch.setattr(loader.planner, "plan", noted)
+    next(iter(loader))
+    assert fourth.wait(10), "three batches are in the pipeline, and the plan of the next one is there"
+    assert not any(name.startswith("Main") for name in planned)
 
 
 @pytest.mark.parametrize("backend", ALL)

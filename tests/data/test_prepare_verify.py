@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from image_classification.__main__ import main
+from image_classification.data import workers
 from image_classification.data.prepare import PrepareConfig, jpeg_names, prepare
 from image_classification.data.verify import verify
 
@@ -75,8 +77,8 @@ def test_processes_find_the_same(tmp_path: Path, write_image) -> None:
         tmp_path / "set", num_workers=0, progress=False
     )
     config = PrepareConfig(short_side=10)
-    for name, workers in (("two", 2), ("none", 0)):
-        report = prepare(tmp_path / "set", tmp_path / name, config, num_workers=workers, progress=False)
+    for name, count in (("two", 2), ("none", 0)):
+        report = prepare(tmp_path / "set", tmp_path / name, config, num_workers=count, progress=False)
         assert report.num_resized == 39
     for path in (tmp_path / "two").glob("*.jpg"):
         assert path.read_bytes() == (tmp_path / "none" / path.name).read_bytes()
@@ -211,3 +213,16 @@ def test_refusals(class_folders: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "no images in" in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "absent")]) == 2
     assert "there is no directory" in capsys.readouterr().err
+
+
+def test_no_more_processes_are_started_than_have_something_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--workers 3000` would take the machine's memory."""
+    asked: list[int] = []
+
+    def pool(num_processes: int, mp_context: object) -> ThreadPoolExecutor:
+        asked.append(num_processes)
+        return ThreadPoolExecutor(num_processes)
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", pool)
+    assert list(workers.map_in_processes(str, range(50), 3000)) == list(map(str, range(50)))
+    assert asked == [4]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -228,3 +229,38 @@ def test_masks_of_another_size_or_class_are_named(manifest: Manifest) -> None:
     Image.fromarray(np.full((6, 8), 2, np.uint8)).save(manifest.root / "mask0.png")
     with pytest.raises(ConfigError, match=r"\bcat\b"):
         check_ground_truth(manifest, masks=True, boxes=False)
+
+
+def test_figures_of_a_batch_are_made_while_the_next_one_is_explained(monkeypatch) -> None:
+    images, targets, masks = four_images()
+    met = threading.Barrier(2, timeout=10)  # of the second batch's maps and the first one's figures
+
+    class Watched(Bright):
+        num_batches = 0
+
+        def __call__(self, images: Tensor, targets: Tensor) -> Attribution:
+            self.num_batches += 1
+            if self.num_batches == 2:
+                met.wait()
+            return super().__call__(images, targets)
+
+    judged: list[object] = []
+
+    def auc(heatmap: object, mask: object) -> float:
+        judged.append(heatmap)
+        if len(judged) == 1:
+            met.wait()
+        return 1.0
+
+    monkeypatch.setattr("explainers.measures.evaluate.pixel_auc", auc)
+    batch = Batch(images[:1], targets[:1], torch.arange(1), None, masks[:1])
+    settings = {"metrics": ["auc"], "multi_label": False, "distributed": Distributed(), "max_pairs": 8}
+    (row,) = localize("net", {"bright": Watched()}, predict, [batch, batch], **settings)
+    assert row.counted["auc"] == 2
+
+
+def test_an_error_among_the_figures_is_raised(monkeypatch) -> None:
+    images, targets, masks = four_images()
+    monkeypatch.setattr("explainers.measures.evaluate.pixel_auc", lambda heatmap, mask: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(FakeLoader(images, targets, masks, None), ["auc"])

@@ -118,7 +118,7 @@ def test_averaged_weights_on_request(key, tmp_path):
     assert_equal_states(ours.state, average.state_dict())
     assert_equal_states(load_weights(tmp_path / "c.pth", ema=False).state, model.state_dict())
     torch.save(checkpoint(model, ema=None), tmp_path / "c.pth")
-    with pytest.raises(WeightsError, match="`pretrained_ema`"):
+    with pytest.raises(WeightsError, match="`ema`"):
         load_weights(tmp_path / "c.pth", ema=True)
 
 

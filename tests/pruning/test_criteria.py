@@ -23,7 +23,9 @@ from pruning.criteria import (
 )
 from pruning.criteria.fpgm import total_distances
 from pruning.criteria.hrank import mean_ranks
+from pruning.criteria.magnitude import powered_norms
 from pruning.criteria.sample_losses import sample_losses
+from pruning.criteria.scoring import _Gate
 
 
 def member(
@@ -259,3 +261,23 @@ def test_real_torch_pruning() -> None:
     assert ours.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
     scale = TorchPruningImportance(importance.BNScaleImportance(normalizer=None)).score_group(group)
     assert scale.tolist() == pytest.approx(create_criterion("bn-scale").score_group(group).tolist(), rel=1e-6)
+
+
+def test_complex_weights_are_scored_by_both_parts() -> None:
+    """Spectral layers (Fourier neural operators) hold complex weights."""
+    rows = torch.tensor([[3 + 4j, 0], [0, 1j], [0, 0]])
+    assert powered_norms(rows, 1).tolist() == pytest.approx([5, 1, 0])
+    assert powered_norms(rows, 2).tolist() == pytest.approx([25, 1, 0])
+    both = 26**0.5
+    assert total_distances(rows).tolist() == pytest.approx([both + 5, both + 1, 6])
+
+
+def test_the_gate_of_a_complex_activation() -> None:
+    """Its derivative is that of a real factor, as autograd has it."""
+    values = torch.randn(2, 3, 4, dtype=torch.cfloat, generator=torch.Generator().manual_seed(0))
+    gate = torch.ones(2, 3, requires_grad=True)
+    (values.requires_grad_() * gate[:, :, None]).abs().sum().backward()
+    assert gate.grad is not None
+    expected, gate.grad = gate.grad, None
+    _Gate.apply(values, gate, 1).abs().sum().backward()
+    torch.testing.assert_close(gate.grad, expected)

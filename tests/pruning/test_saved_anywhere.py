@@ -215,3 +215,46 @@ def test_a_skeleton_takes_no_memory_and_leaves_its_network_alone() -> None:
     assert not any(parameter.is_meta for parameter in model.parameters())
     assert [name for name, _ in skeleton.named_modules()] == [name for name, _ in model.named_modules()]
     assert not {id(module) for module in skeleton.modules()} & {id(module) for module in model.modules()}
+
+
+class Merging(nn.Linear):
+    """A low-rank update that is merged into the weight for evaluation, and taken out again for training."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.down, self.up = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if self.merged == mode:
+            with torch.no_grad():
+                self.weight += (self.up @ self.down) * (-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.merged else y + F.linear(F.linear(x, self.down), self.up)
+
+
+class Merged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), Merging(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_merged_for_evaluation_is_merged_once(training: bool, tmp_path: Path) -> None:
+    model = Merged()
+    prune(model, X[:2], budget=0.6)
+    model.train(training)
+    expected = model(X)
+    save_pruned(tmp_path / "pruned.pth", model, factory=Merged)
+    assert model.training == training
+    loaded = load_pruned(tmp_path / "pruned.pth", factory=Merged)
+    for mode in (True, False):
+        torch.testing.assert_close(loaded.train(mode)(X), expected, rtol=1e-4, atol=1e-5)

@@ -286,3 +286,20 @@ def test_groups_do_not_depend_on_the_weights(value: float) -> None:
 def test_model_without_parameters() -> None:
     with pytest.raises(ValueError, match="model='ReLU'"):
         trace_groups(nn.ReLU(), IMAGES)
+
+
+def test_a_loop_may_hold_on_to_its_loss() -> None:
+    """The graph of the last loss is still alive when the network changes; the next one expects the new shapes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    images = torch.randn(2, 3, 8, 8)
+    graph = trace_groups(model, images)
+    loss = model(images).sum()
+    loss.backward()
+    prune_channels(model, graph, {"0": [0, 2, 5]})
+    model(images).sum().backward()
+    assert model[0].weight.grad is not None
+    assert model[0].weight.grad.shape == (3, 3, 3, 3)
+    assert model[2].weight.grad is not None
+    assert model[2].weight.grad.shape == (4, 3, 3, 3)
+    assert loss.grad_fn is not None

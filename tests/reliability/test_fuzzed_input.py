@@ -4,105 +4,22 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
 
+from benchmarks import fuzz
+from benchmarks.fuzz import GOOD_RECIPE, LINES, READ_ALONE, RECIPES, WORDS, mutated
 from image_classification.cli import options_of, parse_config
 from image_classification.config import ConfigError
+from image_classification.verbs import declared
 from image_classification.yaml_reading import parse_yaml
 from main import MainConfig
-
-WORDS = [
-    *("", " ", "-1", "0", "1", "1e30", "1e400", "nan", "inf", "-inf", "0x10", "1_000", "9" * 30, "9" * 5000),
-    *(
-        "auto",
-        "true",
-        "null",
-        "~",
-        "~nosuchuser",
-        "/",
-        ".",
-        "..",
-        "/dev/null",
-        "a=b",
-        "macs=0.5",
-        "macs=",
-        "=",
-        "%s",
-    ),
-    *(
-        "\x00",
-        "\ud800",
-        "ä",
-        "'",
-        "a" * 3000,
-        "[1, 2]",
-        "{a: 1}",
-        "-",
-        "--",
-        "--lr",
-        "*",
-        "!!python/name:os.system",
-    ),
-]
-
-RECIPES = [
-    *(
-        "[" * 3000,
-        "{" * 3000,
-        "a: " * 200,
-        "!!int abc",
-        "epochs: !!int abc",
-        "epochs: !!float x",
-        "epochs: !!bool x",
-    ),
-    *("epochs: 2020-01-01", "arch: 2020-01-01", "2020-01-01: 1", "epochs: .inf", "epochs: .nan", "lr: .inf"),
-    *(
-        "? [a, b]\n: 1",
-        "? {a: b}\n: 1",
-        "1: 2",
-        "null: 1",
-        "true: 1",
-        "~",
-        "",
-        "---\n---\n",
-        "a: 1\na: 2",
-        "\t",
-        "%",
-        "&a *a",
-    ),
-    *(
-        "epochs: !!timestamp 2020-01-01",
-        "epochs: !!binary aGk=",
-        "epochs: !!set {a}",
-        "a: !!python/object/apply:os.system [ls]",
-    ),
-    *(
-        "epochs: 1e3",
-        "epochs: '3'",
-        "epochs: [3]",
-        "epochs: {a: 3}",
-        "epochs:",
-        "epochs: ''",
-        "mean: 3",
-        "mean: [a, b, c]",
-    ),
-    *(
-        "budget: macs=0.5",
-        "budget: {macs: 0.5}",
-        "budget: [[macs]]",
-        "plugin: 7",
-        "plugin: {a: b}",
-        "plugin: [os.path]",
-    ),
-    "epochs: " + "9" * 5000,
-    "x" * 200_000 + ": 1",
-    "a: &a [x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nepochs: [*c, *c]",
-    "<<: {epochs: 3}",
-]
+from pruning.__main__ import ALL_VERBS
 
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str | None:
@@ -140,6 +57,45 @@ def test_all_flags_with_all_words(capsys: pytest.CaptureFixture[str]) -> None:
         refused(["shapes", f"{option.spellings()[0]}={word}"], capsys)
 
 
+def test_every_verb_is_fuzzed() -> None:
+    """But those that start processes of others: the launcher, and the bench that trains through it."""
+    explained = {f"explain {name}" for name in fuzz.EXPLAIN_VERBS}
+    assert {*LINES, *READ_ALONE} == {*ALL_VERBS, *explained} - {"explain", "launch", "throughput"}
+
+
+@pytest.mark.slow
+def test_every_verb_with_anything_behind_its_flags(tmp_path: Path) -> None:
+    tallies = fuzz.fuzz([*LINES, *READ_ALONE], seconds=200, most=3, seed=0, folder=tmp_path)
+    assert [fault for tally in tallies for fault in tally.faults] == []
+    assert sum(tally.cases for tally in tallies) > len(tallies)
+
+
+def test_good_command_lines_are_taken(tmp_path: Path) -> None:
+    """Those of jobs; what the others would do takes longer. Otherwise a word would be refused for what lies beside."""
+    files = {name: str(tmp_path / name) for name in ("network", "images", "page", "run")}
+    (tmp_path / "images").mkdir()
+    (tmp_path / "network").touch()
+    for verb, line in READ_ALONE.items():
+        words = [word.format_map(files) for word in line.split()]
+        assert fuzz.outcome(verb, words) == (0, ""), verb
+
+
+def test_a_fault_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = {"raise": "TypeError: at the end", "code": "exit code 7", "silent": "an error of 0 lines"}
+
+    def run(arguments: object) -> int:
+        if arguments.how == "raise":  # type: ignore[attr-defined]
+            raise TypeError("at the end")
+        return 7 if arguments.how == "code" else 2  # type: ignore[attr-defined]
+
+    module = ModuleType("faulty_verb")
+    module.VERB = declared(lambda parser: parser.add_argument("how"), run)  # type: ignore[attr-defined, func-returns-value]
+    monkeypatch.setitem(sys.modules, "faulty_verb", module)
+    monkeypatch.setitem(fuzz.ALL_VERBS, "verify", ("faulty_verb", ""))  # type: ignore[arg-type]
+    for how, fault in ends.items():
+        assert fault in fuzz.outcome("verify", [how])[1]
+
+
 def test_recipes_with_anything_in_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
     begin = time.monotonic()
@@ -156,16 +112,9 @@ def test_recipes_with_anything_in_them(tmp_path: Path, capsys: pytest.CaptureFix
 def test_mutated_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A good recipe with random bytes put in, taken out or doubled."""
     chooser = random.Random(1)
-    good = "arch: resnet20\nepochs: 3\nlr: 0.1\nbudget: [macs=0.5]\nmean: [0.1, 0.2, 0.3]\nmixup: 0.2\n"
     recipe = tmp_path / "recipe.yaml"
     for _ in range(60):
-        text = list(good)
-        for _ in range(chooser.randint(1, 4)):
-            place = chooser.randrange(len(text))
-            text[place : place + chooser.randint(0, 2)] = chooser.choice(
-                [*"[]{}:,&*!|>-#%@`'\"\n\t?~", "!!int "]
-            )
-        recipe.write_text("".join(text))
+        recipe.write_text(mutated(GOOD_RECIPE, chooser))
         refused(["shapes", "--config", str(recipe)], capsys)
 
 

@@ -6,15 +6,16 @@
 
 Every operator goes through a dispatch mode that unwraps, computes, and wraps again. What differs from a GPU: kernels
 are the CPU's, nothing is asynchronous, autocast and compilation are not simulated, the engine cannot trace a network
-there (nor can least squares, which go by it), and only reads that PyTorch's operators make are seen (`item`, copies to
-the CPU, results whose size depends on values).
+there, layers with fused kernels of their own (recurrent ones) do not run, and only reads that PyTorch's operators make
+are seen (`item`, an index that is a scalar tensor, copies to the CPU, results whose size depends on values).
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,10 @@ class StandInTensor(torch.Tensor):
         """As of any tensor; PyTorch refuses it to subclasses."""
         return self.cpu().tolist()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Where the elements lie: what shares memory is told by it."""
+        return self.inner.untyped_storage()
+
     def __repr__(self) -> str:
         return f"StandInTensor({self.inner!r})"
 
@@ -130,36 +135,53 @@ class _Literals(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class StandIn(TorchDispatchMode):
+class StandIn:
     """The accelerator, while it is switched on; as a context it gives itself, which `device` names."""
 
     device = torch.device("standin:0")
 
     def __init__(self) -> None:
-        super().__init__()
-        self._reads: list[str] | None = None
-        self._literals = _Literals()
+        self._collected: list[list[str]] = []
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> StandIn:
-        self._literals.__enter__()
-        super().__enter__()
+        self._stack.enter_context(_Literals())
+        self._stack.enter_context(_Operators(self._collected))
+        self._stack.callback(setattr, threading.Thread, "run", threading.Thread.run)
+        threading.Thread.run = self._in_thread(threading.Thread.run)  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        self._literals.__exit__(*exception)
+        self._stack.close()
+
+    def _in_thread(self, run: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
+        """`run` of a thread, with the accelerator there too: a mode holds only in the thread that has entered it."""
+
+        def with_modes(thread: threading.Thread) -> None:
+            with _Literals(), _Operators(self._collected):
+                run(thread)
+
+        return with_modes
 
     @contextlib.contextmanager
     def reads(self) -> Iterator[list[str]]:
         """Collect the places where the host reads a value: `operator at file:line function`."""
-        before, self._reads = self._reads, []
+        self._collected.append([])
         try:
-            yield self._reads
+            yield self._collected[-1]
         finally:
-            self._reads = before
+            self._collected.pop()
+
+
+class _Operators(TorchDispatchMode):
+    """Every operator: checked, computed on the CPU, noted where the host reads."""
+
+    def __init__(self, collected: list[list[str]]) -> None:
+        super().__init__()
+        self._collected = collected
 
     def _read(self, func: Any) -> None:
-        if self._reads is None:
+        if not self._collected:
             return
         frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(str(ROOT))]
         frames = [f for f in frames if f.filename != __file__ and "site-packages" not in f.filename]
@@ -167,7 +189,7 @@ class StandIn(TorchDispatchMode):
         where = (
             "?" if place is None else f"{Path(place.filename).relative_to(ROOT)}:{place.lineno} {place.name}"
         )
-        self._reads.append(f"{func} at {where}")
+        self._collected[-1].append(f"{func} at {where}")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

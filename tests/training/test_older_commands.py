@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from image_classification.cli import parse_config
@@ -16,9 +18,15 @@ SECOND = (
 ).split()
 
 
-def test_commands_of_both_generations_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_of_both_generations_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        os, "environ", {name: os.environ[name] for name in os.environ if name != "LOCAL_RANK"}
+    )
     first = parse_config(MainConfig, FIRST)
     assert (first.precision.amp, first.precision.static_loss_scale) == (True, 128)
+    assert os.environ["LOCAL_RANK"] == "0"  # where this process's device is read
     told = capsys.readouterr().err
     assert "--fp16 is read as --amp" in told
     assert told.count("defaults differ") == 1

@@ -24,7 +24,7 @@ operator("where", constants=unknowns.carried)(pointwise)  # of what it does not 
     "hardswish hardswish_ leaky_relu leaky_relu_ floor_divide mish prelu _prelu_kernel rrelu_with_noise "
     "native_dropout bernoulli_ bernoulli dropout feature_dropout _to_copy contiguous lift_fresh lift celu "
     "selu elu hardtanh relu6 log_sigmoid_forward _conj uniform_ normal_ nan_to_num lerp addcmul addcdiv "
-    "clamp clamp_ complex polar"
+    "clamp clamp_ complex polar fake_quantize_per_tensor_affine fake_quantize_per_tensor_affine_cachemask"
 )
 def same_place(run: Labeller, operation: Operation) -> Value:
     """Element-wise operators that PyTorch does not tag as such."""

@@ -25,11 +25,11 @@ from pruning.engine.tracing import Operation, Ref
 
 
 @operator("mm addmm bmm baddbmm", constants=unknowns.matrix_product)
-@operator("matmul mv addmv")
+@operator("matmul mv addmv _sparse_mm _sparse_addmm sspaddmm")
 def product(run: Labeller, operation: Operation) -> Value | list[Value]:
     """Matrix products, single or in batches, with or without a term added."""
     name = operation_name(operation.func)
-    added = name in ("addmm", "baddbmm", "addmv")
+    added = name in ("addmm", "baddbmm", "addmv", "_sparse_addmm", "sspaddmm")
     left, right = (run.at(ref) for ref in operation.args[added : added + 2])
     shape = run.out_shape(operation)
     if name in ("mv", "addmv", "matmul") and len(left.shape) != len(right.shape):

@@ -9,7 +9,7 @@ from torch._ops import OpOverload
 
 from image_classification.models.running import Args, Kwargs, Outputs
 from pruning.engine.labeller import Labeller
-from pruning.engine.labels import Value, support
+from pruning.engine.labels import Slot, Value, support
 from pruning.engine.operators.register import (
     OPERATORS,
     Statistics,
@@ -88,6 +88,9 @@ def _reduced(run: Labeller, operation: Operation, ends: bool) -> Value:
                 run.note_statistics(operation, slot)
             else:
                 run.table.freeze(slot, f"{run.describe(operation)} runs over channels")
+        elif not ends and len(inside) == 1 and _within_groups(run, operation, slot):
+            others = tuple(dim for dim in support(slot) if dim not in inside)
+            run.note_statistics(operation, run.table.unite_along(slot, others))
         else:
             slots.append(run.table.unite_along(slot, inside))
     if named.get("keepdim"):
@@ -96,6 +99,16 @@ def _reduced(run: Labeller, operation: Operation, ends: bool) -> Value:
     slots = [slot.reshape([slot.shape[dim] for dim in kept]) for slot in slots]
     free = frozenset(kept.index(dim) for dim in x.free if dim in kept)
     return run.make(operation, run.out_shape(operation), slots, free)
+
+
+def _within_groups(run: Labeller, operation: Operation, slot: Slot) -> bool:
+    """Whether statistics of groups, (group, channel) in two dimensions, are taken over the channels kept of each.
+
+    Otherwise whole groups go.
+    """
+    if OPERATORS[operation.func].statistics is None:
+        return False
+    return run.choice(operation, slot, "blocks") == "positions"
 
 
 @operator("_softmax _safe_softmax _log_softmax softmax log_softmax cumsum cumprod cummax cummin logcumsumexp")

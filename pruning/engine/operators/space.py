@@ -84,6 +84,13 @@ def unpooled(run: Labeller, operation: Operation) -> Value:
     return run.make(operation, shape, list(within(run, channels, space, reason)))
 
 
+@operator("affine_grid_generator")
+def grid(run: Labeller, operation: Operation) -> Value:
+    """Points to sample at, from a matrix for every image."""
+    run.freeze_value(run.at(operation.args[0]), f"{run.describe(operation)} takes its points from it")
+    return Value(run.out_shape(operation))
+
+
 @operator("grid_sampler grid_sampler_2d grid_sampler_3d")
 @elsewhere("torchvision::roi_align torchvision::roi_pool")
 def sampled(run: Labeller, operation: Operation) -> list[Value]:

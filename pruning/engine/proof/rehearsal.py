@@ -27,6 +27,7 @@ from pruning.engine.cutting import tensor_cuts
 from pruning.engine.examples import Example, Pass
 from pruning.engine.kept_state import attributes_kept
 from pruning.engine.kept_statistics import StatisticsOverKept
+from pruning.engine.stand_ins import stand_ins
 from pruning.engine.tracing import named_tensors, set_trace_mode
 
 _TABLE_LENGTH = 65_537  # a prime, so that no two rows of a weight repeat each other
@@ -171,32 +172,22 @@ def as_float(example: Example, dtype: torch.dtype = torch.float32) -> Example:
 
 @contextlib.contextmanager
 def in_type(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Lend the network its floating-point weights and buffers in another type.
+    """Lend the network its floating-point weights and buffers in another type."""
 
-    Other parameters stand in their places meanwhile: data of another type within a parameter would make autograd
-    forget what it has noted there, and a network in DistributedDataParallel would stop to exchange its gradients.
-    """
-    lent: dict[int, nn.Parameter] = {}
-    places: list[tuple[nn.Module, str, nn.Parameter]] = []
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
-                places.append((module, name, parameter))
-                if id(parameter) not in lent:
-                    values = parameter.data.to(dtype)
-                    lent[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
-    buffers = [b for b in model.buffers() if b.is_floating_point() and b.dtype != dtype]
-    originals = [buffer.data for buffer in buffers]
+    def other(tensor: Tensor) -> Tensor | None:
+        differs = tensor.is_floating_point() and tensor.dtype != dtype
+        return tensor.data.to(dtype) if differs else None
+
+    changed = [
+        (buffer, buffer.data, values) for buffer in model.buffers() if (values := other(buffer)) is not None
+    ]
     try:
-        for module, name, parameter in places:
-            setattr(module, name, lent[id(parameter)])  # recurrent layers note what is set
-        for buffer in buffers:
-            buffer.data = buffer.data.to(dtype)
-        yield
+        with stand_ins(model, other):
+            for buffer, _, values in changed:
+                buffer.data = values
+            yield
     finally:
-        for module, name, parameter in places:
-            setattr(module, name, parameter)
-        for buffer, data in zip(buffers, originals, strict=True):
+        for buffer, data, _ in changed:
             buffer.data = data
 
 

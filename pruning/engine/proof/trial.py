@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,16 +19,21 @@ from torch import Tensor, nn
 
 from image_classification.models.running import ModuleCall, following
 from pruning.engine.channel_graph import ChannelGraph
-from pruning.engine.cutting import Changes, plan_network
+from pruning.engine.code_lines import line_raising
+from pruning.engine.computed_weights import computes_weights
+from pruning.engine.cutting import Changes, plan_network, tensor_cuts
 from pruning.engine.examples import Pass, output_tensors
 from pruning.engine.groups import Group, Place
 from pruning.engine.kept_state import state_kept
+from pruning.engine.own_gradients import differing, gradients
 from pruning.engine.proof.rehearsal import as_float, in_type, masked, rehearsal
+from pruning.engine.stand_ins import stand_ins
 from pruning.engine.steady import Steady
 from pruning.engine.tracing import Requests, is_leaf, is_wrapped, set_trace_mode, undisturbed
 
 TOLERANCE = 1e-4
 _MODULE_TOLERANCE = 1e-3
+_NOTHING = 1e-9  # share of an output's largest number that counts as zero
 
 
 @dataclasses.dataclass
@@ -84,6 +89,9 @@ class Trial:
             failure = self._failure_in(one)
             if failure is not None and not self._agrees_in_double(one, failure):
                 return failure
+            failure = self._failure_of_gradients(one) if one.own_gradients else None
+            if failure is not None:
+                return failure
             self._agreed.add((number, following))
         return None
 
@@ -93,6 +101,26 @@ class Trial:
             return found.failure
         expected = self._expected_of(one)
         return _difference(expected, found) or _other_steps(one, expected, found)
+
+    def _failure_of_gradients(self, one: Pass) -> Failure | None:
+        """What the backward pass of the cut network does otherwise than that of the masked one.
+
+        Of a network with statistics over channels, or weights that are computed, no masked one has the same gradients:
+        then the backward pass must run.
+        """
+        with self._cut(one):
+            found = _gradients(self._model, one)
+        if isinstance(found, Failure):
+            return found
+        if self.graph.statistics or computes_weights(self._model):
+            return None
+        with self._masked(one):
+            expected = _gradients(self._model, one)
+        if isinstance(expected, Failure):
+            return None
+        cuts = tensor_cuts(self.graph, self._mask)
+        name = differing(expected, found, cuts, _MODULE_TOLERANCE)
+        return None if name is None else Failure("", f"the gradient of {name!r} changes")
 
     def _agrees_in_double(self, one: Pass, failure: Failure) -> bool:
         """Whether only rounding made the difference: nearly equal values that decide, a range that wears digits."""
@@ -116,19 +144,29 @@ class Trial:
         return self._expected[one.trace]
 
     def _run_cut(self, one: Pass, expected: _Run | None = None) -> _Run:
+        with self._cut(one):
+            return _run(self._model, one, self.graph, None, expected)
+
+    def _run_masked(self, one: Pass) -> _Run:
+        with self._masked(one):
+            return _run(self._model, one, self.graph, self._mask)
+
+    @contextlib.contextmanager
+    def _cut(self, one: Pass) -> Iterator[None]:
         set_trace_mode(self._model, one.training)
         changes = Changes()
         plan_network(self._model, self.graph, self._mask, changes)
         changes.apply()
         try:
-            return _run(self._model, one, self.graph, None, expected)
+            yield
         finally:
             changes.revert()
 
-    def _run_masked(self, one: Pass) -> _Run:
+    @contextlib.contextmanager
+    def _masked(self, one: Pass) -> Iterator[None]:
         set_trace_mode(self._model, one.training)
         with masked(self._model, self.graph, self._mask, one.trace, one.divisors):
-            return _run(self._model, one, self.graph, self._mask)
+            yield
 
 
 def _distinct(passes: Sequence[Pass]) -> list[Pass]:
@@ -318,9 +356,29 @@ def _run(
                 raise
             where = running.failed or ""
             kind = type(model.get_submodule(where)).__name__
-            message = f"{kind} {where!r} raises {type(error).__name__}: {_first_line(error)}"
+            message = f"{kind} {where!r} raises {_in_words(error)}"
             run.failure = Failure(where, message, raised=True)
     return run
+
+
+def _gradients(model: nn.Module, one: Pass) -> dict[str, Tensor] | Failure:
+    """Gradients of all that a pass gives, by the names of the parameters; or how the backward pass fails."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    torch.manual_seed(0)
+    with (
+        state_kept(model, one.written),
+        stand_ins(model, lambda parameter: parameter.data),
+        following(model) as running,
+        Requests(running),
+        Steady(full_precision=True) if one.unsteady else contextlib.nullcontext(),
+        torch.enable_grad(),
+    ):
+        try:
+            return gradients(model, output_tensors(as_float(one.example, dtype).run(model)))
+        except Exception as error:  # as in `_run`
+            if _lacks_memory(error):
+                raise
+            return Failure("", f"the backward pass raises {_in_words(error)}", raised=True)
 
 
 def _lacks_memory(error: Exception) -> bool:
@@ -328,8 +386,11 @@ def _lacks_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:160]
+def _in_words(error: BaseException) -> str:
+    """`ValueError (model.py:57): …`, one line."""
+    line = line_raising(error)
+    first = (str(error).strip().splitlines() or [""])[0][:160]
+    return f"{type(error).__name__}{f' ({line})' if line else ''}: {first}"
 
 
 def _summary(output: Tensor, places: list[Place], mask: np.ndarray | None) -> np.ndarray:
@@ -376,10 +437,28 @@ def _difference(expected: _Run, found: _Run) -> Failure | None:
             return Failure("", "the shape of the output changes")
         if left.numel() == 0:  # a detector that finds nothing
             continue
-        error = (left.float() - right.float()).abs().max() / left.float().abs().max().clamp(min=1e-12)
-        if not bool(error <= TOLERANCE):
-            return Failure("", f"the output differs by {float(error):.1e}")
+        error = _error(left, right)
+        if not error <= TOLERANCE:
+            return Failure("", f"the output differs by {error:.1e}")
     return None
+
+
+def _error(expected: Tensor, found: Tensor) -> float:
+    """The largest difference, measured by the largest value of the same channel.
+
+    Boxes in pixels and scores may share a tensor: by the largest number of all, a wrong score would be none. Which
+    dimension holds the channels is not known, so each is tried, the images' aside.
+    """
+    left, right = (torch.view_as_real(t) if t.is_complex() else t for t in (expected, found))
+    if not left.is_floating_point():
+        left, right = left.float(), right.float()
+    error, size = (left - right).abs(), left.abs()
+    least = float(size.max()) * _NOTHING + 1e-12
+    worst = float(error.max() / size.max().clamp(min=least))
+    for dim in range(1, left.dim()):
+        others = [other for other in range(left.dim()) if other != dim]
+        worst = max(worst, float((error.amax(others) / size.amax(others).clamp(min=least)).max()))
+    return worst if not math.isnan(float(error.sum())) else math.nan
 
 
 def _other_steps(one: Pass, expected: _Run, found: _Run) -> Failure | None:

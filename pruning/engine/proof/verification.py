@@ -4,6 +4,9 @@ All groups are cut at once, by random halves (`trial.py`). Where that fails, the
 tells whose groups to look at, and a remedy is taken (`remedies.py`). So a few forward passes try everything. Once
 nothing fails, every remedy must show that it is needed: the graph is built without it, and if nothing fails then
 either, it is taken back.
+
+Until then one cut speaks for all, and a pass that repeats another operator by operator is left out; what is found in
+the end stands every cut in every pass.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from pruning.engine.proof.hidden_widths import hidden_widths, public, tie_shapes
 from pruning.engine.proof.loosening import freedom, loosened
 from pruning.engine.proof.rehearsal import rehearsal
 from pruning.engine.proof.remedies import Measures, and_around, kind_of, remedied
-from pruning.engine.proof.trial import MASKS, Trial, Trials, all_but_one, random_mask
+from pruning.engine.proof.trial import MASKS, Failure, Trial, Trials, all_but_one, random_mask
 
 _MOST_ROUNDS = 60
 _OTHER_SEED = 8
@@ -67,13 +70,15 @@ def _verified(case: Case, measures: Measures, more_than: int = 0) -> tuple[Chann
     for _ in range(_MOST_ROUNDS):
         labeller, graph = _build(case, measures)
         trials = _trials(case, graph)
-        failure = trials.first.failure()
+        failure = trials.first.failure(repeats=False)
         if failure is None:
             # Where a measure was taken back, all cuts were stood; else there are some left.
             trials = _without_needless_measures(case, measures, trials)
-            failure = trials.failure()
+            if more_than and _removable(trials.graph) <= more_than:
+                return trials.graph, None
+            failure = _failure_without_needless_numbers(case, trials)
         if failure is None:
-            return _without_needless_numbers(case, trials), before_shapes if measures.shaped else None
+            return trials.graph, before_shapes if measures.shaped else None
         changed = remedied(case, measures, labeller, graph, failure)
         if changed.shaped and before_shapes is None:
             before_shapes = measures
@@ -119,7 +124,7 @@ def _build(case: Case, measures: Measures) -> tuple[Labeller, ChannelGraph]:
 def _without_needless_measures(case: Case, measures: Measures, trials: Trials) -> Trials:
     """Take back what the graph does without: first all verdicts that were assumed, then measures one by one.
 
-    That whole numbers follow widths is judged number by number, in `_without_needless_numbers`.
+    That whole numbers follow widths is judged number by number, in `_failure_without_needless_numbers`.
 
     Args:
         case: The network.
@@ -158,17 +163,18 @@ def _takings_back(measures: Measures) -> list[Callable[[Measures], Measures]]:
 
 def _holds(case: Case, trials: Trials) -> bool:
     """Whether nothing fails, under more cuts neither: by chance two widths may lose the same."""
-    if trials.failure() is not None:
+    if trials.failure(repeats=False) is not None:
         return False
     graph = trials.graph
     mask = random_mask(graph, graph.prunable, _OTHER_SEED)
-    return Trial(case.model, case.passes, graph, mask).failure() is None
+    return Trial(case.model, case.passes, graph, mask).failure() is None and trials.failure() is None
 
 
-def _without_needless_numbers(case: Case, trials: Trials) -> ChannelGraph:
-    """Whole numbers that equal a width by chance, or that nothing counts by, stay as they are.
+def _failure_without_needless_numbers(case: Case, trials: Trials) -> Failure | None:
+    """What fails under all cuts once whole numbers that nothing counts by, or that equal a width by chance, stay.
 
-    Each is judged by one cut, and what is left by all. Where those fail, each is judged again by all.
+    Each is judged by one cut, and what is left by all. Where those fail, each is judged again by all, unless they fail
+    with all numbers following too: that is the failure.
     """
     graph = trials.graph
     followed = graph.attributes
@@ -182,10 +188,14 @@ def _without_needless_numbers(case: Case, trials: Trials) -> ChannelGraph:
         return stands_one() and trials.failure() is None
 
     _drop_needless(case, trials, stands_one)
-    if trials.failure() is not None:
-        graph.attributes = followed
+    failure = trials.failure()
+    if failure is None or graph.attributes is followed:
+        return failure
+    graph.attributes = followed
+    failure = trials.failure()
+    if failure is None:
         _drop_needless(case, trials, stands_all)
-    return graph
+    return failure
 
 
 def _drop_needless(case: Case, trials: Trials, stands: Callable[[], bool]) -> None:

@@ -82,7 +82,7 @@ def read_published(path: str | Path, *, trust_pickle: bool = False) -> PlainValu
         if not trust_pickle:
             raise WeightsError(
                 f"{path} holds more than tensors and plain values ({_foreign(path, error)}) and was not opened: it "
-                "could run code. If you trust its author, trust_pickle=True opens it"
+                "could run code. If you trust its author, `trust_pickle` opens it"
             ) from error
     try:
         return torch.load(path, map_location="cpu", weights_only=False)

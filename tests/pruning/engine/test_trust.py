@@ -95,6 +95,55 @@ def test_outputs_that_cannot_be_looked_into_are_refused_by_name(form: Any) -> No
         trace_groups(Returning(form), IMAGES)
 
 
+def test_a_sparse_output_is_refused_by_name() -> None:
+    with pytest.raises(SettingError, match=r"sparse tensor \(output\['y'\]\)"):
+        trace_groups(Returning(lambda y: {"y": y.to_sparse()}), IMAGES)
+
+
+class BoxesAndScore(nn.Module):
+    """Large numbers and a small one in the same tensor; a width decides over the small one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.box = conv(3, 12), conv(12, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x).relu())
+        score = y.square().sum((1, 2, 3))[:, None] / y.shape[1]
+        return torch.cat([self.box(y.mean((2, 3))) * 1e5 + 1e5, score], 1)
+
+
+class ComplexOutput(BoxesAndScore):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x).relu())
+        real = self.box(y.mean((2, 3)))
+        return torch.complex(real, real / y.shape[1])
+
+
+@pytest.mark.parametrize("kind", [BoxesAndScore, ComplexOutput])
+def test_every_part_of_an_output_is_compared(kind: type[nn.Module]) -> None:
+    graph = trace_groups(kind(), IMAGES)
+    assert "the output differs" in graph.frozen["b"]
+
+
+class Loudest(nn.Module):
+    """A maximum over channels that were flattened with their positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = conv(3, 12), conv(12, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x).relu())
+        loudest = y.flatten(1).max(1)[0]
+        return self.fc((y * loudest[:, None, None, None]).mean((2, 3)))
+
+
+def test_statistics_follow_to_images_of_another_size() -> None:
+    larger = torch.randn(3, 3, 10, 12, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    exact(Loudest(), others=[(larger,)])
+
+
 # -- what only training does -------------------------------------------------------------------------------
 
 
@@ -195,9 +244,72 @@ class SizedNoise(nn.Module):
         return self.fc(self.b(a.relu()).mean((2, 3)))
 
 
+class ScaledNorm(nn.BatchNorm2d):
+    """A batch norm of one's own, which has a vector for training."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.extra = nn.Parameter(torch.rand(width) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * self.extra[:, None, None] if self.training else y
+
+
+class ExtendedNorm(NoiseInTraining):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = ScaledNorm(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.b(self.norm(self.a(x)).relu()).mean((2, 3)))
+
+
+class WidthInNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y / x.shape[1] if self.training else y
+
+
+class LevelsInDropout(nn.Dropout2d):
+    def __init__(self) -> None:
+        super().__init__()
+        self.levels = torch.rand(12, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.levels.to(x.dtype) if self.training else x
+
+
+class Extended(NoiseInTraining):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.b(self.layer(self.a(x)).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("layer", [WidthInNorm(12), LevelsInDropout()])
+def test_training_paths_of_extended_layers_are_looked_at(layer: nn.Module) -> None:
+    """Batch norms and dropouts of PyTorch work as in evaluation; what a class of one's own adds is run."""
+    graph = trace_groups(Extended(layer), IMAGES)
+    assert [group.name for group in graph.prunable] == ["b"]
+    assert {"a", "fc"} <= set(graph.frozen)
+
+
+def test_layers_that_only_repeat_pytorchs_make_no_second_pass() -> None:
+    class Plain(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    graph = trace_groups(Extended(Plain(12)), IMAGES)
+    assert [one.trace for one in graph.passes] == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("kind", "noisy"),
     [
+        (ExtendedNorm, False),
         (AuxInTraining, False),
         (EmbeddingInTraining, False),
         (NoiseInTraining, False),

@@ -84,10 +84,14 @@ def test_an_upload_loads_again_and_has_a_card(
 
 
 def test_a_folder_instead_of_the_hub(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """What else lies in it is not said to be written."""
     Hub(tmp_path / "there", refuses=AssertionError("nothing may be sent")).put_in_place(monkeypatch)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "notes.txt").touch()
     assert main(["upload", str(checkpoint), "me/net", "--folder", str(tmp_path / "here")]) == 0
+    assert "wrote network.pth.tar, README.md to" in capsys.readouterr().out
     assert load_pruned(tmp_path / "here" / "network.pth.tar") is not None
 
 

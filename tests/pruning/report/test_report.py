@@ -212,6 +212,8 @@ def test_what_a_lonely_run_lacks_is_listed(
     (lonely / "invocations.jsonl").unlink()
     out = tmp_path / "page.html"
     words = ["report", str(lonely), "--skip", "speed", "--output", str(out), "--device", "cpu"]
+    assert main([*words, "--data", str(tmp_path / "moved")]) == 2  # what was asked for is not passed over
+    assert f"{tmp_path / 'moved'}" in capsys.readouterr().err
     assert main(words) == 0
     plain = json.loads(out.with_suffix(".json").read_text())
     assert any("never existed" in line for line in plain["missing"])

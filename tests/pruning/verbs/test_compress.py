@@ -151,6 +151,8 @@ def test_class_folders_are_labels(network: Path, folder: Path, tmp_path: Path) -
         (["--criterion", "reconstructoin"], "reconstruction"),
         (["--resize", "8"], "--resize"),
         (["--seed", "-1"], "--seed -1"),
+        (["--std", "1", "0", "1"], "--std"),
+        (["--device", "nowhere"], "--device nowhere"),
     ],
 )
 def test_slips_are_told_in_a_line(
@@ -211,5 +213,6 @@ def test_the_verb_measures_every_share_and_writes_table_json_and_plot(
     assert all(row["losses"][0] >= 0 for row in content["groups"])
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert content["groups"][0]["group"] in capsys.readouterr().out
-    assert main([*words, "--removed", "1.5"]) == 2
-    assert "--removed 1.5" in capsys.readouterr().err
+    for slip, told in ((["--removed", "1.5"], "--removed 1.5"), (["--min-width", "999"], "no group can")):
+        assert main([*words, *slip]) == 2
+        assert told in capsys.readouterr().err

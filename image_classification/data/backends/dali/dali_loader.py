@@ -105,11 +105,12 @@ class DaliLoader(PlannedLoader):
 
     def decoded(self, plans: Iterator[BatchPlan]) -> Generator[Decoded, None, None]:
         """See `PlannedLoader.decoded`."""
-        decoded = self._executed(plans)
+        # A batch that is ready need not wait for the plan of another one: a thread has made that before.
+        decoded = self._executed(one_ahead(plan for plan in plans))
         # Resized images are copies; otherwise they lie in DALI's buffers, which the next batch would take back.
         return one_ahead(decoded) if self._resizes_on_host else decoded
 
-    def _executed(self, plans: Iterator[BatchPlan]) -> Generator[Decoded, None, None]:
+    def _executed(self, plans: Generator[BatchPlan, None, None]) -> Generator[Decoded, None, None]:
         """Execute plans, reading ahead within DALI."""
         ahead: deque[_Ahead] = deque()
         with ThreadPoolExecutor(max(1, self.workers), thread_name_prefix="screen") as pool:
@@ -135,6 +136,7 @@ class DaliLoader(PlannedLoader):
                     del images
                     self._pipeline.release_outputs()
             finally:
+                plans.close()
                 self._drain(sum(entry.pipeline is self._pipeline for entry in ahead))
 
     def _start(self, plan: BatchPlan, pool: ThreadPoolExecutor, *, distrust: bool = False) -> _Ahead:
