@@ -299,7 +299,9 @@ def main() -> int:
 
 def as_line(row: Row) -> str:
     """A row of the table in Markdown."""
-    same = "differs" if row.differences else "the same" if row.disaster != "hung" else "its end"
+    same = "its end" if row.disaster == "hung" else "the same"
+    if row.differences:
+        same = "differs"
     again = same if row.again == 0 else f"ended with {row.again}"
     how = f" ({row.how})" if row.how else ""
     return f"| {row.job} | {row.disaster}{how} | {row.code} | {row.said} | {row.kept} | {again} |"

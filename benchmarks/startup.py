@@ -3,7 +3,7 @@
     python benchmarks/startup.py [--num-images 1281167] [--workspace DIR]
 
 A thousand class folders of hard links to a few JPEGs of 400 bytes are made in `--workspace` (they take no room, and
-stay for the next time; the default is a folder that goes). Then, each in a process of its own, with processor seconds
+stay for the next time; the default is a temporary folder). Then, each in a process of its own, with processor seconds
 and the peak of memory beyond what the imports take: torchvision's ImageFolder; our first start; a later one, as rank 0
 does it and as the others do, who read what rank 0 has written. Names that a later start asks about are counted last.
 """

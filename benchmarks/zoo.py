@@ -198,7 +198,7 @@ def exports(model: nn.Module, images: Tensor) -> bool | str:
 def examine_torch_pruning(library: str, name: str) -> Row:
     """The same cut by Torch-Pruning, for comparison: uniform shares, raised until half the MACs are gone.
 
-    The gated network to compare with is the original one whose layers give zeros in the channels that went; networks
+    The gated network to compare with is the original one whose layers give zeros in the removed channels; networks
     that normalise over channels have no such reference.
     """
     original, images = network_and_images(library, name)
@@ -412,9 +412,9 @@ def main() -> None:
         limit_process(arguments.memory_limit, arguments.time_limit)
         print(json.dumps(TOOLS[arguments.tool](*arguments.one)))
         return
-    tools = (
-        ["repair"] if arguments.repair else ["ours", *(["torch-pruning"] if arguments.torch_pruning else [])]
-    )
+    tools = ["repair"] if arguments.repair else ["ours"]
+    if arguments.torch_pruning and not arguments.repair:
+        tools.append("torch-pruning")
     rows: dict[str, Rows] = {tool: {} for tool in TOOLS}
     if arguments.output.exists():
         stored = json.loads(arguments.output.read_text(encoding="utf-8"))

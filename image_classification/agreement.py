@@ -89,7 +89,7 @@ def _send(path: Path, copy: Path | None, distributed: Distributed) -> None:
 
 @functools.cache
 def _copies() -> Path:
-    """A folder of this process's own that goes with it."""
+    """A folder of this process's own, removed when it ends."""
     folder = Path(tempfile.mkdtemp(prefix="lucidprune_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -469,7 +469,7 @@ class Pruner:
         ]
         if halved and len(self.graph.prunable) > 1:
             log.warning(
-                "this rewrite takes %s channels: a smaller `delta`, or more `instalments`, spread what goes over "
+                "this rewrite takes %s channels: a smaller `delta`, or more `instalments`, spread the loss over "
                 "several layers",
                 ", ".join(halved),
             )
@@ -647,7 +647,7 @@ class Pruner:
         )
 
     def _border(self, index: int, kept: np.ndarray) -> list[float]:
-        """Lowest score that stays and highest that goes."""
+        """Lowest score kept and highest removed."""
         scores = self._scores[index].numpy()
         gone = np.setdiff1d(np.arange(len(scores)), kept)
         return [float(scores[kept].min()), float(scores[gone].max())]

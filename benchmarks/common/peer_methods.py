@@ -141,7 +141,9 @@ class TorchPruning(Untouched):
         self._example = training.images.calibration[0][:1]
         self._where = {"global_pruning": layers != "uniform", "isomorphic": layers == "isomorphic"}
         steps = cuts.steps(training.num_steps)
-        moments = steps[-1:] if penalty != "none" else steps[:1] if once else steps
+        moments = steps[:1] if once else steps
+        if penalty != "none":
+            moments = steps[-1:]
         whole = self._cost(training.model)
         self._targets = {
             step: whole * (1 - (1 - budget) * (place + 1) / len(moments))

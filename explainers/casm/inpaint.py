@@ -49,7 +49,7 @@ def inpaint(images: Tensor, masks: Tensor, mean: Sequence[float], std: Sequence[
         filled: np.ndarray = cv2.inpaint(whole_pixels[index], holes[index], RADIUS, cv2.INPAINT_TELEA)
         return filled
 
-    # OpenCV lets go of the interpreter's lock.
+    # OpenCV releases the interpreter's lock.
     with ThreadPoolExecutor(max(torch.get_num_threads(), 1)) as pool:
         filled = np.stack(list(pool.map(fill, range(len(images))))) if len(images) else whole_pixels
     values = (torch.from_numpy(filled).permute(0, 3, 1, 2).float() / 255 - centre) / spread

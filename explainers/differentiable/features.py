@@ -153,7 +153,7 @@ class FeatureTaps:
             logits = model(images)
             features = taps.features
 
-    The hooks are gone when the block is left, also after an exception. What goes on through the network is a clone, so
+    The hooks are removed when the block ends, also after an exception. What goes on through the network is a clone, so
     that an operator that works in place behind the module cannot overwrite what was caught.
 
     Args:

@@ -43,7 +43,7 @@ def structural_similarity(first: Tensor, second: Tensor, *, signed: bool) -> Ten
 
     Args:
         first: (N, H, W) with H, W ≥ 11; each map is scaled by its largest magnitude first.
-        second: (N, H, W), likewise.
+        second: (N, H, W), of the other network.
         signed: Maps may be negative, and then range over [−1, 1] instead of [0, 1].
 
     Returns:

@@ -134,7 +134,7 @@ def _gpus(*models: nn.Module) -> list[torch.device]:
 
 
 def drop_graphs(model: nn.Module) -> None:
-    """Let go of the graphs of earlier passes that modules hold by tensors in plain attributes.
+    """Release the graphs of earlier passes that modules hold by tensors in plain attributes.
 
     Weights that hooks compute (weight and spectral norm of the old kind) are such tensors, and features that a network
     keeps to look at. Their values stay.

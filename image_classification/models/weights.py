@@ -343,7 +343,7 @@ def _translated(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]
 
     Classes that were renamed inside since translate their old names themselves while a state dict is loaded
     (the MLPs of torchvision's vision transformers); a copy without memory takes the tensors over to show the
-    outcome. DenseNet's old names (`norm.1`) are translated by torchvision's download function only, hence here too.
+    outcome. DenseNet's old names (`norm.1`) are otherwise translated by torchvision's download function only.
     """
     state = {
         re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name): tensor

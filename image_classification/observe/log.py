@@ -96,7 +96,7 @@ class Output(Protocol):
         """Write what is buffered."""
 
     def close(self) -> None:
-        """Write what is buffered and let go."""
+        """Write what is buffered and close."""
 
 
 class Logger:

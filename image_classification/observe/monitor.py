@@ -124,7 +124,7 @@ class Monitor:
         return None if power is None else power * seconds
 
     def close(self) -> None:
-        """Stop sampling and let go of NVML."""
+        """Stop sampling and release NVML."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()

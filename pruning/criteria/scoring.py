@@ -188,7 +188,7 @@ def score_groups_by(
         with task.running(model):
             scorer.run(batches)
     results = [scorer.result(number, criterion) for number, criterion in enumerate(criteria)]
-    # What ranks compute of the same sums may differ in a last bit, and a search that goes by it would take other steps.
+    # What ranks compute of the same sums may differ in the last bit, and a search would then take other steps.
     scorer.distributed.broadcast_tensors([scores[index] for scores in results for index in sorted(scores)])
     return results
 

@@ -126,7 +126,7 @@ def singular_vectors(
         u: (rows,) where to start.
         v: (columns,); its slices at zero columns stay zero.
         dim: See `weight`.
-        quotient: What uᵀ W v shall be; `v` is scaled for that. By default both vectors have length 1.
+        quotient: The value of uᵀ W v; `v` is scaled for that. By default both vectors have length 1.
     """
     matrix = _matrix(weight, dim).to(u.dtype)
     length = torch.linalg.vector_norm(u)

@@ -68,7 +68,7 @@ class ShrinkReport:
 
     @property
     def num_removed(self) -> int:
-        """Units that went, over all groups."""
+        """Units that were removed, over all groups."""
         return sum(before - after for before, after in self.widths.values())
 
     def describe(self) -> str:

@@ -182,7 +182,7 @@ def _matrices(mode: ContractionMode, left: Tensor, right: Tensor, bias: str | No
 
 
 def _oriented(matrix: Tensor, transposed: bool) -> Tensor:
-    """As a batch of matrices, turned where the weights stand on the left."""
+    """As a batch of matrices, transposed where the weights are on the left."""
     batched = matrix if matrix.dim() == 3 else matrix[None]
     return batched.transpose(1, 2) if transposed else batched
 

@@ -3,12 +3,12 @@
 Each layer that reads closed units gets, for a while, the weights of the least-squares solution with its inputs as they
 are now:
 
-    W_S* = W_S + (U_Sᵀ U_S + λ·I)⁻¹ U_Sᵀ U_R · W_R          S: what stays, R: what goes
+    W_S* = W_S + (U_Sᵀ U_S + λ·I)⁻¹ U_Sᵀ U_R · W_R          S: kept, R: removed
 
 The products UᵀU are collected once and serve every candidate. With the inverse of H = UᵀU + λ·I the same weights are
-W − H⁻¹_:R [H⁻¹_RR]⁻¹ W_R (Hassibi & Stork 1993, for several inputs at once), a system as large as what goes. Layers
-further on are not solved for, as the real repair does (`repair_wave.py`): this is what a search can afford for each
-candidate.
+W − H⁻¹_:R [H⁻¹_RR]⁻¹ W_R (Hassibi & Stork 1993, for several inputs at once), a system as large as what is removed.
+Layers further on are not solved for, as the real repair does (`repair_wave.py`): this is what a search can
+afford for each candidate.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class _Layer:
     """One group of one contraction, and its solutions.
 
     The first one is a system as large as what stays; where a second one is asked for, UᵀU + λ·I is inverted, which
-    costs three of them, and every further system is as large as what goes.
+    costs three of them, and every further system is as large as what is removed.
 
     Args:
         inputs: What the layer reads.

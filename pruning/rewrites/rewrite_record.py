@@ -24,7 +24,7 @@ class RewriteRecord:
         widths: Group name → [before, after], changed groups only.
         costs: Metric → [before, after, baseline].
         loss: Calibration loss [before, after], or [before, after the cut, after the repair]; all without any training.
-        scores: Group name → [lowest score that stayed, highest score that went].
+        scores: Group name → [lowest score kept, highest score removed].
         candidates: The best candidates that were weighed.
         seconds: `score`, `search`, `rewrite` and, if there was one, `repair`.
         explanation: Mean squared distance of the explanation from the original network's [before, after], if one is

@@ -226,7 +226,7 @@ class PruningConfig(SaliencyFlags, GateFlags):
             check(share is not None, "--prune-rate has no effect without --one-shot-pruning: add it")
             check(
                 self.pruning_search is None,
-                f"--pruning-search {self.pruning_search} and --prune-rate exclude each other: the rates say what goes",
+                f"--pruning-search {self.pruning_search} and --prune-rate exclude each other: rates leave no choice",
             )
             parse_rates(self.prune_rate, share)
 
@@ -318,7 +318,7 @@ class PruningConfig(SaliencyFlags, GateFlags):
 
     @property
     def learned(self) -> bool:
-        """Whether gates learn what goes."""
+        """Whether gates learn what to remove."""
         return self.pruning_method == "learned"
 
     @property

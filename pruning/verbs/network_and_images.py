@@ -53,12 +53,14 @@ def declare_network_and_images(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--image-size", type=int, default=None, help="default: the architecture's")
     parser.add_argument(
-        "--resize", type=int, default=None, help="short side before the crop; default: likewise"
+        "--resize", type=int, default=None, help="short side before the crop; default: the architecture's"
     )
     parser.add_argument(
         "--mean", type=float, nargs=3, default=None, help="normalisation; default: the architecture's"
     )
-    parser.add_argument("--std", type=float, nargs=3, default=None, help="likewise")
+    parser.add_argument(
+        "--std", type=float, nargs=3, default=None, help="standard deviation; default: the architecture's"
+    )
     parser.add_argument("--seed", type=int, default=0, help="which images are drawn")
     declare_device(parser)
 

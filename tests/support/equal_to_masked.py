@@ -52,9 +52,9 @@ def outputs(model: nn.Module, args: tuple[Any, ...], training: bool) -> list[Ten
 def outputs_without(
     model: nn.Module, graph: ChannelGraph, keep: dict[str, np.ndarray], args: tuple[Any, ...], training: bool
 ) -> list[Tensor]:
-    """Outputs of the whole network with every slice that goes at zero.
+    """Outputs of the whole network with every removed slice at zero.
 
-    Statistics over channels are taken over those that stay, and weights that are computed from a slice that goes keep
+    Statistics over channels are taken over those that stay, and weights that are computed from a removed slice keep
     their values: there the engine's own reference steps in.
     """
     mask = graph.keep_mask(keep)
@@ -72,7 +72,7 @@ def outputs_without(
 
 
 def zeroed(model: nn.Module, graph: ChannelGraph, keep: dict[str, np.ndarray]) -> nn.Module:
-    """A copy in which every slice that goes is zero, except vectors that are divided by."""
+    """A copy in which every removed slice is zero, except vectors that are divided by."""
     divisors = {name for one in graph.passes for name in one.divisors}
     model = copy.deepcopy(model)
     tensors = named_tensors(model)

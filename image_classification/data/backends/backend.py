@@ -57,7 +57,11 @@ def register_backend(
     A function may import what it needs when it is called, so that only the chosen backend is loaded.
 
     Args:
-        name, problem, preference, aliases, needs_dataset: See `Backend`.
+        name: Value of `--data-backend`.
+        problem: Why it cannot work on a device; None where it can.
+        preference: How much `auto` prefers it on a device.
+        aliases: Other spellings of the name.
+        needs_dataset: Whether it reads images; otherwise it makes them up.
 
     Raises:
         ValueError: The name, or an alias, is taken.
@@ -81,7 +85,7 @@ def backend_names() -> tuple[str, ...]:
 
 
 def find_backend(name: str) -> Backend:
-    """The backend that goes by a name or by another spelling of it.
+    """The backend of a name or of another spelling of it.
 
     Raises:
         SettingError: There is none; the nearest name is suggested.

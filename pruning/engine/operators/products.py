@@ -282,7 +282,7 @@ def by_blocks(run: Labeller, operation: Operation, incoming: np.ndarray, groups:
 
 
 def _whole_groups(run: Labeller, operation: Operation, heads: np.ndarray, columns: np.ndarray) -> None:
-    """What goes are whole groups: their width stays, and their number follows."""
+    """Whole groups are removed: their width stays, and their number follows."""
     run.table.freeze(columns, f"the width of the groups of {operation.module!r}, which loses whole groups")
     run.group_counts.append((operation.module, "groups", heads))
     note_size(run, operation, heads)

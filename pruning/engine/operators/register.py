@@ -140,7 +140,7 @@ def register_operator(
         bounded: Its results are bounded; the same.
 
     Raises:
-        SettingError: There is no such kind, or it is of no kind that goes without a label rule.
+        SettingError: There is no such kind, or one that needs a label rule.
     """
     check_setting(
         label is not None or kind == "pointwise",
@@ -247,7 +247,7 @@ def pointwise(run: Labeller, operation: Operation) -> Value:
 
 
 def unknown(run: Labeller, operation: Operation) -> list[Value]:
-    """Operators without a rule: what goes in can no longer be removed."""
+    """Operators without a rule: channels that enter one can no longer be removed."""
     for leaf in tensor_arguments(operation):
         run.freeze_value(run.at(leaf), f"{run.describe(operation)} is an operator without a rule")
     return [Value(run.info(out).shape if out is not None else ()) for out in operation.outputs]

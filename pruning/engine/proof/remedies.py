@@ -224,7 +224,7 @@ def couple_otherwise(trouble: Trouble, measures: Measures) -> Measures | None:
 
 
 def couple_culprit_otherwise(trouble: Trouble, measures: Measures) -> Measures | None:
-    """What a module computes otherwise may come of whole groups that went before it: then the same positions of all."""
+    """Where whole groups removed before a module make it compute something else: the same positions of all groups."""
     if trouble.failure.raised:
         return None
     open_choices = {

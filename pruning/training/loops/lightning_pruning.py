@@ -81,7 +81,7 @@ class LightningPruning(Callback):
             outputs.clear()  # the loss, with all that it holds
         strategy = trainer.strategy
         if isinstance(strategy, DDPStrategy):
-            strategy.model = pl_module  # lets go of the wrapper
+            strategy.model = pl_module  # drops the wrapper
         self._pruning.rewrite_if_due(trainer.global_step)
         if isinstance(strategy, DDPStrategy):
             strategy.configure_ddp()

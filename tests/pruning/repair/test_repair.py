@@ -63,7 +63,7 @@ CONSUMERS: dict[str, tuple[nn.Module, ...]] = {
 def test_a_repair_is_never_worse_and_gains_where_inputs_are_related(name: str) -> None:
     model = small(*CONSUMERS[name])
     weight, bias = model[0].weight, model[0].bias
-    with torch.no_grad():  # what goes is made of others, all but a little
+    with torch.no_grad():  # what is removed is made of others, nearly
         for gone, kin in ((7, 4), (3, 0)):  # a grouped layer loses one channel of each group
             weight[gone] = 0.6 * weight[kin] + 0.05 * weight[gone]
             bias[gone] = 0.6 * bias[kin]

@@ -393,5 +393,5 @@ def one_ahead(items: Generator[Item, None, None]) -> Generator[Item, None, None]
                 following = advance()
                 yield item  # type: ignore[misc]  # not the end, so an Item
         finally:
-            following.exception()  # the thread has let go of them
+            following.exception()  # the thread has released them
             thread.submit(items.close).result()
