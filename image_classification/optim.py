@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from image_classification.config import check, flag
+from image_classification.overflow import DecidesOnDevice
 from image_classification.plain_data import Plain
 
 OptimizerName = Literal["sgd", "lars", "rmsprop", "adam", "adamw", "apex-sgd", "apex-adam"]
@@ -86,7 +87,7 @@ class OptimConfig:
             check(self.momentum > 0, "--nesterov needs --momentum above 0")
 
 
-class Lars(torch.optim.Optimizer):
+class PlainLars(torch.optim.Optimizer):
     """SGD with momentum whose step in each weight tensor is as long as a share of the tensor's own norm.
 
     You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks" (2017), arXiv:1708.03888:
@@ -140,6 +141,14 @@ class Lars(torch.optim.Optimizer):
         weight.sub_(state["momentum_buffer"])
 
 
+class Lars(DecidesOnDevice, PlainLars):
+    """LARS that leaves overflowing updates out by itself."""
+
+
+class RMSprop(DecidesOnDevice, torch.optim.RMSprop):
+    """PyTorch's RMSprop, which has no fused kernel, that leaves overflowing updates out by itself."""
+
+
 def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool = False) -> list[Plain]:
     """Split the parameters into decayed and undecayed ones.
 
@@ -167,8 +176,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool = Fa
 def build_optimizer(config: OptimConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """Build the optimizer over all parameters of `model`.
 
-    On CUDA the fused kernels are used: one launch per update, and with AMP no host synchronisation to find out
-    whether gradients overflowed.
+    On CUDA the fused kernels are used: one launch per update. With AMP no update waits for the host to find out whether
+    gradients overflowed.
     """
     groups = parameter_groups(model, config.weight_decay, config.bn_weight_decay)
     fused = all(p.is_cuda and p.is_floating_point() for p in model.parameters())
@@ -179,9 +188,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module, lr: float) -> torch.o
         return Lars(groups, lr=lr, momentum=config.momentum, trust=config.lars_trust)
     if rule == "rmsprop":
         eps = config.optimizer_eps or 1e-3
-        return torch.optim.RMSprop(
-            groups, lr=lr, alpha=config.rmsprop_alpha, momentum=config.momentum, eps=eps
-        )
+        return RMSprop(groups, lr=lr, alpha=config.rmsprop_alpha, momentum=config.momentum, eps=eps)
     eps = config.optimizer_eps or 1e-8
     adam = torch.optim.Adam if rule == "adam" else torch.optim.AdamW
     return adam(groups, lr=lr, betas=(config.momentum, 0.999), eps=eps, fused=fused)

@@ -23,7 +23,7 @@ from image_classification.losses import LossConfig, build_loss
 from image_classification.models import create_model
 from image_classification.objective import TaskObjective
 from image_classification.observe.log import LogConfig, Logger
-from image_classification.optim import OptimConfig, build_optimizer
+from image_classification.optim import OptimConfig, OptimizerName, build_optimizer
 from image_classification.precision import Precision, PrecisionConfig
 from image_classification.schedules import Schedule, ScheduleConfig
 from image_classification.train_config import TrainConfig
@@ -67,7 +67,12 @@ def test_the_gpu_sees_the_cpus_pixels(tmp_path: Path, backend: str) -> None:
 
 
 def trainer(
-    workspace: Path, *, pruning: PruningConfig | None = None, ema: bool = True, **precision: object
+    workspace: Path,
+    *,
+    pruning: PruningConfig | None = None,
+    ema: bool = True,
+    optimizer: OptimizerName = "sgd",
+    **precision: object,
 ) -> Trainer:
     """A training job on the GPU with synthetic images."""
     device = torch.device("cuda")
@@ -100,7 +105,7 @@ def trainer(
         config,
         TrainState(
             model,
-            build_optimizer(OptimConfig(), model, 0.05),
+            build_optimizer(OptimConfig(optimizer=optimizer), model, 0.05),
             Schedule(ScheduleConfig(lr=0.05), len(loader), 1),
             Ema(model, 0.9) if ema else None,
         ),
@@ -122,6 +127,8 @@ def trainer(
         {"amp": True, "amp_dtype": "bf16"},
         {"amp": True},
         {"amp": True, "static_loss_scale": 128.0},
+        {"amp": True, "optimizer": "rmsprop"},
+        {"amp": True, "optimizer": "lars"},
     ],
 )
 def test_a_training_step_never_waits_for_the_device(tmp_path: Path, precision: dict[str, object]) -> None:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import nn
 
 from image_classification.config import ConfigError
-from image_classification.optim import Lars, OptimConfig, build_optimizer, parameter_groups
+from image_classification.optim import (
+    Lars,
+    OptimConfig,
+    PlainLars,
+    RMSprop,
+    build_optimizer,
+    parameter_groups,
+)
 from image_classification.schedules import Schedule, ScheduleConfig
 
 
@@ -50,7 +59,7 @@ def test_bn_weight_decay_decays_everything() -> None:
         (OptimConfig(momentum=0.8, nesterov=True), torch.optim.SGD, {"momentum": 0.8, "nesterov": True}),
         (
             OptimConfig(optimizer="rmsprop", rmsprop_alpha=0.7),
-            torch.optim.RMSprop,
+            RMSprop,
             {"alpha": 0.7, "eps": 1e-3},
         ),
         (
@@ -192,3 +201,51 @@ def test_lars_is_chosen_by_its_flag() -> None:
     optimizer = build_optimizer(OptimConfig(optimizer="lars", lars_trust=0.01), Odd(), 1.0)
     assert isinstance(optimizer, Lars)
     assert {group["trust"] for group in optimizer.param_groups} == {0.01}
+
+
+def scaled_steps(optimizer: torch.optim.Optimizer, model: nn.Module, clip: bool) -> list[float]:
+    """Five steps under a scaler, the first and the fourth of which overflow; the scale after each."""
+    torch.manual_seed(1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scales = []
+    for number in range(5):
+        loss = model(torch.randn(6, 4)).square().sum() * (float("inf") if number in (0, 3) else 1.0)
+        scaler.scale(loss).backward()
+        if clip:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+    return scales
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize(
+    ("ours", "theirs", "settings"),
+    [
+        (RMSprop, torch.optim.RMSprop, {"lr": 0.1, "momentum": 0.9, "eps": 1e-3}),
+        (Lars, PlainLars, {"lr": 0.1, "momentum": 0.9, "trust": 0.02}),
+    ],
+)
+def test_overflowing_updates_are_left_out_without_asking(
+    monkeypatch: pytest.MonkeyPatch, ours: Any, theirs: Any, settings: dict[str, Any], clip: bool
+) -> None:
+    """As PyTorch's scaler leaves them out, which asks the host in every step."""
+    results = []
+    for kind in (theirs, ours):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        optimizer = kind(model.parameters(), **settings)
+        if kind is ours:
+            asked = MagicMock(side_effect=AssertionError("the host was asked"))
+            monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", asked)
+        scales = scaled_steps(optimizer, model, clip)
+        kept = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+        results.append((scales, [*model.parameters(), *kept]))
+    (scales, expected), (our_scales, found) = results
+    assert our_scales == scales == [32.0, 32.0, 32.0, 16.0, 16.0]
+    assert len(found) == len(expected) > 4
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0 if clip else 1e-6, atol=0 if clip else 1e-7)
