@@ -163,7 +163,8 @@ def join_slots(table: AtomTable, first: Slot, second: Slot) -> Slot:
     table.unite(first, second, "combined with channels that cannot be removed")
     one, two = set(support(first)), set(support(second))
     if one == two and min(first.min(), second.min()) >= 0:
-        return np.minimum(first, second)
+        older: Slot = np.minimum(first, second)
+        return older
     if one <= two and first.min() >= 0:
         return first
     if two <= one and second.min() >= 0:
