@@ -76,7 +76,7 @@ class Twins(nn.Module):
 
 
 def network(rank: int, disturbance: str) -> nn.Module:
-    """The same on all ranks, but for the last bits of one."""
+    """The same on all ranks, except the last bits of one."""
     torch.manual_seed(0)
     model = Twins()
     if disturbance == "last bits" and rank:

@@ -96,10 +96,10 @@ class Changes:
             raise
 
     def leave_graphs(self) -> None:
-        """What autograd has noted in the parameters for a graph that is still alive, the old shape, is noted anew.
+        """Renew what autograd keeps with the parameters: a graph that is still alive holds that of the old shape.
 
         A loop that holds on to its loss needs no more. PyTorch does so when the type of the data changes. Not under
-        `torch.distributed`: a wrapper that still listens to the old notes would miss gradients without a word.
+        `torch.distributed`: a wrapper that still listens to the old notes would silently miss gradients.
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return
