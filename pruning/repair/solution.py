@@ -4,7 +4,8 @@
     b* = mean(Y) − mean(U)·W*
 
 W are the weights as the cut left them: with a large λ nothing changes, with a small one the fit is free. λ is relative
-to the mean of UᵀU's diagonal, so it has no unit; it is chosen on the held-out images, then all images solve with it.
+to the mean of UᵀU's diagonal, so it has no unit; it is chosen on the held-out images, then all images solve with it, unless
+rounding makes that worse: inputs behind a layer norm add up to nothing, so their UᵀU has no inverse but by the last bits.
 Where a layer has more inputs than there are rows, every fit is exact on them; there λ alone decides what is learned.
 
 Everything stays on the device: the choice between the ridges is made by a tensor, and no number is read.
@@ -69,22 +70,37 @@ def solve(
     present = present.double()
     constant = torch.zeros_like(present[:, 0])
 
-    # Candidates: nothing, the bias alone, and one per ridge.
+    # Candidates: nothing, the bias alone, and one per ridge. The best of these is kept.
     errors = [held_out.error(present, constant), held_out.error(present, fit.best_bias(present))]
+    fitted = present
+    least = errors[0].new_tensor(float("inf"))
     for ridge in ridges:
         trial = fit.ridge(present, ridge, has_bias)
         errors.append(held_out.error(trial, fit.best_bias(trial) if has_bias else constant))
+        fitted = torch.where(errors[-1] < least, trial, fitted)
+        least = torch.fmin(errors[-1], least)
     error = torch.stack(errors)
     variance = held_out.variance()
     choice = chosen(error, held_out.power(), has_bias)
     strengths = torch.tensor([1.0, 1.0, *ridges], dtype=present.dtype, device=present.device)
-    whole = fit.joined(held_out)
     strength = picked(strengths, choice)
-    solved = torch.where(choice >= 2, whole.ridge(present, strength, has_bias), present)
+    whole = fit.joined(held_out)
+    solved = _better(whole, whole.ridge(present, strength, has_bias), fitted, has_bias)
+    solved = torch.where(choice >= 2, solved, present)
     bias = torch.where((choice >= 1) & has_bias, whole.best_bias(solved), constant)
     scale = variance.clamp(min=torch.finfo(variance.dtype).tiny)
     figures = [error[0] / scale, picked(error, choice) / scale, strength * (choice >= 2)]
     return Solution(solved, bias, torch.stack(figures))
+
+
+def _better(evidence: Evidence, first: Tensor, second: Tensor, has_bias: bool) -> Tensor:
+    """The first weights, or the second where they have the smaller error or the first are not finite."""
+
+    def error(weights: Tensor) -> Tensor:
+        bias = evidence.best_bias(weights) if has_bias else torch.zeros_like(weights[:, 0])
+        return evidence.error(weights, bias)
+
+    return torch.where(error(first) <= error(second), first, second)
 
 
 def picked(values: Tensor, number: Tensor) -> Tensor:

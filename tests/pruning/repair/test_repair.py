@@ -16,6 +16,7 @@ from pruning.repair import repairing
 from pruning.repair.norm_statistics import remeasure
 from pruning.repair.pass_memory import PassMemory
 from pruning.repair.repairing import RepairReport, RepairSettings, plan_repair
+from pruning.repair.solution import solve
 from pruning.repair.sums import Rows, Sums, evidence_for
 from pruning.task import Task
 
@@ -194,6 +195,28 @@ def test_layers_behind_the_cut_are_solved_too_and_bring_more() -> None:
     assert [layer.parameter for layer in reports["cut"].layers] == ["2.weight"]
     assert [layer.parameter for layer in reports["behind"].layers] == ["2.weight", "4.weight", "6.weight"]
     assert reports["behind"].distance[1] < reports["cut"].distance[1] < reports["cut"].distance[0]
+
+
+def test_the_rounding_of_dependent_inputs_spoils_nothing() -> None:
+    """Inputs behind a layer norm add up to nothing: the last bits of UᵀU say whether it has an inverse."""
+    random = torch.Generator().manual_seed(0)
+    present, wanted = torch.randn(2, 1, 6, 3, generator=random, dtype=torch.float64)
+    evidence = []
+    for rounding in (1e-7, -3e-7):
+        inputs = torch.randn(1, 200, 6, generator=random, dtype=torch.float64)
+        inputs -= inputs.mean(2, keepdim=True)
+        sums = Sums.zeros(1, 6, 3, torch.device("cpu"))
+        sums.add(inputs, inputs @ wanted)
+        sums.gram += rounding * sums.gram.diagonal(dim1=1, dim2=2).mean() * torch.eye(6)
+        evidence.append(sums)
+    fit, held_out = evidence
+    solution = solve(fit, held_out, present, has_bias=False, ridges=(1e-9,))
+    before, after, ridge = solution.figures.tolist()
+    assert ridge == pytest.approx(1e-9)
+    assert after < 1e-5 < before
+    probe = torch.randn(1, 50, 6, generator=random, dtype=torch.float64)
+    probe -= probe.mean(2, keepdim=True)
+    torch.testing.assert_close(probe @ solution.weights, probe @ wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_the_kernel_form_has_the_same_solution() -> None:
