@@ -320,7 +320,6 @@ def read_resumable(path: Path, arch: str) -> Plain:
     ):
         payload.setdefault(key, value)
     missing = [key for key in TRAINING_STATE if key not in payload]
-    missing += ["structure"] if payload.get("structure") is None and not missing else []
     check(
         not missing,
         f"--resume: {path} lacks {', '.join(missing)}: it was written by another version or is incomplete; start from "
@@ -336,6 +335,11 @@ def make_model(job: Job[CommonConfig]) -> nn.Module:
     """The network on its device: rebuilt with the resumed checkpoint's structure and weights, or as the flags say."""
     device = job.distributed.device
     if job.resumed is not None:
+        check(
+            job.resumed["structure"] is not None,
+            "--resume: the checkpoint lacks structure, which says how wide the layers are: start from its weights with "
+            "--pretrained-weights",
+        )
         model = build_from_structure(Structure.from_plain(job.resumed["structure"]), device=device)
         # Training takes weights, average and all the rest from it by `Trainer.restore`.
         averaged = job.configs.train.evaluate and job.resumed["ema"] is not None

@@ -154,7 +154,7 @@ def test_removed_channels_come_back_as_zeros() -> None:
     [
         ({"conv9": [0]}, {"conv9": 4}, "'conv9'"),
         ({"conv1": [0, 1]}, {}, "'conv1'.*widths"),
-        ({"conv1": [0, 0]}, {"conv1": 4}, "'conv1'.*different"),
+        ({"conv1": [0, 0]}, {"conv1": 4}, "'conv1'.*distinct"),
         ({"conv1": [0, 4]}, {"conv1": 4}, r"'conv1'.*\b4\b"),
     ],
 )

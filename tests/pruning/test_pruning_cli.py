@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from support.commands import status_of
 
 from image_classification.models import create_model
 from pruning.__main__ import main
@@ -156,12 +157,12 @@ def test_score_by_the_explanation(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["groups", "resnet21"], "--arch resnet21"),
+        (["groups", "resnet21"], "ARCH resnet21"),
         (["score", "absent.pth", "shapes:train=48,val=12"], "absent.pth does not exist"),
         (["score", "absent.pth", "nowhere"], "absent.pth does not exist"),
         (["score", "x", "shapes", "--criterion", "discriminat"], "did you mean discriminant"),
         (["score", "x", "shapes", "-b", "1"], "--batch-size 1"),
-        (["score", "x", "shapes", "--calibration-batches", "0"], "--calibration-batches 0"),
+        (["score", "x", "shapes", "--calibration-batches", "0"], "--calibration-batches: '0'"),
         (["score", "x", "shapes", "--criterion", "saliency"], "--selector is missing"),
         (
             ["score", "x", "shapes", "--saliency-explanation", "gradcam"],
@@ -171,5 +172,5 @@ def test_score_by_the_explanation(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_errors_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(words) == 2
+    assert status_of(main, words) == 2
     assert message in capsys.readouterr().err

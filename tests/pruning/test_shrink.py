@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.commands import status_of
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
@@ -479,12 +480,12 @@ def test_a_network_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [
         (["absent.pth", "out.pth"], "absent.pth does not exist"),
         (["plain.pth", "out.pth"], "give --arch"),
-        (["plain.pth", "plain.pth", "--arch", "resnet20"], "the checkpoint itself"),
+        (["plain.pth", "plain.pth", "--arch", "resnet20"], "that is CHECKPOINT"),
         (["plain.pth", "out.pth", "--arch", "resnet20", "--factory", "a:b"], "exclude each other"),
         (["plain.pth", "out.pth", "--factory", "nowhere:build"], "nowhere"),
         (["plain.pth", "out.pth", "--factory", "json:nothing"], "nothing"),
         (["plain.pth", "out.pth", "--factory", "json"], "MODULE:FUNCTION"),
-        (["plain.pth", "out.pth", "--arch", "resnet20", "--example-size", "0"], "--example-size 0"),
+        (["plain.pth", "out.pth", "--arch", "resnet20", "--example-size", "0"], "--example-size: '0'"),
         (["plain.pth", "out.pth", "--arch", "resnet32"], "resnet32|does not fit"),
     ],
 )
@@ -497,7 +498,7 @@ def test_errors_name_what_to_change(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(create_model("resnet20", num_classes=3).state_dict(), "plain.pth")
-    assert main(["shrink", *words]) == 2
+    assert status_of(main, ["shrink", *words]) == 2
     assert re.search(message, capsys.readouterr().err)
 
 

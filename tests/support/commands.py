@@ -10,7 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -131,3 +131,11 @@ def run_here(words: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
         except SystemExit as stop:
             status = int(stop.code or 0)
     return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+
+
+def status_of(program: Callable[[list[str]], int], words: list[str]) -> int:
+    """Exit status of a command's function, whether it returns it or its parser exits."""
+    try:
+        return program(words)
+    except SystemExit as stop:
+        return int(stop.code or 0)

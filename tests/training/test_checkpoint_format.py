@@ -7,7 +7,8 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from support.training import MakeTrainer, Recorder, build_trainer
 from explainers.casm.model import load_casm
 from image_classification.checkpoint_format import VERSION, digest, sealed
 from image_classification.config import ConfigError
-from image_classification.job import read_resumable
+from image_classification.distributed import Distributed
+from image_classification.job import make_model, read_resumable
 from image_classification.models import WeightsError, load_weights, model_for_weights, read_safely
 from pruning.files.saved_network import load_pruned
 
@@ -99,8 +101,10 @@ def test_a_forged_entry_is_named(
 
 def test_a_checkpoint_without_a_structure_is_named(written: Path) -> None:
     torch.save(sealed(read_safely(written) | {"structure": None}), written)
-    with pytest.raises(ConfigError, match=f"{written} lacks structure"):
-        read_resumable(written, "resnet20")
+    resumed = read_resumable(written, "resnet20")
+    job = SimpleNamespace(resumed=resumed, distributed=Distributed())
+    with pytest.raises(ConfigError, match=r"--resume: .* lacks structure\b.*--pretrained-weights"):
+        make_model(cast(Any, job))
 
 
 def test_every_reader_holds_a_file_against_the_schema(written: Path) -> None:
