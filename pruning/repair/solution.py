@@ -6,7 +6,8 @@
 W are the weights as the cut left them: with a large λ nothing changes, with a small one the fit is free. λ is relative
 to the mean of UᵀU's diagonal, so it has no unit; it is chosen on the held-out images, then all images solve with it,
 unless rounding makes that worse: inputs behind a layer norm add up to zero, and only the last bits of their UᵀU say
-whether it has an inverse. Where a layer has more inputs than there are rows, every fit is exact on them; there λ alone decides what is learned.
+whether it has an inverse. Where a layer has more inputs than there are rows, every fit is exact on them; there λ alone
+decides what is learned.
 
 Everything stays on the device: the choice between the ridges is made by a tensor, and no number is read.
 
