@@ -57,16 +57,21 @@ def told(error: Exception, flags: Mapping[str, str] | None = None) -> str:
         error: What was raised.
         flags: Argument → flag of the command at hand; those of training serve where it has none.
     """
-    flags = {**_FLAGS, **(flags or {})}
     text = str(error)
     if isinstance(error, OSError) and error.strerror:  # without its number
         text = (
             error.strerror if error.filename is None else f"{_short(str(error.filename))}: {error.strerror}"
         )
     if isinstance(error, SettingError):
-        name = flags.get(error.setting, "--" + error.setting.replace("_", "-"))
+        name = {**_FLAGS, **(flags or {})}.get(error.setting, "--" + error.setting.replace("_", "-"))
         text = f"{name} {error.value}: {error.problem}"
-    return re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), text)
+    return with_flags(text, flags)
+
+
+def with_flags(text: str, flags: Mapping[str, str] | None = None) -> str:
+    """A text with flags in place of arguments in backquotes; see `told`."""
+    known = {**_FLAGS, **(flags or {})}
+    return re.sub(r"`(\w+)`", lambda found: known.get(found[1], found[0]), text)
 
 
 def _short(text: str, most: int = 200) -> str:

@@ -56,6 +56,7 @@ from image_classification.nan_guard import NonFiniteLossError
 from image_classification.network_input import NetworkInput
 from image_classification.objective import Objective, TaskObjective
 from image_classification.observe.log import LogConfig, Logger
+from image_classification.observe.log_of_commands import log_names_flags
 from image_classification.observe.monitor import Monitor
 from image_classification.observe.provenance import record_invocation
 from image_classification.optim import OptimConfig, build_optimizer, update_rule
@@ -493,7 +494,7 @@ def run_job(configs: D, body: Callable[[D, Distributed], None]) -> int:
         for any other, with a traceback; `EXIT_PEER` where another rank failed; 130 after Ctrl-C.
     """
     try:
-        with stopping_at_once():
+        with stopping_at_once(), log_names_flags():
             return _run(configs, body)
     except StoppedAtOnce as stop:
         print(stop, file=sys.stderr)

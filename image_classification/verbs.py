@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from image_classification.config import is_told, nearest, out_of_memory, told
 from image_classification.file_writing import output_path
+from image_classification.observe.log_of_commands import log_names_flags
 
 if TYPE_CHECKING:
     from image_classification.cli import Parser
@@ -139,7 +141,8 @@ def run_verb(verbs: Verbs, argv: Sequence[str] | None, *, prog: str, description
         answer(module, words[1:], prog, description)
         import_plugins(words[1:])  # first: a plugin may bring methods with flags for the verb
         verb = verb_of(module)
-        return verb.run(verb.parse(words[1:], prog, description))
+        with log_names_flags(functools.partial(_flags_of, verb)):
+            return verb.run(verb.parse(words[1:], prog, description))
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         status, message = _told_as(error, verb)
         print(f"{prog}: error: {message}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from image_classification import cli
 from image_classification.cli import parse_config, save_yaml, to_plain
 from image_classification.config import ConfigError, SettingError, check, flag, section, told
 from image_classification.job import JobConfig
+from image_classification.observe.log_of_commands import log_names_flags
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -206,3 +208,14 @@ def test_config_error_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="broken"):
         check(False, "broken")
     assert issubclass(ConfigError, ValueError)
+
+
+def test_the_log_of_a_command_names_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.Logger("alone")
+    with log_names_flags(lambda: {"share": "--share"}):
+        log.warning("a smaller `delta`, or another `share`; see `describe`")
+    log.warning("a smaller `delta`")
+    assert capsys.readouterr().err.splitlines() == [
+        "a smaller --pruning-delta, or another --share; see `describe`",
+        "a smaller `delta`",
+    ]
