@@ -170,7 +170,8 @@ def naming_workspace(config: CheckpointConfig) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        problem = f"cannot be written ({reason_of(error)}); choose another folder, or write no `checkpoints`"
+        remedy = "choose another folder, or leave checkpoints out (--no-checkpoints)"
+        problem = f"cannot be written ({reason_of(error)}); {remedy}"
         raise SettingError(config.folder_setting, str(config.workspace), problem) from None
 
 
