@@ -99,6 +99,7 @@ def run_one(
         "arch": arguments.arch,
         "budget": budget,
         "epochs_trained": arguments.epochs,
+        "bf16": arguments.bf16,
         "seed": seed,
         "macs": share_of_macs(original, training.model, images.val[0][:2]),
         "top1_before": top1(original, images.val, bf16=arguments.bf16),
@@ -154,7 +155,8 @@ def summary(rows: list[Row]) -> list[Row]:
         kinds.setdefault(_name(row)[:-1], []).append(row)
     keys = ("macs", "top1_before", "top1_after_cut", "top1", "method_seconds", "seconds")
     return [
-        {"method": kind[0], "arch": kind[1], "budget": kind[2], "epochs_trained": kind[3], "n": len(runs)}
+        {"method": kind[0], "arch": kind[1], "budget": kind[2], "epochs_trained": kind[3]}
+        | {"bf16": runs[0].get("bf16", False), "n": len(runs)}
         | {key: mean_and_deviation([run[key] for run in runs if run[key] is not None]) for key in keys}
         for kind, runs in kinds.items()
     ]
