@@ -19,8 +19,8 @@ from image_classification.data.backends import dali
 from image_classification.models import create_model
 from pruning.pruner import Pruner
 
-#: Where kills fall: function → how many of ten attempts, and the part of all calls within it, from the first on, that one
-#: is drawn of: what happens in every step is killed in one of the next few, so that a resumed run is still in time for it.
+#: Where kills fall: function → how many of ten attempts, and the part of all calls within it, from the first on, that
+#: one is drawn of: what happens in every step is killed in one of the next few, so that a resumed run comes to it.
 REGIONS = {
     "TaskObjective.__call__": (2, 1 / 8),
     "Pruner.score": (1, 1 / 4),
