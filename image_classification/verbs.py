@@ -183,8 +183,8 @@ def _told_as(error: Exception, verb: AnyVerb | None) -> tuple[int, str]:
 
 def _flags_of(verb: AnyVerb | None) -> dict[str, str]:
     """Argument → flag of a verb."""
-    from image_classification.cli import shown_name
-
     if verb is None or verb.parser is None:
         return {}
+    from image_classification.cli import shown_name  # needs packages that may be what is missing
+
     return {action.dest: shown_name(action) for action in verb.parser()._actions}
