@@ -57,7 +57,7 @@ def open_image(path: Path, expected_size: tuple[int, int] | None = None) -> Imag
     Raises:
         UnreadableError: With the reason.
     """
-    if path.exists() and not path.is_file():  # a named pipe would be waited for
+    if not path.is_file() and path.exists():  # a named pipe would be waited for
         raise UnreadableError("no regular file")
     try:
         with warnings.catch_warnings():

@@ -161,7 +161,7 @@ def jpeg_names(paths: list[str]) -> list[str]:
 def prepare_one(task: Task) -> Outcome:
     """Write the copy of one image, unless it is there."""
     source = Path(task.source, task.path)
-    if source.exists() and not source.is_file():  # a named pipe would be waited for
+    if not source.is_file() and source.exists():  # a named pipe would be waited for
         return Outcome(task.path, "broken", "no regular file")
     try:
         with warnings.catch_warnings():
