@@ -1,7 +1,7 @@
 """Other parameters in the places of a network's own, for as long as a block runs.
 
 What is done to the data of a parameter leaves traces in it: autograd forgets what it has noted there when the type
-changes, so that DistributedDataParallel stops to exchange gradients, and a graph that is still alive somewhere expects
+changes, so that DistributedDataParallel stops exchanging gradients, and a graph that is still alive somewhere expects
 gradients of the old shape.
 """
 
