@@ -30,7 +30,8 @@ from image_classification.models import create_model, model_for_weights
 from pruning.engine.channel_graph import Constraints
 from pruning.engine.proof.rehearsal import condition
 from pruning.engine.surgery import prune_channels
-from pruning.pruner import Pruner, PrunerSettings
+from pruning.pruner import Pruner
+from pruning.rewrites.pruner_settings import PrunerSettings
 from pruning.search import Candidate, GreedySearch, Situation
 from pruning.search.loss_change import LossChange
 

@@ -23,7 +23,8 @@ from common.networks import conditioned_network, smooth_images
 from common.report import BenchmarkParser, print_table, write_json
 
 from image_classification.distributed import DistributedConfig, setup_distributed
-from pruning.pruner import Pruner, PrunerSettings
+from pruning.pruner import Pruner
+from pruning.rewrites.pruner_settings import PrunerSettings
 
 #: GPUs → bytes per second of the slowest link of their ring: NVLink within a node of 8, 200 Gbit/s between nodes.
 BANDWIDTHS = {8: 400e9, 64: 25e9, 512: 25e9}

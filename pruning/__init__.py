@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pruning.files.saved_network import load_pruned, save_pruned
     from pruning.masked.shrinking import ShrinkReport, shrink
     from pruning.pruner import Pruner, prune
+    from pruning.rewrites.pruner_settings import PrunerSettings
     from pruning.rewrites.rewrite_record import RewriteRecord
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "ChannelGraph",
     "Constraints",
     "Pruner",
+    "PrunerSettings",
     "RewriteError",
     "RewriteRecord",
     "RewriteReport",
@@ -45,6 +47,7 @@ _MODULES = {
     "ChannelGraph": "pruning.engine.channel_graph",
     "Constraints": "pruning.engine.channel_graph",
     "Pruner": "pruning.pruner",
+    "PrunerSettings": "pruning.rewrites.pruner_settings",
     "RewriteError": "pruning.engine.cutting",
     "RewriteRecord": "pruning.rewrites.rewrite_record",
     "RewriteReport": "pruning.engine.surgery",

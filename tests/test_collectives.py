@@ -36,8 +36,9 @@ from pruning.criteria.scoring import score_groups
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
-from pruning.pruner import Pruner, PrunerSettings
+from pruning.pruner import Pruner
 from pruning.repair.repairing import REPAIR_METHODS, RepairSettings, plan_repair
+from pruning.rewrites.pruner_settings import PrunerSettings
 from pruning.search import SearchSettings, build_search, search_names
 from pruning.training.learned.gate_settings import GateSettings
 from pruning.training.learned.learner import GateLearner

@@ -73,6 +73,7 @@ class BudgetCourse:
         check_setting(0 < delta <= 1, "delta", delta, "a share of the baseline's cost in (0, 1] is needed")
         self.budget = budget
         self.costs = costs
+        self.delta = delta
         # Without the small tolerance 0.5/0.005 would be 100.00000000000001 rewrites in floating point.
         self.num_rewrites = max(math.ceil((1 - share) / delta - 1e-9) for share in budget.shares.values())
 

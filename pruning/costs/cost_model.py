@@ -153,6 +153,10 @@ class CostModel:
         self._metric(metric)
         return self._baseline[metric]
 
+    def share(self, metric: str) -> float:
+        """What is left of a cost, as a share of the baseline."""
+        return self.current(metric) / self.baseline(metric)
+
     def report(self) -> dict[str, float]:
         """Every metric at the present widths."""
         return {name: self.current(name) for name in self.metrics}

@@ -11,9 +11,9 @@ from pruning.criteria import Criterion, Discriminant, create_criterion, criterio
 from pruning.criteria.combine import DEFAULT_WEIGHT, Combined
 from pruning.criteria.criterion import DEFAULT_FEATURES, FeatureCriterion, Features, GradientCriterion
 from pruning.criteria.discriminant import DEFAULT_PRECISION, PUBLISHED_RIDGE, Precision
-from pruning.criteria.explained import Explained
 from pruning.criteria.saliency import DEFAULT_PASSES, DEFAULT_TARGET, Saliency, Target
 from pruning.task import Loss
+from pruning.task.explained import Explained
 
 DEFAULT_CRITERION = "discriminant"
 #: What another criterion can be combined with.

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from image_classification.config import SettingError, check_choice
 from image_classification.distributed import Distributed
-from pruning.criteria.explained import FeatureGate
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.groups import Group
 from pruning.task import Batch, Loss, Targets, Task
+from pruning.task.explained import FeatureGate
 
 Features = Literal["pre", "post"]
 FEATURE_CHOICES: tuple[Features, ...] = get_args(Features)

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from image_classification.config import check_choice, check_setting
 from pruning.criteria.criterion import GradientCriterion, register_criterion
-from pruning.criteria.explained import Explained, FeatureGate
 from pruning.task import Batch, Task, inputs_of
+from pruning.task.explained import Explained, FeatureGate
 
 Target = Literal["original", "present"]
 TARGETS: tuple[Target, ...] = get_args(Target)

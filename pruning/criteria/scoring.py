@@ -37,12 +37,12 @@ from pruning.criteria.criterion import (
     WeightCriterion,
     WeightMember,
 )
-from pruning.criteria.explained import Autocast
 from pruning.criteria.taps import Tap, tapped
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.groups import Group, Member, Place
 from pruning.engine.tap_channels import output_place
 from pruning.task import Batch, Targets, Task, num_samples, pieces_of, targets_of, to_device
+from pruning.task.explained import Autocast
 
 log = logging.getLogger(__name__)
 

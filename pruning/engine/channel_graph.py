@@ -49,12 +49,15 @@ class Constraints:
         ignored: Name patterns (`layer4.*`) of modules whose own channels stay (what they read may shrink).
         limits: Name pattern of groups or modules (as `ignored`) to the units, count or share, that their groups
             keep at least.
+        pairs: Names of two submodules that are cut alike, such as a network and its momentum teacher. A copy that takes
+            no gradients is recognised without.
     """
 
     round_to: int = 1
     min_width: float = DEFAULT_MIN_WIDTH
     ignored: tuple[str, ...] = ()
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    pairs: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         whole = self.round_to >= 1 and self.round_to == int(self.round_to)

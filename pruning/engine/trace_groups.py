@@ -11,7 +11,7 @@ it is called prunable (`proof/`). `surgery.py` removes units; the graph then fol
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -42,7 +42,6 @@ def trace_groups(
     example: Examples,
     *,
     training_example: Examples | None = None,
-    pairs: Iterable[tuple[str, str]] = (),
     constraints: Constraints | None = None,
     verify: bool = True,
     choices: Mapping[str, str] | None = None,
@@ -56,9 +55,7 @@ def trace_groups(
             points). At most two images of a batch are used; the result holds for any number, and for other sizes where
             the network allows them.
         training_example: What it takes in training mode (targets included), in the same form; by default `example`.
-        pairs: Names of two submodules that are cut alike, such as a network and its momentum teacher. A copy that takes
-            no gradients is recognised without.
-        constraints: Rounding, smallest widths, ignored layers.
+        constraints: Rounding, smallest widths, ignored layers, submodules that are cut alike.
         verify: Try every group against the masked network and freeze those that cannot be cut safely.
         choices: `ChannelGraph.choices` of another graph of the same architecture: couple the same way where
             there is a choice. (A resumed run takes the graph itself, `ChannelGraph.from_state`.)
@@ -73,9 +70,10 @@ def trace_groups(
     refuse_unready(model)
     examples = as_examples(example)
     for_training = [] if training_example is None else as_examples(training_example, "training_example")
-    tied = all_pairs(model, pairs)
+    constraints = constraints or UNCONSTRAINED
+    tied = all_pairs(model, constraints.pairs)
     with undisturbed(model):
-        case = open_case(model, examples, for_training, constraints or UNCONSTRAINED, tied)
+        case = open_case(model, examples, for_training, constraints, tied)
         if verify:
             graph = verified_graph(case, choices)
         else:

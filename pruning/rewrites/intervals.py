@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
+from image_classification.config import SettingError
 from pruning.costs.budget import BudgetCourse
 
 
@@ -111,6 +112,40 @@ def shortfall(course: BudgetCourse, intervals: Intervals, after: int, end: int) 
     if held and not intervals.completed:
         delta = _rounded_up(1 - min(course.budget.shares.values()), held)
     return Shortfall(held, needed, end, due[-1], intervals.widest_step(needed, after, end), delta)
+
+
+def check_length(
+    course: BudgetCourse,
+    intervals: Intervals,
+    after: int,
+    end: int,
+    *,
+    steps_per_epoch: int | None,
+    predictable: bool,
+    together: bool,
+) -> SettingError | None:
+    """Refuse a training that is certain to end before its budget is met.
+
+    Args:
+        course, intervals, after, end: See `shortfall`.
+        steps_per_epoch: Iterations of an epoch, for the message.
+        predictable: The search stops where its targets are met.
+        together: It takes a step of all groups at a time.
+
+    Returns:
+        The doubt, where the rewrites that there is room for may turn out to suffice; else None.
+
+    Raises:
+        SettingError: With the rewrites that there is room for and that are needed, and what to change.
+    """
+    lack = shortfall(course, intervals, after, end)
+    if lack is None or after >= end:
+        return None
+    budget = ", ".join(f"{metric}={share:g}" for metric, share in course.budget.shares.items())
+    error = SettingError("budget", budget, lack.describe(steps_per_epoch))
+    if predictable and course.certainly_missed(intervals.completed + lack.held, together):
+        raise error
+    return error
 
 
 def _rounded_up(total: float, parts: int) -> float:

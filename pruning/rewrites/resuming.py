@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import NotRequired, TypedDict
 
@@ -57,7 +57,6 @@ def graph_of(
     state: ResumedState | None,
     *,
     training_example: Examples | None = None,
-    pairs: Iterable[tuple[str, str]] = (),
 ) -> ChannelGraph:
     """The network's channel graph: traced, or in a resumed run the one that the checkpoint holds.
 
@@ -68,9 +67,7 @@ def graph_of(
         ConfigError: Other modules were to be left alone when it was traced, or it is of another network.
     """
     if state is None:
-        return trace_groups(
-            model, example, training_example=training_example, pairs=pairs, constraints=constraints
-        )
+        return trace_groups(model, example, training_example=training_example, constraints=constraints)
     before = " ".join(state["graph"].get("ignored", constraints.ignored)) or "none"
     now = " ".join(constraints.ignored) or "none"
     check_setting(

@@ -19,9 +19,9 @@ from torch import nn
 
 from image_classification.config import SettingError
 from image_classification.distributed import Distributed
-from pruning.criteria.explained import Autocast
 from pruning.search.search import DEFAULT_SEARCH, ONE_SHOT_SEARCH
 from pruning.task import TargetKind, Task, kind_of_targets, num_samples, targets_of, to_device
+from pruning.task.explained import Autocast
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,8 @@ from typing import Any, cast
 from image_classification.callbacks import TrainLoop
 from image_classification.config import told
 from pruning.criteria.by_name import make_criterion
-from pruning.pruner import Pruner, PrunerSettings
+from pruning.pruner import Pruner
+from pruning.rewrites.pruner_settings import PrunerSettings
 from pruning.rewrites.resuming import PrunerState
 from pruning.rewrites.rewrite_record import RewriteRecord
 from pruning.task import on_targets
@@ -147,11 +148,7 @@ class PruningCallback(ChannelPruning):
 
     def _shares(self) -> dict[str, float]:
         """What is left of each cost that the budget names, as a share of the original."""
-        costs = self.pruner.costs
-        return {
-            metric: costs.current(metric) / costs.baseline(metric)
-            for metric in self.pruner.course.budget.shares
-        }
+        return {metric: self.pruner.costs.share(metric) for metric in self.pruner.course.budget.shares}
 
     def on_log(self, trainer: TrainLoop, figures: dict[str, float]) -> None:
         """Show how far the budget is."""

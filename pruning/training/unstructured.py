@@ -36,10 +36,10 @@ from image_classification.data.loader import Loader
 from image_classification.schedules import Schedule
 from image_classification.train_config import TrainConfig
 from pruning.criteria.sample_losses import losses_of
-from pruning.pruner import PrunerSettings
 from pruning.repair.repairing import Method as RepairMethod
 from pruning.repair.repairing import plan_weight_repair
 from pruning.repair.rewrite_repair import RewriteRepair, settled
+from pruning.rewrites.pruner_settings import PrunerSettings
 from pruning.task import Task, on_targets
 from pruning.training.channel_pruning import calibration_batches
 from pruning.training.pruning_config import PruningConfig

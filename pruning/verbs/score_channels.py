@@ -29,7 +29,7 @@ from pruning.criteria.criterion import DEFAULT_FEATURES
 from pruning.criteria.sample_losses import losses_of
 from pruning.criteria.scoring import score_groups, score_groups_by
 from pruning.engine.trace_groups import trace_groups
-from pruning.pruner import PrunerSettings
+from pruning.rewrites.pruner_settings import PrunerSettings
 from pruning.task import on_targets
 from pruning.training.explanations import build_originals
 from pruning.training.pruning_config import PruningConfig

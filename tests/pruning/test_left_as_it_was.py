@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-from pruning import Pruner
+from pruning import Pruner, PrunerSettings
 
 X, Y = torch.randn(8, 3, 10, 10, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
 
@@ -109,10 +109,10 @@ def test_a_network_comes_back_as_its_train_would_leave_it(model: Net, criterion:
         model,
         X[:2],
         criterion=criterion,
-        mode=mode,
         search="global",
         budget=0.6,
         delta=0.2,
+        settings=PrunerSettings(mode=mode),
     )
     pruner.score([(X, Y)])
     pruner.dry_run([(X, Y)])

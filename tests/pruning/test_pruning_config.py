@@ -175,7 +175,7 @@ def test_judging_by_fewer_batches_reads_fewer(tmp_path: Path, monkeypatch: pytes
             judged.append(sum(len(images) for images, _ in batches))
             super().__init__(model, graph, batches, **settings)
 
-    monkeypatch.setattr("pruning.pruner.LossChange", Counting)
+    monkeypatch.setattr("pruning.search.choosing.LossChange", Counting)
     for judge_batches in (1, 2):
         judged.clear()
         pruner = attached(tmp_path, judge_batches=judge_batches)
@@ -200,8 +200,8 @@ def test_images_that_judge_a_repaired_cut_are_not_fitted(
             judged.extend(image for images, _ in batches for image in images)
             super().__init__(model, graph, batches, **settings)
 
-    monkeypatch.setattr("pruning.pruner.LossChange", Judging)
-    monkeypatch.setattr("pruning.pruner.LocalRepair", Fitting)
+    monkeypatch.setattr("pruning.search.choosing.LossChange", Judging)
+    monkeypatch.setattr("pruning.search.choosing.LocalRepair", Fitting)
     pruner = attached(tmp_path)
     pruner.step([(torch.randn(8, 3, 8, 8), torch.randint(0, 10, (8,))) for _ in range(3)])
     assert len(fitted) == 18

@@ -211,10 +211,15 @@ def test_killed_and_resumed_at_any_iteration(tmp_path: Path, seed: int) -> None:
 def test_killed_inside_a_rewrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """Before scoring, within the rewrite, and while the checkpoint after it is written."""
     import image_classification.checkpoint
-    import pruning.pruner
+    import pruning.rewrites.one_rewrite
+    import pruning.search.choosing
 
     whole = trained(tmp_path / "whole", callback(), checkpoint={"checkpoint_interval": 2})
-    module = image_classification.checkpoint if where == "save_atomically" else pruning.pruner
+    module = {
+        "score_groups": pruning.search.choosing,
+        "prune_channels": pruning.rewrites.one_rewrite,
+        "save_atomically": image_classification.checkpoint,
+    }[where]
     real = getattr(module, where)
     calls = []
 

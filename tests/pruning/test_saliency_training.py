@@ -16,7 +16,8 @@ from image_classification.config import ConfigError
 from image_classification.models import Structure, build_from_structure, create_model, read_safely
 from image_classification.trainer import Trainer
 from pruning.criteria import Combined, Saliency
-from pruning.pruner import Pruner, PrunerSettings
+from pruning.pruner import Pruner
+from pruning.rewrites.pruner_settings import PrunerSettings
 from pruning.training.pruning_config import PruningConfig
 from pruning.training.scored import PruningCallback
 

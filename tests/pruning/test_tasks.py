@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from image_classification.config import ConfigError
-from pruning import Pruner, prune
+from pruning import Pruner, PrunerSettings, prune
 from pruning.criteria.discriminant import discriminant_scores
 from pruning.task import Task
 
@@ -258,7 +258,9 @@ def test_a_network_that_only_trains_has_a_loss() -> None:
     model.head.eval()
     x, goals = list(images()), list(torch.randn(8, 4))
     before = copy.deepcopy(model.state_dict())
-    pruner = Pruner(model, (x[:2],), forward=lambda batch: model(*batch), mode="train", delta=1.0)
+    pruner = Pruner(
+        model, (x[:2],), forward=lambda batch: model(*batch), delta=1.0, settings=PrunerSettings(mode="train")
+    )
     batch = (x, goals)
     scores = pruner.score([batch])
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())

@@ -35,13 +35,13 @@ from image_classification.distributed import Distributed
 from image_classification.models import evaluating, main_and_auxiliary_logits
 from pruning.costs.budget import Budget
 from pruning.costs.cost_model import CostModel
-from pruning.criteria.explained import Autocast
 from pruning.criteria.sample_losses import sample_losses
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.gates import Gates
 from pruning.engine.groups import Group
 from pruning.engine.tap_channels import output_place
 from pruning.task import SampleLoss
+from pruning.task.explained import Autocast
 from pruning.training.learned.gate_settings import GateSettings
 from pruning.training.learned.parametrisations import build_gates, draw_noise, harden, soft_gates
 

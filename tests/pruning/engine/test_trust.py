@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from image_classification.config import SettingError
-from pruning import prune_channels, trace_groups
+from pruning import Constraints, prune_channels, trace_groups
 from pruning.engine.proof.trial import failure_of_cut
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -586,10 +586,10 @@ def test_pairs_are_cut_alike_where_they_are_named() -> None:
     with torch.no_grad():
         for parameter in model.k.parameters():
             parameter.add_(1)
-    tied = trace_groups(model, IMAGES, pairs=[("q", "k")])
+    tied = trace_groups(model, IMAGES, constraints=Constraints(pairs=(("q", "k"),)))
     assert {"q.0.weight", "k.0.weight"} <= {member.tensor for member in tied.members("q.0")}
     with pytest.raises(SettingError, match="pairs"):
-        trace_groups(model, IMAGES, pairs=[("q", "fc")])
+        trace_groups(model, IMAGES, constraints=Constraints(pairs=(("q", "fc"),)))
 
 
 # -- autocast, buffers, graphs, lazy modules ---------------------------------------------------------------

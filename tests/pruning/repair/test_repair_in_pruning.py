@@ -16,9 +16,9 @@ from image_classification.config import ConfigError, SettingError
 from image_classification.distributed import Distributed
 from image_classification.train_config import TrainConfig
 from pruning import Pruner, prune
-from pruning.pruner import PrunerSettings
 from pruning.repair.repairing import Method
 from pruning.repair.sums import Sums
+from pruning.rewrites.pruner_settings import PrunerSettings
 from pruning.training.pruning_config import PruningConfig
 from pruning.training.repair_flags import RepairConfig
 from pruning.training.unstructured import UnstructuredConfig, check_combination

@@ -1,30 +1,22 @@
-"""What trains along with the network: optimizers and averages, found inside their wrappers and checked.
+"""Optimizers that train a network: found inside their wrappers, and checked before their state is cut.
 
-A rewrite slices their state. One that was forgotten, or keeps tensors where nothing can slice them, would fail or mix
-parameters up long after; so it is refused when pruning starts, or before the rewrite that it would spoil.
+One that was forgotten, or keeps tensors where nothing can slice them, would fail or mix parameters up long after; so it
+is refused when pruning starts, or before the rewrite that it would spoil.
 """
 
 from __future__ import annotations
 
-import logging
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from image_classification.config import SettingError
 
-log = logging.getLogger(__name__)
-Average = nn.Module | MutableMapping[str, Tensor]
 #: Optimizers that keep parameters in vectors or shards of their own, by name.
 _UNCUTTABLE = ("LBFGS", "ZeroRedundancyOptimizer", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")
-
-
-# -- optimizers --------------------------------------------------------------------------------------------
 
 
 def optimizers_in(given: object) -> list[Optimizer]:
@@ -160,111 +152,3 @@ class OptimizerWatch:
                         f"{type(optimizer).__name__} has been training this network, and its state would keep the "
                         "old widths: give it too (several as a list)",
                     )
-
-
-def warn_of_leftovers(model: nn.Module, known: Sequence[Optimizer]) -> None:
-    """Warn of what would make training fail after a rewrite."""
-    held = alive_graph(model)
-    if held is not None:
-        log.warning(
-            "the graph of an earlier forward pass still refers to %r: drop the loss, the outputs and any DDP wrapper "
-            "before a rewrite, or the next backward pass fails",
-            held,
-        )
-    groups = [group for one in known for group in one.param_groups]
-    told = {id(parameter) for group in groups for parameter in group["params"]}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and id(parameter) not in told:
-            log.warning(
-                "%r has a gradient, but is in no optimizer that was given. If one trains it, give it as `optimizer`: "
-                "its state must be rewritten too",
-                name,
-            )
-            return
-
-
-def alive_graph(model: nn.Module) -> str | None:
-    """Name of a parameter that the graph of an earlier forward pass still refers to; None if there is none."""
-    mark = "lucidprune"
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        # The node that collects the parameter's gradient lives as long as something refers to it. If nothing else
-        # does, it is gone with `notes`, and the second look meets a new one without the mark.
-        for _ in range(2):
-            notes = _notes_of(parameter)
-            if notes.pop(mark, False):
-                return name
-            notes[mark] = True
-            del notes
-    return None
-
-
-def _notes_of(parameter: nn.Parameter) -> dict[str, object]:
-    """What may be noted on the node of the graph that collects a parameter's gradient."""
-    with torch.enable_grad():
-        made_by: Any = parameter.view_as(parameter).grad_fn
-    notes: dict[str, object] = made_by.next_functions[0][0].metadata
-    return notes
-
-
-# -- averages ----------------------------------------------------------------------------------------------
-
-
-def averages_in(given: object, model: nn.Module) -> list[Average]:
-    """The averages of a network in what a user gives, those inside wrappers included.
-
-    Args:
-        given: A copy of the network, a wrapper that holds one (`AveragedModel`, timm's `ModelEma`), a state dict, or a
-            list of these; None for none.
-        model: The network.
-
-    Raises:
-        SettingError: It is not an average of this network.
-    """
-    if given is None:
-        return []
-    several = given if isinstance(given, (list, tuple)) else [given]
-    return [_average_in(one, model) for one in several]
-
-
-def _average_in(given: object, model: nn.Module) -> Average:
-    problems = []
-    for candidate in _candidates(given):
-        if candidate is model:
-            continue
-        problem = _difference(candidate, model)
-        if problem is None:
-            return candidate
-        problems.append(problem)
-    # Of several candidates the nearest one: another shape says more than another name.
-    problems.sort(key=lambda problem: problem.startswith("it has no"))
-    problems.append("give a copy of the network, a wrapper that holds one, or a state dict")
-    raise SettingError("ema", type(given).__name__, f"it is not an average of this network: {problems[0]}")
-
-
-def _candidates(given: object) -> Iterable[Average]:
-    if isinstance(given, MutableMapping):
-        yield given
-        return
-    if isinstance(given, nn.Module):
-        yield given
-    for value in vars(given).values() if hasattr(given, "__dict__") else ():
-        if isinstance(value, nn.Module):
-            yield value
-    if isinstance(given, nn.Module):
-        yield from given.children()
-
-
-def _difference(average: Average, model: nn.Module) -> str | None:
-    """What keeps an average from being one of the network; None if it is."""
-    if isinstance(average, nn.Module):
-        tensors: dict[str, Tensor] = {**dict(average.named_parameters(remove_duplicate=False))}
-    else:
-        tensors = dict(average)
-    for name, parameter in model.named_parameters():
-        if name not in tensors:
-            return f"it has no {name!r}"
-        if tensors[name].shape != parameter.shape:
-            return f"its {name!r} is {tuple(tensors[name].shape)} and the network's {tuple(parameter.shape)}"
-    return None

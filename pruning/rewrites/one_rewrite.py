@@ -1,0 +1,57 @@
+"""One cut of a network with everything that trains along with it, and what it changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch.optim import Optimizer
+
+from image_classification.models.modes import drop_graphs, uncompiled
+from pruning.engine.surgery import prune_channels
+from pruning.rewrites.averages import Average
+from pruning.rewrites.followed import Followed
+from pruning.rewrites.leftovers import warn_of_leftovers
+from pruning.rewrites.subject import Kept, Scores, Subject
+
+
+def cut(
+    subject: Subject,
+    keep: Kept,
+    optimizers: Sequence[Optimizer],
+    averages: Sequence[Average],
+    followed: Followed,
+) -> dict[str, list[int]]:
+    """Cut a network down, in place, with its optimizers, averages and explanation. Collective.
+
+    The cut has been tried when it was chosen (`search.feasible`).
+
+    Returns:
+        Group name → width before and after.
+
+    Raises:
+        RuntimeError: The ranks disagree about the result.
+    """
+    model, graph = subject.model, subject.graph
+    drop_graphs(model)
+    if subject.distributed.is_main:
+        warn_of_leftovers(model, optimizers)
+    staying = followed.staying(graph, graph.keep_mask(keep))
+    with uncompiled():
+        report = prune_channels(model, graph, keep, optimizers=optimizers, emas=averages, check=False)
+        subject.course.costs.refresh()
+    followed.follow(staying)
+    subject.distributed.check_agreement(
+        "the widths of the network", {group.name: group.width for group in graph.groups}
+    )
+    return {name: list(widths) for name, widths in report.widths.items()}
+
+
+def borders(subject: Subject, keep: Kept, scores: Scores) -> dict[str, list[float]]:
+    """Group name → lowest score kept and highest removed, of the groups that are going to be cut."""
+    found = {}
+    for index, kept in keep.items():
+        values = scores[index].numpy()
+        gone = np.setdiff1d(np.arange(len(values)), kept)
+        found[subject.graph.groups[index].name] = [float(values[kept].min()), float(values[gone].max())]
+    return found

@@ -1,0 +1,40 @@
+"""How a network is run on examples and calibration batches, and what its outputs are judged by."""
+
+from pruning.task.batch_targets import (
+    TargetKind,
+    Targets,
+    class_map,
+    kind_of_shape,
+    kind_of_targets,
+    targets_of,
+)
+from pruning.task.batches import Batch, check_batches, inputs_of, num_samples, pieces_of, to_device
+from pruning.task.calibration_task import MODES, Forward, Loss, Mode, SampleLoss, Task, on_targets
+from pruning.task.example_arguments import Example, check_example, first_arguments
+from pruning.task.known_losses import logits_of
+
+__all__ = [
+    "MODES",
+    "Batch",
+    "Example",
+    "Forward",
+    "Loss",
+    "Mode",
+    "SampleLoss",
+    "TargetKind",
+    "Targets",
+    "Task",
+    "check_batches",
+    "check_example",
+    "class_map",
+    "first_arguments",
+    "inputs_of",
+    "kind_of_shape",
+    "kind_of_targets",
+    "logits_of",
+    "num_samples",
+    "on_targets",
+    "pieces_of",
+    "targets_of",
+    "to_device",
+]

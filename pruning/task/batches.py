@@ -1,0 +1,93 @@
+"""Calibration batches: what in them the network takes, how many samples they hold, and how they are moved and cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from image_classification.config import SettingError
+from image_classification.models.running import Outputs
+
+#: What calibration yields: (inputs, targets), a mapping, a tensor, or whatever `forward` takes.
+Batch = Any
+
+
+def check_batches(calibration: object) -> None:
+    """Refuse one batch, or something else, in place of an iterable of batches.
+
+    Raises:
+        SettingError: Naming what was given and what to give.
+    """
+    if isinstance(calibration, (Tensor, Mapping, nn.Module, str)) or not isinstance(calibration, Iterable):
+        problem = "give an iterable of batches, such as a DataLoader or [(images, targets)]"
+        raise SettingError("calibration", type(calibration).__name__, problem)
+    if isinstance(calibration, (tuple, list)) and len(calibration) == 2:
+        first, second = calibration
+        if isinstance(first, Tensor) and isinstance(second, Tensor) and first.dim() != second.dim():
+            raise SettingError(
+                "calibration", "(images, targets)", "this is one batch: give an iterable, [(images, targets)]"
+            )
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch with its tensors on a device; objects of other kinds are moved by their own `to`."""
+
+    def move(leaf: object) -> object:
+        if isinstance(leaf, Tensor):
+            return leaf if leaf.device == device else leaf.to(device, non_blocking=True)
+        if isinstance(leaf, Mapping):
+            return {key: to_device(value, device) for key, value in leaf.items()}
+        own = getattr(leaf, "to", None)
+        if callable(own):
+            return own(device)
+        return leaf
+
+    if isinstance(batch, (Tensor, Mapping, tuple, list)) or callable(getattr(batch, "to", None)):
+        return tree_map(move, batch)
+    return tree_map(move, tuple(batch)) if isinstance(batch, Iterable) else batch
+
+
+def inputs_of(batch: Batch) -> Outputs:
+    """What the network gets of a batch by default: all of a tensor or mapping, else the first item."""
+    if isinstance(batch, (Tensor, Mapping)):
+        return batch
+    if isinstance(batch, (tuple, list)):
+        return batch[0]
+    if isinstance(batch, Iterable):
+        return next(iter(batch))
+    raise SettingError(
+        "calibration",
+        type(batch).__name__,
+        "this is not a batch: yield (images, targets), a mapping or a tensor, or give forward=",
+    )
+
+
+def num_samples(batch: Batch) -> int:
+    """How many samples a batch has: the first dimension of its first tensor, or the length of a list of samples."""
+    inputs = inputs_of(batch)
+    if isinstance(inputs, Mapping):
+        counts = [_count(value) for value in inputs.values()]
+        return next((count for count in counts if count is not None), 1)
+    if isinstance(inputs, tuple):
+        counts = [_count(value) for value in inputs]
+        return next((count for count in counts if count is not None), 1)
+    return _count(inputs) or (0 if isinstance(inputs, (Tensor, list)) and len(inputs) == 0 else 1)
+
+
+def _count(value: object) -> int | None:
+    if isinstance(value, Tensor):
+        return value.shape[0] if value.dim() else None
+    return len(value) if isinstance(value, (list, tuple)) else None
+
+
+def pieces_of(batch: Batch, pieces: int) -> list[Batch]:
+    """A batch in parts, where it is a tuple or list of tensors of equal length; otherwise the whole."""
+    if pieces == 1 or not isinstance(batch, (tuple, list)):
+        return [batch]
+    if not all(isinstance(item, Tensor) and item.dim() and len(item) == len(batch[0]) for item in batch):
+        return [batch]
+    return list(zip(*(item.chunk(pieces) for item in batch), strict=True))

@@ -1,0 +1,205 @@
+"""What a network is run on and judged by: how an example and a batch become calls, and outputs become a loss.
+
+    task = Task(forward=lambda batch: model(batch["image"]), loss=lambda outputs, batch: mse(outputs, batch["depth"]))
+    with task.running(model):
+        losses = task.losses(task.outputs(model, batch), batch)       # (N,)
+
+Without `forward` and `loss` a batch is (images, targets), a mapping of keyword arguments, or a tensor, and the loss is
+the one that the network returns, or else the cross-entropy of its logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from image_classification.config import SettingError, check_choice
+from image_classification.models.modes import (
+    evaluating,
+    modes_restored,
+    quieten,
+    random_state_kept,
+    uncompiled,
+)
+from image_classification.models.running import Args, Outputs
+from pruning.task.batch_targets import TARGET_NAMES, targets_of
+from pruning.task.batches import Batch, inputs_of, num_samples
+from pruning.task.example_arguments import check_keywords
+from pruning.task.known_losses import held_loss, logits_of, losses_by_default
+
+#: (batch) → outputs, or (network, batch) → outputs.
+Forward = Callable[..., Outputs]
+#: (outputs, batch) → loss of every sample, (N,), or one mean loss.
+Loss = Callable[[Outputs, Batch], Tensor]
+#: (logits, targets) → (N,).
+SampleLoss = Callable[[Tensor, Tensor], Tensor]
+
+Mode = Literal["eval", "train"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+#: Layers whose noise is left out in mode "train": torchvision's and timm's beside torch's own dropouts.
+_NOISY = ("DropPath", "StochasticDepth", "DropBlock2d", "DropBlock3d")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """How a network is run on calibration batches, and what its outputs are judged by.
+
+    Attributes:
+        forward: (batch) → outputs, for the network being pruned; or (network, batch) → outputs. By default a tensor
+            is the network's only argument, a mapping its keyword arguments, and of a tuple or list the first item
+            counts.
+        loss: (outputs, batch) → one loss per sample, (N,) or (N, …), or a scalar: the mean over the batch. By default
+            the loss that the outputs hold, or else cross-entropy with the batch's targets.
+        mode: "eval", or "train" for networks that return their losses only while they train. Batch norms and
+            dropouts are in evaluation mode either way.
+    """
+
+    forward: Forward | None = None
+    loss: Loss | None = None
+    mode: Mode = "eval"
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, MODES)
+
+    @property
+    def runs_any_network(self) -> bool:
+        """Whether a copy of the network can be run: `forward`, if there is one, takes the network."""
+        return self.forward is None or _takes_network(self.forward)
+
+    @contextlib.contextmanager
+    def running(self, model: nn.Module) -> Iterator[None]:
+        """The mode that batches are run in; modes, buffers and the random state are as before afterwards."""
+        if self.mode == "eval":
+            with uncompiled(), evaluating(model, keep_random_state=True):
+                yield
+            return
+        buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        try:
+            with uncompiled(), random_state_kept(model), modes_restored(model):
+                _enter_training(model)
+                yield
+        finally:
+            for buffer, values in buffers:
+                buffer.data.copy_(values)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
+        """Run a network on a batch.
+
+        Raises:
+            SettingError: Without `forward` the batch is not an input of the network.
+        """
+        if self.forward is not None:
+            return self.forward(model, batch) if _takes_network(self.forward) else self.forward(batch)
+        inputs = inputs_of(batch)
+        if isinstance(inputs, Mapping):
+            check_keywords(model, inputs)
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+    def check_outputs(self, model: nn.Module, arguments: Args) -> None:
+        """Refuse a network whose outputs have no loss whatever the targets are.
+
+        Nothing is known where `forward` or `loss` are the user's own, or where the network itself takes targets.
+
+        Args:
+            model: The network.
+            arguments: Its positional arguments.
+
+        Raises:
+            SettingError: Saying what it returns.
+        """
+        own = self.forward is not None or self.loss is not None or self.mode != "eval"
+        if own or _takes_targets(model):
+            return
+        with self.running(model), torch.no_grad():
+            outputs = model(*arguments)
+        if held_loss(outputs) is None:
+            logits_of(outputs)
+
+    def divides(self, batch: Batch) -> bool:
+        """Whether a batch may be cut into parts along the first dimension of its tensors.
+
+        Of a mapping for a `forward` of the user's own nothing is known (boxes are listed over all images), and a list
+        within a batch is one of samples.
+        """
+        if isinstance(batch, Mapping):
+            leaves = list(batch.values()) if self.forward is None else []
+        else:
+            leaves = [batch] if isinstance(batch, Tensor) else list(batch)
+        count = num_samples(batch)
+        sizes = [len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves]
+        return bool(sizes) and all(size == count for size in sizes)
+
+    def losses(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Loss of every sample, (N,); a mean over the batch stands for each of them.
+
+        Raises:
+            SettingError: There is no loss for such outputs and targets, or it is neither scalar nor per sample.
+        """
+        if self.loss is None:
+            found = losses_by_default(outputs, batch)
+        else:
+            try:
+                found = self.loss(outputs, batch)
+            except Exception as error:
+                error.add_note("`loss` is called with (outputs, batch)")
+                raise
+        count = num_samples(batch)
+        if not isinstance(found, Tensor):
+            raise SettingError(
+                "loss", type(found).__name__, "return a tensor: one loss per sample, or their mean"
+            )
+        if found.dim() == 0 or found.numel() == 1:
+            return found.reshape(1).expand(count)
+        if found.shape[0] != count:
+            raise SettingError(
+                "loss",
+                tuple(found.shape),
+                f"return one loss per sample, of which the batch has {count}, or their mean",
+            )
+        return found.flatten(1).mean(1) if found.dim() > 1 else found
+
+
+def on_targets(loss: SampleLoss) -> Loss:
+    """A loss of (logits, targets) as one of (outputs, batch)."""
+
+    def of_batch(outputs: Outputs, batch: Batch) -> Tensor:
+        return loss(logits_of(outputs), targets_of(batch))
+
+    return of_batch
+
+
+def _enter_training(model: nn.Module) -> None:
+    """Training mode with normalisation and dropout as in evaluation."""
+    model.train()
+    quieten(model.modules(), also=_NOISY)
+
+
+def _takes_targets(model: nn.Module) -> bool:
+    """Whether a network can be given targets, and may return another thing then."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(
+        parameter.name in TARGET_NAMES or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters
+    )
+
+
+def _takes_network(forward: Forward) -> bool:
+    """Whether a function wants the network beside the batch."""
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    wanted = [
+        parameter
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    return len(wanted) == 2
