@@ -38,7 +38,7 @@ from explainers.verbs.attribution_job import (
 )
 from explainers.verbs.ground_truth_checks import check_ground_truth
 from explainers.verbs.localize import as_json
-from image_classification.data.build import ReadConfig
+from image_classification.data.data_config import ReadConfig
 from image_classification.data.progress import progress_bar
 from image_classification.distributed import DistributedConfig, setup_distributed
 from image_classification.observe.environment import describe_environment

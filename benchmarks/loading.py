@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from image_classification.data.build import DataConfig, Placement, make_loader
+from image_classification.data.build import Placement, make_loader
+from image_classification.data.data_config import DataConfig
 from image_classification.data.dataset import IMAGENET_PRESET
 from image_classification.data.imagefile import is_image, read_header
 from image_classification.data.manifest import Manifest

@@ -39,7 +39,7 @@ from torch import nn
 from explainers.attribution.method import create_method
 from explainers.measures.evaluate import localize
 from explainers.verbs.attribution_job import ImageConfig, Network, image_loader
-from image_classification.data.build import DataConfig
+from image_classification.data.data_config import DataConfig
 from image_classification.data.layouts import open_dataset
 from image_classification.distributed import Distributed
 from image_classification.models import model_for_weights

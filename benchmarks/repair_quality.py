@@ -22,7 +22,8 @@ import torch
 from common.report import BenchmarkParser, print_table, write_json
 from torch import Tensor, nn
 
-from image_classification.data.build import DataConfig, build_loaders
+from image_classification.data.build import build_loaders
+from image_classification.data.data_config import DataConfig
 from image_classification.data.layouts import open_dataset
 from image_classification.data.loader import Loader
 from image_classification.models import input_of, model_for_weights

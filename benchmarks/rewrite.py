@@ -23,7 +23,8 @@ from common.measure import Clock, in_turns, ratios
 from common.report import BenchmarkParser, write_json
 from torch import Tensor, nn
 
-from image_classification.data.build import DataConfig, build_loaders
+from image_classification.data.build import build_loaders
+from image_classification.data.data_config import DataConfig
 from image_classification.data.layouts import open_dataset
 from image_classification.ema import Ema
 from image_classification.models import create_model, model_for_weights

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from explainers.aem.saved_selector import SelectorExplanation, load_selector
 from explainers.attribution.gradcam import class_activation, find_layer, resize
-from image_classification.data.build import DataConfig, Placement, evaluation_loader
+from image_classification.data.build import Placement, evaluation_loader
+from image_classification.data.data_config import DataConfig
 from image_classification.data.layouts import open_dataset
 from image_classification.data.loader import Batch
 from image_classification.models import main_and_auxiliary_logits, model_for_weights, read_safely

@@ -24,7 +24,8 @@ from image_classification.checkpoint_format import is_ours
 from image_classification.cli import save_yaml, to_plain
 from image_classification.config import ConfigError, check, is_told, out_of_memory, section, told
 from image_classification.data.backends import choose_backend
-from image_classification.data.build import DataConfig, Loaders, build_loaders
+from image_classification.data.build import Loaders, build_loaders
+from image_classification.data.data_config import DataConfig
 from image_classification.data.dataset import IMAGENET_NUM_TRAIN, IMAGENET_PRESET, SMALL_SIDE, Dataset
 from image_classification.data.layouts import open_dataset
 from image_classification.distributed import (

@@ -13,7 +13,7 @@ from support.commands import ROOT, status_of
 from explainers.__main__ import VERBS as EXPLAIN
 from image_classification.__main__ import VERBS as DATA
 from image_classification.cli import parse_config
-from image_classification.data.build import DataConfig
+from image_classification.data.data_config import DataConfig
 from image_classification.data.layouts import open_dataset
 from image_classification.data.split import split
 from image_classification.recipes import recipes

@@ -13,7 +13,7 @@ from explainers.aem.saved_selector import SelectorExplanation, load_black_box, l
 from explainers.differentiable.explanation import EXPLAIN_HELP, EXPLAINED, ExplainedClass
 from explainers.verbs.attribution_job import ImageConfig, open_split
 from image_classification.config import check, flag
-from image_classification.data.build import ReadConfig
+from image_classification.data.data_config import ReadConfig
 from image_classification.data.dataset import Dataset, Preset
 from image_classification.data.manifest import Manifest
 from image_classification.distributed import Distributed

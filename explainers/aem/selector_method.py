@@ -9,13 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from explainers.aem.saved_selector import SelectorExplanation, load_selector
-from explainers.attribution.method import (
-    Attribution,
-    check_request,
-    dtype_of,
-    frozen_copy,
-    register_method,
-)
+from explainers.attribution.method import Attribution, check_request, dtype_of, frozen_copy, register_method
 from image_classification.config import check_setting, flag
 from image_classification.models import identity_of
 

@@ -18,7 +18,7 @@ from explainers.differentiable.explanation import explained_classes
 from explainers.plots import to_image
 from explainers.verbs.attribution_job import ImageConfig, Split, check_writable, image_loader
 from image_classification.config import check, flag, section
-from image_classification.data.build import ReadConfig
+from image_classification.data.data_config import ReadConfig
 from image_classification.data.loader import Batch
 from image_classification.distributed import DistributedConfig, setup_distributed
 from image_classification.figure_writing import check_figure

@@ -8,13 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from explainers.attribution.method import (
-    Attribution,
-    check_request,
-    dtype_of,
-    frozen_copy,
-    register_method,
-)
+from explainers.attribution.method import Attribution, check_request, dtype_of, frozen_copy, register_method
 from image_classification.models import main_and_auxiliary_logits
 
 

@@ -12,13 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from explainers.attribution.method import (
-    Attribution,
-    check_request,
-    dtype_of,
-    frozen_copy,
-    register_method,
-)
+from explainers.attribution.method import Attribution, check_request, dtype_of, frozen_copy, register_method
 from explainers.casm.model import load_casm
 from image_classification.config import check_setting, flag
 from image_classification.models import exact_float32, main_and_auxiliary_logits

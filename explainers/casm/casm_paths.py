@@ -14,7 +14,7 @@ from explainers.casm.model import Casm, load_casm
 from explainers.measures.tables import Cell
 from explainers.verbs.attribution_job import Network, check_writable
 from image_classification.config import check, flag
-from image_classification.data.build import ReadConfig
+from image_classification.data.data_config import ReadConfig
 from image_classification.data.dataset import Dataset
 from image_classification.file_writing import write_text
 from image_classification.models import identity_of

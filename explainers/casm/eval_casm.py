@@ -40,7 +40,7 @@ from explainers.verbs.attribution_job import (
 )
 from image_classification.cli import to_plain
 from image_classification.config import check, flag, section
-from image_classification.data.build import ReadConfig
+from image_classification.data.data_config import ReadConfig
 from image_classification.data.dataset import Dataset, Preset
 from image_classification.data.loader import Batch
 from image_classification.data.progress import progress_bar

@@ -24,7 +24,7 @@ from image_classification.callbacks import TrainState
 from image_classification.checkpoint import CheckpointConfig
 from image_classification.cli import to_plain
 from image_classification.config import check, flag, section
-from image_classification.data.build import DataConfig
+from image_classification.data.data_config import DataConfig
 from image_classification.distributed import Distributed
 from image_classification.job import CommonConfig
 from image_classification.losses import LossConfig, build_loss

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from explainers.attribution.method import Method, Prepared
 from image_classification.config import ConfigError, check, flag, section
-from image_classification.data.build import Placement, ReadConfig, evaluation_loader
+from image_classification.data.build import Placement, evaluation_loader
+from image_classification.data.data_config import ReadConfig
 from image_classification.data.dataset import Dataset, Preset
 from image_classification.data.layouts import open_dataset
 from image_classification.data.layouts.annotations import read_imagenet_boxes

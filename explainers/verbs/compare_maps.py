@@ -40,7 +40,7 @@ from explainers.verbs.localize import localize_network
 from explainers.verbs.method_flags import MethodConfig, method_config
 from image_classification.cli import to_plain
 from image_classification.config import check, flag, section
-from image_classification.data.build import ReadConfig
+from image_classification.data.data_config import ReadConfig
 from image_classification.data.dataset import Dataset, Preset
 from image_classification.data.loader import Batch
 from image_classification.data.manifest import Manifest

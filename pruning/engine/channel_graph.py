@@ -19,15 +19,7 @@ from torch import Tensor
 from image_classification.config import SettingError, check_setting
 from pruning.engine.examples import Pass
 from pruning.engine.group_rows import group_row, groups_html
-from pruning.engine.groups import (
-    FROZEN,
-    AttributeAxis,
-    Axis,
-    Group,
-    Layer,
-    Member,
-    Place,
-)
+from pruning.engine.groups import FROZEN, AttributeAxis, Axis, Group, Layer, Member, Place
 from pruning.engine.kept_statistics import Statistics
 
 GroupKey = Group | str | int

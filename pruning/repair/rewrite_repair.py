@@ -18,14 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from image_classification.config import SettingError
 from image_classification.distributed import Distributed
 from pruning.engine.channel_graph import ChannelGraph
-from pruning.repair.repairing import (
-    Method,
-    RepairPlan,
-    RepairReport,
-    RepairSettings,
-    copied,
-    plan_repair,
-)
+from pruning.repair.repairing import Method, RepairPlan, RepairReport, RepairSettings, copied, plan_repair
 from pruning.task import Batch, Task, num_samples
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from explainers.attribution.record import UnsupportedOperatorError
@@ -19,7 +18,6 @@ from image_classification.config import check
 from image_classification.models import arch_info, identity_of, input_of
 from image_classification.observe.environment import describe_environment
 from image_classification.plain_data import Plain
-from pruning.costs.budget import DEFAULT_SHARE
 from pruning.report.lineage import Lineage, Stage, find_lineage
 from pruning.report.measure import EvaluationImages, accuracy_of, answers_of, explain, open_images
 from pruning.report.networks import (
@@ -31,6 +29,7 @@ from pruning.report.networks import (
     same_architecture,
     unpruned,
 )
+from pruning.report.rewrite_tables import budget_table, criteria_of, epochs_until, rewrite_rows
 from pruning.report.speed import compare_speed
 from pruning.report.trajectory import Trajectory, last_accuracy, trajectory_of
 from pruning.report.wording import counted
@@ -109,7 +108,7 @@ def collect(run: Path, settings: Settings) -> Content:
         "budget": budget_table(lineage),
         "widths": [],
         "trajectory": dataclasses.asdict(course),
-        "rewrites": _rewrites(lineage, course),
+        "rewrites": rewrite_rows(lineage, course),
         "criterion": criteria_of(lineage),
         "environment": describe_environment(settings.device),
         "config": final.config,
@@ -208,95 +207,6 @@ def _seconds(stage: Stage) -> float | None:
     return sum(seconds.values()) if seconds else None
 
 
-def budget_table(lineage: Lineage) -> list[Plain]:
-    """What the stages were to reach, and did.
-
-    Returns:
-        Rows of `metric`, and of the shares of the original cost that were `asked` for and `reached`, over all stages
-        that pruned.
-    """
-    records = [record for stage in lineage.stages for record in stage.rewrites]
-    pruning = [stage for stage in lineage.stages if stage.rewrites]
-    if not records:
-        return []
-    asked: dict[str, float] = {}
-    for stage in pruning:
-        if stage.config.get("prune_rate"):
-            continue  # its rates say which channels go; no cost was asked for
-        share = stage.config.get("one_shot_pruning")
-        words = stage.config.get("budget") or [f"macs={DEFAULT_SHARE if share is None else 1 - share}"]
-        for word in words:
-            metric, _, amount = str(word).partition("=")
-            asked[metric] = asked.get(metric, 1.0) * float(amount)
-    rows = []
-    for metric, wanted in asked.items():
-        reached = 1.0
-        for stage in pruning:
-            found = [record["costs"][metric] for record in stage.rewrites if metric in record["costs"]]
-            reached *= found[-1][1] / found[-1][2] if found else 1.0
-        rows.append({"metric": metric, "asked": wanted, "reached": reached})
-    return rows
-
-
-def criteria_of(lineage: Lineage) -> str | None:
-    """What chose the channels in the stages that removed some; None where none did."""
-    names = [
-        "learned gates"
-        if stage.config.get("pruning_method") == "learned"
-        else str(stage.config.get("pruning_criterion", "a criterion that the run does not name"))
-        for stage in lineage.stages
-        if stage.rewrites
-    ]
-    return ", then ".join(dict.fromkeys(names)) or None
-
-
-def _epochs_until(lineage: Lineage, stage: Stage | None) -> int | None:
-    """Epochs of training that a network has had when a stage ended, over all stages; None where one does not say."""
-    if stage is None:
-        return None
-    stages = lineage.stages[: lineage.stages.index(stage) + 1]
-    epochs = [each.progress.get("epoch") for each in stages]
-    return None if None in epochs or stages[0].start is not None else sum(each or 0 for each in epochs)
-
-
-def _rewrites(lineage: Lineage, course: Trajectory) -> list[Plain]:
-    """Records of all stages with the iteration on the common axis."""
-    rows: list[Plain] = []
-    for stage, (_, offset, _) in zip(lineage.stages, course.stages, strict=True):
-        for record in stage.rewrites:
-            kept = {key: record[key] for key in ("widths", "costs", "loss", "scores", "seconds")}
-            rows.append({"number": len(rows) + 1, "iteration": offset + max(record["iteration"], 0), **kept})
-    return rows
-
-
-def width_table(rewrites: Sequence[Plain]) -> tuple[list[str], np.ndarray]:
-    """Groups that lost channels, in order of first loss, and their shares (groups, rewrites) after each rewrite."""
-    groups = list(dict.fromkeys(name for record in rewrites for name in record["widths"]))
-    shares = np.ones((len(groups), len(rewrites)))
-    for row, group in enumerate(groups):
-        first: float | None = None
-        share = 1.0
-        for column, record in enumerate(rewrites):
-            if group in record["widths"]:
-                before, after = record["widths"][group]
-                first = before if first is None else first
-                share = after / first
-            shares[row, column] = share
-    return groups, shares
-
-
-def score_table(rewrites: Sequence[Plain], course: Trajectory) -> tuple[list[str], np.ndarray]:
-    """All scored groups and their median scores (groups, rewrites)."""
-    groups = list(course.scores)
-    column = {record["iteration"]: number for number, record in enumerate(rewrites)}
-    values = np.full((len(groups), len(rewrites)), np.nan)
-    for row, group in enumerate(groups):
-        for iteration, score in course.scores[group]:
-            if iteration in column:
-                values[row, column[int(iteration)]] = score
-    return groups, values
-
-
 def _images(final: Stage, settings: Settings, pruned: Network, missing: list[str]) -> EvaluationImages | None:
     if final.config.get("data_backend") in ("synthetic", "syntetic") and settings.data is None:
         missing.append("explanations: the run had synthetic data; --data DATA gives real images")
@@ -361,7 +271,7 @@ def _accuracy(
     rows = []
     for name, origin, path in wanted:
         logged = _logged(origin, path, lineage.last)
-        epochs = _epochs_until(lineage, origin)
+        epochs = epochs_until(lineage, origin)
         if logged is not None:
             rows.append({"when": name, "epochs": epochs, "source": "logged by the run", **logged})
         elif path is not None and images is not None and "accuracy" not in settings.skip:

@@ -20,7 +20,8 @@ from explainers.measures.evaluate import localize
 from explainers.measures.movement import rank_correlation, structural_similarity
 from explainers.plots import overlay, to_image
 from image_classification.data.backends import AUTO, choose_backend
-from image_classification.data.build import DataConfig, Placement, evaluation_loader
+from image_classification.data.build import Placement, evaluation_loader
+from image_classification.data.data_config import DataConfig
 from image_classification.data.dataset import Dataset, Preset
 from image_classification.data.layouts import open_dataset
 from image_classification.data.loader import Batch, PlannedLoader

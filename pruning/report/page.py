@@ -8,7 +8,8 @@ import yaml
 from image_classification.plain_data import Plain
 from pruning.costs import cost_named, cost_names
 from pruning.report import charts
-from pruning.report.content import Content, score_table, width_table
+from pruning.report.content import Content
+from pruning.report.rewrite_tables import score_table, width_table
 from pruning.report.verdict import headline_of, verdict
 from pruning.report.wording import NBSP, change, counted, date, duration, number, percent
 

@@ -20,14 +20,7 @@ from pruning.repair.local_repair import LocalRepair
 from pruning.repair.repairing import Method, RepairSettings
 from pruning.repair.rewrite_repair import settled
 from pruning.rewrites.subject import Kept, Scores, Subject
-from pruning.search import (
-    GreedySearch,
-    RateSearch,
-    Search,
-    SensitivitySearch,
-    Situation,
-    build_search,
-)
+from pruning.search import GreedySearch, RateSearch, Search, SensitivitySearch, Situation, build_search
 from pruning.search.budget_kept import check_met, check_scored
 from pruning.search.feasible import feasible
 from pruning.search.forecast import ForecastRow, forecast

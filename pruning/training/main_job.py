@@ -14,14 +14,15 @@ from image_classification.callbacks import Callback
 from image_classification.config import check, section
 from image_classification.distributed import Distributed
 from image_classification.verbs import configured
-from pruning.training import distill as distillations
-from pruning.training import unstructured as weights
-from pruning.training.distill import DistillConfig
+from pruning.training import distill_config, unstructured_config
+from pruning.training.distill_config import DistillConfig
+from pruning.training.distill_setup import build_distillation
 from pruning.training.learned.learned_pruning import LearnedPruning
 from pruning.training.pruning_config import PruningConfig
 from pruning.training.repair_flags import RepairConfig
 from pruning.training.scored import PruningCallback
-from pruning.training.unstructured import UnstructuredConfig, UnstructuredPruning
+from pruning.training.unstructured import UnstructuredPruning
+from pruning.training.unstructured_config import UnstructuredConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,9 +46,9 @@ def run(configs: MainConfig, distributed: Distributed) -> None:
         "--early-stopping-patience could end a training before its network is as small as asked: leave it out here, "
         "and give it to the fine-tuning",
     )
-    weights.check_combination(configs.unstructured, configs.train, pruning, repair)
-    distillations.check_combination(configs.distill, configs.train, configs.precision)
-    batches = pruning.wanted_batches() or weights.wanted_batches(configs.unstructured, repair)
+    unstructured_config.check_combination(configs.unstructured, configs.train, pruning, repair)
+    distill_config.check_combination(configs.distill, configs.train, configs.precision)
+    batches = pruning.wanted_batches() or unstructured_config.wanted_batches(configs.unstructured, repair)
     job = jobs.prepare(configs, distributed, batches, configs.distill.teacher)
     try:
         model = jobs.make_model(job)
@@ -65,7 +66,7 @@ def run(configs: MainConfig, distributed: Distributed) -> None:
             callbacks.append(
                 UnstructuredPruning(configs.unstructured, calibration, job.multi_label, repair.repair)
             )
-        distillation = distillations.build_distillation(job, model, configs.distill)
+        distillation = build_distillation(job, model, configs.distill)
         objective = None
         if distillation is not None:
             objective = distillation.objective

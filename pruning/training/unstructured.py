@@ -20,21 +20,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.prune import L1Unstructured
 
 from image_classification.callbacks import Callback, TrainLoop
-from image_classification.config import check, flag
+from image_classification.config import check
 from image_classification.data.loader import Loader
 from image_classification.schedules import Schedule
-from image_classification.train_config import TrainConfig
 from pruning.criteria.sample_losses import losses_of
 from pruning.repair.repairing import Method as RepairMethod
 from pruning.repair.repairing import plan_weight_repair
@@ -42,177 +38,8 @@ from pruning.repair.rewrite_repair import RewriteRepair, settled
 from pruning.rewrites.pruner_settings import PrunerSettings
 from pruning.task import Task, on_targets
 from pruning.training.channel_pruning import calibration_batches
-from pruning.training.pruning_config import PruningConfig
-from pruning.training.repair_flags import RepairConfig
-from pruning.training.unused_flags import refuse_unused
-
-Scope = Literal["global", "layer"]
-Layers = Literal["all", "convolutions"]
-_PRUNED: dict[Layers, tuple[type[nn.Module], ...]] = {
-    "all": (nn.modules.conv._ConvNd, nn.Linear),
-    "convolutions": (nn.modules.conv._ConvNd,),
-}
-
-
-@dataclasses.dataclass(kw_only=True)
-class UnstructuredConfig:
-    """Pruning of single weights"""
-
-    unstructured_pruning: float | None = flag(
-        None,
-        "--unstructured-pruning",
-        metavar="SHARE",
-        help="In every round zero this share of the weights that are left, the smallest ones, and hold them at zero.",
-    )
-    rounds: int = flag(
-        1,
-        "--rounds",
-        help="Rounds of --unstructured-pruning; each takes an equal part of --epochs afterwards.",
-    )
-    rewind: int | None = flag(
-        None,
-        "--rewind",
-        metavar="EPOCHS",
-        help="Before every further round put weights back to what they were after so many epochs of the first one "
-        "(0: as the run began); default: go on from the trained ones.",
-    )
-    unstructured_scope: Scope = flag(
-        "global",
-        "--unstructured-scope",
-        help="Compare weights over the whole network (global) or within each layer.",
-    )
-    unstructured_layers: Layers = flag(
-        "all",
-        "--unstructured-layers",
-        help="Layers that lose weights: convolutions and linear layers (all), or convolutions, as published for "
-        "attribution preservation.",
-    )
-
-    def __post_init__(self) -> None:
-        share = self.unstructured_pruning
-        if share is None:
-            names = [field.name for field in dataclasses.fields(self)]
-            refuse_unused(self, names, "--unstructured-pruning")
-            return
-        check(
-            0 < share < 1,
-            f"--unstructured-pruning {share}: give the share to remove in a round, between 0 and 1",
-        )
-        check(self.rounds >= 1, f"--rounds {self.rounds}: at least 1 is needed")
-        check(
-            self.rewind is None or self.rounds > 1,
-            "--rewind has no effect with a single round: raise --rounds, or leave it out",
-        )
-
-    @property
-    def active(self) -> bool:
-        """Whether weights are removed."""
-        return self.unstructured_pruning is not None
-
-
-def check_combination(
-    config: UnstructuredConfig, train: TrainConfig, pruning: PruningConfig, repair: RepairConfig
-) -> None:
-    """Refuse what pruning of single weights cannot be combined with.
-
-    Raises:
-        ConfigError: Naming the flags.
-    """
-    repair.check_used(pruning, unstructured=config.active)
-    if not config.active:
-        return
-    check(
-        config.rewind is None or not repair.wants_images,
-        f"--repair {repair.repair} would repair weights that --rewind puts back: leave one out",
-    )
-    check(
-        not pruning.active,
-        "--unstructured-pruning holds single weights at zero and cannot follow a rewrite of channels: leave it out, or "
-        "--iterative-pruning, --one-shot-pruning and --pruning-method learned",
-    )
-    check(not train.evaluate, "--unstructured-pruning has no effect with --evaluate: leave one out")
-    epochs = train.epochs
-    rounds = config.rounds
-    more = -(-epochs // rounds) * rounds
-    check(
-        epochs % rounds == 0,
-        f"--epochs {epochs} cannot be divided among --rounds {rounds}: --epochs {more} gives each {more // rounds}",
-    )
-    check(
-        config.rewind is None or 0 <= config.rewind <= epochs // rounds,
-        f"--rewind {config.rewind}: a round has {epochs // rounds} epochs",
-    )
-
-
-def wanted_batches(config: UnstructuredConfig, repair: RepairConfig) -> int:
-    """Calibration batches per process where `--calibration-size` leaves it open."""
-    return PrunerSettings.max_batches if config.active and repair.wants_images else 0
-
-
-def prunable_weights(model: nn.Module, layers: Layers = "all") -> dict[str, nn.Parameter]:
-    """The weights of convolutions (and linear layers) by name; one that several modules share comes once."""
-    weights = {id(module.weight) for module in model.modules() if isinstance(module, _PRUNED[layers])}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in weights}
-
-
-def num_removed_after(num_weights: int, share: float, rounds: int) -> int:
-    """Weights that are gone after so many rounds: 1 − (1 − share)^rounds of all, rounded."""
-    return round(num_weights * (1 - (1 - share) ** rounds))
-
-
-def next_masks(
-    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], share: float, rounds: int, scope: Scope
-) -> dict[str, Tensor]:
-    """The masks after a further round.
-
-    Args:
-        weights: Name → weight.
-        masks: Name → bool mask of its shape, what is left after `rounds − 1` rounds.
-        share: p.
-        rounds: k, from 1.
-        scope: `global` or `layer`.
-
-    Returns:
-        Name → bool mask. What was removed stays removed; the smallest of the rest go until 1 − (1 − p)^k of the
-        weights (of each layer's weights) are gone.
-    """
-    if scope == "layer":
-        found: dict[str, Tensor] = {}
-        for name in weights:
-            found |= _without_smallest({name: weights[name]}, {name: masks[name]}, share, rounds)
-        return found
-    return _without_smallest(weights, masks, share, rounds)
-
-
-def _without_smallest(
-    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], share: float, rounds: int
-) -> dict[str, Tensor]:
-    # All weights that are left in one vector, and how many of them go now.
-    total = sum(weight.numel() for weight in weights.values())
-    alive = torch.cat([weights[name].detach()[masks[name]].float() for name in weights])
-    count = num_removed_after(total, share, rounds) - (total - len(alive))
-    stays = torch.ones_like(alive)
-    if count > 0:
-        stays = L1Unstructured(amount=count).compute_mask(alive, default_mask=stays)
-
-    # The vector back into the masks, weight by weight.
-    found = {}
-    begin = 0
-    for name in weights:
-        mask = masks[name].clone()
-        end = begin + int(mask.sum())
-        mask[masks[name]] = stays[begin:end].bool()
-        found[name] = mask
-        begin = end
-    return found
-
-
-def mask_digests(masks: Mapping[str, Tensor]) -> dict[str, str]:
-    """A digest of every mask, by name: of which weights stay, not only of how many."""
-    return {
-        name: hashlib.sha256(np.packbits(mask.cpu().numpy()).tobytes()).hexdigest()
-        for name, mask in masks.items()
-    }
+from pruning.training.magnitude_masks import mask_digests, next_masks, prunable_weights
+from pruning.training.unstructured_config import UnstructuredConfig
 
 
 class RepeatedSchedule(Schedule):

@@ -19,13 +19,7 @@ from image_classification.file_writing import output_path, write_text
 from image_classification.plain_data import Plain
 from image_classification.verbs import declared
 from pruning.report.measure import accuracy_of
-from pruning.report.networks import (
-    cost_rows,
-    costs_of,
-    load_network,
-    same_architecture,
-    widths_beside,
-)
+from pruning.report.networks import cost_rows, costs_of, load_network, same_architecture, widths_beside
 from pruning.report.verdict import headline_of
 from pruning.report.wording import change, number
 from pruning.verbs.images import open_validation, size_of

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from image_classification.cli import positive
 from image_classification.config import check
-from image_classification.data.build import DataConfig, build_loaders
+from image_classification.data.build import build_loaders
+from image_classification.data.data_config import DataConfig
 from image_classification.data.layouts import open_dataset
 from image_classification.figure_writing import save_figure
 from image_classification.file_writing import output_path, write_text

@@ -21,7 +21,8 @@ from image_classification.data import build
 from image_classification.data.augment import make_policy
 from image_classification.data.backends import choose_backend, dali, register_backend, resident
 from image_classification.data.backends.synthetic import SyntheticLoader
-from image_classification.data.build import DataConfig, build_loaders
+from image_classification.data.build import build_loaders
+from image_classification.data.data_config import DataConfig
 from image_classification.data.dataset import Dataset, Preset
 from image_classification.data.device_stage import DeviceStage
 from image_classification.data.loader import Loader

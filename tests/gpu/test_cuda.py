@@ -14,7 +14,8 @@ from image_classification.callbacks import TrainState
 from image_classification.checkpoint import CheckpointConfig, Checkpointer
 from image_classification.data.backends import dali
 from image_classification.data.backends.synthetic import SyntheticLoader
-from image_classification.data.build import DataConfig, Placement, evaluation_loader, training_loader
+from image_classification.data.build import Placement, evaluation_loader, training_loader
+from image_classification.data.data_config import DataConfig
 from image_classification.data.dataset import IMAGENET_PRESET
 from image_classification.data.loader import PlannedLoader
 from image_classification.distributed import Distributed

@@ -28,14 +28,9 @@ from image_classification.models import create_model, read_safely
 from image_classification.objective import TaskObjective
 from image_classification.trainer import Trainer
 from pruning.files.saved_network import save_pruned
-from pruning.training.distill import (
-    Distillation,
-    DistillationObjective,
-    DistillConfig,
-    build_distillation,
-    distillation_loss,
-    network_digest,
-)
+from pruning.training.distill import Distillation, DistillationObjective, distillation_loss, network_digest
+from pruning.training.distill_config import DistillConfig
+from pruning.training.distill_setup import build_distillation
 from pruning.training.main_job import MainConfig
 from pruning.training.pruning_config import PruningConfig
 from pruning.training.scored import PruningCallback
@@ -286,7 +281,8 @@ from image_classification.models import create_model
 from explainers.differentiable.matching import AttributionMatcher
 from image_classification.losses import SingleLabelLoss
 from image_classification.objective import TaskObjective
-from pruning.training.distill import DistillConfig, Distillation, DistillationObjective
+from pruning.training.distill import Distillation, DistillationObjective
+from pruning.training.distill_config import DistillConfig
 from support.training import Recorder, build_trainer
 
 folder, name, accumulated = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])

@@ -16,15 +16,9 @@ from image_classification.config import ConfigError
 from image_classification.models import create_model, model_for_weights, read_safely
 from image_classification.schedules import Schedule, ScheduleConfig
 from image_classification.trainer import Trainer
-from pruning.training.unstructured import (
-    RepeatedSchedule,
-    UnstructuredConfig,
-    UnstructuredPruning,
-    mask_digests,
-    next_masks,
-    num_removed_after,
-    prunable_weights,
-)
+from pruning.training.magnitude_masks import mask_digests, next_masks, num_removed_after, prunable_weights
+from pruning.training.unstructured import RepeatedSchedule, UnstructuredPruning
+from pruning.training.unstructured_config import UnstructuredConfig
 
 
 def slow_masks(

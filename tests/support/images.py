@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from image_classification.data.build import DataConfig, make_loader
+from image_classification.data.build import make_loader
+from image_classification.data.data_config import DataConfig
 from image_classification.data.device_stage import DeviceStage
 from image_classification.data.imagefile import read_header
 from image_classification.data.loader import PlannedLoader

@@ -21,7 +21,7 @@ from pruning.repair.sums import Sums
 from pruning.rewrites.pruner_settings import PrunerSettings
 from pruning.training.pruning_config import PruningConfig
 from pruning.training.repair_flags import RepairConfig
-from pruning.training.unstructured import UnstructuredConfig, check_combination
+from pruning.training.unstructured_config import UnstructuredConfig, check_combination
 
 GENERATOR = torch.Generator().manual_seed(3)
 IMAGES = torch.randn(64, 3, 8, 8, generator=GENERATOR)

@@ -22,10 +22,10 @@ from image_classification.models import read_safely
 from image_classification.observe.json_report import read_report
 from pruning.__main__ import main
 from pruning.report import charts, content, speed, wording
-from pruning.report.content import score_table, width_table
 from pruning.report.lineage import Lineage, Stage, find_lineage, rewrites_of
 from pruning.report.networks import Network
 from pruning.report.page import render
+from pruning.report.rewrite_tables import score_table, width_table
 from pruning.report.speed import compare_speed
 from pruning.report.trajectory import Trajectory, last_accuracy, trajectory_of
 from pruning.report.verdict import verdict

@@ -1,0 +1,84 @@
+"""Which single weights are left after each round: the smallest in magnitude go."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import L1Unstructured
+
+from pruning.training.unstructured_config import Layers, Scope
+
+_PRUNED: dict[Layers, tuple[type[nn.Module], ...]] = {
+    "all": (nn.modules.conv._ConvNd, nn.Linear),
+    "convolutions": (nn.modules.conv._ConvNd,),
+}
+
+
+def prunable_weights(model: nn.Module, layers: Layers = "all") -> dict[str, nn.Parameter]:
+    """The weights of convolutions (and linear layers) by name; one that several modules share comes once."""
+    weights = {id(module.weight) for module in model.modules() if isinstance(module, _PRUNED[layers])}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in weights}
+
+
+def num_removed_after(num_weights: int, share: float, rounds: int) -> int:
+    """Weights that are gone after so many rounds: 1 − (1 − share)^rounds of all, rounded."""
+    return round(num_weights * (1 - (1 - share) ** rounds))
+
+
+def next_masks(
+    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], share: float, rounds: int, scope: Scope
+) -> dict[str, Tensor]:
+    """The masks after a further round.
+
+    Args:
+        weights: Name → weight.
+        masks: Name → bool mask of its shape, what is left after `rounds − 1` rounds.
+        share: p.
+        rounds: k, from 1.
+        scope: `global` or `layer`.
+
+    Returns:
+        Name → bool mask. What was removed stays removed; the smallest of the rest go until 1 − (1 − p)^k of the
+        weights (of each layer's weights) are gone.
+    """
+    if scope == "layer":
+        found: dict[str, Tensor] = {}
+        for name in weights:
+            found |= _without_smallest({name: weights[name]}, {name: masks[name]}, share, rounds)
+        return found
+    return _without_smallest(weights, masks, share, rounds)
+
+
+def _without_smallest(
+    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], share: float, rounds: int
+) -> dict[str, Tensor]:
+    # All weights that are left in one vector, and how many of them go now.
+    total = sum(weight.numel() for weight in weights.values())
+    alive = torch.cat([weights[name].detach()[masks[name]].float() for name in weights])
+    count = num_removed_after(total, share, rounds) - (total - len(alive))
+    stays = torch.ones_like(alive)
+    if count > 0:
+        stays = L1Unstructured(amount=count).compute_mask(alive, default_mask=stays)
+
+    # The vector back into the masks, weight by weight.
+    found = {}
+    begin = 0
+    for name in weights:
+        mask = masks[name].clone()
+        end = begin + int(mask.sum())
+        mask[masks[name]] = stays[begin:end].bool()
+        found[name] = mask
+        begin = end
+    return found
+
+
+def mask_digests(masks: Mapping[str, Tensor]) -> dict[str, str]:
+    """A digest of every mask, by name: of which weights stay, not only of how many."""
+    return {
+        name: hashlib.sha256(np.packbits(mask.cpu().numpy()).tobytes()).hexdigest()
+        for name, mask in masks.items()
+    }
