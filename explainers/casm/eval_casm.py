@@ -38,14 +38,15 @@ from explainers.verbs.attribution_job import (
     load_networks,
     open_split,
 )
-from image_classification.cli import to_plain
 from image_classification.config import check, flag, section
 from image_classification.data.build import ReadConfig
 from image_classification.data.dataset import Dataset, Preset
 from image_classification.data.loader import Batch
 from image_classification.data.progress import progress_bar
-from image_classification.distributed import Distributed, setup_distributed
+from image_classification.distributed import Distributed
+from image_classification.joining import setup_distributed
 from image_classification.metrics import topk_correct
+from image_classification.resolved_config import to_plain
 from image_classification.verbs import configured
 
 FIGURES = ("top1", "top5", "loss", "entropy")

@@ -36,11 +36,12 @@ from explainers.measures.perturbation import saliency_metric
 from explainers.measures.tables import Cell, print_table
 from explainers.verbs.attribution_job import ImagesJob, image_loader, input_preset, open_split
 from explainers.verbs.ground_truth_checks import check_ground_truth
-from image_classification.cli import to_plain
 from image_classification.config import ConfigError, check, flag, section
 from image_classification.data.loader import Batch, PlannedLoader
 from image_classification.data.progress import progress_bar
-from image_classification.distributed import Distributed, setup_distributed
+from image_classification.distributed import Distributed
+from image_classification.joining import setup_distributed
+from image_classification.resolved_config import to_plain
 from image_classification.verbs import configured
 
 #: Side of the published images and the margin of `centre` on them, in pixels.

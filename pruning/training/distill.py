@@ -29,7 +29,8 @@ from explainers.differentiable.matching import AttributionMatcher, Match, Teache
 from image_classification.callbacks import Callback, TrainLoop
 from image_classification.config import ConfigError, check, check_file, flag, told
 from image_classification.data.loader import Batch
-from image_classification.job import CommonConfig, Job
+from image_classification.job import Job
+from image_classification.job_config import CommonConfig
 from image_classification.losses import build_loss
 from image_classification.models import (
     class_names_of,
