@@ -24,7 +24,7 @@ from image_classification.file_writing import output_path
 from image_classification.observe.log_of_commands import log_names_flags
 
 if TYPE_CHECKING:
-    from image_classification.cli import Parser
+    from image_classification.command_parser import Parser
 
 P = TypeVar("P")
 
@@ -78,7 +78,8 @@ def declared(
 ) -> Verb[argparse.Namespace]:
     """A verb that declares its arguments on an argparse parser."""
 
-    from image_classification.cli import Parser, add_plugin_flag
+    from image_classification.command_parser import Parser
+    from image_classification.plugins import add_plugin_flag
 
     def parser(prog: str | None = None, description: str | None = None) -> Parser:
         made = Parser(prog, description)
@@ -97,7 +98,7 @@ def declared(
 
 def _check_outputs(parser: Parser, arguments: argparse.Namespace) -> None:
     """Refuse an output that is one of the other files of the command line."""
-    from image_classification.cli import shown_name
+    from image_classification.command_parser import shown_name
 
     named: dict[Path, str] = {}
     for action in sorted(parser._actions, key=lambda action: action.type is output_path):
@@ -135,8 +136,8 @@ def run_verb(verbs: Verbs, argv: Sequence[str] | None, *, prog: str, description
     prog = f"{prog} {name}"
     verb: AnyVerb | None = None
     try:
-        from image_classification.cli import import_plugins
         from image_classification.flag_lists import answer
+        from image_classification.plugins import import_plugins
 
         answer(module, words[1:], prog, description)
         import_plugins(words[1:])  # first: a plugin may bring methods with flags for the verb
@@ -169,7 +170,8 @@ def usage(verbs: Verbs, prog: str, description: str) -> str:
 def _told_as(error: Exception, verb: AnyVerb | None) -> tuple[int, str]:
     """Exit status and message of an error that a user can fix; any other is raised again."""
     if isinstance(error, RuntimeError):
-        from image_classification.distributed import EXIT_PEER, peer_loss
+        from image_classification.exit_codes import EXIT_PEER
+        from image_classification.peers import peer_loss
 
         lost = peer_loss(error)
         if lost is not None:
@@ -185,6 +187,6 @@ def _flags_of(verb: AnyVerb | None) -> dict[str, str]:
     """Argument → flag of a verb."""
     if verb is None or verb.parser is None:
         return {}
-    from image_classification.cli import shown_name  # needs packages that may be what is missing
+    from image_classification.command_parser import shown_name  # needs packages that may be what is missing
 
     return {action.dest: shown_name(action) for action in verb.parser()._actions}

@@ -651,7 +651,8 @@ def prune(
         budget: Metric → share that may remain, or a share of the MACs.
         criterion: What makes a channel important; those that look at data need `calibration`. By default magnitude
             without calibration batches; with them, what fits their targets (see `Pruner`).
-        calibration: Yields batches: (images, targets), or what `forward` and `loss` take; `settings.max_batches` are read.
+        calibration: Yields batches: (images, targets), or what `forward` and `loss` take. Up to `settings.max_batches`
+            are read.
         search: One of `search_names()`, or an object; by default sensitivity, which judges by `calibration`, or global
             without it or where no loss is known.
         repair: How the cut is repaired; see `Pruner`.

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 import multiproc
-from image_classification.distributed import EXIT_SAVED
+from image_classification.exit_codes import EXIT_SAVED
 
 ROOT = Path(__file__).resolve().parent.parent
 INSTRUCTIONS = {"ARG", "FROM", "WORKDIR", "COPY", "RUN", "ENV", "STOPSIGNAL", "CMD"}

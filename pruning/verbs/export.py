@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.config import check
 from image_classification.file_writing import output_path
 from image_classification.models import model_for_weights

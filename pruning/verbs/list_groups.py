@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.file_writing import output_path, write_text
 from image_classification.plain_data import Plain
 from image_classification.verbs import declared

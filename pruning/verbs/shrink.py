@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.config import check
 from image_classification.file_writing import copy_file, output_path, write_text
 from image_classification.models import (

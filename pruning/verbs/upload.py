@@ -7,7 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.config import ConfigError, check
 from image_classification.file_writing import output_path
 from image_classification.models import model_for_weights

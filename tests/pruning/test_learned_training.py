@@ -475,7 +475,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
-from image_classification.distributed import DistributedConfig, setup_distributed
+from image_classification.joining import DistributedConfig, setup_distributed
 from image_classification.models import create_model
 from pruning.training.pruning_config import PruningConfig
 from pruning.training.learned.learned_pruning import LearnedPruning

@@ -14,8 +14,9 @@ import yaml
 
 from benchmarks import fuzz
 from benchmarks.fuzz import GOOD_RECIPE, LINES, READ_ALONE, RECIPES, WORDS, mutated
-from image_classification.cli import options_of, parse_config
+from image_classification.cli import parse_config
 from image_classification.config import ConfigError
+from image_classification.options import options_of
 from image_classification.verbs import declared
 from image_classification.yaml_reading import parse_yaml
 from main import MainConfig

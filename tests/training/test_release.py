@@ -17,7 +17,7 @@ import functools, gc, json, sys, weakref
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from image_classification.distributed import DistributedConfig, setup_distributed
+from image_classification.joining import DistributedConfig, setup_distributed
 from image_classification.precision import Precision, PrecisionConfig
 from pruning.training.scored import PruningCallback
 from pruning.training.pruning_config import PruningConfig
