@@ -35,7 +35,7 @@ from pruning.criteria import Criterion
 from pruning.criteria.by_name import make_criterion
 from pruning.criteria.explained import Autocast, Explained
 from pruning.criteria.scoring import looks_at_weights_only, needs_loss, score_groups
-from pruning.engine.channel_graph import Constraints
+from pruning.engine.constraints import Constraints
 from pruning.engine.groups import Group
 from pruning.engine.surgery import prune_channels
 from pruning.engine.tap_channels import staying_channels

@@ -17,7 +17,7 @@ from pruning.engine.operators.register import (
     operator,
     wrap,
 )
-from pruning.engine.tracing import Operation
+from pruning.engine.traces import Operation
 
 
 @operator("select select_copy")
