@@ -38,7 +38,7 @@ from pruning.engine.gates import Gates
 from pruning.engine.proof.rehearsal import condition
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
-from pruning.engine.tracing import undisturbed
+from pruning.engine.undisturbed import undisturbed
 
 COLUMNS = ("cpu_seconds", "memory", "prunable_percent", "macs_left", "difference", "loads", "onnx")
 

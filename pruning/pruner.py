@@ -35,7 +35,7 @@ from pruning.costs.budget import DEFAULT_DELTA, DEFAULT_SHARE, Budget, BudgetCou
 from pruning.costs.cost_model import CostModel
 from pruning.criteria import Criterion
 from pruning.criteria.by_name import make_criterion
-from pruning.engine.channel_graph import Constraints
+from pruning.engine.constraints import Constraints
 from pruning.engine.groups import Group
 from pruning.files.saved_network import save_pruned
 from pruning.files.skeleton import skeleton_of

@@ -68,3 +68,8 @@ def set_mode(model: nn.Module, training: bool) -> None:
         return
     for _, module in modules:
         vars(module)["training"] = training
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module does its work itself; parametrizations of its tensors don't count as parts."""
+    return all(name == "parametrizations" for name, _ in module.named_children())

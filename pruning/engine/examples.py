@@ -80,12 +80,12 @@ class Pass:
 
     Attributes:
         example: What it is given.
-        training: Whether it takes the training paths (see `tracing.set_trace_mode`).
+        training: Whether it takes the training paths (see `undisturbed.set_trace_mode`).
         trace: Number of the recorded pass that it is, or that it repeats operator by operator.
         steps: (module, function) of everything that the network's code asked of PyTorch.
         called: Names of the modules that it called.
         written: Names of the parameters that it writes into.
-        divisors: Names of the vectors that cannot be zero (see `tracing.Trace.divisors`).
+        divisors: Names of the vectors that cannot be zero (see `traces.Trace.divisors`).
         unsteady: It draws random numbers or computes in half precision (see `steady.py`).
         own_gradients: The network has a say in its gradients (see `own_gradients.py`).
     """

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from image_classification.distributed import Distributed
 from pruning.engine.channel_graph import ChannelGraph
-from pruning.engine.tracing import named_tensors
+from pruning.engine.named_tensors import named_tensors
 from pruning.repair.elimination import DEFAULT_RIDGE, loaded_inverses
 from pruning.repair.survey import Reader, survey
 from pruning.repair.unit_inputs import UnitInputs, reading_units, unit_inputs

@@ -14,7 +14,7 @@ from image_classification.models import arch_info, identity_of, input_of, model_
 from image_classification.network_input import NetworkInput
 from pruning.criteria import criterion_names
 from pruning.criteria.by_name import make_criterion
-from pruning.engine.channel_graph import DEFAULT_MIN_WIDTH, Constraints
+from pruning.engine.constraints import DEFAULT_MIN_WIDTH, Constraints
 from pruning.repair.repairing import REPAIR_METHODS, RepairSettings
 from pruning.search.sensitivity import SensitivitySearch
 from pruning.verbs.compressing import CompressSettings
