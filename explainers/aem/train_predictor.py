@@ -35,13 +35,13 @@ from image_classification.verbs import configured
 
 
 def start(configs: PredictorJobConfig) -> int:
-    """Run the verb; see the module's text."""
+    """Run the verb; see the module docstring."""
     check_configs(configs, "train-predictor")
     return run_job(configs, run)
 
 
 def run(configs: PredictorJobConfig, distributed: Distributed) -> None:
-    """One process's share."""
+    """Run one process's share of the training."""
     config = configs.explainer
     job = jobs.prepare(configs, distributed, HELD_OUT_BATCHES)
     try:
@@ -53,7 +53,7 @@ def run(configs: PredictorJobConfig, distributed: Distributed) -> None:
             black_box, config.selector_type, masks.geometry, job.loaders.train.num_classes
         )
         plain = {**record.to_plain(), "figures": {}}
-        # Before a network is built from what may be another kind of checkpoint.
+        # Checked before a network is built from what may be another kind of checkpoint.
         check_record(job, PREDICTOR_RECORD, plain)
         fresh = config.predictor_init == "fresh"
         predictor = jobs.make_model(job) if job.resumed else new_predictor(black_box, fresh=fresh)
@@ -93,7 +93,7 @@ def _measure(
     predictor: nn.Module,
     loader: Loader,
 ) -> dict[str, float]:
-    """Figures of a predictor on random masks, the same ones every time."""
+    """Measure a predictor on random masks, the same ones every time."""
     fixed = FixedRandomMasks(masks, black_box, job.distributed.rank)
     return judge_masks(
         fixed,

@@ -40,13 +40,13 @@ from image_classification.verbs import configured
 
 
 def start(configs: SelectorJobConfig) -> int:
-    """Run the verb; see the module's text."""
+    """Run the verb; see the module docstring."""
     check_configs(configs, "train-selector")
     return run_job(configs, run)
 
 
 def run(configs: SelectorJobConfig, distributed: Distributed) -> None:
-    """One process's share."""
+    """Run one process's share of the training."""
     config = configs.explainer
     predictor, judged = load_predictor(str(config.predictor), device=distributed.device)
     job = jobs.prepare(configs, distributed, HELD_OUT_BATCHES)
@@ -87,7 +87,7 @@ def run(configs: SelectorJobConfig, distributed: Distributed) -> None:
 def _new_selector(
     job: jobs.Job[SelectorJobConfig], black_box: nn.Module, judged: PredictorRecord
 ) -> Selector:
-    """A fresh selector for the masks that the predictor was trained on.
+    """Build a fresh selector for the kind of masks that the predictor was trained on.
 
     Raises:
         SettingError: The predictor belongs to another black box, or the network has too few scales.
@@ -134,7 +134,7 @@ def _measure(
     selector: nn.Module,
     loader: Loader,
 ) -> dict[str, float]:
-    """Figures of the masks themselves, without noise."""
+    """Measure the masks as probabilities, without noise."""
     assert isinstance(selector, Selector)
     return judge_masks(
         SelectorMasks(selector, black_box, explained),
@@ -148,7 +148,7 @@ def _measure(
 
 
 def _masks(black_box: nn.Module, selector: nn.Module, images: Tensor) -> Tensor:
-    """Masks (N, 1, S, S) of images."""
+    """Return the masks (N, 1, S, S) of images."""
     assert isinstance(selector, Selector)
     return SelectorMasks(selector, black_box)(images)[1]
 

@@ -1,4 +1,4 @@
-"""`python -m explainers eval-casm`: what classifiers say to images with the mask's part kept, removed, inpainted.
+"""`python -m explainers eval-casm`: classifier accuracy on images with the masked part kept, removed or inpainted.
 
     python -m explainers eval-casm DATA --casms-path CASMS [--resnets-path DIR] [--log-path LOGS --save-to-file]
 
@@ -93,7 +93,7 @@ class ClassifierConfig:
 
     @property
     def files(self) -> list[str]:
-        """Checkpoints in the folder."""
+        """List the checkpoints in the folder."""
         if self.resnets_path is None:
             return []
         paths = sorted(path for path in self.resnets_path.iterdir() if path.is_file())
@@ -113,7 +113,7 @@ class EvalCasmConfig(ImagesJob):
 
 
 def run(configs: EvalCasmConfig) -> int:
-    """Run the verb; see the module's text."""
+    """Run the verb; see the module docstring."""
     with setup_distributed(configs.distributed) as distributed:
         distributed.check_on_main(configs.files.check_outputs)
         rows = evaluate(configs, distributed)
@@ -125,10 +125,10 @@ def run(configs: EvalCasmConfig) -> int:
 
 
 def evaluate(configs: EvalCasmConfig, distributed: Distributed) -> list[dict[str, Cell]]:
-    """A row for each mask (of a CASM or a baseline), kind of image and classifier. Collective.
+    """Return a row for each mask (of a CASM or a baseline), kind of image and classifier. Collective.
 
     Raises:
-        ConfigError, FileNotFoundError, WeightsError: Before the first image is read.
+        ConfigError, FileNotFoundError, WeightsError: Input is unusable; raised before the first image is read.
     """
     data = configs.data
     import_opencv()
@@ -159,7 +159,7 @@ def evaluate(configs: EvalCasmConfig, distributed: Distributed) -> list[dict[str
 def _others(
     config: ClassifierConfig, data: ReadConfig, dataset: Dataset, device: torch.device
 ) -> list[Network]:
-    """The classifiers of `--resnets-path`, each under its file's name, and those of `--classifier`."""
+    """Load the classifiers of `--resnets-path`, each under its file's name, and those of `--classifier`."""
     networks: list[Network] = []
     if config.files:
         files = NetworkConfig(checkpoint=config.files, arch=config.arch)
@@ -176,8 +176,8 @@ class _Table:
     Images are inpainted by the host while the device judges the others, and the next batch's.
 
     Args:
-        casms: Their masks.
-        classifiers: Who judges.
+        casms: The CASMs that provide the masks.
+        classifiers: The classifiers to evaluate.
         preset: Normalisation and size of the images.
         device: Where to add up.
         inpainter: Of that normalisation.
@@ -205,7 +205,7 @@ class _Table:
 
     @torch.inference_mode()
     def add(self, batch: Batch) -> None:
-        """Count a batch."""
+        """Add a batch to the sums."""
         masks = {casm.name: binarised(casm.casm(batch.images)[1]) for casm in self.casms}
         size = batch.images.shape[-1]
         for name in BASELINES:
@@ -253,7 +253,7 @@ class _Table:
 
 
 def _figures(logits: Tensor, targets: Tensor) -> Tensor:
-    """(5,) float64: sums of top-1, top-5, cross-entropy and entropy (nats), and the number of images."""
+    """Return sums of top-1, top-5, cross-entropy and entropy (nats), and the number of images: (5,) float64."""
     logits = logits.float()
     loss = F.cross_entropy(logits, targets, reduction="sum")
     figures = [

@@ -1,4 +1,4 @@
-"""Fills the masked part of images from what surrounds it: fast marching (Telea 2004), by OpenCV. For judging CASM."""
+"""Inpainting of the masked part of images by fast marching (Telea 2004, through OpenCV), for evaluating CASM."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from torch import Tensor
 
 from image_classification.extras import optional_import
 
-#: Of the neighbourhood that a pixel is filled from, in pixels.
+#: Radius in pixels of the neighbourhood that a pixel is filled from.
 RADIUS = 3
 
 
 def inpaint(images: Tensor, masks: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Inpaint a batch.
 
-    Pixels outside the mask stay exactly as they are. Where the mask covers a whole image there is nothing to fill
-    from: it becomes the mean colour, 0.
+    Pixels outside the mask are unchanged. If the mask covers a whole image there is nothing to fill from, and the image
+    becomes the mean colour, 0.
 
     Args:
         images: (N, 3, H, W) float, normalised.
         masks: (N, 1, H, W) bool, the part to fill.
-        mean, std: Of the normalisation, of values in 0 … 1.
+        mean, std: Normalisation constants, for values in 0 … 1.
 
     Returns:
         (N, 3, H, W), type and device of `images`.
 
     Raises:
-        ValueError: OpenCV is not installed, or shapes do not belong together.
+        ValueError: OpenCV is not installed, or the shapes do not match.
     """
     with Inpainter(mean, std) as inpainter:
         return inpainter.begin(images, masks).result()
@@ -112,7 +112,7 @@ class Inpainted:
 
 
 def import_opencv() -> ModuleType:
-    """OpenCV.
+    """Import OpenCV.
 
     Raises:
         MissingPackageError: It is not installed.

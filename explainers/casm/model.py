@@ -1,8 +1,8 @@
 """A classifier with CASM's decoder on its features, and the file that holds both.
 
-The file is a LucidPrune checkpoint (so its classifier loads wherever a checkpoint does) with one more entry:
+The file is a LucidPrune checkpoint (so its classifier loads wherever a checkpoint does) with one additional entry:
 
-    casm    taps, channels, width, image_size, kept (channels that a pruned classifier still has), decoder (state dict)
+    casm    taps, channels, width, image_size, kept (remaining channels of a pruned classifier), decoder (state dict)
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Casm(nn.Module):
 
     Args:
         classifier: Any classifier.
-        decoder: Made for the channels of `taps`.
+        decoder: Decoder for the channels of `taps`.
         taps: Modules of the classifier that the decoder reads, the base first.
-        image_size: Side of the images it was made for, in pixels.
+        image_size: Side of the images it was trained for, in pixels.
         kept: See `FeatureTaps`.
-        upsample: How masks are brought to the images' size.
+        upsample: Mode for enlarging masks to the images' size.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Casm(nn.Module):
     def for_classifier(
         cls, classifier: nn.Module, image_size: int, width: int, upsample: Upsample = UPSAMPLE
     ) -> Casm:
-        """A fresh decoder for a classifier; device and memory format are left to the caller.
+        """Build a fresh decoder for a classifier; the caller sets device and memory format.
 
         Raises:
-            ValueError: The classifier's feature maps cannot serve.
+            ValueError: The classifier's feature maps are unsuitable.
         """
         device = next(classifier.parameters()).device
         found: Taps = find_casm_taps(classifier, torch.zeros(1, 3, image_size, image_size, device=device))
@@ -76,18 +76,18 @@ class Casm(nn.Module):
 
     @property
     def widths(self) -> dict[str, int]:
-        """Channels that the decoder expects at each tap."""
+        """Number of channels that the decoder expects at each tap."""
         return dict(zip(self.taps, self.decoder.channels, strict=True))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (N, L) and masks (N, 1, H, W) in (0, 1), float32, of images (N, 3, H, W)."""
+        """Return logits (N, L) and masks (N, 1, H, W) in (0, 1), float32, of images (N, 3, H, W)."""
         with FeatureTaps(self.classifier, self.taps, self.kept, self.widths) as taps:
             logits, _ = main_and_auxiliary_logits(self.classifier(images))
             features = taps.features
         return logits, enlarged(self.decoder(features), images.shape[2:], self.upsample)
 
     def entry(self) -> dict[str, object]:
-        """The `casm` entry of a checkpoint: plain data and tensors."""
+        """Return the `casm` entry of a checkpoint: plain data and tensors."""
         return {
             "taps": list(self.taps),
             "channels": list(self.decoder.channels),
@@ -100,10 +100,10 @@ class Casm(nn.Module):
 
 
 def save_casm(path: str | Path, casm: Casm) -> None:
-    """Write a CASM for use; a training run's checkpoint holds more, to go on from.
+    """Write a CASM for inference; a training run's checkpoint also holds the state needed to resume.
 
     Raises:
-        ModelError: The classifier was not built by `create_model`, so that no file can describe it.
+        ModelError: The classifier was not built by `create_model`, so a file cannot describe it.
         OSError: The file cannot be written.
     """
     structure = capture_structure(casm.classifier).to_plain()
@@ -118,11 +118,11 @@ def save_casm(path: str | Path, casm: Casm) -> None:
 
 
 def load_casm(path: str | Path, *, device: torch.device | str | None = None) -> Casm:
-    """Read a CASM, from `save_casm` or from a training run's checkpoint; in evaluation mode, without gradients.
+    """Read a CASM from a file of `save_casm` or a training checkpoint; in evaluation mode, without gradients.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        WeightsError: It holds no CASM, or contradicts itself.
+        FileNotFoundError: The file does not exist.
+        WeightsError: The file holds no CASM or is inconsistent.
     """
     path = Path(path)
     payload = read_safely(path)
@@ -138,7 +138,7 @@ def load_casm(path: str | Path, *, device: torch.device | str | None = None) -> 
 
 
 def casm_from_entry(classifier: nn.Module, entry: PlainMapping, path: Path) -> Casm:
-    """The CASM that a checkpoint's entry describes, on a classifier that is already there.
+    """Build the CASM that a checkpoint's entry describes on top of a loaded classifier.
 
     Raises:
         WeightsError: The entry is incomplete, or belongs to another classifier.

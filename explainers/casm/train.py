@@ -2,7 +2,8 @@
 
     python -m explainers train-casm DATA --casms-path CASMS --reproduce L100 --pretrained-weights resnet50.pth
 
-writes CASMS/L100/: checkpoint.pth.tar (to use, and to `--resume auto` from), config.yaml, a report, TensorBoard files.
+writes CASMS/L100/: checkpoint.pth.tar (for inference and for `--resume auto`), config.yaml, a report, TensorBoard
+files.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from image_classification.train_config import Figures, TrainConfig
 from image_classification.training_callbacks import FirstBatch, ResourceMonitor
 from image_classification.verbs import configured
 
-# Sections of the common job, without the flags that have no meaning for CASM.
+# Sections of the common job, without the flags that do not apply to CASM.
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -117,15 +118,15 @@ class CasmJobConfig(CommonConfig):
 
 
 def start(configs: CasmJobConfig) -> int:
-    """Run the verb; see the module's text."""
+    """Run the verb; see the module docstring."""
     return run_job(completed(configs), run)
 
 
 def completed(configs: CasmJobConfig) -> CasmJobConfig:
-    """The configuration with the mapping's name and the folder of the log filled in, and checked as a whole.
+    """Fill in the mapping's name and the log folder, and check the configuration as a whole.
 
     Raises:
-        ConfigError: Flags that contradict each other.
+        ConfigError: Flags contradict each other.
     """
     casm, files, log = configs.casm, configs.checkpoint, configs.log
     check(
@@ -145,7 +146,7 @@ def completed(configs: CasmJobConfig) -> CasmJobConfig:
 
 
 def _check_classifier(configs: CasmJobConfig, *, resuming: bool) -> None:
-    """Make sure that a classifier that is not trained has trained weights."""
+    """Check that a classifier that will not be trained has trained weights."""
     casm = configs.casm
     check(
         not casm.thinning.fixed or configs.model.pretrained_weights is not None or resuming,
@@ -154,7 +155,7 @@ def _check_classifier(configs: CasmJobConfig, *, resuming: bool) -> None:
 
 
 def run(configs: CasmJobConfig, distributed: Distributed) -> None:
-    """One process's share of the job."""
+    """Run one process's share of the job."""
     distributed.check_on_main(lambda: check_writable(configs.checkpoint.workspace, "--casms-path"))
     job = jobs.prepare(configs, distributed)
     try:
@@ -172,7 +173,7 @@ def run(configs: CasmJobConfig, distributed: Distributed) -> None:
 
 
 def make_casm_trainer(job: jobs.Job[CasmJobConfig], classifier: nn.Module) -> CasmTrainer:
-    """The trainer of a classifier and a fresh decoder, continued from the resumed checkpoint if there is one."""
+    """Build the trainer of a classifier and a fresh decoder, restored from the resumed checkpoint if there is one."""
     configs = job.configs
     train = job.configs.train
     settings = configs.casm
@@ -219,7 +220,7 @@ def make_casm_trainer(job: jobs.Job[CasmJobConfig], classifier: nn.Module) -> Ca
 
 
 def _schedule(lr: float, settings: CasmConfig, steps: int, epochs: int) -> Schedule:
-    """A tenth every `--lrde` epochs."""
+    """Return a schedule that divides the learning rate by ten every `--lrde` epochs."""
     drops = [float(epoch) for epoch in range(settings.lrde, epochs, settings.lrde)]
     return Schedule(ScheduleConfig(lr=lr, lr_schedule="step", lr_step_epochs=drops), steps, epochs)
 

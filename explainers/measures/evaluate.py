@@ -1,8 +1,8 @@
-"""Localisation figures of many methods on a network: the loop over a split, counted as published.
+"""Localisation figures of attribution methods on a network: the loop over a split, counted as published.
 
-A pair is (image, class with a pixel in its mask). Figures are means over the pairs that the network predicts (logit
-> 0 for several labels, the highest logit for one); the others are counted. A map with a NaN is skipped and counted. Box
-figures (CASM's) are taken over all images, predicted or not, for the labelled class.
+A pair is (image, class with a pixel in its mask). Figures are means over the pairs that the network predicts (logit > 0
+for several labels, the highest logit for one); the remaining pairs are only counted. A map with a NaN is skipped and
+counted. Box figures (CASM's) are taken over all images, predicted or not, for the labelled class.
 
 Sums are exact over ranks: each image is seen once, and sums and counts are added before they are divided.
 """
@@ -59,7 +59,7 @@ COUNTS = ("images", "pairs", "predicted", "nan_maps")
 
 
 def figure_names(metrics: Collection[str]) -> list[str]:
-    """The figures of some metrics, in the order of columns."""
+    """Return the figures of some metrics, in the order of columns."""
     names: list[str] = []
     for metric, figures in FIGURES.items():
         if metric in metrics:
@@ -68,7 +68,7 @@ def figure_names(metrics: Collection[str]) -> list[str]:
 
 
 class Batches(Protocol):
-    """What the loop needs of a loader."""
+    """The part of a loader's interface that the loop uses."""
 
     num_samples: int
 
@@ -84,7 +84,7 @@ class Row:
         figures: Mean by figure; NaN where nothing was counted.
         counted: Number of values behind each figure; less than `predicted` where some were undefined.
         counts: `images`, `pairs`, `predicted`, `nan_maps`.
-        seconds: Of computing maps, on this rank.
+        seconds: Time spent computing maps, on this rank.
     """
 
     network: str
@@ -106,13 +106,13 @@ class _Sums:
         self.seconds = 0.0
 
     def add(self, figure: str, value: float) -> None:
-        """Count a value, unless it is undefined."""
+        """Add a value, unless it is undefined."""
         if not math.isnan(value):
             self.sums[figure] += value
             self.counted[figure] += 1
 
     def row(self, network: str, method: str, distributed: Distributed) -> Row:
-        """The line of the table, over all ranks. Collective."""
+        """Return the line of the table, over all ranks. Collective."""
         sums, counted, counts = distributed.all_reduce_sum(
             torch.tensor([self.sums[name] for name in self.names], dtype=torch.float64),
             torch.tensor([self.counted[name] for name in self.names], dtype=torch.int64),
@@ -143,17 +143,17 @@ def localize(
     max_pairs: int,
     advance: Callable[[int], None] = lambda _images: None,
 ) -> list[Row]:
-    """Figures of some methods on one network.
+    """Measure several methods on one network.
 
     Args:
         network: Its name, for the table.
-        methods: Prepared for it, by name.
+        methods: Methods prepared for the network, by name.
         predict: The network in evaluation mode, without gradients.
         loader: Batches with masks or boxes.
         metrics: Some of `METRICS`.
         multi_label: Several classes may be present at once.
         distributed: Ranks to sum over. Collective.
-        max_pairs: How many pairs to explain at once.
+        max_pairs: Number of pairs to explain at once.
         advance: Called with the number of images done.
 
     Returns:
@@ -215,7 +215,7 @@ class _Judge:
             self._judge(batch.images, wanted[begin : begin + max_pairs])
 
     def _pairs(self, truths: Sequence[Annotated], logits: Tensor) -> list[_Pair]:
-        """All pairs; those of box figures are labelled classes with boxes."""
+        """Return all pairs; pairs for box figures are labelled classes with boxes."""
         positive = (logits > 0).cpu().numpy()
         top = logits.argmax(1).tolist()
         pairs = []
@@ -249,7 +249,7 @@ class _Judge:
     def _against_truth(
         self, pairs: Sequence[_Pair], maps: NDArray[np.float32], sound: NDArray[np.bool_]
     ) -> None:
-        """Figures that compare maps with masks and boxes."""
+        """Add figures that compare maps with masks and boxes."""
         for pair, heatmap, fine in zip(pairs, maps, sound, strict=True):
             if fine and pair.predicted and pair.has_mask:
                 self._against_mask(heatmap, pair.truth.masks[pair.target])

@@ -1,4 +1,5 @@
-"""`python -m explainers classify`: names and probabilities of what image files show, heat-maps beside the images.
+"""`python -m explainers classify`: predicted classes and probabilities of image files, with heat-maps beside the
+images.
 
 python -m explainers classify dog.jpg cat.jpg --checkpoint best.pth.tar --class-names names.txt --output page.png
 """
@@ -36,7 +37,7 @@ from image_classification.verbs import declared
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """Declare the verb's arguments."""
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the network")
     parser.add_argument("--arch", default=None, help="not needed for a LucidPrune checkpoint")
@@ -97,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _wanted(model: nn.Module) -> NetworkInput:
-    """What the network's images are like; its architecture's where the file does not say."""
+    """Return a network's input description; its architecture's default if the file does not record one."""
     images = input_of(model)
     identity = identity_of(model)
     if images is None:
@@ -117,12 +118,12 @@ def _read(path: Path, wanted: NetworkInput) -> Tensor:
 
 @torch.inference_mode()
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    """(N, L), image by image: files of any number fit into memory."""
+    """Return logits (N, L), computed image by image, so that any number of files fits into memory."""
     return torch.cat([main_and_auxiliary_logits(model(image[None]))[0].float() for image in images])
 
 
 def _names(path: Path | None, known: Sequence[str] | None, num_classes: int) -> list[str]:
-    """Names by class index: those of a file, or those that the network came with.
+    """Return names by class index, from a file or as stored with the network.
 
     Raises:
         ConfigError: The file is missing, or has another number of names.
