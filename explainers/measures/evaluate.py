@@ -283,8 +283,7 @@ class _Judge:
         if "saliency" in self.metrics:
             rectangles = [object_rectangle(as_saliency(heatmap)) for heatmap in on_host]
             asked.append(("saliency", saliency_metric(self.predict, images, targets, rectangles)))
-        for name, values in zip(
-            [name for name, _ in asked], torch.stack([v for _, v in asked]).tolist(), strict=True
-        ):
-            for value in values:
+        values = torch.stack([found for _, found in asked]).tolist()
+        for (name, _), row in zip(asked, values, strict=True):
+            for value in row:
                 self.sums.add(name, value)
