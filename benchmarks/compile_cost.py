@@ -9,6 +9,10 @@ the first compiled step takes the compilation, the others what is gained by it. 
 
 from __future__ import annotations
 
+import os
+
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # before PyTorch is imported: a compilation as the first one is
+
 import statistics
 
 import torch
