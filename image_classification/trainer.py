@@ -137,11 +137,21 @@ class Trainer(ResumableLoop):
         model = self.state.model
         wrapped = in_ddp(model, self.distributed.device) if self.distributed.world_size > 1 else model
         self._wrapped = wrapped
-        self._forward = self.precision.compiled(wrapped)
-        self._eval_forward = self.precision.compiled(model) if wrapped is not model else self._forward
+        self._forward, self._eval_forward = wrapped, model
+        self._compile_at: int | None = self.state.iteration + self.precision.config.compile_after
+        self._compile_when_due()
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._description: Plain | None = None
         self.state.best = self.state.best_epoch = None
+
+    def _compile_when_due(self) -> None:
+        """Compile, where that is asked for, once the network has been of this shape for long enough."""
+        if self._compile_at is None or self.state.iteration < self._compile_at:
+            return
+        self._compile_at = None
+        self._forward = self.precision.compiled(self._wrapped)
+        bare = self.state.model
+        self._eval_forward = self.precision.compiled(bare) if self._wrapped is not bare else self._forward
 
     def release(self) -> None:
         """Drop the wrappers, and with them every reference into the old graph: before a rewrite. Collective.
@@ -246,6 +256,7 @@ class Trainer(ResumableLoop):
         with self.logger.progress(self.steps_per_epoch, f"epoch {state.epoch}") as bar:
             bar.update(advance=done)
             for step in range(done, last):
+                self._compile_when_due()
                 self.train_step(batches)
                 logging = (step + 1) % self.print_freq == 0 or step + 1 == last
                 figures = self._log_window(step) if logging else {}

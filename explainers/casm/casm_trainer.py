@@ -98,6 +98,7 @@ class CasmTrainer(Trainer):
         if self.thinning.fixed:
             model = self.state.model
             self._wrapped = self._forward = self._eval_forward = model
+            self._compile_at = None
             self._parameters = []
             self._description = None
         else:
