@@ -26,6 +26,8 @@ from image_classification.file_writing import reason_of
 
 logger = logging.getLogger(__name__)
 
+#: In a folder that everyone may write to, a link in the place of a lock leads to whatever its maker likes.
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 #: Errors of a place that cannot be written, as opposed to one of the data.
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -65,7 +67,7 @@ def ensure_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for folder in reversed(missing):
-            _share(folder, folder.parent)
+            _share(folder)
     except OSError as error:
         raise ValueError(
             f"the cache directory {directory} cannot be created ({error.strerror}): "
@@ -73,11 +75,11 @@ def ensure_directory(directory: Path) -> None:
         ) from error
 
 
-def _share(path: Path, parent: Path) -> None:
-    """Open what is made in a folder that everyone may write to (as /tmp, mode 1777) to everyone too."""
-    mode = parent.stat().st_mode
+def _share(folder: Path) -> None:
+    """Open a folder that was made in one that everyone may write to (as /tmp, mode 1777) to everyone too."""
+    mode = folder.parent.stat().st_mode
     if mode & stat.S_IWOTH:
-        path.chmod(stat.S_IMODE(mode) if path.is_dir() else 0o666)
+        folder.chmod(stat.S_IMODE(mode))
 
 
 @contextlib.contextmanager
@@ -124,13 +126,14 @@ def locked(path: Path) -> Iterator[bool]:
 def _open_lock(path: Path) -> int | None:
     """A lock file, made where it is missing; another user's is opened for reading. None where it is closed to us."""
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
     except PermissionError:
         with contextlib.suppress(OSError):
-            return os.open(path, os.O_RDONLY)
+            return os.open(path, os.O_RDONLY | _NO_LINK)
         return None
     with contextlib.suppress(OSError):  # another user's, which was open to us already
-        _share(path, path.parent)
+        if path.parent.stat().st_mode & stat.S_IWOTH:
+            os.fchmod(handle, 0o666)
     return handle
 
 
@@ -148,7 +151,7 @@ def build_directory(target: Path, build: Callable[[Path], None]) -> Path:
         try:
             build(unfinished)
             unfinished.chmod(0o755)  # mkdtemp's 0700 would shut out the other users of a shared cache
-            _share(unfinished, target.parent)
+            _share(unfinished)
             try:
                 unfinished.rename(target)
             except OSError:

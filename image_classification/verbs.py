@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from image_classification.config import is_told, nearest, out_of_memory, told
-from image_classification.file_writing import output_path
+from image_classification.file_writing import output_path, resolved
 from image_classification.observe.log_of_commands import log_names_flags
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _check_outputs(parser: Parser, arguments: argparse.Namespace) -> None:
         for path in given if isinstance(given, list) else [given]:
             if not isinstance(path, Path):
                 continue
-            other = named.setdefault(path.resolve(), shown_name(action))
+            other = named.setdefault(resolved(path), shown_name(action))
             if action.type is output_path and other != shown_name(action):
                 parser.error(f"{shown_name(action)} {path}: that is {other}; give another name")
 

@@ -244,7 +244,8 @@ class CasmTrainer(Trainer):
         """
         check(
             TRAINING_KEY in payload,
-            "--resume: the checkpoint holds a classifier only, not a saliency mapping",
+            "--resume: the checkpoint holds a classifier only, no saliency mapping: give one of `python -m explainers "
+            "train-casm`, or start from a classifier with --pretrained-weights",
         )
         saved = payload[TRAINING_KEY]
         present = {**dataclasses.asdict(self.thinning), "adversarial": self.settings.adversarial}

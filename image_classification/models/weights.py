@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from image_classification.checkpoint_format import FormatError, check_payload, is_ours
+from image_classification.checkpoint_format import FormatError, check_extent, check_payload, is_ours
 from image_classification.models.factory import create_model, identity_of, remember_class_names, unwrap
 from image_classification.models.own_code import check_trusted
 from image_classification.models.registry import IMAGENET_CLASSES, ModelError
@@ -35,6 +35,7 @@ from image_classification.models.structure import (
 )
 from image_classification.network_input import NetworkInput
 from image_classification.plain_data import PlainMapping, PlainValue
+from image_classification.small_files import problem_of
 
 _STATE_KEYS = ("state_dict", "model", "model_state_dict", "net")
 _EMA_KEYS = ("ema", "ema_state_dict", "state_dict_ema", "model_ema")
@@ -134,6 +135,8 @@ def saved_input(path: str | Path) -> NetworkInput | None:
 
     Reads no tensors; errors in a file are reported when its weights are loaded.
     """
+    if problem_of(Path(path)) is not None:
+        return None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return Structure.from_plain(content["structure"]).input if is_ours(content) else None
@@ -153,9 +156,9 @@ def read_safely(path: str | Path) -> PlainValue:
             that breaks its schema.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"weights file {path} {what}: check the path")
+    problem = problem_of(path)
+    if problem is not None:
+        raise FileNotFoundError(f"weights file {path} {problem}: check the path")
     with path.open("rb") as file:
         start = file.read(len(_ZIP_START))
     if not start:
@@ -168,11 +171,12 @@ def read_safely(path: str | Path) -> PlainValue:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler meets arbitrary bytes here and raises nearly anything
         raise WeightsError(_unreadable(path, error)) from error
-    if is_ours(content):
-        try:
+    try:
+        check_extent(content, path.stat().st_size)
+        if is_ours(content):
             check_payload(content)
-        except FormatError as error:
-            raise WeightsError(f"{path}: {error}") from error
+    except FormatError as error:
+        raise WeightsError(f"{path}: {error}") from error
     return content
 
 

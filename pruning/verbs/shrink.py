@@ -84,10 +84,6 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.arch is None or arguments.factory is None,
         "--arch and --factory exclude each other: the factory says what is built",
     )
-    check(
-        arguments.checkpoint.resolve() != arguments.out.resolve(),
-        f"{arguments.out}: the checkpoint itself; give another name",
-    )
     factory = None if arguments.factory is None else find_factory(arguments.factory)
     for path in filter(None, (arguments.out, arguments.json)):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -103,10 +103,6 @@ def test_recipes_with_anything_in_them(tmp_path: Path, capsys: pytest.CaptureFix
     for text in RECIPES:
         recipe.write_text(text)
         refused(["shapes", "--config", str(recipe)], capsys)
-    recipe.write_bytes(b"\xff\xfe\x00epochs: 3")
-    assert refused(["shapes", "--config", str(recipe)], capsys)
-    recipe.write_text("#" * (2 << 20))
-    assert "larger than a recipe" in str(refused(["shapes", "--config", str(recipe)], capsys))
     assert time.monotonic() - begin < 60, "a bomb went off"
 
 
