@@ -62,7 +62,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, mult
 
 
 class DistillationObjective:
-    """The loss of a micro-batch under a teacher; see the module's text.
+    """The loss of a micro-batch under a teacher; see the module docstring.
 
     Args:
         config: Weights and temperature.
