@@ -82,9 +82,8 @@ class _Reader:
         self._inverse = loaded_inverse(inputs.gram.cpu(), ridge)
         self._weights = inputs.weights.cpu().clone()
         self._scale = float(inputs.variance)
-        self._pending: list[
-            tuple[Tensor, Tensor]
-        ] = []  # (K, |B|) each: the current inverse is the stored one − Σ share · acrossᵀ
+        # Pairs (share, across), (K, |B|) each: the current inverse is the stored one − Σ share · acrossᵀ.
+        self._pending: list[tuple[Tensor, Tensor]] = []
         # Columns of every unit, as (units, taps). Units with different numbers of columns form classes of their own.
         self._columns = {unit: (position == unit).nonzero().flatten() for unit in range(width)}
         self._classes: list[tuple[Tensor, Tensor]] = []

@@ -1,4 +1,4 @@
-"""How a network is run on examples and calibration batches, and what its outputs are judged by."""
+"""How a network is run on examples and calibration batches, and how its outputs are evaluated."""
 
 from pruning.task.batch_targets import (
     TargetKind,
