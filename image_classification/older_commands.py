@@ -1,7 +1,7 @@
-"""Flags of NVIDIA's DeepLearningExamples (both generations of its ConvNets) and of apex's ImageNet script.
+"""Translation of flags of NVIDIA's DeepLearningExamples (both generations of its ConvNets) and apex's ImageNet script.
 
-A command written for them runs here: what has another name is translated, what has no effect any more is left out, and
-what cannot be had is refused with the flag to use in its place. Recipes have none of this.
+Commands written for these programs run here: renamed flags are translated, flags without effect are dropped, and
+unsupported ones are refused with the flag to use instead. This does not apply to recipes.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Callable, Collection, Sequence
 
 from image_classification.config import ConfigError
 
-#: Turns the value behind a flag ("" where it takes none) into words of ours.
+#: Maps a flag's value ("" if it takes none) to LucidPrune's words.
 Translation = Callable[[str], list[str]]
 
 
 def _named(*words: str) -> Translation:
-    """Our words, and the value behind them."""
+    """Return a translation to these words followed by the value."""
     return lambda value: [*words, *([value] if value else [])]
 
 
@@ -36,7 +36,7 @@ def _opt_level(value: str) -> list[str]:
 
 
 def _local_rank(value: str) -> list[str]:
-    os.environ.setdefault("LOCAL_RANK", value)  # older launchers passed it by this flag alone
+    os.environ.setdefault("LOCAL_RANK", value)  # older launchers passed it only by this flag
     return []
 
 
@@ -50,7 +50,7 @@ def _interpolation(value: str) -> list[str]:
 
 
 def _augmentation(value: str) -> list[str]:
-    """Theirs names a policy on top of crop and flip, ours names these."""
+    """Translate a policy: theirs is applied on top of crop and flip, which LucidPrune's flag names instead."""
     return ["--auto-augment", value] if value == "autoaugment" else ["--augmentation", value]
 
 
@@ -69,7 +69,7 @@ def _gpu_affinity(value: str) -> list[str]:
     return ["--gpu-affinity", ours]
 
 
-#: Flags with a value behind them.
+#: Flags that take a value.
 _WITH_VALUE: dict[str, Translation] = {
     "--opt-level": _opt_level,
     "--local-rank": _local_rank,
@@ -94,7 +94,7 @@ _ALONE: dict[str, Translation] = {
         "--trt", "write the trained network with lucidprune export --format onnx, for TensorRT"
     ),
 }
-#: Where our default is another than theirs: our flags, and the difference.
+#: Defaults that differ: LucidPrune's flags, and the difference.
 _DEFAULTS = (
     (("--lr-schedule",), "the learning rate falls by a cosine (theirs: step)"),
     (("--lr", "--learning-rate"), "the learning rate is 0.1 per 256 images of a step (theirs: 0.1)"),
@@ -106,14 +106,14 @@ _DEFAULTS = (
 
 
 def translated(words: Sequence[str], known: Collection[str]) -> tuple[list[str], list[str]]:
-    """A command line in our words, and what to tell its user.
+    """Return a command line in LucidPrune's words, and notes for its user.
 
     Args:
         words: The command line.
         known: Flags of the job; words of other jobs are left for the parser to refuse.
 
     Raises:
-        ConfigError: A flag, or its value, has nothing like it here; what to use instead is said.
+        ConfigError: A flag, or its value, has no equivalent; the message says what to use instead.
     """
     ours: list[str] = []
     changed: list[str] = []
@@ -124,7 +124,7 @@ def translated(words: Sequence[str], known: Collection[str]) -> tuple[list[str],
         given, translation, value = _next(rest)
         del rest[: len(given)]
         made = given if translation is None else translation(value)
-        if made and made[0] not in known:  # a flag of another job: the parser knows what to say
+        if made and made[0] not in known:  # a flag of another job: the parser reports it
             made = given
         ours += made
         if made != given and not given[0].startswith("--local"):
@@ -134,7 +134,7 @@ def translated(words: Sequence[str], known: Collection[str]) -> tuple[list[str],
 
 
 def _next(words: Sequence[str]) -> tuple[list[str], Translation | None, str]:
-    """The words that the first flag of a command line takes, its translation if it has one, and its value."""
+    """Return the words consumed by the first flag of a command line, its translation if any, and its value."""
     flag, equals, value = words[0].partition("=")
     name = f"--{flag[2:].replace('_', '-')}" if flag.startswith("--") else flag
     if name in _ALONE and not equals:
@@ -147,7 +147,7 @@ def _next(words: Sequence[str]) -> tuple[list[str], Translation | None, str]:
 
 
 def _differing(words: Sequence[str], known: Collection[str]) -> list[str]:
-    """One line about defaults that the command leaves open and that are not what it was written for."""
+    """Return one line about defaults that the command leaves open and that differ from the original program's."""
     given = {word.partition("=")[0].replace("_", "-") for word in words}
     open_ones = [text for flags, text in _DEFAULTS if flags[0] in known and not given.intersection(flags)]
     if not open_ones:

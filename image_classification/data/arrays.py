@@ -19,10 +19,10 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of an npz file, never unpickled; None if it is damaged.
+    """Read the arrays of an npz file, never unpickling; None if it is damaged.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:

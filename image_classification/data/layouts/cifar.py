@@ -1,8 +1,8 @@
 """CIFAR-10 and CIFAR-100 as published: the Python and the binary version, from the extracted archives.
 
-Both are unpacked once into class folders of lossless PNG files in the cache, so that every backend reads them like
-any other set. The Python version consists of pickles; they are read by an unpickler that admits NumPy arrays and
-byte strings and nothing else, because a pickle from elsewhere may run code.
+Both are unpacked once into class folders of lossless PNG files in the cache, so that every backend reads them like any
+other set. The Python version consists of pickles; they are read by an unpickler that accepts only NumPy arrays and byte
+strings, because a pickle of unknown origin may run code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from image_classification.data.progress import progress_bar
 from image_classification.plain_data import Plain
 
 _PIXELS = 3 * 32 * 32
-#: What unpickling a damaged file raises.
+#: Errors raised when unpickling a damaged file.
 _DAMAGED = (
     *(pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError),
     *(ImportError, MemoryError, OverflowError, UnicodeError),
@@ -44,7 +44,7 @@ class Format:
     """One of the four published forms.
 
     Attributes:
-        name: Data set's name.
+        name: Name of the data set.
         train, test: Names of the files of each split.
         names: File with the class names.
         labels_key: Key of the labels in the Python version; None for the binary version.
@@ -72,7 +72,7 @@ FORMATS = (
 
 
 def recognise(root: Path) -> Format | None:
-    """Which published form a directory holds, by its file names."""
+    """Return the published form of a directory, judged by its file names, or None."""
     for form in FORMATS:
         if all((root / name).is_file() for name in (*form.train, *form.test, form.names)):
             return form
@@ -89,7 +89,7 @@ def open_cifar(root: Path, options: OpenOptions) -> Dataset:
     """Open a directory in one of the published forms.
 
     Raises:
-        ValueError: A file is damaged, truncated or holds what a CIFAR file does not; the message names it.
+        ValueError: A file is damaged, truncated or has unexpected content; the message names it.
     """
     form = recognise(root)
     assert form is not None
@@ -104,7 +104,7 @@ def read_split(root: Path, form: Format, files: tuple[str, ...]) -> EvaluationIm
     """Decode the files of a split.
 
     Raises:
-        ValueError: As in `open_cifar`.
+        ValueError: As for `open_cifar`.
     """
     parts = [
         _read_python(root / name, form) if form.labels_key else _read_binary(root / name, form)
@@ -120,7 +120,7 @@ def read_split(root: Path, form: Format, files: tuple[str, ...]) -> EvaluationIm
 
 
 def read_class_names(root: Path, form: Format) -> list[str]:
-    """Class names in label order, from the set's own list."""
+    """Return the class names in label order, from the set's own list."""
     path = root / form.names
     if form.labels_key is None:
         names = path.read_text().split()
@@ -133,7 +133,7 @@ def read_class_names(root: Path, form: Format) -> list[str]:
 
 
 def _to_images(rows: np.ndarray) -> np.ndarray:
-    """(N, 3072) channel-major rows as (N, 32, 32, 3)."""
+    """Reshape (N, 3072) channel-major rows to (N, 32, 32, 3)."""
     return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
 
 
@@ -163,11 +163,13 @@ def _read_binary(path: Path, form: Format) -> EvaluationImages:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Admits what the published files hold: NumPy's uint8 arrays (and Python 2 strings, which need no class)."""
+    """Accepts what the published files contain: NumPy's uint8 arrays (and Python 2 strings, which need no class)."""
 
     def find_class(self, module: str, name: str) -> object:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return np.empty(0).__reduce__()[0]  # the function of that name, wherever this NumPy keeps it
+            return np.empty(0).__reduce__()[
+                0
+            ]  # the function of that name, wherever this NumPy version keeps it
         if (module, name) == ("numpy", "ndarray"):
             return np.ndarray
         if (module, name) == ("numpy", "dtype"):
@@ -184,7 +186,7 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
 
 
 def _load(path: Path) -> Plain:
-    """The dictionary of one file of the Python version, with text keys."""
+    """Load the dictionary of a file of the Python version, with text keys."""
     try:
         with path.open("rb") as stream:
             content = _Unpickler(stream, encoding="bytes").load()
