@@ -141,9 +141,8 @@ def build_directory(target: Path, build: Callable[[Path], None]) -> Path:
     with locked(target) as held:
         if target.is_dir():
             return target
-        if (
-            held
-        ):  # leftovers of a killed builder; nobody else can be building while this process holds the lock
+        # Leftovers of a killed builder; nobody else can be building while this process holds the lock.
+        if held:
             for leftover in target.parent.glob(target.name + ".building-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         unfinished = Path(tempfile.mkdtemp(prefix=target.name + ".building-", dir=target.parent))

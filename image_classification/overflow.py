@@ -39,9 +39,7 @@ class DecidesOnDevice(Optimizer):
         loss = super().step(closure)
         overflow = found_inf > 0
         for tensor in self._changing(parameters):
-            old = before.get(
-                id(tensor), torch.zeros_like(tensor)
-            )  # state created in the first step starts at zero
+            old = before.get(id(tensor), torch.zeros_like(tensor))  # state starts at zero
             tensor.copy_(torch.where(overflow, old, tensor))
         return loss
 

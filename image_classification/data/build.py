@@ -36,9 +36,8 @@ from image_classification.data.plan import (
 from image_classification.models.registry import IMAGENET_CLASSES
 
 logger = logging.getLogger(__name__)
-_STEPS_OF_AN_EPOCH = (
-    20  # smallest number of steps per epoch for the default batch size, down to `_LEAST_BATCH`
-)
+# Smallest number of steps per epoch for the default batch size, down to `_LEAST_BATCH`.
+_STEPS_OF_AN_EPOCH = 20
 _LEAST_BATCH = 16
 
 

@@ -67,9 +67,8 @@ def stat_images(root: Path, paths: Sequence[str], *, listed_in: str) -> list[Fil
             raise FileNotFoundError(f"{root / path} is missing, but {listed_in} lists it") from None
         return FileEntry(path, status.st_size, status.st_mtime_ns)
 
-    with ThreadPoolExecutor(
-        _NUM_THREADS
-    ) as pool:  # network file systems are slow, but handle many requests at a time
+    # Network file systems are slow, but handle many requests at a time.
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
         return list(pool.map(entry, paths))
 
 

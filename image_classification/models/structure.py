@@ -97,9 +97,7 @@ class Structure:
             num_classes = IMAGENET_CLASSES if self.num_classes is None else self.num_classes
             identity = ModelIdentity(self.arch, self.model_config, num_classes, self.image_size, self.options)
             return identity.build()
-        except (
-            TypeError
-        ) as error:  # options of the wrong type reach the constructors of LucidPrune's networks
+        except TypeError as error:  # options of the wrong type reach the constructors
             raise StructureError(f"options {self.options} do not fit {self.arch}: {error}") from error
 
     def with_num_classes(self, num_classes: int) -> Structure:

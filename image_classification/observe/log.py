@@ -187,12 +187,7 @@ class Logger:
             return
         try:
             self._tensorboard.graph(model, images)
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            AttributeError,
-        ) as error:  # raised when tracing foreign code
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # from tracing foreign code
             self.message(f"no graph in TensorBoard, tracing failed: {str(error).splitlines()[0]}")
 
     def message(self, text: str) -> None:

@@ -31,7 +31,7 @@ from pruning.task.explained import FeatureGate
 
 Features = Literal["pre", "post"]
 FEATURE_CHOICES: tuple[Features, ...] = get_args(Features)
-"""Which feature map represents a unit.
+"""Choices of the feature map that represents a unit.
 
 `pre` is the output of the layer that produces it (before batch norm, as published); `post` is the input of the layer
 that reads it (after batch norm, activation and residual addition).

@@ -45,9 +45,8 @@ Method = Literal["none", "statistics", "least-squares"]
 REPAIR_METHODS: tuple[Method, ...] = get_args(Method)
 Scope = Literal["cut", "behind"]
 REPAIR_SCOPES: tuple[Scope, ...] = get_args(Scope)
-_LITTLE_TO_MEND = (
-    0.1  # share of the outputs' variance: below it, re-estimating statistics is not worth its passes
-)
+# Share of the outputs' variance below which re-estimating statistics is not worth its passes.
+_LITTLE_TO_MEND = 0.1
 _ALWAYS_IN_FLIGHT = 256  # running again for every layer costs much more than holding these
 
 
@@ -141,7 +140,7 @@ class _Judgement:
 
 
 class RepairPlan:
-    """What a repair needs of the network from before the cut; made by `plan_repair` or `plan_weight_repair`."""
+    """State of the network from before the cut that a repair needs; made by `plan_repair` or `plan_weight_repair`."""
 
     def __init__(
         self,

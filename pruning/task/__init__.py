@@ -1,4 +1,4 @@
-"""How a network is run on examples and calibration batches, and how its outputs are evaluated."""
+"""Running networks on examples and calibration batches, and evaluating their outputs."""
 
 from pruning.task.batch_targets import (
     TargetKind,

@@ -1,4 +1,4 @@
-"""How a network is run and evaluated: how a batch becomes a call, and outputs become a loss.
+"""Running and evaluating a network: a batch becomes a call, and outputs become a loss.
 
     task = Task(forward=lambda batch: model(batch["image"]), loss=lambda outputs, batch: mse(outputs, batch["depth"]))
     with task.running(model):
@@ -49,7 +49,7 @@ _NOISY = ("DropPath", "StochasticDepth", "DropBlock2d", "DropBlock3d")
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """How a network is run on calibration batches, and how its outputs are evaluated.
+    """The way to run a network on calibration batches and to evaluate its outputs.
 
     Attributes:
         forward: (batch) → outputs, for the network being pruned; or (network, batch) → outputs. By default a tensor is

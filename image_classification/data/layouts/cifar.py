@@ -167,9 +167,8 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return np.empty(0).__reduce__()[
-                0
-            ]  # the function of that name, wherever this NumPy version keeps it
+            # The function of that name, wherever this NumPy version keeps it.
+            return np.empty(0).__reduce__()[0]
         if (module, name) == ("numpy", "ndarray"):
             return np.ndarray
         if (module, name) == ("numpy", "dtype"):
