@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 
-os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # before PyTorch is imported: a compilation as the first one is
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = (
+    "1"  # before PyTorch is imported: a compilation as the first one is
+)
 
 import statistics
 

@@ -1,8 +1,8 @@
-"""The format of our checkpoints: one schema, checked on reading, and a digest over all tensors.
+"""The format of LucidPrune checkpoints: a schema, checked on reading, and a digest over all tensors.
 
-A file is an untrusted dictionary of tensors and plain data. Every reader goes through `check_payload`, so
-that a wrong type, shape, range or version is one line and never a number that training silently goes on with. The zip
-archive's check sums find damage within a member; that members were exchanged, only the digest finds.
+A file is an untrusted dictionary of tensors and plain data. Every reader calls `check_payload`, so that a wrong type,
+shape, range or version is a one-line error and never a value that training silently continues with. The zip archive's
+checksums detect damage within a member; exchanged members are detected only by the digest.
 
 Version 1 (before 2026-11) has no digest, no class names and no epoch of the best figure; it is still read.
 """
@@ -39,10 +39,10 @@ class FormatError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """What an entry must be.
+    """Requirements on an entry.
 
     Attributes:
-        holds: Whether a value is of that kind.
+        holds: Whether a value is of the required kind.
         kind: The kind in words.
     """
 
@@ -51,7 +51,7 @@ class _Entry:
 
 
 def is_count(value: object) -> TypeGuard[int]:
-    """Whether a value is a whole number, not negative, and small enough for a loop."""
+    """Whether a value is a non-negative integer, small enough for a loop."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
@@ -60,7 +60,7 @@ def _is_finite(value: object) -> TypeGuard[float]:
 
 
 def _is_state(value: object) -> bool:
-    """Name → plain tensor."""
+    """Whether a value is a mapping from names to plain tensors."""
     return isinstance(value, Mapping) and all(
         isinstance(name, str) and _is_plain_tensor(tensor) for name, tensor in value.items()
     )
@@ -91,7 +91,7 @@ def _is_parameter_group(value: object) -> bool:
 
 
 def _is_parameter_state(value: object) -> bool:
-    """What an optimizer keeps of one parameter: tensors, numbers, or None."""
+    """Whether a value can be an optimizer's state of one parameter: tensors, numbers, or None."""
     return isinstance(value, Mapping) and all(
         isinstance(key, str)
         and (item is None or isinstance(item, (bool, int, float)) or _is_plain_tensor(item))
@@ -128,7 +128,7 @@ _TEXT = _Entry(lambda value: isinstance(value, str), "a text")
 _TABLE = _Entry(lambda value: isinstance(value, Mapping), "a table")
 _STATE = _Entry(_is_state, "a table of plain tensors")
 
-#: Entry → what it must be where it is there. Jobs add entries of their own, which they check themselves.
+#: Entry → its requirements, if present. Jobs add their own entries, which they check themselves.
 SCHEMA: dict[str, _Entry] = {
     "version": _POSITIVE,
     "arch": _or_none(_TEXT),
@@ -159,22 +159,22 @@ SCHEMA: dict[str, _Entry] = {
 
 
 def sealed(payload: PlainMapping) -> Plain:
-    """A checkpoint's entries with format, version and digest: what is written."""
+    """Return a checkpoint's entries with format, version and digest, as written to the file."""
     entries = {key: value for key, value in payload.items() if key != "digest"}
     entries |= {"format": FORMAT, "version": VERSION}
     return {**entries, "digest": digest(entries)}
 
 
 def is_ours(content: object) -> TypeGuard[PlainMapping]:
-    """Whether a file's content calls itself a LucidPrune checkpoint."""
+    """Whether a file's content declares itself a LucidPrune checkpoint."""
     return isinstance(content, Mapping) and content.get("format") == FORMAT
 
 
 def check_payload(payload: PlainMapping) -> None:
-    """Make sure that a LucidPrune checkpoint is what `sealed` writes.
+    """Check that a LucidPrune checkpoint has the form that `sealed` writes.
 
     Raises:
-        FormatError: Naming the first entry that is not, and what it is.
+        FormatError: It has not; the message names the first wrong entry and what it is.
     """
     version = payload.get("version")
     if is_count(version) and version > VERSION:
@@ -194,7 +194,7 @@ def check_payload(payload: PlainMapping) -> None:
 
 
 def _check_agreement(payload: PlainMapping) -> None:
-    """The entries do not contradict each other."""
+    """Check that the entries do not contradict each other."""
     structure, state = payload.get("structure"), payload.get("state_dict", {})
     shapes = structure.get("shapes") if structure is not None else None
     if isinstance(shapes, Mapping):
@@ -231,7 +231,7 @@ def _check_agreement(payload: PlainMapping) -> None:
 
 
 def _shown(value: object) -> str:
-    """A value in an error: short, and without building the whole text of what may be huge."""
+    """Format a value for an error message: short, and without formatting a possibly huge value in full."""
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
     if isinstance(value, (str, int, float)) or value is None:
@@ -276,7 +276,7 @@ def check_extent(content: PlainValue, num_bytes: int) -> None:
 
 
 def digest(payload: PlainMapping) -> str:
-    """Digest over name, type, shape and bytes of every tensor in a checkpoint, wherever it stands."""
+    """Return a digest over name, type, shape and bytes of every tensor in a checkpoint, at any depth."""
     state = hashlib.blake2b(digest_size=20)
     for name, tensor in _tensors(payload, ""):
         state.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
@@ -288,7 +288,7 @@ def digest(payload: PlainMapping) -> str:
 
 
 def _tensors(value: object, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Path and value of every tensor; tables in the order of their keys."""
+    """Yield path and value of every tensor; mappings in the order of their keys."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What a network's images are like: it travels with the network, through rewrites and files."""
+"""Description of a network's input images, which stays with the network through rewrites and files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal, Self, get_args
 from image_classification.channel_statistics import Triple
 from image_classification.plain_data import Plain
 
-#: How a rectangular image becomes a square one: its short side resized and the centre cut out, or all of it stretched.
+#: How a rectangular image becomes square: the short side is resized and the centre cropped, or the whole is stretched.
 EvaluationGeometry = Literal["crop", "whole"]
 _LARGEST_SIDE = 1 << 16
 
@@ -19,10 +19,10 @@ class NetworkInput:
     """The images that a network was trained for.
 
     Attributes:
-        image_size: Side of the square that it sees, in pixels.
+        image_size: Side of the network's square input, in pixels.
         resize: Short side before the centre crop, in pixels.
         mean, std: Normalisation of RGB in [0, 1].
-        geometry: "crop", or "whole" for images that are stretched.
+        geometry: "crop", or "whole" for stretched images.
     """
 
     image_size: int
@@ -32,15 +32,15 @@ class NetworkInput:
     geometry: EvaluationGeometry = "crop"
 
     def to_plain(self) -> Plain:
-        """As numbers, lists and strings, for JSON or `torch.save`."""
+        """Return the description as numbers, lists and strings, for JSON or `torch.save`."""
         return dataclasses.asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
     def from_plain(cls, plain: object) -> Self:
-        """Read what `to_plain` wrote.
+        """Build a description from the output of `to_plain`.
 
         Raises:
-            ValueError: It is not of that form.
+            ValueError: `plain` does not have that form.
         """
         if not isinstance(plain, dict) or set(plain) != {field.name for field in dataclasses.fields(cls)}:
             raise ValueError(f"not a description of a network's images: {str(plain)[:80]}")

@@ -1,6 +1,6 @@
 """One rank of a throughput measurement: a training job without validation and checkpoints.
 
-`throughput.py` starts it, `python -m image_classification.throughput_run FLAGS`, once per process.
+`throughput.py` starts it once per process, as `python -m image_classification.throughput_run FLAGS`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from image_classification.job_outcome import run_job
 
 
 def run(configs: JobConfig, distributed: Distributed) -> None:
-    """Train; the report in the workspace has the figures."""
+    """Train one process's share; the figures are in the workspace's report."""
     job = jobs.prepare(configs, distributed)
     try:
         jobs.make_trainer(job, jobs.make_model(job)).fit()

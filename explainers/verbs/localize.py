@@ -75,9 +75,8 @@ class FigureConfig:
             self.metric = list(_TOGETHER)
         self.metric = list(dict.fromkeys(self.metric))
         check(bool(self.metric), "--metric: give at least one figure")
-        if {"point", "auc"} & set(
-            self.metric
-        ):  # as published: both come from the same map and belong together
+        # As published: both come from the same map and belong together.
+        if {"point", "auc"} & set(self.metric):
             self.metric = [*self.metric, *(name for name in _TOGETHER if name not in self.metric)]
 
 

@@ -25,10 +25,10 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of an npz file, never unpickled; None if it is damaged.
+    """Read the arrays of an npz file, never unpickling; None if it is damaged.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
     """
     if not path.exists():
         raise FileNotFoundError(f"the manifest {path} does not exist")

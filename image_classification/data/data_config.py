@@ -107,10 +107,10 @@ class ReadConfig:
         check(self.std is None or min(self.std) > 0, f"--std {self.std} must be positive")
 
     def resolved_preset(self, preset: Preset) -> Preset:
-        """The data set's settings with the flags' on top.
+        """Return the data set's settings, overridden by the flags.
 
         Raises:
-            ConfigError: `--resize` below `--image-size`.
+            ConfigError: `--resize` is below `--image-size`.
         """
         size = self.image_size or preset.image_size
         resize = self.resize or round(size * preset.resize / preset.image_size)

@@ -1,4 +1,4 @@
-"""Networks: our own by name, torchvision's and timm's by prefix; structure as data; weights from files."""
+"""Networks: LucidPrune's own by name, torchvision's and timm's by prefix; structure as data; weights from files."""
 
 from image_classification.models.external import main_and_auxiliary_logits
 from image_classification.models.factory import (

@@ -1,10 +1,10 @@
-"""What a network is, as plain data: a pruned network is saved and rebuilt without pickled modules.
+"""Structure of a network as plain data, to save and rebuild pruned networks without pickled modules.
 
-A rewritten network differs from the one that its architecture's name builds in two ways only: in whole-number
-attributes of modules (`out_channels`, `groups`, `normalized_shape`, a width that a forward uses) and in the
-shapes of tensors. A `Structure` holds exactly these. Building from it makes the fresh network, sets the
-attributes and cuts the tensors down. Nothing may grow beyond the fresh network, unknown names are refused,
-and the first module that does not fit is named.
+A rewritten network differs from the one built by its architecture's name only in integer attributes of modules
+(`out_channels`, `groups`, `normalized_shape`, a width used in a forward pass) and in the shapes of tensors. A
+`Structure` holds exactly these. Building from it creates the fresh network, sets the attributes and cuts the tensors
+down. Nothing may grow beyond the fresh network, unknown names are refused, and the first module that does not fit is
+named.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from image_classification.plain_data import Plain, PlainValue
 
 IntegerValue = int | list[int]
 Factory = Callable[[], nn.Module]
-# Of a structure's head and options: keeps a forged file from asking for absurd networks.
+# Limit for integers in a structure's head and options, so that a forged file cannot request absurd networks.
 _LARGEST_INTEGER = 1 << 20
 
 
 class StructureError(ModelError):
-    """A structure that cannot be taken or rebuilt. The message names the first module that does not fit."""
+    """A structure cannot be captured or rebuilt. The message names the first module that does not fit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Structure:
     """A network's architecture as JSON-able data.
 
     Attributes:
-        arch: Name for `create_model`; None for a class of the user's own, which a factory builds.
+        arch: Name for `create_model`; None for a user-defined class, which a factory builds.
         model_config, num_classes, image_size, options: The other arguments of `create_model`.
-        attributes: Module name to attribute to value, where it differs from the fresh network's.
+        attributes: Module name to attribute to value, if it differs from the fresh network's.
         shapes: Name to shape of every parameter and buffer.
-        input: The images that it was trained for, where that is known.
+        input: The images that the network was trained for, if known.
     """
 
     arch: str | None
@@ -59,7 +59,7 @@ class Structure:
     input: NetworkInput | None = None
 
     def to_plain(self) -> Plain:
-        """As dicts, lists, strings and numbers, for JSON or `torch.save`."""
+        """Return the structure as dicts, lists, strings and numbers, for JSON or `torch.save`."""
         plain = dataclasses.asdict(self)
         if self.input is None:
             del plain["input"]
@@ -69,10 +69,10 @@ class Structure:
 
     @classmethod
     def from_plain(cls, plain: object) -> Structure:
-        """Read what `to_plain` wrote.
+        """Build a structure from the output of `to_plain`.
 
         Raises:
-            StructureError: It is not of that form.
+            StructureError: `plain` does not have that form.
         """
         values = dict(_check_plain(plain))
         if "input" in values:
@@ -83,7 +83,7 @@ class Structure:
         return cls(**values)
 
     def fresh(self, factory: Factory | None = None) -> nn.Module:
-        """The architecture as its name (or the factory) builds it, unpruned."""
+        """Build the unpruned architecture by name (or by the factory)."""
         if (self.arch is None) != (factory is not None):
             if self.arch is None:
                 raise StructureError(
@@ -97,11 +97,11 @@ class Structure:
             num_classes = IMAGENET_CLASSES if self.num_classes is None else self.num_classes
             identity = ModelIdentity(self.arch, self.model_config, num_classes, self.image_size, self.options)
             return identity.build()
-        except TypeError as error:  # options of the wrong type reach our own constructors
+        except TypeError as error:  # options of the wrong type reach the constructors
             raise StructureError(f"options {self.options} do not fit {self.arch}: {error}") from error
 
     def with_num_classes(self, num_classes: int) -> Structure:
-        """The same network with another number of classes: the layers that hold one row per class change."""
+        """Return the same structure with another number of classes: layers with one row per class change."""
         if num_classes == self.num_classes:
             return self
         changed = dataclasses.replace(self, num_classes=num_classes)
@@ -121,14 +121,14 @@ class Structure:
 
 
 def capture_structure(model: nn.Module, *, factory: Factory | None = None) -> Structure:
-    """Take the structure of a network, pruned or not.
+    """Capture the structure of a network, pruned or not.
 
     Args:
         model: A network of `create_model` in any state, bare or inside DDP, EMA or `torch.compile` wrappers.
-        factory: Builds the fresh network, for a class of the user's own.
+        factory: Builds the fresh network, for a user-defined class.
 
     Raises:
-        StructureError: The network cannot be rebuilt from such data; the first module in the way is named.
+        StructureError: The network cannot be rebuilt from such data; the message names the first problematic module.
     """
     model = unwrap(model)
     identity = identity_of(model)
@@ -167,15 +167,15 @@ def build_from_structure(
 
     Args:
         structure: From `capture_structure` or `Structure.from_plain`.
-        factory: Builds the fresh network where the structure has no architecture's name.
-        device: Where to build it (default: PyTorch's default device).
+        factory: Builds the fresh network if the structure has no architecture name.
+        device: Device to build it on (default: PyTorch's default device).
 
     Returns:
-        The network. Cut tensors keep the leading part of the fresh values, their `Parameter` object, its
-        attributes, and what it is shared with.
+        The network. Cut tensors keep the leading part of the fresh values, their `Parameter` object with its
+            attributes, and their sharing.
 
     Raises:
-        StructureError: The structure does not fit the architecture; the first module that differs is named.
+        StructureError: The structure does not fit the architecture; the message names the first module that differs.
     """
     on_trial = settle(on_meta(lambda: structure.fresh(factory)), structure.shapes)
     _check_fits(structure, on_trial)  # before anything large is allocated
@@ -186,11 +186,11 @@ def build_from_structure(
 
 
 def fit_structure(model: nn.Module, structure: Structure) -> None:
-    """Cut an unpruned network down to a structure, in place: for loops that hold on to their network.
+    """Cut an unpruned network down to a structure, in place, for training loops that keep a reference to their network.
 
     Args:
-        model: The network, as it was before it was pruned.
-        structure: As for `build_from_structure`.
+        model: The network as it was before pruning.
+        structure: See `build_from_structure`.
 
     Raises:
         StructureError: The structure does not fit; nothing has been changed.
@@ -217,15 +217,15 @@ def _cut_down(model: nn.Module, structure: Structure) -> None:
 
 
 def building_on(device: torch.device | str | None) -> AbstractContextManager[object]:
-    """Context in which new tensors lie on `device`; None leaves PyTorch's default."""
+    """Return a context in which new tensors are created on `device`; None keeps PyTorch's default."""
     return nullcontext() if device is None else torch.device(device)
 
 
 def on_meta(build: Factory) -> nn.Module:
-    """Run `build` without memory for its tensors and without touching the random state.
+    """Run `build` without allocating memory for its tensors and without affecting the random state.
 
-    A builder that must look at values (torchvision's RegNet does) cannot run on PyTorch's meta device; it
-    runs on the CPU then, and what is truly wrong with it shows there.
+    A builder that depends on values (such as torchvision's RegNet) cannot run on PyTorch's meta device; it then runs on
+    the CPU, where real errors show.
     """
     with torch.random.fork_rng(devices=[]):
         try:
@@ -237,15 +237,15 @@ def on_meta(build: Factory) -> nn.Module:
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers under each of their names, shared ones repeatedly."""
+    """Yield all parameters and buffers under each of their names; shared ones occur repeatedly."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 
 
 def integer_attributes(module: nn.Module) -> dict[str, int | list[int] | tuple[int, ...]]:
-    """Attributes that are whole numbers, or lists or tuples of them; booleans do not count.
+    """Return attributes that are integers, or lists or tuples of integers; booleans do not count.
 
-    Of other containers of plain values the whole numbers in them, as a list.
+    For other containers of plain values, the integers in them are returned as a list.
     """
     found = {}
     for name, value in vars(module).items():
@@ -257,7 +257,7 @@ def integer_attributes(module: nn.Module) -> dict[str, int | list[int] | tuple[i
 
 
 def _like(before: object, value: IntegerValue) -> object:
-    """Saved whole numbers in the form of the attribute that they are for."""
+    """Convert saved integers to the form of the attribute that they belong to."""
     if not isinstance(value, list):
         return value
     if is_nested(before):
@@ -293,7 +293,7 @@ def _differing_attributes(model: nn.Module, fresh: nn.Module) -> dict[str, dict[
             value = getattr(modules[name], attribute, None)
             if is_nested(getattr(fresh_module, attribute)):
                 value = [number for _, number in numbers_in(value)]
-                if not _is_within(value, _as_list(before)):  # what it remembers from a run
+                if not _is_within(value, _as_list(before)):  # a value remembered from a run
                     continue
             if not _is_integer_value(value):
                 raise StructureError(
@@ -310,7 +310,7 @@ def _differing_attributes(model: nn.Module, fresh: nn.Module) -> dict[str, dict[
 def _check_same_modules(model: nn.Module, fresh: nn.Module) -> None:
     ours, theirs = dict(model.named_modules()), dict(fresh.named_modules())
     for name, module in theirs.items():
-        # Parametrisations make a class of its own for every module.
+        # Parametrisations create a separate class for every module.
         if name not in ours or _class_of(ours[name]) is not _class_of(module):
             here = type(ours[name]).__name__ if name in ours else "missing"
             raise StructureError(
@@ -329,7 +329,7 @@ def _class_of(module: nn.Module) -> type[nn.Module]:
 
 
 def _check_fits(structure: Structure, fresh: nn.Module) -> None:
-    """Names are the fresh network's own, and nothing is larger than there."""
+    """Check that all names are the fresh network's, and that nothing is larger than there."""
     modules = dict(fresh.named_modules())
     for name, attributes in structure.attributes.items():
         if name not in modules:
@@ -383,7 +383,7 @@ def _is_within(numbers: list[int], before: list[int]) -> bool:
 
 
 def _check_shared(structure: Structure, fresh: nn.Module) -> None:
-    """A tensor with several names has one shape."""
+    """Check that a tensor with several names has one shape."""
     first_name: dict[int, str] = {}
     for name, tensor in named_tensors(fresh):
         first = first_name.setdefault(id(tensor), name)
@@ -395,10 +395,10 @@ def _check_shared(structure: Structure, fresh: nn.Module) -> None:
 
 
 def _check_known_modules(model: nn.Module) -> None:
-    """The attributes of the usual layers agree with their tensors."""
+    """Check that the attributes of common layers agree with their tensors."""
     for name, module in model.named_modules():
         expected: list[int] | None = None
-        # A weight that a hook computes (weight norm of the old kind) is computed again in every forward pass.
+        # A weight computed by a hook (the old weight norm) is recomputed in every forward pass.
         weight = getattr(module, "weight", None) if _is_held(module, "weight") else None
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             groups = module.groups
@@ -424,12 +424,12 @@ def _check_known_modules(model: nn.Module) -> None:
 
 
 def _is_held(module: nn.Module, name: str) -> bool:
-    """Whether a tensor is a parameter or buffer of a module, or follows from a parametrisation."""
+    """Whether a tensor is a parameter or buffer of a module, or is computed by a parametrisation."""
     return name in module._parameters or name in module._buffers or is_parametrized(module, name)
 
 
 def _sized_while_running(model: nn.Module, fresh: nn.Module) -> dict[str, list[int]]:
-    """Fresh shapes of buffers that no state dict keeps and that have grown: the network makes them as needed."""
+    """Return the fresh shapes of non-persistent buffers that have grown: the network enlarges them on demand."""
     saved = set(model.state_dict())
     originals = dict(fresh.named_buffers(remove_duplicate=False))
     return {
@@ -446,7 +446,7 @@ def _has_grown(buffer: Tensor, original: Tensor) -> bool:
 
 
 def _check_unsaved_buffers(model: nn.Module, fresh: nn.Module, build: Factory) -> None:
-    """A buffer that no state dict keeps must follow from the fresh network: be its leading part."""
+    """Check that a non-persistent buffer follows from the fresh network, as its leading part."""
     saved = set(model.state_dict())
     uncut = dict(fresh.named_buffers(remove_duplicate=False))
     cut = {
@@ -494,9 +494,9 @@ def _is_plain(value: object) -> bool:
 
 
 def _check_plain(plain: object) -> Plain:
-    """What was given, if it has the form that `to_plain` writes; else raise `StructureError`."""
+    """Return the argument if it has the form of `to_plain`'s output; else raise `StructureError`."""
     names = {field.name for field in dataclasses.fields(Structure)}
-    names -= {"input"}  # files from before it was recorded lack it
+    names -= {"input"}  # missing in files from before it was recorded
     if not isinstance(plain, dict) or set(plain) - {"input"} != names:
         raise StructureError(f"not a structure: expected the keys {', '.join(sorted(names))}")
     head_checks: dict[str, Callable[[object], bool]] = {

@@ -1,9 +1,8 @@
-"""Weights from files: our checkpoints, plain state dicts, torchvision's and DataParallel-prefixed ones.
+"""Loading of weights: LucidPrune checkpoints, plain state dicts, torchvision's and DataParallel-prefixed ones.
 
-Files are read with `weights_only=True`: tensors and plain values, never code. PyTorch switches off the zip
-check sums when it reads, so that a flipped bit would load as a wrong number; here they are verified first.
-(Files of the format before PyTorch 1.6 have none.) What does not fit a network is an error that names the
-first module.
+Files are read with `weights_only=True`: tensors and plain values, never code. PyTorch ignores the zip checksums when
+reading, so that a flipped bit would load as a wrong number; here they are verified first. (Files in the format before
+PyTorch 1.6 have none.) Weights that do not fit a network are an error that names the first module.
 """
 
 from __future__ import annotations
@@ -44,20 +43,20 @@ _CHUNK = 1 << 20
 
 
 class WeightsError(ModelError):
-    """A weights file that cannot be used. The message names the file, what is wrong and the way out."""
+    """A weights file cannot be used. The message names the file, the problem and a remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedWeights:
-    """What a weights file holds.
+    """The content of a weights file.
 
     Attributes:
         state: Tensor by name, on the CPU, without wrapper prefixes.
-        path: Where it was read.
+        path: File that it was read from.
         arch: The architecture that the file names, if any.
-        structure: Present in our own checkpoints; says the widths of a pruned network.
-        averaged: These are the averaged weights.
-        class_names: Names by class index, where the file knows them.
+        structure: Structure in LucidPrune checkpoints, with the widths of a pruned network.
+        averaged: Whether these are the averaged weights.
+        class_names: Names by class index, if the file has them.
     """
 
     state: dict[str, Tensor]
@@ -69,12 +68,12 @@ class LoadedWeights:
 
 
 def takes_average(content: object, ema: bool | None) -> bool:
-    """Whether the averaged weights of a file are the ones to take.
+    """Whether to load the averaged weights of a file.
 
     Args:
-        content: Of the file.
-        ema: What was asked for; None: the average wherever a LucidPrune checkpoint carries one, for it is what
-            validation judged and what made the file the best.
+        content: Content of the file.
+        ema: The request; None for the average if a LucidPrune checkpoint has one, since validation evaluated the
+            average and selected the file by it.
     """
     if ema is not None:
         return ema
@@ -85,14 +84,14 @@ def load_weights(path: str | Path, *, ema: bool | None = None) -> LoadedWeights:
     """Read a weights file of any of the usual kinds.
 
     Args:
-        path: A LucidPrune checkpoint, a plain state dict, or a dict with one under `state_dict`, `model` and the
-            like; prefixes of DataParallel, DDP (`module.`) and `torch.compile` (`_orig_mod.`) are taken off.
-        ema: Whether to take the averaged weights (exponential moving average) or the last ones; None: see
+        path: A LucidPrune checkpoint, a plain state dict, or a dict with one under `state_dict`, `model` or similar;
+            prefixes of DataParallel, DDP (`module.`) and `torch.compile` (`_orig_mod.`) are removed.
+        ema: Whether to load the averaged weights (exponential moving average) or the last ones; None: see
             `takes_average`.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        WeightsError: The file is damaged, foreign, holds code, or lacks what was asked for.
+        FileNotFoundError: The file does not exist.
+        WeightsError: The file is damaged, foreign, holds code, or lacks the requested weights.
     """
     path = Path(path)
     content = read_safely(path)
@@ -119,10 +118,10 @@ def load_weights(path: str | Path, *, ema: bool | None = None) -> LoadedWeights:
 
 
 def structure_in(payload: Mapping[Any, Any], path: Path) -> Structure:
-    """The structure of the network that a file of ours holds.
+    """Return the structure of the network in a LucidPrune checkpoint.
 
     Raises:
-        WeightsError: It has none, or it contradicts itself.
+        WeightsError: The file has no structure, or an inconsistent one.
     """
     try:
         return Structure.from_plain(payload.get("structure"))
@@ -131,7 +130,7 @@ def structure_in(payload: Mapping[Any, Any], path: Path) -> Structure:
 
 
 def saved_input(path: str | Path) -> NetworkInput | None:
-    """The images that the network in a file was trained for; None where the file does not say, or cannot be read.
+    """Return the images that a file's network was trained for; None if they are not recorded or the file is unreadable.
 
     Reads no tensors; errors in a file are reported when its weights are loaded.
     """
@@ -140,20 +139,20 @@ def saved_input(path: str | Path) -> NetworkInput | None:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return Structure.from_plain(content["structure"]).input if is_ours(content) else None
-    except Exception:  # the unpickler meets arbitrary bytes here and raises nearly anything
+    except Exception:  # the unpickler meets arbitrary bytes here and may raise almost anything
         return None
 
 
 def read_safely(path: str | Path) -> PlainValue:
-    """What `torch.save` put into a file: tensors (on the CPU) and plain values.
+    """Read a file of `torch.save`: tensors (on the CPU) and plain values.
 
-    Verifies the check sums of every record, runs no code from the file, and holds a LucidPrune checkpoint against its
+    Verifies the checksums of every record, runs no code from the file, and checks a LucidPrune checkpoint against its
     schema (`checkpoint_format`).
 
     Raises:
-        FileNotFoundError: There is no such file.
-        WeightsError: Truncated, altered, not written by `torch.save`, not only tensors and plain values, or one of ours
-            that breaks its schema.
+        FileNotFoundError: The file does not exist.
+        WeightsError: The file is truncated, altered, not written by `torch.save`, holds more than tensors and plain
+            values, or is a LucidPrune checkpoint that violates its schema.
     """
     path = Path(path)
     problem = problem_of(path)
@@ -166,10 +165,10 @@ def read_safely(path: str | Path) -> PlainValue:
     if start == _ZIP_START:
         _verify_records(path)
     try:
-        # An argparse namespace is a bag of values; many training programs of the field save theirs.
+        # An argparse namespace is a container of values; many published training programs save theirs.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler meets arbitrary bytes here and raises nearly anything
+    except Exception as error:  # the unpickler meets arbitrary bytes here and may raise almost anything
         raise WeightsError(_unreadable(path, error)) from error
     try:
         check_extent(content, path.stat().st_size)
@@ -181,16 +180,17 @@ def read_safely(path: str | Path) -> PlainValue:
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], path: Path, what: str = "network") -> None:
-    """`load_state_dict`, which alone would turn whole or complex numbers into weights silently.
+    """Call `load_state_dict` with strict checks; alone, it would silently turn integers or complex numbers into
+    weights.
 
     Args:
-        model: Takes the tensors.
-        state: Of the same names, shapes and kinds of numbers.
-        path: Where they come from, for the message.
-        what: They belong to, for the message.
+        model: Network to load into.
+        state: State dict with the same names, shapes and kinds of numbers.
+        path: Origin of the tensors, for the message.
+        what: Owner of the tensors, for the message.
 
     Raises:
-        WeightsError: Something is missing, has another shape or kind, or is unexpected.
+        WeightsError: A tensor is missing, unexpected, or has another shape or kind.
     """
     for name, target in model.state_dict().items():
         value = state.get(name)
@@ -211,7 +211,7 @@ def _verify_records(path: Path) -> None:
             for record in archive.infolist():
                 if record.compress_type != zipfile.ZIP_STORED:
                     raise WeightsError(f"{path} is a compressed zip file, which torch.save does not write")
-                if record.CRC == 0:  # written without check sums (torch's save.compute_crc32 = False)
+                if record.CRC == 0:  # written without checksums (torch's save.compute_crc32 = False)
                     continue
                 with archive.open(record) as file:
                     while file.read(_CHUNK):
@@ -239,7 +239,7 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def _find_state(content: Mapping[object, object], path: Path, ema: bool) -> dict[str, Tensor]:
-    """The state dict within a file's content."""
+    """Find the state dict within a file's content."""
     state: PlainValue = None
     if ema:
         state = next((content[key] for key in _EMA_KEYS if isinstance(content.get(key), Mapping)), None)
@@ -260,10 +260,10 @@ def _find_state(content: Mapping[object, object], path: Path, ema: bool) -> dict
 
 
 def _clean_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take off what wrappers add to names: `_orig_mod.` anywhere, `module.` where all names begin with it."""
+    """Remove wrapper prefixes from names: `_orig_mod.` anywhere, `module.` if all names begin with it."""
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     while True:
-        # Averaged models count their updates next to the network they wrap.
+        # Averaged models store their number of updates next to the network they wrap.
         names = [name for name in state if name != "n_averaged"]
         if not names or not all(name.startswith("module.") for name in names):
             return state
@@ -271,7 +271,7 @@ def _clean_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def head_tensors(model: nn.Module) -> set[str]:
-    """Names of the tensors of `model` that hold something per class (its classifier, and auxiliary ones).
+    """Return the names of the tensors of `model` that depend on the number of classes (classifier and auxiliary heads).
 
     Found by building the architecture for two numbers of classes and comparing shapes.
 
@@ -291,7 +291,7 @@ def head_tensors(model: nn.Module) -> set[str]:
 def apply_weights(
     model: nn.Module, weights: LoadedWeights | Mapping[str, Tensor], *, new_head: bool = False
 ) -> list[str]:
-    """Copy weights into a network, in place. All or nothing: a misfit changes no tensor.
+    """Copy weights into a network, in place. If any tensor does not fit, none is changed.
 
     Args:
         model: Network, bare or wrapped.
@@ -302,7 +302,7 @@ def apply_weights(
         Names of the tensors that kept their fresh values.
 
     Raises:
-        WeightsError: Something is missing, has another shape or is unexpected; names the first such module.
+        WeightsError: A tensor is missing, unexpected or has another shape; the message names the first such module.
     """
     model = unwrap(model)
     if isinstance(weights, Mapping):
@@ -338,16 +338,16 @@ def apply_weights(
 
 
 def _optional(name: str, value: Tensor | None) -> bool:
-    """Files from before PyTorch 0.4.1 lack the batch norms' counters."""
+    """Whether a tensor may be missing: files from before PyTorch 0.4.1 lack the batch norms' counters."""
     return value is None and name.endswith("num_batches_tracked")
 
 
 def _translated(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of older files as the network has them today.
+    """Translate names in older files to the network's current ones.
 
-    Classes that were renamed inside since translate their old names themselves while a state dict is loaded
-    (the MLPs of torchvision's vision transformers); a copy without memory takes the tensors over to show the
-    outcome. DenseNet's old names (`norm.1`) are otherwise translated by torchvision's download function only.
+    Classes whose inner names have changed translate old names themselves while a state dict is loaded (the MLPs of
+    torchvision's vision transformers); loading into a copy on the meta device reveals the result. DenseNet's old names
+    (`norm.1`) are otherwise translated only by torchvision's download function.
     """
     state = {
         re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name): tensor
@@ -361,7 +361,7 @@ def _translated(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]
     try:
         outcome = probe.load_state_dict(state, strict=False, assign=True)
         rest = outcome.unexpected_keys
-    except (RuntimeError, ValueError):  # other shapes: the comparison will say which
+    except (RuntimeError, ValueError):  # other shapes: the later comparison reports them
         rest = list(probe.state_dict())
     taken = {name: tensor for name, tensor in probe.state_dict().items() if not tensor.is_meta}
     return {**{name: state[name] for name in rest if name in state}, **taken}
@@ -372,12 +372,12 @@ def _fits(value: Tensor, target: Tensor) -> bool:
 
 
 def _same_kind(value: Tensor, target: Tensor) -> bool:
-    """Real numbers of any precision are one kind; anything else is of its own."""
+    """Whether two tensors have the same kind of numbers: real numbers of any precision are one kind."""
     return value.dtype == target.dtype or (value.is_floating_point() and target.is_floating_point())
 
 
 def _without_wrapper(state: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take off a first part that all names share and the network lacks (`model.` of a wrapping class)."""
+    """Remove a common first name component that the network lacks (`model.` of a wrapping class)."""
     first_parts = {name.partition(".")[0] for name in state}
     if len(first_parts) != 1 or first_parts & {name.partition(".")[0] for name in targets}:
         return dict(state)
@@ -385,7 +385,7 @@ def _without_wrapper(state: Mapping[str, Tensor], targets: Mapping[str, Tensor])
 
 
 def _misfit(model: nn.Module, given: LoadedWeights, name: str, target: Tensor, value: Tensor | None) -> str:
-    """Why the weights do not fit, beginning with the module, and what to do."""
+    """Explain why the weights do not fit, starting with the module, and what to do."""
     module = f"{given.path} does not fit the network at module {name.rpartition('.')[0]!r}"
     if value is None:
         return f"{module}: it has no {name!r}{_arch_hint(model, given)}"
@@ -402,7 +402,7 @@ def _misfit(model: nn.Module, given: LoadedWeights, name: str, target: Tensor, v
 
 
 def _other_arch(model: nn.Module, given: LoadedWeights) -> bool:
-    """The file says that it holds another architecture; libraries' prefixes do not count."""
+    """Whether the file names another architecture; library prefixes do not count."""
     identity = identity_of(model)
     if given.arch is None or identity is None:
         return False
@@ -433,19 +433,19 @@ def model_for_weights(
     """Build the network that a weights file belongs to, pruned or not, and load it.
 
     Args:
-        arch: Architecture; None takes the one that a LucidPrune checkpoint names.
+        arch: Architecture; None for the one named in a LucidPrune checkpoint.
         path: Weights file, see `load_weights`.
-        num_classes: Number of classes; None takes the file's (ImageNet's where it does not say).
+        num_classes: Number of classes; None for the file's (ImageNet's if not recorded).
         model_config: As in `create_model`; by default a checkpoint's own.
         image_size: As in `create_model`; by default a checkpoint's own.
         kwargs: As in `create_model`; by default a checkpoint's own.
-        ema: Whether to take the averaged weights; None: wherever a LucidPrune checkpoint carries them.
-        new_head: Start a new classifier, for other classes.
-        factory: Builds the unpruned network of a class of the user's own (with arch None).
-        device: Where to build it.
+        ema: Whether to load the averaged weights; None to load them if a LucidPrune checkpoint has them.
+        new_head: Create a new classifier, for other classes.
+        factory: Builds the unpruned network of a user-defined class (with arch None).
+        device: Device to build it on.
 
     Raises:
-        FileNotFoundError, WeightsError, ModelError: The file, or what does not fit.
+        FileNotFoundError, WeightsError, ModelError: The file is missing or unusable, or does not fit.
     """
     weights = load_weights(path, ema=ema)
     if weights.structure is None:
@@ -474,7 +474,7 @@ def _built_unpruned(
     image_size: int | None,
     options: PlainMapping,
 ) -> nn.Module:
-    """The network of a file without a structure, by the architecture that the caller or the file names."""
+    """Build the network of a file without a structure, by the architecture named by the caller or the file."""
     if factory is None and arch is None and weights.arch is None:
         raise WeightsError(f"{weights.path} does not say its architecture: give `arch`")
     if arch is None and weights.arch is not None:
@@ -493,7 +493,9 @@ def _built_unpruned(
 
 
 def _held_classes(weights: LoadedWeights, arch: str | None, options: PlainMapping) -> int:
-    """Number of classes of a plain state dict, by the shapes of its classifier; ImageNet's where they do not say."""
+    """Return a plain state dict's number of classes, by the shapes of its classifier; ImageNet's if they do not
+    tell.
+    """
     model = on_meta(lambda: create_model(arch or str(weights.arch), num_classes=IMAGENET_CLASSES, **options))
     state = _without_wrapper(weights.state, model.state_dict())
     sizes = {state[name].shape[0] for name in head_tensors(model) if name in state and state[name].dim()}
@@ -508,7 +510,7 @@ def _asked_structure(
     new_head: bool,
     options: PlainMapping,
 ) -> Structure:
-    """The file's structure, if it is what was asked for; with a new head, for other classes."""
+    """Return the file's structure if it matches the request; with a new head, adapted to other classes."""
     if arch is not None and structure.arch != arch:
         held = structure.arch or "a class of your own (give its factory)"
         raise WeightsError(f"{path} holds {held}, not `arch` {arch}: give `arch` {structure.arch}")
@@ -531,7 +533,7 @@ def _asked_structure(
 def _check_large_enough(
     state: Mapping[str, Tensor], structure: Structure, path: Path, new_head: bool
 ) -> None:
-    """Structure and tensors of one file agree, before anything is allocated by the structure's word."""
+    """Check that structure and tensors of a file agree, before anything is allocated on the structure's authority."""
     for name, tensor in state.items():
         if not new_head and structure.shapes.get(name) != list(tensor.shape):
             raise WeightsError(

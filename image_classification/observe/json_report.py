@@ -31,9 +31,8 @@ class Report:
     """Writes the report. Failing to open it stops the run at its start; a failing write later only warns.
 
     Args:
-        path: The file; its folder is made.
-        append: Go on with an existing file (a resumed run). Otherwise an existing one is kept under a
-            numbered name.
+        path: The file; its folder is created if needed.
+        append: Continue an existing file (a resumed run). Otherwise an existing file is kept under a numbered name.
 
     Raises:
         SettingError: The file cannot be opened for writing.
@@ -55,11 +54,11 @@ class Report:
         except OSError as error:
             problem = f"cannot be written ({error.strerror}): choose another file or `workspace`, or '' for no report"
             raise SettingError("raport_file", str(path), problem) from error
-        if torn:  # the run was killed within a line: end it, so that the next one is whole
+        if torn:  # the run was killed within a line: end it, so that the next line is intact
             self._write_text("\n")
 
     def describe(self, key: str, figure: Figure) -> None:
-        """Write a figure's unit and format, where it has them, as `{"unit": …, "format": …}`."""
+        """Write a figure's unit and format, if it has them, as `{"unit": …, "format": …}`."""
         metadata = {}
         if figure.unit is not None:
             metadata["unit"] = figure.unit
@@ -83,7 +82,7 @@ class Report:
         self._write({"type": "LOG", "step": step if isinstance(step, str) else list(step), "data": values})
 
     def flush(self) -> None:
-        """Hand what was written to the operating system. Every line already is."""
+        """Flush to the operating system. Every line already is."""
 
     def close(self) -> None:
         """Close the file."""
@@ -105,7 +104,7 @@ class Report:
         try:
             if os.fstat(self._file.fileno()).st_nlink == 0:
                 self._write_again()
-            # A failed write may have left part of a line: begin a new one.
+            # A failed write may have left part of a line, so start a new one.
             self._file.write("\n" + text if self._failed else text)
             self._file.flush()
         except OSError as error:
@@ -114,7 +113,7 @@ class Report:
             self._failed = False
 
     def _write_again(self) -> None:
-        """The file was removed while it was open, with its folder perhaps: put back what it held."""
+        """Restore the content after the file was removed while open, possibly with its folder."""
         self._file.seek(0)
         held = self._file.read()
         write_text(self.path, held)
@@ -131,10 +130,10 @@ class Report:
 
 
 def read_report(path: Path) -> list[Plain]:
-    """Read a report, ours or DLLogger's; lines torn by a crash or a full disk are left out.
+    """Read a report, LucidPrune's or DLLogger's; lines torn by a crash or a full disk are left out.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
     """
     entries = []
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -156,7 +155,7 @@ def _is_torn(path: Path) -> bool:
 
 
 def _as_json(value: object) -> object:
-    """Plain JSON for numbers of NumPy and PyTorch too; None for what JSON cannot say."""
+    """Convert numbers of NumPy and PyTorch to plain JSON; None for values that JSON cannot represent."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, float):

@@ -1,14 +1,13 @@
-"""How a cut would do if it were repaired, without making it: weights that make up for closed units.
+"""Preview of a repaired cut without making it: temporary weights that compensate for closed units.
 
-Each layer that reads closed units gets, for a while, the weights of the least-squares solution with its inputs as they
-are now:
+Each layer that reads closed units temporarily gets the weights of the least-squares solution for its current inputs:
 
     W_S* = W_S + (U_Sᵀ U_S + λ·I)⁻¹ U_Sᵀ U_R · W_R          S: kept, R: removed
 
-The products UᵀU are collected once and serve every candidate. With the inverse of H = UᵀU + λ·I the same weights are
-W − H⁻¹_:R [H⁻¹_RR]⁻¹ W_R (Hassibi & Stork 1993, for several inputs at once), a system as large as what is removed.
-Layers further on are not solved for, as the real repair does (`repair_wave.py`): this is what a search can
-afford for each candidate.
+The products UᵀU are collected once and serve every candidate. With the inverse of H = UᵀU + λ·I the same weights are W
+− H⁻¹_:R [H⁻¹_RR]⁻¹ W_R (Hassibi & Stork 1993, for several inputs at once), a system only as large as the removed part.
+Unlike the real repair (`repair_wave.py`), later layers are not solved for: this is what a search can afford for each
+candidate.
 """
 
 from __future__ import annotations
@@ -28,20 +27,20 @@ from pruning.repair.survey import Reader, survey
 from pruning.repair.unit_inputs import UnitInputs, reading_units, unit_inputs
 from pruning.task import Batch, Task, num_samples
 
-_SOLUTIONS_KEPT = 2  # of each layer: with the units that are closed by now, and with those of a candidate
+_SOLUTIONS_KEPT = 2  # per layer: for the units closed so far, and for those of a candidate
 #: Bytes of products UᵀU that are inverted together.
 _INVERTED_AT_ONCE = 1 << 28
 
 
 class LocalRepair:
-    """Repairs of candidate cuts of a network that is not cut.
+    """Repairs of candidate cuts on the uncut network.
 
     Args:
-        model: The network; its weights are as before outside `applied`.
+        model: The network; its weights are unchanged outside `applied`.
         graph: Its channel graph.
         batches: This rank's calibration batches, on the network's device.
         task: How the network is run on a batch.
-        distributed: Sums are added up over ranks.
+        distributed: Ranks to sum over.
         ridge: λ relative to the mean square of a layer's inputs.
     """
 
@@ -67,10 +66,10 @@ class LocalRepair:
         self._readers: dict[str, Reader] | None = None
 
     def prepare(self, masks: Iterable[np.ndarray]) -> None:
-        """Collect what is not known yet of the layers that these cuts concern, in one pass. Collective.
+        """Collect missing sums of the layers affected by these cuts, in one pass. Collective.
 
         Args:
-            masks: (num_units,) bool: what stays.
+            masks: (num_units,) bool: units to keep.
         """
         masks = list(masks)
         closed = [np.flatnonzero(~mask) for mask in masks]
@@ -103,10 +102,10 @@ class LocalRepair:
 
     @contextlib.contextmanager
     def applied(self, mask: np.ndarray) -> Iterator[None]:
-        """Inside, the weights that make up for closed units; the present ones again afterwards.
+        """Use compensating weights for closed units inside the block, and restore the current weights afterwards.
 
         Args:
-            mask: (num_units,) bool: what stays. Known to `prepare`.
+            mask: (num_units,) bool: units to keep; must have been passed to `prepare`.
         """
         tensors = named_tensors(self.model)
         saved: dict[str, Tensor] = {}
@@ -122,15 +121,15 @@ class LocalRepair:
                 tensors[name].data.copy_(values)
 
     def _solution(self, name: str, number: int, one: _Layer, mask: np.ndarray) -> Tensor | None:
-        """As `_Layer.without`, with the latest solutions at hand.
+        """Like `_Layer.without`, with a cache of the latest solutions.
 
-        Candidates differ by what one group loses: the layers that read others are solved for already.
+        Candidates differ by what a single group loses, so layers that read other groups are already solved.
         """
         closed = one.closed_by(mask)
         known = self._solutions.setdefault((name, number), {})
         key = closed.tobytes()
         if key in known:
-            known[key] = known.pop(key)  # the latest one stands last
+            known[key] = known.pop(key)  # move to the end, as the most recent
         else:
             while len(known) >= _SOLUTIONS_KEPT:
                 del known[next(iter(known))]
@@ -146,7 +145,7 @@ class LocalRepair:
         one: _Layer,
         weights: Tensor,
     ) -> None:
-        """Write the weights of one group of a contraction, and the constant where it can be taken up."""
+        """Write the weights of one group of a contraction, and the constant if something can absorb it."""
         parameter = tensors[name].data
         saved.setdefault(name, parameter.clone())
         flat = parameter.flatten().clone()
@@ -164,12 +163,12 @@ class LocalRepair:
 class _Layer:
     """One group of one contraction, and its solutions.
 
-    One alone is a system as large as what stays. Where several are asked for, UᵀU + λ·I is inverted before, which
-    costs three of them, and each of them is a system as large as what is removed.
+    A single solution is a system as large as the kept part. If several are requested, UᵀU + λ·I is inverted first, at
+    the cost of three such systems, and each of them is only as large as the removed part.
 
     Args:
-        inputs: What the layer reads.
-        ridge: λ relative to the mean square of these.
+        inputs: The layer's inputs.
+        ridge: λ relative to the mean square of the inputs.
     """
 
     def __init__(self, inputs: UnitInputs, ridge: float) -> None:
@@ -183,20 +182,20 @@ class _Layer:
         self._asked: set[bytes] = set()
 
     def closed_by(self, mask: np.ndarray) -> np.ndarray:
-        """(K,) bool, inputs of units that a cut closes."""
+        """Return the inputs, (K,) bool, whose units a cut closes."""
         closed: np.ndarray = (self.units >= 0) & ~mask[np.maximum(self.units, 0)]
         return closed
 
     def wants_several(self, masks: Iterable[np.ndarray]) -> bool:
-        """Whether these cuts, with those before, ask for more than one solution, and it is not inverted yet."""
+        """Whether these cuts and earlier ones need more than one solution while UᵀU is not inverted yet."""
         closed = [self.closed_by(mask) for mask in masks]
         self._asked |= {one.tobytes() for one in closed if one.any() and not one.all()}
         return self.inverse is None and len(self._asked) > 1
 
     def without(self, closed: np.ndarray) -> Tensor | None:
-        """(K, M) weights, zeros for closed inputs; None if none or all are closed.
+        """Return the weights (K, M), zero for closed inputs; None if no input or every input is closed.
 
-        Where there is no solution they are the present ones; the host does not ask.
+        If there is no solution, they are the current weights; this is decided without a host sync.
 
         Args:
             closed: (K,) bool, inputs of units that are closed.

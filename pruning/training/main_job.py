@@ -1,6 +1,6 @@
 """The job of `main.py`: train, prune, fine-tune or evaluate a network.
 
-Composes the parts that `image_classification.job` builds; every decision lives beside the code that it concerns.
+It composes the parts built by `image_classification.job`; every decision is made in the code that it concerns.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class MainConfig(JobConfig):
 
 
 def run(configs: MainConfig, distributed: Distributed) -> None:
-    """One process's share of the job."""
+    """Run one process's share of the job."""
     pruning, repair = configs.pruning, configs.repair
     pruning.check_evaluation(configs.train.evaluate)
     pruning.check_files()
@@ -81,12 +81,12 @@ def run(configs: MainConfig, distributed: Distributed) -> None:
 
 
 def run_main(configs: MainConfig) -> int:
-    """Run the job among the ranks; its exit code."""
+    """Run the job on all ranks and return its exit code."""
     return run_job(configs, run)
 
 
 def _prune(given: Mapping[str, object]) -> dict[str, object]:
-    """Iterative pruning, unless another way is given."""
+    """Default to iterative pruning, unless another method is given."""
     ways = ("iterative_pruning", "one_shot_pruning", "pruning_method", "unstructured_pruning")
     return {} if any(given.get(way) for way in ways) else {"iterative_pruning": True}
 

@@ -1,4 +1,4 @@
-"""`python -m pruning import FILE OUT`: published checkpoints become LucidPrune checkpoints."""
+"""`python -m pruning import FILE OUT`: converts published checkpoints to LucidPrune checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pruning.files.importing.imported import arch_of
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """Declare the verb's arguments."""
     parser.add_argument("file", type=Path, help="a file of one of the published programs")
     parser.add_argument(
         "out",

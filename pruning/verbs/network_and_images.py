@@ -1,4 +1,4 @@
-"""A trained network and a folder of images, for the verbs that need no training: flags, and what they open."""
+"""Network and image folder of the verbs that need no training: their flags, and opening them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pruning.verbs.shrink import Factory, find_factory
 
 
 def declare_network_and_images(parser: argparse.ArgumentParser) -> None:
-    """The arguments that these verbs share."""
+    """Declare the arguments shared by these verbs."""
     parser.add_argument(
         "checkpoint", type=Path, help="trained network: a LucidPrune checkpoint, or weights with --arch"
     )
@@ -69,7 +69,7 @@ def check_network_and_images(arguments: argparse.Namespace) -> None:
     """Refuse bad numbers before anything is read.
 
     Raises:
-        ConfigError: Naming the flag.
+        ConfigError: A number is invalid; the message names the flag.
     """
     for name in ("num_images", "image_size", "resize", "round_to"):
         value = getattr(arguments, name)
@@ -84,14 +84,14 @@ def check_network_and_images(arguments: argparse.Namespace) -> None:
 
 
 def open_network(arguments: argparse.Namespace) -> tuple[nn.Module, Factory | None]:
-    """The network on its device in evaluation mode, and what builds it, where the flags say that."""
+    """Return the network, on its device and in evaluation mode, and its builder if the flags name one."""
     factory = None if arguments.factory is None else find_factory(arguments.factory)
     model = model_for_weights(arguments.arch, arguments.checkpoint, factory=factory)
     return model.to(arguments.device).eval(), factory
 
 
 def read_images(arguments: argparse.Namespace, model: nn.Module, count: int) -> PlainImages:
-    """Up to so many images of the folder, as the network wants them."""
+    """Read up to `count` images of the folder, preprocessed for the network."""
     identity = identity_of(model)
     classes = None if identity is None else identity.num_classes
     return read_folder(arguments.images, count, _format(arguments, model), classes, arguments.seed)
@@ -100,7 +100,7 @@ def read_images(arguments: argparse.Namespace, model: nn.Module, count: int) -> 
 def settings_of(
     arguments: argparse.Namespace, *, search: SensitivitySearch | None = None, announce: Callable[[str], None]
 ) -> CompressSettings:
-    """What the flags say of criterion, repair and widths."""
+    """Return the settings given by the flags: criterion, repair and widths."""
     return CompressSettings(
         criterion=make_criterion(arguments.criterion),
         search=search or SensitivitySearch(),
@@ -111,7 +111,7 @@ def settings_of(
 
 
 def _format(arguments: argparse.Namespace, model: nn.Module) -> NetworkInput:
-    """What the flags say of the images, else the checkpoint, else the architecture."""
+    """Return the image format: from the flags, else the checkpoint, else the architecture."""
     identity = identity_of(model)
     known = input_of(model)
     if known is None and identity is not None:

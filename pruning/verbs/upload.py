@@ -1,4 +1,4 @@
-"""`python -m pruning upload CHECKPOINT OWNER/NAME`: a network to the Hugging Face Hub, with its card."""
+"""`python -m pruning upload CHECKPOINT OWNER/NAME`: uploads a network to the Hugging Face Hub, with its model card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pruning.verbs.images import declare_ema, size_of
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Declare the verb's arguments."""
     parser.add_argument("checkpoint", type=Path, help="network, pruned or not; the training in it stays here")
     parser.add_argument("repository", metavar="OWNER/NAME", help="on the Hub; made if it is not there")
     parser.add_argument(
@@ -44,7 +44,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the files, upload them, and print where they are."""
+    """Write the files, upload them, and print their address."""
     check_repository(arguments.repository)
     check(
         not (arguments.private and arguments.folder),
@@ -75,10 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _report(page: Path) -> tuple[Plain, Path]:
-    """Content and page of a report.
+    """Load the content and page of a report.
 
     Raises:
-        ConfigError: There is none, or it is of another kind.
+        ConfigError: There is no report, or it is of another kind.
     """
     path = page.with_suffix(".json")
     for file in (page, path):

@@ -41,7 +41,7 @@ def is_archive(path: Path) -> bool:
 
 
 def unpack(archive: Path, cache_dir: Path, *, progress: bool = True) -> Path:
-    """Unpack an archive, or find it unpacked: the entry goes by its absolute path, size and modification time.
+    """Unpack an archive, or find it unpacked: the cache key is its absolute path, size and modification time.
 
     Raises:
         ValueError: The file is not an archive of a known kind, is damaged, or has members that point outside it.
@@ -70,7 +70,7 @@ def unpack(archive: Path, cache_dir: Path, *, progress: bool = True) -> Path:
 
 
 def _unpack_tar(archive: Path, target: Path, progress: bool) -> None:
-    # The position in the packed file is the progress: the number of members is known only at the end.
+    # Progress is the position in the packed file, since the number of members is known only at the end.
     with (
         archive.open("rb") as packed,
         progress_bar(f"unpacking {archive.name} (MiB)", archive.stat().st_size // _MEBI, progress) as advance,
@@ -90,7 +90,7 @@ def _unpack_tar(archive: Path, target: Path, progress: bool) -> None:
                     report()
                 _read_to_the_end(members)
         except OSError as error:
-            # the decompressors report damaged data as OSError without a number; a full disk has one
+            # Decompressors report damaged data as an OSError without a number; a full disk has one.
             if error.errno is not None:
                 raise
             raise tarfile.ReadError(str(error)) from error
@@ -121,7 +121,7 @@ def _read_to_the_end(members: tarfile.TarFile) -> None:
 
 
 def _stays_inside(name: str) -> bool:
-    """Whether a member's name stays below the target, given that there are no links in it."""
+    """Whether a member's name stays below the target, provided that the archive has no links."""
     path = PurePosixPath(name.replace("\\", "/"))
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
 
