@@ -33,7 +33,7 @@ from image_classification.job_data import (
 from image_classification.losses import build_loss
 from image_classification.models import Structure, build_from_structure, build_model, remember_input
 from image_classification.models.factory import remember_class_names
-from image_classification.models.weights import load_exactly
+from image_classification.models.fitting_weights import load_exactly
 from image_classification.nan_guard import NonFiniteLossError
 from image_classification.objective import Objective, TaskObjective
 from image_classification.observe.log import LogConfig, Logger

@@ -15,8 +15,8 @@ from image_classification.config import ConfigError, check
 from image_classification.finite import learned_tensors, optimizer_tensors
 from image_classification.metrics import TrainingSums
 from image_classification.models.factory import class_names_of
-from image_classification.models.structure import capture_structure
-from image_classification.models.weights import load_exactly
+from image_classification.models.fitting_weights import load_exactly
+from image_classification.models.structure_capture import capture_structure
 from image_classification.nan_guard import NanGuard
 from image_classification.plain_data import Plain
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from image_classification.config import ConfigError, check, check_choice, flag
+from image_classification.models.building_for_weights import model_for_weights
 from image_classification.models.factory import create_model
 from image_classification.models.initialization import ModelConfigName
-from image_classification.models.structure import building_on
-from image_classification.models.weights import model_for_weights
+from image_classification.models.meta_device import building_on
 from image_classification.plain_data import Plain
 
 

@@ -35,8 +35,9 @@ from image_classification.models import (
     unwrap,
 )
 from image_classification.models.external import import_library
+from image_classification.models.meta_device import on_meta
+from image_classification.models.module_tree import tensors_by_all_names
 from image_classification.models.registry import ModelError
-from image_classification.models.structure import named_tensors, on_meta
 
 Format = Literal["onnx", "torch-export", "state-dict"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -349,7 +350,9 @@ def _same_in_torchvision(name: str, fresh: Callable[[], nn.Module], num_classes:
     if name not in models.list_models(module=models):
         return False
     theirs = on_meta(lambda: models.get_model(name, weights=None, num_classes=num_classes))
-    shapes = [{key: tensor.shape for key, tensor in named_tensors(net)} for net in (on_meta(fresh), theirs)]
+    shapes = [
+        {key: tensor.shape for key, tensor in tensors_by_all_names(net)} for net in (on_meta(fresh), theirs)
+    ]
     return shapes[0] == shapes[1]
 
 

@@ -27,8 +27,8 @@ from image_classification.models import (
     load_weights,
     model_for_weights,
 )
+from image_classification.models.meta_device import on_meta
 from image_classification.models.own_code import check_trusted
-from image_classification.models.structure import on_meta
 from image_classification.models.weights import takes_average
 from image_classification.plain_data import Plain
 from image_classification.verbs import declared
