@@ -26,7 +26,8 @@ from image_classification.models import (
     read_safely,
     unwrap,
 )
-from image_classification.models.weights import WeightsError, load_exactly, structure_in
+from image_classification.models.weights import load_exactly, structure_in
+from image_classification.models.weights_reading import WeightsError
 from image_classification.plain_data import PlainMapping
 
 KEY = "casm"

@@ -24,7 +24,6 @@ from image_classification.models.structure import (
 )
 from image_classification.models.weights import (
     LoadedWeights,
-    WeightsError,
     apply_weights,
     head_tensors,
     load_weights,
@@ -32,6 +31,7 @@ from image_classification.models.weights import (
     read_safely,
     saved_input,
 )
+from image_classification.models.weights_reading import WeightsError
 
 __all__ = [
     "ArchInfo",
