@@ -27,7 +27,8 @@ from image_classification.models import (
     unwrap,
 )
 from image_classification.models.fitting_weights import load_exactly
-from image_classification.models.weights import WeightsError, structure_in
+from image_classification.models.weights import structure_in
+from image_classification.models.weights_reading import WeightsError
 from image_classification.plain_data import PlainMapping
 
 KEY = "casm"

@@ -21,13 +21,8 @@ from image_classification.models.registry import ArchInfo, ModelError, register
 from image_classification.models.structure import Structure, StructureError
 from image_classification.models.structure_build import build_from_structure
 from image_classification.models.structure_capture import capture_structure
-from image_classification.models.weights import (
-    LoadedWeights,
-    WeightsError,
-    load_weights,
-    read_safely,
-    saved_input,
-)
+from image_classification.models.weights import LoadedWeights, load_weights, read_safely, saved_input
+from image_classification.models.weights_reading import WeightsError
 
 __all__ = [
     "ArchInfo",

@@ -16,7 +16,8 @@ from image_classification.models.own_code import check_trusted
 from image_classification.models.registry import IMAGENET_CLASSES
 from image_classification.models.structure import Structure
 from image_classification.models.structure_build import build_from_structure
-from image_classification.models.weights import LoadedWeights, WeightsError, load_weights
+from image_classification.models.weights import LoadedWeights, load_weights
+from image_classification.models.weights_reading import WeightsError
 from image_classification.plain_data import PlainMapping, PlainValue
 
 

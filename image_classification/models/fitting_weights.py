@@ -15,7 +15,8 @@ from image_classification.models.factory import identity_of, unwrap
 from image_classification.models.meta_device import on_meta
 from image_classification.models.module_tree import tensors_by_all_names
 from image_classification.models.registry import ModelError
-from image_classification.models.weights import LoadedWeights, WeightsError
+from image_classification.models.weights import LoadedWeights
+from image_classification.models.weights_reading import WeightsError
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], path: Path, what: str = "network") -> None:

@@ -39,8 +39,9 @@ class ModelConfig:
     pretrained_weights: str | None = flag(
         None,
         "--pretrained-weights",
-        help="start from these weights: a LucidPrune checkpoint (pruned ones too), a plain state dict, "
-        "torchvision's",
+        "--weights",
+        help="start from these weights: a LucidPrune checkpoint (pruned ones too), a plain state dict, or what a "
+        "library publishes, such as torchvision/resnet50:DEFAULT or timm/resnet50.a1_in1k",
         metavar="FILE",
         reads=True,
     )

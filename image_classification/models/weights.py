@@ -1,16 +1,11 @@
 """Loading of weights: LucidPrune checkpoints, plain state dicts, torchvision's and DataParallel-prefixed ones.
 
-Files are read with `weights_only=True`: tensors and plain values, never code. PyTorch ignores the zip checksums when
-reading, so that a flipped bit would load as a wrong number; here they are verified first. (Files in the format before
-PyTorch 1.6 have none.) Weights that do not fit a network are an error that names the first module.
+`weights_reading` reads the files, `fitting_weights` puts their tensors into a network.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,21 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from image_classification.checkpoint_format import FormatError, check_extent, check_payload, is_ours
-from image_classification.models.registry import ModelError
+from image_classification.checkpoint_format import is_ours
+from image_classification.models.published_weights import weights_file
 from image_classification.models.structure import Structure, StructureError
+from image_classification.models.weights_reading import WeightsError, read_file
 from image_classification.network_input import NetworkInput
 from image_classification.plain_data import PlainValue
 from image_classification.small_files import problem_of
 
 _STATE_KEYS = ("state_dict", "model", "model_state_dict", "net")
 _EMA_KEYS = ("ema", "ema_state_dict", "state_dict_ema", "model_ema")
-_ZIP_START = b"PK\x03\x04"
-_CHUNK = 1 << 20
-
-
-class WeightsError(ModelError):
-    """A weights file cannot be used. The message names the file, the problem and a remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,80 +116,23 @@ def saved_input(path: str | Path) -> NetworkInput | None:
     if problem_of(Path(path)) is not None:
         return None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(weights_file(path), map_location="cpu", weights_only=True, mmap=True)
         return Structure.from_plain(content["structure"]).input if is_ours(content) else None
     except Exception:  # the unpickler meets arbitrary bytes here and may raise almost anything
         return None
 
 
 def read_safely(path: str | Path) -> PlainValue:
-    """Read a file of `torch.save`: tensors (on the CPU) and plain values.
+    """Read what `torch.save` put into a file (`weights_reading.read_file`), or weights that a library publishes.
 
-    Verifies the checksums of every record, runs no code from the file, and checks a LucidPrune checkpoint against its
-    schema (`checkpoint_format`).
+    Args:
+        path: A file, or a name such as `torchvision/resnet50:DEFAULT` (`published_weights`).
 
     Raises:
         FileNotFoundError: The file does not exist.
-        WeightsError: The file is truncated, altered, not written by `torch.save`, holds more than tensors and plain
-            values, or is a LucidPrune checkpoint that violates its schema.
+        WeightsError: As `read_file`, or the weights cannot be fetched.
     """
-    path = Path(path)
-    problem = problem_of(path)
-    if problem is not None:
-        raise FileNotFoundError(f"weights file {path} {problem}: check the path")
-    with path.open("rb") as file:
-        start = file.read(len(_ZIP_START))
-    if not start:
-        raise WeightsError(f"{path} is empty: it was not written to its end; take another copy")
-    if start == _ZIP_START:
-        _verify_records(path)
-    try:
-        # An argparse namespace is a container of values; many published training programs save theirs.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler meets arbitrary bytes here and may raise almost anything
-        raise WeightsError(_unreadable(path, error)) from error
-    try:
-        check_extent(content, path.stat().st_size)
-        if is_ours(content):
-            check_payload(content)
-    except FormatError as error:
-        raise WeightsError(f"{path}: {error}") from error
-    return content
-
-
-def _verify_records(path: Path) -> None:
-    """Check every record of the zip file that `torch.save` writes against its CRC-32."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for record in archive.infolist():
-                if record.compress_type != zipfile.ZIP_STORED:
-                    raise WeightsError(f"{path} is a compressed zip file, which torch.save does not write")
-                if record.CRC == 0:  # written without checksums (torch's save.compute_crc32 = False)
-                    continue
-                with archive.open(record) as file:
-                    while file.read(_CHUNK):
-                        pass
-    except WeightsError:
-        raise
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise WeightsError(
-            f"{path} is truncated or damaged ({error}): take another copy of the file"
-        ) from error
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    wanted = re.search(r"(?:GLOBAL|global|Unsupported class) ([\w.]+)", str(error))
-    if wanted:
-        return (
-            f"{path} holds more than tensors and plain values (it asks for {wanted.group(1)}), and was not "
-            "opened: it could run code. Save state_dict() of the network instead of the whole object; files of the "
-            "published programs are read by `python -m pruning import`"
-        )
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    return (
-        f"{path} is damaged, or not a file of torch.save ({reason}): give a checkpoint or a saved state dict"
-    )
+    return read_file(weights_file(path))
 
 
 def _find_state(content: Mapping[object, object], path: Path, ema: bool) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from image_classification.config import SettingError, check, check_choice, check
 from image_classification.extras import need
 from image_classification.file_writing import atomic_path
 from image_classification.models import (
+    arch_info,
     capture_structure,
     class_names_of,
     input_of,
@@ -321,7 +322,8 @@ def _architecture(model: nn.Module) -> tuple[str, str]:
     arch = str(structure.arch)
     count = structure.num_classes
     options = structure.options
-    if not options and structure.image_size is None and not arch.startswith("timm/"):
+    any_size = structure.image_size is None or not arch_info(arch).fixed_size
+    if not options and any_size and not arch.startswith("timm/"):
         name = arch.removeprefix("torchvision/")
         if _same_in_torchvision(name, structure.fresh, count):
             return (
@@ -336,7 +338,7 @@ def _architecture(model: nn.Module) -> tuple[str, str]:
     }
     words = ", ".join(f"{key}={value!r}" for key, value in given.items() if value is not None)
     return (
-        "\nfrom image_classification.models import create_model  # of LucidPrune: torchvision has no such network",
+        "\nfrom image_classification.models import create_model  # of LucidPrune: torchvision alone does not build it",
         f'create_model("{arch}", {words})',
     )
 

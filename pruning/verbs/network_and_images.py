@@ -25,7 +25,10 @@ from pruning.verbs.shrink import Factory, find_factory
 def declare_network_and_images(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments shared by these verbs."""
     parser.add_argument(
-        "checkpoint", type=Path, help="trained network: a LucidPrune checkpoint, or weights with --arch"
+        "checkpoint",
+        type=Path,
+        help="trained network: a LucidPrune checkpoint, weights with --arch, or published weights by name, such as "
+        "torchvision/resnet50",
     )
     parser.add_argument(
         "images", type=Path, help="folder of images, with or without class folders; labels are not needed"
