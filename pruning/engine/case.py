@@ -112,6 +112,7 @@ def _enter(passes: list[Pass], traces: list[Trace], example: Example, trace: Tra
             divisors=trace.divisors,
             unsteady=trace.unsteady,
             own_gradients=trace.own_gradients,
+            decides=trace.decides,
         )
     )
 

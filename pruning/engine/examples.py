@@ -88,6 +88,7 @@ class Pass:
         divisors: Names of the vectors that cannot be zero (see `traces.Trace.divisors`).
         unsteady: It draws random numbers or computes in half precision (see `steady.py`).
         own_gradients: The network has a say in its gradients (see `own_gradients.py`).
+        decides: Values of the images decide over something (see `traces.Trace.decides`).
     """
 
     example: Example
@@ -99,6 +100,7 @@ class Pass:
     divisors: frozenset[str] = frozenset()
     unsteady: bool = True
     own_gradients: bool = False
+    decides: bool = True
 
 
 def as_examples(given: Examples, setting: str = "example") -> list[Example]:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
 
 from image_classification.models.running import Args, Kwargs
 
 _NEEDS_NO_ZERO = frozenset({"div", "log", "log2", "log10", "reciprocal", "rsqrt"})
+#: Operators whose result jumps where their argument barely changes, beside those that give whole numbers or booleans.
+_JUMPS = frozenset(
+    {"round", "floor", "ceil", "trunc", "fix", "frac", "sign", "sgn", "heaviside", "remainder", "fmod"}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +157,31 @@ class Trace:
                     yield from self._vectors_behind(part)
 
     @property
+    def decides(self) -> bool:
+        """Whether values of the images decide over something (an order, a mask, a path): rounding can tip that."""
+        read = set(self.outputs)
+        for operation in self.operations:
+            read.update(ref.value for ref in _refs(operation))
+        return any(self._decides(operation, read) for operation in self.operations)
+
+    def _decides(self, operation: Operation, read: Collection[int]) -> bool:
+        given = [self.tensors[ref.value] for ref in _refs(operation)]
+        if not any(
+            info.derived and (info.dtype.is_floating_point or info.dtype.is_complex) for info in given
+        ):
+            return False
+        name = str(operation.func.overloadpacket).removeprefix("aten.").rstrip("_")
+        made = [self.tensors[out] for out in operation.outputs if out is not None and out in read]
+        whole = any(not (info.dtype.is_floating_point or info.dtype.is_complex) for info in made)
+        return whole or name in _JUMPS or operation.outputs == (None,)
+
+    @property
     def used_names(self) -> set[str]:
         """Names of all parameters and buffers that took part."""
         return {info.name for info in self.tensors if info.name is not None}
+
+
+def _refs(operation: Operation) -> list[Ref]:
+    """Every tensor among an operator's arguments."""
+    leaves = tree_leaves((operation.args, operation.kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, Ref)]

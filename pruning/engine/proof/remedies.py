@@ -21,9 +21,11 @@ from pruning.engine.coupling import as_units
 from pruning.engine.groups import Member
 from pruning.engine.labeller import Labeller, Policy
 from pruning.engine.native_layers import is_native
+from pruning.engine.proof.agreement_of_runs import Failure
 from pruning.engine.proof.hidden_widths import public, tie_shapes, tie_widths
 from pruning.engine.proof.loosening import BLOCKWISE, FLIPPED
-from pruning.engine.proof.trial import Failure, Trial, random_mask
+from pruning.engine.proof.trial import Trial
+from pruning.engine.proof.trial_masks import random_mask
 
 _MOST_SINGLE = 8
 

@@ -21,11 +21,13 @@ from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.groups import AttributeAxis
 from pruning.engine.labeller import Labeller
 from pruning.engine.pairs import paired_attributes
+from pruning.engine.proof.agreement_of_runs import Failure
 from pruning.engine.proof.hidden_widths import hidden_widths, public, tie_shapes, tie_widths
 from pruning.engine.proof.loosening import freedom, loosened
 from pruning.engine.proof.rehearsal import rehearsal
 from pruning.engine.proof.remedies import Measures, and_around, kind_of, remedied
-from pruning.engine.proof.trial import MASKS, Failure, Trial, Trials, all_but_one, random_mask
+from pruning.engine.proof.trial import Trial, Trials
+from pruning.engine.proof.trial_masks import MASKS, all_but_one, random_mask
 
 _MOST_ROUNDS = 60
 _OTHER_SEED = 8
@@ -70,12 +72,14 @@ def _verified(case: Case, measures: Measures, more_than: int = 0) -> tuple[Chann
     for _ in range(_MOST_ROUNDS):
         labeller, graph = _build(case, measures)
         trials = _trials(case, graph)
+        if more_than and _removable(graph) <= more_than:  # before a trial is run to its end
+            freest = _without_needless_measures(case, measures, trials).graph
+            if _removable(freest) <= more_than:
+                return freest, None
         failure = trials.first.failure(repeats=False)
         if failure is None:
             # Where a measure was taken back, all cuts were stood; else there are some left.
             trials = _without_needless_measures(case, measures, trials)
-            if more_than and _removable(trials.graph) <= more_than:
-                return trials.graph, None
             failure = _failure_without_needless_numbers(case, trials)
         if failure is None:
             return trials.graph, before_shapes if measures.shaped else None
