@@ -38,7 +38,7 @@ def _only_batch_norm(model: nn.Module) -> bool:
 def in_ddp(model: nn.Module, device: torch.device) -> DistributedDataParallel:
     """A network whose gradients meet those of the other ranks; collective."""
     buffers: Kwargs = {_SYNC_BUFFERS: not _only_batch_norm(model)}
-    # No `static_graph`: it saves a search that is off anyway, and matching makes every graph another one.
+    # No `static_graph`: it saves a search that is off anyway, and fails where the first micro-batch sends nothing.
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,

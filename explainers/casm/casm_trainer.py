@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from explainers.casm.casm_objective import decoder_loss, mask_figures, summary
 from explainers.casm.decoder import enlarged
@@ -30,6 +29,7 @@ from image_classification.observe.figures import Figure, register_figures
 from image_classification.plain_data import Plain
 from image_classification.schedules import Schedule
 from image_classification.trainer import Trainer
+from image_classification.wrapping import in_ddp
 
 TRAINING_KEY = "casm_training"
 
@@ -103,12 +103,9 @@ class CasmTrainer(Trainer):
             self._description = None
         else:
             super().rebind()
-        devices = [self.distributed.device] if self.distributed.device.type == "cuda" else None
         self._decode: nn.Module = self.casm.decoder
         if several:
-            self._decode = DistributedDataParallel(
-                self.casm.decoder, device_ids=devices, gradient_as_bucket_view=True
-            )
+            self._decode = in_ddp(self.casm.decoder, self.distributed.device)
 
     # ------------------------------------------------------------------ one step
 
