@@ -460,9 +460,7 @@ def test_misspelt_key_and_wrong_value_in_yaml(attempt: Attempt, good: Path, tmp_
     ):
         recipe.write_text(text)
         assert_told(attempt(good, "--config", recipe), pattern)
-    assert_told(
-        attempt(good, "--config", tmp_path / "absent.yaml"), r"--config: no such file"
-    )
+    assert_told(attempt(good, "--config", tmp_path / "absent.yaml"), r"--config: no such file")
 
 
 # ------------------------------------------------------------------ classes by name

@@ -13,9 +13,9 @@ import copy
 import dataclasses
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ from image_classification.models.structure import (
 from image_classification.network_input import NetworkInput
 from image_classification.plain_data import PlainMapping, PlainValue
 from image_classification.small_files import problem_of
+
+M = TypeVar("M", bound=nn.Module)
 
 _STATE_KEYS = ("state_dict", "model", "model_state_dict", "net")
 _EMA_KEYS = ("ema", "ema_state_dict", "state_dict_ema", "model_ema")
@@ -202,6 +204,33 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], path: Path, what
         raise WeightsError(
             f"{path}: its {what} contradicts itself: {' '.join(str(error).split())}"
         ) from error
+
+
+def build_exactly(build: Callable[[], M], state: Mapping[str, Tensor], path: Path, what: str) -> M:
+    """A module of sizes that a file gives, with its tensors; see `load_exactly`.
+
+    The shapes are compared before the module takes any memory: a file may give any sizes.
+
+    Args:
+        build: Makes it.
+        state, path, what: As for `load_exactly`.
+
+    Raises:
+        WeightsError: It cannot be built, or the tensors are not of its shapes.
+    """
+    given = {name: list(tensor.shape) for name, tensor in state.items()}
+    try:
+        with torch.device("meta"):
+            shapes = {name: list(tensor.shape) for name, tensor in build().state_dict().items()}
+        odd = next((name for name in {**shapes, **given} if shapes.get(name) != given.get(name)), None)
+        if odd is not None:
+            raise ValueError(f"its sizes give {odd!r} shape {shapes.get(odd)}, its tensors {given.get(odd)}")
+        module = build()
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise WeightsError(f"{path}: its {what} contradicts itself: {reason}") from error
+    load_exactly(module, state, path, what)
+    return module
 
 
 def _verify_records(path: Path) -> None:
