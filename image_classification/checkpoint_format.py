@@ -38,7 +38,7 @@ class FormatError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
+class Entry:
     """Requirements on an entry.
 
     Attributes:
@@ -117,44 +117,57 @@ def _is_class_names(value: object) -> bool:
     return all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
 
 
-def _or_none(entry: _Entry) -> _Entry:
-    return _Entry(lambda value: value is None or entry.holds(value), f"{entry.kind}, or none")
+def list_of(entry: Entry, length: int | None = None) -> Entry:
+    """A list of such entries; of any length, or of one."""
+    count = "" if length is None else f"{length} "
+    return Entry(
+        lambda value: (
+            isinstance(value, (list, tuple)) and length in (None, len(value)) and all(map(entry.holds, value))
+        ),
+        f"a list of {count}entries, each {entry.kind}",
+    )
 
 
-_COUNT = _Entry(is_count, "a count")
-_POSITIVE = _Entry(lambda value: is_count(value) and value > 0, "a count of at least 1")
-_FINITE = _Entry(_is_finite, "a finite number")
-_TEXT = _Entry(lambda value: isinstance(value, str), "a text")
-_TABLE = _Entry(lambda value: isinstance(value, Mapping), "a table")
-_STATE = _Entry(_is_state, "a table of plain tensors")
+def or_none(entry: Entry) -> Entry:
+    return Entry(lambda value: value is None or entry.holds(value), f"{entry.kind}, or none")
+
+
+COUNT = Entry(is_count, "a count")
+POSITIVE = Entry(lambda value: is_count(value) and value > 0, "a count of at least 1")
+FINITE = Entry(_is_finite, "a finite number")
+TEXT = Entry(lambda value: isinstance(value, str), "a text")
+TABLE = Entry(lambda value: isinstance(value, Mapping), "a table")
+STATE = Entry(_is_state, "a table of plain tensors")
+
+_SIZES = list_of(COUNT)
 
 #: Entry → its requirements, if present. Jobs add their own entries, which they check themselves.
-SCHEMA: dict[str, _Entry] = {
-    "version": _POSITIVE,
-    "arch": _or_none(_TEXT),
-    "structure": _or_none(_TABLE),
-    "class_names": _or_none(_Entry(_is_class_names, "a list of different names")),
-    "state_dict": _STATE,
-    "ema": _or_none(_STATE),
-    "ema_updates": _or_none(_COUNT),
-    "optimizer": _Entry(_is_optimizer, "an optimizer's state"),
-    "scaler": _TABLE,
-    "epoch": _COUNT,
-    "iteration": _COUNT,
-    "steps_per_epoch": _POSITIVE,
-    "world_size": _POSITIVE,
-    "num_skipped": _COUNT,
-    "best_prec1": _or_none(_FINITE),
-    "best_epoch": _or_none(_COUNT),
-    "lr_factor": _Entry(lambda value: _is_finite(value) and 0 <= value <= 1, "a number from 0 to 1"),
-    "loader": _TABLE,
-    "callbacks": _Entry(_is_named_table, "a table of tables"),
-    "rng": _Entry(_is_rng, "a list of random states"),
-    "training_sums": _Entry(
+SCHEMA: dict[str, Entry] = {
+    "version": POSITIVE,
+    "arch": or_none(TEXT),
+    "structure": or_none(TABLE),
+    "class_names": or_none(Entry(_is_class_names, "a list of different names")),
+    "state_dict": STATE,
+    "ema": or_none(STATE),
+    "ema_updates": or_none(COUNT),
+    "optimizer": Entry(_is_optimizer, "an optimizer's state"),
+    "scaler": TABLE,
+    "epoch": COUNT,
+    "iteration": COUNT,
+    "steps_per_epoch": POSITIVE,
+    "world_size": POSITIVE,
+    "num_skipped": COUNT,
+    "best_prec1": or_none(FINITE),
+    "best_epoch": or_none(COUNT),
+    "lr_factor": Entry(lambda value: _is_finite(value) and 0 <= value <= 1, "a number from 0 to 1"),
+    "loader": TABLE,
+    "callbacks": Entry(_is_named_table, "a table of tables"),
+    "rng": Entry(_is_rng, "a list of random states"),
+    "training_sums": Entry(
         lambda value: _is_plain_tensor(value) and value.shape == (2, 3) and bool(value.isfinite().all()),
         "a finite tensor of shape (2, 3)",
     ),
-    "config": _TABLE,
+    "config": TABLE,
 }
 
 
@@ -183,9 +196,7 @@ def check_payload(payload: PlainMapping) -> None:
         )
     if version is None:
         raise FormatError("it does not say its version: it is incomplete; take another copy")
-    for key, entry in SCHEMA.items():
-        if key in payload and not entry.holds(payload[key]):
-            raise FormatError(f"its {key} is {_shown(payload[key])}, not {entry.kind}")
+    check_entries({key: payload[key] for key in SCHEMA.keys() & payload.keys()}, SCHEMA, "its")
     _check_agreement(payload)
     if version >= _DIGESTED and payload.get("digest") != digest(payload):
         raise FormatError(
@@ -199,10 +210,10 @@ def _check_agreement(payload: PlainMapping) -> None:
     shapes = structure.get("shapes") if structure is not None else None
     if isinstance(shapes, Mapping):
         for name, tensor in state.items():
-            if shapes.get(name) != list(tensor.shape):
+            if not _SIZES.holds(shapes.get(name)) or shapes[name] != list(tensor.shape):
                 raise FormatError(
                     f"it contradicts itself at module {name.rpartition('.')[0]!r}: its structure gives {name!r} "
-                    f"shape {shapes.get(name)}, its tensors {list(tensor.shape)}"
+                    f"shape {str(shapes.get(name))[:60]}, its tensors {list(tensor.shape)}"
                 )
     kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
     averages = {name: (tensor.shape, tensor.dtype) for name, tensor in (payload.get("ema") or {}).items()}
@@ -240,6 +251,24 @@ def _shown(value: object) -> str:
         odd = next((key for key, item in value.items() if not _is_plain_tensor(item)), None)
         return f"a table with {str(odd)[:60]!r} of {type(value.get(odd)).__name__}"
     return f"a {type(value).__name__}"
+
+
+def check_entries(table: PlainValue, schema: Mapping[str, Entry], whose: str) -> None:
+    """Make sure that a table has what a schema says of its entries; those that it lacks are not missed.
+
+    Args:
+        table: What a file holds.
+        schema: Entry → what it must be.
+        whose: The entries are, for the message: "its", "its selector's".
+
+    Raises:
+        FormatError: Naming the first entry that is something else, and what it is.
+    """
+    if not isinstance(table, Mapping):
+        raise FormatError(f"{whose} entries are {_shown(table)}, not a table")
+    for key, entry in schema.items():
+        if key in table and not entry.holds(table[key]):
+            raise FormatError(f"{whose} {key} is {_shown(table[key])}, not {entry.kind}")
 
 
 def check_extent(content: PlainValue, num_bytes: int) -> None:

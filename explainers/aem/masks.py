@@ -22,8 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from image_classification.checkpoint_format import FINITE, POSITIVE, check_entries
+from image_classification.plain_data import PlainValue
+
 #: Smallest width of a mask in pixels. A narrower mask is empty on every grid, and its gradient is not finite.
 _LEAST_WIDTH = 1e-2
+#: What stands in a file of a geometry.
+_ENTRIES = {
+    "image_size": POSITIVE,
+    "travel": FINITE,
+    "least_width": FINITE,
+    "most_width": FINITE,
+    "initial_width": FINITE,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +65,18 @@ class MaskGeometry:
             )
         if not self.initial_width > 0:
             raise ValueError(f"initial width {self.initial_width}: give a positive number of pixels")
+
+    @classmethod
+    def from_plain(cls, plain: PlainValue) -> MaskGeometry:
+        """Read what `dataclasses.asdict` gave.
+
+        Raises:
+            ValueError: It is not of that form.
+        """
+        check_entries(plain, _ENTRIES, "its geometry's")
+        if plain.keys() != _ENTRIES.keys():
+            raise ValueError(f"not a geometry of masks: its entries are {', '.join(map(str, plain))[:200]}")
+        return cls(**plain)
 
     def scaled(self, image_size: int) -> MaskGeometry:
         """The same geometry for images of another size."""

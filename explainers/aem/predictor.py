@@ -12,7 +12,7 @@ from explainers.aem.masks import MaskGeometry
 from explainers.aem.records import read_record
 from explainers.differentiable.explanation import network_digest
 from image_classification.checkpoint import save_atomically
-from image_classification.checkpoint_format import FORMAT
+from image_classification.checkpoint_format import FORMAT, POSITIVE, TABLE, TEXT, check_entries, or_none
 from image_classification.config import SettingError, check_setting
 from image_classification.models import (
     build_from_structure,
@@ -24,6 +24,10 @@ from image_classification.plain_data import PlainMapping
 
 #: Key in a checkpoint's `callbacks` that holds a predictor's description.
 PREDICTOR_RECORD = "predictor"
+
+
+#: What stands in a file of it.
+_ENTRIES = {"kind": TEXT, "geometry": TABLE, "arch": or_none(TEXT), "digest": TEXT, "num_classes": POSITIVE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +59,17 @@ class PredictorRecord:
         Raises:
             ValueError: `plain` does not have that form.
         """
-        try:
-            arch = plain["arch"]
-            return cls(
-                str(plain["kind"]),
-                MaskGeometry(**plain["geometry"]),
-                None if arch is None else str(arch),
-                str(plain["digest"]),
-                int(plain["num_classes"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a description of a predictor ({error!r})") from error
+        check_entries(plain, _ENTRIES, "its predictor's")
+        missing = _ENTRIES.keys() - plain.keys()
+        if missing:
+            raise ValueError(f"not a description of a predictor: it lacks {', '.join(sorted(missing))}")
+        return cls(
+            plain["kind"],
+            MaskGeometry.from_plain(plain["geometry"]),
+            plain["arch"],
+            plain["digest"],
+            plain["num_classes"],
+        )
 
 
 def describe_predictor(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -15,7 +16,7 @@ from explainers.aem.selector import Selector, SelectorDesign
 from explainers.differentiable.explanation import network_digest
 from explainers.differentiable.features import FeatureTaps
 from image_classification.checkpoint import save_atomically
-from image_classification.checkpoint_format import FORMAT
+from image_classification.checkpoint_format import FORMAT, STATE
 from image_classification.config import SettingError, check_setting
 from image_classification.models import (
     WeightsError,
@@ -26,6 +27,7 @@ from image_classification.models import (
     main_and_auxiliary_logits,
     unwrap,
 )
+from image_classification.models.fitting_weights import build_exactly
 from image_classification.models.weights import structure_in
 
 #: Key in a checkpoint's `callbacks` that holds a selector's description.
@@ -197,10 +199,11 @@ def load_selector(path: str | Path, *, device: torch.device | str | None = None)
     path = Path(path)
     payload, record = read_record(path, SELECTOR_RECORD)
     try:
-        selector = Selector(SelectorDesign.from_plain(record.get("design")))
-        selector.load_state_dict(payload["state_dict"])
-    except (ValueError, RuntimeError, KeyError) as error:
+        design = SelectorDesign.from_plain(record.get("design"))
+    except ValueError as error:
         raise WeightsError(f"{path} contradicts itself: {' '.join(str(error).split())}") from error
+    build = functools.partial(Selector, design)
+    selector = build_exactly(build, payload.get("state_dict", {}), path, "selector")
     selector = selector.to(device).eval().requires_grad_(False)
     return SelectorExplanation(
         selector, record.get("arch"), record.get("digest"), record.get("figures", {}), path
@@ -216,7 +219,7 @@ def load_black_box(path: str | Path, *, device: torch.device | str | None = None
     """
     _, record = read_record(Path(path), SELECTOR_RECORD)
     held = record.get("black_box")
-    if not isinstance(held, dict) or not isinstance(held.get("state_dict"), dict):
+    if not isinstance(held, dict) or not STATE.holds(held.get("state_dict")):
         raise SettingError(
             "selector",
             str(path),

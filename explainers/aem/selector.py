@@ -28,6 +28,7 @@ from explainers.aem.masks import (
 )
 from explainers.attribution.method import dtype_of
 from explainers.differentiable.features import FeatureTaps, find_taps
+from image_classification.checkpoint_format import POSITIVE, TABLE, TEXT, Entry, check_entries, list_of
 from image_classification.config import check_choice
 from image_classification.models import evaluating
 from image_classification.plain_data import PlainValue
@@ -36,6 +37,17 @@ Kind = Literal["rbf", "real-x"]
 DecoderName = Literal["published", "light"]
 #: Default decoder.
 DECODER: DecoderName = "published"
+#: What stands in a file of a selector's design.
+_ENTRIES = {
+    "kind": TEXT,
+    "decoder": TEXT,
+    "num_classes": POSITIVE,
+    "taps": list_of(TEXT),
+    "widths": list_of(POSITIVE),
+    "sizes": list_of(list_of(POSITIVE, 2)),
+    "geometry": TABLE,
+    "row_first": Entry(lambda value: isinstance(value, bool), "true or false"),
+}
 LIGHT_WIDTH = 64
 
 
@@ -91,19 +103,20 @@ class SelectorDesign:
         Raises:
             ValueError: `plain` does not have that form.
         """
-        try:
-            return cls(
-                kind=str(plain["kind"]),
-                decoder=str(plain["decoder"]),
-                num_classes=int(plain["num_classes"]),
-                taps=tuple(map(str, plain["taps"])),
-                widths=tuple(map(int, plain["widths"])),
-                sizes=tuple((int(height), int(width)) for height, width in plain["sizes"]),
-                geometry=MaskGeometry(**plain["geometry"]),
-                row_first=bool(plain.get("row_first", False)),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a description of a selector ({error!r})") from error
+        check_entries(plain, _ENTRIES, "its selector's")
+        missing = _ENTRIES.keys() - {"row_first"} - plain.keys()
+        if missing:
+            raise ValueError(f"not a description of a selector: it lacks {', '.join(sorted(missing))}")
+        return cls(
+            kind=plain["kind"],
+            decoder=plain["decoder"],
+            num_classes=plain["num_classes"],
+            taps=tuple(plain["taps"]),
+            widths=tuple(plain["widths"]),
+            sizes=tuple((height, width) for height, width in plain["sizes"]),
+            geometry=MaskGeometry.from_plain(plain["geometry"]),
+            row_first=plain.get("row_first", False),
+        )
 
 
 def design_selector(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ from image_classification.callbacks import Callback, TrainLoop
 from image_classification.config import check
 from image_classification.data.loader import Batch
 from image_classification.finite import learned_tensors, optimizer_tensors
+from image_classification.models.fitting_weights import load_exactly
 from image_classification.observe.figures import Figure, register_figures
 from image_classification.plain_data import Plain
+from image_classification.resumable_loop import taking_up
 from image_classification.schedules import Schedule
 from image_classification.trainer import Trainer
 from image_classification.wrapping import in_ddp
@@ -244,6 +247,11 @@ class CasmTrainer(Trainer):
             "--resume: the checkpoint holds a classifier only, no saliency mapping: give one of `python -m explainers "
             "train-casm`, or start from a classifier with --pretrained-weights",
         )
+        with taking_up("the saliency mapping"):
+            self._restore_casm(payload)
+        super().restore(payload)
+
+    def _restore_casm(self, payload: Plain) -> None:
         saved = payload[TRAINING_KEY]
         present = {**dataclasses.asdict(self.thinning), "adversarial": self.settings.adversarial}
         before = {**saved["thinning"], "adversarial": saved["adversarial"]}
@@ -265,12 +273,11 @@ class CasmTrainer(Trainer):
             and entry["width"] == self.casm.decoder.width,
             "--resume: the checkpoint's decoder has another shape: give the same --decoder-width and --image-size",
         )
-        self.casm.decoder.load_state_dict(entry["decoder"])
+        load_exactly(self.casm.decoder, entry["decoder"], Path("the checkpoint"), "decoder")
         # Optimizer settings (decay) follow this run's flags, as the classifier's do.
         groups = self.decoder_optimizer.state_dict()["param_groups"]
         self.decoder_optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
         self.past.load_state_dict(saved["past"])
-        super().restore(payload)
 
 
 class _MaskFigures(Callback):

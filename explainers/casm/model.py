@@ -7,8 +7,10 @@ The file is a LucidPrune checkpoint (so its classifier loads wherever a checkpoi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,16 @@ from explainers.casm.classifier_taps import Taps, find_casm_taps
 from explainers.casm.decoder import UPSAMPLE, CasmDecoder, Upsample, enlarged
 from explainers.differentiable.features import FeatureTaps
 from image_classification.checkpoint import save_atomically
-from image_classification.checkpoint_format import FORMAT
+from image_classification.checkpoint_format import (
+    FORMAT,
+    POSITIVE,
+    STATE,
+    TEXT,
+    Entry,
+    FormatError,
+    check_entries,
+    list_of,
+)
 from image_classification.models import (
     build_from_structure,
     capture_structure,
@@ -26,12 +37,22 @@ from image_classification.models import (
     read_safely,
     unwrap,
 )
-from image_classification.models.fitting_weights import load_exactly
+from image_classification.models.fitting_weights import build_exactly, load_exactly
 from image_classification.models.weights import structure_in
 from image_classification.models.weights_reading import WeightsError
 from image_classification.plain_data import PlainMapping
 
 KEY = "casm"
+#: What stands in that entry of a checkpoint.
+_ENTRY = {
+    "taps": list_of(TEXT),
+    "channels": list_of(POSITIVE),
+    "width": POSITIVE,
+    "image_size": POSITIVE,
+    "kept": STATE,
+    "decoder": STATE,
+    "upsample": Entry(lambda value: value in get_args(Upsample), f"one of {', '.join(get_args(Upsample))}"),
+}
 
 
 class Casm(nn.Module):
@@ -145,7 +166,11 @@ def casm_from_entry(classifier: nn.Module, entry: PlainMapping, path: Path) -> C
     Raises:
         WeightsError: The entry is incomplete, or belongs to another classifier.
     """
-    missing = {"taps", "channels", "width", "image_size", "kept", "decoder"} - entry.keys()
+    try:
+        check_entries(entry, _ENTRY, "its saliency mapping's")
+    except FormatError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    missing = _ENTRY.keys() - {"upsample"} - entry.keys()
     if missing:
         raise WeightsError(
             f"{path}: its saliency mapping lacks {', '.join(sorted(missing))}; take another copy"
@@ -158,8 +183,10 @@ def casm_from_entry(classifier: nn.Module, entry: PlainMapping, path: Path) -> C
             f"{path}: its decoder reads module {absent[0]!r}, which {identity.arch if identity else 'the classifier'} "
             "does not have: it was trained on another architecture"
         )
-    decoder = CasmDecoder(entry["channels"], entry["width"])
-    load_exactly(decoder, entry["decoder"], path, "decoder")
+    if len(entry["channels"]) != len(entry["taps"]):
+        raise WeightsError(f"{path}: its saliency mapping's channels are not one number for each of its taps")
+    build = functools.partial(CasmDecoder, entry["channels"], entry["width"])
+    decoder = build_exactly(build, entry["decoder"], path, "decoder")
     return Casm(
         classifier,
         decoder,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from image_classification.models.module_tree import tensors_by_all_names
 from image_classification.models.registry import ModelError
 from image_classification.models.weights import LoadedWeights
 from image_classification.models.weights_reading import WeightsError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], path: Path, what: str = "network") -> None:
@@ -191,3 +194,30 @@ def _arch_hint(model: nn.Module, given: LoadedWeights) -> str:
     if given.structure is not None:
         return ". The file describes a pruned network: build it by model_for_weights"
     return ". Give the `arch` that the weights were trained with"
+
+
+def build_exactly(build: Callable[[], M], state: Mapping[str, Tensor], path: Path, what: str) -> M:
+    """Build a module whose sizes a file gives, and load its tensors; see `load_exactly`.
+
+    The shapes are compared before the module allocates any memory, since a file may give any sizes.
+
+    Args:
+        build: Builds the module.
+        state, path, what: As for `load_exactly`.
+
+    Raises:
+        WeightsError: It cannot be built, or the tensors are not of its shapes.
+    """
+    given = {name: list(tensor.shape) for name, tensor in state.items()}
+    try:
+        with torch.device("meta"):
+            shapes = {name: list(tensor.shape) for name, tensor in build().state_dict().items()}
+        odd = next((name for name in {**shapes, **given} if shapes.get(name) != given.get(name)), None)
+        if odd is not None:
+            raise ValueError(f"its sizes give {odd!r} shape {shapes.get(odd)}, its tensors {given.get(odd)}")
+        module = build()
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise WeightsError(f"{path}: its {what} contradicts itself: {reason}") from error
+    load_exactly(module, state, path, what)
+    return module

@@ -34,6 +34,7 @@ from explainers.__main__ import VERBS as EXPLAIN_VERBS
 from explainers.aem.predictor import load_predictor
 from explainers.aem.saved_selector import load_black_box, load_selector
 from explainers.casm.model import load_casm
+from image_classification.checkpoint_format import sealed
 from image_classification.config import is_told, out_of_memory, told
 from image_classification.data.bad_samples import BadSampleError
 from image_classification.data.decode import UnreadableError, open_image
@@ -42,7 +43,7 @@ from image_classification.data.layouts.annotations import read_imagenet_boxes
 from image_classification.data.manifest import Manifest
 from image_classification.data.plan import CentreCrop
 from image_classification.data.targets import read_mask
-from image_classification.models import create_model
+from image_classification.models import create_model, read_safely
 from image_classification.verbs import run_verb, verb_of
 from image_classification.workspace_lock import WorkspaceLock
 from pruning.__main__ import ALL_VERBS
@@ -645,3 +646,33 @@ def test_a_good_file_is_taken(name: str, goods: Mapping[str, bytes], place: Plac
     path = tmp_path / f"good{READERS[name].suffix}"
     path.write_bytes(goods[READERS[name].kind])
     assert READERS[name].read(path, place) == (0, "")
+
+
+FORGED = {
+    "casm": ("load_casm", ("casm",)),
+    "predictor": ("load_predictor", ("callbacks", "predictor")),
+    "selector": ("load_selector", ("callbacks", "selector", "design")),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_no_entry_of_a_description_is_trusted(
+    kind: str, goods: Mapping[str, bytes], place: Place, tmp_path: Path
+) -> None:
+    """Entries of any kind and size, under a digest that is right."""
+    name, keys = FORGED[kind]
+    path, canary = tmp_path / "hostile.pth.tar", tmp_path / "canary"
+    path.write_bytes(goods[kind])
+    payload = read_safely(path)
+    table = payload
+    for key in keys:
+        table = table[key]
+    reader = dataclasses.replace(READERS[name], takes=("*",))  # a text, for one, may stand for another
+    faults = []
+    for key, right in list(table.items()):
+        for wrong in (None, -1, "x", [], {}, [{}], 1e300, 10**30, 10**9, torch.zeros(2)):
+            table[key] = wrong
+            torch.save(sealed(payload), path)
+            faults.append(fault_of(reader, f"{key} = {wrong!r}", path, place, canary))
+        table[key] = right
+    assert not list(filter(None, faults))
