@@ -1,6 +1,7 @@
-"""On a stand-in accelerator: nothing is mixed with the CPU, nothing stays behind there, and the host's reads are known.
+"""Checks on a stand-in accelerator: nothing is mixed with the CPU or left there, and the number of host reads is known.
 
-The figures are those of the table in docs/howto/benchmark-machine.md: a change that reads more has to say so there.
+The figures are those of the table in docs/howto/benchmark-machine.md, which must be updated by a change that reads
+more.
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ from pruning.training.learned.learner import GateLearner
 from pruning.training.learned.widths import inner_groups
 
 CLASSES = 5
-#: Reads of a scoring pass: for each batch, and once besides.
+#: Reads of a scoring pass: (per batch, once in addition).
 SCORING = {
     "bn-scale": (0, 1),
-    "discriminant": (1, 4),  # each batch: whether the sums of the classes are near to being dependent
+    "discriminant": (1, 4),  # each batch: whether the sums of the classes are nearly dependent
     "fisher": (0, 5),
     "fpgm": (0, 1),
     "hrank": (0, 4),
     "magnitude": (0, 1),
     "magnitude-l2": (0, 1),
     "random": (0, 0),
-    "saliency": (4, 5),  # each piece of a batch, of two: its images twice, to find what is remembered of them
+    "saliency": (4, 5),  # each piece of a batch, of two: its images twice, to look up their remembered values
     "taylor": (0, 5),
     "taylor-2019": (0, 5),
 }
-#: Reads of a rewrite with four batches, all in all; a greedy one in one instalment.
+#: Total reads of a rewrite with four batches; a greedy one in a single instalment.
 REWRITES = {
     ("discriminant", "greedy"): 18,
     ("discriminant", "uniform"): 11,
@@ -62,17 +63,17 @@ REWRITES = {
     ("magnitude", "global"): 4,
     ("magnitude", "sensitivity"): 10,
 }
-#: More of them where the cut is repaired, however many layers are solved for.
+#: Additional reads if the cut is repaired, however many layers are solved for.
 REPAIR = 7
-#: What is also repaired by least squares here, which takes long: a search of each kind.
+#: Combinations that are also repaired by least squares, which takes long: one search of each kind.
 SOLVED = [
     ("taylor", "greedy", "least-squares"),
     ("magnitude", "uniform", "least-squares"),
     ("magnitude", "sensitivity", "least-squares"),
 ]
-#: More of them, once for all layers and once for each, where candidates are judged as they would be repaired.
+#: Additional reads, once for all layers and once per layer, if candidates are compared as repaired.
 JUDGED_REPAIRED, LAYERS = 1, 19
-#: More of them for each further instalment of the greedy search, which compares what its candidates cost.
+#: Additional reads for each further instalment of the greedy search, which compares candidates' costs.
 INSTALMENT = 1
 
 
@@ -89,7 +90,7 @@ def network() -> nn.Module:
 
 
 def calibration(num_batches: int) -> list[tuple[Tensor, Tensor]]:
-    """Where a user leaves it: on the CPU."""
+    """Return calibration batches on the CPU, where users leave them."""
     return [(torch.randn(8, 3, 16, 16), torch.randint(0, CLASSES, (8,))) for _ in range(num_batches)]
 
 
@@ -166,7 +167,7 @@ def test_scoring(standin: StandIn, name: str) -> None:
 def test_rewrites(
     standin: StandIn, monkeypatch: pytest.MonkeyPatch, criterion: str, search: str, repair: str
 ) -> None:
-    """The network, its momenta and what comes after it are on the device; what is read does not grow with layers."""
+    """Network, momenta and everything after it are on the device; the number of reads does not grow with layers."""
     allowed = REWRITES[criterion, search] + (0 if repair == "none" else REPAIR)
     if repair == "least-squares" and search in ("greedy", "sensitivity"):
         allowed += JUDGED_REPAIRED + LAYERS
@@ -179,8 +180,8 @@ def test_rewrites(
 def reads_of_rewrite(
     standin: StandIn, monkeypatch: pytest.MonkeyPatch, criterion: str, search: Search, repair: Any
 ) -> list[str]:
-    """What the host reads in one; the devices are checked."""
-    # recordings of the trial have a dispatch mode of their own
+    """Return the host reads in a rewrite; devices are checked."""
+    # Recordings of the trial have their own dispatch mode.
     monkeypatch.setattr("pruning.search.feasible.failure_of_cut", lambda *arguments: None)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -213,7 +214,7 @@ def reads_of_rewrite(
 
 @pytest.mark.parametrize("name", [name for name in method_names() if name not in ("casm", "selector")])
 def test_attribution_methods(standin: StandIn, name: str) -> None:
-    """The maps are the CPU's, and the host waits once a batch: it looks whether all classes exist."""
+    """The maps equal the CPU's, and the host waits once per batch, to check that all classes exist."""
     model = network().eval()
     images, targets = torch.randn(3, 3, 16, 16), torch.arange(3)
     expected = create_method(name).prepare(model, images[:1])(images, targets)
@@ -230,7 +231,7 @@ def test_attribution_methods(standin: StandIn, name: str) -> None:
 
 @pytest.mark.parametrize("sampling", ["soft", "hard"])
 def test_steps_of_learned_gates_read_nothing(standin: StandIn, sampling: Any) -> None:
-    """From the second epoch on; in the first, images are looked up among those that are remembered."""
+    """From the second epoch on; in the first, images are looked up among the remembered ones."""
     model = network().eval()
     example = torch.randn(2, 3, 16, 16)
     graph = trace_groups(model, example)
