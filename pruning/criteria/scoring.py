@@ -1,11 +1,11 @@
 """Scores of all channel groups by one or several criteria, from one pass over the calibration batches.
 
-    for batch:   forward without gradients        feature maps are summed up in the hook and freed at once
+    for batch:   forward without gradients        feature maps are summed in the hook and freed at once
                  forward, then K backward passes  derivatives by gates of ones where layers read their input
     at the end   sums of all ranks in one all-reduce; score of a unit = sum over its places
 
-The network comes out as it went in: modes, random state, batch-norm statistics, `.grad`. Nothing waits for the
-device before the end, but where a criterion looks at numbers (float32 discriminant scores, saliency).
+Modes, random state, batch-norm statistics and `.grad` of the network are restored. There is no host sync before the
+end, except where a criterion looks at values (float32 discriminant scores, saliency).
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ _FLOAT16_SCALE = 128.0  # derivatives of one sample's loss underflow in float16 
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Log a warning the first time only: scores are made many times in a run. `cache_clear` forgets what was said."""
+    """Log a warning only once per process, since scores are computed many times in a run. `cache_clear` resets it."""
     log.warning(message)
 
 
 class Graph(Protocol):
-    """What scoring needs of a `ChannelGraph`."""
+    """The part of `ChannelGraph` that scoring needs."""
 
     num_units: int
     places: list[Place]
@@ -69,13 +69,13 @@ class Graph(Protocol):
 
     @property
     def prunable(self) -> list[Group]:
-        """Groups to score."""
+        """The groups to score."""
 
     def members(self, group: Group) -> list[Member]:
-        """Tensor slices of a group."""
+        """Return the tensor slices of a group."""
 
     def places_of(self, group: Group, kind: str | None = None, consumer: bool | None = None) -> list[Place]:
-        """Module inputs and outputs that show a group's units."""
+        """Return the module inputs and outputs that carry a group's units."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -86,7 +86,7 @@ class _Site:
     units: Tensor
 
     def channels_first(self, tensor: Tensor, num_samples: int) -> Tensor:
-        """The tensor as (N, C, …), whatever dimension the channels are; windows of a sample become positions."""
+        """Return the tensor as (N, C, …), wherever its channels are; windows of a sample become positions."""
         if tensor.shape[0] == num_samples:
             return tensor.movedim(self.place.dim, 1)
         if tensor.shape[0] % num_samples or self.place.dim == 0:
@@ -101,7 +101,7 @@ class _Site:
 
 
 def parts_of(criterion: Criterion) -> list[Criterion]:
-    """The criteria that one is combined of, or itself."""
+    """Return the parts of a combined criterion, or the criterion itself."""
     return [criterion.first, criterion.second] if isinstance(criterion, Combined) else [criterion]
 
 
@@ -264,7 +264,7 @@ class _Scorer:
             )
 
     def _sites(self, kind: str, fall_back: bool = True) -> list[_Site]:
-        """The tensors that show the groups' units, each once, all groups of a tensor together."""
+        """Return the tensors that carry the groups' units, each once, with all groups of a tensor together."""
         places: dict[int, Place] = {}
         for group in self.groups:
             chosen = self._producers(group) if kind == "pre" else self._consumers(group)
@@ -274,7 +274,7 @@ class _Scorer:
         return [self._site(place) for place in places.values()]
 
     def _site(self, place: Place) -> _Site:
-        """A place with the units of the groups that are scored."""
+        """Return a place with the units of the groups that are scored."""
         wanted = (
             np.concatenate([group.units for group in self.groups]) if self.groups else np.empty(0, np.int64)
         )
@@ -282,7 +282,7 @@ class _Scorer:
         return _Site(place, torch.from_numpy(units.astype(np.int64)).to(self.device))
 
     def _producers(self, group: Group) -> list[Place]:
-        """Outputs of the layers that make the group's units."""
+        """Return the outputs of the layers that produce the group's units."""
         makers = {
             alias.rpartition(".")[0]
             for m in self.graph.members(group)
@@ -292,13 +292,13 @@ class _Scorer:
         return [place for place in self.graph.places_of(group, kind="output") if place.module in makers]
 
     def _consumers(self, group: Group) -> list[Place]:
-        """Inputs of the layers that read the group's units."""
+        """Return the inputs of the layers that read the group's units."""
         return self.graph.places_of(group, kind="input", consumer=True)
 
     # -- feature maps --------------------------------------------------------------------------------------
 
     def _feature_pass(self, batch: Batch, sites: Mapping[Features, list[_Site]]) -> None:
-        """A forward pass for all criteria that look at feature maps, and another for those that ask for it."""
+        """Run one forward pass for all criteria that read feature maps, and another for those that ask for one."""
         targets = targets_of(batch)
         count = num_samples(batch)
         for _, criterion in self.features:
@@ -335,7 +335,7 @@ class _Scorer:
     def _gradient_pass(
         self, number: int, criterion: GradientCriterion, batch: Batch, sites: list[_Site]
     ) -> None:
-        """One forward pass and a backward pass per objective."""
+        """Run one forward pass, and a backward pass per objective."""
         gates: list[tuple[_Site, Tensor]] = []
         in_float16: list[bool] = []
         watched = self._watched(criterion.watched())
@@ -374,7 +374,7 @@ class _Scorer:
             self.shown[number].index_add_(0, site.units, torch.ones_like(site.units, dtype=torch.float64))
 
     def _watched(self, modules: Iterable[str]) -> dict[str, _Site]:
-        """Outputs of modules that carry units of the groups, by module."""
+        """Return the outputs of modules that carry units of the groups, by module."""
         sites = {}
         for module in modules:
             place = output_place(self.graph, module)
@@ -387,7 +387,7 @@ class _Scorer:
     ) -> tuple[Tensor, list[_Site]]:
         """(K, N, units + 1) float32: derivative of every objective of every sample by every unit's gate.
 
-        Beside them the sites that the objectives depend on. The others say nothing of their units.
+        Also returns the sites that the objectives depend on. The other sites say nothing about their units.
         """
         result = torch.zeros(len(objectives), count, self.graph.num_units + 1, device=self.device)
         reached: dict[int, _Site] = {}
@@ -409,7 +409,7 @@ class _Scorer:
     # -- results -------------------------------------------------------------------------------------------
 
     def result(self, number: int, criterion: Criterion) -> Scores:
-        """Scores of one criterion by group index, on the CPU."""
+        """Return the scores of one criterion by group index, on the CPU."""
         if isinstance(criterion, WeightCriterion):
             found = [criterion.score_group(self._weights(group)) for group in self.groups]
         elif isinstance(criterion, NetworkCriterion):
@@ -448,7 +448,7 @@ class _Scorer:
         }
 
     def _averaged(self, number: int, criterion: Criterion) -> list[Tensor | None]:
-        """Scores from the sums, on the CPU; None for a group that the pass has not, or not fully, shown."""
+        """Return the scores from the sums, on the CPU; None for a group that the pass showed partly or not at all."""
         num_batches, num_samples = self.counts.tolist()
         divisor = {"none": 1.0, "batches": num_batches, "samples": num_samples}[criterion.average]
         values, shown = (self.sums[number] / divisor).cpu(), self.shown[number].cpu()
@@ -485,10 +485,10 @@ class _Scorer:
 
 
 def _per_sample(gradient: Tensor, count: int) -> Tensor:
-    """Derivatives of rows, (R, C), as those of samples, (N, C).
+    """Convert derivatives of rows, (R, C), to derivatives of samples, (N, C).
 
-    Where rows are not a fixed number per sample (regions, anchors), each sample gets an equal part of their sum: what
-    is linear in the derivatives stays exact.
+    Where rows are not a fixed number per sample (regions, anchors), each sample gets an equal share of their sum, which
+    is exact for everything linear in the derivatives.
     """
     if len(gradient) % count == 0:
         found: Tensor = gradient.unflatten(0, (count, -1)).sum(1)
@@ -497,7 +497,7 @@ def _per_sample(gradient: Tensor, count: int) -> Tensor:
 
 
 class _Collector:
-    """What one criterion makes of one forward pass."""
+    """The scores that one criterion computes in one forward pass."""
 
     def __init__(
         self, number: int, criterion: FeatureCriterion, targets: Targets, num_samples: int, sums: Tensor
@@ -514,7 +514,7 @@ class _Collector:
         self.seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def take(self, site: _Site, tensor: Tensor) -> None:
-        """Look at a tensor; one that several layers read counts once."""
+        """Process a tensor. A tensor that several layers read counts once."""
         if self.seen.get(tensor) == tensor._version:
             return
         self.seen[tensor] = tensor._version
@@ -528,7 +528,7 @@ class _Collector:
             self.flush()
 
     def flush(self) -> None:
-        """Add up the scores of what was summarised."""
+        """Add the scores of the summaries to the sums."""
         with torch.autocast(self.sums.device.type, enabled=False):
             found = self.criterion.finish(self.summaries, self.targets)
         for site, scores in zip(self.sites, found, strict=True):
@@ -540,17 +540,17 @@ class _Collector:
 
 
 class _GateContext(Protocol):
-    """What `_Gate` keeps for its backward pass: tensor, gate, and the dimension of the units."""
+    """The context of `_Gate` for its backward pass: tensor, gate, and the dimension of the units."""
 
     saved_tensors: tuple[Tensor, Tensor]
     dim: int
 
     def save_for_backward(self, tensor: Tensor, gate: Tensor) -> None:
-        """Keep them."""
+        """Save the tensor and the gate."""
 
 
 def _real_product(tensor: Tensor, gradient: Tensor) -> Tensor:
-    """What a real factor of each number would change, float32."""
+    """Return the derivative with respect to a real factor on each element, float32."""
     if tensor.is_complex():
         return (tensor * gradient.conj()).real.float()
     return tensor.float() * gradient.float()

@@ -1,9 +1,9 @@
 """A network's forward pass as a list of ATen operators, recorded while it really runs.
 
-A `TorchDispatchMode` sees every operator below autograd, whatever Python code asked for it. Tensors become
-numbered values; an operator that works in place makes a new version of its tensor, so that each value is
-written once. Running for real, on one or two small images, keeps data-dependent code and constant index
-tables working, and costs one forward pass.
+A `TorchDispatchMode` sees every operator below autograd, whatever Python code called it. Tensors become numbered
+values; an operator that works in place makes a new version of its tensor, so that each value is written once. Running
+for real, on one or two small images, keeps data-dependent code and constant index tables working, and costs one forward
+pass.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class Ref:
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a value beside its labels.
+    """Properties of a value beside its labels.
 
     Attributes:
-        shape: Its shape.
+        shape: Shape of the tensor.
         repeated: Dimensions of stride 0, along which it was expanded.
         name: Qualified name if it is a parameter or buffer of real or complex numbers, or a buffer of booleans.
-        derived: It follows from the input images.
-        dtype: Its type.
+        derived: It depends on the input images.
+        dtype: Data type of the tensor.
     """
 
     shape: tuple[int, ...]
@@ -89,8 +89,8 @@ class Operation:
         stack: Names of all modules that were running, outermost first.
         writes_to: For a write through a view: (value of the whole tensor before, the chain of views, value
             of the whole tensor after).
-        replayed: A view that is taken again, since the tensor behind it was written; the network did not run it.
-        line: Where in the network's code it was asked for (see `code_lines.py`).
+        replayed: A view that is recorded again, since its base was written to; the network did not run it.
+        line: Line of the network's code that called it (see `code_lines.py`).
     """
 
     index: int
@@ -141,7 +141,7 @@ class Trace:
     _makers: dict[int, Operation] = dataclasses.field(default_factory=dict, repr=False)
 
     def maker(self, value: int) -> Operation | None:
-        """The operator that made a value; None for inputs and parameters."""
+        """Return the operator that produced a value; None for inputs and parameters."""
         if not self._makers:
             for operation in self.operations:
                 self._makers.update((out, operation) for out in operation.outputs if out is not None)
@@ -158,7 +158,7 @@ class Trace:
         return frozenset(found)
 
     def _vectors_behind(self, argument: object) -> Iterator[str]:
-        """Names of the vectors that a value is, or was made of element by element without the images' help."""
+        """Yield the names of vectors that a value is, or was computed from element-wise without the images."""
         if not isinstance(argument, Ref) or self.tensors[argument.value].derived:
             return
         info = self.tensors[argument.value]
@@ -175,12 +175,12 @@ class Trace:
 
     @property
     def used_names(self) -> set[str]:
-        """Names of all parameters and buffers that took part."""
+        """Return the names of all parameters and buffers that took part."""
         return {info.name for info in self.tensors if info.name is not None}
 
 
 def tensor_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """First qualified name of every parameter and buffer, with all names it is known by."""
+    """Map the first qualified name of every parameter and buffer to all of its names."""
     names: dict[int, list[str]] = {}
     for source in (
         model.named_parameters(remove_duplicate=False),
@@ -192,7 +192,7 @@ def tensor_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer once, by its first qualified name; parameters first."""
+    """Return every parameter and buffer once, by its first qualified name; parameters first."""
     parameters: dict[int, tuple[str, Tensor]] = {}
     buffers: dict[int, tuple[str, Tensor]] = {}
     for module_name, module in named_modules(model):
@@ -206,7 +206,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Whatever is run inside, the network's modes, buffers, attributes and the random state are as before afterwards.
+    """Restore the network's modes, buffers, attributes and the random state on exit, whatever runs inside.
 
     Inside there is no autograd, no autocast from outside, full float32 precision, and attention runs as plain
     operators.
@@ -230,9 +230,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def few_objects_to_collect() -> Iterator[None]:
-    """What exists already is not looked at by the garbage collections inside.
+    """Exclude objects that exist already from garbage collections inside.
 
-    Recordings and trials make many small objects, which sets off collections of everything that the process holds.
+    Recordings and trials make many small objects, which would trigger collections of all objects of the process.
     """
     if (
         gc.get_freeze_count()
@@ -248,9 +248,9 @@ def few_objects_to_collect() -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Full float32 precision, no autocast from outside, and transformer layers as single operators.
+    """Use full float32 precision, no outer autocast, and transformer layers as single operators.
 
-    An autocast within the network keeps no casts of weights: those of one pass would serve in the next.
+    An autocast within the network does not cache casts of weights, which the next pass would otherwise reuse.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     cache = torch.is_autocast_cache_enabled()
@@ -266,11 +266,11 @@ def plain_kernels() -> Iterator[None]:
 
 
 def set_trace_mode(model: nn.Module, training: bool) -> None:
-    """Evaluation mode, or training mode with PyTorch's normalisation and dropout still as in evaluation.
+    """Set evaluation mode, or training mode with PyTorch's normalisation and dropout still as in evaluation.
 
     The latter takes the training paths of a network (auxiliary heads) without batch statistics or noise. A class of the
-    network's own may do more in training than the layer that it extends; within it, `Requests` sees to that.
-    On the way modules drop what they keep from one evaluation to the next (see `forget_cached`).
+    network's own may do more in training than the layer that it extends; within it, `Requests` keeps them as in
+    evaluation. This also makes modules drop what they cache between evaluations (see `forget_cached`).
     """
     set_mode(model, True)
     set_mode(model, training)
@@ -278,10 +278,10 @@ def set_trace_mode(model: nn.Module, training: bool) -> None:
 
 
 def forget_cached(model: nn.Module) -> None:
-    """Modules that keep tensors from one evaluation to the next drop them; all modes are as before.
+    """Make modules drop the tensors that they cache between evaluations; modes are unchanged.
 
-    Attention biases that were looked up in a table are often kept so. The modules drop them when they are put
-    into training mode, since their parameters change then, as they do in a rewrite.
+    Attention biases looked up in a table are often cached like this. The modules drop them when they are put into
+    training mode, since their parameters change then, as they do in a rewrite.
     """
     with modes_restored(model):
         model.train()
@@ -343,25 +343,25 @@ def is_wrapped(tensor: Tensor) -> bool:
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
-    """What lies behind such a tensor."""
+    """Return the tensor wrapped by `torch.func`."""
     while is_wrapped(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
 
 
 class Requests(TorchFunctionMode):
-    """Notes what the network's code asks of PyTorch, before PyTorch decides how to do it.
+    """Records the PyTorch functions that the network's code calls, before PyTorch dispatches them.
 
     Batch norms and dropouts work as in evaluation, whichever mode the network is in.
 
     Args:
-        running: Which modules are running.
-        recorder: Where tensors have numbers; None if they do not matter.
+        running: The running modules.
+        recorder: The recorder that numbers tensors; None if the numbers do not matter.
 
     Attributes:
-        steps: (module, function) of every call that gives tensors.
+        steps: (module, function) of every call that returns tensors.
         scaled: Queries of scaled dot products whose scale follows from the width of a head, with the module. The
-            operators below only show a number by then, which a narrower head would not have.
+            operators below only show a constant, which would differ for a narrower head.
     """
 
     def __init__(self, running: Running, recorder: _Recorder | None = None) -> None:
@@ -389,7 +389,7 @@ class Requests(TorchFunctionMode):
 
 
 class _Recorder(TorchDispatchMode):
-    """Numbers tensors and writes down operators. Tensors die when the network drops them, which keeps memory low."""
+    """Numbers tensors and records operators. Tensors are freed when the network drops them, which keeps memory low."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
@@ -410,20 +410,20 @@ class _Recorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """PyTorch would load its compiler, which takes seconds, only to leave this mode uncompiled."""
+        """Skip Dynamo: importing it takes seconds, and it would leave this mode uncompiled anyway."""
         return False
 
     def adopt_input(self, tensor: Tensor) -> int:
-        """Number an input image tensor."""
+        """Assign a number to an input image tensor."""
         return self._new_value(tensor, derived=True)
 
     @property
     def running(self) -> str:
-        """Qualified name of the innermost module that is running."""
+        """The qualified name of the innermost running module."""
         return self.watched.innermost
 
     def value_of(self, tensor: Tensor) -> int:
-        """The number of a tensor's current value; one that was not seen before is a constant."""
+        """Return the number of a tensor's current value; a tensor not seen before is a constant."""
         known = self._values.get(tensor)
         return self._new_value(tensor, derived=False) if known is None else known
 
@@ -473,7 +473,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _derives(self, args: Args, kwargs: Kwargs) -> bool:
-        """Whether any argument follows from the images."""
+        """Whether any argument depends on the images."""
         leaves = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         known = (self._values.get(tensor) for tensor in leaves)
         return any(value is not None and self.tensors[value].derived for value in known)
@@ -487,7 +487,7 @@ class _Recorder(TorchDispatchMode):
         return Ref(self.value_of(leaf))
 
     def _look_again(self, view: Tensor, whole: Tensor, chain: tuple[ViewStep, ...]) -> None:
-        """Take a view again if its tensor has been written to since."""
+        """Record a view again if its tensor has been written to since."""
         current = whole
         value = self.value_of(whole)
         for step in chain:
@@ -530,7 +530,7 @@ class _Recorder(TorchDispatchMode):
         return tensor if isinstance(tensor, Tensor) else None
 
     def _after_write(self, target: Tensor, derived: bool) -> tuple[int, tuple[ViewStep, ...], int] | None:
-        """A write through a view also makes a new version of the tensor that it looks into."""
+        """Record that a write through a view also makes a new version of its base tensor."""
         whole, chain = self._views.get(target, (None, ()))
         if whole is None:
             return None
@@ -553,7 +553,7 @@ class _Recorder(TorchDispatchMode):
 
     @contextlib.contextmanager
     def watching_modules(self, model: nn.Module) -> Iterator[None]:
-        """Keep track of which module is running, and note every call."""
+        """Keep track of the running module, and record every call."""
         inputs: dict[ModuleCall, tuple[int, ...]] = {}
 
         def entering(call: ModuleCall, _module: nn.Module, args: object, kwargs: object) -> None:
@@ -571,7 +571,7 @@ class _Recorder(TorchDispatchMode):
 
     @contextlib.contextmanager
     def parameters_kept(self) -> Iterator[None]:
-        """Parameters that the pass writes into have their values again afterwards."""
+        """Restore parameters that the pass writes into."""
         try:
             yield
         finally:
@@ -580,7 +580,7 @@ class _Recorder(TorchDispatchMode):
                     tensor.data.copy_(self.written[name])
 
     def _before_write(self, target: Tensor) -> None:
-        """Remember a parameter's values before the pass first writes into it."""
+        """Save a parameter's values before the pass first writes into it."""
         name, parameter = self._parameters.get(_storage(target), (None, target))
         if name is not None and name not in self.written:
             with _disable_current_modes():
@@ -588,10 +588,10 @@ class _Recorder(TorchDispatchMode):
 
 
 def _counts(tensor: Tensor) -> bool:
-    """Whether a tensor holds whole numbers (of batches, a queue's pointer, positions) and so no channels."""
+    """Whether a tensor holds integers (number of batches, a queue's pointer, positions) and so no channels."""
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def _storage(tensor: Tensor) -> tuple[Any, ...]:
-    """What tells that two tensors are the same numbers in the same places."""
+    """Return a key that is equal for tensors with the same elements at the same addresses."""
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype

@@ -1,8 +1,8 @@
 """One trial: the network with some units cut must compute what the masked network does.
 
 Masked means: all slices that carry removed units are zeroed in the full network, and statistics over channels
-(LayerNorm, some GroupNorms, weight standardisation, means) are taken over the kept channels: what a network does
-that never had the others.
+(LayerNorm, some GroupNorms, weight standardisation, means) are taken over the kept channels: as in a network that never
+had the others.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NOTHING = 1e-9  # share of an output's largest number that counts as zero
 
 @dataclasses.dataclass
 class Failure:
-    """Where a trial failed: the innermost module, what happened, and whether it was an exception."""
+    """The place and cause of a failed trial: the innermost module, a message, and whether it raised an exception."""
 
     module: str
     message: str
@@ -46,7 +46,7 @@ class Failure:
 
 
 class _DifferenceError(Exception):
-    """Ends a run at the first module that computes something else."""
+    """Ends a run at the first module whose output differs."""
 
 
 class Trial:
@@ -73,8 +73,8 @@ class Trial:
     def failure(self, repeats: bool = True) -> Failure | None:
         """Cut the network, compare it with the masked one, and put it back; None if they agree.
 
-        A second try ends at the first module that computes something else, since it is known what each should compute.
-        Passes in which the same graph with the same attributes agreed before are not run again.
+        A second try ends at the first module whose output differs, since the expected outputs are known by then. Passes
+        in which the same graph with the same attributes agreed before are not run again.
 
         Args:
             repeats: Also run the passes that repeat another operator by operator as long as nothing is cut.
@@ -103,10 +103,10 @@ class Trial:
         return _difference(expected, found) or _other_steps(one, expected, found)
 
     def _failure_of_gradients(self, one: Pass) -> Failure | None:
-        """What the backward pass of the cut network does otherwise than that of the masked one.
+        """Compare the backward passes of the cut and the masked network; None if they agree.
 
-        Of a network with statistics over channels, or weights that are computed, no masked one has the same gradients:
-        then the backward pass must run.
+        A network with statistics over channels or computed weights has no masked version with the same gradients; there
+        the backward pass only has to run.
         """
         with self._cut(one):
             found = _gradients(self._model, one)
@@ -123,7 +123,7 @@ class Trial:
         return None if name is None else Failure("", f"the gradient of {name!r} changes")
 
     def _agrees_in_double(self, one: Pass, failure: Failure) -> bool:
-        """Whether only rounding made the difference: nearly equal values that decide, a range that wears digits."""
+        """Whether the difference is due to rounding only: near ties that decide, or a range that costs precision."""
         if failure.raised:
             return False
         with in_type(self._model, torch.float64):
@@ -138,7 +138,7 @@ class Trial:
         return any(self._run_cut(one).failure is not None for one in _distinct(self._passes))
 
     def _expected_of(self, one: Pass) -> _Run:
-        """What the masked network computes in a pass; run once for all that repeat it."""
+        """Return the masked network's run of a pass; computed once for all passes that repeat it."""
         if one.trace not in self._expected:
             self._expected[one.trace] = self._run_masked(one)
         return self._expected[one.trace]
@@ -170,7 +170,7 @@ class Trial:
 
 
 def _distinct(passes: Sequence[Pass]) -> list[Pass]:
-    """The first pass of each trace."""
+    """Return the first pass of each trace."""
     return list({one.trace: one for one in reversed(passes)}.values())[::-1]
 
 
@@ -204,11 +204,12 @@ class Trials:
 
 
 def failure_of_cut(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> Failure | None:
-    """Try the very cut that is about to be made, in all passes that the graph knows of.
+    """Try the very cut that is about to be made, in all passes of the graph.
 
     Args:
         model: The network, with its own weights.
-        graph: Its channel graph; one that was loaded from a checkpoint knows no passes before it was given examples.
+        graph: Its channel graph; a graph loaded from a checkpoint has no passes until `give_examples` provides
+            examples.
         mask: (num_units,) bool, True for the units that stay.
     """
     if not graph.passes or mask.all():
@@ -226,7 +227,7 @@ MaskMaker = Callable[[ChannelGraph], np.ndarray]
 
 
 def random_mask(graph: ChannelGraph, groups: Sequence[Group], seed: int = 7) -> np.ndarray:
-    """Between 30 % and 70 % of each of these groups' units stay, differently for each group."""
+    """Return a random mask that keeps between 30 % and 70 % of each group's units, differently for each group."""
     generator = np.random.Generator(np.random.Philox(seed))
     mask = np.ones(graph.num_units, dtype=bool)
     for group in groups:
@@ -237,12 +238,12 @@ def random_mask(graph: ChannelGraph, groups: Sequence[Group], seed: int = 7) -> 
 
 
 def random_halves(graph: ChannelGraph) -> np.ndarray:
-    """Random halves of all prunable groups, more or less."""
+    """Return a mask that keeps roughly a random half of every prunable group."""
     return random_mask(graph, graph.prunable)
 
 
 def one_in_ten(graph: ChannelGraph) -> np.ndarray:
-    """Every prunable group keeps a tenth, at random; two units at least, since one alone has no spread."""
+    """Return a mask that keeps a random tenth of every prunable group; at least two units, since one has no spread."""
     generator = np.random.Generator(np.random.Philox(11))
     mask = np.ones(graph.num_units, dtype=bool)
     for group in graph.prunable:
@@ -253,7 +254,7 @@ def one_in_ten(graph: ChannelGraph) -> np.ndarray:
 
 
 def equal_widths(graph: ChannelGraph) -> np.ndarray:
-    """The last units of all prunable groups stay, as many in each if it is wide enough.
+    """Return a mask that keeps the last units of all prunable groups, the same number in each that is wide enough.
 
     A forward that compares two widths decides otherwise when they come out equal, and a slice that ends at a fixed
     number meets other channels when those before it go.
@@ -267,7 +268,7 @@ def equal_widths(graph: ChannelGraph) -> np.ndarray:
 
 
 def all_but_one(graph: ChannelGraph) -> np.ndarray:
-    """The first unit of every prunable group goes. What stays has no divisor in common with the old width."""
+    """Return a mask without the first unit of every prunable group. Old and new width are coprime."""
     mask = np.ones(graph.num_units, dtype=bool)
     for group in graph.prunable:
         mask[group.units[0]] = False
@@ -275,7 +276,8 @@ def all_but_one(graph: ChannelGraph) -> np.ndarray:
 
 
 def different_widths(graph: ChannelGraph) -> np.ndarray:
-    """Groups of one width keep different numbers of units, as far as they go round, and two at least.
+    """Return a mask that keeps different numbers of units in groups of the same width, as far as possible; at least
+    two.
 
     Random numbers can come out equal, and then a number that counts two kinds of channels is right for both.
     """
@@ -294,7 +296,7 @@ MASKS: tuple[MaskMaker, ...] = (random_halves, one_in_ten, equal_widths, differe
 
 @dataclasses.dataclass
 class _Run:
-    """What a trial run left: one summary per module call, outputs and steps, or where it stopped."""
+    """The result of a trial run: one summary per module call, outputs and steps, or the failure that stopped it."""
 
     calls: list[tuple[str, np.ndarray]]
     outputs: list[Tensor]
@@ -362,7 +364,7 @@ def _run(
 
 
 def _gradients(model: nn.Module, one: Pass) -> dict[str, Tensor] | Failure:
-    """Gradients of all that a pass gives, by the names of the parameters; or how the backward pass fails."""
+    """Return the gradients of all outputs of a pass by parameter name, or the failure of the backward pass."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     torch.manual_seed(0)
     with (
@@ -382,19 +384,19 @@ def _gradients(model: nn.Module, one: Pass) -> dict[str, Tensor] | Failure:
 
 
 def _lacks_memory(error: Exception) -> bool:
-    """Whether the machine is to blame, which says nothing about a cut."""
+    """Whether the machine ran out of memory, which says nothing about a cut."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _in_words(error: BaseException) -> str:
-    """`ValueError (model.py:57): …`, one line."""
+    """Format an exception in one line: `ValueError (model.py:57): …`."""
     line = line_raising(error)
     first = (str(error).strip().splitlines() or [""])[0][:160]
     return f"{type(error).__name__}{f' ({line})' if line else ''}: {first}"
 
 
 def _summary(output: Tensor, places: list[Place], mask: np.ndarray | None) -> np.ndarray:
-    """(2, C) mean and mean square of every channel that stays; of the whole where no channels are known."""
+    """Return mean and mean square of every kept channel, (2, C); of the whole tensor if it has no known channels."""
     if output.numel() == 0:  # a head that was given no boxes
         return np.zeros((2, 1), dtype=np.float32)
     values = output.detach().float()
@@ -415,7 +417,7 @@ def _summary(output: Tensor, places: list[Place], mask: np.ndarray | None) -> np
 
 
 def _moments(values: Tensor, over: list[int]) -> np.ndarray:
-    """(2, …) mean and mean square over some dimensions, without an intermediate of the tensor's size."""
+    """Return the mean and mean square over some dimensions, (2, …), without an intermediate of the tensor's size."""
     if not over:
         return torch.stack([values, values.square()]).cpu().numpy()
     count = math.prod(values.shape[dim] for dim in over)
@@ -444,10 +446,10 @@ def _difference(expected: _Run, found: _Run) -> Failure | None:
 
 
 def _error(expected: Tensor, found: Tensor) -> float:
-    """The largest difference, measured by the largest value of the same channel.
+    """Return the largest difference, relative to the largest value of the same channel.
 
-    Boxes in pixels and scores may share a tensor: by the largest number of all, a wrong score would be none. Which
-    dimension holds the channels is not known, so each is tried, the images' aside.
+    Boxes in pixels and scores may share a tensor: relative to the largest value of all, a wrong score would go
+    unnoticed. Which dimension holds the channels is not known, so each is tried, the images' aside.
     """
     left, right = (torch.view_as_real(t) if t.is_complex() else t for t in (expected, found))
     if not left.is_floating_point():
@@ -475,7 +477,7 @@ def _other_steps(one: Pass, expected: _Run, found: _Run) -> Failure | None:
 
 
 def _call_difference(expected: _Run, found: _Run, number: int) -> Failure | None:
-    """What differs in one call of a module; None where the expected run has no such call."""
+    """Compare one call of a module; None if they agree, or if the expected run has no such call."""
     if number >= len(expected.calls):
         return None
     name, left = expected.calls[number]
