@@ -1,11 +1,11 @@
 """Scores of all channel groups by one or several criteria, from one pass over the calibration batches.
 
-    for batch:   forward without gradients        feature maps are summed up in the hook and freed at once
+    for batch:   forward without gradients        feature maps are summed in the hook and freed at once
                  forward, then K backward passes  derivatives by gates of ones where layers read their input
     at the end   sums of all ranks in one all-reduce; score of a unit = sum over its places
 
-The network comes out as it went in: modes, random state, batch-norm statistics, `.grad`. Nothing waits for the
-device before the end, but where a criterion looks at numbers (float32 discriminant scores, saliency).
+Modes, random state, batch-norm statistics and `.grad` of the network are restored. There is no host sync before the
+end, except where a criterion looks at values (float32 discriminant scores, saliency).
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ _FLOAT16_SCALE = 128.0  # derivatives of one sample's loss underflow in float16 
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Log a warning the first time only: scores are made many times in a run. `cache_clear` forgets what was said."""
+    """Log a warning only once per process, since scores are computed many times in a run. `cache_clear` resets it."""
     log.warning(message)
 
 
 def parts_of(criterion: Criterion) -> list[Criterion]:
-    """The criteria that one is combined of, or itself."""
+    """Return the parts of a combined criterion, or the criterion itself."""
     return [criterion.first, criterion.second] if isinstance(criterion, Combined) else [criterion]
 
 
@@ -299,7 +299,7 @@ class _Scorer:
     # -- results -------------------------------------------------------------------------------------------
 
     def result(self, number: int, criterion: Criterion) -> Scores:
-        """Scores of one criterion by group index, on the CPU."""
+        """Return the scores of one criterion by group index, on the CPU."""
         if isinstance(criterion, WeightCriterion):
             found = [criterion.score_group(self._weights(group)) for group in self.groups]
         elif isinstance(criterion, NetworkCriterion):
@@ -338,7 +338,7 @@ class _Scorer:
         }
 
     def _averaged(self, number: int, criterion: Criterion) -> list[Tensor | None]:
-        """Scores from the sums, on the CPU; None for a group that the pass has not, or not fully, shown."""
+        """Return the scores from the sums, on the CPU; None for a group that the pass showed partly or not at all."""
         num_batches, num_samples = self.counts.tolist()
         divisor = {"none": 1.0, "batches": num_batches, "samples": num_samples}[criterion.average]
         values, shown = (self.sums[number] / divisor).cpu(), self.shown[number].cpu()

@@ -1,4 +1,5 @@
-"""The coupled channel groups of any network: what can be removed, what leaves with it, what must stay and why.
+"""The coupled channel groups of any network: which channels can be removed, together with which others, and which must
+stay and why.
 
     graph = trace_groups(model, example_images)
     for group in graph.groups:
@@ -90,11 +91,11 @@ def give_examples(
     example: Examples,
     training_example: Examples | None = None,
 ) -> None:
-    """Let a graph from a checkpoint try every cut before it is made, as one that was traced does.
+    """Let a graph from a checkpoint try every cut before it is made, as a traced graph does.
 
     Args:
         graph: From `ChannelGraph.from_state`.
-        model: The network that it belongs to, at its present widths.
+        model: The network that the graph belongs to, at its current widths.
         example: See `trace_groups`.
         training_example: See `trace_groups`.
 

@@ -1,6 +1,7 @@
-"""On a stand-in accelerator: nothing is mixed with the CPU, nothing stays behind there, and the host's reads are known.
+"""Checks on a stand-in accelerator: nothing is mixed with the CPU or left there, and the number of host reads is known.
 
-The figures are those of the table in docs/howto/benchmark-machine.md: a change that reads more has to say so there.
+The figures are those of the table in docs/howto/benchmark-machine.md, which must be updated by a change that reads
+more.
 """
 
 from __future__ import annotations
@@ -40,21 +41,21 @@ from pruning.repair.repairing import REPAIR_METHODS
 from pruning.search import Search, SearchSettings, build_search, search_names
 
 CLASSES = 5
-#: Reads of a scoring pass: for each batch, and once besides.
+#: Reads of a scoring pass: (per batch, once in addition).
 SCORING = {
     "bn-scale": (0, 1),
-    "discriminant": (1, 4),  # each batch: whether the sums of the classes are near to being dependent
+    "discriminant": (1, 4),  # each batch: whether the sums of the classes are nearly dependent
     "fisher": (0, 5),
     "fpgm": (0, 1),
     "hrank": (0, 4),
     "magnitude": (0, 1),
     "magnitude-l2": (0, 1),
     "random": (0, 0),
-    "saliency": (4, 5),  # each piece of a batch, of two: its images twice, to find what is remembered of them
+    "saliency": (4, 5),  # each piece of a batch, of two: its images twice, to look up their remembered values
     "taylor": (0, 5),
     "taylor-2019": (0, 5),
 }
-#: Reads of a rewrite with four batches, all in all; a greedy one in one instalment.
+#: Total reads of a rewrite with four batches; a greedy one in a single instalment.
 REWRITES = {
     ("discriminant", "greedy"): 18,
     ("discriminant", "uniform"): 11,
@@ -65,9 +66,9 @@ REWRITES = {
     ("magnitude", "global"): 4,
     ("magnitude", "sensitivity"): 10,
 }
-#: More of them where the cut is repaired, however many layers are solved for.
+#: Additional reads if the cut is repaired, however many layers are solved for.
 REPAIR = 7
-#: What is also repaired by least squares here, which takes long: a search of each kind.
+#: Combinations that are also repaired by least squares, which takes long: one search of each kind.
 SOLVED = [
     ("taylor", "greedy", "least-squares"),
     ("magnitude", "uniform", "least-squares"),
@@ -92,7 +93,7 @@ def network() -> nn.Module:
 
 
 def calibration(num_batches: int) -> list[tuple[Tensor, Tensor]]:
-    """Where a user leaves it: on the CPU."""
+    """Return calibration batches on the CPU, where users leave them."""
     return [(torch.randn(8, 3, 16, 16), torch.randint(0, CLASSES, (8,))) for _ in range(num_batches)]
 
 
@@ -169,7 +170,7 @@ def test_scoring(standin: StandIn, name: str) -> None:
 def test_rewrites(
     standin: StandIn, monkeypatch: pytest.MonkeyPatch, criterion: str, search: str, repair: str
 ) -> None:
-    """The network, its momenta and what comes after it are on the device; what is read does not grow with layers."""
+    """Network, momenta and everything after it are on the device; the number of reads does not grow with layers."""
     allowed = REWRITES[criterion, search] + (0 if repair == "none" else REPAIR)
     if repair == "least-squares" and search in ("greedy", "sensitivity"):
         allowed += JUDGED_REPAIRED
@@ -182,8 +183,8 @@ def test_rewrites(
 def reads_of_rewrite(
     standin: StandIn, monkeypatch: pytest.MonkeyPatch, criterion: str, search: Search, repair: Any
 ) -> list[str]:
-    """What the host reads in one; the devices are checked."""
-    # recordings of the trial have a dispatch mode of their own
+    """Return the host reads in a rewrite; devices are checked."""
+    # Recordings of the trial have their own dispatch mode.
     monkeypatch.setattr("pruning.search.feasible.failure_of_cut", lambda *arguments: None)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)

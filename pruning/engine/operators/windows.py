@@ -26,11 +26,11 @@ Geometry = Callable[[Kwargs, int], "tuple[int, int, int] | None"]
 def slide(
     run: Labeller, operation: Operation, x: Value, slot: Slot, window: tuple[int, int, int] | None
 ) -> Slot | None:
-    """Labels after a window went over channels, one step at a time; None where that cannot be followed.
+    """Return the labels after a window slid over channels with stride 1; None if that cannot be followed.
 
     Args:
         x: Labels of the operator's input.
-        slot: Those of the dimension that the window goes along.
+        slot: Labels of the dimension that the window slides along.
         window: Its extent, stride and the padding before.
     """
     dims = support(slot)

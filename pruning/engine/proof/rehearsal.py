@@ -1,8 +1,8 @@
-"""The stage on which groups are tried: well-conditioned weights, and the masked network as the reference.
+"""The setting of the trials: well-conditioned weights, and the masked network as the reference.
 
 A fresh network says little about its wiring: vectors that are all zero or all equal hide permutations and dead
-branches, and activations may fade away with depth. A rehearsal therefore runs on copies of the weights that
-tell channels apart; the network's own come back untouched.
+branches, and activations may fade away with depth. A rehearsal therefore runs on substitute weights that tell channels
+apart; the network's own are restored untouched.
 """
 
 from __future__ import annotations

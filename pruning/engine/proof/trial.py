@@ -1,8 +1,8 @@
 """One trial: the network with some units cut must compute what the masked network does.
 
 Masked means: all slices that carry removed units are zeroed in the full network, and statistics over channels
-(LayerNorm, some GroupNorms, weight standardisation, means) are taken over the kept channels: what a network does
-that never had the others.
+(LayerNorm, some GroupNorms, weight standardisation, means) are taken over the kept channels: as in a network that never
+had the others.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Trial:
     def failure(self, repeats: bool = True) -> Failure | None:
         """Cut the network, compare it with the masked one, and put it back; None if they agree.
 
-        A second try ends at the first module that computes something else, since it is known what each should compute.
-        Passes in which the same graph with the same attributes agreed before are not run again.
+        A second try ends at the first module whose output differs, since the expected outputs are known by then. Passes
+        in which the same graph with the same attributes agreed before are not run again.
 
         Args:
             repeats: Also run the passes that repeat another operator by operator as long as nothing is cut.
@@ -90,10 +90,10 @@ class Trial:
         return difference(expected, found) or other_steps(one, expected, found)
 
     def _failure_of_gradients(self, one: Pass) -> Failure | None:
-        """What the backward pass of the cut network does otherwise than that of the masked one.
+        """Compare the backward passes of the cut and the masked network; None if they agree.
 
-        Of a network with statistics over channels, or weights that are computed, no masked one has the same gradients:
-        then the backward pass must run.
+        A network with statistics over channels or computed weights has no masked version with the same gradients; there
+        the backward pass only has to run.
         """
         with self._cut(one):
             found = gradients_of(self._model, one)
@@ -165,7 +165,7 @@ class Trial:
 
 
 def _distinct(passes: Sequence[Pass]) -> list[Pass]:
-    """The first pass of each trace."""
+    """Return the first pass of each trace."""
     return list({one.trace: one for one in reversed(passes)}.values())[::-1]
 
 
@@ -199,11 +199,12 @@ class Trials:
 
 
 def failure_of_cut(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> Failure | None:
-    """Try the very cut that is about to be made, in all passes that the graph knows of.
+    """Try the very cut that is about to be made, in all passes of the graph.
 
     Args:
         model: The network, with its own weights.
-        graph: Its channel graph; one that was loaded from a checkpoint knows no passes before it was given examples.
+        graph: Its channel graph; a graph loaded from a checkpoint has no passes until `give_examples` provides
+            examples.
         mask: (num_units,) bool, True for the units that stay.
     """
     if not graph.passes or mask.all():
