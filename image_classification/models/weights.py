@@ -113,10 +113,11 @@ def saved_input(path: str | Path) -> NetworkInput | None:
 
     Reads no tensors; errors in a file are reported when its weights are loaded.
     """
-    if problem_of(Path(path)) is not None:
-        return None
     try:
-        content = torch.load(weights_file(path), map_location="cpu", weights_only=True, mmap=True)
+        file = weights_file(path)
+        if problem_of(file) is not None:  # a pipe, for instance, that nothing would be written to
+            return None
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         return Structure.from_plain(content["structure"]).input if is_ours(content) else None
     except Exception:  # the unpickler meets arbitrary bytes here and may raise almost anything
         return None
