@@ -40,7 +40,7 @@ from explainers.verbs.ground_truth_checks import check_ground_truth
 from explainers.verbs.localize import as_json
 from image_classification.data.data_config import ReadConfig
 from image_classification.data.progress import progress_bar
-from image_classification.distributed import DistributedConfig, setup_distributed
+from image_classification.joining import DistributedConfig, setup_distributed
 from image_classification.observe.environment import describe_environment
 from image_classification.observe.monitor import Monitor
 

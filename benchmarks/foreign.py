@@ -31,14 +31,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import LARGEST_SHARE, cell, examine_apart, groups_of, is_exact, is_halved
 
-from image_classification.models.structure import build_from_structure, capture_structure
+from image_classification.models.structure_build import build_from_structure
+from image_classification.models.structure_capture import capture_structure
 from pruning.costs.cost_model import CostModel
 from pruning.engine.examples import output_tensors
 from pruning.engine.gates import Gates
 from pruning.engine.proof.rehearsal import condition
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
-from pruning.engine.tracing import undisturbed
+from pruning.engine.undisturbed import undisturbed
 
 COLUMNS = ("cpu_seconds", "memory", "prunable_percent", "macs_left", "difference", "loads", "onnx")
 

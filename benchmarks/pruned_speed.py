@@ -45,7 +45,8 @@ from image_classification.models import create_model, inference
 from pruning.costs.cost_model import CostModel
 from pruning.costs.latency_table import LatencySettings
 from pruning.costs.timing import Stopwatch
-from pruning.engine.channel_graph import ChannelGraph, Constraints
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.constraints import Constraints
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
 from pruning.files.exporting import export_network

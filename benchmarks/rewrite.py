@@ -28,7 +28,7 @@ from image_classification.data.data_config import DataConfig
 from image_classification.data.layouts import open_dataset
 from image_classification.ema import Ema
 from image_classification.models import create_model, model_for_weights
-from pruning.engine.channel_graph import Constraints
+from pruning.engine.constraints import Constraints
 from pruning.engine.proof.rehearsal import condition
 from pruning.engine.surgery import prune_channels
 from pruning.pruner import Pruner

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from image_classification.models import inference
 from pruning import save_pruned, shrink, trace_groups
 from pruning.costs.timing import Stopwatch
-from pruning.engine.tracing import named_tensors
+from pruning.engine.named_tensors import named_tensors
 
 NETWORKS = ("resnet50", "vgg16_bn", "mobilenet_v2", "torchvision/densenet121", "torchvision/efficientnet_b0")
 

@@ -38,7 +38,7 @@ from image_classification.data.data_config import DataConfig
 from image_classification.data.layouts import open_dataset
 from image_classification.data.loader import Batch
 from image_classification.models import main_and_auxiliary_logits, model_for_weights, read_safely
-from pruning.engine.channel_graph import Constraints
+from pruning.engine.constraints import Constraints
 from pruning.engine.trace_groups import trace_groups
 from pruning.training.learned.widths import inner_groups
 

@@ -28,7 +28,8 @@ from image_classification import job as jobs
 from image_classification.callbacks import Callback, TrainLoop
 from image_classification.cli import parse_config
 from image_classification.data.loader import Batch
-from image_classification.distributed import setup_distributed
+from image_classification.job_config import JobConfig
+from image_classification.joining import setup_distributed
 from image_classification.trainer import WARMUP_STEPS
 
 SYNTHETIC = ["--data-backend", "synthetic"]
@@ -87,7 +88,7 @@ def paired_steps(arguments: argparse.Namespace) -> dict[str, list[float]]:
     """Return the seconds of trainer steps and of bare steps."""
     with tempfile.TemporaryDirectory() as workspace:
         words = main_words(SYNTHETIC, arguments, arguments.num_pairs, workspace)
-        configs = parse_config(jobs.JobConfig, words, prog="main.py")
+        configs = parse_config(JobConfig, words, prog="main.py")
         with setup_distributed(configs.distributed) as distributed:
             job = jobs.prepare(configs, distributed)
             bare = BareLoop(jobs.make_model(job), distributed.device)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from common.networks import conditioned_network, smooth_images
 from common.report import BenchmarkParser, print_table, write_json
 
-from image_classification.distributed import DistributedConfig, setup_distributed
+from image_classification.joining import DistributedConfig, setup_distributed
 from pruning.pruner import Pruner
 from pruning.rewrites.pruner_settings import PrunerSettings
 

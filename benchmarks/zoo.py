@@ -43,7 +43,7 @@ from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.gates import Gates
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
-from pruning.engine.tracing import undisturbed
+from pruning.engine.undisturbed import undisturbed
 from pruning.files.saved_network import load_pruned, save_pruned
 from pruning.repair.repairing import plan_repair
 

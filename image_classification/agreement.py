@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import TypeVar
 
-from image_classification.cli import to_plain
 from image_classification.config import check, flag_fields, sections
 from image_classification.distributed import Distributed
+from image_classification.resolved_config import to_plain
 
 C = TypeVar("C")
 _CHUNK = 16 << 20

@@ -26,6 +26,8 @@ from image_classification.file_writing import reason_of
 
 logger = logging.getLogger(__name__)
 
+#: In a folder that everyone may write to, a link in place of a lock could lead anywhere.
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 #: Errors of a location that cannot be written to, as opposed to errors in the data.
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -65,7 +67,7 @@ def ensure_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for folder in reversed(missing):
-            _share(folder, folder.parent)
+            _share(folder)
     except OSError as error:
         raise ValueError(
             f"the cache directory {directory} cannot be created ({error.strerror}): "
@@ -73,11 +75,11 @@ def ensure_directory(directory: Path) -> None:
         ) from error
 
 
-def _share(path: Path, parent: Path) -> None:
-    """Make what is created in a folder writable by everyone (such as /tmp, mode 1777) accessible to everyone too."""
-    mode = parent.stat().st_mode
+def _share(folder: Path) -> None:
+    """Make a folder within a world-writable one (such as /tmp, mode 1777) accessible to everyone too."""
+    mode = folder.parent.stat().st_mode
     if mode & stat.S_IWOTH:
-        path.chmod(stat.S_IMODE(mode) if path.is_dir() else 0o666)
+        folder.chmod(stat.S_IMODE(mode))
 
 
 @contextlib.contextmanager
@@ -124,13 +126,14 @@ def locked(path: Path) -> Iterator[bool]:
 def _open_lock(path: Path) -> int | None:
     """Open a lock file, creating it if needed; another user's is opened for reading. None if it is inaccessible."""
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
     except PermissionError:
         with contextlib.suppress(OSError):
-            return os.open(path, os.O_RDONLY)
+            return os.open(path, os.O_RDONLY | _NO_LINK)
         return None
     with contextlib.suppress(OSError):  # another user's file, already accessible
-        _share(path, path.parent)
+        if path.parent.stat().st_mode & stat.S_IWOTH:
+            os.fchmod(handle, 0o666)
     return handle
 
 
@@ -148,8 +151,8 @@ def build_directory(target: Path, build: Callable[[Path], None]) -> Path:
         unfinished = Path(tempfile.mkdtemp(prefix=target.name + ".building-", dir=target.parent))
         try:
             build(unfinished)
-            unfinished.chmod(0o755)  # mkdtemp's 0700 would lock other users out of a shared cache
-            _share(unfinished, target.parent)
+            unfinished.chmod(0o755)  # mkdtemp's 0700 would shut out the other users of a shared cache
+            _share(unfinished)
             try:
                 unfinished.rename(target)
             except OSError:

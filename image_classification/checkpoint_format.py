@@ -24,6 +24,13 @@ FORMAT = "lucidprune"
 VERSION = 2
 #: The first version with a digest.
 _DIGESTED = 2
+_DEEPEST = 100
+#: Tensors that share numbers, or repeat one, may stand for so many times the file's size, and so much beyond it.
+_MOST_AGAIN = 16
+_FREE_EXTENT = 1 << 30
+#: Every entry takes a byte of the pickle; beyond this many, no training state has any.
+_MOST_ENTRIES = 1 << 24
+_FREE_ENTRIES = 1 << 16
 
 
 class FormatError(ValueError):
@@ -233,6 +240,39 @@ def _shown(value: object) -> str:
         odd = next((key for key, item in value.items() if not _is_plain_tensor(item)), None)
         return f"a table with {str(odd)[:60]!r} of {type(value.get(odd)).__name__}"
     return f"a {type(value).__name__}"
+
+
+def check_extent(content: PlainValue, num_bytes: int) -> None:
+    """Make sure that what a file holds can be gone through, and is about as large as the file.
+
+    Pickles may refer to one list or one number again and again: a few bytes then mean gigabytes, or hours.
+
+    Args:
+        content: Of the file.
+        num_bytes: Its size.
+
+    Raises:
+        FormatError: It is nested too deep, or stands for far more than the file holds.
+    """
+    pending: list[tuple[PlainValue, int]] = [(content, 0)]
+    num_entries = extent = 0
+    while pending:
+        value, depth = pending.pop()
+        num_entries += 1
+        if depth > _DEEPEST:
+            raise FormatError(f"it is nested more than {_DEEPEST} deep: it is damaged, or made to do harm")
+        if isinstance(value, Tensor):
+            extent += value.numel() * value.element_size() if value.layout == torch.strided else 0
+            if extent > _MOST_AGAIN * num_bytes + _FREE_EXTENT:
+                raise FormatError(
+                    f"its tensors stand for more than {extent >> 30} GiB, in a file of {num_bytes >> 20} MiB: it is "
+                    "damaged, or made to do harm"
+                )
+        elif isinstance(value, (dict, list, tuple)):
+            inside = value.values() if isinstance(value, dict) else value
+            pending.extend((item, depth + 1) for item in inside)
+        if num_entries + len(pending) > min(num_bytes, _MOST_ENTRIES) + _FREE_ENTRIES:
+            raise FormatError("it has more entries than its size can hold: it is damaged, or made to do harm")
 
 
 def digest(payload: PlainMapping) -> str:

@@ -10,7 +10,7 @@ import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
 
-from image_classification.cli import Parser
+from image_classification.command_parser import Parser
 from image_classification.extras import optional_import
 from image_classification.flag_lists import listed_parser
 from image_classification.recipes import recipes

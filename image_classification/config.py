@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from image_classification.published_name import is_published
+
 S = TypeVar("S")
 
 #: A field of a dataclass, of whatever type.
@@ -221,8 +223,12 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_file(path: str | Path, message: str) -> None:
-    """Like `check`, for a file of a flag that `reads`: it must exist on rank 0, and is sent to ranks that lack it."""
-    check(int(os.environ.get("RANK", "0")) > 0 or Path(path).is_file(), message)
+    """Like `check`, for a file of a flag that `reads`: it must exist on rank 0, and is sent to ranks that lack it.
+
+    A name of published weights is looked up when they are read.
+    """
+    is_there = Path(path).is_file() or is_published(path)
+    check(int(os.environ.get("RANK", "0")) > 0 or is_there, message)
 
 
 def check_setting(condition: bool, setting: str, value: object, problem: str) -> None:

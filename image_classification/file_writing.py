@@ -81,6 +81,11 @@ def output_path(word: str) -> Path:
     return path
 
 
+def resolved(path: Path) -> Path:
+    """The absolute path without links; one that leads to itself is left, for whoever opens it to tell."""
+    return Path(os.path.realpath(path))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, creating its folder if needed.
 

@@ -15,11 +15,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from image_classification.cli import Option, Parser, from_command_line, named_plugins, positive
+from image_classification.command_parser import Parser, positive
 from image_classification.config import FlagSpec, told
 from image_classification.file_writing import output_path
 from image_classification.older_commands import translated
+from image_classification.options import Option, from_command_line
 from image_classification.plain_data import Plain
+from image_classification.plugins import named_plugins
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("image_classification", "explainers", "pruning")

@@ -13,7 +13,7 @@ from typing import get_args
 import torch
 from torch import nn
 
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.config import check
 from image_classification.device_flag import declare_device, device_named
 from image_classification.file_writing import output_path, write_text

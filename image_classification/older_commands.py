@@ -69,6 +69,39 @@ def _gpu_affinity(value: str) -> list[str]:
     return ["--gpu-affinity", ours]
 
 
+def _jit(value: str) -> list[str]:
+    if value != "no":
+        raise ConfigError(f"--jit {value}: networks are compiled by torch.compile now: use --compile")
+    return []
+
+
+def _conv_init(value: str) -> list[str]:
+    names = {"fan_in": "fanin", "fan_out": "classic"}
+    if value not in names:
+        raise ConfigError(f"--conv-init {value}: use --model-config fanin or classic")
+    return ["--model-config", names[value]]
+
+
+def _survival_prob(value: str) -> list[str]:
+    """DeepLearningExamples gives the share of blocks kept, torchvision the share dropped."""
+    try:
+        dropped = 1 - float(value)
+    except ValueError:
+        raise ConfigError(f"--survival-prob {value}: give a number") from None
+    return ["--arch-option", f"stochastic_depth_prob={dropped:.12g}"]
+
+
+def _start_epoch(value: str) -> list[str]:
+    if value != "0":
+        raise ConfigError(f"--start-epoch {value}: a checkpoint says where it was: use --resume FILE")
+    return []
+
+
+def _only_false(old: str, instead: str) -> Translation:
+    """Translate a boolean flag of which only False is supported."""
+    return lambda value: [] if value.lower() == "false" else _refused(old, instead)(value)
+
+
 #: Flags that take a value.
 _WITH_VALUE: dict[str, Translation] = {
     "--opt-level": _opt_level,
@@ -80,20 +113,36 @@ _WITH_VALUE: dict[str, Translation] = {
     "--pretrained-from-file": _named("--pretrained-weights"),
     "--augmentation": _augmentation,
     "--keep-batchnorm-fp32": lambda value: [],  # autocast does
+    "--fused-se": lambda value: [],
+    "--jit": _jit,
+    "--conv-init": _conv_init,
+    "--dropout": lambda value: ["--arch-option", f"dropout={value}"],
+    "--survival-prob": _survival_prob,
+    "--start-epoch": _start_epoch,
+    "--last-bn-0-init": _only_false("--last-bn-0-init", "use --model-config grp-fanin or grp-fanout"),
+    "--quantized": _only_false("--quantized", "networks are trained in float32, or with --amp: leave it out"),
     "--topk": _refused("--topk", "top-1 and top-5 are always reported: leave it out"),
 }
+#: Flags that stand alone; behind some of them True or False may stand.
 _ALONE: dict[str, Translation] = {
     "--fp16": _named("--amp"),
     "--sync-bn": _named("--sync-batchnorm"),
     "--dali-cpu": _named("--data-backend", "dali-cpu"),
-    "--channels-last": _named("--memory-format", "nhwc"),
+    "--channels-last": lambda value: ["--memory-format", "nchw" if value.lower() == "false" else "nhwc"],
     "--pretrained": _refused(
         "--pretrained", "nothing is downloaded: give the file of the weights with --pretrained-weights"
     ),
-    "--trt": _refused(
+    "--trt": _only_false(
         "--trt", "write the trained network with lucidprune export --format onnx, for TensorRT"
     ),
+    "--deterministic": _refused(
+        "--deterministic",
+        "--seed fixes data, augmentation and starting weights; cuDNN's kernels are chosen by speed: leave it out",
+    ),
 }
+#: Switches that DeepLearningExamples reads with `type=bool`, so that a word may follow.
+_WORD_MAY_FOLLOW = ("--channels-last", "--trt")
+_BOOLS = ("true", "false")
 #: Defaults that differ: LucidPrune's flags, and the difference.
 _DEFAULTS = (
     (("--lr-schedule",), "the learning rate falls by a cosine (theirs: step)"),
@@ -137,6 +186,10 @@ def _next(words: Sequence[str]) -> tuple[list[str], Translation | None, str]:
     """Return the words consumed by the first flag of a command line, its translation if any, and its value."""
     flag, equals, value = words[0].partition("=")
     name = f"--{flag[2:].replace('_', '-')}" if flag.startswith("--") else flag
+    if name in _WORD_MAY_FOLLOW and equals and value.lower() in _BOOLS:
+        return [words[0]], _ALONE[name], value
+    if name in _WORD_MAY_FOLLOW and not equals and len(words) > 1 and words[1].lower() in _BOOLS:
+        return list(words[:2]), _ALONE[name], words[1]
     if name in _ALONE and not equals:
         return [words[0]], _ALONE[name], ""
     if name in _WITH_VALUE and equals:

@@ -47,6 +47,13 @@ class PrecisionConfig:
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = flag(
         "default", "--compile-mode", help="Mode of --compile."
     )
+    compile_after: int = flag(
+        0,
+        "--compile-after",
+        metavar="STEPS",
+        help="--compile a network only once it has trained so many steps since it was rewritten: what is cut again "
+        "sooner is never compiled. The best value is what a compilation costs ÷ what it saves per step.",
+    )
 
     def __post_init__(self) -> None:
         scales = self.static_loss_scale is not None and self.dynamic_loss_scale
@@ -62,6 +69,8 @@ class PrecisionConfig:
         )
         check(self.amp or self.amp_dtype is None, "--amp-dtype names the type of --amp: add --amp")
         check(self.compile or self.compile_mode == "default", "--compile-mode needs --compile")
+        check(self.compile or not self.compile_after, "--compile-after needs --compile")
+        check(self.compile_after >= 0, f"--compile-after {self.compile_after}: must not be negative")
 
 
 class Precision:

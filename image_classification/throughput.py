@@ -20,11 +20,11 @@ from typing import get_args
 
 import torch
 
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.config import check
 from image_classification.data.backends import choose_backend
-from image_classification.distributed import DeviceName, DistributedConfig
 from image_classification.file_writing import output_path, write_text
+from image_classification.joining import DeviceName, DistributedConfig
 from image_classification.observe.environment import describe_environment
 from image_classification.observe.json_report import read_report
 from image_classification.plain_data import Plain

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from image_classification.config import is_told, nearest, out_of_memory, told
-from image_classification.file_writing import output_path
+from image_classification.file_writing import output_path, resolved
 from image_classification.observe.log_of_commands import log_names_flags
 
 if TYPE_CHECKING:
-    from image_classification.cli import Parser
+    from image_classification.command_parser import Parser
 
 P = TypeVar("P")
 
@@ -78,7 +78,8 @@ def declared(
 ) -> Verb[argparse.Namespace]:
     """Create a verb that declares its arguments on an argparse parser."""
 
-    from image_classification.cli import Parser, add_plugin_flag
+    from image_classification.command_parser import Parser
+    from image_classification.plugins import add_plugin_flag
 
     def parser(prog: str | None = None, description: str | None = None) -> Parser:
         made = Parser(prog, description)
@@ -97,7 +98,7 @@ def declared(
 
 def _check_outputs(parser: Parser, arguments: argparse.Namespace) -> None:
     """Refuse an output that is also another file of the command line."""
-    from image_classification.cli import shown_name
+    from image_classification.command_parser import shown_name
 
     named: dict[Path, str] = {}
     for action in sorted(parser._actions, key=lambda action: action.type is output_path):
@@ -105,7 +106,7 @@ def _check_outputs(parser: Parser, arguments: argparse.Namespace) -> None:
         for path in given if isinstance(given, list) else [given]:
             if not isinstance(path, Path):
                 continue
-            other = named.setdefault(path.resolve(), shown_name(action))
+            other = named.setdefault(resolved(path), shown_name(action))
             if action.type is output_path and other != shown_name(action):
                 parser.error(f"{shown_name(action)} {path}: that is {other}; give another name")
 
@@ -135,8 +136,8 @@ def run_verb(verbs: Verbs, argv: Sequence[str] | None, *, prog: str, description
     prog = f"{prog} {name}"
     verb: AnyVerb | None = None
     try:
-        from image_classification.cli import import_plugins
         from image_classification.flag_lists import answer
+        from image_classification.plugins import import_plugins
 
         answer(module, words[1:], prog, description)
         import_plugins(words[1:])  # first, since a plugin may add methods with flags for the verb
@@ -169,7 +170,8 @@ def usage(verbs: Verbs, prog: str, description: str) -> str:
 def _told_as(error: Exception, verb: AnyVerb | None) -> tuple[int, str]:
     """Return exit status and message of an error that a user can fix; reraise any other."""
     if isinstance(error, RuntimeError):
-        from image_classification.distributed import EXIT_PEER, peer_loss
+        from image_classification.exit_codes import EXIT_PEER
+        from image_classification.peers import peer_loss
 
         lost = peer_loss(error)
         if lost is not None:
@@ -185,6 +187,6 @@ def _flags_of(verb: AnyVerb | None) -> dict[str, str]:
     """Return argument → flag of a verb."""
     if verb is None or verb.parser is None:
         return {}
-    from image_classification.cli import shown_name  # needs packages that may be the missing ones
+    from image_classification.command_parser import shown_name  # needs packages that may be the missing ones
 
     return {action.dest: shown_name(action) for action in verb.parser()._actions}

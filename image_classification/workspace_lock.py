@@ -9,10 +9,12 @@ touches it every `HEARTBEAT` seconds, and a file not touched for `STALE_AFTER` s
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import socket
+import stat
 import threading
 import time
 from datetime import UTC, datetime
@@ -20,6 +22,7 @@ from pathlib import Path
 
 from image_classification.config import SettingError
 from image_classification.plain_data import Plain
+from image_classification.small_files import parse_json
 
 try:
     import fcntl
@@ -34,6 +37,7 @@ HEARTBEAT = 10.0
 STALE_AFTER = 45.0
 """Seconds without a heartbeat after which a lock of another machine may be taken over."""
 
+_OPENING = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _held_here: set[Path] = set()
 
 
@@ -75,7 +79,7 @@ class WorkspaceLock:
 
     def _acquire(self) -> int:
         while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = self._open()
             try:
                 free = self._is_free(descriptor)
                 with contextlib.suppress(FileNotFoundError):
@@ -85,6 +89,22 @@ class WorkspaceLock:
                 os.close(descriptor)
                 raise
             os.close(descriptor)  # its owner has just removed it: there is another file, or none
+
+    def _open(self) -> int:
+        """The file, made where it is missing. What someone put into its place would be written to, or waited for."""
+        try:
+            descriptor = os.open(self.path, _OPENING, 0o666)
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return descriptor
+            os.close(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise
+        raise SettingError(
+            self.setting,
+            str(self.path.parent),
+            f"its {FILENAME} is no regular file: remove it, or choose another folder",
+        )
 
     def _is_free(self, descriptor: int) -> bool:
         """Try to take the lock: True if taken; False to try again.
@@ -155,10 +175,10 @@ def _identity() -> Plain:
 
 
 def _read(descriptor: int) -> Plain:
-    """Read the holder from a lock file; nothing if the file is empty or torn."""
+    """Read the holder from a lock file; nothing if the file is empty, torn or not a lock of ours."""
     with contextlib.suppress(ValueError):
-        content = json.loads(os.pread(descriptor, 4096, 0))
-        if isinstance(content, dict):
+        content = parse_json(os.pread(descriptor, 4096, 0))
+        if isinstance(content, dict) and {"pid", "host"} <= content.keys():
             return content
     return {}
 

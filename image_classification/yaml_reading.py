@@ -11,6 +11,7 @@ from pathlib import Path
 from image_classification.config import ConfigError
 from image_classification.extras import optional_import
 from image_classification.plain_data import PlainValue
+from image_classification.small_files import read_text
 
 with optional_import():
     import yaml
@@ -70,13 +71,10 @@ def read_yaml_mapping(path: Path, what: str) -> dict[object, PlainValue]:
     Raises:
         ConfigError: The file does not exist, cannot be read, or holds no mapping of plain values.
     """
-    if not path.is_file():
-        raise ConfigError(f"{what}: no such file: {path}")
-    if path.stat().st_size > _LARGEST:
-        raise ConfigError(f"{what}: {path} is larger than a recipe can be ({_LARGEST >> 20} MiB)")
+    text = read_text(path, f"{what}:", _LARGEST)
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except (ConfigError, UnicodeDecodeError, OSError) as error:
+        content = parse_yaml(text)
+    except ConfigError as error:
         raise ConfigError(f"{what}: {path} is not readable YAML: {error}") from None
     if content is None:
         return {}

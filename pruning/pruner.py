@@ -36,7 +36,7 @@ from pruning.costs.budget import DEFAULT_DELTA, DEFAULT_SHARE, Budget, BudgetCou
 from pruning.costs.cost_model import CostModel
 from pruning.criteria import Criterion
 from pruning.criteria.by_name import make_criterion
-from pruning.engine.channel_graph import Constraints
+from pruning.engine.constraints import Constraints
 from pruning.engine.groups import Group
 from pruning.files.saved_network import save_pruned
 from pruning.files.skeleton import skeleton_of
@@ -658,7 +658,8 @@ def prune(
         budget: Metric → share that may remain, or a share of the MACs.
         criterion: Criterion of a channel's importance; criteria that use data need `calibration`. By default magnitude
             without calibration batches; with them, one that suits their targets (see `Pruner`).
-        calibration: Yields batches: (images, targets), or anything that `forward` and `loss` accept.
+        calibration: Yields batches: (images, targets), or anything that `forward` and `loss` accept. Up to
+            `settings.max_batches` are read.
         search: One of `search_names()`, or an object; by default sensitivity, which uses `calibration`, or global
             without it or if no loss is known.
         repair: How the cut is repaired; see `Pruner`.

@@ -27,13 +27,14 @@ from explainers.measures.localization import pixel_auc, pointing_hit
 from explainers.measures.tables import without_nan
 from explainers.verbs.attribution_job import ImagesJob, check_writable, image_loader
 from explainers.verbs.ground_truth_checks import needed_annotations
-from image_classification.cli import to_plain
 from image_classification.config import check, flag, section
 from image_classification.data.loader import Batch
-from image_classification.distributed import Distributed, setup_distributed
+from image_classification.distributed import Distributed
 from image_classification.extras import optional_import
 from image_classification.file_writing import write_text
+from image_classification.joining import setup_distributed
 from image_classification.precision import Precision, PrecisionConfig
+from image_classification.resolved_config import to_plain
 from image_classification.verbs import configured
 
 with optional_import():

@@ -13,7 +13,7 @@ from explainers.aem.selector import DECODER, LIGHT_WIDTH, DecoderName, Kind
 from explainers.aem.selector_callbacks import BestBy
 from explainers.differentiable.explanation import EXPLAIN_HELP, EXPLAINED, ExplainedClass
 from image_classification.config import ConfigError, check, check_file, flag, section
-from image_classification.job import JobConfig
+from image_classification.job_config import JobConfig
 from image_classification.optim import OptimConfig
 from image_classification.schedules import ScheduleConfig
 from image_classification.train_config import TrainConfig

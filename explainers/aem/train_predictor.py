@@ -28,13 +28,16 @@ from explainers.aem.training import (
 from image_classification import job as jobs
 from image_classification.data.loader import Loader
 from image_classification.distributed import Distributed
+from image_classification.job_config import JobConfig
+from image_classification.job_data import naming_the_flag
+from image_classification.job_outcome import run_job
 from image_classification.verbs import configured
 
 
 def start(configs: PredictorJobConfig) -> int:
     """Run the verb; see the module docstring."""
     check_configs(configs, "train-predictor")
-    return jobs.run_job(configs, run)
+    return run_job(configs, run)
 
 
 def run(configs: PredictorJobConfig, distributed: Distributed) -> None:
@@ -44,7 +47,7 @@ def run(configs: PredictorJobConfig, distributed: Distributed) -> None:
     try:
         black_box = build_black_box(job)
         image_size = job.loaders.preset.image_size
-        with jobs.naming_the_flag("--image-size"):
+        with naming_the_flag("--image-size"):
             masks = _masks(job, config, black_box)
         record = describe_predictor(
             black_box, config.selector_type, masks.geometry, job.loaders.train.num_classes
@@ -73,7 +76,7 @@ def run(configs: PredictorJobConfig, distributed: Distributed) -> None:
         job.close()
 
 
-def _masks(job: jobs.Job[jobs.JobConfig], config: PredictorConfig, black_box: nn.Module) -> RandomMasks:
+def _masks(job: jobs.Job[JobConfig], config: PredictorConfig, black_box: nn.Module) -> RandomMasks:
     """Build the random masks that the predictor is trained on."""
     image_size = job.loaders.preset.image_size
     grid = (image_size, image_size)
@@ -84,7 +87,7 @@ def _masks(job: jobs.Job[jobs.JobConfig], config: PredictorConfig, black_box: nn
 
 
 def _measure(
-    job: jobs.Job[jobs.JobConfig],
+    job: jobs.Job[JobConfig],
     black_box: nn.Module,
     masks: RandomMasks,
     predictor: nn.Module,

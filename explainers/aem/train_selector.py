@@ -33,13 +33,16 @@ from explainers.differentiable.explanation import ExplainedClass, network_digest
 from image_classification import job as jobs
 from image_classification.data.loader import Loader
 from image_classification.distributed import Distributed
+from image_classification.job_config import JobConfig
+from image_classification.job_data import naming_the_flag
+from image_classification.job_outcome import run_job
 from image_classification.verbs import configured
 
 
 def start(configs: SelectorJobConfig) -> int:
     """Run the verb; see the module docstring."""
     check_configs(configs, "train-selector")
-    return jobs.run_job(configs, run)
+    return run_job(configs, run)
 
 
 def run(configs: SelectorJobConfig, distributed: Distributed) -> None:
@@ -99,7 +102,7 @@ def _new_selector(
         num_classes=num_classes,
         kind=config.selector_type,
     )
-    with jobs.naming_the_flag("--image-size"):
+    with naming_the_flag("--image-size"):
         design = design_selector(
             black_box,
             example_images(job),
@@ -124,7 +127,7 @@ def _announce(job: jobs.Job[SelectorJobConfig], selector: Selector, objective: S
 
 
 def _measure(
-    job: jobs.Job[jobs.JobConfig],
+    job: jobs.Job[JobConfig],
     black_box: nn.Module,
     predictor: nn.Module,
     explained: ExplainedClass,

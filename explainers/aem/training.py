@@ -13,11 +13,13 @@ from explainers.differentiable.features import FeatureTaps, find_taps
 from image_classification.callbacks import Callback
 from image_classification.config import ConfigError, check
 from image_classification.data.loader import Loader
-from image_classification.job import Job, JobConfig, make_trainer
+from image_classification.job import Job, make_trainer
+from image_classification.job_config import JobConfig
 from image_classification.models import build_model
 from image_classification.objective import Objective
 from image_classification.plain_data import Plain
-from image_classification.trainer import Trainer, described_classifier
+from image_classification.resumable_loop import described_classifier
+from image_classification.trainer import Trainer
 
 #: Requested number of held-out batches per process; never more than a twentieth of the training images.
 HELD_OUT_BATCHES = 40

@@ -20,8 +20,8 @@ from explainers.verbs.attribution_job import ImageConfig, Split, check_writable,
 from image_classification.config import check, flag, section
 from image_classification.data.data_config import ReadConfig
 from image_classification.data.loader import Batch
-from image_classification.distributed import DistributedConfig, setup_distributed
 from image_classification.figure_writing import check_figure
+from image_classification.joining import DistributedConfig, setup_distributed
 from image_classification.models import main_and_auxiliary_logits
 from image_classification.verbs import configured
 

@@ -98,6 +98,7 @@ class CasmTrainer(Trainer):
         if self.thinning.fixed:
             model = self.state.model
             self._wrapped = self._forward = self._eval_forward = model
+            self._compile_at = None
             self._parameters = []
             self._description = None
         else:
@@ -243,7 +244,8 @@ class CasmTrainer(Trainer):
         """
         check(
             TRAINING_KEY in payload,
-            "--resume: the checkpoint holds a classifier only, not a saliency mapping",
+            "--resume: the checkpoint holds a classifier only, no saliency mapping: give one of `python -m explainers "
+            "train-casm`, or start from a classifier with --pretrained-weights",
         )
         saved = payload[TRAINING_KEY]
         present = {**dataclasses.asdict(self.thinning), "adversarial": self.settings.adversarial}

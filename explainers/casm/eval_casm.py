@@ -26,7 +26,7 @@ from explainers.casm.casm_paths import (
     find_casms,
     write_results,
 )
-from explainers.casm.inpaint import import_opencv
+from explainers.casm.inpaint import Inpainted, Inpainter, import_opencv
 from explainers.casm.modify import BASELINES, KINDS, baseline_masks, binarised, modified
 from explainers.measures.tables import Cell, print_table
 from explainers.verbs.attribution_job import (
@@ -38,14 +38,15 @@ from explainers.verbs.attribution_job import (
     load_networks,
     open_split,
 )
-from image_classification.cli import to_plain
 from image_classification.config import check, flag, section
 from image_classification.data.data_config import ReadConfig
 from image_classification.data.dataset import Dataset, Preset
 from image_classification.data.loader import Batch
 from image_classification.data.progress import progress_bar
-from image_classification.distributed import Distributed, setup_distributed
+from image_classification.distributed import Distributed
+from image_classification.joining import setup_distributed
 from image_classification.metrics import topk_correct
+from image_classification.resolved_config import to_plain
 from image_classification.verbs import configured
 
 FIGURES = ("top1", "top5", "loss", "entropy")
@@ -140,15 +141,19 @@ def evaluate(configs: EvalCasmConfig, distributed: Distributed) -> list[dict[str
     casms = casm_networks(paths, data, dataset, distributed.device)
     classifiers = [*casms, *_others(configs.classifiers, data, dataset, distributed.device)]
     preset = input_preset(data, dataset, classifiers)
-    table = _Table(casms, classifiers, preset, distributed.device)
     loader = image_loader(manifest, preset, data, configs.images, distributed)
     share = math.ceil(len(manifest) / distributed.world_size)
-    with loader, progress_bar("classifying", share, distributed.is_main) as advance:
+    with (
+        Inpainter(preset.mean, preset.std) as inpainter,
+        loader,
+        progress_bar("classifying", share, distributed.is_main) as advance,
+    ):
+        table = _Table(casms, classifiers, preset, distributed.device, inpainter)
         for batch in loader:
             if len(batch):
                 table.add(batch)
                 advance(len(batch))
-    return table.rows(distributed)
+        return table.rows(distributed)
 
 
 def _others(
@@ -168,11 +173,14 @@ def _others(
 class _Table:
     """Sums of all figures.
 
+    Images are inpainted by the host while the device judges the others, and the next batch's.
+
     Args:
         casms: The CASMs that provide the masks.
         classifiers: The classifiers to evaluate.
         preset: Normalisation and size of the images.
-        device: Device of the sums.
+        device: Where to add up.
+        inpainter: Of that normalisation.
     """
 
     def __init__(
@@ -181,11 +189,14 @@ class _Table:
         classifiers: Sequence[Network],
         preset: Preset,
         device: torch.device,
+        inpainter: Inpainter,
     ) -> None:
         self.casms = casms
         self.classifiers = classifiers
         self.preset = preset
-        # Whole images do not depend on the mask, so they get a single line.
+        self.inpainter = inpainter
+        self._begun: list[tuple[int, Inpainted, Tensor]] = []  # line, images, targets
+        # Whole images do not depend on the mask: they have one line.
         self.lines = [("–", "whole")]
         for source in [*(casm.name for casm in casms), *BASELINES]:
             self.lines += [(source, kind) for kind in KINDS if kind != "whole"]
@@ -200,14 +211,36 @@ class _Table:
         for name in BASELINES:
             masks[name] = baseline_masks(name, batch.sample_ids, size).to(batch.images.device)
         nothing = torch.zeros_like(masks[BASELINES[0]])
+        begun = [
+            (line, self.inpainter.begin(batch.images, masks[source]), batch.targets)
+            for line, (source, kind) in enumerate(self.lines)
+            if kind == "inpainted"
+        ]
         for line, (source, kind) in enumerate(self.lines):
-            mask = masks.get(source, nothing)
-            images = modified(batch.images, mask, kind, self.preset.mean, self.preset.std)
-            for column, classifier in enumerate(self.classifiers):
-                self.sums[line, column] += _figures(classifier.predict(images), batch.targets)
+            if kind != "inpainted":
+                mask = masks.get(source, nothing)
+                self._judge(
+                    line,
+                    modified(batch.images, mask, kind, self.preset.mean, self.preset.std),
+                    batch.targets,
+                )
+        self._judge_inpainted()
+        self._begun = begun
+
+    @torch.inference_mode()
+    def _judge_inpainted(self) -> None:
+        """Judge the inpainted images of the batch before."""
+        for line, inpainted, targets in self._begun:
+            self._judge(line, inpainted.result(), targets)
+        self._begun = []
+
+    def _judge(self, line: int, images: Tensor, targets: Tensor) -> None:
+        for column, classifier in enumerate(self.classifiers):
+            self.sums[line, column] += _figures(classifier.predict(images), targets)
 
     def rows(self, distributed: Distributed) -> list[dict[str, Cell]]:
         """Return means over all ranks. Collective."""
+        self._judge_inpainted()
         (sums,) = distributed.all_reduce_sum(self.sums)
         rows = []
         for (source, kind), line in zip(self.lines, sums.tolist(), strict=True):

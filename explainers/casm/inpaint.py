@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import ModuleType
+from typing import Self
 
 import numpy as np
 import torch
@@ -33,29 +35,80 @@ def inpaint(images: Tensor, masks: Tensor, mean: Sequence[float], std: Sequence[
     Raises:
         ValueError: OpenCV is not installed, or the shapes do not match.
     """
-    if masks.dtype != torch.bool or masks.shape != (len(images), 1, *images.shape[2:]):
-        raise ValueError(
-            f"masks have shape {tuple(masks.shape)} and type {masks.dtype}; give bool (N, 1, H, W) for images "
-            f"{tuple(images.shape)}"
-        )
-    cv2 = import_opencv()
-    centre = torch.tensor(mean, dtype=torch.float32)[:, None, None]
-    spread = torch.tensor(std, dtype=torch.float32)[:, None, None]
-    pixels = (images.detach().float().cpu() * spread + centre).clamp(0, 1).mul(255).round().to(torch.uint8)
-    whole_pixels = pixels.permute(0, 2, 3, 1).contiguous().numpy()
-    holes = masks[:, 0].cpu().numpy().astype(np.uint8)
+    with Inpainter(mean, std) as inpainter:
+        return inpainter.begin(images, masks).result()
 
-    def fill(index: int) -> np.ndarray:
-        filled: np.ndarray = cv2.inpaint(whole_pixels[index], holes[index], RADIUS, cv2.INPAINT_TELEA)
-        return filled
 
-    # OpenCV releases the GIL.
-    with ThreadPoolExecutor(max(torch.get_num_threads(), 1)) as pool:
-        filled = np.stack(list(pool.map(fill, range(len(images))))) if len(images) else whole_pixels
-    values = (torch.from_numpy(filled).permute(0, 3, 1, 2).float() / 255 - centre) / spread
-    whole = masks.flatten(1).all(1).cpu()[:, None, None, None]
-    values = torch.where(whole, 0.0, values).to(images)
-    return torch.where(masks, values, images)
+class Inpainter:
+    """Inpaints batches in threads of the host, while the caller's device does something else.
+
+    As a context it ends its threads; what has not begun by then never does.
+
+    Args:
+        mean, std: See `inpaint`.
+
+    Raises:
+        MissingPackageError: OpenCV is not installed.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self._cv2 = import_opencv()
+        self._mean = torch.tensor(mean, dtype=torch.float32)[:, None, None]
+        self._std = torch.tensor(std, dtype=torch.float32)[:, None, None]
+        self._batches = ThreadPoolExecutor(1, thread_name_prefix="inpaint")
+        # OpenCV releases the interpreter's lock.
+        self._images = ThreadPoolExecutor(max(torch.get_num_threads(), 1), thread_name_prefix="inpaint-image")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._batches.shutdown(cancel_futures=True)
+        self._images.shutdown(cancel_futures=True)
+
+    def begin(self, images: Tensor, masks: Tensor) -> Inpainted:
+        """Begin with a batch, behind those before; see `inpaint`. Neither tensor may change until it is done.
+
+        Raises:
+            ValueError: Shapes do not belong together.
+        """
+        if masks.dtype != torch.bool or masks.shape != (len(images), 1, *images.shape[2:]):
+            raise ValueError(
+                f"masks have shape {tuple(masks.shape)} and type {masks.dtype}; give bool (N, 1, H, W) for images "
+                f"{tuple(images.shape)}"
+            )
+        images = images.detach()
+        return Inpainted(images, masks, self._batches.submit(self._filled, images, masks))
+
+    def _filled(self, images: Tensor, masks: Tensor) -> Tensor:
+        """(N, 3, H, W) float32 on the host, of meaning inside the masks."""
+        pixels = (images.float().cpu() * self._std + self._mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+        whole_pixels = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+        holes = masks[:, 0].cpu().numpy().astype(np.uint8)
+
+        def fill(index: int) -> np.ndarray:
+            filled: np.ndarray = self._cv2.inpaint(
+                whole_pixels[index], holes[index], RADIUS, self._cv2.INPAINT_TELEA
+            )
+            return filled
+
+        filled = np.stack(list(self._images.map(fill, range(len(images))))) if len(images) else whole_pixels
+        values = (torch.from_numpy(filled).permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
+        whole = torch.from_numpy(holes.all((1, 2)))[:, None, None, None]
+        return torch.where(whole, 0.0, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inpainted:
+    """A batch that an `Inpainter` works on."""
+
+    images: Tensor
+    masks: Tensor
+    filled: Future[Tensor]
+
+    def result(self) -> Tensor:
+        """(N, 3, H, W), type and device of the images; waits for the host's threads."""
+        return torch.where(self.masks, self.filled.result().to(self.images), self.images)
 
 
 def import_opencv() -> ModuleType:

@@ -26,7 +26,9 @@ from image_classification.models import (
     read_safely,
     unwrap,
 )
-from image_classification.models.weights import WeightsError, load_exactly, structure_in
+from image_classification.models.fitting_weights import load_exactly
+from image_classification.models.weights import structure_in
+from image_classification.models.weights_reading import WeightsError
 from image_classification.plain_data import PlainMapping
 
 KEY = "casm"

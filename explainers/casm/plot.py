@@ -32,9 +32,9 @@ from explainers.verbs.attribution_job import (
 from image_classification.config import check, flag, section
 from image_classification.data.dataset import Preset
 from image_classification.data.progress import progress_bar
-from image_classification.distributed import setup_distributed
 from image_classification.extras import optional_import
 from image_classification.figure_writing import save_figure
+from image_classification.joining import setup_distributed
 from image_classification.verbs import configured
 
 with optional_import():

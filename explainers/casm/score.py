@@ -9,8 +9,9 @@ For each CASM: F1, F1a, LE and OM against boxes, the saliency metric, mask stati
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,17 +31,19 @@ from explainers.casm.casm_objective import (
 from explainers.casm.casm_paths import FilesConfig, casm_name, casm_networks, find_casms, write_results
 from explainers.casm.interface import CasmInterface, Interface, checked_answer, load_interface
 from explainers.casm.model import Casm
+from explainers.measures.behind import Behind
 from explainers.measures.ground_truth import Annotated, annotated
 from explainers.measures.localization import Rectangle, box_figures
 from explainers.measures.perturbation import saliency_metric
 from explainers.measures.tables import Cell, print_table
 from explainers.verbs.attribution_job import ImagesJob, image_loader, input_preset, open_split
 from explainers.verbs.ground_truth_checks import check_ground_truth
-from image_classification.cli import to_plain
 from image_classification.config import ConfigError, check, flag, section
 from image_classification.data.loader import Batch, PlannedLoader
 from image_classification.data.progress import progress_bar
-from image_classification.distributed import Distributed, setup_distributed
+from image_classification.distributed import Distributed
+from image_classification.joining import setup_distributed
+from image_classification.resolved_config import to_plain
 from image_classification.verbs import configured
 
 #: Side of the published images and margin of `centre` on them, in pixels.
@@ -141,7 +144,7 @@ def _score_one(
     """Score one CASM and the two baselines."""
     sums = {mask: _Sums() for mask in ("casm", *BASELINES)}
     share = math.ceil(loader.num_samples / distributed.world_size)
-    with progress_bar(name, share, distributed.is_main) as advance:
+    with progress_bar(name, share, distributed.is_main) as advance, Behind() as behind:
         for batch in loader:
             if not len(batch):
                 continue
@@ -152,15 +155,21 @@ def _score_one(
             masks, found, correct = checked_answer(answer, len(batch), size, name)
             truths = [_boxes(truth, loader) for truth in annotated(batch)]
             saliency = _saliency(model, batch, targets, found)
-            sums["casm"].add(masks, found, truths, correct, saliency)
+            counted = [functools.partial(sums["casm"].add, masks, found, truths, correct, saliency)]
             for mask in BASELINES:
                 block = baseline_rectangle(mask, size)
                 filled = np.broadcast_to(as_mask(block, size), masks.shape)
                 found = [block] * len(batch)
                 saliency = _saliency(model, batch, targets, found)
-                sums[mask].add(filled, found, truths, correct, saliency)
+                counted.append(functools.partial(sums[mask].add, filled, found, truths, correct, saliency))
+            behind.do(functools.partial(_run_all, counted))
             advance(len(batch))
     return [{"casm": name, "mask": mask, **each.figures(distributed)} for mask, each in sums.items()]
+
+
+def _run_all(pieces: Sequence[Callable[[], None]]) -> None:
+    for piece in pieces:
+        piece()
 
 
 def baseline_rectangle(name: str, size: tuple[int, int]) -> Rectangle:

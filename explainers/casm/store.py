@@ -11,6 +11,7 @@ import copy
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 _REPLACE, _DRAW, _JUDGE = range(3)
@@ -46,7 +47,7 @@ class PastClassifiers:
 
     def add(self, model: nn.Module, iteration: int) -> None:
         """Store a copy of a classifier's weights."""
-        state = {name: _on_host(tensor) for name, tensor in model.state_dict().items()}
+        state = _on_host(model.state_dict())
         if len(self.states) < self.capacity:
             self.states.append(state)
             return
@@ -88,6 +89,13 @@ class PastClassifiers:
         return np.random.default_rng([self.seed, iteration, purpose])
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    """Copy a tensor to main memory; never returns the tensor itself."""
-    return tensor.detach().to("cpu", copy=True) if tensor.device.type != "cpu" else tensor.detach().clone()
+def _on_host(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in main memory, never the tensors themselves; the host waits for the device once for each dtype."""
+    copies: dict[str, Tensor] = {}
+    for dtype in {tensor.dtype for tensor in state.values()}:
+        alike = {name: tensor for name, tensor in state.items() if tensor.dtype == dtype}
+        packed = torch.cat([tensor.detach().flatten() for tensor in alike.values()]).cpu()
+        parts = packed.split([tensor.numel() for tensor in alike.values()])
+        for (name, tensor), part in zip(alike.items(), parts, strict=True):
+            copies[name] = part.view(tensor.shape).clone()
+    return {name: copies[name] for name in state}

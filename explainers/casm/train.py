@@ -23,15 +23,17 @@ from explainers.verbs.attribution_job import check_writable
 from image_classification import job as jobs
 from image_classification.callbacks import TrainState
 from image_classification.checkpoint import CheckpointConfig
-from image_classification.cli import to_plain
 from image_classification.config import check, flag, section
 from image_classification.data.data_config import DataConfig
 from image_classification.distributed import Distributed
-from image_classification.job import CommonConfig
+from image_classification.job_config import CommonConfig
+from image_classification.job_data import naming_the_flag
+from image_classification.job_outcome import run_job
 from image_classification.losses import LossConfig, build_loss
 from image_classification.nan_guard import NanPolicy
 from image_classification.objective import TaskObjective
 from image_classification.optim import OptimConfig, build_optimizer
+from image_classification.resolved_config import to_plain
 from image_classification.schedules import Schedule, ScheduleConfig
 from image_classification.train_config import Figures, TrainConfig
 from image_classification.training_callbacks import FirstBatch, ResourceMonitor
@@ -117,7 +119,7 @@ class CasmJobConfig(CommonConfig):
 
 def start(configs: CasmJobConfig) -> int:
     """Run the verb; see the module docstring."""
-    return jobs.run_job(completed(configs), run)
+    return run_job(completed(configs), run)
 
 
 def completed(configs: CasmJobConfig) -> CasmJobConfig:
@@ -180,7 +182,7 @@ def make_casm_trainer(job: jobs.Job[CasmJobConfig], classifier: nn.Module) -> Ca
         len(loader) > 0,
         f"--batch-size {loader.batch_size}: the training set has {loader.num_samples} images, less than a batch",
     )
-    with jobs.naming_the_flag("--arch"):
+    with naming_the_flag("--arch"):
         casm = Casm.for_classifier(
             classifier, job.loaders.preset.image_size, settings.decoder_width, settings.upsample
         )
@@ -212,7 +214,7 @@ def make_casm_trainer(job: jobs.Job[CasmJobConfig], classifier: nn.Module) -> Ca
     )
     torch.manual_seed(train.seed + job.distributed.rank)
     if job.resumed is not None:
-        with jobs.naming_the_flag("--resume"):
+        with naming_the_flag("--resume"):
             trainer.restore(job.resumed)
     return trainer
 

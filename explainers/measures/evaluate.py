@@ -14,8 +14,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, Protocol, Self, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from explainers.attribution.method import Attribution, Prepared
+from explainers.measures.behind import Behind
 from explainers.measures.ground_truth import Annotated, annotated
 from explainers.measures.localization import (
     as_saliency,
@@ -159,7 +159,7 @@ def localize(
     Returns:
         A row per method.
     """
-    with _Behind() as behind:
+    with Behind() as behind:
         judges = {
             name: _Judge(prepared, predict, metrics, multi_label, behind)
             for name, prepared in methods.items()
@@ -186,37 +186,6 @@ class _Pair:
     has_boxes: bool
 
 
-class _Behind:
-    """Runs host work in a thread while the device computes the next maps, one task at a time.
-
-    As a context manager it waits for the last task; an error in a task is raised at the next one, or at the end.
-    """
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="figures")
-        self._last: Future[None] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        try:
-            if kind is None:
-                self.wait()
-        finally:
-            self._thread.shutdown()
-
-    def do(self, work: Callable[[], None]) -> None:
-        """Start a task once the previous one is done."""
-        self.wait()
-        self._last = self._thread.submit(work)
-
-    def wait(self) -> None:
-        """Wait until the current task is done."""
-        if self._last is not None:
-            self._last.result()
-
-
 class _Judge:
     """Collects the figures of one method."""
 
@@ -226,7 +195,7 @@ class _Judge:
         predict: Predict,
         metrics: Sequence[str],
         multi_label: bool,
-        behind: _Behind,
+        behind: Behind,
     ) -> None:
         self.prepared = prepared
         self.predict = predict
@@ -275,7 +244,7 @@ class _Judge:
         if self.metrics & {"saliency", "curves"}:
             kept = [i for i, pair in enumerate(pairs) if sound[i] and pair.predicted and pair.has_mask]
             if kept:
-                self._against_network(chosen[kept], targets[kept], result.map[kept])
+                self._against_network(chosen[kept], targets[kept], result.map[kept], maps[kept])
 
     def _against_truth(
         self, pairs: Sequence[_Pair], maps: NDArray[np.float32], sound: NDArray[np.bool_]
@@ -303,13 +272,18 @@ class _Judge:
         self.sums.add("le", 1.0 - figures.located)
         self.sums.add("om", 1.0 - (figures.located and pair.predicted))
 
-    def _against_network(self, images: Tensor, targets: Tensor, maps: Tensor) -> None:
-        """Add figures that run the network on changed images."""
-        if "saliency" in self.metrics:
-            rectangles = [object_rectangle(as_saliency(heatmap)) for heatmap in maps.cpu().numpy()]
-            for value in saliency_metric(self.predict, images, targets, rectangles).tolist():
-                self.sums.add("saliency", value)
+    def _against_network(
+        self, images: Tensor, targets: Tensor, maps: Tensor, on_host: NDArray[np.float32]
+    ) -> None:
+        """Figures that ask the network about changed images; they are read once all is under way."""
+        asked: list[tuple[str, Tensor]] = []
         if "curves" in self.metrics:
             for name, curve in (("deletion", deletion_curve), ("insertion", insertion_curve)):
-                for value in curve_area(curve(self.predict, images, targets, maps)).tolist():
-                    self.sums.add(name, value)
+                asked.append((name, curve_area(curve(self.predict, images, targets, maps))))
+        if "saliency" in self.metrics:
+            rectangles = [object_rectangle(as_saliency(heatmap)) for heatmap in on_host]
+            asked.append(("saliency", saliency_metric(self.predict, images, targets, rectangles)))
+        values = torch.stack([found for _, found in asked]).tolist()
+        for (name, _), row in zip(asked, values, strict=True):
+            for value in row:
+                self.sums.add(name, value)

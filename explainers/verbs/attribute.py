@@ -33,8 +33,8 @@ from image_classification.data.dataset import Preset
 from image_classification.data.loader import Batch
 from image_classification.data.manifest import Manifest
 from image_classification.data.progress import progress_bar
-from image_classification.distributed import setup_distributed
 from image_classification.file_writing import atomic_file
+from image_classification.joining import setup_distributed
 from image_classification.verbs import configured
 
 

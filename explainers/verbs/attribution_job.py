@@ -22,7 +22,8 @@ from image_classification.data.layouts import open_dataset
 from image_classification.data.layouts.annotations import read_imagenet_boxes
 from image_classification.data.loader import PlannedLoader
 from image_classification.data.manifest import Manifest
-from image_classification.distributed import Distributed, DistributedConfig
+from image_classification.distributed import Distributed
+from image_classification.joining import DistributedConfig
 from image_classification.models import (
     class_names_of,
     identity_of,

@@ -33,6 +33,7 @@ from image_classification.models import (
 from image_classification.models.factory import class_names_of
 from image_classification.network_input import NetworkInput
 from image_classification.plain_data import Plain
+from image_classification.small_files import read_json, read_text
 from image_classification.verbs import declared
 
 
@@ -130,17 +131,13 @@ def _names(path: Path | None, known: Sequence[str] | None, num_classes: int) -> 
     """
     if path is None:
         return list(known or (f"class {index}" for index in range(num_classes)))
-    check(path.is_file(), f"--class-names {path}: there is no such file")
-    text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"--class-names {path} is not JSON: {error}") from error
+        content = read_json(path, "--class-names")
         check(isinstance(content, list), f"--class-names {path}: give a JSON list of names")
         names = [str(name) for name in content]
     else:
-        names = [line.strip() for line in text.splitlines() if line.strip()]
+        lines = read_text(path, "--class-names").splitlines()
+        names = [line.strip() for line in lines if line.strip()]
     check(
         len(names) == num_classes,
         f"--class-names {path} has {len(names)} names, the network {num_classes} classes: give one per class",

@@ -38,17 +38,18 @@ from explainers.verbs.attribution_job import (
 from explainers.verbs.ground_truth_checks import check_ground_truth, needed_annotations
 from explainers.verbs.localize import localize_network
 from explainers.verbs.method_flags import MethodConfig, method_config
-from image_classification.cli import to_plain
 from image_classification.config import check, flag, section
 from image_classification.data.data_config import ReadConfig
 from image_classification.data.dataset import Dataset, Preset
 from image_classification.data.loader import Batch
 from image_classification.data.manifest import Manifest
 from image_classification.data.progress import progress_bar
-from image_classification.distributed import Distributed, DistributedConfig, setup_distributed
+from image_classification.distributed import Distributed
 from image_classification.figure_writing import check_figure
 from image_classification.file_writing import write_text
+from image_classification.joining import DistributedConfig, setup_distributed
 from image_classification.metrics import ClassificationMetrics, Metrics, MultiLabelMetrics
+from image_classification.resolved_config import to_plain
 from image_classification.verbs import configured
 
 METRICS: tuple[Metric, ...] = ("point", "auc")

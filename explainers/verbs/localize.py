@@ -28,12 +28,13 @@ from explainers.verbs.attribution_job import (
 )
 from explainers.verbs.ground_truth_checks import check_ground_truth, needed_annotations
 from explainers.verbs.method_flags import MethodConfig, method_config
-from image_classification.cli import to_plain
 from image_classification.config import check, flag, section
 from image_classification.data.loader import PlannedLoader
 from image_classification.data.progress import progress_bar
-from image_classification.distributed import Distributed, setup_distributed
+from image_classification.distributed import Distributed
 from image_classification.file_writing import write_text
+from image_classification.joining import setup_distributed
+from image_classification.resolved_config import to_plain
 from image_classification.verbs import configured
 
 _DEFAULT_METRICS: tuple[Metric, ...] = ("point", "auc", "energy")

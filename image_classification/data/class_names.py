@@ -1,16 +1,20 @@
 """Matching of classes by name, between a data set and a network's logits or between splits.
 
 An index means nothing by itself: a renamed folder shifts every class after it in the alphabet. So names are compared,
-and if they are the same, or a subset, in another order, the labels are renumbered.
+and if they are the same, or a subset, in another order, the labels are renumbered. Only ImageNet has two sets of names,
+WordNet IDs and words; both are listed in the order of the IDs.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from image_classification.config import nearest
 
 _SHOWN = 5
+_WORDNET = re.compile(r"n\d{8}")
+_NUM_IMAGENET = 1000
 
 
 def positions(
@@ -27,6 +31,8 @@ def positions(
     Raises:
         ValueError: A name is not known.
     """
+    if _are_numbers_of(names, known):
+        return list(range(len(names)))
     index = {name: number for number, name in enumerate(known)}
     unknown = [name for name in names if name not in index]
     if unknown:
@@ -42,9 +48,19 @@ def difference(names: Sequence[str], known: Sequence[str]) -> str | None:
     """Describe how the classes of `names` differ from `known`, which contains them all; None if they are equal."""
     if tuple(names) == tuple(known):
         return None
+    if _are_numbers_of(names, known):
+        return "the data names them by WordNet's numbers; they go by their order"
     if len(names) < len(known):
         return f"{len(names)} of its {len(known)} classes occur in the data"
     return "the data has its classes in another order, and labels are renumbered by name"
+
+
+def _are_numbers_of(names: Sequence[str], known: Sequence[str]) -> bool:
+    """Whether one has WordNet's number for each of as many classes that the other calls by words, all of ImageNet's."""
+    if len(names) != len(known) or len(names) != _NUM_IMAGENET:
+        return False
+    numbered = [all(_WORDNET.fullmatch(name) for name in each) for each in (names, known)]
+    return numbered in ([True, False], [False, True])
 
 
 def _some(names: Sequence[str]) -> str:

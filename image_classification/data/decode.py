@@ -6,7 +6,6 @@ the same as torchvision's.
 
 from __future__ import annotations
 
-import struct
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from image_classification.data.bad_samples import BadSamples
-from image_classification.data.imagefile import load_as_stored, stored_size
+from image_classification.data.imagefile import DECODING_ERRORS, load_as_stored, stored_size
 from image_classification.data.plan import BatchPlan, Planner
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
@@ -76,8 +75,7 @@ def open_image(path: Path, expected_size: tuple[int, int] | None = None) -> Imag
                 return _to_rgb(load_as_stored(image))
     except Image.DecompressionBombError as error:
         raise UnreadableError(str(error)) from error
-    except (OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error) as error:
-        # Pillow's plug-ins raise all of these for damaged files.
+    except DECODING_ERRORS as error:
         name = "an unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UnreadableError(name or type(error).__name__) from error
 

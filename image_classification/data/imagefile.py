@@ -21,6 +21,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".t
 #: Suffixes of images that not every backend decodes; such files are counted and skipped.
 OTHER_SUFFIXES = (".gif", ".avif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".tga")
 
+#: What Pillow's plug-ins raise for damaged files.
+DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error)
+
 _HEAD_BYTES = 1024
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
@@ -183,7 +186,7 @@ def _read_with_pillow(path: str | os.PathLike[str]) -> tuple[int, int, str, bool
     try:
         with Image.open(path) as image:
             return *stored_size(image), image.mode, image.getexif().get(_ORIENTATION, 1) in _AS_STORED
-    except (OSError, ValueError, KeyError, SyntaxError, struct.error, Image.DecompressionBombError):
+    except (*DECODING_ERRORS, Image.DecompressionBombError):
         return 0, 0, "", False
 
 

@@ -22,6 +22,8 @@ from image_classification.data.scan import scan_list
 from image_classification.data.targets import TargetTable
 
 _FORMATS = (1, 2)  # version 1 stores paths as an array of strings
+#: Errors raised when arrays are missing or of another type.
+_NO_MANIFEST = (KeyError, ValueError, TypeError, IndexError, AttributeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,10 +128,17 @@ class Manifest:
             FileNotFoundError: The file does not exist.
         """
         arrays = read_npz(path)
-        if arrays is None or int(arrays.get("format", np.array(0))) not in _FORMATS:
-            raise ValueError(
-                f"{path} is not a manifest of this version or is damaged: delete it to have it made again"
-            )
+        try:
+            if arrays is not None and int(arrays["format"]) in _FORMATS:
+                return cls._from_arrays(arrays, root)
+        except _NO_MANIFEST:
+            pass
+        raise ValueError(
+            f"{path} is not a manifest of this version or is damaged: delete it to have it made again"
+        )
+
+    @classmethod
+    def _from_arrays(cls, arrays: dict[str, np.ndarray], root: Path | None) -> Manifest:
         prefix = "targets."
         targets = {
             name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import warnings
 from collections import Counter
@@ -27,7 +28,8 @@ from image_classification.data.decode import FORMATS
 from image_classification.data.progress import progress_bar
 from image_classification.data.verify import Broken, declare_common, find_images, print_broken
 from image_classification.data.workers import map_in_processes
-from image_classification.file_writing import atomic_path, output_path, write_text
+from image_classification.file_writing import atomic_path, output_path, resolved, write_text
+from image_classification.small_files import read_json
 from image_classification.verbs import declared
 
 _SETTINGS_FILE = "prepare.json"
@@ -124,7 +126,8 @@ def prepare(
     config = config or PrepareConfig()
     paths = find_images(source)
     _check_plain(source)
-    if source.resolve().is_relative_to(target.resolve()) or target.resolve().is_relative_to(source.resolve()):
+    places = resolved(source), resolved(target)
+    if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
         raise ValueError(f"{source} and {target} lie within each other: choose a separate output directory")
     _check_settings(target, config)
     tasks = [
@@ -239,11 +242,14 @@ def _check_settings(target: Path, config: PrepareConfig) -> None:
     """Store the settings next to the images, and refuse to mix different ones."""
     path = target / _SETTINGS_FILE
     settings = asdict(config)
-    if path.is_file():
-        earlier = {**asdict(PrepareConfig()), **json.loads(path.read_text())}
+    if os.path.lexists(path):
+        noted = read_json(path, "the settings of an earlier run,")
+        if not isinstance(noted, dict):
+            raise ValueError(f"{path} does not hold the settings of an earlier run: choose another directory")
+        earlier = {**asdict(PrepareConfig()), **noted}
         if earlier != settings:
             raise ValueError(
-                f"{target} was prepared with {earlier}, now {settings} is asked for: choose another directory"
+                f"{target} was prepared with {earlier} ({path.name}), now {settings} is asked for: choose another one"
             )
         return
     write_text(path, json.dumps(settings) + "\n")

@@ -291,6 +291,13 @@ def _load(cached: Path) -> _Table:
     arrays = read_npz(cached) if cached.is_file() else None
     if arrays is None or arrays.get("rows", np.zeros(0)).dtype != _ROW or "num_left_out" not in arrays:
         return _joined((), ())
+    try:
+        return _table_of(arrays)
+    except (KeyError, ValueError, IndexError, TypeError):
+        return _joined((), ())
+
+
+def _table_of(arrays: Mapping[str, np.ndarray]) -> _Table:
     directories = _dicts(arrays, "directories", "times", "num_directories")
     left_out = _dicts(arrays, "suffixes", "counts", "num_left_out")
     folders, paths = Paths.from_arrays(arrays, "folders"), Paths.from_arrays(arrays, "paths")

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from image_classification.config import check_setting
 from image_classification.data.layouts.folders import class_folders
 from image_classification.data.listing import list_images
-from image_classification.file_writing import atomic_path, output_path
+from image_classification.file_writing import atomic_path, output_path, resolved
 from image_classification.verbs import declared
 
 
@@ -61,7 +61,7 @@ def split(
         raise FileNotFoundError(f"there is no directory {source}")
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty: choose another output directory")
-    if target.resolve().is_relative_to(source.resolve()):
+    if resolved(target).is_relative_to(resolved(source)):
         raise ValueError(f"{target} lies within {source}: choose a separate output directory")
     parts = {name: _divided(_images(source, name), share, seed) for name in class_folders(source)}
     if not parts:

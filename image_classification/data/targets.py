@@ -20,6 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from image_classification.data.imagefile import DECODING_ERRORS
+
 VOID = 255
 """Mask value of pixels whose class is unknown or undecided."""
 
@@ -212,17 +214,18 @@ def read_mask(path: Path) -> np.ndarray:
         ValueError: The file is not an image with one 8-bit channel.
         FileNotFoundError: The file does not exist.
     """
+    if path.exists() and not path.is_file():  # a named pipe would be waited for
+        raise ValueError(f"{path}: the mask is no regular file")
     try:
         with Image.open(path) as image:
-            if image.mode not in ("P", "L"):
-                raise ValueError(
-                    f"{path}: a mask has one 8-bit channel (palette or grey), not mode {image.mode!r}"
-                )
-            return np.array(image)
+            mode, mask = image.mode, np.array(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"the mask {path} is missing") from None
-    except (OSError, SyntaxError) as error:
+    except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: the mask cannot be decoded ({error})") from error
+    if mode not in ("P", "L"):
+        raise ValueError(f"{path}: a mask has one 8-bit channel (palette or grey), not mode {mode!r}")
+    return mask
 
 
 def crop_mask(mask: np.ndarray, window: np.ndarray, flip: bool, size: tuple[int, int]) -> np.ndarray:

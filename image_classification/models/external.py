@@ -1,7 +1,8 @@
 """Classifiers of torchvision (`torchvision/NAME`) and timm (`timm/NAME`), always without pretrained weights.
 
-Nothing is downloaded: weights come from a file. GoogLeNet and Inception keep their auxiliary heads and torchvision's
-own input transform, which the published weights expect after the usual normalisation.
+Nothing is downloaded here: `published_weights` handles the weights that the libraries publish. GoogLeNet and Inception
+keep their auxiliary heads and torchvision's own input transform, which the published weights expect after the usual
+normalisation.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from image_classification.channel_statistics import IMAGENET
 from image_classification.config import nearest
 from image_classification.extras import MissingPackageError, optional_import
 from image_classification.models.registry import ArchInfo, ModelError, ModelSettingError
+from image_classification.published_name import LIBRARIES
 
-LIBRARIES = ("torchvision", "timm")
 # Options of the libraries' builders that would read files, access the network or build no classifier.
 _REFUSED_OPTIONS = (
     *("weights", "weights_backbone", "pretrained", "progress", "checkpoint_path", "pretrained_cfg"),
@@ -84,7 +85,12 @@ def libraries_with(name: str) -> list[str]:
     return found
 
 
-def _check_known(library: str, name: str) -> None:
+def check_known(library: str, name: str) -> None:
+    """Make sure that a library has a classifier of this name.
+
+    Raises:
+        ModelError: It has none; the most similar name is suggested.
+    """
     known = (
         name in library_names(library) if library == "torchvision" else import_library("timm").is_model(name)
     )
@@ -115,7 +121,7 @@ def external_info(library: str, name: str) -> ArchInfo:
     """Return the images that a library's network expects, from its metadata, without building or downloading
     anything.
     """
-    _check_known(library, name)
+    check_known(library, name)
     if library == "timm":
         try:
             cfg = import_library("timm").get_pretrained_cfg(name)
@@ -188,6 +194,21 @@ def build_external(
         reason = str(error) or f"{type(error).__name__} in {_raised_in(error)}"
         problem = f"cannot be built with {asked}: {reason}{hint}"
         raise ModelSettingError("arch", f"{library}/{name}", problem) from error
+
+
+def build_pretrained(library: str, name: str, weights: object = None) -> nn.Module:
+    """Build a library's classifier with weights that it publishes, as `build_external` builds it otherwise.
+
+    Args:
+        library, name: Of the network; timm's name says which weights.
+        weights: torchvision's own.
+    """
+    if library == "timm":
+        timm_network: nn.Module = import_library("timm").create_model(name, pretrained=True)
+        return timm_network
+    heads = {"aux_logits": True} if name in _WITH_AUXILIARY_HEADS else {}
+    network: nn.Module = import_library("torchvision").get_model(name, weights=weights, **heads)
+    return network
 
 
 def _raised_in(error: BaseException) -> str:

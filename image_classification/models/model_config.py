@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from image_classification.config import ConfigError, check, check_choice, flag
+from image_classification.models.building_for_weights import model_for_weights
 from image_classification.models.factory import create_model
 from image_classification.models.initialization import ModelConfigName
-from image_classification.models.structure import building_on
-from image_classification.models.weights import model_for_weights
+from image_classification.models.meta_device import building_on
 from image_classification.plain_data import Plain
 
 
@@ -39,8 +39,9 @@ class ModelConfig:
     pretrained_weights: str | None = flag(
         None,
         "--pretrained-weights",
-        help="start from these weights: a LucidPrune checkpoint (pruned ones too), a plain state dict, "
-        "torchvision's",
+        "--weights",
+        help="start from these weights: a LucidPrune checkpoint (pruned ones too), a plain state dict, or what a "
+        "library publishes, such as torchvision/resnet50:DEFAULT or timm/resnet50.a1_in1k",
         metavar="FILE",
         reads=True,
     )

@@ -68,3 +68,14 @@ def set_mode(model: nn.Module, training: bool) -> None:
         return
     for _, module in modules:
         vars(module)["training"] = training
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module does its work itself; parametrizations of its tensors don't count as parts."""
+    return all(name == "parametrizations" for name, _ in module.named_children())
+
+
+def tensors_by_all_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield all parameters and buffers under each of their names; shared ones occur repeatedly."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)

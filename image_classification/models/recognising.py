@@ -18,9 +18,9 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from image_classification.config import SettingError
 from image_classification.models.external import import_library
 from image_classification.models.factory import ModelIdentity, identity_of, remember_identity
+from image_classification.models.meta_device import on_meta
 from image_classification.models.registry import IMAGENET_CLASSES, Builder, ModelError
 from image_classification.models.running import Args
-from image_classification.models.structure import on_meta
 from image_classification.plain_data import Plain
 
 _PLAIN = (bool, int, float, str, type(None))

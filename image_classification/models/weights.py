@@ -1,48 +1,28 @@
 """Loading of weights: LucidPrune checkpoints, plain state dicts, torchvision's and DataParallel-prefixed ones.
 
-Files are read with `weights_only=True`: tensors and plain values, never code. PyTorch ignores the zip checksums when
-reading, so that a flipped bit would load as a wrong number; here they are verified first. (Files in the format before
-PyTorch 1.6 have none.) Weights that do not fit a network are an error that names the first module.
+`weights_reading` reads the files, `fitting_weights` puts their tensors into a network.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
 import dataclasses
-import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from image_classification.checkpoint_format import FormatError, check_payload, is_ours
-from image_classification.models.factory import create_model, identity_of, remember_class_names, unwrap
-from image_classification.models.own_code import check_trusted
-from image_classification.models.registry import IMAGENET_CLASSES, ModelError
-from image_classification.models.structure import (
-    Factory,
-    Structure,
-    StructureError,
-    build_from_structure,
-    building_on,
-    named_tensors,
-    on_meta,
-)
+from image_classification.checkpoint_format import is_ours
+from image_classification.models.published_weights import weights_file
+from image_classification.models.structure import Structure, StructureError
+from image_classification.models.weights_reading import WeightsError, read_file
 from image_classification.network_input import NetworkInput
-from image_classification.plain_data import PlainMapping, PlainValue
+from image_classification.plain_data import PlainValue
+from image_classification.small_files import problem_of
 
 _STATE_KEYS = ("state_dict", "model", "model_state_dict", "net")
 _EMA_KEYS = ("ema", "ema_state_dict", "state_dict_ema", "model_ema")
-_ZIP_START = b"PK\x03\x04"
-_CHUNK = 1 << 20
-
-
-class WeightsError(ModelError):
-    """A weights file cannot be used. The message names the file, the problem and a remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,105 +113,26 @@ def saved_input(path: str | Path) -> NetworkInput | None:
 
     Reads no tensors; errors in a file are reported when its weights are loaded.
     """
+    if problem_of(Path(path)) is not None:
+        return None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(weights_file(path), map_location="cpu", weights_only=True, mmap=True)
         return Structure.from_plain(content["structure"]).input if is_ours(content) else None
     except Exception:  # the unpickler meets arbitrary bytes here and may raise almost anything
         return None
 
 
 def read_safely(path: str | Path) -> PlainValue:
-    """Read a file of `torch.save`: tensors (on the CPU) and plain values.
+    """Read what `torch.save` put into a file (`weights_reading.read_file`), or weights that a library publishes.
 
-    Verifies the checksums of every record, runs no code from the file, and checks a LucidPrune checkpoint against its
-    schema (`checkpoint_format`).
+    Args:
+        path: A file, or a name such as `torchvision/resnet50:DEFAULT` (`published_weights`).
 
     Raises:
         FileNotFoundError: The file does not exist.
-        WeightsError: The file is truncated, altered, not written by `torch.save`, holds more than tensors and plain
-            values, or is a LucidPrune checkpoint that violates its schema.
+        WeightsError: As `read_file`, or the weights cannot be fetched.
     """
-    path = Path(path)
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"weights file {path} {what}: check the path")
-    with path.open("rb") as file:
-        start = file.read(len(_ZIP_START))
-    if not start:
-        raise WeightsError(f"{path} is empty: it was not written to its end; take another copy")
-    if start == _ZIP_START:
-        _verify_records(path)
-    try:
-        # An argparse namespace is a container of values; many published training programs save theirs.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler meets arbitrary bytes here and may raise almost anything
-        raise WeightsError(_unreadable(path, error)) from error
-    if is_ours(content):
-        try:
-            check_payload(content)
-        except FormatError as error:
-            raise WeightsError(f"{path}: {error}") from error
-    return content
-
-
-def load_exactly(model: nn.Module, state: Mapping[str, Tensor], path: Path, what: str = "network") -> None:
-    """Call `load_state_dict` with strict checks; alone, it would silently turn integers or complex numbers into
-    weights.
-
-    Args:
-        model: Network to load into.
-        state: State dict with the same names, shapes and kinds of numbers.
-        path: Origin of the tensors, for the message.
-        what: Owner of the tensors, for the message.
-
-    Raises:
-        WeightsError: A tensor is missing, unexpected, or has another shape or kind.
-    """
-    for name, target in model.state_dict().items():
-        value = state.get(name)
-        if value is not None and isinstance(target, Tensor) and not _same_kind(value, target):
-            raise WeightsError(f"{path}: its {what} holds {name!r} as {value.dtype}, not {target.dtype}")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise WeightsError(
-            f"{path}: its {what} contradicts itself: {' '.join(str(error).split())}"
-        ) from error
-
-
-def _verify_records(path: Path) -> None:
-    """Check every record of the zip file that `torch.save` writes against its CRC-32."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for record in archive.infolist():
-                if record.compress_type != zipfile.ZIP_STORED:
-                    raise WeightsError(f"{path} is a compressed zip file, which torch.save does not write")
-                if record.CRC == 0:  # written without checksums (torch's save.compute_crc32 = False)
-                    continue
-                with archive.open(record) as file:
-                    while file.read(_CHUNK):
-                        pass
-    except WeightsError:
-        raise
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise WeightsError(
-            f"{path} is truncated or damaged ({error}): take another copy of the file"
-        ) from error
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    wanted = re.search(r"(?:GLOBAL|global|Unsupported class) ([\w.]+)", str(error))
-    if wanted:
-        return (
-            f"{path} holds more than tensors and plain values (it asks for {wanted.group(1)}), and was not "
-            "opened: it could run code. Save state_dict() of the network instead of the whole object; files of the "
-            "published programs are read by `python -m pruning import`"
-        )
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    return (
-        f"{path} is damaged, or not a file of torch.save ({reason}): give a checkpoint or a saved state dict"
-    )
+    return read_file(weights_file(path))
 
 
 def _find_state(content: Mapping[object, object], path: Path, ema: bool) -> dict[str, Tensor]:
@@ -264,275 +165,3 @@ def _clean_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if not names or not all(name.startswith("module.") for name in names):
             return state
         state = {name.removeprefix("module."): state[name] for name in names}
-
-
-def head_tensors(model: nn.Module) -> set[str]:
-    """Return the names of the tensors of `model` that depend on the number of classes (classifier and auxiliary heads).
-
-    Found by building the architecture for two numbers of classes and comparing shapes.
-
-    Raises:
-        ModelError: The network was not built by `create_model`.
-    """
-    identity = identity_of(model)
-    if identity is None:
-        raise ModelError(
-            "`new_head` works for networks that create_model built; load yours with its own head instead"
-        )
-    other = dataclasses.replace(identity, num_classes=identity.num_classes + 1)
-    pairs = zip(named_tensors(on_meta(identity.build)), named_tensors(on_meta(other.build)), strict=True)
-    return {name for (name, tensor), (_, changed) in pairs if tensor.shape != changed.shape}
-
-
-def apply_weights(
-    model: nn.Module, weights: LoadedWeights | Mapping[str, Tensor], *, new_head: bool = False
-) -> list[str]:
-    """Copy weights into a network, in place. If any tensor does not fit, none is changed.
-
-    Args:
-        model: Network, bare or wrapped.
-        weights: From `load_weights`, or a state dict.
-        new_head: The classifier keeps its fresh weights; within it, names and shapes may differ.
-
-    Returns:
-        Names of the tensors that kept their fresh values.
-
-    Raises:
-        WeightsError: A tensor is missing, unexpected or has another shape; the message names the first such module.
-    """
-    model = unwrap(model)
-    if isinstance(weights, Mapping):
-        weights = LoadedWeights(dict(weights), Path("the given state dict"))
-    targets = model.state_dict(keep_vars=True)
-    per_class = head_tensors(model) if new_head else set()
-    state = _without_wrapper(weights.state, targets)
-    if any(name not in targets for name in state):
-        state = _translated(model, {name: value for name, value in state.items() if name not in per_class})
-    given = dataclasses.replace(weights, state=state)
-    head_parts = {name.partition(".")[0] for name in per_class}
-    copies, fresh = [], []
-    for name, target in targets.items():
-        value = given.state.get(name)
-        if name in per_class:
-            fresh.append(name)
-        elif value is not None and _fits(value, target):
-            copies.append((target, value))
-        elif name.partition(".")[0] in head_parts or _optional(name, value):
-            fresh.append(name)
-        else:
-            raise WeightsError(_misfit(model, given, name, target, value))
-    for name in given.state:
-        if name not in targets and name.partition(".")[0] not in head_parts:
-            raise WeightsError(
-                f"{given.path} has {name!r}, and the network has no such tensor in a module "
-                f"{name.rpartition('.')[0]!r}{_arch_hint(model, given)}"
-            )
-    with torch.no_grad():
-        for target, value in copies:
-            target.copy_(value)
-    return fresh
-
-
-def _optional(name: str, value: Tensor | None) -> bool:
-    """Whether a tensor may be missing: files from before PyTorch 0.4.1 lack the batch norms' counters."""
-    return value is None and name.endswith("num_batches_tracked")
-
-
-def _translated(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Translate names in older files to the network's current ones.
-
-    Classes whose inner names have changed translate old names themselves while a state dict is loaded (the MLPs of
-    torchvision's vision transformers); loading into a copy on the meta device reveals the result. DenseNet's old names
-    (`norm.1`) are otherwise translated only by torchvision's download function.
-    """
-    state = {
-        re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name): tensor
-        for name, tensor in state.items()
-    }
-    no_memory: dict[int, Tensor] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-        no_memory[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-    probe = copy.deepcopy(model, no_memory)
-    try:
-        outcome = probe.load_state_dict(state, strict=False, assign=True)
-        rest = outcome.unexpected_keys
-    except (RuntimeError, ValueError):  # other shapes: the later comparison reports them
-        rest = list(probe.state_dict())
-    taken = {name: tensor for name, tensor in probe.state_dict().items() if not tensor.is_meta}
-    return {**{name: state[name] for name in rest if name in state}, **taken}
-
-
-def _fits(value: Tensor, target: Tensor) -> bool:
-    return value.shape == target.shape and _same_kind(value, target)
-
-
-def _same_kind(value: Tensor, target: Tensor) -> bool:
-    """Whether two tensors have the same kind of numbers: real numbers of any precision are one kind."""
-    return value.dtype == target.dtype or (value.is_floating_point() and target.is_floating_point())
-
-
-def _without_wrapper(state: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove a common first name component that the network lacks (`model.` of a wrapping class)."""
-    first_parts = {name.partition(".")[0] for name in state}
-    if len(first_parts) != 1 or first_parts & {name.partition(".")[0] for name in targets}:
-        return dict(state)
-    return {name.partition(".")[2]: tensor for name, tensor in state.items()}
-
-
-def _misfit(model: nn.Module, given: LoadedWeights, name: str, target: Tensor, value: Tensor | None) -> str:
-    """Explain why the weights do not fit, starting with the module, and what to do."""
-    module = f"{given.path} does not fit the network at module {name.rpartition('.')[0]!r}"
-    if value is None:
-        return f"{module}: it has no {name!r}{_arch_hint(model, given)}"
-    if not _same_kind(value, target):
-        return f"{module}: {name!r} is {value.dtype} there and {target.dtype} in the network"
-    shapes = f"{module}: {name!r} has shape {list(value.shape)} there and {list(target.shape)} in the network"
-    per_class = identity_of(model) is not None and name in head_tensors(model)
-    if per_class and not _other_arch(model, given) and value.dim() == target.dim():
-        return (
-            f"{shapes}: other classes. Give `num_classes` {value.shape[0]} to keep its classifier, or `new_head` to "
-            "start a new one"
-        )
-    return f"{shapes}: a network of other widths{_arch_hint(model, given)}"
-
-
-def _other_arch(model: nn.Module, given: LoadedWeights) -> bool:
-    """Whether the file names another architecture; library prefixes do not count."""
-    identity = identity_of(model)
-    if given.arch is None or identity is None:
-        return False
-    return given.arch.rpartition("/")[2] != identity.arch.rpartition("/")[2]
-
-
-def _arch_hint(model: nn.Module, given: LoadedWeights) -> str:
-    if _other_arch(model, given):
-        return f". The file says that it holds {given.arch}: give `arch` {given.arch}"
-    if given.structure is not None:
-        return ". The file describes a pruned network: build it by model_for_weights"
-    return ". Give the `arch` that the weights were trained with"
-
-
-def model_for_weights(
-    arch: str | None,
-    path: str | Path,
-    *,
-    num_classes: int | None = None,
-    model_config: str | None = None,
-    image_size: int | None = None,
-    ema: bool | None = None,
-    new_head: bool = False,
-    factory: Factory | None = None,
-    device: torch.device | str | None = None,
-    **kwargs: PlainValue,
-) -> nn.Module:
-    """Build the network that a weights file belongs to, pruned or not, and load it.
-
-    Args:
-        arch: Architecture; None for the one named in a LucidPrune checkpoint.
-        path: Weights file, see `load_weights`.
-        num_classes: Number of classes; None for the file's (ImageNet's if not recorded).
-        model_config: As in `create_model`; by default a checkpoint's own.
-        image_size: As in `create_model`; by default a checkpoint's own.
-        kwargs: As in `create_model`; by default a checkpoint's own.
-        ema: Whether to load the averaged weights; None to load them if a LucidPrune checkpoint has them.
-        new_head: Create a new classifier, for other classes.
-        factory: Builds the unpruned network of a user-defined class (with arch None).
-        device: Device to build it on.
-
-    Raises:
-        FileNotFoundError, WeightsError, ModelError: The file is missing or unusable, or does not fit.
-    """
-    weights = load_weights(path, ema=ema)
-    if weights.structure is None:
-        with building_on(device):
-            model = _built_unpruned(weights, arch, factory, num_classes, model_config, image_size, kwargs)
-    else:
-        structure = _asked_structure(weights.structure, weights.path, arch, num_classes, new_head, kwargs)
-        if model_config is not None and structure.arch is not None:
-            structure = dataclasses.replace(structure, model_config=model_config)
-        if image_size is not None and structure.arch is not None:
-            structure = dataclasses.replace(structure, image_size=image_size)
-        _check_large_enough(weights.state, structure, weights.path, new_head)
-        model = build_from_structure(structure, factory=factory, device=device)
-    apply_weights(model, weights, new_head=new_head)
-    if not new_head:
-        remember_class_names(model, weights.class_names)
-    return model
-
-
-def _built_unpruned(
-    weights: LoadedWeights,
-    arch: str | None,
-    factory: Factory | None,
-    num_classes: int | None,
-    model_config: str | None,
-    image_size: int | None,
-    options: PlainMapping,
-) -> nn.Module:
-    """Build the network of a file without a structure, by the architecture named by the caller or the file."""
-    if factory is None and arch is None and weights.arch is None:
-        raise WeightsError(f"{weights.path} does not say its architecture: give `arch`")
-    if arch is None and weights.arch is not None:
-        check_trusted(weights.arch)
-    if factory is not None:
-        return factory()
-    if num_classes is None:
-        num_classes = _held_classes(weights, arch, options)
-    return create_model(
-        arch or str(weights.arch),
-        num_classes=num_classes,
-        model_config=model_config,
-        image_size=image_size,
-        **options,
-    )
-
-
-def _held_classes(weights: LoadedWeights, arch: str | None, options: PlainMapping) -> int:
-    """Return a plain state dict's number of classes, by the shapes of its classifier; ImageNet's if they do not
-    tell.
-    """
-    model = on_meta(lambda: create_model(arch or str(weights.arch), num_classes=IMAGENET_CLASSES, **options))
-    state = _without_wrapper(weights.state, model.state_dict())
-    sizes = {state[name].shape[0] for name in head_tensors(model) if name in state and state[name].dim()}
-    return sizes.pop() if len(sizes) == 1 else IMAGENET_CLASSES
-
-
-def _asked_structure(
-    structure: Structure,
-    path: Path,
-    arch: str | None,
-    num_classes: int | None,
-    new_head: bool,
-    options: PlainMapping,
-) -> Structure:
-    """Return the file's structure if it matches the request; with a new head, adapted to other classes."""
-    if arch is not None and structure.arch != arch:
-        held = structure.arch or "a class of your own (give its factory)"
-        raise WeightsError(f"{path} holds {held}, not `arch` {arch}: give `arch` {structure.arch}")
-    for name, value in options.items():
-        if structure.options.get(name) != value:
-            raise WeightsError(
-                f"{path} was built with {name}={structure.options.get(name)!r}, not {value!r}: leave the "
-                "option out"
-            )
-    if num_classes is None or structure.num_classes in (None, num_classes):
-        return structure
-    if not new_head:
-        raise WeightsError(
-            f"{path} was trained for {structure.num_classes} classes, not {num_classes}: give `num_classes` "
-            f"{structure.num_classes} to keep its classifier, or `new_head` to start a new one"
-        )
-    return structure.with_num_classes(num_classes)
-
-
-def _check_large_enough(
-    state: Mapping[str, Tensor], structure: Structure, path: Path, new_head: bool
-) -> None:
-    """Check that structure and tensors of a file agree, before anything is allocated on the structure's authority."""
-    for name, tensor in state.items():
-        if not new_head and structure.shapes.get(name) != list(tensor.shape):
-            raise WeightsError(
-                f"{path} contradicts itself at module {name.rpartition('.')[0]!r}: its structure gives {name!r} "
-                f"shape {structure.shapes.get(name)}, its tensors {list(tensor.shape)}"
-            )

@@ -21,14 +21,14 @@ def is_nested(value: object) -> bool:
         return False
     if type(value) is not dict and all(type(item) is int for item in value):  # type: ignore[attr-defined]
         return False
-    return _is_plain(value) and 0 < len(list(numbers_in(value))) <= _MOST_NUMBERS
+    return is_plain(value) and 0 < len(list(numbers_in(value))) <= _MOST_NUMBERS
 
 
-def _is_plain(value: object) -> bool:
+def is_plain(value: object) -> bool:
     if type(value) is dict:
-        return all(isinstance(key, (str, int)) and _is_plain(item) for key, item in value.items())
+        return all(isinstance(key, (str, int)) and is_plain(item) for key, item in value.items())
     if type(value) in (list, tuple):
-        return all(_is_plain(item) for item in value)  # type: ignore[attr-defined]
+        return all(is_plain(item) for item in value)  # type: ignore[attr-defined]
     return type(value) is int or isinstance(value, _LEAVES)
 
 

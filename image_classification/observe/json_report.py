@@ -21,8 +21,10 @@ from image_classification.config import SettingError
 from image_classification.file_writing import unused_path, write_text
 from image_classification.observe.figures import Figure
 from image_classification.plain_data import Plain
+from image_classification.small_files import parse_json
 
 _PREFIX = "DLLL "
+_LONGEST_LINE = 1 << 24
 
 
 class Report:
@@ -134,13 +136,15 @@ def read_report(path: Path) -> list[Plain]:
         FileNotFoundError: The file does not exist.
     """
     entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line.removeprefix(_PREFIX))
-        except json.JSONDecodeError:
-            continue
-        if isinstance(entry, dict):
-            entries.append(entry)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        # Something without an end of line is no report, and may have no end at all.
+        while 0 < len(line := file.readline(_LONGEST_LINE)) < _LONGEST_LINE:
+            try:
+                entry = parse_json(line.removeprefix(_PREFIX))
+            except ValueError:
+                continue
+            if isinstance(entry, dict):
+                entries.append(entry)
     return entries
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from image_classification.observe.environment import describe_environment
+from image_classification.observe.json_report import read_report
 from image_classification.plain_data import Plain
 
 FILENAME = "invocations.jsonl"
@@ -60,12 +61,4 @@ def command_line(argv: Sequence[str] | None = None) -> str:
 def read_invocations(workspace: Path) -> list[Plain]:
     """Read all starts of a run, oldest first; none if the file is missing. A torn line is left out."""
     path = workspace / FILENAME
-    if not path.is_file():
-        return []
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return entries
+    return read_report(path) if path.is_file() else []

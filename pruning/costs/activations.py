@@ -23,7 +23,9 @@ from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.labeller import Labeller, LayerUse, operation_name
 from pruning.engine.labels import Slot, Value, compress, support
 from pruning.engine.operators import arguments
-from pruning.engine.tracing import Operation, Ref, Trace, record, set_trace_mode, undisturbed
+from pruning.engine.traces import Operation, Ref, Trace
+from pruning.engine.tracing import record
+from pruning.engine.undisturbed import set_trace_mode, undisturbed
 
 #: Shapes, strides and similar settings of a layer, as plain data.
 Geometry = dict[str, Any]

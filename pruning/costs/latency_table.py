@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 from image_classification.cache import cache_key, default_cache_dir, ensure_directory
 from image_classification.config import check_choice, check_setting
 from image_classification.file_writing import write_text
+from image_classification.small_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ class TableCache:
 
     def _load(self) -> None:
         try:
-            plain = json.loads(self._path.read_text())
+            plain = read_json(self._path, "the latency table")
             if plain["format"] == _FORMAT:
                 self.grids = {key: _grid_from(grid) for key, grid in plain["grids"].items()}
                 self.networks = {key: _parts_from(parts) for key, parts in plain["networks"].items()}

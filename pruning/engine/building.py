@@ -19,7 +19,7 @@ from pruning.engine.labels import Slot, Value, compress, support
 from pruning.engine.native_layers import tie_recurrent
 from pruning.engine.operators import RULES
 from pruning.engine.pairs import paired_attributes, tie_pairs
-from pruning.engine.tracing import Trace, TracedCall
+from pruning.engine.traces import Trace, TracedCall
 
 _MOST_LABELLED = 4
 

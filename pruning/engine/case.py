@@ -13,11 +13,13 @@ from torch.nn.parameter import is_lazy
 
 from image_classification.config import SettingError
 from image_classification.models.module_tree import named_modules
-from pruning.engine.channel_graph import Constraints
+from pruning.engine.constraints import Constraints
 from pruning.engine.examples import Example, OutputError, Pass
 from pruning.engine.labeller import Labeller
+from pruning.engine.named_tensors import tensor_names
 from pruning.engine.pairs import untouched_twins
-from pruning.engine.tracing import Trace, record, tensor_names
+from pruning.engine.traces import Trace
+from pruning.engine.tracing import record
 
 logger = logging.getLogger(__name__)
 _MOST_NAMES = 6
@@ -50,7 +52,7 @@ class Case:
 
     @functools.cached_property
     def tensor_names(self) -> dict[str, tuple[str, ...]]:
-        """See `tracing.tensor_names`."""
+        """See `named_tensors.tensor_names`."""
         return tensor_names(self.model)
 
 

@@ -5,75 +5,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import functools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from image_classification.config import SettingError, check_setting
+from pruning.engine.constraints import UNCONSTRAINED, Constraints
 from pruning.engine.examples import Pass
+from pruning.engine.graph_state import PARTS, as_arrays, differ, plain, row_of
 from pruning.engine.group_rows import group_row, groups_html
 from pruning.engine.groups import FROZEN, AttributeAxis, Axis, Group, Layer, Member, Place
 from pruning.engine.kept_statistics import Statistics
 
 GroupKey = Group | str | int
 Keep = Mapping[Any, Sequence[int] | Tensor | np.ndarray]
-
-
-#: Least share of its channels that a group keeps, as in Kung & Hou (2020, Commun. Inf. Syst. 20(3)).
-DEFAULT_MIN_WIDTH = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class Constraints:
-    """The user's constraints on widths.
-
-    Attributes:
-        round_to: Pruned widths are multiples of this many channels (hardware likes 8). A group may also keep its
-            original width, whatever that is.
-        min_width: Units that every group keeps: a count, or a share if below 1.
-        ignored: Name patterns (`layer4.*`) of modules whose own channels stay (what they read may shrink).
-        limits: Name pattern of groups or modules (as `ignored`) to the units, count or share, that their groups
-            keep at least.
-        pairs: Names of two submodules that are cut alike, such as a network and its momentum teacher. A copy that takes
-            no gradients is recognised automatically.
-    """
-
-    round_to: int = 1
-    min_width: float = DEFAULT_MIN_WIDTH
-    ignored: tuple[str, ...] = ()
-    limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    pairs: tuple[tuple[str, str], ...] = ()
-
-    def __post_init__(self) -> None:
-        whole = self.round_to >= 1 and self.round_to == int(self.round_to)
-        check_setting(whole, "round_to", self.round_to, "give a whole number ≥ 1")
-        for name in ("ignored", "limits"):
-            if isinstance(getattr(self, name), str):
-                raise SettingError(name, getattr(self, name), "give a sequence of patterns, not one string")
-        _check_least("min_width", self.min_width, str(self.min_width))
-        for pattern, least in self.limits.items():
-            _check_least("limits", least, f"{pattern}={least}")
-
-
-def _check_least(setting: str, least: float, given: str) -> None:
-    """Refuse a value that is neither a share nor a count.
-
-    Raises:
-        SettingError: The value is invalid; the message quotes `given`, the user's input.
-    """
-    possible = 0 < least < math.inf and (least <= 1 or least == int(least))
-    check_setting(possible, setting, given, "give a share in (0, 1) or a whole number ≥ 1")
-
-
-#: No demands: groups may shrink to one unit.
-UNCONSTRAINED = Constraints(min_width=1)
 
 
 class ChannelGraph:
@@ -332,11 +280,11 @@ class ChannelGraph:
         """
         state: dict[str, Any] = {
             "choices": dict(self.choices),
-            "ungated": _plain(self.ungated),
+            "ungated": plain(self.ungated),
             "ignored": list(self.constraints.ignored),
         }
-        for name in _PARTS:
-            state[name] = [_row(part) for part in getattr(self, name)]
+        for name in PARTS:
+            state[name] = [row_of(part) for part in getattr(self, name)]
         return state
 
     @classmethod
@@ -352,15 +300,15 @@ class ChannelGraph:
         """
         try:
             parts: dict[str, list[Any]] = {}
-            for name, kind in _PARTS.items():
-                rows = [{key: _arrays(value) for key, value in row.items()} for row in state[name]]
+            for name, kind in PARTS.items():
+                rows = [{key: as_arrays(value) for key, value in row.items()} for row in state[name]]
                 parts[name] = [kind(**row) for row in rows]
             return cls(
                 **parts,
                 constraints=constraints or UNCONSTRAINED,
                 unit_of_atom=np.zeros(0, dtype=np.int64),
                 choices=state["choices"],
-                ungated=_arrays(state["ungated"]),
+                ungated=as_arrays(state["ungated"]),
             )
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"this is not the state of a channel graph: {error!r}") from error
@@ -375,9 +323,9 @@ class ChannelGraph:
 
     def cuts_like(self, other: ChannelGraph) -> bool:
         """Whether every cut of the same units changes the network alike and is verified at the same places."""
-        for name in _PARTS:
+        for name in PARTS:
             mine, its = getattr(self, name), getattr(other, name)
-            if len(mine) != len(its) or any(map(_differ, mine, its)):
+            if len(mine) != len(its) or any(map(differ, mine, its)):
                 return False
         return True
 
@@ -393,52 +341,6 @@ class ChannelGraph:
     def macs(self) -> float:
         """Return the MACs per image of all layers in evaluation mode, at the current widths."""
         return sum(layer.macs for layer in self.layers if not layer.training_only)
-
-
-_PARTS: dict[str, Any] = {
-    "groups": Group,
-    "axes": Axis,
-    "attributes": AttributeAxis,
-    "places": Place,
-    "layers": Layer,
-    "statistics": Statistics,
-}
-
-
-def _row(part: Any) -> dict[str, Any]:
-    """Return the fields of one part of a graph in a form that a checkpoint can hold."""
-    return {field.name: _plain(getattr(part, field.name)) for field in dataclasses.fields(part)}
-
-
-def _differ(one: Any, other: Any) -> bool:
-    """Whether two parts of graphs differ, ignoring reasons and notes."""
-    for name, mine in vars(one).items():
-        its = getattr(other, name)
-        if name in ("reason", "notes"):
-            continue
-        if isinstance(mine, np.ndarray) or isinstance(its, np.ndarray):
-            if not np.array_equal(mine, its):
-                return True
-        elif isinstance(mine, tuple) and mine and isinstance(mine[0], np.ndarray):
-            if len(mine) != len(its) or not all(map(np.array_equal, mine, its)):
-                return True
-        elif mine != its:
-            return True
-    return False
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.astype(np.int32))
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _arrays(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.numpy().astype(np.int64)
-    return tuple(_arrays(item) for item in value) if isinstance(value, list) else value
 
 
 def _as_indices(positions: Sequence[int] | Tensor | np.ndarray, group: Group) -> np.ndarray:

@@ -18,9 +18,9 @@ from image_classification.models.module_tree import named_modules
 from image_classification.models.whole_numbers import replaced
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.computed_weights import parametrised_originals, renormalised
+from pruning.engine.named_tensors import named_tensors
 from pruning.engine.native_layers import known_attributes
 from pruning.engine.slices import Cuts, sliced_like
-from pruning.engine.tracing import named_tensors
 
 K = TypeVar("K")
 V = TypeVar("V")

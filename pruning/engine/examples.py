@@ -80,12 +80,12 @@ class Pass:
 
     Attributes:
         example: Its input.
-        training: Whether it takes the training paths (see `tracing.set_trace_mode`).
+        training: Whether it takes the training paths (see `undisturbed.set_trace_mode`).
         trace: Number of the recorded pass that this pass is, or repeats operator by operator.
         steps: (module, function) of every PyTorch function that the network's code called.
         called: Names of the called modules.
         written: Names of the parameters that it writes into.
-        divisors: Names of the vectors that cannot be zero (see `tracing.Trace.divisors`).
+        divisors: Names of the vectors that cannot be zero (see `traces.Trace.divisors`).
         unsteady: It draws random numbers or computes in half precision (see `steady.py`).
         own_gradients: The network customises its gradients (see `own_gradients.py`).
     """

@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from pruning.engine.labels import AtomTable, Slot, Value, join_slots, make_value, support
-from pruning.engine.tracing import Operation, Ref, TensorInfo, Trace
+from pruning.engine.traces import Operation, Ref, TensorInfo, Trace
 
 Rule = Callable[["Labeller", Operation], "Value | list[Value]"]
 Policy = dict[str, str]

@@ -21,9 +21,10 @@ from image_classification.observe.html_table import html_table
 from pruning.engine.channel_graph import ChannelGraph, Keep
 from pruning.engine.computed_weights import renormalised
 from pruning.engine.cutting import Changes, RewriteError, plan_network, tensor_cuts
+from pruning.engine.named_tensors import named_tensors
 from pruning.engine.proof.trial import failure_of_cut
 from pruning.engine.slices import Cuts, sliced_like
-from pruning.engine.tracing import forget_cached, named_tensors
+from pruning.engine.undisturbed import forget_cached
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,12 +18,13 @@ from torch import nn
 
 from pruning.engine.building import build_graph, label_case
 from pruning.engine.case import open_case, refuse_unready, warn_of_untouched
-from pruning.engine.channel_graph import UNCONSTRAINED, ChannelGraph, Constraints, GroupKey
+from pruning.engine.channel_graph import ChannelGraph, GroupKey
+from pruning.engine.constraints import UNCONSTRAINED, Constraints
 from pruning.engine.examples import Examples, as_examples
 from pruning.engine.groups import Group, Layer, Member, Place
 from pruning.engine.pairs import all_pairs
 from pruning.engine.proof.verification import verified_graph
-from pruning.engine.tracing import undisturbed
+from pruning.engine.undisturbed import undisturbed
 
 __all__ = [
     "ChannelGraph",

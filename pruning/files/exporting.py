@@ -28,6 +28,7 @@ from image_classification.config import SettingError, check, check_choice, check
 from image_classification.extras import need
 from image_classification.file_writing import atomic_path
 from image_classification.models import (
+    arch_info,
     capture_structure,
     class_names_of,
     input_of,
@@ -35,8 +36,9 @@ from image_classification.models import (
     unwrap,
 )
 from image_classification.models.external import import_library
+from image_classification.models.meta_device import on_meta
+from image_classification.models.module_tree import tensors_by_all_names
 from image_classification.models.registry import ModelError
-from image_classification.models.structure import named_tensors, on_meta
 
 Format = Literal["onnx", "torch-export", "state-dict"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -320,7 +322,8 @@ def _architecture(model: nn.Module) -> tuple[str, str]:
     arch = str(structure.arch)
     count = structure.num_classes
     options = structure.options
-    if not options and structure.image_size is None and not arch.startswith("timm/"):
+    any_size = structure.image_size is None or not arch_info(arch).fixed_size
+    if not options and any_size and not arch.startswith("timm/"):
         name = arch.removeprefix("torchvision/")
         if _same_in_torchvision(name, structure.fresh, count):
             return (
@@ -335,7 +338,7 @@ def _architecture(model: nn.Module) -> tuple[str, str]:
     }
     words = ", ".join(f"{key}={value!r}" for key, value in given.items() if value is not None)
     return (
-        "\nfrom image_classification.models import create_model  # of LucidPrune: torchvision has no such network",
+        "\nfrom image_classification.models import create_model  # of LucidPrune: torchvision alone does not build it",
         f'create_model("{arch}", {words})',
     )
 
@@ -349,7 +352,9 @@ def _same_in_torchvision(name: str, fresh: Callable[[], nn.Module], num_classes:
     if name not in models.list_models(module=models):
         return False
     theirs = on_meta(lambda: models.get_model(name, weights=None, num_classes=num_classes))
-    shapes = [{key: tensor.shape for key, tensor in named_tensors(net)} for net in (on_meta(fresh), theirs)]
+    shapes = [
+        {key: tensor.shape for key, tensor in tensors_by_all_names(net)} for net in (on_meta(fresh), theirs)
+    ]
     return shapes[0] == shapes[1]
 
 

@@ -23,10 +23,12 @@ from image_classification.models.factory import (
     remember_identity,
     unwrap,
 )
+from image_classification.models.fitting_weights import load_exactly
 from image_classification.models.modes import modes_restored
 from image_classification.models.recognising import identity_of_builder
-from image_classification.models.structure import build_from_structure, capture_structure
-from image_classification.models.weights import load_exactly, read_safely, structure_in, takes_average
+from image_classification.models.structure_build import build_from_structure
+from image_classification.models.structure_capture import capture_structure
+from image_classification.models.weights import read_safely, structure_in, takes_average
 from image_classification.plain_data import Plain, PlainValue
 
 

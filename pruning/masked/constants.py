@@ -27,7 +27,7 @@ from pruning.engine.groups import Place
 from pruning.engine.labeller import is_pointwise
 from pruning.engine.operators import OPERATORS
 from pruning.engine.operators.unknowns import carried, elementwise
-from pruning.engine.tracing import set_trace_mode, undisturbed
+from pruning.engine.undisturbed import set_trace_mode, undisturbed
 
 _NAN = float("nan")
 

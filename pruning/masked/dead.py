@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from image_classification.models.running import Args
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.groups import Place
+from pruning.engine.named_tensors import named_tensors
 from pruning.engine.operators.unknowns import NotFollowedError
-from pruning.engine.tracing import named_tensors
 from pruning.masked.constants import observed_constants
 from pruning.masked.folding import Folding, is_plain, offset_of
 

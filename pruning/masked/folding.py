@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from image_classification.models.running import Args
+from pruning.engine.named_tensors import named_tensors, tensor_names
 from pruning.engine.operators import keeps_offset
-from pruning.engine.tracing import Operation, Ref, Trace, named_tensors, record, tensor_names, undisturbed
+from pruning.engine.traces import Operation, Ref, Trace
+from pruning.engine.tracing import record
+from pruning.engine.undisturbed import undisturbed
 
 _PLAIN_FORWARDS = tuple(layer.forward for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
 

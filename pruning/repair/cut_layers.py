@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.cutting import tensor_cuts
-from pruning.engine.tracing import named_tensors
+from pruning.engine.named_tensors import named_tensors
 
 
 def kept_elements(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> dict[str, Tensor]:

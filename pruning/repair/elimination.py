@@ -141,10 +141,27 @@ def loaded_inverse(gram: Tensor, ridge: float) -> Tensor:
         gram: (K, K) UᵀU, finite.
         ridge: λ relative to the mean of its diagonal.
     """
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    load = (ridge * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny)
-    factor, info = torch.linalg.cholesky_ex(gram + load * identity)
-    while int(info):
-        load = 10 * load
-        factor, info = torch.linalg.cholesky_ex(gram + load * identity)
-    return torch.cholesky_inverse(factor)
+    return loaded_inverses([gram], ridge)[0]
+
+
+def loaded_inverses(grams: Sequence[Tensor], ridge: float) -> list[Tensor]:
+    """`loaded_inverse` of several; the host waits for the device once for all of them, and again where one fails.
+
+    Args:
+        grams: (K, K) each, on one device.
+        ridge: See `loaded_inverse`.
+    """
+    loads = [(ridge * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny) for gram in grams]
+    factors: list[Tensor] = [torch.empty(0)] * len(grams)
+    waiting = list(range(len(grams)))
+    while waiting:
+        infos = []
+        for index in waiting:
+            identity = torch.eye(len(grams[index]), dtype=grams[index].dtype, device=grams[index].device)
+            factors[index], info = torch.linalg.cholesky_ex(grams[index] + loads[index] * identity)
+            infos.append(info)
+        failed = torch.stack(infos).tolist()
+        waiting = [index for index, code in zip(waiting, failed, strict=True) if code]
+        for index in waiting:
+            loads[index] = 10 * loads[index]
+    return [torch.cholesky_inverse(factor) for factor in factors]

@@ -21,13 +21,15 @@ from torch import Tensor, nn
 
 from image_classification.distributed import Distributed
 from pruning.engine.channel_graph import ChannelGraph
-from pruning.engine.tracing import named_tensors
-from pruning.repair.elimination import DEFAULT_RIDGE, loaded_inverse
+from pruning.engine.named_tensors import named_tensors
+from pruning.repair.elimination import DEFAULT_RIDGE, loaded_inverses
 from pruning.repair.survey import Reader, survey
 from pruning.repair.unit_inputs import UnitInputs, reading_units, unit_inputs
 from pruning.task import Batch, Task, num_samples
 
 _SOLUTIONS_KEPT = 2  # per layer: for the units closed so far, and for those of a candidate
+#: Bytes of products UᵀU that are inverted together.
+_INVERTED_AT_ONCE = 1 << 28
 
 
 class LocalRepair:
@@ -69,11 +71,17 @@ class LocalRepair:
         Args:
             masks: (num_units,) bool: units to keep.
         """
+        masks = list(masks)
         closed = [np.flatnonzero(~mask) for mask in masks]
         units = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *closed]))
         wanted = reading_units(self.graph, units) - self._looked
-        if not wanted:
-            return
+        if wanted:
+            self._collect(wanted)
+        layers = [one for groups in self._inputs.values() for one in groups]
+        invert([one for one in layers if one.wants_several(masks)], self.ridge)
+
+    def _collect(self, wanted: set[str]) -> None:
+        """What layers read, in one pass over the batches."""
         self._looked |= wanted
         for one in unit_inputs(
             self.model,
@@ -117,7 +125,7 @@ class LocalRepair:
 
         Candidates differ by what a single group loses, so layers that read other groups are already solved.
         """
-        closed = (one.units >= 0) & ~mask[np.maximum(one.units, 0)]
+        closed = one.closed_by(mask)
         known = self._solutions.setdefault((name, number), {})
         key = closed.tobytes()
         if key in known:
@@ -155,8 +163,8 @@ class LocalRepair:
 class _Layer:
     """One group of one contraction, and its solutions.
 
-    The first solution is a system as large as the kept part. If a second one is requested, UᵀU + λ·I is inverted, at
-    the cost of three such systems, and every further system is only as large as the removed part.
+    A single solution is a system as large as the kept part. If several are requested, UᵀU + λ·I is inverted first, at
+    the cost of three such systems, and each of them is only as large as the removed part.
 
     Args:
         inputs: The layer's inputs.
@@ -168,10 +176,21 @@ class _Layer:
         self.weights = inputs.weights
         self.mean = inputs.mean
         self.units = inputs.units.numpy()
+        self.gram: Tensor | None = inputs.gram  # until it is inverted
+        self.inverse: Tensor | None = None
         self._ridge = ridge
-        self._gram: Tensor | None = inputs.gram  # None once it is inverted
-        self._inverse: Tensor | None = None
-        self._asked = False
+        self._asked: set[bytes] = set()
+
+    def closed_by(self, mask: np.ndarray) -> np.ndarray:
+        """Return the inputs, (K,) bool, whose units a cut closes."""
+        closed: np.ndarray = (self.units >= 0) & ~mask[np.maximum(self.units, 0)]
+        return closed
+
+    def wants_several(self, masks: Iterable[np.ndarray]) -> bool:
+        """Whether these cuts and earlier ones need more than one solution while UᵀU is not inverted yet."""
+        closed = [self.closed_by(mask) for mask in masks]
+        self._asked |= {one.tobytes() for one in closed if one.any() and not one.all()}
+        return self.inverse is None and len(self._asked) > 1
 
     def without(self, closed: np.ndarray) -> Tensor | None:
         """Return the weights (K, M), zero for closed inputs; None if no input or every input is closed.
@@ -186,16 +205,13 @@ class _Layer:
         gone, stays = (
             torch.from_numpy(part.nonzero()[0]).to(self.weights.device) for part in (closed, ~closed)
         )
-        if self._asked:
-            return self._by_inverse(gone)
-        self._asked = True
-        return self._directly(gone, stays)
+        return self._directly(gone, stays) if self.inverse is None else self._by_inverse(gone)
 
     def _directly(self, gone: Tensor, stays: Tensor) -> Tensor:
-        assert self._gram is not None, "it is inverted for a second solution"
-        gram = self._gram[stays][:, stays]
-        load = self._ridge * self._gram.diagonal().mean()
-        across = self._gram[stays][:, gone] @ self.weights[gone]
+        assert self.gram is not None, "it is there until there is an inverse"
+        gram = self.gram[stays][:, stays]
+        load = self._ridge * self.gram.diagonal().mean()
+        across = self.gram[stays][:, gone] @ self.weights[gone]
         identity = torch.eye(len(stays), dtype=gram.dtype, device=gram.device)
         factor, info = torch.linalg.cholesky_ex(gram + load * identity)
         found = torch.zeros_like(self.weights)
@@ -203,11 +219,28 @@ class _Layer:
         return torch.where(info == 0, found, self.weights)
 
     def _by_inverse(self, gone: Tensor) -> Tensor:
-        if self._gram is not None:
-            self._inverse, self._gram = loaded_inverse(self._gram, self._ridge), None
-        assert self._inverse is not None
-        across = self._inverse[:, gone]
+        assert self.inverse is not None
+        across = self.inverse[:, gone]
         factor, info = torch.linalg.cholesky_ex(across[gone])
         found = self.weights - across @ torch.cholesky_solve(self.weights[gone], factor)
         found[gone] = 0
         return torch.where(info == 0, found, self.weights)
+
+
+def invert(layers: Sequence[_Layer], ridge: float) -> None:
+    """Put inverses in the place of products UᵀU, as many at a time as memory allows.
+
+    The host waits for the device once each time, not once a layer.
+    """
+    waiting = [(one, one.gram) for one in layers if one.gram is not None]
+    while waiting:
+        size, count = 0, 0
+        for _, gram in waiting:
+            size += gram.nbytes
+            if count and size > _INVERTED_AT_ONCE:
+                break
+            count += 1
+        inverses = loaded_inverses([gram for _, gram in waiting[:count]], ridge)
+        for (one, _), inverse in zip(waiting[:count], inverses, strict=True):
+            one.inverse, one.gram = inverse, None
+        del waiting[:count]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from image_classification.distributed import Distributed
 from image_classification.models.running import Outputs
-from pruning.engine.tracing import named_tensors
+from pruning.engine.named_tensors import named_tensors
 from pruning.repair.contractions import Contraction
 from pruning.repair.flights import Flight, Stop
 from pruning.repair.solution import RIDGES, Solution, solve

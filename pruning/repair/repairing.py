@@ -30,7 +30,7 @@ from image_classification.distributed import Distributed
 from image_classification.models.modes import exact_float32
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.examples import tensors_in
-from pruning.engine.tracing import named_tensors
+from pruning.engine.named_tensors import named_tensors
 from pruning.repair.cut_layers import kept_elements, reading_parameters
 from pruning.repair.image_chunks import Chunk, check_differ, chunks_of, few_of
 from pruning.repair.norm_statistics import norms_of, remeasure

@@ -6,7 +6,6 @@ Data that is neither in the files nor measurable is listed under `missing` with 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +17,7 @@ from image_classification.config import check
 from image_classification.models import arch_info, identity_of, input_of
 from image_classification.observe.environment import describe_environment
 from image_classification.plain_data import Plain
+from image_classification.small_files import read_json
 from pruning.report.lineage import Lineage, Stage, find_lineage
 from pruning.report.measure import EvaluationImages, accuracy_of, answers_of, explain, open_images
 from pruning.report.networks import (
@@ -143,7 +143,7 @@ def read_sensitivity(folders: Iterable[Path], missing: list[str]) -> Plain | Non
         return None
     path = files[0]
     try:
-        content: Plain = json.loads(path.read_text(encoding="utf-8"))
+        content: Plain = read_json(path, "sensitivity of the groups:")
         if all(len(row["losses"]) == len(content["removed"]) for row in content["groups"]):
             return {key: content[key] for key in ("groups", "removed", "repair", "num_images")}
     except (ValueError, TypeError, KeyError):

@@ -18,6 +18,7 @@ from image_classification.models import read_safely
 from image_classification.observe.json_report import read_report
 from image_classification.observe.provenance import read_invocations
 from image_classification.plain_data import Plain, PlainMapping
+from image_classification.published_name import is_published
 from image_classification.yaml_reading import read_yaml_mapping
 
 CONFIG = "config.yaml"
@@ -71,9 +72,10 @@ class Lineage:
     def original_weights(self) -> Path | None:
         """The network before any pruning; None if the first pruning stage started from scratch."""
         index = self.first_pruning()
-        if index is None or self.stages[index].start is None:
+        start = None if index is None else self.stages[index].start
+        if index is None or start is None:
             return None
-        return find_weights(self.stages[index])
+        return Path(start) if is_published(start) else find_weights(self.stages[index])
 
 
 def find_lineage(run: Path) -> Lineage:

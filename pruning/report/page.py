@@ -107,9 +107,10 @@ def _cards(plain: Plain) -> list[dict[str, str]]:
         )
     speeds = [row for row in _speed(plain) if row["ratio"] is not None]
     if speeds:
-        ratios = [f"{table['ratio']:.2f}×" for table in speeds]
+        ratios = sorted({f"{table['ratio']:.2f}" for table in speeds}, key=float)
+        value = "–".join(dict.fromkeys((ratios[0], ratios[-1]))) + "×"
         details = [f"batch {table['batch_size']}: {table['detail']}" for table in speeds]
-        cards.append({"name": "speed", "value": " … ".join(ratios), "detail": "; ".join(details)})
+        cards.append({"name": "speed", "value": value, "detail": "; ".join(details)})
     return cards
 
 

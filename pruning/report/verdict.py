@@ -8,6 +8,8 @@ from pruning.report.wording import change, counted, interval, number, percent
 
 #: Key of a figure → its name; the first one present in a run is the headline.
 HEADLINES = {"map": "mAP", "map_images": "mAP over images", "top1": "top-1"}
+#: Load per core from which on something else was running: the measurement itself keeps no more than all cores busy.
+_BUSY = 1.5
 
 
 def headline_of(accuracy: list[Plain]) -> str:
@@ -26,6 +28,7 @@ def verdict(plain: Plain) -> Plain:
         ("Accuracy", _accuracy(plain)),
         ("Same answers", _agreement(plain)),
         *((f"Latency, batch {row['batch']}", row["text"]) for row in _latency(plain)),
+        ("Busy machine", _other_work(plain)),
     ]
     path = plain["network"]
     return {
@@ -99,3 +102,11 @@ def _latency(plain: Plain) -> list[Plain]:
         text = f"{times}{middle} ms, median of {found[0]['num_batches']} batches; 95th percentile {slow} ms."
         rows.append({"batch": batch, "text": text})
     return rows
+
+
+def _other_work(plain: Plain) -> str:
+    """A word of warning where the machine was busy while latencies were measured."""
+    load = max((row["load"] or 0.0 for row in plain["speed"]), default=0.0)
+    if load < _BUSY:
+        return ""
+    return f"{load:.1f} processes per core while latencies were measured; measure them again on an idle one."

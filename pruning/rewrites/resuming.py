@@ -19,7 +19,8 @@ from pruning.costs.budget import Budget
 from pruning.costs.cost_model import CostModel, CostState
 from pruning.costs.latency_measure import autocast_type
 from pruning.costs.latency_table import LatencySettings
-from pruning.engine.channel_graph import ChannelGraph, Constraints
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.constraints import Constraints
 from pruning.engine.examples import Examples
 from pruning.engine.trace_groups import give_examples, trace_groups
 

@@ -12,7 +12,8 @@ from explainers.attribution.method import frozen_copy
 from explainers.attribution.record import UnsupportedOperatorError
 from explainers.differentiable.matching import AttributionMatcher
 from image_classification.config import ConfigError, check, told
-from image_classification.job import CommonConfig, Job
+from image_classification.job import Job
+from image_classification.job_config import CommonConfig
 from image_classification.losses import build_loss
 from image_classification.models import (
     class_names_of,

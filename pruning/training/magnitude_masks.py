@@ -58,29 +58,31 @@ def next_masks(
 def _without_smallest(
     weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], share: float, rounds: int
 ) -> dict[str, Tensor]:
-    # Put all remaining weights into one vector, and compute how many of them to remove now.
-    total = sum(weight.numel() for weight in weights.values())
-    alive = torch.cat([weights[name].detach()[masks[name]].float() for name in weights])
-    count = num_removed_after(total, share, rounds) - (total - len(alive))
+    # Put all remaining weights into one vector and compute how many of them to remove now: two host syncs in all.
+    flat = torch.cat([weights[name].detach().flatten().float() for name in weights])
+    known = torch.cat([masks[name].flatten() for name in weights])
+    alive = flat[known]
+    count = num_removed_after(len(flat), share, rounds) - (len(flat) - len(alive))
     stays = torch.ones_like(alive)
     if count > 0:
         stays = L1Unstructured(amount=count).compute_mask(alive, default_mask=stays)
 
     # Split the vector back into masks, weight by weight.
-    found = {}
-    begin = 0
-    for name in weights:
-        mask = masks[name].clone()
-        end = begin + int(mask.sum())
-        mask[masks[name]] = stays[begin:end].bool()
-        found[name] = mask
-        begin = end
-    return found
+    known[known.clone()] = stays.bool()
+    parts = known.split([weight.numel() for weight in weights.values()])
+    return {
+        name: part.view(weight.shape).clone()
+        for (name, weight), part in zip(weights.items(), parts, strict=True)
+    }
 
 
 def mask_digests(masks: Mapping[str, Tensor]) -> dict[str, str]:
     """Return a digest of every mask, by name: of which weights stay, not only of how many."""
+    if not masks:
+        return {}
+    whole = torch.cat([mask.flatten() for mask in masks.values()]).cpu()
+    parts = whole.split([mask.numel() for mask in masks.values()])
     return {
-        name: hashlib.sha256(np.packbits(mask.cpu().numpy()).tobytes()).hexdigest()
-        for name, mask in masks.items()
+        name: hashlib.sha256(np.packbits(part.view(mask.shape).numpy()).tobytes()).hexdigest()
+        for (name, mask), part in zip(masks.items(), parts, strict=True)
     }

@@ -13,6 +13,8 @@ from image_classification import job as jobs
 from image_classification.callbacks import Callback
 from image_classification.config import check, section
 from image_classification.distributed import Distributed
+from image_classification.job_config import JobConfig
+from image_classification.job_outcome import run_job
 from image_classification.verbs import configured
 from pruning.training import distill_config, unstructured_config
 from pruning.training.distill_config import DistillConfig
@@ -26,7 +28,7 @@ from pruning.training.unstructured_config import UnstructuredConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MainConfig(jobs.JobConfig):
+class MainConfig(JobConfig):
     """Configuration of a training job of this program."""
 
     pruning: PruningConfig = section(PruningConfig)
@@ -80,7 +82,7 @@ def run(configs: MainConfig, distributed: Distributed) -> None:
 
 def run_main(configs: MainConfig) -> int:
     """Run the job on all ranks and return its exit code."""
-    return jobs.run_job(configs, run)
+    return run_job(configs, run)
 
 
 def _prune(given: Mapping[str, object]) -> dict[str, object]:

@@ -14,7 +14,7 @@ from pruning.criteria.by_name import DEFAULT_CRITERION, CriterionSettings
 from pruning.criteria.combine import DEFAULT_NORMALISATION, Normalisation
 from pruning.criteria.criterion import DEFAULT_FEATURES, FeatureCriterion, Features
 from pruning.criteria.discriminant import DEFAULT_PRECISION, PUBLISHED_RIDGE, Precision
-from pruning.engine.channel_graph import DEFAULT_MIN_WIDTH, Constraints
+from pruning.engine.constraints import DEFAULT_MIN_WIDTH, Constraints
 from pruning.rewrites.pruner_settings import DEFAULT_STEP, PrunerSettings
 from pruning.search import RateSearch, Search, SearchSettings, build_search, search_names
 from pruning.search.greedy import LARGEST_INSTALMENT

@@ -210,29 +210,28 @@ class UnstructuredPruning(Callback):
 
     # ------------------------------------------------------------------ report and checkpoints
 
-    def _counts(self) -> tuple[int, int]:
-        """Return the number of prunable weights, and how many of them remain."""
-        total = sum(mask.numel() for mask in self.masks.values())
-        left = sum(int(mask.sum()) for mask in self.masks.values())
-        return total, left
-
-    @property
-    def sparsity(self) -> float:
-        """Share of zeros among the prunable weights."""
-        total, left = self._counts()
-        return 1 - left / total if total else 0.0
+    def _left(self) -> list[int]:
+        """Count the remaining weights of every layer."""
+        counts = [mask.sum() for mask in self.masks.values()]
+        left: list[int] = torch.stack(counts).tolist() if counts else []
+        return left
 
     def _report(self, trainer: TrainLoop) -> None:
         state = trainer.state
-        total, left = self._counts()
+        left_by_layer = self._left()
+        left, total = sum(left_by_layer), sum(mask.numel() for mask in self.masks.values())
+        sparsity = 1 - left / total
         trainer.logger.message(
-            f"round {self.completed} of {self.config.rounds}: {100 * self.sparsity:.2f} % of {total:,} weights are "
+            f"round {self.completed} of {self.config.rounds}: {100 * sparsity:.2f} % of {total:,} weights are "
             f"zero, {left:,} are left"
         )
-        figures = {"round": float(self.completed), "sparsity": self.sparsity, "weights_left": float(left)}
+        figures = {"round": float(self.completed), "sparsity": sparsity, "weights_left": float(left)}
         step = (state.epoch, 0)
         trainer.logger.scalars("unstructured", figures, step, state.iteration)
-        layers = {name.removesuffix(".weight"): 1 - float(m.float().mean()) for name, m in self.masks.items()}
+        layers = {
+            name.removesuffix(".weight"): 1 - left / mask.numel()
+            for (name, mask), left in zip(self.masks.items(), left_by_layer, strict=True)
+        }
         trainer.logger.scalars("sparsity", layers, step, state.iteration)
 
     def on_log(self, trainer: TrainLoop, figures: dict[str, float]) -> None:

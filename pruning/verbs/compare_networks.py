@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.config import check
 from image_classification.device_flag import declare_device, device_named
 from image_classification.figure_writing import check_figure, save_figure

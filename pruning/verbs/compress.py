@@ -110,10 +110,6 @@ def _check(arguments: argparse.Namespace) -> None:
     """
     check_network_and_images(arguments)
     check(arguments.num_judged >= 1, f"--num-judged {arguments.num_judged}: give a whole number ≥ 1")
-    check(
-        arguments.checkpoint.resolve() != arguments.output.resolve(),
-        f"--output {arguments.output}: the checkpoint itself; give another name",
-    )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
 
 

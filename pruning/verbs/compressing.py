@@ -29,7 +29,8 @@ from pruning.costs.cost_model import CostModel
 from pruning.criteria import Criterion
 from pruning.criteria.reconstruction import Reconstruction
 from pruning.criteria.scoring import score_groups
-from pruning.engine.channel_graph import ChannelGraph, Constraints
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.constraints import Constraints
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
 from pruning.repair.image_chunks import parted

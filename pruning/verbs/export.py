@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.config import check
 from image_classification.file_writing import output_path
 from image_classification.models import model_for_weights
 from image_classification.observe.provenance import command_line
+from image_classification.published_name import is_published
 from image_classification.verbs import declared
 from pruning.files.exporting import (
     DEFAULT_FORMAT,
@@ -34,7 +35,9 @@ _LEAST_JUDGED = 512  # number of validation images for evaluating INT8, if there
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("checkpoint", type=Path, help="network, pruned or not")
+    parser.add_argument(
+        "checkpoint", type=Path, help="network, pruned or not; or timm/NAME, torchvision/NAME"
+    )
     parser.add_argument(
         "--format", choices=FORMATS, default=DEFAULT_FORMAT, help="what to write; default: %(default)s"
     )
@@ -159,7 +162,12 @@ def _num_uneven(model: nn.Module) -> int:
 
 
 def _default(checkpoint: Path, suffix: str) -> Path:
-    """Return the default path: `runs/demo/checkpoint.pth.tar` → `runs/demo/checkpoint.onnx`."""
+    """Return the default path: `runs/demo/checkpoint.pth.tar` → `runs/demo/checkpoint.onnx`.
+
+    For published weights it is in the current directory: `timm/resnet18` → `resnet18.onnx`.
+    """
+    if is_published(checkpoint):
+        return Path(checkpoint.name.replace(":", "-") + suffix)
     stem = checkpoint.name.removesuffix(".tar").removesuffix(".pth").removesuffix(".pt")
     return checkpoint.with_name(stem + suffix)
 

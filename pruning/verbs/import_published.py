@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from image_classification.config import check
 from image_classification.file_writing import output_path
 from image_classification.verbs import declared
 from pruning.files.importing import FORMATS, import_checkpoint
@@ -39,10 +38,6 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
-    check(
-        arguments.file.resolve() != arguments.out.resolve(),
-        f"{arguments.out}: the published file itself; give another name",
-    )
     imported = import_checkpoint(
         arguments.file,
         arguments.format,

@@ -10,11 +10,12 @@ from pathlib import Path
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.file_writing import output_path, write_text
 from image_classification.plain_data import Plain
 from image_classification.verbs import declared
-from pruning.engine.channel_graph import ChannelGraph, Constraints
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.constraints import Constraints
 from pruning.engine.group_rows import module_words, reason_words, width_words
 from pruning.engine.trace_groups import trace_groups
 from pruning.training.pruning_config import parse_limits

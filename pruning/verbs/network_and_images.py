@@ -14,7 +14,7 @@ from image_classification.models import arch_info, identity_of, input_of, model_
 from image_classification.network_input import NetworkInput
 from pruning.criteria import criterion_names
 from pruning.criteria.by_name import make_criterion
-from pruning.engine.channel_graph import DEFAULT_MIN_WIDTH, Constraints
+from pruning.engine.constraints import DEFAULT_MIN_WIDTH, Constraints
 from pruning.repair.repairing import REPAIR_METHODS, RepairSettings
 from pruning.search.sensitivity import SensitivitySearch
 from pruning.verbs.compressing import CompressSettings
@@ -25,7 +25,10 @@ from pruning.verbs.shrink import Factory, find_factory
 def declare_network_and_images(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments shared by these verbs."""
     parser.add_argument(
-        "checkpoint", type=Path, help="trained network: a LucidPrune checkpoint, or weights with --arch"
+        "checkpoint",
+        type=Path,
+        help="trained network: a LucidPrune checkpoint, weights with --arch, or published weights by name, such as "
+        "torchvision/resnet50",
     )
     parser.add_argument(
         "images", type=Path, help="folder of images, with or without class folders; labels are not needed"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.config import check
 from image_classification.file_writing import copy_file, output_path, write_text
 from image_classification.models import (
@@ -27,8 +27,8 @@ from image_classification.models import (
     load_weights,
     model_for_weights,
 )
+from image_classification.models.meta_device import on_meta
 from image_classification.models.own_code import check_trusted
-from image_classification.models.structure import on_meta
 from image_classification.models.weights import takes_average
 from image_classification.plain_data import Plain
 from image_classification.verbs import declared
@@ -83,10 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
     check(
         arguments.arch is None or arguments.factory is None,
         "--arch and --factory exclude each other: the factory says what is built",
-    )
-    check(
-        arguments.checkpoint.resolve() != arguments.out.resolve(),
-        f"{arguments.out}: the checkpoint itself; give another name",
     )
     factory = None if arguments.factory is None else find_factory(arguments.factory)
     for path in filter(None, (arguments.out, arguments.json)):

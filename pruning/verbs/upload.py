@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.config import ConfigError, check
 from image_classification.file_writing import output_path
 from image_classification.models import model_for_weights
 from image_classification.plain_data import Plain
+from image_classification.small_files import problem_of, read_json
 from image_classification.verbs import declared
 from pruning.report.hub import check_repository, prepare, upload
 from pruning.verbs.images import declare_ema, size_of
@@ -82,16 +82,14 @@ def _report(page: Path) -> tuple[Plain, Path]:
     """
     path = page.with_suffix(".json")
     for file in (page, path):
+        problem = problem_of(file)
         check(
-            file.is_file(),
-            f"--report {page}: there is no {file.name}; `python -m pruning report RUN` writes both",
+            problem is None,
+            f"--report {page}: {file.name} {problem}; `python -m pruning report RUN` writes both",
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known = {"accuracy", "config", "costs", "budget", "network"} <= content.keys()
-    except (ValueError, AttributeError):
-        known = False
-    if not known:
+    content = read_json(path, f"--report {page}:")
+    wanted = {"accuracy", "config", "costs", "budget", "network"}
+    if not (isinstance(content, dict) and wanted <= content.keys()):
         raise ConfigError(
             f"--report {page}: {path.name} is not a LucidPrune report; `python -m pruning report RUN` writes one"
         )

@@ -34,7 +34,7 @@ from explainers.measures.localization import saliency_threshold
 from image_classification.checkpoint import save_atomically
 from image_classification.config import ConfigError
 from image_classification.models import create_model, read_safely
-from image_classification.models.weights import WeightsError
+from image_classification.models.weights_reading import WeightsError
 from tests.support.explained import make_images
 
 Randomised = Callable[..., nn.Module]

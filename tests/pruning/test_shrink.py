@@ -21,9 +21,9 @@ from image_classification.models import create_model, load_weights, model_for_we
 from pruning import ShrinkReport, load_pruned, save_pruned, shrink, trace_groups
 from pruning.__main__ import main
 from pruning.engine.groups import Place
+from pruning.engine.named_tensors import named_tensors
 from pruning.engine.operators.unknowns import NotFollowedError
 from pruning.engine.proof.rehearsal import condition
-from pruning.engine.tracing import named_tensors
 from pruning.masked.constants import observed_constants
 from pruning.masked.folding import Folding
 from pruning.masked.shrinking import largest_difference

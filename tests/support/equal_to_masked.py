@@ -16,10 +16,11 @@ from pruning.engine.cutting import RewriteError
 from pruning.engine.examples import output_tensors
 from pruning.engine.groups import Group
 from pruning.engine.kept_statistics import StatisticsOverKept
+from pruning.engine.named_tensors import named_tensors
 from pruning.engine.proof.rehearsal import condition, masked_tensors
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
-from pruning.engine.tracing import named_tensors, set_trace_mode
+from pruning.engine.undisturbed import set_trace_mode
 
 TOLERANCE = 1e-9
 

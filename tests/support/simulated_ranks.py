@@ -180,13 +180,13 @@ def _name(kind: str, tensor: Tensor, *more: object) -> str:
 def simulated_ranks(world_size: int) -> Iterator[SimulatedRanks]:
     """Replace collectives of `torch.distributed` by threads that meet, inside the block."""
     ranks = SimulatedRanks(world_size)
-    ours = "image_classification.distributed"
+    ours = "image_classification.store_waits"
     with contextlib.ExitStack() as stack:
         for name in ("all_reduce", "broadcast", "all_gather", "barrier"):
             stack.enter_context(mock.patch(f"torch.distributed.{name}", getattr(ranks, name)))
-        stack.enter_context(mock.patch(f"{ours}._store", ranks._get_store))
-        stack.enter_context(mock.patch(f"{ours}._wait_until", ranks._wait))
-        stack.enter_context(mock.patch(f"{ours}._num_waits", _Waits(ranks)))
+        stack.enter_context(mock.patch(f"{ours}.store", ranks._get_store))
+        stack.enter_context(mock.patch(f"{ours}.wait_until", ranks._wait))
+        stack.enter_context(mock.patch(f"{ours}.num_waits", _Waits(ranks)))
         # Threads that take turns do not leave such switches in the order in which they entered them.
         stack.callback(_compile_again)
         for product in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._decomp.decompositions import gru_impl
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_any, tree_map
@@ -128,6 +129,8 @@ class _Literals(TorchFunctionMode):
         ):
             del kwargs["device"]
             return func(*args, **kwargs).to(device)
+        if func is torch._VF.gru:  # other devices than the CPU have kernels of their own for it
+            return gru_impl(*args, **kwargs)
         if func == torch.Tensor.new_tensor and isinstance(args[0], StandInTensor):
             return func(args[0].inner, *args[1:], **kwargs).to(args[0].device)
         if func == torch.Tensor.data.__set__ and isinstance(args[0], StandInTensor):

@@ -6,12 +6,17 @@ xmax) becomes the half-open [xmin − 1, xmax). ImageNet's coordinates are used 
 
 from __future__ import annotations
 
+import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from image_classification.small_files import read_text
+
+_LARGEST = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,15 +48,15 @@ def read_annotation(path: Path, *, one_based: bool) -> Annotation:
         FileNotFoundError: The file does not exist.
         ValueError: The file is not an annotation, has no object, or has a box without area.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"the annotation {path} is missing") from None
+    if not path.exists():
+        raise FileNotFoundError(f"the annotation {path} is missing")
+    # Only UTF-8 is accepted, so that the markup below cannot hide in another encoding.
+    text = read_text(path, "the annotation", _LARGEST)
     # Neither set uses these, and entity expansion can exhaust memory.
-    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise ValueError(f"{path} declares a document type, which no annotation does")
     try:
-        root = ElementTree.fromstring(content)
+        root = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
         raise ValueError(f"{path} is not well-formed XML: {error}") from error
     objects = root.findall("object")
@@ -121,9 +126,12 @@ def _box(element: ElementTree.Element, path: Path, one_based: bool) -> tuple[flo
 def _number(element: ElementTree.Element, name: str, path: Path) -> float:
     text = _text(element, name, path)
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise ValueError(f"{path}: <{name.split('/')[-1]}> is {text!r}, not a number") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{path}: <{name.split('/')[-1]}> is {text[:60]!r}, not a number")
+    return value
 
 
 def _text(element: ElementTree.Element, name: str, path: Path) -> str:

@@ -6,6 +6,7 @@ passes Python's `data` filter (PEP 706).
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tarfile
@@ -14,13 +15,24 @@ import zlib
 from collections.abc import Callable
 from lzma import LZMAError
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Literal
 
 from image_classification.cache import build_directory, cache_key
 from image_classification.data.progress import progress_bar
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
 _MEBI = 1 << 20
+#: Images hardly get smaller in an archive: what unpacks to so many times its size, and to more than this, holds none.
+_MOST_AGAIN = 100
+_FREE_EXTENT = 1 << 30
+_LONGEST_TAIL = 64  # MiB
+#: What the modules raise of files that are damaged, encrypted or packed in a way that Python does not know.
+_DAMAGED = (
+    *(tarfile.TarError, zipfile.BadZipFile, LZMAError, EOFError, zlib.error),
+    *(RuntimeError, UnicodeError),
+)
+#: Errors of members' names: too long, a file in the place of a folder, characters that the file system refuses.
+_ODD_NAMES = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.EILSEQ)
 
 
 def is_archive(path: Path) -> bool:
@@ -44,9 +56,16 @@ def unpack(archive: Path, cache_dir: Path, *, progress: bool = True) -> Path:
         return build_directory(target, lambda directory: unpack_into(archive, directory, progress))
     except tarfile.FilterError as error:
         raise ValueError(f"{archive} is not safe to unpack: {error}") from error
-    except (tarfile.TarError, zipfile.BadZipFile, LZMAError, EOFError, zlib.error) as error:
+    except _DAMAGED as error:
         raise ValueError(
             f"{archive} is damaged or incomplete ({error}): copy or download it again"
+        ) from error
+    except OSError as error:
+        if error.errno not in _ODD_NAMES:
+            raise
+        raise ValueError(
+            f"{archive} has a member that cannot be unpacked ({error.strerror}): unpack it by other means, and give "
+            "the folder"
         ) from error
 
 
@@ -58,20 +77,47 @@ def _unpack_tar(archive: Path, target: Path, progress: bool) -> None:
     ):
         report = _position_reporter(packed, advance)
         try:
-            with tarfile.open(fileobj=packed, mode="r:*") as members:
-                has_links = False
+            with tarfile.open(fileobj=packed, mode=_mode_of(packed)) as members:
+                has_links, extent = False, 0
                 for member in members:
+                    extent += member.size
+                    _check_extent(archive, extent)
                     has_links = has_links or not (member.isreg() or member.isdir())
                     if member.isreg() and not has_links and _stays_inside(member.name):
                         _write(members.extractfile(member), target / member.name)
                     else:
                         members.extract(member, target, filter="data")
                     report()
+                _read_to_the_end(members)
         except OSError as error:
             # Decompressors report damaged data as an OSError without a number; a full disk has one.
             if error.errno is not None:
                 raise
             raise tarfile.ReadError(str(error)) from error
+
+
+def _mode_of(packed: IO[bytes]) -> Literal["r:", "r:gz", "r:bz2", "r:xz"]:
+    """How a tar file is compressed, by its first bytes: trying one after the other takes long on what is none."""
+    start = packed.read(6)
+    packed.seek(0)
+    if start.startswith(b"\x1f\x8b"):
+        return "r:gz"
+    if start.startswith(b"BZh"):
+        return "r:bz2"
+    return "r:xz" if start.startswith(b"\xfd7zXZ") else "r:"
+
+
+def _read_to_the_end(members: tarfile.TarFile) -> None:
+    """Read what is behind the last member: only then do decompressors compare the check sum of all that was read.
+
+    Raises:
+        EOFError, OSError, ReadError: The file was cut off, its check sum differs, or there is no end in sight.
+    """
+    assert members.fileobj is not None
+    for _ in range(_LONGEST_TAIL):
+        if not members.fileobj.read(_MEBI):
+            return
+    raise tarfile.ReadError(f"more than {_LONGEST_TAIL} MiB behind its last member")
 
 
 def _stays_inside(name: str) -> bool:
@@ -90,6 +136,19 @@ def _write(source: IO[bytes] | None, destination: Path) -> None:
         sink = destination.open("wb")
     with source, sink:
         shutil.copyfileobj(source, sink, _MEBI)
+
+
+def _check_extent(archive: Path, num_bytes: int) -> None:
+    """Refuse an archive that would fill the disk.
+
+    Raises:
+        ValueError: It unpacks to far more than itself.
+    """
+    if num_bytes > _MOST_AGAIN * archive.stat().st_size + _FREE_EXTENT:
+        raise ValueError(
+            f"{archive} unpacks to more than {num_bytes >> 30} GiB, over {_MOST_AGAIN} times its size, which images do "
+            "not: if that is right, unpack it by other means, and give the folder"
+        )
 
 
 def _position_reporter(packed: IO[bytes], advance: Callable[[int], None]) -> Callable[[], None]:
@@ -111,6 +170,7 @@ def _unpack_zip(archive: Path, target: Path, progress: bool) -> None:
         for info in infos:
             if not _stays_inside(info.filename):
                 raise ValueError(f"{archive} is not safe to unpack: {info.filename!r} lies outside it")
+        _check_extent(archive, sum(info.file_size for info in infos))
         with progress_bar(f"unpacking {archive.name}", len(infos), progress) as advance:
             for info in infos:
                 if info.is_dir():

@@ -23,12 +23,14 @@ from image_classification.data.layouts.folders import open_folders
 from image_classification.data.layouts.layout import OpenOptions, register_layout
 from image_classification.data.progress import progress_bar
 from image_classification.plain_data import Plain
+from image_classification.small_files import read_bytes, read_text
 
 _PIXELS = 3 * 32 * 32
+_LARGEST = 1 << 30
 #: Errors raised when unpickling a damaged file.
 _DAMAGED = (
     *(pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError),
-    *(ImportError, MemoryError, OverflowError, UnicodeError),
+    *(ImportError, MemoryError, OverflowError, UnicodeError, RecursionError),
 )
 
 
@@ -110,6 +112,12 @@ def read_split(root: Path, form: Format, files: tuple[str, ...]) -> EvaluationIm
         _read_python(root / name, form) if form.labels_key else _read_binary(root / name, form)
         for name in files
     ]
+    counts = {name: len(part.labels) for name, part in zip(files, parts, strict=True)}
+    if (
+        len(set(counts.values())) > 1
+    ):  # all batches have as many; one that was cut between two images shows by this alone
+        shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        raise ValueError(f"{root}: its files have different numbers of images ({shown}): take another copy")
     images = np.concatenate([part.images for part in parts])
     labels = np.concatenate([part.labels for part in parts])
     if len(labels) and not 0 <= labels.min() <= labels.max() < form.num_classes:
@@ -123,11 +131,13 @@ def read_class_names(root: Path, form: Format) -> list[str]:
     """Return the class names in label order, from the set's own list."""
     path = root / form.names
     if form.labels_key is None:
-        names = path.read_text().split()
+        names = read_text(path, "the class names").split()
     else:
         key = form.labels_key.replace("labels", "label_names") if form.num_classes == 100 else "label_names"
         names = [_text(name) for name in _load(path).get(key, [])]
-    if len(names) != form.num_classes or any("/" in name or name.startswith(".") for name in names):
+    if len(names) != form.num_classes or any(
+        "/" in name or "\0" in name or name.startswith(".") for name in names
+    ):
         raise ValueError(f"{path} does not list the {form.num_classes} class names of {form.name}")
     return names
 
@@ -152,7 +162,7 @@ def _read_python(path: Path, form: Format) -> EvaluationImages:
 
 
 def _read_binary(path: Path, form: Format) -> EvaluationImages:
-    content = np.fromfile(path, np.uint8)
+    content = np.frombuffer(read_bytes(path, "the CIFAR file", _LARGEST), np.uint8)
     record = form.label_bytes + _PIXELS
     if not len(content) or len(content) % record:
         raise ValueError(f"{path} is truncated: {len(content):,} bytes are not a multiple of {record:,}")

@@ -21,6 +21,7 @@ from image_classification.data.manifest import Manifest
 from image_classification.data.progress import progress_bar
 from image_classification.data.scan import Headers, scan_list
 from image_classification.data.targets import TargetTable
+from image_classification.small_files import read_text
 
 CLASS_NAMES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -154,12 +155,12 @@ def _open_split(
 
 def _read_list(root: Path, image_set: str) -> list[str]:
     path = _list_path(root, image_set)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"the image set {path} is missing: is the devkit unpacked completely?")
-    names = path.read_text().split()
+    names = read_text(path, "the image set").split()
     if not names:
         raise ValueError(f"the image set {path} is empty")
-    if any("/" in name or name.startswith(".") for name in names):
+    if any("/" in name or "\0" in name or name.startswith(".") for name in names):
         raise ValueError(f"the image set {path} is not a plain list of image names")
     return names
 

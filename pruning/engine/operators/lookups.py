@@ -13,7 +13,7 @@ import torch
 from pruning.engine.labeller import Labeller, along
 from pruning.engine.labels import Slot, Value
 from pruning.engine.operators.register import arguments, operator, unknown, within, wrap
-from pruning.engine.tracing import Operation, Ref
+from pruning.engine.traces import Operation, Ref
 
 
 def _reason(run: Labeller, operation: Operation) -> str:

@@ -21,7 +21,7 @@ from pruning.engine.operators.register import (
     within,
 )
 from pruning.engine.operators.windows import kept_windows, slide
-from pruning.engine.tracing import Operation, Ref
+from pruning.engine.traces import Operation, Ref
 
 
 @operator("mm addmm bmm baddbmm", constants=unknowns.matrix_product)

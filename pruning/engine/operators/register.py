@@ -27,7 +27,7 @@ from image_classification.models.running import Args, Kwargs, Outputs
 from pruning.engine.labeller import Labeller, Rule, SizeUse, is_pointwise, operation_name
 from pruning.engine.labels import Slot, Value, support
 from pruning.engine.operators.unknowns import ConstantRule, elementwise
-from pruning.engine.tracing import Operation, Ref, Trace
+from pruning.engine.traces import Operation, Ref, Trace
 
 #: (operator, arguments, keyword arguments, bool array that broadcasts to the input: what stays) → result.
 KeptRule = Callable[[OpOverload, Args, Kwargs, np.ndarray], Outputs]

@@ -17,7 +17,7 @@ from image_classification.models.running import Args, Kwargs
 from pruning.engine.labeller import Labeller
 from pruning.engine.labels import Slot, Value, support
 from pruning.engine.operators.register import OPERATORS, Statistics, named_arguments
-from pruning.engine.tracing import Operation
+from pruning.engine.traces import Operation
 
 #: (arguments by name, dimension of the input) → (extent of the window, stride, padding before); None: no such window.
 Geometry = Callable[[Kwargs, int], "tuple[int, int, int] | None"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from pruning.engine.labeller import Labeller, along, operation_name
 from pruning.engine.labels import Value, compress, support
 from pruning.engine.operators.register import note_size
-from pruning.engine.tracing import Operation, ViewStep
+from pruning.engine.traces import Operation, ViewStep
 
 _OTHER_NAMES = frozenset({"detach", "alias", "view_as"})  # the same tensor as another object
 

@@ -27,8 +27,9 @@ from pruning.engine.cutting import tensor_cuts
 from pruning.engine.examples import Example, Pass
 from pruning.engine.kept_state import attributes_kept
 from pruning.engine.kept_statistics import StatisticsOverKept
+from pruning.engine.named_tensors import named_tensors
 from pruning.engine.stand_ins import stand_ins
-from pruning.engine.tracing import named_tensors, set_trace_mode
+from pruning.engine.undisturbed import set_trace_mode
 
 _TABLE_LENGTH = 65_537  # a prime, so that no two rows of a weight repeat each other
 

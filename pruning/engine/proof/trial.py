@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from image_classification.models.module_tree import is_leaf
 from image_classification.models.running import ModuleCall, following
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.code_lines import line_raising
@@ -27,9 +28,11 @@ from pruning.engine.groups import Group, Place
 from pruning.engine.kept_state import state_kept
 from pruning.engine.own_gradients import differing, gradients
 from pruning.engine.proof.rehearsal import as_float, in_type, masked, rehearsal
+from pruning.engine.requests_noted import Requests
 from pruning.engine.stand_ins import stand_ins
 from pruning.engine.steady import Steady
-from pruning.engine.tracing import Requests, is_leaf, is_wrapped, set_trace_mode, undisturbed
+from pruning.engine.undisturbed import set_trace_mode, undisturbed
+from pruning.engine.wrapped_tensors import is_wrapped
 
 TOLERANCE = 1e-4
 _MODULE_TOLERANCE = 1e-3

@@ -7,8 +7,9 @@ import re
 from torch import Tensor, nn
 
 from image_classification.models import ModelError, WeightsError, create_model
+from image_classification.models.meta_device import on_meta
+from image_classification.models.module_tree import tensors_by_all_names
 from image_classification.models.resnet import SPECS
-from image_classification.models.structure import named_tensors, on_meta
 from pruning.files.importing.published_part import Part, load_part
 
 # Positions in a published inverted residual block, a flat list of convolutions and batch norms, to those in nested
@@ -178,7 +179,7 @@ def build_network(part: Part, arch: str) -> nn.Module:
 def empty_network(part: Part, arch: str, num_classes: int) -> nn.Module:
     """Build the network with a part's widths and fresh weights."""
     plain = on_meta(lambda: create_model(arch, num_classes=num_classes))
-    widths = _differing_widths(dict(named_tensors(plain)), part)
+    widths = _differing_widths(dict(tensors_by_all_names(plain)), part)
     if not widths:
         return create_model(arch, num_classes=num_classes)
     try:

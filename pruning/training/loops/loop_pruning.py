@@ -11,7 +11,7 @@ from torch import nn
 
 from image_classification.config import SettingError
 from image_classification.models import Structure, StructureError, capture_structure
-from image_classification.models.structure import fit_structure
+from image_classification.models.structure_build import fit_structure
 from pruning.files.skeleton import skeleton_of
 from pruning.pruner import Pruner
 from pruning.rewrites.resuming import PrunerState

@@ -342,6 +342,26 @@ def test_the_verdict_comes_first_and_says_what_is_not_known(
     assert "not what pruning costs" not in dict(verdict(trained_as_long(plain))["lines"])["Accuracy"]
 
 
+@pytest.mark.parametrize(("load", "warned"), [(0.9, False), (3.2, True), (None, False)])
+def test_times_of_a_busy_machine_come_with_a_warning(
+    report: tuple[str, dict[str, Any]], load: float | None, warned: bool
+) -> None:
+    plain = report[1]
+    plain = {**plain, "speed": [{**row, "load": load} for row in plain["speed"]]}
+    lines = dict(verdict(plain)["lines"])
+    assert ("Busy machine" in lines) == warned
+    if warned:
+        assert "3.2 processes per core" in lines["Busy machine"]
+
+
+def test_the_card_of_speed_has_the_range_over_batch_sizes(report: tuple[str, dict[str, Any]]) -> None:
+    plain = report[1]
+    medians = {(1, "original"): 0.006, (1, "pruned"): 0.004, (2, "original"): 0.01, (2, "pruned"): 0.008}
+    speed = [{**row, "p50": medians[row["batch_size"], row["network"]]} for row in plain["speed"]]
+    page = render(content.Content({**plain, "speed": speed}, Trajectory(), []))
+    assert "<b>1.25–1.50×</b>" in page  # and not in the order of the batches
+
+
 def test_sensitivity_is_shown_where_it_was_measured(
     report: tuple[str, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from image_classification.models import create_model
 from pruning import load_pruned
 from pruning.__main__ import main
-from pruning.engine.channel_graph import Constraints
+from pruning.engine.constraints import Constraints
 from pruning.files.saved_network import save_pruned
 from pruning.repair.repairing import RepairSettings
 from pruning.search.sensitivity import SensitivitySearch
