@@ -1,10 +1,10 @@
-"""What `--compile` costs at every rewrite, and after how many steps it has paid for itself.
+"""The cost of `--compile` at every rewrite, and the number of steps after which it pays off.
 
     python benchmarks/compile_cost.py [--arch resnet18] [--rewrites 2] [--batch-size 8] [--image-size 64]
 
-A network trains on random images; between rewrites (uniform, by magnitude) its step is timed as it is, then compiled:
-the first compiled step takes the compilation, the others what is gained by it. Cost ÷ gain is the number of steps that
-`--compile-after` is best set to: with it a network is compiled at a loss of at most what was lost before.
+A network trains on random images. Between rewrites (uniform, by magnitude) its step is timed eagerly, then compiled:
+the first compiled step includes the compilation, the later ones show the gain. Cost ÷ gain is the best number of steps
+for `--compile-after`: a network is then compiled at a loss of at most the time already lost without compilation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = (
-    "1"  # before PyTorch is imported: a compilation as the first one is
+    "1"  # before PyTorch is imported, so that every compilation is like the first
 )
 
 import statistics
@@ -29,7 +29,7 @@ from pruning import Pruner
 def step_of(
     model: nn.Module, forward: nn.Module, optimizer: torch.optim.Optimizer, batch: torch.Tensor
 ) -> None:
-    """A training step."""
+    """Run a training step."""
     nn.functional.cross_entropy(
         forward(batch), torch.zeros(len(batch), dtype=torch.int64, device=batch.device)
     ).backward()

@@ -1,4 +1,4 @@
-"""Work of the host beside the device's: figures of the last maps, while the next ones are made."""
+"""Host work that overlaps the device's: figures of the last maps while the next ones are computed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Self
 class Behind:
     """Runs host work in a thread while the device computes the next maps, one task at a time.
 
-    As a context manager it waits for the last task; an error in a task is raised at the next one, or at the end.
+    As a context manager it waits for the last task. An error in a task is raised at the next task, or at the end.
     """
 
     def __init__(self) -> None:

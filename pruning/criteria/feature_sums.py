@@ -1,4 +1,4 @@
-"""What one criterion makes of the feature maps of one forward pass."""
+"""Sums of one criterion's scores over the feature maps of one forward pass."""
 
 from __future__ import annotations
 

@@ -75,9 +75,9 @@ def _per_sample(gradient: Tensor, count: int) -> Tensor:
 def differentiate(
     objectives: Sequence[Tensor], gates: list[tuple[Site, Tensor]], count: int, width: int
 ) -> tuple[Tensor, list[Site]]:
-    """(K, N, width) float32: derivative of every objective of every sample by every unit's gate.
+    """Return the derivative of every objective of every sample by every unit's gate, (K, N, width) float32.
 
-    Beside them the sites that the objectives depend on. The others say nothing of their units.
+    Also returns the sites that the objectives depend on. The other sites say nothing about their units.
     """
     result = torch.zeros(len(objectives), count, width, device=gates[0][1].device)
     reached: dict[int, Site] = {}

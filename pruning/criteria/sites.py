@@ -1,4 +1,4 @@
-"""Where in a forward pass the units of channel groups can be seen: inputs and outputs of modules."""
+"""The module inputs and outputs at which the units of channel groups can be observed in a forward pass."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Sites:
 
     Args:
         graph: The channel graph.
-        groups: Those that are scored.
-        device: Where the network runs.
+        groups: The groups to score.
+        device: Device of the network.
     """
 
     def __init__(self, graph: Graph, groups: Sequence[Group], device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What a user demands of the widths."""
+"""The user's constraints on widths."""
 
 from __future__ import annotations
 

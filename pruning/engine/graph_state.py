@@ -1,4 +1,4 @@
-"""The parts of a channel graph as plain data, for a checkpoint, and what tells two graphs apart."""
+"""The parts of a channel graph as plain data, for a checkpoint, and the comparison of two graphs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from pruning.engine.groups import AttributeAxis, Axis, Group, Layer, Place
 from pruning.engine.kept_statistics import Statistics
 
-#: Name of a list in a channel graph → what it holds.
+#: Name of a list in a channel graph → type of its elements.
 PARTS: dict[str, Any] = {
     "groups": Group,
     "axes": Axis,

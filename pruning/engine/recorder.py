@@ -1,6 +1,6 @@
-"""Writes down every ATen operator of a pass, and every call of a module.
+"""Records every ATen operator of a pass, and every call of a module.
 
-A `TorchDispatchMode` sees every operator below autograd, whatever Python code asked for it.
+A `TorchDispatchMode` sees every operator below autograd, whatever Python code called it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pruning.engine.wrapped_tensors import is_wrapped
 
 
 class Recorder(TorchDispatchMode):
-    """Numbers tensors and writes down operators. Tensors die when the network drops them, which keeps memory low.
+    """Numbers tensors and records operators. Tensors are freed when the network drops them, which keeps memory low.
 
     Args:
         model: The network.
-        caller: Code of the function that runs it: what is around that is not the network's.
+        caller: Code of the function that runs it; the frames outside it are not the network's.
     """
 
     def __init__(self, model: nn.Module, caller: CodeType) -> None:

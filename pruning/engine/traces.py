@@ -1,4 +1,4 @@
-"""What a recorded pass is: operators, values, and calls of modules.
+"""A recorded pass: operators, values, and calls of modules.
 
 Tensors are numbered values; an operator that works in place makes a new version of its tensor, so that each value is
 written once.
@@ -98,8 +98,8 @@ class TracedCall:
 class Trace:
     """One forward pass: operators, values, module calls, and the values given and returned.
 
-    `scaled` holds queries of attentions that scale by their width unasked, and the module where that happens;
-    `steps` what the network's code asked of PyTorch, as (module, function); `results` the tensors it returned;
+    `scaled` holds queries of attentions that scale by their width unasked, and the module where that happens; `steps`
+    the PyTorch functions that the network's code called, as (module, function); `results` the tensors it returned;
     `written` the names of the parameters that it wrote into; `unsteady` says that it drew random numbers or computed in
     half precision, `own_gradients` that hooks or functions of the network's own take part in a backward pass.
     """
@@ -127,7 +127,7 @@ class Trace:
 
     @property
     def divisors(self) -> frozenset[str]:
-        """Names of the vectors that are divided by or whose logarithm is taken: they cannot be zero."""
+        """Return the names of the vectors that are divided by or whose logarithm is taken: they cannot be zero."""
         found: set[str] = set()
         for operation in self.operations:
             name = str(operation.func.overloadpacket).removeprefix("aten.").rstrip("_")
