@@ -294,7 +294,7 @@ class Trainer(ResumableLoop):
         self.clock.step_done(num_images)
 
     def _synchronised(self, synchronise: bool) -> contextlib.AbstractContextManager[object]:
-        """Return a context that exchanges gradients between ranks only if `synchronise`: in a step's last micro-batch."""
+        """Return a context that exchanges gradients only if `synchronise`, that is, in a step's last micro-batch."""
         if synchronise or not isinstance(self._wrapped, DistributedDataParallel):
             return contextlib.nullcontext()
         return self._wrapped.no_sync()

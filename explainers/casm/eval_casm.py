@@ -229,7 +229,7 @@ class _Table:
 
     @torch.inference_mode()
     def _judge_inpainted(self) -> None:
-        """Judge the inpainted images of the batch before."""
+        """Classify the inpainted images of the previous batch."""
         for line, inpainted, targets in self._begun:
             self._judge(line, inpainted.result(), targets)
         self._begun = []
