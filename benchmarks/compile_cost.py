@@ -1,11 +1,11 @@
-"""What `--compile` costs at every rewrite, and after how many steps it has paid for itself.
+"""The cost of `--compile` at every rewrite, and the number of steps after which it pays off.
 
     python benchmarks/compile_cost.py [--arch resnet18] [--rewrites 2] [--batch-size 8] [--image-size 64]
 
-A network trains on random images; between rewrites (uniform, by magnitude) its step is timed as it is, then compiled:
-the first compiled step takes the compilation, the others what is gained by it. Cost ÷ gain is the number of steps that
-`--compile-after` is best set to: with it a network is compiled at a loss of at most what was lost before. Seconds are
-of processors on a CPU, those of the compiler's processes included, and of the clock on a GPU.
+A network trains on random images. Between rewrites (uniform, by magnitude) its step is timed eagerly, then compiled:
+the first compiled step includes the compilation, the later ones show the gain. Cost ÷ gain is the best number of steps
+for `--compile-after`: a network is then compiled at a loss of at most the time already lost without compilation. Seconds are
+CPU seconds on a CPU, those of the compiler processes included, and wall-clock seconds on a GPU.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def seconds(device: torch.device, call: Callable[[], None]) -> float:
 def step_of(
     model: nn.Module, forward: nn.Module, optimizer: torch.optim.Optimizer, batch: torch.Tensor
 ) -> None:
-    """A training step."""
+    """Run a training step."""
     nn.functional.cross_entropy(
         forward(batch), torch.zeros(len(batch), dtype=torch.int64, device=batch.device)
     ).backward()
@@ -53,7 +53,7 @@ def step_of(
 
 
 def main() -> None:
-    """Measure, print, write JSON."""
+    """Measure, print and write JSON."""
     parser = BenchmarkParser(__doc__, repeats=10, threads=1)
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--rewrites", type=int, default=2)

@@ -25,10 +25,10 @@ VERSION = 2
 #: The first version with a digest.
 _DIGESTED = 2
 _DEEPEST = 100
-#: Tensors that share numbers, or repeat one, may stand for so many times the file's size, and so much beyond it.
+#: Tensors that share or repeat elements may expand to this multiple of the file's size, plus this many bytes.
 _MOST_AGAIN = 16
 _FREE_EXTENT = 1 << 30
-#: Every entry takes a byte of the pickle; beyond this many, no training state has any.
+#: Every entry takes at least a byte of the pickle, and no training state has more entries than this.
 _MOST_ENTRIES = 1 << 24
 _FREE_ENTRIES = 1 << 16
 
@@ -272,12 +272,12 @@ def check_entries(table: PlainValue, schema: Mapping[str, Entry], whose: str) ->
 
 
 def check_extent(content: PlainValue, num_bytes: int) -> None:
-    """Make sure that what a file holds can be gone through, and is about as large as the file.
+    """Check that the content of a file can be traversed, and is about as large as the file.
 
     Pickles may refer to one list or one number again and again: a few bytes then mean gigabytes, or hours.
 
     Args:
-        content: Of the file.
+        content: Content of the file.
         num_bytes: Its size.
 
     Raises:

@@ -1,7 +1,7 @@
-"""From configuration dataclasses to a command line and back: default < YAML (`--config`) < flag.
+"""Builds a command line from configuration dataclasses and parses it: default < YAML (`--config`) < flag.
 
-Every section is a dataclass whose fields were made with `config.flag`. The same conversion and the same checks
-serve flags and YAML, so a misspelt key or a wrong choice is refused in both, with the nearest match.
+Every section is a dataclass whose fields were made with `config.flag`. Flags and YAML share conversion and checks, so
+that a misspelt key or a wrong choice is refused in both, with the nearest match.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
 
 
 def _help(option: Option) -> str:
-    """A sentence, the choices, and the default unless the sentence tells it."""
+    """Return the help text of a flag: its sentence, the choices, and the default unless the sentence states it."""
     text = option.spec.help.rstrip(".") + "."
     told = "default" in text.lower()
     if option.choices is not None:
@@ -59,7 +59,7 @@ def _help(option: Option) -> str:
 
 
 def build_parser(job: type, prog: str | None = None, description: str | None = None) -> Parser:
-    """The argument parser of a job's configuration, one help group per section."""
+    """Build the argument parser of a job's configuration, with one help group per section."""
     places = [f"[{option.field.upper()}]" for option in options_of(job) if option.is_positional]
     usage = " ".join(["%(prog)s", "[--config FILE]", *places, "[flags]"])
     parser = Parser(prog, description, allow_abbrev=False, usage=usage)
@@ -86,7 +86,7 @@ def read_yaml(path: Path, options: Mapping[str, Option]) -> dict[str, object]:
     """Read one recipe: a flat mapping from option names (dashes or underscores) to values."""
     values: dict[str, object] = {}
     for raw_key, value in read_mapping(path).items():
-        if raw_key == "plugin":  # `import_plugins` has read it
+        if raw_key == "plugin":  # already read by `import_plugins`
             continue
         option = options.get(str(raw_key).replace("-", "_"))
         if option is None:
@@ -97,7 +97,7 @@ def read_yaml(path: Path, options: Mapping[str, Option]) -> dict[str, object]:
 
 
 def _keys(options: Sequence[Option]) -> dict[str, Option]:
-    """Every name under which YAML may address an option: the field and its long flags."""
+    """Map every name that YAML may use for an option (the field and its long flags) to the option."""
     names: dict[str, Option] = {}
     for option in options:
         names[option.key] = option
@@ -118,11 +118,11 @@ def parse_config(
 
     Args:
         job: Dataclass of the job, its fields made with `section`; flags are unique over all sections.
-        argv: Command line without the program name; `sys.argv[1:]` when None. Flags of DeepLearningExamples serve too
-            (`older_commands`).
+        argv: Command line without the program name; `sys.argv[1:]` when None. Flags of DeepLearningExamples are
+            accepted too (`older_commands`).
         prog, description: For `--help`.
-        defaults: Values that recipes and flags give, by field → values of fields that they leave open, where these
-            differ from the fields' own.
+        defaults: Maps the values set by recipes and flags, by field, to defaults of other fields that differ from the
+            fields' own.
 
     Returns:
         The configuration.
@@ -160,5 +160,5 @@ def parse_config(
             keys = [option.key for option in options if option.section == name and option.key in values]
             made[name] = factory(**{key: values[key] for key in keys})
         return job(**made)
-    except (ValueError, OSError) as error:  # ConfigError, and paths that the system refuses
+    except (ValueError, OSError) as error:  # ConfigError, and paths that the system rejects
         parser.error(told(error))

@@ -11,12 +11,12 @@ from image_classification.options import Option, shown
 
 
 def printable(message: str) -> str:
-    """A message that any stream takes: arguments of a shell need not be valid text."""
+    """Return a message that any stream can encode: arguments of a shell need not be valid text."""
     return message.encode("utf-8", "backslashreplace").decode()
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Shows one spelling of every flag, though underscores serve as well as dashes."""
+    """Shows one spelling of every flag, though both underscores and dashes are accepted."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     """Argument parser whose help shows every flag once, and whose errors take two lines.
 
     Attributes:
-        options: Field of a configuration → how its flag is read and checked.
+        options: Field of a configuration → the `Option` that reads and checks its flag.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         self.options: dict[str, Option] = {}
 
     def error(self, message: str) -> NoReturn:
-        """Report what is wrong and where the flags are listed; status 2."""
+        """Report the error and where the flags are listed; exit with status 2."""
         self.exit(2, f"{self.prog}: error: {printable(message)}\n{self.prog} --help lists the flags\n")
 
     def parse_or_fail(self, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -74,16 +74,16 @@ class Parser(argparse.ArgumentParser):
                 if isinstance(given, list) and action.nargs in (
                     None,
                     "?",
-                ):  # what argparse makes of a lone --
+                ):  # the result of argparse for a lone --
                     self.error(
                         f"{shown_name(action)}: there is no value behind it: give one, or leave it out"
                     )
         return namespace
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """A word as its argument means it; what no argument can mean is refused."""
+        """Convert a word by its argument's type; invalid words are refused."""
         value = super()._get_value(action, arg_string)
-        if action.dest not in self.options:  # which check themselves
+        if action.dest not in self.options:  # options check their values themselves
             problem = word_problem(arg_string) or word_problem(value)
             if problem is not None:
                 raise argparse.ArgumentError(action, f"{shown(arg_string)}: {problem}")
@@ -91,10 +91,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(word: str) -> int:
-    """A whole number ≥ 1: `type=` of an argument that counts something.
+    """Parse an integer ≥ 1: `type=` of an argument that counts something.
 
     Raises:
-        ArgumentTypeError: It is none.
+        ArgumentTypeError: The word is not such a number.
     """
     try:
         number = int(word)
@@ -106,6 +106,6 @@ def positive(word: str) -> int:
 
 
 def shown_name(action: argparse.Action) -> str:
-    """What messages call an argument: its flag, or what stands in its place in the usage."""
+    """Return the name of an argument in messages: its flag, or its placeholder in the usage."""
     long_names = [name for name in action.option_strings if name.startswith("--")]
     return (long_names or [*action.option_strings, str(action.metavar or action.dest).upper()])[0]

@@ -223,9 +223,9 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_file(path: str | Path, message: str) -> None:
-    """Like `check`, for a file of a flag that `reads`: it must exist on rank 0, and is sent to ranks that lack it.
+    """Check the file of a flag that `reads`: it must exist on rank 0, and is sent to ranks that lack it.
 
-    A name of published weights is looked up when they are read.
+    The name of published weights is only looked up when they are read.
     """
     is_there = Path(path).is_file() or is_published(path)
     check(int(os.environ.get("RANK", "0")) > 0 or is_there, message)

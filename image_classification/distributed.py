@@ -1,9 +1,9 @@
-"""Processes that train together: exact reductions, broadcast, rank-0 helpers, agreement.
+"""Communication among ranks: exact reductions, broadcast, rank-0 helpers, agreement.
 
-Everything also works in a single process, without a process group: reductions return their input.
-Objects travel between ranks as JSON, never as pickles, and on the host: beside NCCL there is a Gloo group for them.
-Work of one rank that the others wait for (`decide_on_main`, `main_process_first`) may take hours: they wait at the
-store of the process group, which has no clock, and not in a collective, which gives up after `--dist-timeout`.
+Everything also works in a single process, without a process group: reductions return their input. Objects are sent
+between ranks as JSON, never as pickles, and on the host: next to NCCL there is a Gloo group for them. Work of one rank
+that the others wait for (`decide_on_main`, `main_process_first`) may take hours: they wait at the store of the process
+group, which has no timeout, and not in a collective, which fails after `--dist-timeout`.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _FAILED = b"failed"
 
 @dataclasses.dataclass(frozen=True)
 class Distributed:
-    """This process's place among the ranks, from `setup_distributed`. As a context it leaves the group.
+    """This process's place among the ranks, from `setup_distributed`. As a context manager it leaves the group on exit.
 
     Attributes:
         rank: Number of this process over all nodes, 0 … world_size − 1.
         local_rank: Number of this process on its node, also the number of its GPU.
         world_size: Number of processes; with 1 there is no process group.
-        device: Where this process computes.
+        device: Device of this process.
         backend: "nccl", "gloo", or "none" in a single process.
-        host_group: Carries objects from host to host; None where the process group itself does.
-        notes: What was decided about this process; to be logged once.
+        host_group: Group for objects on the host; None if the process group itself carries them.
+        notes: Decisions about this process, to be logged once.
     """
 
     rank: int = 0
@@ -56,9 +56,9 @@ class Distributed:
 
     @classmethod
     def of_process_group(cls, device: torch.device) -> Distributed:
-        """The place among the ranks of the process group that other code has made; a single process without one.
+        """Return the place in a process group created by other code; a single process if there is none.
 
-        Collective, where that group is one of NCCL.
+        Collective if that group uses NCCL.
         """
         if not dist.is_available() or not dist.is_initialized():
             return cls(device=device)
@@ -85,15 +85,15 @@ class Distributed:
         self.close()
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank has reached this point."""
         if self.is_distributed:
             dist.barrier(device_ids=[self.local_rank] if self.backend == "nccl" else None)
 
     def all_reduce_sum(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Sum tensors over all ranks, all in one collective call, without a host synchronisation.
+        """Sum tensors over all ranks in one collective call, without a host sync.
 
-        Floating tensors are summed as float64. Integers and booleans are summed exactly: each is split into
-        two halves of 32 bits, whose float64 sums are exact for up to 2²⁰ ranks.
+        Floating tensors are summed as float64. Integers and booleans are summed exactly: each is split into two halves
+        of 32 bits, whose float64 sums are exact for up to 2²⁰ ranks.
 
         Args:
             tensors: Any shapes and real dtypes, the same ones on every rank; unchanged.
@@ -121,14 +121,14 @@ class Distributed:
         return tuple(results)
 
     def sum_on_hosts(self, number: int) -> int:
-        """A number that the host knows, summed over all ranks. Collective; no host waits for its device."""
+        """Return a number known to the host, summed over all ranks. Collective, without a host sync."""
         total = torch.tensor([number])
         if self.is_distributed:
             dist.all_reduce(total, group=self.host_group)
         return int(total)
 
     def broadcast_object(self, value: object = None, source: int = 0) -> PlainValue:
-        """Send a JSON-able object from one rank to all; the source too gets what JSON makes of it.
+        """Broadcast a JSON-able object from one rank; the source too gets it after the JSON round trip.
 
         Raises:
             TypeError: On every rank, when the source's object is not made of dict (string keys), list, str,
@@ -138,11 +138,11 @@ class Distributed:
         return decode(self.broadcast_bytes(payload, source), source)
 
     def broadcast_tensors(self, tensors: Sequence[torch.Tensor], source: int = 0) -> None:
-        """Overwrite tensors by those of one rank, in one collective call per dtype.
+        """Overwrite tensors with those of one rank, in place, in one collective call per dtype.
 
         Args:
             tensors: Any shapes and dtypes, the same ones on every rank; they are changed in place.
-            source: The rank whose values all get.
+            source: The rank whose values are sent.
         """
         if not self.is_distributed:
             return
@@ -155,18 +155,18 @@ class Distributed:
                     tensor.copy_(part.view(tensor.shape))
 
     def decide_on_main(self, decide: Callable[[], T]) -> T:
-        """Let rank 0 alone find something out, however long it takes, and tell all ranks. Collective.
+        """Run `decide` on rank 0 alone, however long it takes, and send the result to all ranks. Collective.
 
         Args:
-            decide: Returns a JSON-able value. Raises ValueError (`ConfigError` among them) or OSError where something
-                is wrong.
+            decide: Returns a JSON-able value. Raises ValueError (such as `ConfigError`) or OSError if something is
+                wrong.
 
         Returns:
-            What rank 0's `decide` returned.
+            The result of rank 0's `decide`.
 
         Raises:
             ConfigError: On every rank, with that message.
-            PeerError: On the other ranks, where `decide` failed otherwise.
+            PeerError: On the other ranks, if `decide` failed in another way.
         """
         if not self.is_distributed:
             result: T = outcome(attempt(decide))
@@ -188,7 +188,7 @@ class Distributed:
         return decided
 
     def check_on_main(self, run: Callable[[], None]) -> None:
-        """As `decide_on_main`, for a check that finds nothing but faults."""
+        """Run a check on rank 0 as `decide_on_main` does; it returns nothing and only raises errors."""
         self.decide_on_main(run)
 
     def gather_objects(self, value: object) -> list[PlainValue]:
@@ -222,7 +222,7 @@ class Distributed:
         return torch.cat([buffer[:length] for buffer, length in zip(buffers, lengths, strict=True)])
 
     def broadcast_bytes(self, payload: bytes, source: int = 0) -> bytes:
-        """One rank's byte string, of any length, for all ranks; the others' is not looked at."""
+        """Return one rank's byte string, of any length, on all ranks; the argument of the others is ignored."""
         if not self.is_distributed:
             return payload
         length = torch.tensor([len(payload)])
@@ -233,7 +233,7 @@ class Distributed:
         return bytes(buffer.numpy())
 
     def _all_gather_bytes(self, payload: bytes) -> list[bytes]:
-        """Every rank's byte string, of any length, for all ranks."""
+        """Return every rank's byte string, of any length, on all ranks."""
         if not self.is_distributed:
             return [payload]
         length = torch.tensor([len(payload)])
@@ -247,7 +247,7 @@ class Distributed:
         return [bytes(buffer[:size].numpy()) for buffer, size in zip(buffers, sizes, strict=True)]
 
     def check_agreement(self, name: str, digest: str | Sequence[object] | Mapping[str, object]) -> None:
-        """Make sure that all ranks hold the same value.
+        """Check that all ranks hold the same value.
 
         Args:
             name: What is compared, for the message.
@@ -258,7 +258,7 @@ class Distributed:
         """
         text = digest if isinstance(digest, str) else json.dumps(digest, sort_keys=True)
         values = self.gather_objects(hashlib.sha256(text.encode()).hexdigest())
-        majority = max(values, key=values.count)  # the first of several: rank 0's when none leads
+        majority = max(values, key=values.count)  # the first of several: rank 0's in a tie
         differing = [rank for rank, value in enumerate(values) if value != majority]
         if differing:
             shown = ", ".join(f"rank {rank}: {values[rank][:12]}" for rank in differing)
@@ -272,11 +272,10 @@ class Distributed:
     def main_process_first(self, what: str = "preparation") -> Iterator[None]:
         """Run a block on rank 0, then on the first rank of every other node, then on all the rest.
 
-        For work that leaves a file which the others only read, on shared and on local disks alike. It may take as long
-        as it needs.
+        For work that creates a file which the others only read, on shared or local disks. It may take any time.
 
         Raises:
-            PeerError: On the other ranks, when the block failed on one before or beside them.
+            PeerError: On the other ranks, if the block failed on a rank that ran before or with them.
         """
         if not self.is_distributed:
             yield
@@ -327,7 +326,7 @@ class Distributed:
 
 
 def host_group_of(backend: str) -> dist.ProcessGroup | None:
-    """A Gloo group of all ranks where the process group cannot carry what lies on the host; collective."""
+    """Create a Gloo group of all ranks if the process group cannot carry host data; collective."""
     if backend != "nccl":
         return None
     default = dist.distributed_c10d._get_default_group()
@@ -337,5 +336,5 @@ def host_group_of(backend: str) -> dist.ProcessGroup | None:
     return group
 
 
-#: The last process group of NCCL and the Gloo group that was made for it: all pruners of a job share one.
+#: The last process group of NCCL and the Gloo group created for it: all pruners of a job share one.
 _HOST_GROUPS: dict[str, Any] = {}

@@ -82,7 +82,7 @@ def output_path(word: str) -> Path:
 
 
 def resolved(path: Path) -> Path:
-    """The absolute path without links; one that leads to itself is left, for whoever opens it to tell."""
+    """Return the absolute path without links; a circular link is kept, so that opening it raises the error."""
     return Path(os.path.realpath(path))
 
 

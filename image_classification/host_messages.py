@@ -1,4 +1,4 @@
-"""What ranks tell each other from host to host: JSON, never pickles, and errors that all of them raise."""
+"""Messages between ranks on the host: JSON, never pickles, and errors that all of them raise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from image_classification.plain_data import PlainValue
 
 
 def bytes_tensor(payload: bytes) -> torch.Tensor:
-    """The bytes, as a tensor of the host."""
+    """Return the bytes as a tensor on the host."""
     return (
         torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         if payload
@@ -21,7 +21,7 @@ def bytes_tensor(payload: bytes) -> torch.Tensor:
 
 
 def attempt(decide: Callable[[], object]) -> list[PlainValue]:
-    """[value], or [None, what is wrong] with the parts of a `SettingError` or the message of another error."""
+    """Return [value], or [None, error] with the parts of a `SettingError` or the message of another error."""
     try:
         return [decide()]
     except SettingError as error:
@@ -31,14 +31,14 @@ def attempt(decide: Callable[[], object]) -> list[PlainValue]:
 
 
 def outcome(attempt: list[PlainValue]) -> PlainValue:
-    """The value of `attempt`, or its error raised."""
+    """Return the value of `attempt`, or raise its error."""
     if len(attempt) == 1:
         return attempt[0]
     raise SettingError(*attempt[1]) if len(attempt[1]) == 3 else ConfigError(attempt[1][0])
 
 
 def encode(value: object) -> bytes:
-    """JSON, or the reason why there is none: the other ranks wait in the collective and need to know."""
+    """Return JSON, or the reason for the failure, because the other ranks wait in the collective and need to know."""
     try:
         return json.dumps(["", value]).encode()
     except (TypeError, ValueError) as error:
@@ -46,7 +46,7 @@ def encode(value: object) -> bytes:
 
 
 def decode(payload: bytes, rank: int) -> PlainValue:
-    """What a rank's `encode` was given, or its reason raised."""
+    """Return the value given to a rank's `encode`, or raise the error that it reported."""
     problem, value = json.loads(payload)
     if problem:
         raise TypeError(f"rank {rank} cannot send its object as JSON: {problem}")

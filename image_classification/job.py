@@ -1,4 +1,4 @@
-"""Builds the parts of a training job from its configuration sections, in the order in which they need each other.
+"""Builds the parts of a training job from its configuration sections, in order of their dependencies.
 
 `main.py` composes them; jobs that train something else (a selector, a saliency map) reuse the same parts.
 """
@@ -56,7 +56,7 @@ D = TypeVar("D", bound=CommonConfig)
 
 @dataclasses.dataclass
 class Job(Generic[C]):
-    """The parts that every job has, whatever it trains.
+    """The parts common to all jobs.
 
     Attributes:
         configs: Configuration.
@@ -84,7 +84,7 @@ class Job(Generic[C]):
         return self.configs.loss.multi_label
 
     def close(self) -> None:
-        """End workers and outputs."""
+        """Stop workers and close outputs."""
         self.loaders.close()
         self.monitor.close()
         self.logger.close()
@@ -93,18 +93,18 @@ class Job(Generic[C]):
 def prepare(
     configs: D, distributed: Distributed, calibration_batches: int = 0, teacher: str | None = None
 ) -> Job[D]:
-    """Open everything that can fail before hours are spent: checkpoint to resume, outputs, data.
+    """Open everything that can fail before hours are spent on training: checkpoint to resume, outputs, data.
 
     Args:
         configs: Configuration.
         distributed: This process among the ranks.
-        calibration_batches: Calibration batches per process that the job wants where `--calibration-size` leaves
-            it open; at most a twentieth of the training set is taken.
-        teacher: File of a network that looks at the same images: they are what it was trained for, unless flags or
-            the network's own starting weights say otherwise.
+        calibration_batches: Calibration batches per process that the job wants if `--calibration-size` is not set; at
+            most a twentieth of the training set is taken.
+        teacher: File of a network that processes the same images. The input is the one that it was trained for, unless
+            flags or the network's own starting weights say otherwise.
 
     Raises:
-        ConfigError, ModelError, OSError: With the flag to change.
+        ConfigError, ModelError, OSError: Something cannot be opened; the message names the flag to change.
     """
     checkpointer = Checkpointer(configs.checkpoint, distributed, lambda text: logger.message(text))
     resume_path = checkpointer.resume_path()
@@ -114,7 +114,7 @@ def prepare(
     logger = Logger(
         configs.log, configs.checkpoint.workspace, is_main=distributed.is_main, append=resumed is not None
     )
-    if not configs.train.evaluate:  # which only looks, beside a job that may be training here
+    if not configs.train.evaluate:  # which only reads, next to a job that may be training here
         checkpointer.prepare(resume_path)
     torch.manual_seed(configs.train.seed)
     if distributed.device.type == "cuda":
@@ -122,7 +122,7 @@ def prepare(
     precision = Precision(configs.precision, distributed.device)
     images = given_input(configs.model, resumed, teacher)
     if resumed is not None and not configs.data.calibration_size:
-        # What was set aside does not depend on how many processes go on.
+        # The images set aside do not depend on the number of processes that continue.
         configs = setting_aside(configs, resumed["config"].get("calibration_size", 0))
     origin = weights_origin(configs.model, resume_path, resumed)
     loaders = open_loaders(configs, distributed, precision, calibration_batches, images, origin)
@@ -142,7 +142,7 @@ def prepare(
 
 
 def _record_job(configs: CommonConfig, distributed: Distributed, *, resumed: bool) -> None:
-    """Leave the configuration and the command in the workspace; an evaluation keeps the configuration of a training."""
+    """Save the configuration and the command in the workspace; an evaluation keeps the configuration of a training."""
     workspace = configs.checkpoint.workspace
     of_another_job = configs.train.evaluate and (workspace / "config.yaml").exists()
     if not of_another_job:
@@ -152,7 +152,7 @@ def _record_job(configs: CommonConfig, distributed: Distributed, *, resumed: boo
 
 
 def make_model(job: Job[CommonConfig]) -> nn.Module:
-    """The network on its device: rebuilt with the resumed checkpoint's structure and weights, or as the flags say."""
+    """Return the network on its device: rebuilt with the checkpoint's structure and weights, or as the flags say."""
     device = job.distributed.device
     if job.resumed is not None:
         check(
@@ -161,7 +161,7 @@ def make_model(job: Job[CommonConfig]) -> nn.Module:
             "--pretrained-weights",
         )
         model = build_from_structure(Structure.from_plain(job.resumed["structure"]), device=device)
-        # Training takes weights, average and all the rest from it by `Trainer.restore`.
+        # Training takes weights, average and everything else from it in `Trainer.restore`.
         averaged = job.configs.train.evaluate and job.resumed["ema"] is not None
         load_exactly(model, job.resumed["ema" if averaged else "state_dict"], Path("the checkpoint"))
     else:
@@ -182,7 +182,7 @@ def make_model(job: Job[CommonConfig]) -> nn.Module:
 
 
 def remember_data(job: Job[CommonConfig], model: nn.Module) -> None:
-    """Record on a network what images it is trained on, and what their classes are called."""
+    """Record on a network the images that it is trained on, and the names of their classes."""
     remember_input(model, job.loaders.preset.network_input)
     manifest = job.loaders.train.manifest
     remember_class_names(model, None if manifest is None else manifest.class_names)
@@ -196,13 +196,13 @@ def make_trainer(
     callbacks: Sequence[Callback] = (),
     describe: Callable[[nn.Module], Plain] = described_classifier,
 ) -> Trainer:
-    """The trainer of `model`, continued from the resumed checkpoint if there is one.
+    """Make the trainer of `model`, continued from the resumed checkpoint if there is one.
 
     Args:
         job: The parts.
         model: From `make_model`.
         objective: Loss of a batch; the task's when None.
-        callbacks: Take part in the loop.
+        callbacks: Callbacks of the loop.
         describe: See `Trainer`; for models that `create_model` did not build.
     """
     configs = job.configs
@@ -226,7 +226,7 @@ def make_trainer(
         saved_config=to_plain(configs),
         describe=describe,
     )
-    # Ranks start from the same weights and then draw their own dropout.
+    # Ranks start from the same weights and then draw different dropout.
     torch.manual_seed(train.seed + job.distributed.rank)
     if job.resumed is not None:
         check_same_rule(job.resumed, configs.optim)
@@ -236,10 +236,10 @@ def make_trainer(
 
 
 def _schedule(job: Job[JobConfig]) -> Schedule:
-    """Learning rates by the optimizer steps that the training set has.
+    """Make the schedule of learning rates for the number of optimizer steps in the training set.
 
     Raises:
-        ConfigError: It has not one.
+        ConfigError: The training set is too small for a single step.
     """
     train = job.configs.train
     loader = job.loaders.train
@@ -263,7 +263,7 @@ def _tensorboard(config: LogConfig) -> list[Callback]:
 
 
 def make_evaluator(job: Job[CommonConfig]) -> Evaluator:
-    """Evaluation on the validation split."""
+    """Make the evaluator of the validation split."""
     check(
         job.multi_label or job.configs.train.figures == "all",
         "--figures published counts several labels per image: give --multi-label, or leave it out",
@@ -279,7 +279,7 @@ def make_evaluator(job: Job[CommonConfig]) -> Evaluator:
 
 
 def evaluate(job: Job[CommonConfig], model: nn.Module) -> dict[str, float]:
-    """`--evaluate`: measure once, log, return the figures.
+    """Evaluate once for `--evaluate`: measure, log, and return the metrics.
 
     Raises:
         NonFiniteLossError: The weights are not finite.

@@ -33,7 +33,7 @@ class CommonConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JobConfig(CommonConfig):
-    """The plain training job; other packages add sections of theirs."""
+    """The plain training job; other packages add their own sections."""
 
     optim: OptimConfig = section(OptimConfig)
     schedule: ScheduleConfig = section(ScheduleConfig)

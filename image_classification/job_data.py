@@ -1,4 +1,4 @@
-"""The images of a training job: which sizes they get, how many are set aside, the loaders of this rank."""
+"""The images of a training job: their sizes, the number set aside, and the loaders of this rank."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ D = TypeVar("D", bound=CommonConfig)
 
 
 def notes_of_images(loaders: Loaders, config: DataConfig) -> list[str]:
-    """What was chosen about the images, for the log."""
+    """Return notes on the choices made about the images, for the log."""
     preset = loaders.preset
     notes = []
     small = preset.augmentation == "cifar" and preset.image_size <= SMALL_SIDE
@@ -42,10 +42,10 @@ def notes_of_images(loaders: Loaders, config: DataConfig) -> list[str]:
 
 
 def given_input(model: ModelConfig, resumed: Plain | None, teacher: str | None) -> NetworkInput | None:
-    """The images that the network that a job starts from, or else its teacher, was trained for."""
+    """Return the input of the network that a job starts from, or else of its teacher."""
     if resumed is not None and isinstance(resumed["structure"], dict) and "input" in resumed["structure"]:
         return NetworkInput.from_plain(resumed["structure"]["input"])
-    # A new head is for other classes, and these come with other images.
+    # A new head is for other classes, and their images differ too.
     started_from = None if model.new_head else model.pretrained_weights
     for path in (started_from, teacher):
         if path is not None and (images := saved_input(path)) is not None:
@@ -54,7 +54,7 @@ def given_input(model: ModelConfig, resumed: Plain | None, teacher: str | None) 
 
 
 def setting_aside(configs: D, num_images: int) -> D:
-    """The configuration with the number of calibration images filled in."""
+    """Return the configuration with the number of calibration images filled in."""
     return dataclasses.replace(configs, data=dataclasses.replace(configs.data, calibration_size=num_images))
 
 
@@ -70,8 +70,8 @@ def open_loaders(
 
     Args:
         configs, distributed, precision, calibration_batches: See `prepare`.
-        images: What a given network was trained for, in the place of the data set's preset.
-        origin: Where the weights come from, for the names of the classes.
+        images: Input of a given network, which replaces the data set's preset.
+        origin: Origin of the weights, for the names of the classes.
     """
     config = configs.data
     dataset = None
@@ -110,7 +110,7 @@ def open_loaders(
 
 
 def _set_aside_for(num_batches: int, config: DataConfig, dataset: Dataset | None) -> int:
-    """Images for the calibration batches: at most a twentieth of the training set, one per class at least."""
+    """Return the number of calibration images: at most a twentieth of the training set, at least one per class."""
     preset = IMAGENET_PRESET if dataset is None else dataset.preset
     size = num_batches * config.resolved_preset(preset).batch_size
     if dataset is None:

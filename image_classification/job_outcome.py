@@ -1,4 +1,4 @@
-"""How a training job ends: run among the ranks, and what happened as an exit code and a line."""
+"""Runs a training job among the ranks and turns its outcome into an exit code and a line."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from image_classification.peers import peer_loss
 D = TypeVar("D", bound=CommonConfig)
 
 
-#: As shells have it for a program that SIGTERM ended: stopped without a state to go on from.
+#: As in shells for a program ended by SIGTERM: stopped without a state to resume from.
 EXIT_STOPPED = 128 + signal.SIGTERM
 
 
 def run_job(configs: D, body: Callable[[D, Distributed], None]) -> int:
-    """Run `body` among the ranks and turn what happened into an exit code.
+    """Run `body` among the ranks and turn the outcome into an exit code.
 
     Returns:
-        0; `EXIT_SAVED` after a signal, once the state is saved or where there is none to save, `EXIT_STOPPED` where it
-        is not to be saved; 2 for an error that a user can fix, reported in one line, as for a wrong command line; 1
-        for any other, with a traceback; `EXIT_PEER` where another rank failed; 130 after Ctrl-C.
+        0; `EXIT_SAVED` after a signal, once the state is saved or if there is none to save; `EXIT_STOPPED` if it must
+            not be saved; 2 for an error that a user can fix, reported in one line, as for a wrong command line; 1 for
+            any other error, with a traceback; `EXIT_PEER` if another rank failed; 130 after Ctrl-C.
     """
     try:
         with stopping_at_once(), log_names_flags():

@@ -1,4 +1,4 @@
-"""How a process finds its device and joins the others: flags, the launcher's environment, the process group."""
+"""Chooses a process's device and joins the process group, by flags and the launcher's environment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from image_classification.affinity import Affinity, bind_to_gpu
 from image_classification.config import ConfigError, check, flag
 from image_classification.distributed import Distributed, host_group_of
 
-#: Where to compute; auto is the GPU if there is one.
+#: Device to compute on; auto is the GPU if there is one.
 DeviceName = Literal["auto", "cuda", "cpu"]
 
 
@@ -55,12 +55,12 @@ class DistributedConfig:
 def setup_distributed(config: DistributedConfig) -> Distributed:
     """Choose this process's device and join the others.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, which `multiproc.py` and torchrun set. Without
-    them, or with a world of one, there is no process group.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, which `multiproc.py` and torchrun set. Without them, or
+    with a world of one, there is no process group.
 
     Raises:
-        ConfigError: The GPU asked for does not exist, there are more processes than GPUs, NCCL has no GPU, or
-            the variables are incomplete.
+        ConfigError: The requested GPU does not exist, there are more processes than GPUs, NCCL has no GPU, or the
+            variables are incomplete.
     """
     rank, local_rank, world_size, local_world_size = _read_environment()
     device = _choose_device(config, local_rank, local_world_size)
@@ -87,7 +87,7 @@ def setup_distributed(config: DistributedConfig) -> Distributed:
 def _bind(
     config: DistributedConfig, device: torch.device, local_rank: int, local_world_size: int
 ) -> tuple[str, ...]:
-    """`--gpu-affinity`, before threads and workers are made that inherit it."""
+    """Apply `--gpu-affinity`, before threads and workers are created that inherit it."""
     if config.gpu_affinity == "none":
         return ()
     if device.type != "cuda":
@@ -96,7 +96,7 @@ def _bind(
 
 
 def _read_environment() -> tuple[int, int, int, int]:
-    """(rank, local rank, world size, number of processes on this node) as the launcher says."""
+    """Return (rank, local rank, world size, number of processes on this node) from the launcher's environment."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     missing = [name for name in names if name not in os.environ]
     if "RANK" in missing and "WORLD_SIZE" in missing:

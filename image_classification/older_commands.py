@@ -123,7 +123,7 @@ _WITH_VALUE: dict[str, Translation] = {
     "--quantized": _only_false("--quantized", "networks are trained in float32, or with --amp: leave it out"),
     "--topk": _refused("--topk", "top-1 and top-5 are always reported: leave it out"),
 }
-#: Flags that stand alone; behind some of them True or False may stand.
+#: Flags without a value; some may be followed by True or False.
 _ALONE: dict[str, Translation] = {
     "--fp16": _named("--amp"),
     "--sync-bn": _named("--sync-batchnorm"),
@@ -140,7 +140,7 @@ _ALONE: dict[str, Translation] = {
         "--seed fixes data, augmentation and starting weights; cuDNN's kernels are chosen by speed: leave it out",
     ),
 }
-#: Switches that DeepLearningExamples reads with `type=bool`, so that a word may follow.
+#: Switches that DeepLearningExamples parses with `type=bool`, so that a word may follow.
 _WORD_MAY_FOLLOW = ("--channels-last", "--trt")
 _BOOLS = ("true", "false")
 #: Defaults that differ: LucidPrune's flags, and the difference.

@@ -1,4 +1,4 @@
-"""One field of a configuration as people give it: its spellings, its choices, how a word or a YAML value is read."""
+"""One configuration field as users set it: its spellings, its choices, and the conversion of a word or YAML value."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Option:
 
     @property
     def scalar_type(self) -> object:
-        """Type of one value."""
+        """The type of one value."""
         return _scalar_type(self.annotation)
 
     @property
@@ -58,7 +58,7 @@ class Option:
 
     @property
     def flag_name(self) -> str:
-        """The spelling that messages use."""
+        """The spelling used in messages."""
         long_names = [name for name in self.spec.names if name.startswith("--")]
         return (long_names or list(self.spec.names) or [self.field])[0]
 
@@ -106,18 +106,18 @@ class Option:
 
 
 def shown(value: object) -> str:
-    """A value in an error, short."""
+    """Format a value for an error, shortened."""
     text = repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__} {value!r}"
     return shorter(text)
 
 
 def shorter(text: str) -> str:
-    """A text, cut where it is long."""
+    """Shorten a long text."""
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def _scalar_type(annotation: object) -> object:
-    """The element type of `T`, `T | None`, `list[T]` or `tuple[T, ...]`; that of its values for a `Literal`."""
+    """Return the element type of `T`, `T | None`, `list[T]` or `tuple[T, ...]`; for a `Literal`, that of its values."""
     origin = typing.get_origin(annotation)
     if origin is typing.Literal:
         return type(typing.get_args(annotation)[0])
@@ -130,7 +130,7 @@ def _scalar_type(annotation: object) -> object:
 
 
 def _literals(annotation: object) -> tuple[object, ...]:
-    """The values of a `Literal` in `annotation`, also within `| None`, a list or a tuple."""
+    """Return the values of a `Literal` in `annotation`, also within `| None`, a list or a tuple."""
     if typing.get_origin(annotation) is typing.Literal:
         return typing.get_args(annotation)
     return next((found for part in typing.get_args(annotation) if (found := _literals(part))), ())
@@ -169,7 +169,7 @@ def _cast(value: PlainValue, target: object) -> object:
 
 
 def options_of(job: type) -> list[Option]:
-    """The flags of a job's configuration, in order of declaration."""
+    """Return the flags of a job's configuration, in order of declaration."""
     options: list[Option] = []
     for section, factory in sections(job).items():
         config_class = factory.func
@@ -187,15 +187,15 @@ def options_of(job: type) -> list[Option]:
 
 
 def from_command_line(option: Option, value: object) -> object:
-    """The value that a field gets of what argparse has read.
+    """Convert argparse's result to the value of a field.
 
     Raises:
-        ConfigError: It is not usable.
+        ConfigError: The value is invalid.
     """
     if option.is_switch:
         return bool(value)
     if isinstance(value, list):
-        if not option.is_list:  # what argparse makes of a lone --
+        if not option.is_list:  # the result of argparse for a lone --
             raise ConfigError(f"{option.flag_name}: there is no value behind it: give one, or leave it out")
         return [option.convert(item) for item in value]
     return option.convert(value)

@@ -1,10 +1,12 @@
-"""When another rank has failed: what a rank raises of it, and how errors of Gloo and NCCL that mean it are known."""
+"""Failures of other ranks: the error that this rank raises, and the recognition of Gloo and NCCL errors that mean
+it.
+"""
 
 from __future__ import annotations
 
 import os
 
-#: What Gloo, NCCL and the store of the process group say when the other end has gone.
+#: Messages of Gloo, NCCL and the process group's store when the other end has gone.
 _PEER_GONE = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -12,16 +14,16 @@ _PEER_GONE = (
     "Broken pipe",
     "Did the remote server shutdown",
 )
-#: What Gloo and NCCL say when the other end is there and does not answer.
+#: Messages of Gloo and NCCL when the other end exists but does not answer.
 _PEER_SILENT = ("Timed out waiting", "Watchdog caught collective operation timeout", "timed out after")
 
 
 class PeerError(RuntimeError):
-    """Another rank failed and has said why; this one stops with it."""
+    """Another rank failed and reported the reason; this rank stops with it."""
 
 
 def peer_loss(error: Exception) -> str | None:
-    """What to tell people when an error only means that another rank failed; None for any other error."""
+    """Return the message for users if an error only means that another rank failed; None for any other error."""
     if isinstance(error, PeerError):
         return str(error)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, RuntimeError):

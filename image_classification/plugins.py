@@ -1,4 +1,4 @@
-"""Modules of a user's own that a command line names, imported before the rest of it is read (`--plugin`)."""
+"""User modules named on the command line, imported before the rest of it is parsed (`--plugin`)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from image_classification.options import shorter
 from image_classification.recipe_reading import read_mapping, recipe_path
 from image_classification.trusted_code import is_own_code, trust
 
-#: Modules that `--plugin` has imported, for the saved configuration.
+#: Modules imported by `--plugin`, for the saved configuration.
 imported_plugins: list[str] = []
 
 
 def named_plugins(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The modules and the networks of a user's own that a command line names, itself or in its recipes.
+    """Return the user modules and user-defined networks named on a command line or in its recipes.
 
     Args:
         words: The command line.
@@ -38,16 +38,16 @@ def named_plugins(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def import_plugins(words: Sequence[str]) -> None:
-    """Import the modules that a command line names with `--plugin`, before the rest of it is read.
+    """Import the modules given by `--plugin` before the rest of the command line is parsed.
 
-    A plugin registers what the flags may then name: a layout, a backend, a criterion, an attribution method. Networks
-    of a user's own that it names (`package.module:Callable`) may be built from now on.
+    A plugin registers objects that flags can then name: a layout, a backend, a criterion, an attribution method.
+    User-defined networks on the command line (`package.module:Callable`) may be built from now on.
 
     Args:
-        words: The command line. Recipes that it names with `--config` may list plugins too, under `plugin`.
+        words: The command line. Recipes given by `--config` may list plugins too, under `plugin`.
 
     Raises:
-        ConfigError: A module does not exist, or fails while it is imported.
+        ConfigError: A module does not exist, or its import fails.
     """
     plugins, own = named_plugins(words)
     for name in plugins:

@@ -1,4 +1,4 @@
-"""What `--config` names: the file of a recipe, and what it holds."""
+"""Finds and reads the recipe file given by `--config`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from image_classification.yaml_reading import read_yaml_mapping
 
 
 def recipe_path(word: str) -> Path:
-    """The file of a recipe: a path, or the name of one that comes with the package.
+    """Return the file of a recipe: a path, or the name of a recipe included in the package.
 
     Raises:
-        ConfigError: There is neither; the nearest name is suggested.
+        ConfigError: Neither exists; the nearest name is suggested.
     """
     path = Path(word)
     if path.is_file():
@@ -25,7 +25,7 @@ def recipe_path(word: str) -> Path:
 
 
 def read_mapping(path: Path) -> dict[object, object]:
-    """The content of a recipe, unchecked.
+    """Return the content of a recipe, unchecked.
 
     Raises:
         ConfigError: The file holds no mapping.

@@ -1,4 +1,4 @@
-"""A job's configuration once everything is decided, as plain data and as the recipe that a run saves."""
+"""A job's resolved configuration, as plain data and as the recipe saved with a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ with optional_import():
 
 
 def to_plain(config: object) -> dict[str, object]:
-    """A job's resolved configuration as one flat, JSON-able mapping: what a run saves and YAML can read back."""
+    """Return a job's resolved configuration as one flat, JSON-able mapping, which runs save and YAML can read back."""
     plain: dict[str, object] = {"plugin": list(plugins.imported_plugins)} if plugins.imported_plugins else {}
     for name in sections(type(config)):
         section = getattr(config, name)

@@ -1,4 +1,4 @@
-"""The checkpoint that `--resume` continues: read, and refused where it cannot be continued."""
+"""Reads the checkpoint for `--resume`, and refuses one that cannot be continued."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def read_resumable(path: Path, arch: str) -> Plain:
     """Read a LucidPrune checkpoint for `--resume`.
 
     Raises:
-        ConfigError: It is a foreign file, or of another architecture.
-        WeightsError: It is damaged.
+        ConfigError: The file is foreign, or its architecture differs.
+        WeightsError: The file is damaged.
     """
     payload: Plain = read_safely(path)
     ours = is_ours(payload) and "iteration" in payload
@@ -26,7 +26,7 @@ def read_resumable(path: Path, arch: str) -> Plain:
         f"--resume: {path} holds no training state; to start from its weights use --pretrained-weights {path}",
     )
     averaged = payload.get("ema") is not None
-    # What version 1 did not have.
+    # Entries missing in version 1.
     for key, value in (
         ("class_names", None),
         ("best_epoch", None),
@@ -46,7 +46,7 @@ def read_resumable(path: Path, arch: str) -> Plain:
 
 
 def check_same_rule(resumed: Plain, config: OptimConfig) -> None:
-    """Refuse to go on with the state of another optimizer."""
+    """Refuse to resume with the state of another optimizer."""
     trained_with = resumed["config"].get("optimizer", config.optimizer)
     check(
         update_rule(trained_with) == update_rule(config.optimizer),

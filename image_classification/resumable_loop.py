@@ -1,4 +1,4 @@
-"""What a training leaves in a checkpoint, and how it goes on from there."""
+"""The checkpoint of a training: saved by the training loop, and restored to continue."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from image_classification.plain_data import Plain
 
 
 def described_classifier(model: nn.Module) -> Plain:
-    """What a checkpoint says of a network of `create_model`, so that it can be rebuilt: `arch`, `structure`, names."""
+    """Describe a network of `create_model` for a checkpoint, so that it can be rebuilt: `arch`, `structure`, class
+    names.
+    """
     structure = capture_structure(model).to_plain()
     names = class_names_of(model)
     return {
@@ -34,13 +36,13 @@ def described_classifier(model: nn.Module) -> Plain:
 
 @contextlib.contextmanager
 def taking_up(what: str) -> Iterator[None]:
-    """Around restoring a part of a checkpoint: an error without a message for users becomes a ValueError with one."""
+    """While restoring a part of a checkpoint, turn an error without a message for users into a ValueError with one."""
     try:
         yield
     except ConfigError:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if type(error) is ValueError and "`" in str(error):  # tells the argument to change
+        if type(error) is ValueError and "`" in str(error):  # names the argument to change
             raise
         raise ValueError(
             f"{what} in the checkpoint cannot be restored ({type(error).__name__}: {error}): it was written by another "
@@ -51,7 +53,7 @@ def taking_up(what: str) -> Iterator[None]:
 def _check_optimizer_state(
     states: Mapping[int, Mapping[str, object]], parameters: Sequence[torch.Tensor]
 ) -> None:
-    """What an optimizer keeps of a parameter is a number, or as large as it; PyTorch takes anything."""
+    """Check that each optimizer state is a scalar or has its parameter's shape; PyTorch accepts anything."""
     for index, state in states.items():
         for key, value in state.items():
             if not isinstance(value, torch.Tensor) or not value.dim():
@@ -66,7 +68,7 @@ def _check_optimizer_state(
 
 
 def _same_step(payload: Plain) -> str:
-    """What keeps the images of an optimizer step as they were when a checkpoint was written, whatever the ranks."""
+    """Return the setting that keeps the images per optimizer step as in the checkpoint, for any number of ranks."""
     num_images = payload["config"].get("optimizer_batch_size", -1)
     if num_images == -1:
         num_images = payload["loader"].get("global_batch")
@@ -77,11 +79,11 @@ class ResumableLoop(TrainLoop):
     """The part of the loop that saves and restores; `trainer.Trainer` is the loop.
 
     Attributes:
-        sums: Figures of the window and of the epoch.
-        guard: Watches for what is not finite.
-        callbacks: Take part in the loop; those with a name have a state.
+        sums: Metric sums of the window and of the epoch.
+        guard: Detects values that are not finite.
+        callbacks: Callbacks of the loop; named ones have a state.
         saved_config: Resolved configuration, stored in checkpoints.
-        describe: Gives `arch` and `structure` of a network; asked again after every rewrite.
+        describe: Returns `arch` and `structure` of a network; called again after every rewrite.
     """
 
     sums: TrainingSums
@@ -92,14 +94,14 @@ class ResumableLoop(TrainLoop):
     _description: Plain | None
 
     def learned(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What training changes, by name: weights, statistics, averages, what the optimizer remembers."""
+        """Yield the tensors that training changes, by name: weights, statistics, averages, optimizer state."""
         yield from learned_tensors(self.state.model)
         if self.state.ema is not None:
             yield from learned_tensors(self.state.ema.module, "the average of ")
         yield from optimizer_tensors(self.state.optimizer)
 
     def _check_finite(self) -> None:
-        """Raise `NonFiniteLossError` where the network, or its average, is poisoned; collective."""
+        """Raise `NonFiniteLossError` if the network, or its average, is poisoned; collective."""
         self.guard.check_weights(self.learned(), self.state.iteration)
 
     def save(self, *, is_best: bool = False, end_of_epoch: bool = False) -> None:
@@ -141,13 +143,13 @@ class ResumableLoop(TrainLoop):
         }
 
     def restore(self, payload: Plain) -> None:
-        """Continue where a checkpoint stopped. The network was already built with the checkpoint's structure.
+        """Continue from a checkpoint. The network must already have the checkpoint's structure.
 
-        The random states of all ranks are restored when the number of ranks is the same; with another number the
-        data continue exactly, dropout draws new numbers, and a message says so.
+        The random states of all ranks are restored if the number of ranks is the same. Otherwise the data continue
+        exactly, but dropout draws new numbers, and a message says so.
 
         Raises:
-            ValueError: Steps per epoch differ, so that the iteration means another place in the data; or see
+            ValueError: Steps per epoch differ, so that the iteration would be another position in the data; or see
                 `Loader.load_state_dict`.
         """
         state = self.state
@@ -161,7 +163,7 @@ class ResumableLoop(TrainLoop):
         load_exactly(state.model, payload["state_dict"], source)
         self._restore_optimizer(payload["optimizer"])
         if state.ema is not None:
-            # A run that only now starts to average begins with the weights it resumes from.
+            # A run that starts averaging only now begins with the resumed weights.
             load_exactly(state.ema.module, payload["ema"] or payload["state_dict"], source, "average")
             state.ema.num_updates = payload["ema_updates"] or 0
         with taking_up("the loss scale"):
@@ -170,7 +172,7 @@ class ResumableLoop(TrainLoop):
         state.best, state.best_epoch = payload["best_prec1"], payload["best_epoch"]
         state.lr_factor = payload["lr_factor"]
         self.guard.num_skipped = payload["num_skipped"]
-        if self.distributed.is_main:  # the stored sums are over all ranks; reductions add them once
+        if self.distributed.is_main:  # the stored sums are over all ranks; reductions must add them only once
             self.sums.window, self.sums.epoch = payload["training_sums"].to(self.distributed.device).unbind()
         with taking_up("the position in the data"):
             self.train_loader.load_state_dict(payload["loader"])
@@ -188,7 +190,7 @@ class ResumableLoop(TrainLoop):
             )
 
     def _restore_optimizer(self, saved: Plain) -> None:
-        """Take over momenta, and the rate of the last step, which counts where no further step follows.
+        """Restore momenta, and the learning rate of the last step, which matters if no further step follows.
 
         Settings (momentum, decay) stay those of this run's flags, not the checkpoint's.
         """

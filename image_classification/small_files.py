@@ -1,7 +1,7 @@
-"""Small files of people and of earlier runs, read whole: regular, of a bounded size, UTF-8, or one error.
+"""Reads small files of users and of earlier runs completely: regular, of limited size, UTF-8, or one clear error.
 
-A path may name anything: a folder, a pipe that waits for a writer, a device without an end, terabytes of zeros. What is
-read here has been looked at first, so that none of them hangs a job or fills its memory.
+A path may name anything: a folder, a pipe that waits for a writer, an endless device, terabytes of zeros. Paths are
+checked before they are read, so that none of these hangs a job or fills its memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LARGEST = 64 << 20
 
 
 def problem_of(path: Path) -> str | None:
-    """Why a path is not that of a file that can be read to its end; None where it is."""
+    """Return why a path is not a file that can be read to its end; None if it is one."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -34,15 +34,15 @@ def problem_of(path: Path) -> str | None:
 
 
 def read_bytes(path: Path, what: str, largest: int = _LARGEST) -> bytes:
-    """The content of a file.
+    """Return the content of a file.
 
     Args:
         path: The file.
-        what: Names it in messages, such as its flag.
-        largest: Bytes that such a file may have.
+        what: Its name in messages, such as its flag.
+        largest: Largest allowed size, in bytes.
 
     Raises:
-        ConfigError: There is none, or it is larger.
+        ConfigError: The file does not exist, or is larger.
     """
     problem = problem_of(path)
     if problem is None and path.stat().st_size > largest:
@@ -56,10 +56,10 @@ def read_bytes(path: Path, what: str, largest: int = _LARGEST) -> bytes:
 
 
 def read_text(path: Path, what: str, largest: int = _LARGEST) -> str:
-    """The text in a file; see `read_bytes`.
+    """Return the text of a file; see `read_bytes`.
 
     Raises:
-        ConfigError: There is none, it is larger, or no UTF-8 text.
+        ConfigError: The file does not exist, is larger, or is not UTF-8 text.
     """
     try:
         return read_bytes(path, what, largest).decode("utf-8-sig")
@@ -68,10 +68,10 @@ def read_text(path: Path, what: str, largest: int = _LARGEST) -> str:
 
 
 def read_json(path: Path, what: str, largest: int = _LARGEST) -> PlainValue:
-    """The value in a JSON file; see `read_bytes`.
+    """Return the value of a JSON file; see `read_bytes`.
 
     Raises:
-        ConfigError: There is none, it is larger, or no JSON of finite numbers.
+        ConfigError: The file does not exist, is larger, or is not JSON of finite numbers.
     """
     text = read_text(path, what, largest)
     try:
@@ -81,10 +81,10 @@ def read_json(path: Path, what: str, largest: int = _LARGEST) -> PlainValue:
 
 
 def parse_json(text: str | bytes) -> PlainValue:
-    """The value that a text means.
+    """Parse JSON text.
 
     Raises:
-        ValueError: It is not JSON of finite numbers, or is nested too deep.
+        ValueError: The text is not JSON of finite numbers, or is nested too deeply.
     """
     try:
         return json.loads(text, parse_constant=_refuse_constant)

@@ -1,4 +1,4 @@
-"""Waiting for another rank at the store of the process group, which has no clock: for work that may take hours."""
+"""Waits for another rank at the store of the process group, which has no timeout: for work that may take hours."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch.distributed as dist
 
 from image_classification.peers import PeerError
 
-_POLL_SECONDS = 0.05, 1.0  # between two looks at the store, at first and at most
+_POLL_SECONDS = 0.05, 1.0  # between two polls of the store: first and longest interval
 num_waits = itertools.count()  # all ranks wait for the same things in the same order
 
 
 def store() -> Any:
-    """The key-value store through which the ranks have found each other."""
+    """Return the key-value store by which the ranks found each other."""
     return dist.distributed_c10d._get_default_store()
 
 
 def wait_until(reached: Callable[[], bool], what: str) -> None:
-    """Ask again and again, without a limit of time; a store that has gone means that its rank has.
+    """Poll without a timeout; a lost store means that its rank is gone.
 
     Raises:
-        PeerError: The store is gone.
+        PeerError: The store cannot be reached.
     """
     pause, longest = _POLL_SECONDS
     try:

@@ -41,7 +41,7 @@ register_figures(
     },
 )
 
-#: First iterations that no speed of an epoch includes: compilation and the choice of kernels happen there.
+#: First iterations that are excluded from an epoch's speed: compilation and the choice of kernels happen there.
 WARMUP_STEPS = 2
 
 
@@ -58,20 +58,20 @@ class Trainer(ResumableLoop):
                 set the learning rate
                 for every micro-batch:
                     on_batch_start
-                    forward, loss, backward                        (gradients meet other ranks in the last one)
+                    forward, loss, backward                        (gradients are exchanged in the last one)
                 on_backward_end
                 clip, update, zero gradients, average (EMA)
                 iteration += 1
                 on_step_end                                        (rewrites happen here; then `rebind`)
                 every --print-freq: on_log; check for NaN
-                every --checkpoint-interval: save                      (files are written beside what follows)
+                every --checkpoint-interval: save                      (files are written in the background)
                 if asked to stop: save, raise StopRequested
             validate; on_evaluate_end
             on_epoch_end
             save
         on_fit_end
 
-    The host waits for the device at logging steps, saves and validations only.
+    There is a host sync at logging steps, saves and validations only.
 
     Args:
         config: Length, accumulation, guard.
@@ -80,14 +80,14 @@ class Trainer(ResumableLoop):
         precision: Autocast and scaling.
         distributed: Ranks.
         logger: Console, report, TensorBoard.
-        checkpointer: Where checkpoints go.
+        checkpointer: Writes checkpoints.
         train_loader: Micro-batches of this rank.
-        evaluator: Validation, None to leave it out.
-        callbacks: Take part in the loop.
+        evaluator: Validation, None to skip it.
+        callbacks: Callbacks of the loop.
         clip_norm: Largest gradient norm.
         print_freq: Iterations between logging steps.
         saved_config: Resolved configuration, stored in checkpoints.
-        describe: Gives `arch` and `structure` of a network for checkpoints; asked again after every rewrite.
+        describe: Returns `arch` and `structure` of a network for checkpoints; called again after every rewrite.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Trainer(ResumableLoop):
         self.state.best = self.state.best_epoch = None
 
     def _compile_when_due(self) -> None:
-        """Compile, where that is asked for, once the network has been of this shape for long enough."""
+        """Compile, if requested, once the network has kept its shape for long enough."""
         if self._compile_at is None or self.state.iteration < self._compile_at:
             return
         self._compile_at = None
@@ -154,12 +154,12 @@ class Trainer(ResumableLoop):
         self._eval_forward = self.precision.compiled(bare) if self._wrapped is not bare else self._forward
 
     def release(self) -> None:
-        """Drop the wrappers, and with them every reference into the old graph: before a rewrite. Collective.
+        """Release the wrappers, and with them every reference to the old graph, before a rewrite. Collective.
 
-        What looks at `state.model` now sees the same network on all ranks, BN statistics included.
+        Afterwards `state.model` is the same network on all ranks, BN statistics included.
 
         Raises:
-            NonFiniteLossError: There is no network to rewrite any more.
+            NonFiniteLossError: The network is poisoned and cannot be rewritten.
         """
         self._check_finite()
         wrappers = [
@@ -177,14 +177,14 @@ class Trainer(ResumableLoop):
     # ------------------------------------------------------------------ fit
 
     def fit(self) -> dict[str, float]:
-        """Train to the end of the training, or of this invocation.
+        """Train to the end of the training or of this invocation.
 
         Returns:
-            Figures of the last validation, empty without one.
+            Metrics of the last validation; empty without one.
 
         Raises:
             StopRequested: After a signal, once the state is saved.
-            NonFiniteLossError: When the loss is not finite and the policy does not skip.
+            NonFiniteLossError: The loss is not finite and the policy is not to skip.
         """
         state = self.state
         figures: dict[str, float] = {}
@@ -209,10 +209,10 @@ class Trainer(ResumableLoop):
         return figures
 
     def _check_validated(self, figures: dict[str, float]) -> None:
-        """Refuse to end as if all were well when no validation has been finite.
+        """Refuse to end normally if no validation was finite.
 
         Raises:
-            NonFiniteLossError: None was.
+            NonFiniteLossError: No validation was finite.
         """
         if figures and self.state.best is None and not math.isfinite(figures.get("val.loss", 0.0)):
             raise NonFiniteLossError(
@@ -227,7 +227,7 @@ class Trainer(ResumableLoop):
         return patience > 0 and best_epoch is not None and self.state.epoch - 1 - best_epoch >= patience
 
     def _name_result(self) -> None:
-        """Log at the end which file to use, and what its figure measures."""
+        """Log at the end which file to use, and the meaning of its metric."""
         state = self.state
         if not self.checkpointer.config.checkpoints or self.evaluator is None or state.best_epoch is None:
             return
@@ -263,14 +263,14 @@ class Trainer(ResumableLoop):
                 bar.update(steering(figures))
                 self._save_or_stop(stop)
         self._log_epoch(time.perf_counter() - begin)
-        # A shortened epoch (`prof`) counts as a whole one: iterations keep their place in the schedule.
+        # A shortened epoch (`prof`) counts as a full one, so that iterations keep their position in the schedule.
         state.iteration = (state.epoch + 1) * self.steps_per_epoch
 
     def train_step(self, batches: Iterator[Batch]) -> None:
-        """One iteration: as many batches as one step of the optimizer takes, and that step. The host never waits.
+        """Run one iteration: the batches of one optimizer step, and that step. There is no host sync.
 
         Args:
-            batches: Where they come from; one is taken per round of gradient accumulation.
+            batches: Source of batches; one is taken per round of gradient accumulation.
         """
         state = self.state
         num_images = 0
@@ -294,7 +294,7 @@ class Trainer(ResumableLoop):
         self.clock.step_done(num_images)
 
     def _synchronised(self, synchronise: bool) -> contextlib.AbstractContextManager[object]:
-        """Gradients are exchanged between ranks in the last micro-batch of a step only."""
+        """Return a context that exchanges gradients only if `synchronise`, that is, in a step's last micro-batch."""
         if synchronise or not isinstance(self._wrapped, DistributedDataParallel):
             return contextlib.nullcontext()
         return self._wrapped.no_sync()
@@ -312,7 +312,7 @@ class Trainer(ResumableLoop):
         """Read the sums of the last window from the device and log them; collective."""
         self.guard.check()
         figures = self.sums.flush(self.distributed)
-        figures |= self.clock.read("train")  # after the reading above, so that the device's work is included
+        figures |= self.clock.read("train")  # after the read above, so that the device's work is included
         figures |= {
             "train.lr": self.state.optimizer.param_groups[0]["lr"],
             "train.grad_scale": self.precision.scale,
@@ -348,7 +348,7 @@ class Trainer(ResumableLoop):
         return figures
 
     def _share_buffers(self, model: nn.Module) -> None:
-        """Give all ranks rank 0's BN statistics; collective."""
+        """Broadcast rank 0's BN statistics to all ranks; collective."""
         self.distributed.broadcast_tensors(list(model.buffers()))
 
     def _finish_epoch(self, figures: dict[str, float]) -> None:

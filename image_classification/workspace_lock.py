@@ -91,7 +91,7 @@ class WorkspaceLock:
             os.close(descriptor)  # its owner has just removed it: there is another file, or none
 
     def _open(self) -> int:
-        """The file, made where it is missing. What someone put into its place would be written to, or waited for."""
+        """Open the file, creating it if missing. A link or pipe in its place must not be written to or waited for."""
         try:
             descriptor = os.open(self.path, _OPENING, 0o666)
             if stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -1,4 +1,4 @@
-"""DistributedDataParallel around a network, as the trainings of this package use it."""
+"""Wraps a network in DistributedDataParallel for this package's trainings."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ _SYNC_BUFFERS = (
 
 
 def _only_batch_norm(model: nn.Module) -> bool:
-    """Whether all buffers are running statistics, which training does not read: then they are shared when needed.
+    """Whether all buffers are running statistics, which training does not read, so that they are only shared when
+    needed.
 
-    DDP would send rank 0's before every forward pass.
+    DDP would broadcast rank 0's buffers before every forward pass.
     """
     statistics = {
         id(buffer)
@@ -36,7 +37,7 @@ def _only_batch_norm(model: nn.Module) -> bool:
 
 
 def in_ddp(model: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """A network whose gradients meet those of the other ranks; collective."""
+    """Wrap a network so that gradients are averaged over the ranks; collective."""
     buffers: Kwargs = {_SYNC_BUFFERS: not _only_batch_norm(model)}
     # No `static_graph`: it saves a search that is off anyway, and fails where the first micro-batch sends nothing.
     return DistributedDataParallel(
@@ -48,10 +49,10 @@ def in_ddp(model: nn.Module, device: torch.device) -> DistributedDataParallel:
 
 
 def check_unwrapped(wrappers: Sequence[weakref.ref[nn.Module]]) -> None:
-    """Make sure that dropped wrappers are gone.
+    """Check that released wrappers have been freed.
 
     Raises:
-        AssertionError: One is not: gradients would go to the network as it was before a rewrite.
+        AssertionError: A wrapper is still alive: gradients would go to the network as it was before a rewrite.
     """
     gc.collect()  # wrappers and compiled graphs refer to each other
     kept = [type(wrapper()).__name__ for wrapper in wrappers if wrapper() is not None]

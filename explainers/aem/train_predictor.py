@@ -77,7 +77,7 @@ def run(configs: PredictorJobConfig, distributed: Distributed) -> None:
 
 
 def _masks(job: jobs.Job[JobConfig], config: PredictorConfig, black_box: nn.Module) -> RandomMasks:
-    """The masks to learn from."""
+    """Build the random masks that the predictor is trained on."""
     image_size = job.loaders.preset.image_size
     grid = (image_size, image_size)
     if config.selector_type == "real-x":

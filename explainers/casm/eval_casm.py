@@ -229,7 +229,7 @@ class _Table:
 
     @torch.inference_mode()
     def _judge_inpainted(self) -> None:
-        """Judge the inpainted images of the batch before."""
+        """Classify the inpainted images of the previous batch."""
         for line, inpainted, targets in self._begun:
             self._judge(line, inpainted.result(), targets)
         self._begun = []
@@ -239,7 +239,7 @@ class _Table:
             self.sums[line, column] += _figures(classifier.predict(images), targets)
 
     def rows(self, distributed: Distributed) -> list[dict[str, Cell]]:
-        """Means over all ranks. Collective."""
+        """Return means over all ranks. Collective."""
         self._judge_inpainted()
         (sums,) = distributed.all_reduce_sum(self.sums)
         rows = []

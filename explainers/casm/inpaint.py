@@ -40,9 +40,9 @@ def inpaint(images: Tensor, masks: Tensor, mean: Sequence[float], std: Sequence[
 
 
 class Inpainter:
-    """Inpaints batches in threads of the host, while the caller's device does something else.
+    """Inpaints batches in host threads while the caller's device does something else.
 
-    As a context it ends its threads; what has not begun by then never does.
+    As a context manager it ends its threads on exit; tasks not started by then are dropped.
 
     Args:
         mean, std: See `inpaint`.
@@ -67,10 +67,10 @@ class Inpainter:
         self._images.shutdown(cancel_futures=True)
 
     def begin(self, images: Tensor, masks: Tensor) -> Inpainted:
-        """Begin with a batch, behind those before; see `inpaint`. Neither tensor may change until it is done.
+        """Queue a batch; see `inpaint`. Neither tensor may change until the batch is done.
 
         Raises:
-            ValueError: Shapes do not belong together.
+            ValueError: The shapes do not match.
         """
         if masks.dtype != torch.bool or masks.shape != (len(images), 1, *images.shape[2:]):
             raise ValueError(
@@ -81,7 +81,7 @@ class Inpainter:
         return Inpainted(images, masks, self._batches.submit(self._filled, images, masks))
 
     def _filled(self, images: Tensor, masks: Tensor) -> Tensor:
-        """(N, 3, H, W) float32 on the host, of meaning inside the masks."""
+        """Return the inpainted images, (N, 3, H, W) float32 on the host; only pixels inside the masks are valid."""
         pixels = (images.float().cpu() * self._std + self._mean).clamp(0, 1).mul(255).round().to(torch.uint8)
         whole_pixels = pixels.permute(0, 2, 3, 1).contiguous().numpy()
         holes = masks[:, 0].cpu().numpy().astype(np.uint8)
@@ -100,14 +100,14 @@ class Inpainter:
 
 @dataclasses.dataclass(frozen=True)
 class Inpainted:
-    """A batch that an `Inpainter` works on."""
+    """A batch in an `Inpainter`."""
 
     images: Tensor
     masks: Tensor
     filled: Future[Tensor]
 
     def result(self) -> Tensor:
-        """(N, 3, H, W), type and device of the images; waits for the host's threads."""
+        """Return (N, 3, H, W) with dtype and device of the images; waits for the host threads."""
         return torch.where(self.masks, self.filled.result().to(self.images), self.images)
 
 

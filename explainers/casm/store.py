@@ -90,7 +90,7 @@ class PastClassifiers:
 
 
 def _on_host(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in main memory, never the tensors themselves; the host waits for the device once for each dtype."""
+    """Return copies in host memory, never the tensors themselves, with one host sync per dtype."""
     copies: dict[str, Tensor] = {}
     for dtype in {tensor.dtype for tensor in state.values()}:
         alike = {name: tensor for name, tensor in state.items() if tensor.dtype == dtype}

@@ -1,4 +1,4 @@
-"""Work of the host beside the device's: figures of the last maps, while the next ones are made."""
+"""Host work that overlaps the device's: figures of the last maps while the next ones are computed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Self
 
 
 class Behind:
-    """Work of the host that a thread does while the device makes the next maps, one piece after the other.
+    """Runs host work in a thread while the device computes the next maps, one task at a time.
 
-    As a context it waits for the last piece; an error of a piece is raised at the next one, or at the end.
+    As a context manager it waits for the last task. An error in a task is raised at the next task, or at the end.
     """
 
     def __init__(self) -> None:
@@ -28,11 +28,11 @@ class Behind:
             self._thread.shutdown()
 
     def do(self, work: Callable[[], None]) -> None:
-        """Begin a piece of work once the one before it is done."""
+        """Start a task once the previous one is done."""
         self.wait()
         self._last = self._thread.submit(work)
 
     def wait(self) -> None:
-        """Until the work is done."""
+        """Wait until the current task is done."""
         if self._last is not None:
             self._last.result()

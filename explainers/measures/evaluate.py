@@ -275,7 +275,7 @@ class _Judge:
     def _against_network(
         self, images: Tensor, targets: Tensor, maps: Tensor, on_host: NDArray[np.float32]
     ) -> None:
-        """Figures that ask the network about changed images; they are read once all is under way."""
+        """Compute the metrics that run the network on modified images; they are read once all are queued."""
         asked: list[tuple[str, Tensor]] = []
         if "curves" in self.metrics:
             for name, curve in (("deletion", deletion_curve), ("insertion", insertion_curve)):

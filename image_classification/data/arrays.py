@@ -11,7 +11,7 @@ import numpy as np
 from image_classification.file_writing import atomic_path
 from image_classification.small_files import problem_of
 
-#: What NumPy and zipfile raise of a damaged file.
+#: Errors raised by NumPy and zipfile for damaged files.
 _DAMAGED = (
     *(OSError, ValueError, TypeError, KeyError, EOFError, OverflowError, MemoryError, SyntaxError),
     *(RuntimeError, NotImplementedError, AttributeError, zipfile.BadZipFile),
@@ -37,7 +37,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray] | None:
     try:
         with zipfile.ZipFile(path) as members:
             if any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist()):
-                return None  # which `write_npz` does not make: a few bytes could mean gigabytes
+                return None  # never written by `write_npz`: a few bytes could expand to gigabytes
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except _DAMAGED:

@@ -56,7 +56,7 @@ def difference(names: Sequence[str], known: Sequence[str]) -> str | None:
 
 
 def _are_numbers_of(names: Sequence[str], known: Sequence[str]) -> bool:
-    """Whether one has WordNet's number for each of as many classes that the other calls by words, all of ImageNet's."""
+    """Whether both have as many classes as ImageNet, one named by WordNet numbers and the other by words."""
     if len(names) != len(known) or len(names) != _NUM_IMAGENET:
         return False
     numbered = [all(_WORDNET.fullmatch(name) for name in each) for each in (names, known)]

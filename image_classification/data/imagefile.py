@@ -21,7 +21,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".t
 #: Suffixes of images that not every backend decodes; such files are counted and skipped.
 OTHER_SUFFIXES = (".gif", ".avif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".tga")
 
-#: What Pillow's plug-ins raise for damaged files.
+#: Errors raised by Pillow's plug-ins for damaged files.
 DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error)
 
 _HEAD_BYTES = 1024

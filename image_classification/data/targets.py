@@ -214,7 +214,7 @@ def read_mask(path: Path) -> np.ndarray:
         ValueError: The file is not an image with one 8-bit channel.
         FileNotFoundError: The file does not exist.
     """
-    if path.exists() and not path.is_file():  # a named pipe would be waited for
+    if path.exists() and not path.is_file():  # reading a named pipe would block
         raise ValueError(f"{path}: the mask is no regular file")
     try:
         with Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""The network that a weights file needs: of its architecture, its number of classes and its widths."""
+"""Builds the network that a weights file needs, by its architecture, number of classes and widths."""
 
 from __future__ import annotations
 

@@ -86,10 +86,10 @@ def libraries_with(name: str) -> list[str]:
 
 
 def check_known(library: str, name: str) -> None:
-    """Make sure that a library has a classifier of this name.
+    """Check that a library has a classifier of this name.
 
     Raises:
-        ModelError: It has none; the most similar name is suggested.
+        ModelError: There is no such classifier; the most similar name is suggested.
     """
     known = (
         name in library_names(library) if library == "torchvision" else import_library("timm").is_model(name)
@@ -197,11 +197,11 @@ def build_external(
 
 
 def build_pretrained(library: str, name: str, weights: object = None) -> nn.Module:
-    """Build a library's classifier with weights that it publishes, as `build_external` builds it otherwise.
+    """Build a library's classifier as `build_external` does, with weights published by the library.
 
     Args:
-        library, name: Of the network; timm's name says which weights.
-        weights: torchvision's own.
+        library, name: Library and name of the network; timm's names include the weights.
+        weights: torchvision's weights object.
     """
     if library == "timm":
         timm_network: nn.Module = import_library("timm").create_model(name, pretrained=True)

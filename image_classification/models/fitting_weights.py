@@ -1,4 +1,4 @@
-"""Weights into a network: names translated, heads replaced or kept, and everything that does not fit named."""
+"""Loads weights into a network: translates names, replaces or keeps heads, and names everything that does not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole numbers that modules hold, such as numbers of channels and heads: found, compared, and written back."""
+"""Integer attributes of modules, such as numbers of channels and heads: found, compared, and written back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network of a structure: built anew and cut down to it, or an existing one cut down."""
+"""Builds the network of a structure, or cuts an existing network down to a structure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The structure of a network: what differs from a network that its function builds anew."""
+"""Captures the structure of a network: its differences from a network freshly built by its function."""
 
 from __future__ import annotations
 

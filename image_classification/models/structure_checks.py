@@ -1,4 +1,4 @@
-"""Whether a structure belongs to a network: sizes, attributes, shared tensors and known kinds of module."""
+"""Checks that a structure belongs to a network: sizes, attributes, shared tensors and known kinds of module."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def saved_input(path: str | Path) -> NetworkInput | None:
 
 
 def read_safely(path: str | Path) -> PlainValue:
-    """Read what `torch.save` put into a file (`weights_reading.read_file`), or weights that a library publishes.
+    """Read a file written by `torch.save` (`weights_reading.read_file`), or weights published by a library.
 
     Args:
         path: A file, or a name such as `torchvision/resnet50:DEFAULT` (`published_weights`).

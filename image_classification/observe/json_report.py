@@ -137,7 +137,7 @@ def read_report(path: Path) -> list[Plain]:
     """
     entries = []
     with path.open(encoding="utf-8", errors="replace") as file:
-        # Something without an end of line is no report, and may have no end at all.
+        # Content without line ends is not a report, and may be endless.
         while 0 < len(line := file.readline(_LONGEST_LINE)) < _LONGEST_LINE:
             try:
                 entry = parse_json(line.removeprefix(_PREFIX))

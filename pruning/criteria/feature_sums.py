@@ -1,4 +1,4 @@
-"""What one criterion makes of the feature maps of one forward pass."""
+"""Sums of one criterion's scores over the feature maps of one forward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pruning.task import Targets
 
 
 class Collector:
-    """What one criterion makes of one forward pass."""
+    """The scores that one criterion computes in one forward pass."""
 
     def __init__(
         self, number: int, criterion: FeatureCriterion, targets: Targets, num_samples: int, sums: Tensor
@@ -29,7 +29,7 @@ class Collector:
         self.seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def take(self, site: Site, tensor: Tensor) -> None:
-        """Look at a tensor; one that several layers read counts once."""
+        """Process a tensor. A tensor that several layers read counts once."""
         if self.seen.get(tensor) == tensor._version:
             return
         self.seen[tensor] = tensor._version
@@ -43,7 +43,7 @@ class Collector:
             self.flush()
 
     def flush(self) -> None:
-        """Add up the scores of what was summarised."""
+        """Add the scores of the summaries to the sums."""
         with torch.autocast(self.sums.device.type, enabled=False):
             found = self.criterion.finish(self.summaries, self.targets)
         for site, scores in zip(self.sites, found, strict=True):

@@ -15,17 +15,17 @@ _GATE_BLOCK_ELEMENTS = 1 << 22
 
 
 class _GateContext(Protocol):
-    """What `_Gate` keeps for its backward pass: tensor, gate, and the dimension of the units."""
+    """The context of `_Gate` for its backward pass: tensor, gate, and the dimension of the units."""
 
     saved_tensors: tuple[Tensor, Tensor]
     dim: int
 
     def save_for_backward(self, tensor: Tensor, gate: Tensor) -> None:
-        """Keep them."""
+        """Save the tensor and the gate."""
 
 
 def _real_product(tensor: Tensor, gradient: Tensor) -> Tensor:
-    """What a real factor of each number would change, float32."""
+    """Return the derivative with respect to a real factor on each element, float32."""
     if tensor.is_complex():
         return (tensor * gradient.conj()).real.float()
     return tensor.float() * gradient.float()
@@ -61,10 +61,10 @@ class Gate(torch.autograd.Function):
 
 
 def _per_sample(gradient: Tensor, count: int) -> Tensor:
-    """Derivatives of rows, (R, C), as those of samples, (N, C).
+    """Convert derivatives of rows, (R, C), to derivatives of samples, (N, C).
 
-    Where rows are not a fixed number per sample (regions, anchors), each sample gets an equal part of their sum: what
-    is linear in the derivatives stays exact.
+    Where rows are not a fixed number per sample (regions, anchors), each sample gets an equal share of their sum, which
+    is exact for everything linear in the derivatives.
     """
     if len(gradient) % count == 0:
         found: Tensor = gradient.unflatten(0, (count, -1)).sum(1)
@@ -75,9 +75,9 @@ def _per_sample(gradient: Tensor, count: int) -> Tensor:
 def differentiate(
     objectives: Sequence[Tensor], gates: list[tuple[Site, Tensor]], count: int, width: int
 ) -> tuple[Tensor, list[Site]]:
-    """(K, N, width) float32: derivative of every objective of every sample by every unit's gate.
+    """Return the derivative of every objective of every sample by every unit's gate, (K, N, width) float32.
 
-    Beside them the sites that the objectives depend on. The others say nothing of their units.
+    Also returns the sites that the objectives depend on. The other sites say nothing about their units.
     """
     result = torch.zeros(len(objectives), count, width, device=gates[0][1].device)
     reached: dict[int, Site] = {}

@@ -221,7 +221,7 @@ class _Scorer:
     # -- feature maps --------------------------------------------------------------------------------------
 
     def _feature_pass(self, batch: Batch, sites: Mapping[Features, list[Site]]) -> None:
-        """A forward pass for all criteria that look at feature maps, and another for those that ask for it."""
+        """Run one forward pass for all criteria that read feature maps, and another for those that ask for one."""
         targets = targets_of(batch)
         count = num_samples(batch)
         for _, criterion in self.features:
@@ -258,7 +258,7 @@ class _Scorer:
     def _gradient_pass(
         self, number: int, criterion: GradientCriterion, batch: Batch, sites: list[Site]
     ) -> None:
-        """One forward pass and a backward pass per objective."""
+        """Run one forward pass, and a backward pass per objective."""
         gates: list[tuple[Site, Tensor]] = []
         in_float16: list[bool] = []
         watched = self.sites.watched(criterion.watched())

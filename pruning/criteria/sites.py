@@ -1,4 +1,4 @@
-"""Where in a forward pass the units of channel groups can be seen: inputs and outputs of modules."""
+"""The module inputs and outputs at which the units of channel groups can be observed in a forward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pruning.engine.tap_channels import output_place
 
 
 class Graph(Protocol):
-    """What scoring needs of a `ChannelGraph`."""
+    """The part of `ChannelGraph` that scoring needs."""
 
     num_units: int
     places: list[Place]
@@ -24,13 +24,13 @@ class Graph(Protocol):
 
     @property
     def prunable(self) -> list[Group]:
-        """Groups to score."""
+        """The groups to score."""
 
     def members(self, group: Group) -> list[Member]:
-        """Tensor slices of a group."""
+        """Return the tensor slices of a group."""
 
     def places_of(self, group: Group, kind: str | None = None, consumer: bool | None = None) -> list[Place]:
-        """Module inputs and outputs that show a group's units."""
+        """Return the module inputs and outputs that carry a group's units."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -41,7 +41,7 @@ class Site:
     units: Tensor
 
     def channels_first(self, tensor: Tensor, num_samples: int) -> Tensor:
-        """The tensor as (N, C, …), whatever dimension the channels are; windows of a sample become positions."""
+        """Return the tensor as (N, C, …), wherever its channels are; windows of a sample become positions."""
         if tensor.shape[0] == num_samples:
             return tensor.movedim(self.place.dim, 1)
         if tensor.shape[0] % num_samples or self.place.dim == 0:
@@ -60,8 +60,8 @@ class Sites:
 
     Args:
         graph: The channel graph.
-        groups: Those that are scored.
-        device: Where the network runs.
+        groups: The groups to score.
+        device: Device of the network.
     """
 
     def __init__(self, graph: Graph, groups: Sequence[Group], device: torch.device) -> None:
@@ -70,7 +70,7 @@ class Sites:
         self._device = device
 
     def showing(self, kind: str, fall_back: bool = True) -> list[Site]:
-        """The tensors that show the groups' units, each once, all groups of a tensor together."""
+        """Return the tensors that carry the groups' units, each once, with all groups of a tensor together."""
         places: dict[int, Place] = {}
         for group in self._groups:
             chosen = self._producers(group) if kind == "pre" else self._consumers(group)
@@ -80,7 +80,7 @@ class Sites:
         return [self._site(place) for place in places.values()]
 
     def watched(self, modules: Iterable[str]) -> dict[str, Site]:
-        """Outputs of modules that carry units of the groups, by module."""
+        """Return the outputs of modules that carry units of the groups, by module."""
         sites = {}
         for module in modules:
             place = output_place(self._graph, module)
@@ -89,7 +89,7 @@ class Sites:
         return sites
 
     def _site(self, place: Place) -> Site:
-        """A place with the units of the groups that are scored."""
+        """Return a place with the units of the groups that are scored."""
         wanted = (
             np.concatenate([group.units for group in self._groups]) if self._groups else np.empty(0, np.int64)
         )
@@ -97,7 +97,7 @@ class Sites:
         return Site(place, torch.from_numpy(units.astype(np.int64)).to(self._device))
 
     def _producers(self, group: Group) -> list[Place]:
-        """Outputs of the layers that make the group's units."""
+        """Return the outputs of the layers that produce the group's units."""
         makers = {
             alias.rpartition(".")[0]
             for m in self._graph.members(group)
@@ -107,5 +107,5 @@ class Sites:
         return [place for place in self._graph.places_of(group, kind="output") if place.module in makers]
 
     def _consumers(self, group: Group) -> list[Place]:
-        """Inputs of the layers that read the group's units."""
+        """Return the inputs of the layers that read the group's units."""
         return self._graph.places_of(group, kind="input", consumer=True)

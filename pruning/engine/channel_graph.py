@@ -322,7 +322,7 @@ class ChannelGraph:
         return rows
 
     def cuts_like(self, other: ChannelGraph) -> bool:
-        """Whether every cut of the same units changes the same in the network, and is judged at the same places."""
+        """Whether every cut of the same units changes the network alike and is verified at the same places."""
         for name in PARTS:
             mine, its = getattr(self, name), getattr(other, name)
             if len(mine) != len(its) or any(map(differ, mine, its)):

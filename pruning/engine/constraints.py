@@ -1,4 +1,4 @@
-"""What a user demands of the widths."""
+"""The user's constraints on widths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEFAULT_MIN_WIDTH = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Constraints:
-    """What a user demands of the widths.
+    """The user's constraints on widths.
 
     Attributes:
         round_to: Pruned widths are multiples of this many channels (hardware likes 8). A group may also keep its
@@ -24,7 +24,7 @@ class Constraints:
         limits: Name pattern of groups or modules (as `ignored`) to the units, count or share, that their groups
             keep at least.
         pairs: Names of two submodules that are cut alike, such as a network and its momentum teacher. A copy that takes
-            no gradients is recognised without.
+            no gradients is recognised automatically.
     """
 
     round_to: int = 1
@@ -45,10 +45,10 @@ class Constraints:
 
 
 def _check_least(setting: str, least: float, given: str) -> None:
-    """Refuse what is neither a share nor a count.
+    """Refuse a value that is neither a share nor a count.
 
     Raises:
-        SettingError: `given` is what the user wrote.
+        SettingError: The value is invalid; the message quotes `given`, the user's input.
     """
     possible = 0 < least < math.inf and (least <= 1 or least == int(least))
     check_setting(possible, setting, given, "give a share in (0, 1) or a whole number ≥ 1")

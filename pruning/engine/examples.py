@@ -79,11 +79,11 @@ class Pass:
     """One run of a network: an example in training or evaluation mode.
 
     Attributes:
-        example: What it is given.
+        example: Its input.
         training: Whether it takes the training paths (see `undisturbed.set_trace_mode`).
-        trace: Number of the recorded pass that it is, or that it repeats operator by operator.
-        steps: (module, function) of everything that the network's code asked of PyTorch.
-        called: Names of the modules that it called.
+        trace: Number of the recorded pass that this pass is, or repeats operator by operator.
+        steps: (module, function) of every PyTorch function that the network's code called.
+        called: Names of the called modules.
         written: Names of the parameters that it writes into.
         divisors: Names of the vectors that cannot be zero (see `traces.Trace.divisors`).
         unsteady: It draws random numbers or computes in half precision (see `steady.py`).

@@ -1,4 +1,4 @@
-"""The parts of a channel graph as plain data, for a checkpoint, and what tells two graphs apart."""
+"""The parts of a channel graph as plain data, for a checkpoint, and the comparison of two graphs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from pruning.engine.groups import AttributeAxis, Axis, Group, Layer, Place
 from pruning.engine.kept_statistics import Statistics
 
-#: Name of a list in a channel graph → what it holds.
+#: Name of a list in a channel graph → type of its elements.
 PARTS: dict[str, Any] = {
     "groups": Group,
     "axes": Axis,
@@ -24,12 +24,12 @@ PARTS: dict[str, Any] = {
 
 
 def row_of(part: Any) -> dict[str, Any]:
-    """The fields of one part of a graph, as a checkpoint can hold them."""
+    """Return the fields of one part of a graph in a form that a checkpoint can hold."""
     return {field.name: plain(getattr(part, field.name)) for field in dataclasses.fields(part)}
 
 
 def differ(one: Any, other: Any) -> bool:
-    """Whether two parts of graphs say different things; the words for why a group stays aside."""
+    """Whether two parts of graphs differ, ignoring reasons and notes."""
     for name, mine in vars(one).items():
         its = getattr(other, name)
         if name in ("reason", "notes"):

@@ -8,7 +8,7 @@ from image_classification.models.module_tree import named_modules
 
 
 def tensor_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """First qualified name of every parameter and buffer, with all names it is known by."""
+    """Map the first qualified name of every parameter and buffer to all of its names."""
     names: dict[int, list[str]] = {}
     for source in (
         model.named_parameters(remove_duplicate=False),
@@ -20,7 +20,7 @@ def tensor_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer once, by its first qualified name; parameters first."""
+    """Return every parameter and buffer once, by its first qualified name; parameters first."""
     parameters: dict[int, tuple[str, Tensor]] = {}
     buffers: dict[int, tuple[str, Tensor]] = {}
     for module_name, module in named_modules(model):

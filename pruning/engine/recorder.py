@@ -1,6 +1,6 @@
-"""Writes down every ATen operator of a pass, and every call of a module.
+"""Records every ATen operator of a pass, and every call of a module.
 
-A `TorchDispatchMode` sees every operator below autograd, whatever Python code asked for it.
+A `TorchDispatchMode` sees every operator below autograd, whatever Python code called it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pruning.engine.wrapped_tensors import is_wrapped
 
 
 class Recorder(TorchDispatchMode):
-    """Numbers tensors and writes down operators. Tensors die when the network drops them, which keeps memory low.
+    """Numbers tensors and records operators. Tensors are freed when the network drops them, which keeps memory low.
 
     Args:
         model: The network.
-        caller: Code of the function that runs it: what is around that is not the network's.
+        caller: Code of the function that runs it; the frames outside it are not the network's.
     """
 
     def __init__(self, model: nn.Module, caller: CodeType) -> None:
@@ -55,20 +55,20 @@ class Recorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """PyTorch would load its compiler, which takes seconds, only to leave this mode uncompiled."""
+        """Skip Dynamo: importing it takes seconds, and it would leave this mode uncompiled anyway."""
         return False
 
     def adopt_input(self, tensor: Tensor) -> int:
-        """Number an input image tensor."""
+        """Assign a number to an input image tensor."""
         return self._new_value(tensor, derived=True)
 
     @property
     def running(self) -> str:
-        """Qualified name of the innermost module that is running."""
+        """The qualified name of the innermost running module."""
         return self.watched.innermost
 
     def value_of(self, tensor: Tensor) -> int:
-        """The number of a tensor's current value; one that was not seen before is a constant."""
+        """Return the number of a tensor's current value; a tensor not seen before is a constant."""
         known = self._values.get(tensor)
         return self._new_value(tensor, derived=False) if known is None else known
 
@@ -118,7 +118,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _derives(self, args: Args, kwargs: Kwargs) -> bool:
-        """Whether any argument follows from the images."""
+        """Whether any argument depends on the images."""
         leaves = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         known = (self._values.get(tensor) for tensor in leaves)
         return any(value is not None and self.tensors[value].derived for value in known)
@@ -132,7 +132,7 @@ class Recorder(TorchDispatchMode):
         return Ref(self.value_of(leaf))
 
     def _look_again(self, view: Tensor, whole: Tensor, chain: tuple[ViewStep, ...]) -> None:
-        """Take a view again if its tensor has been written to since."""
+        """Record a view again if its tensor has been written to since."""
         current = whole
         value = self.value_of(whole)
         for step in chain:
@@ -175,7 +175,7 @@ class Recorder(TorchDispatchMode):
         return tensor if isinstance(tensor, Tensor) else None
 
     def _after_write(self, target: Tensor, derived: bool) -> tuple[int, tuple[ViewStep, ...], int] | None:
-        """A write through a view also makes a new version of the tensor that it looks into."""
+        """Record that a write through a view also makes a new version of its base tensor."""
         whole, chain = self._views.get(target, (None, ()))
         if whole is None:
             return None
@@ -198,7 +198,7 @@ class Recorder(TorchDispatchMode):
 
     @contextlib.contextmanager
     def watching_modules(self, model: nn.Module) -> Iterator[None]:
-        """Keep track of which module is running, and note every call."""
+        """Keep track of the running module, and record every call."""
         inputs: dict[ModuleCall, tuple[int, ...]] = {}
 
         def entering(call: ModuleCall, _module: nn.Module, args: object, kwargs: object) -> None:
@@ -216,7 +216,7 @@ class Recorder(TorchDispatchMode):
 
     @contextlib.contextmanager
     def parameters_kept(self) -> Iterator[None]:
-        """Parameters that the pass writes into have their values again afterwards."""
+        """Restore parameters that the pass writes into."""
         try:
             yield
         finally:
@@ -225,7 +225,7 @@ class Recorder(TorchDispatchMode):
                     tensor.data.copy_(self.written[name])
 
     def _before_write(self, target: Tensor) -> None:
-        """Remember a parameter's values before the pass first writes into it."""
+        """Save a parameter's values before the pass first writes into it."""
         name, parameter = self._parameters.get(_storage(target), (None, target))
         if name is not None and name not in self.written:
             with _disable_current_modes():
@@ -233,10 +233,10 @@ class Recorder(TorchDispatchMode):
 
 
 def _counts(tensor: Tensor) -> bool:
-    """Whether a tensor holds whole numbers (of batches, a queue's pointer, positions) and so no channels."""
+    """Whether a tensor holds integers (number of batches, a queue's pointer, positions) and so no channels."""
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def _storage(tensor: Tensor) -> tuple[Any, ...]:
-    """What tells that two tensors are the same numbers in the same places."""
+    """Return a key that is equal for tensors with the same elements at the same addresses."""
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype

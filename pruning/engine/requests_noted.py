@@ -1,4 +1,4 @@
-"""What a network's code asks of PyTorch, seen above autograd, before PyTorch decides how to do it."""
+"""Records the PyTorch functions that a network's code calls, above autograd and before PyTorch dispatches them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _OF_GRADIENTS = frozenset({Tensor.register_hook, Tensor.retain_grad})
 
 
 class Requests(TorchFunctionMode):
-    """Notes what the network's code asks of PyTorch, before PyTorch decides how to do it.
+    """Records the PyTorch functions that the network's code calls, before PyTorch dispatches them.
 
     Batch norms and dropouts work as in evaluation, whichever mode the network is in.
 
     Args:
-        running: Which modules are running.
-        value_of: The number of a tensor; None if they do not matter.
+        running: The running modules.
+        value_of: Returns the number of a tensor; None if the numbers do not matter.
 
     Attributes:
-        steps: (module, function) of every call that gives tensors.
+        steps: (module, function) of every call that returns tensors.
         scaled: Queries of scaled dot products whose scale follows from the width of a head, with the module. The
-            operators below only show a number by then, which a narrower head would not have.
+            operators below only show a constant, which would differ for a narrower head.
     """
 
     def __init__(self, running: Running, value_of: Callable[[Tensor], int] | None = None) -> None:

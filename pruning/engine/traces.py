@@ -1,4 +1,4 @@
-"""What a recorded pass is: operators, values, and calls of modules.
+"""A recorded pass: operators, values, and calls of modules.
 
 Tensors are numbered values; an operator that works in place makes a new version of its tensor, so that each value is
 written once.
@@ -33,14 +33,14 @@ class Ref:
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a value beside its labels.
+    """Properties of a value beside its labels.
 
     Attributes:
-        shape: Its shape.
+        shape: Shape of the tensor.
         repeated: Dimensions of stride 0, along which it was expanded.
         name: Qualified name if it is a parameter or buffer of real or complex numbers, or a buffer of booleans.
-        derived: It follows from the input images.
-        dtype: Its type.
+        derived: It depends on the input images.
+        dtype: Data type of the tensor.
     """
 
     shape: tuple[int, ...]
@@ -72,8 +72,8 @@ class Operation:
         stack: Names of all modules that were running, outermost first.
         writes_to: For a write through a view: (value of the whole tensor before, the chain of views, value
             of the whole tensor after).
-        replayed: A view that is taken again, since the tensor behind it was written; the network did not run it.
-        line: Where in the network's code it was asked for (see `code_lines.py`).
+        replayed: A view that is recorded again, since its base was written to; the network did not run it.
+        line: Line of the network's code that called it (see `code_lines.py`).
     """
 
     index: int
@@ -103,8 +103,8 @@ class TracedCall:
 class Trace:
     """One forward pass: operators, values, module calls, and the values given and returned.
 
-    `scaled` holds queries of attentions that scale by their width unasked, and the module where that happens;
-    `steps` what the network's code asked of PyTorch, as (module, function); `results` the tensors it returned;
+    `scaled` holds queries of attentions that scale by their width unasked, and the module where that happens; `steps`
+    the PyTorch functions that the network's code called, as (module, function); `results` the tensors it returned;
     `written` the names of the parameters that it wrote into; `unsteady` says that it drew random numbers or computed in
     half precision, `own_gradients` that hooks or functions of the network's own take part in a backward pass.
     """
@@ -124,7 +124,7 @@ class Trace:
     _makers: dict[int, Operation] = dataclasses.field(default_factory=dict, repr=False)
 
     def maker(self, value: int) -> Operation | None:
-        """The operator that made a value; None for inputs and parameters."""
+        """Return the operator that produced a value; None for inputs and parameters."""
         if not self._makers:
             for operation in self.operations:
                 self._makers.update((out, operation) for out in operation.outputs if out is not None)
@@ -132,7 +132,7 @@ class Trace:
 
     @property
     def divisors(self) -> frozenset[str]:
-        """Names of the vectors that are divided by or whose logarithm is taken: they cannot be zero."""
+        """Return the names of the vectors that are divided by or whose logarithm is taken: they cannot be zero."""
         found: set[str] = set()
         for operation in self.operations:
             name = str(operation.func.overloadpacket).removeprefix("aten.").rstrip("_")
@@ -141,7 +141,7 @@ class Trace:
         return frozenset(found)
 
     def _vectors_behind(self, argument: object) -> Iterator[str]:
-        """Names of the vectors that a value is, or was made of element by element without the images' help."""
+        """Yield the names of vectors that a value is, or was computed from element-wise without the images."""
         if not isinstance(argument, Ref) or self.tensors[argument.value].derived:
             return
         info = self.tensors[argument.value]
@@ -177,7 +177,7 @@ class Trace:
 
     @property
     def used_names(self) -> set[str]:
-        """Names of all parameters and buffers that took part."""
+        """Return the names of all parameters and buffers that took part."""
         return {info.name for info in self.tensors if info.name is not None}
 
 

@@ -18,7 +18,7 @@ from pruning.engine.kept_state import state_kept
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Whatever is run inside, the network's modes, buffers, attributes and the random state are as before afterwards.
+    """Restore the network's modes, buffers, attributes and the random state on exit, whatever runs inside.
 
     Inside there is no autograd, no autocast from outside, full float32 precision, and attention runs as plain
     operators.
@@ -42,9 +42,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def few_objects_to_collect() -> Iterator[None]:
-    """What exists already is not looked at by the garbage collections inside.
+    """Exclude objects that exist already from garbage collections inside.
 
-    Recordings and trials make many small objects, which sets off collections of everything that the process holds.
+    Recordings and trials make many small objects, which would trigger collections of all objects of the process.
     """
     if (
         gc.get_freeze_count()
@@ -60,9 +60,9 @@ def few_objects_to_collect() -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Full float32 precision, no autocast from outside, and transformer layers as single operators.
+    """Use full float32 precision, no outer autocast, and transformer layers as single operators.
 
-    An autocast within the network keeps no casts of weights: those of one pass would serve in the next.
+    An autocast within the network does not cache casts of weights, which the next pass would otherwise reuse.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     cache = torch.is_autocast_cache_enabled()
@@ -78,11 +78,11 @@ def plain_kernels() -> Iterator[None]:
 
 
 def set_trace_mode(model: nn.Module, training: bool) -> None:
-    """Evaluation mode, or training mode with PyTorch's normalisation and dropout still as in evaluation.
+    """Set evaluation mode, or training mode with PyTorch's normalisation and dropout still as in evaluation.
 
     The latter takes the training paths of a network (auxiliary heads) without batch statistics or noise. A class of the
-    network's own may do more in training than the layer that it extends; within it, `Requests` sees to that.
-    On the way modules drop what they keep from one evaluation to the next (see `forget_cached`).
+    network's own may do more in training than the layer that it extends; within it, `Requests` keeps them as in
+    evaluation. This also makes modules drop what they cache between evaluations (see `forget_cached`).
     """
     set_mode(model, True)
     set_mode(model, training)
@@ -90,10 +90,10 @@ def set_trace_mode(model: nn.Module, training: bool) -> None:
 
 
 def forget_cached(model: nn.Module) -> None:
-    """Modules that keep tensors from one evaluation to the next drop them; all modes are as before.
+    """Make modules drop the tensors that they cache between evaluations; modes are unchanged.
 
-    Attention biases that were looked up in a table are often kept so. The modules drop them when they are put
-    into training mode, since their parameters change then, as they do in a rewrite.
+    Attention biases looked up in a table are often cached like this. The modules drop them when they are put into
+    training mode, since their parameters change then, as they do in a rewrite.
     """
     with modes_restored(model):
         model.train()

@@ -145,7 +145,7 @@ def loaded_inverse(gram: Tensor, ridge: float) -> Tensor:
 
 
 def loaded_inverses(grams: Sequence[Tensor], ridge: float) -> list[Tensor]:
-    """`loaded_inverse` of several; the host waits for the device once for all of them, and again where one fails.
+    """Compute `loaded_inverse` of several products with one host sync, and one more per retry.
 
     Args:
         grams: (K, K) each, on one device.

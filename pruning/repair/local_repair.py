@@ -28,7 +28,7 @@ from pruning.repair.unit_inputs import UnitInputs, reading_units, unit_inputs
 from pruning.task import Batch, Task, num_samples
 
 _SOLUTIONS_KEPT = 2  # per layer: for the units closed so far, and for those of a candidate
-#: Bytes of products UᵀU that are inverted together.
+#: Largest total size of products UᵀU inverted together, in bytes.
 _INVERTED_AT_ONCE = 1 << 28
 
 
@@ -81,7 +81,7 @@ class LocalRepair:
         invert([one for one in layers if one.wants_several(masks)], self.ridge)
 
     def _collect(self, wanted: set[str]) -> None:
-        """What layers read, in one pass over the batches."""
+        """Collect the inputs of layers in one pass over the batches."""
         self._looked |= wanted
         for one in unit_inputs(
             self.model,
@@ -176,7 +176,7 @@ class _Layer:
         self.weights = inputs.weights
         self.mean = inputs.mean
         self.units = inputs.units.numpy()
-        self.gram: Tensor | None = inputs.gram  # until it is inverted
+        self.gram: Tensor | None = inputs.gram  # None once it is inverted
         self.inverse: Tensor | None = None
         self._ridge = ridge
         self._asked: set[bytes] = set()
@@ -228,9 +228,9 @@ class _Layer:
 
 
 def invert(layers: Sequence[_Layer], ridge: float) -> None:
-    """Put inverses in the place of products UᵀU, as many at a time as memory allows.
+    """Replace products UᵀU by their inverses, as many at a time as memory allows.
 
-    The host waits for the device once each time, not once a layer.
+    There is one host sync per batch of products, not per layer.
     """
     waiting = [(one, one.gram) for one in layers if one.gram is not None]
     while waiting:

@@ -8,7 +8,7 @@ from pruning.report.wording import change, counted, interval, number, percent
 
 #: Key of a figure → its name; the first one present in a run is the headline.
 HEADLINES = {"map": "mAP", "map_images": "mAP over images", "top1": "top-1"}
-#: Load per core from which on something else was running: the measurement itself keeps no more than all cores busy.
+#: Load per core above which something else was running: the measurement alone keeps at most all cores busy.
 _BUSY = 1.5
 
 
@@ -105,7 +105,7 @@ def _latency(plain: Plain) -> list[Plain]:
 
 
 def _other_work(plain: Plain) -> str:
-    """A word of warning where the machine was busy while latencies were measured."""
+    """Return a warning if the machine was busy while latencies were measured; otherwise an empty string."""
     load = max((row["load"] or 0.0 for row in plain["speed"]), default=0.0)
     if load < _BUSY:
         return ""

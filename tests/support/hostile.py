@@ -1,4 +1,4 @@
-"""Files that nobody means well with: each is made in the place of a good one."""
+"""Hostile files: each is created in place of a good one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-#: Path to make it at, content of the good file, file that exists once code has been run.
+#: Path to create, content of the good file, file that exists once code has been run.
 Maker = Callable[[Path, bytes, Path], None]
 MAKERS: dict[str, Maker] = {}
 
 
 class Attack:
-    """Unpickling it makes a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -32,7 +32,7 @@ class Attack:
 
 
 def maker(name: str) -> Callable[[Maker], Maker]:
-    """Put a maker into the list."""
+    """Register a maker."""
 
     def put(make: Maker) -> Maker:
         MAKERS[name] = make
@@ -48,7 +48,7 @@ def _content(name: str, change: Callable[[bytes], bytes]) -> None:
 
 
 def _flipped(good: bytes, place: float) -> bytes:
-    """With one bit the other way round."""
+    """Return the content with one bit flipped."""
     position = min(int(place * len(good)), len(good) - 1)
     return good[:position] + bytes([good[position] ^ 32]) + good[position + 1 :]
 
@@ -136,11 +136,11 @@ def _deep(path: Path, good: bytes, canary: Path) -> None:
 
 @maker("zip bomb")
 def _zip_bomb(path: Path, good: bytes, canary: Path) -> None:
-    """Members that all say that they hold terabytes, and hold 8 MiB."""
+    """Write members that all claim to hold terabytes, and hold 8 MiB."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         archive.writestr("archive/data.pkl", bytes(8 << 20))
         archive.writestr("train/a/0.png", bytes(8 << 20))
-        # The table at the end may say anything.
+        # The central directory may claim anything.
         for info in archive.infolist():
             info.file_size = 8 << 40
 
@@ -184,7 +184,7 @@ def _sparse(path: Path, good: bytes, canary: Path) -> None:
         file.truncate(1 << 40)
 
 
-if os.geteuid() != 0:  # to whom nothing is closed
+if os.geteuid() != 0:  # root, for whom nothing is closed
 
     @maker("closed to this user")
     def _closed(path: Path, good: bytes, canary: Path) -> None:

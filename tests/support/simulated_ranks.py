@@ -187,7 +187,7 @@ def simulated_ranks(world_size: int) -> Iterator[SimulatedRanks]:
         stack.enter_context(mock.patch(f"{ours}.store", ranks._get_store))
         stack.enter_context(mock.patch(f"{ours}.wait_until", ranks._wait))
         stack.enter_context(mock.patch(f"{ours}.num_waits", _Waits(ranks)))
-        # Threads that take turns do not leave such switches in the order in which they came.
+        # Threads that take turns do not leave such switches in the order in which they entered them.
         stack.callback(_compile_again)
         for product in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
             stack.callback(setattr, product, "fp32_precision", product.fp32_precision)

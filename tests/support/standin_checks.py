@@ -74,9 +74,9 @@ SOLVED = [
     ("magnitude", "uniform", "least-squares"),
     ("magnitude", "sensitivity", "least-squares"),
 ]
-#: More of them where candidates are judged as they would be repaired, however many layers that takes.
+#: Additional reads if candidates are compared as repaired, however many layers that takes.
 JUDGED_REPAIRED = 4
-#: More of them for each further instalment of the greedy search, which compares what its candidates cost.
+#: Additional reads for each further instalment of the greedy search, which compares candidates' costs.
 INSTALMENT = 1
 
 
@@ -243,7 +243,7 @@ def settings_of(name: str, model: nn.Module, folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", method_names())
 def test_attribution_methods(tmp_path: Path, standin: StandIn, name: str) -> None:
-    """The maps are the CPU's, and the host waits once a batch: it looks whether all classes exist."""
+    """The maps equal the CPU's, and the host waits once per batch, to check that all classes exist."""
     model = network().eval()
     settings = settings_of(name, model, tmp_path)
     images, targets = torch.randn(3, 3, 16, 16), torch.arange(3)
@@ -261,7 +261,7 @@ def test_attribution_methods(tmp_path: Path, standin: StandIn, name: str) -> Non
 
 @pytest.mark.parametrize("name", ["gradcam", "casm", "selector"])
 def test_explanations_as_a_criterion(standin: StandIn, name: str) -> None:
-    """What pruning keeps an eye on: the same scores as on the CPU, by as few reads whatever explains."""
+    """Attribution as a pruning criterion: the same scores as on the CPU, by as few reads with every method."""
     model = network().eval()
     made: dict[str, Any] = {
         "gradcam": lambda: GradCamExplanation("layer3"),

@@ -1,7 +1,7 @@
-"""On a stand-in accelerator: the steps of every optimizer, gate, explainer and objective, and what they leave there.
+"""Checks on a stand-in accelerator: the steps of every optimizer, gate, explainer and objective, and their state there.
 
-Beside standin_checks.py, which has the instrument itself, criteria, rewrites and attribution methods. The figures are
-those of the table in docs/howto/benchmark-machine.md.
+This complements standin_checks.py, which covers criteria, rewrites and attribution methods and has the instrument. The
+figures are those of the table in docs/howto/benchmark-machine.md.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from pruning.training.learned.widths import inner_groups
 from pruning.training.unstructured import UnstructuredConfig, UnstructuredPruning
 
 CLASSES = 10
-#: Reads of storing a past classifier: one for each type of number that it has.
+#: Reads when a past classifier is stored: one per dtype that it has.
 STORED = 2
-#: Reads of a round of single weights, of whatever layers: which go, the masks' digests, what is reported.
+#: Reads of a round of single weights, for any layers: the selection, the masks' digests, the report.
 ROUND = 5
 
 
@@ -63,7 +63,7 @@ def network() -> nn.Module:
 
 
 def moved(standin: StandIn, num_steps: int = 6, size: int = 16) -> Iterator[Batch]:
-    """Batches of four images on the device."""
+    """Yield batches of four images on the device."""
     for step in range(num_steps):
         images, targets = torch.randn(4, 3, size, size), torch.randint(0, CLASSES, (4,))
         yield Batch(images.to(standin.device), targets.to(standin.device), torch.arange(4) + 4 * step)
@@ -74,7 +74,7 @@ def devices(*tensors: Tensor) -> set[str]:
 
 
 def remembered(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """What an optimizer keeps of its parameters."""
+    """Return the tensors of an optimizer's state."""
     return [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
 
 
@@ -91,7 +91,7 @@ def test_optimizers(tmp_path: Path, standin: StandIn, name: Any) -> None:
 
 
 def test_leaving_updates_out_reads_once(tmp_path: Path, standin: StandIn) -> None:
-    """`--on-nan skip` has to know before the update."""
+    """`--on-nan skip` has to decide before the update."""
     distributed = Distributed(device=standin.device)
     trainer = build_trainer(workspace=tmp_path, distributed=distributed, on_nan="skip", nan_budget=2)
     batches = moved(standin, size=8)
@@ -104,7 +104,7 @@ def test_leaving_updates_out_reads_once(tmp_path: Path, standin: StandIn) -> Non
 @pytest.mark.parametrize("form", get_args(Form))
 @pytest.mark.parametrize("sampling", get_args(Sampling))
 def test_gates(standin: StandIn, form: Any, sampling: Any) -> None:
-    """A step reads nothing once the images' explanations are looked up; at an epoch's end the budget is read."""
+    """A step reads nothing once the images' explanations are cached; at the end of an epoch the budget is read."""
     model = network().eval()
     example = torch.randn(2, 3, 16, 16)
     graph = trace_groups(model, example)
@@ -134,7 +134,7 @@ def test_gates(standin: StandIn, form: Any, sampling: Any) -> None:
 @pytest.mark.parametrize("adversarial", [False, True])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_casm(tmp_path: Path, standin: StandIn, preset: str, adversarial: bool) -> None:
-    """A step of classifier and decoder reads nothing, but where the classifier is stored."""
+    """A step of classifier and decoder reads nothing, except where the classifier is stored."""
     trainer = casm_trainer(tmp_path, standin, preset, adversarial)
     batches = moved(standin)
     counts = []
@@ -227,7 +227,7 @@ def test_distillation(tmp_path: Path, standin: StandIn, match: bool, multi_label
 
 
 def test_single_weights(tmp_path: Path, standin: StandIn) -> None:
-    """Steps that hold weights at zero read nothing; what a round reads does not grow with each layer's figures."""
+    """Steps that hold weights at zero read nothing; the reads of a round do not grow with the number of layers."""
     pruning = UnstructuredPruning(UnstructuredConfig(unstructured_pruning=0.2, rounds=2), repair="none")
     trainer = build_trainer(
         workspace=tmp_path,

@@ -22,16 +22,16 @@ from image_classification.data.progress import progress_bar
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
 _MEBI = 1 << 20
-#: Images hardly get smaller in an archive: what unpacks to so many times its size, and to more than this, holds none.
+#: Images hardly compress: one that unpacks to more than this multiple of its size, plus these bytes, is refused.
 _MOST_AGAIN = 100
 _FREE_EXTENT = 1 << 30
 _LONGEST_TAIL = 64  # MiB
-#: What the modules raise of files that are damaged, encrypted or packed in a way that Python does not know.
+#: Errors raised by the modules for files that are damaged, encrypted or in an unsupported compression.
 _DAMAGED = (
     *(tarfile.TarError, zipfile.BadZipFile, LZMAError, EOFError, zlib.error),
     *(RuntimeError, UnicodeError),
 )
-#: Errors of members' names: too long, a file in the place of a folder, characters that the file system refuses.
+#: Errors of members' names: too long, a file in place of a folder, characters that the file system rejects.
 _ODD_NAMES = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.EILSEQ)
 
 
@@ -97,7 +97,7 @@ def _unpack_tar(archive: Path, target: Path, progress: bool) -> None:
 
 
 def _mode_of(packed: IO[bytes]) -> Literal["r:", "r:gz", "r:bz2", "r:xz"]:
-    """How a tar file is compressed, by its first bytes: trying one after the other takes long on what is none."""
+    """Return the mode for the compression of a tar file by its first bytes; trial and error is slow on other files."""
     start = packed.read(6)
     packed.seek(0)
     if start.startswith(b"\x1f\x8b"):
@@ -108,10 +108,10 @@ def _mode_of(packed: IO[bytes]) -> Literal["r:", "r:gz", "r:bz2", "r:xz"]:
 
 
 def _read_to_the_end(members: tarfile.TarFile) -> None:
-    """Read what is behind the last member: only then do decompressors compare the check sum of all that was read.
+    """Read to the end of the archive, because decompressors verify the checksum only there.
 
     Raises:
-        EOFError, OSError, ReadError: The file was cut off, its check sum differs, or there is no end in sight.
+        EOFError, OSError, ReadError: The file is truncated, its checksum differs, or it has no end in sight.
     """
     assert members.fileobj is not None
     for _ in range(_LONGEST_TAIL):

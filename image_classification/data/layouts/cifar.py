@@ -115,7 +115,7 @@ def read_split(root: Path, form: Format, files: tuple[str, ...]) -> EvaluationIm
     counts = {name: len(part.labels) for name, part in zip(files, parts, strict=True)}
     if (
         len(set(counts.values())) > 1
-    ):  # all batches have as many; one that was cut between two images shows by this alone
+    ):  # all batches have the same number; only this reveals one truncated between two images
         shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         raise ValueError(f"{root}: its files have different numbers of images ({shown}): take another copy")
     images = np.concatenate([part.images for part in parts])
