@@ -36,7 +36,7 @@ from image_classification.data.plan import (
 )
 from image_classification.data.workers import num_cores
 from image_classification.models.registry import IMAGENET_CLASSES
-from image_classification.network_input import EvaluationGeometry
+from image_classification.network_input import EvaluationGeometry, check_normalisation
 
 logger = logging.getLogger(__name__)
 _STEPS_OF_AN_EPOCH = 20  # that a default batch leaves at least, down to batches of `_LEAST_BATCH`
@@ -129,10 +129,7 @@ class ReadConfig:
         for name in ("image_size", "resize"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            check(value is None or len(value) == 3, f"--{name} takes three numbers, not {value}")
-        check(self.std is None or min(self.std) > 0, f"--std {self.std} must be positive")
+        check_normalisation(self.mean, self.std)
 
     def resolved_preset(self, preset: Preset) -> Preset:
         """The data set's settings with the flags' on top.

@@ -43,10 +43,20 @@ _STATE_KEYS = ("state_dict", "model", "model_state_dict", "net")
 _EMA_KEYS = ("ema", "ema_state_dict", "state_dict_ema", "model_ema")
 _ZIP_START = b"PK\x03\x04"
 _CHUNK = 1 << 20
+_NEW_HEAD = {"new_head": ", or `new_head` to start a new one"}
 
 
 class WeightsError(ModelError):
-    """A weights file that cannot be used. The message names the file, what is wrong and the way out."""
+    """A weights file that cannot be used. The message names the file, what is wrong and the way out.
+
+    Args:
+        message: All of it.
+        offers: Argument → the part of the message that offers it, which commands without such a flag leave out.
+    """
+
+    def __init__(self, message: str, offers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.offers = dict(offers or {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,7 +363,7 @@ def apply_weights(
         elif name.partition(".")[0] in head_parts or _optional(name, value):
             fresh.append(name)
         else:
-            raise WeightsError(_misfit(model, given, name, target, value))
+            raise WeightsError(_misfit(model, given, name, target, value), _NEW_HEAD)
     for name in given.state:
         if name not in targets and name.partition(".")[0] not in head_parts:
             raise WeightsError(
@@ -424,8 +434,8 @@ def _misfit(model: nn.Module, given: LoadedWeights, name: str, target: Tensor, v
     per_class = identity_of(model) is not None and name in head_tensors(model)
     if per_class and not _other_arch(model, given) and value.dim() == target.dim():
         return (
-            f"{shapes}: other classes. Give `num_classes` {value.shape[0]} to keep its classifier, or `new_head` to "
-            "start a new one"
+            f"{shapes}: other classes. Give `num_classes` {value.shape[0]} to keep its classifier"
+            f"{_NEW_HEAD['new_head']}"
         )
     return f"{shapes}: a network of other widths{_arch_hint(model, given)}"
 
@@ -552,7 +562,8 @@ def _asked_structure(
     if not new_head:
         raise WeightsError(
             f"{path} was trained for {structure.num_classes} classes, not {num_classes}: give `num_classes` "
-            f"{structure.num_classes} to keep its classifier, or `new_head` to start a new one"
+            f"{structure.num_classes} to keep its classifier{_NEW_HEAD['new_head']}",
+            _NEW_HEAD,
         )
     return structure.with_num_classes(num_classes)
 
