@@ -4,8 +4,8 @@
 
 A network trains on random images. Between rewrites (uniform, by magnitude) its step is timed eagerly, then compiled:
 the first compiled step includes the compilation, the later ones show the gain. Cost ÷ gain is the best number of steps
-for `--compile-after`: a network is then compiled at a loss of at most the time already lost without compilation. Seconds are
-CPU seconds on a CPU, those of the compiler processes included, and wall-clock seconds on a GPU.
+for `--compile-after`: a network is then compiled at a loss of at most the time already lost without compilation.
+Seconds are CPU seconds on a CPU, those of the compiler processes included, and wall-clock seconds on a GPU.
 """
 
 from __future__ import annotations

@@ -52,6 +52,8 @@ _FLAGS: dict[str, str] = {}
 def told(error: Exception, flags: Mapping[str, str] | None = None) -> str:
     """Format an error for command-line users, with flags in place of argument names.
 
+    An error may have `offers`, argument → a part of its text, which is left out where the command has no such flag.
+
     In the text of any error, a name in backquotes (`num_classes`) stands for the argument, and so for its flag.
 
     Args:
@@ -63,6 +65,9 @@ def told(error: Exception, flags: Mapping[str, str] | None = None) -> str:
         text = (
             error.strerror if error.filename is None else f"{_short(str(error.filename))}: {error.strerror}"
         )
+    for argument, offer in getattr(error, "offers", {}).items():
+        if flags and argument not in flags:
+            text = text.replace(offer, "")
     if isinstance(error, SettingError):
         name = {**_FLAGS, **(flags or {})}.get(error.setting, "--" + error.setting.replace("_", "-"))
         text = f"{name} {error.value}: {error.problem}"

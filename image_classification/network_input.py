@@ -4,14 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal, Self, get_args
 
 from image_classification.channel_statistics import Triple
+from image_classification.config import check_setting
 from image_classification.plain_data import Plain
 
 #: How a rectangular image becomes square: the short side is resized and the centre cropped, or the whole is stretched.
 EvaluationGeometry = Literal["crop", "whole"]
 _LARGEST_SIDE = 1 << 16
+
+
+def check_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Refuse flags of a normalisation that cannot be one of RGB in [0, 1].
+
+    Raises:
+        SettingError: `mean` or `std`.
+    """
+    scale = "they are of RGB in [0, 1], so that what is meant for 0 … 255 is to be divided by 255"
+    for name, values in (("mean", mean), ("std", std)):
+        if values is None:
+            continue
+        shown = " ".join(f"{value:g}" for value in values)
+        check_setting(len(values) == 3, name, shown, "give three numbers")
+        check_setting(
+            all(0 <= value <= 1 for value in values), name, shown, f"give numbers from 0 to 1; {scale}"
+        )
+        check_setting(
+            name == "mean" or min(values) > 0,
+            name,
+            shown,
+            "give positive numbers; images are divided by them",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from image_classification.models.registry import IMAGENET_CLASSES
 from image_classification.models.structure import Structure
 from image_classification.models.structure_build import build_from_structure
 from image_classification.models.weights import LoadedWeights, load_weights
-from image_classification.models.weights_reading import WeightsError
+from image_classification.models.weights_reading import NEW_HEAD, WeightsError
 from image_classification.plain_data import PlainMapping, PlainValue
 
 
@@ -129,7 +129,8 @@ def _asked_structure(
     if not new_head:
         raise WeightsError(
             f"{path} was trained for {structure.num_classes} classes, not {num_classes}: give `num_classes` "
-            f"{structure.num_classes} to keep its classifier, or `new_head` to start a new one"
+            f"{structure.num_classes} to keep its classifier{NEW_HEAD['new_head']}",
+            NEW_HEAD,
         )
     return structure.with_num_classes(num_classes)
 

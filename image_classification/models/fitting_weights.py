@@ -17,7 +17,7 @@ from image_classification.models.meta_device import on_meta
 from image_classification.models.module_tree import tensors_by_all_names
 from image_classification.models.registry import ModelError
 from image_classification.models.weights import LoadedWeights
-from image_classification.models.weights_reading import WeightsError
+from image_classification.models.weights_reading import NEW_HEAD, WeightsError
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -103,7 +103,7 @@ def apply_weights(
         elif name.partition(".")[0] in head_parts or _optional(name, value):
             fresh.append(name)
         else:
-            raise WeightsError(_misfit(model, given, name, target, value))
+            raise WeightsError(_misfit(model, given, name, target, value), NEW_HEAD)
     for name in given.state:
         if name not in targets and name.partition(".")[0] not in head_parts:
             raise WeightsError(
@@ -174,8 +174,8 @@ def _misfit(model: nn.Module, given: LoadedWeights, name: str, target: Tensor, v
     per_class = identity_of(model) is not None and name in head_tensors(model)
     if per_class and not _other_arch(model, given) and value.dim() == target.dim():
         return (
-            f"{shapes}: other classes. Give `num_classes` {value.shape[0]} to keep its classifier, or `new_head` to "
-            "start a new one"
+            f"{shapes}: other classes. Give `num_classes` {value.shape[0]} to keep its classifier"
+            f"{NEW_HEAD['new_head']}"
         )
     return f"{shapes}: a network of other widths{_arch_hint(model, given)}"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,8 +24,21 @@ _ZIP_START = b"PK\x03\x04"
 _CHUNK = 1 << 20
 
 
+#: The offer of an error that a new classifier would avoid.
+NEW_HEAD = {"new_head": ", or `new_head` to start a new one"}
+
+
 class WeightsError(ModelError):
-    """A weights file cannot be used. The message names the file, the problem and a remedy."""
+    """A weights file cannot be used. The message names the file, the problem and a remedy.
+
+    Args:
+        message: The whole message.
+        offers: Argument → the part of the message that offers it, left out by commands without such a flag.
+    """
+
+    def __init__(self, message: str, offers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.offers = dict(offers or {})
 
 
 def read_file(path: str | Path) -> PlainValue:

@@ -11,7 +11,7 @@ from torch import nn
 from image_classification.config import check
 from image_classification.device_flag import declare_device, device_named
 from image_classification.models import arch_info, identity_of, input_of, model_for_weights
-from image_classification.network_input import NetworkInput
+from image_classification.network_input import NetworkInput, check_normalisation
 from pruning.criteria import criterion_names
 from pruning.criteria.by_name import make_criterion
 from pruning.engine.constraints import DEFAULT_MIN_WIDTH, Constraints
@@ -59,7 +59,11 @@ def declare_network_and_images(parser: argparse.ArgumentParser) -> None:
         "--resize", type=int, default=None, help="short side before the crop; default: the architecture's"
     )
     parser.add_argument(
-        "--mean", type=float, nargs=3, default=None, help="normalisation; default: the architecture's"
+        "--mean",
+        type=float,
+        nargs=3,
+        default=None,
+        help="normalisation, of values in 0 … 1; default: the architecture's",
     )
     parser.add_argument(
         "--std", type=float, nargs=3, default=None, help="standard deviation; default: the architecture's"
@@ -78,7 +82,7 @@ def check_network_and_images(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         check(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: give a whole number ≥ 1")
     check(arguments.seed >= 0, f"--seed {arguments.seed} is negative")
-    check(arguments.std is None or min(arguments.std) > 0, f"--std {arguments.std}: must be positive")
+    check_normalisation(arguments.mean, arguments.std)
     device_named(arguments.device)
     check(
         arguments.arch is None or arguments.factory is None,
