@@ -17,6 +17,7 @@ from image_classification.callbacks import Callback, TrainLoop
 from image_classification.data.loader import Loader
 from image_classification.observe.figures import Figure, register_figures
 from pruning.costs.budget import Budget
+from pruning.costs.cost_model import CostModel
 from pruning.costs.cost_registry import cost_names
 from pruning.criteria.sample_losses import losses_of
 from pruning.engine.channel_graph import ChannelGraph
@@ -130,8 +131,16 @@ class ChannelPruning(Callback, abc.ABC):
     def explanation_moved(self, trainer: TrainLoop) -> float | None:
         """Mean squared distance of the explanation from the original network's; None where none is followed."""
 
+    @abc.abstractmethod
+    def cost_model(self) -> CostModel:
+        """What the network costs."""
+
     def on_fit_end(self, trainer: TrainLoop) -> None:
-        """Log how far the final network's explanation is from the original's."""
+        """Log the costs before and after, and how far the final network's explanation is from the original's."""
+        costs = self.cost_model()
+        before = {f"pruning.{metric}_before": costs.baseline(metric) for metric in costs.metrics}
+        after = {f"pruning.{metric}_after": costs.current(metric) for metric in costs.metrics}
+        trainer.logger.log((), before | after)
         moved = self.explanation_moved(trainer)
         if moved is None:
             return

@@ -251,6 +251,21 @@ def test_one_shot_happens_once_before_training(tmp_path: Path) -> None:
     assert trainer.state.iteration == 12
 
 
+def test_the_run_ends_with_the_costs_before_and_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruning = callback()
+    trainer = build_trainer(workspace=tmp_path, callbacks=(pruning,), epochs=2, ema=0.9)
+    logged: dict[str, object] = {}
+    monkeypatch.setattr(
+        trainer.logger, "log", lambda step, data, iteration=None: logged.update({} if step else data)
+    )
+    trainer.fit()
+    costs = pruning.pruner.costs
+    assert logged["pruning.macs_before"] == costs.baseline("macs")
+    assert logged["pruning.macs_after"] == costs.current("macs") <= 0.7 * costs.baseline("macs") * (1 + 1e-6)
+
+
 def test_learning_rate_recovers_after_a_rewrite(tmp_path: Path) -> None:
     factors: dict[int, float] = {}
 
