@@ -18,7 +18,7 @@ from image_classification.data.loader import Loader
 from image_classification.observe.figures import Figure, register_figures
 from pruning.costs.budget import Budget
 from pruning.costs.cost_model import CostModel
-from pruning.costs.cost_registry import cost_names
+from pruning.costs.cost_registry import cost_named, cost_names
 from pruning.criteria.sample_losses import losses_of
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.groups import Group
@@ -65,6 +65,9 @@ class ChannelPruning(Callback, abc.ABC):
         self.restored: dict[str, Any] | None = None
         shares = {f"{name}_share": Figure(steers=True) for name in cost_names()}
         register_figures(("gates", "pruning"), shares)
+        counted = [name for name in cost_names() if cost_named(name).divisor >= 1]
+        whole = {f"{name}_{when}": Figure(",.0f") for name in counted for when in ("before", "after")}
+        register_figures("pruning", whole)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Remembered until the network is traced."""

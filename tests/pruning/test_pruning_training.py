@@ -13,6 +13,7 @@ from support.training import MemoryLoader, Recorder, build_trainer, toy_data
 
 from image_classification.callbacks import Callback
 from image_classification.models import Structure, build_from_structure, read_safely
+from image_classification.observe.console import Console
 from image_classification.trainer import Trainer
 from pruning.engine.surgery import prune_channels
 from pruning.search import Decision, GreedySearch, Situation
@@ -255,6 +256,9 @@ def test_the_run_ends_with_the_costs_before_and_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pruning = callback()
+    assert (
+        Console(1, live=False).format("pruning.macs_before", 91238400.0) == "pruning.macs_before 91,238,400"
+    )
     trainer = build_trainer(workspace=tmp_path, callbacks=(pruning,), epochs=2, ema=0.9)
     logged: dict[str, object] = {}
     monkeypatch.setattr(
