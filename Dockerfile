@@ -1,4 +1,4 @@
-# LucidPrune on NVIDIA's PyTorch image, which brings PyTorch, torchvision, DALI, NCCL and apex.
+# LucidPrune on NVIDIA's PyTorch image, which brings PyTorch, torchvision and NCCL; DALI is installed where it does not.
 #
 #   docker build -t lucidprune:0.1.0 .
 #   docker run --rm -it --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 \

@@ -1,13 +1,13 @@
-"""How long attribution methods take, in forward passes of the same network on the same images.
+"""Speed of attribution methods, in forward passes of the same network on the same images.
 
     OMP_NUM_THREADS=1 python benchmarks/attribution_speed.py [--arch resnet50 vgg16_bn] [--batch-size 16]
 
 For every network and method: seconds to compute the maps of one batch ÷ seconds of an evaluation-mode forward pass of
-that batch. Both are measured in turns, in processor time on a CPU, so that a busy machine disturbs little; the table
-has the median and the range over the repeats. Beside it stands the largest |arrived ÷ started − 1| of the batch, for
-methods that conserve relevance; the JSON also has the peak memory of a GPU.
+that batch. Both are measured in turns, in processor time on a CPU, so that a busy machine has little influence; the
+table has the median and the range over the repeats, and the largest |arrived ÷ started − 1| of the batch for methods
+that conserve relevance. The JSON also has the peak memory of a GPU.
 
-Weights are random, batch norms take their statistics from the images, which are smooth random fields.
+Weights are random; batch norms take their statistics from the images, which are smooth random fields.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Row = dict[str, Any]
 
 
 def measure(arch: str, batch_size: int, repeats: int, seed: int, device: torch.device) -> list[Row]:
-    """One row per method."""
+    """Measure one network and return a row per method."""
     example = smooth_images(batch_size, arch_info(arch).image_size, seed)
     model = conditioned_network(arch, example, seed).to(device)
     images = example.to(device)
@@ -75,7 +75,7 @@ def measure(arch: str, batch_size: int, repeats: int, seed: int, device: torch.d
 
 
 def table_row(row: Row) -> list[str]:
-    """The cells of one row."""
+    """Return the cells of one row."""
     forwards, error = row["forwards"], row["conservation_error"]
     return [
         row["arch"],
@@ -87,7 +87,7 @@ def table_row(row: Row) -> list[str]:
 
 
 def main() -> None:
-    """Measure, print, write JSON."""
+    """Measure, print and write JSON."""
     parser = BenchmarkParser(__doc__, repeats=5)
     parser.add_argument("--arch", nargs="+", default=list(ARCHS))
     parser.add_argument("--batch-size", type=int, default=16)

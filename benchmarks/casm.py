@@ -1,4 +1,4 @@
-"""Trains saliency mappings (CASM) of one classifier with several thinning presets, and judges them.
+"""Trains saliency mappings (CASM) of one classifier with several thinning presets, and evaluates them.
 
     OMP_NUM_THREADS=1 python benchmarks/casm.py --checkpoint runs/shapes/model_best.pth.tar --workspace runs/casm
 
@@ -6,7 +6,7 @@ For every preset the JSON has the tables of two verbs, which also print them:
 
 score-casm   F1, F1a, LE, OM, saliency metric and statistics of the masks, beside the baselines `max` and `centre`
 eval-casm    accuracy, loss and entropy on whole, masked-in, masked-out and inpainted images, of the mapping's own
-             classifier and of the one it started from, beside masks that do not depend on the image
+classifier and of the one it started from, along with masks that do not depend on the image
 
 λ_r weighs the size of the masks against an entropy of at most ln(classes). The published values belong to 1,000
 classes; `--lambda-scale auto` multiplies them by ln(classes) ÷ ln(1000).
@@ -55,7 +55,7 @@ def run_preset(preset: str, scale: float, arguments: argparse.Namespace, arch: s
 
 
 def judge(arguments: argparse.Namespace) -> dict[str, list[dict[str, object]]]:
-    """Rows of `score-casm` and of `eval-casm` for all mappings in the workspace."""
+    """Return rows of `score-casm` and of `eval-casm` for all mappings in the workspace."""
     started_from = arguments.workspace / "started_from"
     started_from.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(arguments.checkpoint, started_from / "start.pth.tar")
@@ -69,13 +69,13 @@ def judge(arguments: argparse.Namespace) -> dict[str, list[dict[str, object]]]:
 
 
 def read_rows(path: Path) -> list[dict[str, object]]:
-    """The rows that a verb wrote."""
+    """Read the rows that a verb wrote."""
     rows: list[dict[str, object]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
     return rows
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = BenchmarkParser(__doc__)
     parser.add_argument("data", nargs="?", default="shapes")
     parser.add_argument(
@@ -99,7 +99,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train, judge, print, write JSON."""
+    """Train, evaluate, print and write JSON."""
     arguments = parse()
     weights = load_weights(arguments.checkpoint)
     if weights.structure is None or weights.arch is None or weights.structure.num_classes is None:

@@ -1,4 +1,4 @@
-"""How long a training stands still for a checkpoint: written beside it, or while it waits.
+"""Pause of a training for a checkpoint, written in the background or while training waits.
 
     python benchmarks/checkpoint_pause.py [--arch resnet50] [--repeats 5] [--workspace DIR]
 
@@ -23,7 +23,7 @@ from image_classification.models import create_model
 def pauses(
     state: dict[str, object], folder: Path, beside: bool, repeats: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds for which each save keeps its caller, and until it is on disk."""
+    """Return the seconds for which each save blocks its caller, and until it is on disk."""
     config = CheckpointConfig(workspace=folder, checkpoint_beside=beside)
     checkpointer = Checkpointer(config, Distributed(), print)
     waited, written = [], []
@@ -37,7 +37,7 @@ def pauses(
 
 
 def main() -> None:
-    """Measure both ways, print, write JSON."""
+    """Measure both ways, print and write JSON."""
     parser = BenchmarkParser(__doc__, repeats=5, threads=1)
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--workspace", type=Path, default=None, help="default: a temporary folder")

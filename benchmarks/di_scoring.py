@@ -1,9 +1,9 @@
-"""What discriminant scoring costs beside a forward pass, and how exact it is: all convolutions of ResNet-50 at 224 px.
+"""Cost of discriminant scoring relative to a forward pass, and its accuracy: all convolutions of ResNet-50 at 224 px.
 
     OMP_NUM_THREADS=2 python benchmarks/di_scoring.py [--batch-sizes 32 64] [--repeats 5] [--clock wall]
 
-forward            evaluation-mode forward pass of a batch
-float32, float64   the same pass with our scoring attached to every convolution's output; the table has
+forward            evaluation-mode forward pass of a batch float32, float64   the same pass with LucidPrune's scoring
+attached to every convolution's output; the table has
                    (seconds − forward) ÷ forward
 published          scores by automatic differentiation through a float32 matrix inverse, layer by layer, as the
                    published code computes them; timed once, on the feature maps
@@ -11,7 +11,7 @@ published          scores by automatic differentiation through a float32 matrix 
 The first three take turns within each repeat. Errors are those against float64 automatic differentiation of R(m), which
 is the definition: per layer the maximum over channels of |score − reference| ÷ reference. Images are smooth random
 fields, on which the batch norms take their statistics. Peak memory of scoring and of a training step on the same batch
-is measured in processes of their own.
+is measured in separate processes.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ Figures = dict[str, float]
 
 
 class Scorer:
-    """Scores of every convolution's output during a forward pass, as `pruning.criteria.scoring` makes them.
+    """Scores every convolution's output during a forward pass, as `pruning.criteria.scoring` does.
 
     Args:
-        model: In evaluation mode.
-        targets: (N,) labels of the images to come.
-        precision: Of the scores.
+        model: Network in evaluation mode.
+        targets: (N,) labels of the coming images.
+        precision: Precision of the scores.
     """
 
     def __init__(self, model: nn.Module, targets: Tensor, precision: torch.dtype) -> None:
@@ -63,7 +63,7 @@ class Scorer:
         self.scores: dict[str, Tensor] = {}
 
     def __call__(self, images: Tensor) -> None:
-        """One forward pass with scores."""
+        """Run one forward pass with scores."""
         names = convolutions(self.model)
         taps = [Tap(name, "output", 0, functools.partial(self._take, name)) for name in names]
         with tapped(self.model, taps):
@@ -83,17 +83,18 @@ class Scorer:
 
 
 def convolutions(model: nn.Module) -> list[str]:
-    """Names of all convolutions."""
+    """Return the names of all convolutions."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
 
 
 def derivative_scores(features: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """|∂R/∂m| by automatic differentiation through an inverse: in float64 the definition, in float32 as published.
+    """Compute |∂R/∂m| by automatic differentiation through an inverse: in float64 the definition, in float32 as
+    published.
 
     Args:
         features: (N, C, H, W).
         targets: (N,).
-        dtype: Of the arithmetic.
+        dtype: Type of the arithmetic.
 
     Returns:
         (C,) scores.
@@ -110,7 +111,7 @@ def derivative_scores(features: Tensor, targets: Tensor, dtype: torch.dtype) -> 
 
 
 def relative_error(scores: Tensor, reference: Tensor) -> float:
-    """Largest relative error over the channels whose score is not zero."""
+    """Return the largest relative error over the channels with non-zero scores."""
     live = reference > 0
     if not live.any():
         return 0.0
@@ -118,7 +119,7 @@ def relative_error(scores: Tensor, reference: Tensor) -> float:
 
 
 def network_and_batch(arguments: argparse.Namespace, batch_size: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """The network, (N, 3, H, W) images and (N,) targets, on the device."""
+    """Return the network, images (N, 3, H, W) and targets (N,), on the device."""
     seed, device = arguments.seed, arguments.device
     model = conditioned_network(arguments.arch, smooth_images(16, arguments.image_size, seed + 1), seed)
     images = smooth_images(batch_size, arguments.image_size, seed + 2).to(device)
@@ -128,7 +129,7 @@ def network_and_batch(arguments: argparse.Namespace, batch_size: int) -> tuple[n
 
 
 def measure(arguments: argparse.Namespace, batch_size: int) -> Row:
-    """Seconds, shares and errors for one batch size."""
+    """Measure seconds, shares and errors for one batch size."""
     model, images, targets = network_and_batch(arguments, batch_size)
     clock = Clock(arguments.device, processor_time=arguments.clock == "cpu")
     scorers = {name: Scorer(model, targets, precision) for name, precision in PRECISIONS.items()}
@@ -141,7 +142,7 @@ def measure(arguments: argparse.Namespace, batch_size: int) -> Row:
     forward = seconds["forward"]
     shares, fastest = {}, {}
     for name in scorers:
-        # Differences of neighbours in time: what slows one slows the other.
+        # Pair measurements adjacent in time: whatever slows one slows the other.
         pairs = zip(seconds[name], forward, strict=True)
         shares[name] = spread([(scored - plain) / plain for scored, plain in pairs])
         fastest[name] = min(seconds[name]) / min(forward) - 1
@@ -165,7 +166,7 @@ def measure(arguments: argparse.Namespace, batch_size: int) -> Row:
 def check_and_time_published(
     model: nn.Module, images: Tensor, targets: Tensor, scorers: dict[str, Scorer], clock: Clock
 ) -> tuple[float, dict[str, Figures]]:
-    """The published way's seconds over all layers, and the errors of every way by layer."""
+    """Return the published method's seconds over all layers, and the errors of every method by layer."""
     errors: dict[str, Figures] = {name: {} for name in (*scorers, "published")}
     total = 0.0
 
@@ -188,7 +189,9 @@ def check_and_time_published(
 
 
 def peak_memory(arguments: argparse.Namespace) -> int:
-    """Peak bytes of this process with a training step ("train"), with scoring ("float32", "float64") or neither."""
+    """Return this process's peak bytes with a training step ("train"), with scoring ("float32", "float64") or
+    neither.
+    """
     model, images, targets = network_and_batch(arguments, arguments.batch_sizes[0])
     if arguments.memory_of == "train":
         optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1, momentum=0.9)
@@ -201,7 +204,7 @@ def peak_memory(arguments: argparse.Namespace) -> int:
 
 
 def measure_memory(batch_size: int) -> Row:
-    """Peaks, each of a fresh process, and their ratios to training."""
+    """Return peaks, each of a fresh process, and their ratios to training."""
     peaks = {}
     for work in ("none", "train", *PRECISIONS):
         peaks[work] = int(rerun("--memory-of", work, "--batch-sizes", str(batch_size)))
@@ -210,7 +213,7 @@ def measure_memory(batch_size: int) -> Row:
 
 
 def print_tables(speed: list[Row], memory: list[Row]) -> None:
-    """Shares, errors and peaks."""
+    """Print shares, errors and peaks."""
     rows = []
     for row in speed:
         for way, share in row["share_of_forward"].items():
@@ -244,7 +247,7 @@ def print_tables(speed: list[Row], memory: list[Row]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = BenchmarkParser(__doc__, repeats=5)
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--image-size", type=int, default=224)
@@ -264,7 +267,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print, write JSON."""
+    """Measure, print and write JSON."""
     arguments = parse()
     if arguments.memory_of:
         print(peak_memory(arguments))

@@ -12,12 +12,12 @@ checkpoint is there:
     twice       the same command is started beside it, which waits for it (SIGSTOP) and then goes on
     hung        of two ranks the second is stopped (SIGSTOP), with `--dist-timeout 15`
 
-Then the cause is removed (space, write access), and the same command is sent once more with `--resume auto`. Printed is
-a row for each: how the job ended (of two at once the second) and what it said, whether the last checkpoint could be
-read, and whether the command that was sent again left what an undisturbed run leaves, tensor by tensor (of two ranks:
-whether it came to its end).
+Then the cause is removed (space, write access), and the same command is run once more with `--resume auto`. A row is
+printed for each: how the job ended (of two at once the second) and its last message, whether the last checkpoint could
+be read, and whether the repeated command produced the same results as an undisturbed run, tensor by tensor (for two
+ranks: whether it finished).
 
-Mounting needs root. The JSON file is written after every row, and with `--go-on` what is in it is not run again.
+Mounting needs root. The JSON file is written after every row, and with `--go-on` rows already in it are not run again.
 """
 
 from __future__ import annotations
@@ -46,25 +46,25 @@ from same.jobs import JOBS
 from image_classification.models import read_safely
 
 _BY_NAME = {job.name: job for job in JOBS}
-_PATIENCE = 600.0  # seconds for anything that a job is to do
+_PATIENCE = 600.0  # timeout in seconds for anything that a job should do
 _SPACE = "1g"
-_BATCH_SIZE = 16  # of the jobs
+_BATCH_SIZE = 16  # batch size of the jobs
 _CHECKPOINT = "checkpoint.pth.tar"
 
 
 @dataclasses.dataclass
 class Row:
-    """What became of a job.
+    """Result of a job.
 
     Attributes:
         job, disaster: Their names.
         code: Exit code; of two at once that of the second.
         said: Its last line of error.
-        tracebacks: In its output.
-        kept: The iteration of the checkpoint that was there afterwards, "none", or why it cannot be read.
-        again: How the same command ended, sent once more.
-        differences: Between what that left and an undisturbed run.
-        how: What was done in place of what the disaster's name says.
+        tracebacks: Number of tracebacks in its output.
+        kept: The iteration of the checkpoint left afterwards, "none", or why it cannot be read.
+        again: How the same command ended when run again.
+        differences: Differences between its results and an undisturbed run's.
+        how: What was done instead of what the disaster's name says.
     """
 
     job: str
@@ -82,14 +82,14 @@ class Row:
 
 
 def launch(job: str, folder: Path, log: Path, *, ranks: int = 1) -> subprocess.Popen[bytes]:
-    """Start a job in `folder`, whose workspace is the folder `run` in it, in a process group of its own."""
+    """Start a job in `folder`, with the workspace `run` in it, in its own process group."""
     (step,) = _BY_NAME[job].steps
     program, *words = shlex.split(f"{step} {RESUMED}".replace("$tree", str(ROOT)))
     assert program == "python"
     words += ["--casms-path" if "--casms-path" in words else "--workspace", "run"]
     if ranks > 1:
         launcher = [str(ROOT / "multiproc.py"), "--nproc_per_node", str(ranks)]
-        # As many iterations as one process has.
+        # The same number of iterations as one process.
         words = [*launcher, *words, "--dist-timeout", "15", "-b", str(_BATCH_SIZE // ranks)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with log.open("ab") as output:
@@ -104,7 +104,7 @@ def launch(job: str, folder: Path, log: Path, *, ranks: int = 1) -> subprocess.P
 
 
 def ended(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a job; its exit code, or −9 where it had to be killed for it would not end."""
+    """Wait for a job and return its exit code, or −9 if it had to be killed because it did not end."""
     try:
         return process.wait(_PATIENCE)
     except subprocess.TimeoutExpired:
@@ -113,12 +113,12 @@ def ended(process: subprocess.Popen[bytes]) -> int:
 
 
 def checkpoint_of(workspace: Path) -> Path | None:
-    """The last checkpoint, which may lie in a folder within (CASM's)."""
+    """Return the last checkpoint, which may be in a subfolder (CASM's)."""
     return next(iter(sorted(workspace.rglob(_CHECKPOINT))), None)
 
 
 def wait_for_checkpoint(process: subprocess.Popen[bytes], workspace: Path) -> None:
-    """Return as soon as there is one."""
+    """Return as soon as there is a checkpoint."""
     begin = time.monotonic()
     while checkpoint_of(workspace) is None:
         if process.poll() is not None or time.monotonic() - begin > _PATIENCE:
@@ -127,7 +127,7 @@ def wait_for_checkpoint(process: subprocess.Popen[bytes], workspace: Path) -> No
 
 
 def kept(workspace: Path) -> str:
-    """The iteration of the checkpoint that is there, "none", or why it cannot be read."""
+    """Return the iteration of the existing checkpoint, "none", or why it cannot be read."""
     path = checkpoint_of(workspace)
     if path is None:
         return "none"
@@ -139,12 +139,12 @@ def kept(workspace: Path) -> str:
 
 # -- disasters ---------------------------------------------------------------------------------------------
 
-#: Does harm, and gives what undoes it and what was done; (process, workspace) → (undo, how).
+#: Causes a disaster: (process, workspace) → (function that undoes it, what was done).
 Harm = Callable[[subprocess.Popen[bytes], Path], tuple[Callable[[], None], str]]
 
 
 def fill(process: subprocess.Popen[bytes], workspace: Path) -> tuple[Callable[[], None], str]:
-    """Take all the space that the workspace's file system has."""
+    """Fill the workspace's file system."""
     filler = workspace / "filler"
     with filler.open("wb") as file:
         while (free := os.statvfs(workspace).f_bavail * os.statvfs(workspace).f_frsize) > 0:
@@ -154,7 +154,7 @@ def fill(process: subprocess.Popen[bytes], workspace: Path) -> tuple[Callable[[]
 
 
 def close_for_writing(process: subprocess.Popen[bytes], workspace: Path) -> tuple[Callable[[], None], str]:
-    """Mount the workspace's file system read-only, or make all in it immutable."""
+    """Mount the workspace's file system read-only, or make its files immutable."""
     begin = time.monotonic()
     while time.monotonic() - begin < 2:
         if subprocess.run(["mount", "-o", "remount,ro", workspace], capture_output=True).returncode == 0:
@@ -164,7 +164,7 @@ def close_for_writing(process: subprocess.Popen[bytes], workspace: Path) -> tupl
 
 
 def remove(process: subprocess.Popen[bytes], workspace: Path) -> tuple[Callable[[], None], str]:
-    """Remove the workspace; a file that comes meanwhile is removed too."""
+    """Remove the workspace, including files created meanwhile."""
     while workspace.exists():
         shutil.rmtree(workspace, ignore_errors=True)
     return lambda: None, ""
@@ -195,7 +195,7 @@ def _must(*words: str | Path) -> None:
 
 @contextlib.contextmanager
 def file_system(workspace: Path, *, own: bool) -> Iterator[None]:
-    """The workspace's folder, as a file system of its own or as a part of that around it."""
+    """Create the workspace's folder, as a separate file system or within the surrounding one."""
     if not own:
         yield
         return
@@ -212,8 +212,8 @@ def hit(job: str, disaster: str, folder: Path, whole: Path) -> Row:
 
     Args:
         job, disaster: Their names.
-        folder: Of the campaign; it holds what the job needs.
-        whole: The workspace that an undisturbed run left.
+        folder: Folder of the campaign, with the files that the job needs.
+        whole: The workspace of an undisturbed run.
     """
     own = folder / f"{job}-{disaster}"
     shutil.rmtree(own, ignore_errors=True)
@@ -228,7 +228,7 @@ def hit(job: str, disaster: str, folder: Path, whole: Path) -> Row:
             second.unlink(missing_ok=True)
             os.killpg(
                 process.pid, signal.SIGSTOP
-            )  # so that it is there still, however long the second takes to start
+            )  # so that it is still running, however long the second takes to start
             code = ended(launch(job, own, second))
             os.killpg(process.pid, signal.SIGCONT)
             first = ended(process)
@@ -245,7 +245,7 @@ def hit(job: str, disaster: str, folder: Path, whole: Path) -> Row:
 
 
 def last_error(log: Path) -> str:
-    """The last line of a log that tells of an error, else its last line."""
+    """Return the last line of a log that reports an error, else its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "error:" in line]
     return (errors or lines or [""])[-1]
@@ -255,7 +255,7 @@ def last_error(log: Path) -> str:
 
 
 def undisturbed(job: str, folder: Path) -> Path:
-    """The workspace of a run that nothing hits."""
+    """Return the workspace of an undisturbed run."""
     for needed in _BY_NAME[job].needs:
         if not (folder / needed).exists():
             run_whole(needed, folder)
@@ -269,7 +269,7 @@ def undisturbed(job: str, folder: Path) -> Path:
 
 
 def main() -> int:
-    """The command line; 1 where a checkpoint was lost, or a run that was sent again ends otherwise."""
+    """Run the campaign; return 1 if a checkpoint was lost or a repeated run ended differently."""
     parser = BenchmarkParser(__doc__, cpu_only=True)
     parser.add_argument("--job", action="append", choices=KINDS, help="this job alone; may be repeated")
     parser.add_argument(
@@ -298,7 +298,7 @@ def main() -> int:
 
 
 def as_line(row: Row) -> str:
-    """A row of the table in Markdown."""
+    """Format a row of the table in Markdown."""
     same = "its end" if row.disaster == "hung" else "the same"
     if row.differences:
         same = "differs"

@@ -1,14 +1,14 @@
-"""How well attribution methods find the object, on one or several networks, beside the centre of the image.
+"""Localisation of objects by attribution methods, on one or several networks, compared with the centre of the image.
 
     OMP_NUM_THREADS=1 python benchmarks/explanations.py --checkpoint runs/shapes/model_best.pth.tar [--casm-path FILE]
 
 Per network and method, over a split with masks and boxes: pointing game (exact, and within 15 pixels), ROC-AUC, energy
-inside, F1, F1a, LE and OM, counted as by `python -m explainers localize`, and the seconds that the maps took. After the
-table stands the growth of this process's memory from the first tenth of the images to the end.
+inside, F1, F1a, LE and OM, counted as by `python -m explainers localize`, and the seconds that the maps took. Below the
+table, the growth of this process's memory from the first tenth of the images to the end is printed.
 
 `ig-positive` and `ig-absolute` are Integrated Gradients with `--ig-sign` and with the smoothing of the pointing game,
-`--ig-smooth 0.02`. They and `ig` show the same attributions, which are computed once and whose seconds `ig` bears.
-With `--update` the rows of other methods and networks stay in the file; every row says which entry of `runs` (settings,
+`--ig-smooth 0.02`. They show the same attributions as `ig`, which are computed once and whose time is counted for `ig`.
+With `--update` the rows of other methods and networks stay in the file; every row names the entry of `runs` (settings,
 memory, environment) it is from.
 """
 
@@ -40,7 +40,7 @@ from explainers.verbs.ground_truth_checks import check_ground_truth
 from explainers.verbs.localize import as_json
 from image_classification.data.data_config import ReadConfig
 from image_classification.data.progress import progress_bar
-from image_classification.distributed import DistributedConfig, setup_distributed
+from image_classification.joining import DistributedConfig, setup_distributed
 from image_classification.observe.environment import describe_environment
 from image_classification.observe.monitor import Monitor
 
@@ -53,7 +53,7 @@ MemoryFigures = dict[str, dict[str, float | list[float]]]
 
 
 class Memory:
-    """Resident memory of this process while images go by.
+    """Records the resident memory of this process while images are processed.
 
     Args:
         total: Number of images.
@@ -66,7 +66,7 @@ class Memory:
         self._monitor = Monitor(torch.device("cpu"))
 
     def __call__(self, num_images: int) -> None:
-        """So many more images are done; memory is read ten times in all."""
+        """Count more images; memory is read ten times in total."""
         self.done += num_images
         if self.done * 10 >= self.total * (len(self.mib) + 1):
             self.mib.append(1024 * self._monitor.read(0)["process.memory_gib"])
@@ -74,7 +74,7 @@ class Memory:
 
 
 class SharedMethod:
-    """A method that is prepared once for a network and asked once for a batch, however many views of it there are."""
+    """A method that is prepared once per network and called once per batch, however many views share it."""
 
     def __init__(self, method: Method) -> None:
         self._method = method
@@ -100,7 +100,7 @@ class SharedMethod:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Integrated Gradients with a sign and a smoothing, from attributions that are shared; see `show`."""
+    """Integrated Gradients with a sign and a smoothing, from shared attributions; see `show`."""
 
     name: ClassVar[str] = "ig"
     base: SharedMethod
@@ -120,7 +120,7 @@ class View:
 
 
 def wanted_methods(arguments: argparse.Namespace) -> dict[str, Method]:
-    """The methods of the table by name, in the order asked for."""
+    """Return the methods of the table by name, in the order requested."""
     wanted = [*arguments.methods]
     if arguments.casm_path:
         wanted.append("casm")
@@ -136,7 +136,7 @@ def wanted_methods(arguments: argparse.Namespace) -> dict[str, Method]:
 
 
 def measure(arguments: argparse.Namespace) -> tuple[list[Row], MemoryFigures]:
-    """Rows of the table, and memory by network."""
+    """Return the rows of the table, and memory by network."""
     data = ReadConfig(
         data=arguments.data,
         workers=arguments.workers,
@@ -177,11 +177,11 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], MemoryFigures]:
 def updated(
     path: Path, rows: list[dict[str, Any]], run: dict[str, object], *, keep: bool
 ) -> dict[str, object]:
-    """Rows and the runs that they are from.
+    """Merge rows with those of earlier runs.
 
     Args:
         path: The results file.
-        rows: What this run measured.
+        rows: Rows measured in this run.
         run: Settings, memory and environment of this run.
         keep: Keep the file's rows that were not measured again, and their runs.
     """
@@ -190,7 +190,7 @@ def updated(
         before = json.loads(path.read_text(encoding="utf-8"))
     measured = {(row["network"], row["method"]) for row in rows}
     kept = [row for row in before["rows"] if (row["network"], row["method"]) not in measured]
-    # Runs without a row left are dropped, so the numbers of the others move up.
+    # Runs without remaining rows are dropped, so the numbers of the others shift.
     used = sorted({row["run"] for row in kept})
     all_rows = [{**row, "run": used.index(row["run"])} for row in kept]
     all_rows += [{**row, "run": len(used)} for row in rows]
@@ -198,7 +198,7 @@ def updated(
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = BenchmarkParser(__doc__)
     parser.add_argument("data", nargs="?", default="shapes")
     parser.add_argument("--checkpoint", action="append", required=True, help="may be given several times")
@@ -215,7 +215,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print, write JSON."""
+    """Measure, print and write JSON."""
     arguments = parse()
     rows, memory = measure(arguments)
     figures = [figure for metric in METRICS for figure in FIGURES[metric]]

@@ -1,11 +1,11 @@
-"""A first hour with the project, timed: a new environment with the wheel, and commands of the docs on own images.
+"""A timed first hour with the project: a new environment with the wheel, and commands of the docs on custom images.
 
     python benchmarks/first_hour.py [--environment DIR] [--output FILE]
 
-The wheel is built from this checkout and installed with all its groups into a new environment (or one that is there
-already: `--environment`). Then, in an empty folder, with `lucidprune` alone: class folders become a data set, a network
+The wheel is built from this checkout and installed with all its extras into a new environment (or an existing one:
+`--environment`). Then, in an empty folder, only with `lucidprune`: class folders are split into a data set, a network
 is trained, pruned to half its MACs, reported and exported in INT8; a network of torchvision is compressed without
-training and exported; and the Python of two pages of the docs runs as printed: a network and a loop of one's own, and
+training and exported; and the Python code of two pages of the docs is run as printed: a custom network and loop, and
 Lightning with a pruned training that is resumed. Each step is a line: what was done, how it ended, seconds.
 """
 
@@ -70,10 +70,10 @@ COMMANDS = {
 
 @dataclasses.dataclass
 class Step:
-    """What was done.
+    """A step and its result.
 
     Attributes:
-        name: In words.
+        name: Description.
         seconds: Wall clock.
         code: Exit status.
         said: Last line of output.
@@ -86,7 +86,7 @@ class Step:
 
 
 def timed(name: str, words: list[str], folder: Path) -> Step:
-    """Run a command in a folder, without anything of this checkout."""
+    """Run a command in a folder, without access to this checkout."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"LUCIDPRUNE_CACHE": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": ""}
     begin = time.monotonic()
@@ -98,13 +98,13 @@ def timed(name: str, words: list[str], folder: Path) -> Step:
 
 
 def python_of(page: str) -> str:
-    """The Python of a page of the how-tos, in order."""
+    """Return the Python code of a how-to page, in order."""
     text = (ROOT / "docs" / "howto" / page).read_text(encoding="utf-8")
     return "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 
 
 def installed(environment: Path, work: Path) -> list[Step]:
-    """Build the wheel, make the environment, install with all groups."""
+    """Build the wheel, create the environment, and install with all extras."""
     steps = [
         timed(
             "build the wheel",
@@ -119,7 +119,7 @@ def installed(environment: Path, work: Path) -> list[Step]:
 
 
 def first_hour(environment: Path, folder: Path) -> list[Step]:
-    """All steps in an empty folder; those after a failure are tried too."""
+    """Run all steps in an empty folder, even after a failure."""
     programs = environment / "bin"
     python = str(programs / "python")
     timed("(images and weights to start from)", [python, "-c", _DRAW + _WEIGHTS], folder)
@@ -135,7 +135,7 @@ def first_hour(environment: Path, folder: Path) -> list[Step]:
 
 
 def main() -> int:
-    """Run, print, write; 1 where a step failed."""
+    """Run, print and write; return 1 if a step failed."""
     parser = BenchmarkParser(__doc__, cpu_only=True)
     parser.add_argument(
         "--environment", type=Path, help="one with the wheel and all its groups, instead of a new one"

@@ -1,13 +1,13 @@
-"""Networks that nobody here prepared: cut to half their MACs, exactly, saved and exported, with what stays frozen.
+"""Unprepared networks of other libraries: cut to half their MACs, exactly, saved and exported, with what stays frozen.
 
     python benchmarks/foreign.py                              # all, resumes where it stopped
     python benchmarks/foreign.py --only ultralytics monai/VNet
-    python benchmarks/foreign.py --torch-pruning              # Torch-Pruning beside it, if it is installed
+    python benchmarks/foreign.py --torch-pruning              # compared with Torch-Pruning, if it is installed
 
 YOLO from yaml, segmentation_models_pytorch, torchvision's detectors, segmenters and video networks, image models of
 transformers from small configurations, MONAI and pytorchcv: random weights, small inputs. Libraries that are not
-installed are left out and said. Every network is examined in a process of its own, on one thread, with limits on time
-and memory. The table has a line per network; the JSON is written network by network.
+installed are skipped with a message. Every network is examined in a separate process, on one thread, with limits on
+time and memory. The table has a line per network; the JSON is written network by network.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import LARGEST_SHARE, cell, examine_apart, groups_of, is_exact, is_halved
 
-from image_classification.models.structure import build_from_structure, capture_structure
+from image_classification.models.structure_build import build_from_structure
+from image_classification.models.structure_capture import capture_structure
 from pruning.costs.cost_model import CostModel
 from pruning.engine.examples import output_tensors
 from pruning.engine.gates import Gates
 from pruning.engine.proof.rehearsal import condition
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
-from pruning.engine.tracing import undisturbed
+from pruning.engine.undisturbed import undisturbed
 
 COLUMNS = ("cpu_seconds", "memory", "prunable_percent", "macs_left", "difference", "loads", "onnx")
 
@@ -47,7 +48,7 @@ Rows = dict[str, Row]
 
 
 def network(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
-    """The network in evaluation mode, its weights spread out so that channels differ, and what it takes."""
+    """Return the network in evaluation mode, its weights spread out so that channels differ, and its arguments."""
     torch.manual_seed(0)
     model, given = FOREIGN[name]()
     condition(model, given)
@@ -55,14 +56,14 @@ def network(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
 
 
 def outputs(model: nn.Module, given: tuple[Any, ...]) -> list[Tensor]:
-    """Every tensor of floating point that the network returns in evaluation."""
+    """Return every floating-point tensor that the network outputs in evaluation mode."""
     torch.manual_seed(0)
     with torch.no_grad():
         return [tensor for tensor in output_tensors(model.eval()(*given)) if tensor.is_floating_point()]
 
 
 def count_macs(model: nn.Module, given: tuple[Any, ...]) -> int:
-    """MACs of a forward pass by PyTorch's flop counter."""
+    """Return the MACs of a forward pass by PyTorch's flop counter."""
     model = copy.deepcopy(model).requires_grad_(False)
     counter = FlopCounterMode(display=False)
     with undisturbed(model), counter:
@@ -71,7 +72,7 @@ def count_macs(model: nn.Module, given: tuple[Any, ...]) -> int:
 
 
 def difference(expected: list[Tensor], found: list[Tensor]) -> float | None:
-    """The largest relative difference of two lists of outputs; None where their shapes differ."""
+    """Return the largest relative difference of two lists of outputs; None if their shapes differ."""
     errors = [0.0]
     for left, right in zip(expected, found, strict=True):
         if left.shape != right.shape:
@@ -82,7 +83,7 @@ def difference(expected: list[Tensor], found: list[Tensor]) -> float | None:
 
 
 def examine(name: str) -> Row:
-    """One row of the table."""
+    """Examine a network and return its row of the table."""
     empty = resident_memory()
     model, given = network(name)
     with peak_memory() as usual:
@@ -112,7 +113,7 @@ def examine(name: str) -> Row:
 
 
 def loads(model: nn.Module, fresh: nn.Module, given: tuple[Any, ...]) -> bool | str:
-    """Whether structure and weights, as plain data, give the same network again."""
+    """Whether structure and weights, as plain data, restore the same network."""
     try:
         structure = capture_structure(model, factory=lambda: copy.deepcopy(fresh))
         loaded = build_from_structure(structure, factory=lambda: copy.deepcopy(fresh))
@@ -126,7 +127,7 @@ def loads(model: nn.Module, fresh: nn.Module, given: tuple[Any, ...]) -> bool | 
 
 
 def exports(model: nn.Module, given: tuple[Any, ...]) -> bool | str:
-    """Whether PyTorch writes an ONNX file of it."""
+    """Whether PyTorch can export the network to ONNX."""
     try:
         torch.onnx.export(model.eval(), given, io.BytesIO(), dynamo=True, verbose=False)
     except Exception as error:  # any failure of the exporter is a finding
@@ -135,7 +136,7 @@ def exports(model: nn.Module, given: tuple[Any, ...]) -> bool | str:
 
 
 def torch_pruned(original: nn.Module, given: tuple[Any, ...], share: float, heads: list[str]) -> nn.Module:
-    """Cut by Torch-Pruning; where it cannot walk the outputs as they are, it gets a list of their tensors."""
+    """Cut with Torch-Pruning; if it cannot traverse the outputs as they are, it gets a list of their tensors."""
     import torch_pruning as tp
 
     failed: Exception | None = None
@@ -150,7 +151,7 @@ def torch_pruned(original: nn.Module, given: tuple[Any, ...], share: float, head
                 output_transform=transform,
                 ignored_layers=[model.get_submodule(name) for name in heads],
             ).step()
-        except Exception as error:  # whatever it fails with is what we want to know
+        except Exception as error:  # any failure is a result
             failed = failed or error
         else:
             return model
@@ -159,9 +160,10 @@ def torch_pruned(original: nn.Module, given: tuple[Any, ...], share: float, head
 
 
 def examine_torch_pruning(name: str) -> Row:
-    """The same by Torch-Pruning: whether half the MACs go and the network still runs, outputs shaped as before.
+    """Examine Torch-Pruning in the same way: whether half the MACs are removed and the network still runs, outputs
+    shaped as before.
 
-    It is told which layers make the outputs, as its users have to; ours finds them by itself.
+    It is told which layers produce the outputs, as its users have to do; LucidPrune finds them by itself.
     """
     original, given = network(name)
     before, expected = count_macs(original, given), outputs(original, given)
@@ -180,7 +182,7 @@ def examine_torch_pruning(name: str) -> Row:
 
 
 def wanted(only: list[str] | None) -> list[str]:
-    """Names of the networks that are asked for, of libraries that are installed."""
+    """Return the names of the requested networks whose libraries are installed."""
     missing = {name.partition("/")[0] for name in FOREIGN}
     missing = {library for library in missing if importlib.util.find_spec(library) is None}
     if missing:
@@ -190,7 +192,7 @@ def wanted(only: list[str] | None) -> list[str]:
 
 
 def print_rows(rows: Rows) -> None:
-    """One line per network and the totals."""
+    """Print one line per network and the totals."""
     measured = {name: row for name, row in rows.items() if "error" not in row}
     table = [[name, *(cell(row.get(column)) for column in COLUMNS)] for name, row in measured.items()]
     print_table(["network", *COLUMNS], table)
@@ -208,7 +210,7 @@ def print_rows(rows: Rows) -> None:
 
 
 def print_comparison(rows: Rows) -> None:
-    """What Torch-Pruning did, and the totals."""
+    """Print Torch-Pruning's results and the totals."""
     for name, row in rows.items():
         told = row.get("error", "")[:120] or f"{row['macs_left']:.2f} left, same shapes: {row['same_shapes']}"
         print(f"{name:<48}  {told}")
@@ -220,13 +222,13 @@ def print_comparison(rows: Rows) -> None:
 
 
 def versions(names: list[str]) -> dict[str, str]:
-    """Versions of the libraries that networks come from."""
+    """Return the versions of the networks' libraries."""
     libraries = sorted({name.partition("/")[0] for name in names})
     return {library: importlib.metadata.version(library) for library in (*libraries, "torch")}
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = BenchmarkParser(__doc__, threads=1, cpu_only=True)
     parser.add_argument("--only", nargs="*", help="libraries, or networks as library/name")
     parser.add_argument("--time-limit", type=float, default=300, help="CPU-seconds per network")

@@ -1,15 +1,15 @@
-"""Command lines and recipes with anything in them, for every verb: done, or refused in a line; never a traceback.
+"""Fuzzing of command lines and recipes of every verb: each is run or refused in one line, never with a traceback.
 
     python benchmarks/fuzz.py [--seconds N] [--seed S] [--verb NAME …] [--output FILE]
 
-A case puts a word such as `nan`, 10³⁰, a zero byte or a shell's empty variable behind a flag or in the place of an
-argument of a random verb. Verbs of a few arguments then run, on a network and images of 32 pixels; of jobs that train
-or explain, the command line alone is read, which is where their flags are checked. Every fourth case is a recipe: one
-of `RECIPES`, or a good one with random characters put in, taken out or doubled.
+A case puts a word such as `nan`, 10³⁰, a zero byte or a shell's empty variable after a flag or in place of an argument
+of a random verb. Verbs with a few arguments are then run, on a network and images of 32 pixels; for jobs that train or
+explain, only the command line is parsed, which is where their flags are checked. Every fourth case is a recipe: one of
+`RECIPES`, or a valid one with random characters inserted, removed or doubled.
 
-A case is a fault where it ends with anything but an exit code of 0, 1 or 2, an error of 2 is not one line, or it takes
-longer than two minutes. Printed is a table of verbs: cases, those that were refused, faults. The exit code is 1 where
-there is a fault.
+A case is a fault if it ends with anything but an exit code of 0, 1 or 2, if the error of a 2 is not one line, or if it
+takes longer than two minutes. A table of verbs is printed: cases, refused cases, faults. The exit code is 1 if there is
+a fault.
 """
 
 from __future__ import annotations
@@ -96,11 +96,11 @@ GOOD_RECIPE = (
     "arch: resnet20\nepochs: 3\nlr: 0.1\nbudget: [macs=0.5]\nmean: [0.1, 0.2, 0.3]\nmixup: 0.2\nworkers: 2\n"
 )
 _SIZE = 32
-_LONGEST = 120  # seconds
-_LINE = 6000  # characters of an error
+_LONGEST = 120  # seconds per case
+_LINE = 6000  # characters per error
 _NAMES = {**ALL_VERBS, **{f"explain {name}": entry for name, entry in EXPLAIN_VERBS.items()}}
 
-#: Command lines that the verbs of a few arguments can do, in a folder of their own.
+#: Valid command lines of verbs with a few arguments, in a folder of their own.
 LINES = {
     "groups": "resnet20 --image-size 32",
     "score": "{network} {images} --data-backend pytorch --calibration-batches 1 -b 2",
@@ -118,9 +118,9 @@ LINES = {
     "benchmark": "--arch resnet20 --batch-sizes 1 --num-batches 1 --image-size 32",
     "explain classify": "{images}/train/a/0.png --checkpoint {network}",
 }
-#: What takes long by right, or starts processes: networks that are compiled, and throughput's trainings.
+#: Verbs that legitimately take long or start processes: compiled networks, and throughput's trainings.
 _NOT_RUN = {"compile"}
-#: Those of jobs that train or explain, which are read alone: a command line with which nothing is wrong.
+#: Jobs that train or explain, of which only the command line is parsed: a valid command line for each.
 READ_ALONE = {
     "train": "{images}",
     "prune": "{images} --budget macs=0.5",
@@ -141,12 +141,12 @@ READ_ALONE = {
 
 @dataclasses.dataclass
 class Tally:
-    """What became of a verb's cases.
+    """Results of a verb's cases.
 
     Attributes:
         verb: Its name.
-        cases, refused: How many; of these, with exit code 2.
-        faults: The command line and what is wrong with its end.
+        cases, refused: Number of cases, and how many of them ended with exit code 2.
+        faults: The command line and what is wrong with its result.
     """
 
     verb: str
@@ -156,14 +156,14 @@ class Tally:
 
 
 class TooLongError(BaseException):
-    """A case goes on and on; no code on the way may take it for one of its errors."""
+    """A case takes too long. A BaseException, so that code on the way cannot mistake it for one of its errors."""
 
 
 def outcome(verb: str, words: Sequence[str]) -> tuple[int | None, str]:
-    """Run a command line in this process, or read it alone.
+    """Run a command line in this process, or only parse it.
 
     Returns:
-        The exit code, and what is wrong with how it ended, or "".
+        The exit code, and what is wrong with the result, or "".
     """
     table = EXPLAIN_VERBS if verb.startswith("explain ") else ALL_VERBS
     name = verb.removeprefix("explain ")
@@ -192,7 +192,7 @@ def outcome(verb: str, words: Sequence[str]) -> tuple[int | None, str]:
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raise `TooLongError` within, after so many seconds."""
+    """Raise `TooLongError` inside the block after this many seconds."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise TooLongError
@@ -207,7 +207,7 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 def with_a_word(parser: argparse.ArgumentParser, line: Sequence[str], chooser: random.Random) -> list[str]:
-    """A command line with a word of `WORDS` behind one of its verb's flags, or in the place of an argument."""
+    """Return a command line with a word of `WORDS` after one of its verb's flags, or in place of an argument."""
     actions = [
         action
         for action in parser._actions
@@ -226,7 +226,7 @@ def with_a_word(parser: argparse.ArgumentParser, line: Sequence[str], chooser: r
 
 
 def without(line: Sequence[str], action: argparse.Action) -> list[str]:
-    """A command line without a flag and what stands behind it."""
+    """Return a command line without a flag and its values."""
     kept: list[str] = []
     behind = False
     for word in line:
@@ -238,7 +238,7 @@ def without(line: Sequence[str], action: argparse.Action) -> list[str]:
 
 
 def mutated(text: str, chooser: random.Random) -> str:
-    """A text with random characters of YAML put in, or in place of others."""
+    """Insert random characters of YAML into a text, or replace others by them."""
     characters = list(text)
     for _ in range(chooser.randint(1, 4)):
         place = chooser.randrange(len(characters))
@@ -251,7 +251,7 @@ def mutated(text: str, chooser: random.Random) -> str:
 def a_case(
     verb: str, parser: argparse.ArgumentParser, files: dict[str, str], chooser: random.Random
 ) -> list[str]:
-    """A command line of a verb; a recipe is written beside the files that it names."""
+    """Create a command line of a verb; a recipe is written next to the files that it names."""
     line = {**LINES, **READ_ALONE}[verb].split()
     if verb in READ_ALONE and chooser.random() < 0.25:
         text = chooser.choice(RECIPES) if chooser.random() < 0.3 else mutated(GOOD_RECIPE, chooser)
@@ -265,7 +265,7 @@ def a_case(
 
 
 def make_files(folder: Path) -> dict[str, str]:
-    """A data set, a page, a run and its network, by the names that `LINES` and `WORDS` have for them."""
+    """Create a data set, a page, a run and its network, under the names used in `LINES` and `WORDS`."""
     images, page, run = folder / "images", folder / "page.txt", folder / "run"
     pixels = np.random.default_rng(0)
     for number in range(16):
@@ -286,7 +286,7 @@ def make_files(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def empty_folder(path: Path) -> Iterator[None]:
-    """Work in a new folder, for what verbs write."""
+    """Work in a new folder, for the verbs' outputs."""
     shutil.rmtree(path, ignore_errors=True)
     (path / "deeper").mkdir(parents=True)
     before = Path.cwd()
@@ -298,13 +298,13 @@ def empty_folder(path: Path) -> Iterator[None]:
 
 
 def fuzz(verbs: Sequence[str], seconds: float, most: int, seed: int, folder: Path) -> list[Tally]:
-    """Try random cases of verbs, in turn, until time is up or there were so many of each.
+    """Try random cases of verbs, in turn, until time is up or the number of cases per verb is reached.
 
     Args:
         verbs: Their names.
-        seconds, most: When to end.
-        seed: Of the choices.
-        folder: An empty one for files.
+        seconds, most: Limits of time and of cases per verb.
+        seed: Seed of the random choices.
+        folder: Empty folder for files.
     """
     chooser, end = random.Random(seed), time.monotonic() + seconds
     files = make_files(folder)
@@ -328,7 +328,7 @@ def fuzz(verbs: Sequence[str], seconds: float, most: int, seed: int, folder: Pat
 
 
 def main() -> int:
-    """The command line."""
+    """Run the fuzzer from the command line."""
     parser = BenchmarkParser(__doc__, cpu_only=True)
     parser.add_argument("--seconds", type=float, default=300, help="how long")
     parser.add_argument(

@@ -47,7 +47,7 @@ DEVICES = ("cpu", "cuda")
 
 
 def commands(arguments: argparse.Namespace, folder: Path) -> dict[str, list[list[str]]]:
-    """Part → its commands without the interpreter; `{json}` stands for the file of a command's figures."""
+    """Return part → its commands without the interpreter; `{json}` stands for the file of a command's figures."""
     python = [sys.executable]
     throughput = [
         *python,
@@ -91,12 +91,12 @@ def installed(module: str) -> bool:
     """Whether a module can be imported."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # a parent package is missing
         return False
 
 
 def run_part(name: str, words: list[list[str]], seconds: float, folder: Path) -> dict[str, Any]:
-    """Run a part's commands; their figures, or why there are none."""
+    """Run a part's commands and return their figures, or why there are none."""
     begin, results = time.monotonic(), []
     for number, command in enumerate(words):
         figures = folder / f"{name}-{number}.json"
@@ -122,7 +122,7 @@ def run_part(name: str, words: list[list[str]], seconds: float, folder: Path) ->
 
 
 def training(device: str, workspace: Path) -> Any:
-    """A small training job with two rewrites on synthetic images that are the same on every device."""
+    """Create a small training job with two rewrites on synthetic images that are the same on every device."""
     sys.path.insert(0, str(ROOT / "tests"))
     from support.training import MemoryLoader, Recorder, build_trainer, toy_data
 
@@ -150,7 +150,7 @@ def training(device: str, workspace: Path) -> Any:
 
 
 def alike(folder: Path) -> dict[str, Any]:
-    """The same job on both devices: distance of the losses, and whether the same channels went."""
+    """Run the same job on both devices; compare the losses, and whether the same channels were removed."""
     seen = []
     for number, device in enumerate(DEVICES):
         job, pruning, recorder = training(device, folder / str(number))
@@ -167,7 +167,7 @@ def alike(folder: Path) -> dict[str, Any]:
 
 
 def waits(folder: Path) -> dict[str, Any]:
-    """Waits for the device, as CUDA's debug mode warns of them, per training step without and with a rewrite."""
+    """Count waits for the device, by CUDA's sync debug mode, per training step without and with a rewrite."""
     import warnings
 
     job, pruning, _ = training("cuda", folder / "waits")
@@ -193,7 +193,7 @@ PARTS = {"alike": alike, "waits": waits}
 
 
 def no_gpu() -> str | None:
-    """Why nothing can be checked here; None where a GPU is at hand."""
+    """Return why nothing can be checked here; None if there is a GPU."""
     if torch.cuda.is_available():
         return None
     built = torch.version.cuda
@@ -206,7 +206,7 @@ def no_gpu() -> str | None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -223,7 +223,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the parts that are missing, show what came out, and keep it."""
+    """Run the missing parts, show and save the results."""
     arguments = parse()
     problem = no_gpu()
     if problem is not None:
@@ -255,7 +255,7 @@ def main() -> int:
 
 
 def show(name: str, part: dict[str, Any]) -> None:
-    """A part on the screen: whether it ran, and the end of what its commands said."""
+    """Print a part: whether it ran, and the end of its commands' output."""
     print(f"== {name}: {'ran' if part['good'] else 'FAILED'} in {part['seconds']:.0f} s", flush=True)
     for result in part["results"]:
         lines = result["said"] if result["said"] else [json.dumps(result["figures"])[:500]]

@@ -1,16 +1,16 @@
-"""Jobs killed with SIGKILL at random moments and sent again: they must end as the one that nobody killed, bit for bit.
+"""Jobs killed with SIGKILL at random moments and restarted: they must end like an undisturbed one, bit for bit.
 
     python benchmarks/kill_campaign.py [--job NAME …] [--kills N] [--seed S] [--output FILE] [--go-on] [--keep DIR]
 
-The jobs are those of `same/jobs.py` that train. Each runs once undisturbed; then the same command, with `--resume
-auto` and a checkpoint every second iteration, is started again and again, and its whole process group is killed after
-a random time of up to the undisturbed run's length, so that start-up, steps, rewrites, saves and validations are all
-hit. What a run that came through after its kills has left is compared: every tensor and plain value of
-`checkpoint.pth.tar` and `model_best.pth.tar`.
+The jobs are those of `same/jobs.py` that train. Each runs once undisturbed; then the same command, with `--resume auto`
+and a checkpoint every second iteration, is started again and again, and its whole process group is killed after a
+random time of up to the undisturbed run's length, so that start-up, steps, rewrites, saves and validations are all hit.
+The results of a run that finished after its kills are compared: every tensor and plain value of `checkpoint.pth.tar`
+and `model_best.pth.tar`.
 
-Printed is a table: job, seconds undisturbed, kills, runs that came through, differences. The exit code is 0 where
-nothing differs, 1 where anything does or a job fails. The JSON file is written after every run that came through, and
-with `--go-on` the kills that are in it count.
+A table is printed: job, seconds undisturbed, kills, finished runs, differences. The exit code is 0 if nothing differs,
+1 if anything does or a job fails. The JSON file is written after every finished run, and with `--go-on` the kills in it
+count.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ KINDS = (
 )
 COMPARED = ("checkpoint.pth.tar", "model_best.pth.tar")
 RESUMED = "--resume auto --checkpoint-interval 2"
-_MOST_KILLS = 4  # of one run, which is to come through some day
+_MOST_KILLS = 4  # per run, so that it finishes eventually
 _BY_NAME = {job.name: job for job in JOBS}
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What a job's part of the campaign found.
+    """Result of a job's part of the campaign.
 
     Attributes:
         job: Its name.
         seconds: Length of the undisturbed run.
-        kills: Processes that were killed.
-        completed: Runs that came through.
+        kills: Number of processes killed.
+        completed: Number of runs that finished.
         differences: One sentence each.
     """
 
@@ -65,7 +65,7 @@ class Outcome:
 
 
 def start(job: str, folder: Path, log: Path) -> subprocess.Popen[bytes]:
-    """Start a job's training in its folder, in a process group of its own."""
+    """Start a job's training in its folder, in its own process group."""
     folder.mkdir(parents=True, exist_ok=True)
     (step,) = _BY_NAME[job].steps
     words = shlex.split(f"{step} {RESUMED}".replace("$tree", str(ROOT)))
@@ -82,7 +82,7 @@ def start(job: str, folder: Path, log: Path) -> subprocess.Popen[bytes]:
 
 
 def run_whole(job: str, folder: Path) -> float:
-    """Run a job undisturbed, and what it needs before; the job's own seconds."""
+    """Run a job undisturbed, after the jobs it needs, and return its own seconds."""
     for needed in _BY_NAME[job].needs:
         if not (folder / needed).exists():
             run_whole(needed, folder)
@@ -94,13 +94,13 @@ def run_whole(job: str, folder: Path) -> float:
 
 
 def run_killed(outcome: Outcome, kills: int, folder: Path, chooser: random.Random) -> None:
-    """Kill a job at most four times, let it come through, and compare what it left.
+    """Kill a job at most four times, let it finish, and compare its results.
 
     Args:
-        outcome: What is known of the job, with the length of its undisturbed run; this run is added.
-        kills: Of the job in all.
-        folder: Of the campaign; it holds what the undisturbed run left.
-        chooser: Of the moments.
+        outcome: Result of the job so far, with the length of its undisturbed run; this run is added.
+        kills: Total number of kills of the job.
+        folder: Folder of the campaign, with the results of the undisturbed run.
+        chooser: Random generator of the moments.
     """
     killed = folder / f"{outcome.job}-killed-{outcome.completed}"
     mine, begin = 0, time.monotonic()
@@ -116,7 +116,7 @@ def run_killed(outcome: Outcome, kills: int, folder: Path, chooser: random.Rando
             mine += 1
             outcome.kills += 1
     outcome.completed += 1
-    if mine == 0:  # the machine was busier when it was measured: no moment is to come after the end
+    if mine == 0:  # the machine was busier when it was measured: no moment should come after the end
         outcome.seconds = min(outcome.seconds, time.monotonic() - begin)
     if code != 0:
         outcome.differences.append(f"{killed.name} ended with {code}: see its log")
@@ -127,7 +127,7 @@ def run_killed(outcome: Outcome, kills: int, folder: Path, chooser: random.Rando
 
 
 def differences(whole: Path, killed: Path) -> list[str]:
-    """How the checkpoints of two runs differ, which may lie in folders within the runs' (CASM's)."""
+    """Compare the checkpoints of two runs, which may be in subfolders of the runs' folders (CASM's)."""
     comparison = Comparison()
     names = [str(path.relative_to(whole)) for name in COMPARED for path in sorted(whole.rglob(name))]
     if not names:
@@ -142,7 +142,7 @@ def differences(whole: Path, killed: Path) -> list[str]:
 
 
 def known_outcomes(path: Path) -> dict[str, Outcome]:
-    """The outcomes of an earlier campaign, by job; none where there was none."""
+    """Return the outcomes of an earlier campaign, by job; none if there was none."""
     if not path.exists():
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -157,15 +157,15 @@ def campaign(
     known: dict[str, Outcome],
     save: Callable[[list[Outcome]], None],
 ) -> list[Outcome]:
-    """Run the whole of it; a line is printed for every job.
+    """Run the whole campaign; a line is printed for every job.
 
     Args:
         jobs: Their names.
-        kills: Of each job in all, those that are known included.
-        seed: Of the moments.
-        folder: For workspaces and logs.
-        known: Outcomes to go on from, by job; they are added to.
-        save: Gets all outcomes after every run that came through.
+        kills: Total number of kills per job, including known ones.
+        seed: Seed of the moments.
+        folder: Folder for workspaces and logs.
+        known: Outcomes to continue from, by job; they are updated.
+        save: Called with all outcomes after every finished run.
     """
     print(f"{'job':<14}{'seconds':>9}{'kills':>7}{'completed':>11}{'differences':>13}", flush=True)
     for job in jobs:
@@ -185,7 +185,7 @@ def campaign(
 
 
 def main() -> int:
-    """The command line."""
+    """Run the campaign from the command line."""
     parser = BenchmarkParser(__doc__, cpu_only=True)
     parser.add_argument(
         "--job", action="append", choices=KINDS, help="this job alone; may be given several times"

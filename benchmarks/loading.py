@@ -1,12 +1,13 @@
-"""Images per second of processor time: our loaders beside a plain torch DataLoader with Pillow and torchvision.
+"""Images per second of processor time: LucidPrune's loaders compared with a plain torch DataLoader with Pillow and
+torchvision.
 
     python benchmarks/loading.py DIR [--prepared DIR256] [--backends dali-cpu pytorch] [--workers 2]
 
 DIR holds images, in folders or not. Every side makes batches of normalised float32 with the training augmentation
-(random-resized crop to 224, flip, antialiased). The baseline is what one writes without a library: a torch DataLoader
-with worker processes, Pillow, and torchvision's v2 transforms. Processor time is that of the process and its children
-over one epoch, including the start of workers and pipeline. The sides take turns. The table has images per CPU-second
-and their ratio to the baseline, each as median and range, and images per second.
+(random-resized crop to 224, flip, antialiased). The baseline is what one would write without a library: a torch
+DataLoader with worker processes, Pillow, and torchvision's v2 transforms. Processor time is that of the process and its
+children over one epoch, including the start of workers and pipeline. The sides take turns. The table has images per
+CPU-second and their ratio to the baseline, each as median and range, and images per second.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Epoch = Callable[[], Iterator[int]]
 
 
 class PlainImages(Dataset[tuple[Tensor, int]]):
-    """The baseline's data set: one image an item."""
+    """The baseline's data set: one image per item."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
@@ -62,14 +63,14 @@ class PlainImages(Dataset[tuple[Tensor, int]]):
 
 
 def baseline(files: list[Path], arguments: argparse.Namespace) -> Iterator[int]:
-    """Batch sizes of one epoch of the plain DataLoader."""
+    """Yield the batch sizes of one epoch of the plain DataLoader."""
     loader = DataLoader(PlainImages(files), arguments.batch_size, shuffle=True, num_workers=arguments.workers)
     for images, _ in loader:
         yield len(images)
 
 
 def manifest_of(files: list[Path]) -> Manifest:
-    """A manifest of loose files."""
+    """Build a manifest of loose files."""
     headers = [read_header(file) for file in files]
     return Manifest(
         root=Path("/"),
@@ -84,9 +85,9 @@ def manifest_of(files: list[Path]) -> Manifest:
 
 
 def ours(manifest: Manifest, backend: str, arguments: argparse.Namespace) -> Iterator[int]:
-    """Batch sizes of one epoch of one of our backends.
+    """Yield the batch sizes of one epoch of a LucidPrune backend.
 
-    A training loader would already decode for the next epoch when this one ends, so the plan is one that ends.
+    A training loader would already decode for the next epoch when this one ends, so the plan is a finite one.
     """
     config = DataConfig(data_backend=backend, workers=arguments.workers, batch_size=arguments.batch_size)
     size = (IMAGENET_PRESET.image_size, IMAGENET_PRESET.image_size)
@@ -99,20 +100,20 @@ def ours(manifest: Manifest, backend: str, arguments: argparse.Namespace) -> Ite
 
 
 def cpu_seconds() -> float:
-    """Processor time of this process and of its children that have ended."""
+    """Return the processor time of this process and of its ended children."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 def measure(epoch: Epoch) -> tuple[float, float]:
-    """Images per CPU-second and per second of one epoch, start and end of workers included."""
+    """Return images per CPU-second and per second of one epoch, including start and end of workers."""
     cpu, wall = cpu_seconds(), time.perf_counter()
     num_images = sum(epoch())
     return num_images / (cpu_seconds() - cpu), num_images / (time.perf_counter() - wall)
 
 
 def find(folder: Path, num: int) -> list[Path]:
-    """The images of a folder, repeated until there are `num`."""
+    """Return the images of a folder, repeated until there are `num`."""
     files = sorted(path for path in folder.rglob("*") if is_image(path.name))
     if not files:
         raise SystemExit(f"{folder} holds no images")
@@ -120,7 +121,7 @@ def find(folder: Path, num: int) -> list[Path]:
 
 
 def sides_of(arguments: argparse.Namespace) -> dict[str, Epoch]:
-    """Everything that is measured, by name; the baseline on the images as they are comes first."""
+    """Return everything to measure, by name; the baseline on the original images comes first."""
     folders = {"": arguments.data}
     if arguments.prepared is not None:
         folders["prepared: "] = arguments.prepared
@@ -137,8 +138,8 @@ def sides_of(arguments: argparse.Namespace) -> dict[str, Epoch]:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
-    # One thread is the consumer's; workers have one each anyhow.
+    """Parse the command line."""
+    # One thread is for the consumer; workers have one each anyway.
     parser = BenchmarkParser(__doc__, repeats=5, threads=1, cpu_only=True)
     parser.add_argument("data", type=Path, help="folder of JPEGs")
     parser.add_argument("--prepared", type=Path, help="the same images after `image_classification prepare`")
@@ -151,7 +152,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print, write JSON."""
+    """Measure, print and write JSON."""
     arguments = parse()
     figures = in_turns(sides_of(arguments), measure, arguments.repeats, warm_up=0)
     reference = [per_cpu for per_cpu, _ in next(iter(figures.values()))]

@@ -1,11 +1,11 @@
-"""What attribution matching costs: time and memory of a training step with it ÷ without, and where the time goes.
+"""Cost of attribution matching: time and memory of a training step with it ÷ without, and where the time goes.
 
     python benchmarks/matching_cost.py [--arch resnet50] [--image-size 224] [--batch-size 16] [--bf16]
 
 A step is forward, loss, backward and update of the student, in one process and one thread (or on a GPU). Teacher and
 student have the same architecture. The sides take turns, in processor time on a CPU; ratios are taken round by round,
-and the table has their median and range. Memory is the peak of a process of its own: what a GPU's allocator held, or on
-a CPU what the process takes beyond the networks and the interpreter.
+and the table has their median and range. Memory is the peak of a separate process: that of a GPU's allocator, or on a
+CPU that of the process beyond the networks and the interpreter.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Steps:
     """Training steps on random images, with and without matching.
 
     Args:
-        arguments: Of the benchmark.
+        arguments: Arguments of the benchmark.
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -52,7 +52,7 @@ class Steps:
         self.optimizer = torch.optim.SGD(self.student.parameters(), 1e-3, momentum=0.9)
 
     def run(self, side: str) -> Parts:
-        """One step; seconds of its parts."""
+        """Run one step and return the seconds of its parts."""
         watch = Marks(Clock(self.device, processor_time=True))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if side == PLAIN:
@@ -68,7 +68,7 @@ class Steps:
         return watch.parts
 
     def _matched(self, side: str, watch: Marks) -> Tensor:
-        """The loss with matching."""
+        """Return the loss with matching."""
         drop = 0.3 if side.startswith("stochastic") else 0.0
         matcher = AttributionMatcher(side.split()[-1], ((self.layer, self.layer),), drop)
         view = matcher.look(self.teacher, self.images)
@@ -91,14 +91,14 @@ class Marks:
         self._last = clock.now()
 
     def mark(self, part: str) -> None:
-        """What was done since the last mark."""
+        """Record the time since the last mark."""
         now = self._clock.now()
         self.parts[part] = now - self._last
         self._last = now
 
 
 def step_memory(arguments: argparse.Namespace, side: str) -> int:
-    """Peak bytes of training steps; on a CPU those beyond what the process held before the first one."""
+    """Return the peak bytes of training steps; on a CPU those beyond what the process held before the first one."""
     steps = Steps(arguments)
     if steps.device.type == "cuda":
         steps.run(side)
@@ -113,7 +113,7 @@ def step_memory(arguments: argparse.Namespace, side: str) -> int:
 
 
 def summary(side: str, parts: dict[str, list[Parts]], mib: dict[str, float]) -> Row:
-    """Medians of a side, and its ratios to plain training, round by round."""
+    """Return the medians of a side, and its ratios to plain training, round by round."""
     totals = {name: [sum(step.values()) for step in steps] for name, steps in parts.items()}
     return {
         "side": side,
@@ -126,7 +126,7 @@ def summary(side: str, parts: dict[str, list[Parts]], mib: dict[str, float]) -> 
 
 
 def table_row(row: Row) -> list[str]:
-    """The cells of one side."""
+    """Return the cells of one side."""
     time = row["time_ratio"]
     return [
         row["side"],
@@ -139,7 +139,7 @@ def table_row(row: Row) -> list[str]:
 
 
 def main() -> None:
-    """Measure, print, write JSON."""
+    """Measure, print and write JSON."""
     parser = BenchmarkParser(__doc__, repeats=5, threads=1)
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--image-size", type=int, default=224)

@@ -1,15 +1,16 @@
-"""Accuracy at a budget after the same short training: ours, Torch-Pruning, and a smaller network from scratch.
+"""Accuracy at a budget after the same short training: LucidPrune, Torch-Pruning, and a smaller network from scratch.
 
     python benchmarks/peers.py IMAGES --workspace DIR [--arch resnet20_b] [--budgets 0.5 0.35] [--epochs 3]
 
-IMAGES holds class folders of small images in `train` and `test` (CIFAR-10 as files). A network is trained once (kept
-in the workspace, as the decoded images are), and every method prunes it within the same further training: the same
-images in the same order, the same steps and learning rates, cuts at the same steps. Only the network from scratch has
-the first training's peak rate. Seeds change order and augmentation.
+IMAGES holds class folders of small images in `train` and `test` (CIFAR-10 as files). A network is trained once (kept in
+the workspace, as the decoded images are), and every method prunes it within the same further training: the same images
+in the same order, the same steps and learning rates, cuts at the same steps. Only the network from scratch has the
+first training's peak rate. Seeds change order and augmentation.
 
-Every run has a process of its own and leaves a file, with top-1 on the test images after the last cut, after every
-epoch and at the end, the share of the MACs (ours count for all) and the seconds; what is there is not run again, so
-the script may be stopped at any time. `--results` adds the rows of an earlier results file to those of the workspace.
+Every run has its own process and writes a file with top-1 on the test images after the last cut, after every epoch and
+at the end, the share of the MACs (by LucidPrune's count for all methods) and the seconds. Finished runs are not
+repeated, so the script may be stopped at any time. `--results` adds the rows of an earlier results file to those of the
+workspace.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Row = dict[str, Any]
 
 
 def trained_network(arguments: argparse.Namespace, images: ImagesInMemory) -> nn.Module:
-    """The network that all runs begin with; trained when it is asked for first."""
+    """Return the network that all runs begin with, training it if needed."""
     torch.manual_seed(0)
     model = create_model(arguments.arch, num_classes=images.num_classes)
     path = arguments.workspace / f"{arguments.arch.replace('/', '_')}.pt"
@@ -48,7 +49,7 @@ def trained_network(arguments: argparse.Namespace, images: ImagesInMemory) -> nn
 
 
 class Watched:
-    """A method's joints, with top-1 after every cut and epoch."""
+    """A method's hooks, with top-1 after every cut and epoch."""
 
     def __init__(self, joints: Joints, training: ShortTraining) -> None:
         self._joints, self._training = joints, training
@@ -84,7 +85,7 @@ def _num_weights(model: nn.Module) -> int:
 def run_one(
     arguments: argparse.Namespace, images: ImagesInMemory, method: str, budget: float, seed: int
 ) -> Row:
-    """One training; its row."""
+    """Run one training and return its row."""
     original = trained_network(arguments, images)
     peak = arguments.pretrain_lr if method in FROM_SCRATCH else arguments.lr
     torch.manual_seed(seed)
@@ -112,7 +113,7 @@ def run_one(
 
 
 def wanted_runs(arguments: argparse.Namespace) -> Iterator[tuple[str, float, int]]:
-    """All runs, seed by seed, so that a run that is stopped leaves whole seeds."""
+    """Yield all runs, seed by seed, so that a stopped benchmark leaves complete seeds."""
     for seed in arguments.seeds:
         for budget in arguments.budgets:
             for method in arguments.methods:
@@ -120,14 +121,14 @@ def wanted_runs(arguments: argparse.Namespace) -> Iterator[tuple[str, float, int
 
 
 def place_of(arguments: argparse.Namespace, method: str, budget: float, seed: int) -> Path:
-    """File of a run's row."""
+    """Return the file of a run's row."""
     name = "".join(letter if letter.isalnum() else "_" for letter in method)
     folder: Path = arguments.workspace / f"{arguments.arch.replace('/', '_')}-{arguments.epochs:g}"
     return folder / f"{name}-{budget:g}-{seed}.json"
 
 
 def collect(arguments: argparse.Namespace) -> list[Row]:
-    """Rows of all runs: those that are missing are run, each in a process of its own."""
+    """Return the rows of all runs; missing ones are run, each in a separate process."""
     rows = []
     for method, budget, seed in wanted_runs(arguments):
         path = place_of(arguments, method, budget, seed)
@@ -149,7 +150,7 @@ def _name(row: Row) -> tuple[Any, ...]:
 
 
 def summary(rows: list[Row]) -> list[Row]:
-    """Mean and deviation over the seeds, for every network, budget, length and method."""
+    """Return mean and deviation over the seeds, for every network, budget, length and method."""
     kinds: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         kinds.setdefault(_name(row)[:-1], []).append(row)
@@ -163,7 +164,7 @@ def summary(rows: list[Row]) -> list[Row]:
 
 
 def main() -> None:
-    """Run what is missing, print the table, write the results."""
+    """Run what is missing, print the table and write the results."""
     parser = BenchmarkParser(__doc__, seeds=[0, 1, 2], threads=1, cpu_only=True)
     parser.add_argument(
         "images", type=Path, nargs="?", help="folder with train/ and test/ class folders; not for a quick run"

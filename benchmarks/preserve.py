@@ -1,22 +1,22 @@
-"""Does compression keep what a network looks at? Three compressions, each without and with attribution matching.
+"""Does compression preserve a network's explanations? Three compressions, each without and with attribution matching.
 
     python benchmarks/preserve.py --workspace DIR [--seeds 1 2 3] [--minutes 30] [--matchings none SWA]
 
 On multi-label `shapes`, whose masks are exact, a teacher is trained, and then
 
-distillation   a student of half its widths, from scratch, under the teacher's logits
-one-shot       40 % of the channels of every group cut at once by L1 norm, then fine-tuning
-unstructured   4 rounds that each zero 35 % of the weights that are left (82 % in all), with fine-tuning after each
+distillation   a student of half its widths, from scratch, under the teacher's logits one-shot       40 % of the
+channels of every group cut at once by L1 norm, then fine-tuning unstructured   4 rounds that each zero 35 % of the
+remaining weights (82 % in all), with fine-tuning after each
 
 each without matching, with EWA, SWA and stochastic SWA, all by `main.py`. The table has mean ± standard deviation over
 the seeds, at the end of training (never of the best epoch), on the validation split: mAP and F1; pointing game and
 ROC-AUC of Grad-CAM and LRP on the masks, over the pairs of image and class that the network predicts. Students of all
-seeds have the same teacher. Finished cells are kept in the workspace, so a second call goes on. After `--minutes` no
-further cell is begun.
+seeds have the same teacher. Finished cells are kept in the workspace, so a second call continues. After `--minutes` no
+further cell is started.
 
-`--settings published` takes learning rates, momentum, weights of the losses and repair as the paper's program has them:
-students by SGD at 0.1 without momentum, ÷ 10 at 3/7, 4/7 and 5/7 of the epochs, α = 0.9; pruned networks at a constant
-0.001, the cut as it is.
+`--settings published` uses the learning rates, momentum, loss weights and repair of the paper's program: students by
+SGD at 0.1 without momentum, ÷ 10 at 3/7, 4/7 and 5/7 of the epochs, α = 0.9; pruned networks at a constant 0.001,
+without repair.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ Figures = dict[str, float | None]
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all cells share."""
+    """Settings shared by all cells."""
 
     data: str
     image_size: int
@@ -77,7 +77,7 @@ class Setting:
 
 
 def narrow_widths(divisor: int = 2) -> str:
-    """Every convolution of ResNet-20 with a part of its channels, as `--arch-option` takes it."""
+    """Return every convolution of ResNet-20 with a part of its channels, in the form of `--arch-option`."""
     widths = {"conv1": 16 // divisor}
     for stage, planes in enumerate((16, 32, 64), start=1):
         for block in range(3):
@@ -88,7 +88,7 @@ def narrow_widths(divisor: int = 2) -> str:
 
 
 def compression_words(compression: str, teacher: Path) -> list[str]:
-    """The flags of a compression, length and matching aside."""
+    """Return the flags of a compression, except length and matching."""
     if compression == "distillation":
         words = ["--arch-option", narrow_widths(), "--teacher", str(teacher), "--distill", "logit"]
         return [*words, "--lr", "0.1", "--warmup", "1"]
@@ -100,7 +100,7 @@ def compression_words(compression: str, teacher: Path) -> list[str]:
 
 
 def published_words(compression: str, epochs: int) -> list[str]:
-    """What the paper's program does otherwise; these come last, and win."""
+    """Return the deviating settings of the paper's program; these come last, and win."""
     if compression != "distillation":
         return ["--lr", "0.001", "--lr-schedule", "constant", "--repair", "none"]
     steps = [str(round(epochs * share)) for share in (3 / 7, 4 / 7, 5 / 7)]
@@ -111,7 +111,7 @@ def published_words(compression: str, epochs: int) -> list[str]:
 def cell_words(
     arguments: argparse.Namespace, compression: str, matching: str, settings: str, teacher: Path
 ) -> list[str]:
-    """The flags of a cell, its seed aside."""
+    """Return the flags of a cell, except its seed."""
     epochs = vars(arguments)[f"{compression.replace('-', '_')}_epochs"]
     words = [*compression_words(compression, teacher), "--epochs", str(epochs), *MATCHINGS[matching]]
     if matching != "none" and "--teacher" not in words:
@@ -120,7 +120,7 @@ def cell_words(
 
 
 def trained(setting: Setting, name: str, words: list[str]) -> Figures:
-    """Run a training to its end; the figures of its last validation."""
+    """Run a training to its end and return the figures of its last validation."""
     folder = setting.workspace / name
     command = [MAIN, setting.data, *COMMON, "--image-size", str(setting.image_size)]
     seconds = train_once(folder, *command, "--device", setting.device.type, *words)
@@ -130,7 +130,7 @@ def trained(setting: Setting, name: str, words: list[str]) -> Figures:
 
 
 def located(setting: Setting, checkpoint: Path) -> Figures:
-    """Localisation figures of a checkpoint on the validation split."""
+    """Return localisation figures of a checkpoint on the validation split."""
     data = DataConfig(data=setting.data, batch_size=64, image_size=setting.image_size, workers=1)
     dataset = open_dataset(setting.data, multi_label=True, progress=False)
     model = model_for_weights(None, checkpoint, image_size=setting.image_size, device=setting.device)
@@ -152,7 +152,7 @@ def located(setting: Setting, checkpoint: Path) -> Figures:
         )
     figures: Figures = {"weights": num_nonzero_weights(model)}
     for row in rows:
-        for key in ("point", "auc"):  # undefined where no pair was predicted
+        for key in ("point", "auc"):  # undefined if no pair was predicted
             value = row.figures[key]
             figures[f"{row.method}_{key}"] = None if math.isnan(value) else 100 * value
         figures["predicted"] = row.counts["predicted"]
@@ -161,12 +161,12 @@ def located(setting: Setting, checkpoint: Path) -> Figures:
 
 
 def num_nonzero_weights(model: nn.Module) -> int:
-    """Weights of convolutions and linear layers that are not zero."""
+    """Return the number of non-zero weights of convolutions and linear layers."""
     return sum(int((weights != 0).sum()) for weights in model.parameters() if weights.dim() > 1)
 
 
 def cell(setting: Setting, name: str, words: list[str]) -> Cell:
-    """Train and judge; what was finished before is read."""
+    """Train and evaluate a cell, or read its finished results."""
     path = setting.workspace / name / "cell.json"
     if not path.is_file():
         figures = trained(setting, name, words) | located(setting, path.parent / "checkpoint.pth.tar")
@@ -176,7 +176,7 @@ def cell(setting: Setting, name: str, words: list[str]) -> Cell:
 
 
 def summarised(cells: list[Cell]) -> list[Cell]:
-    """Mean, deviation and number of every compression and matching over its seeds."""
+    """Return mean, deviation and number of every compression and matching over its seeds."""
     rows = []
     names = ("compression", "matching", "settings")
     for key in dict.fromkeys(tuple(found[name] for name in names) for found in cells):
@@ -190,7 +190,7 @@ def summarised(cells: list[Cell]) -> list[Cell]:
 
 
 def print_rows(rows: list[Cell]) -> None:
-    """One line per row, mean ± standard deviation."""
+    """Print one line per row, mean ± standard deviation."""
     heads = [figure.replace("gradcam", "cam").replace("_", " ") for figure in FIGURES]
     table = []
     for row in rows:
@@ -200,7 +200,7 @@ def print_rows(rows: list[Cell]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = BenchmarkParser(__doc__, seeds=(1, 2, 3))
     parser.add_argument("data", nargs="?", default="shapes-multi:train=6000,val=500")
     parser.add_argument("--workspace", type=Path, required=True)
@@ -231,7 +231,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train, judge, report."""
+    """Train, evaluate and report."""
     arguments = parse()
     begin = time.monotonic()
     setting = Setting(arguments.data, arguments.image_size, arguments.device, arguments.workspace)

@@ -1,4 +1,4 @@
-"""Is a pruned network really faster? ResNet-50 at half its MACs, with free and with rounded channel counts.
+"""Is a pruned network actually faster? ResNet-50 at half its MACs, with free and with rounded channel counts.
 
     OMP_NUM_THREADS=2 python benchmarks/pruned_speed.py [--batch-sizes 1 64] [--repeats 15] [--device cuda]
                         [--runtime eager|compile|onnxruntime] [--channels-last] [--dtype bfloat16] [--fuse] [--predict]
@@ -9,12 +9,12 @@ gradients, seconds of whole batches); medians count. The column that matters is
 
     realised = (seconds before ÷ seconds after) ÷ (MACs before ÷ MACs after)        target: ≥ 0.85
 
-with the range of the rounds' own ratios. On a slow CPU `--batch-sizes 1 8` may stand for 1 and 64. `--fuse` merges
-batch norms into their convolutions first, in all networks alike, as exporters for inference do. `--predict` puts the
-latency table's prediction beside the measurement.
+with the range of the rounds' own ratios. On a slow CPU `--batch-sizes 1 8` may replace 1 and 64. `--fuse` first merges
+batch norms into their convolutions in all networks, as exporters for inference do. `--predict` adds the latency table's
+prediction to the measurement.
 
-`--runtime` says what runs the network: PyTorch operator by operator, `torch.compile` with frozen weights, or the ONNX
-file of `pruning export` in ONNX Runtime. The last two merge elementwise operators into the convolutions.
+`--runtime` selects what runs the network: PyTorch operator by operator, `torch.compile` with frozen weights, or the
+ONNX file of `pruning export` in ONNX Runtime. The last two merge elementwise operators into the convolutions.
 
 On a CPU, glibc returns the memory of large maps to the kernel after every operator, and the kernel clears it again at
 the next one: half of the time at batch 64. `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000` before the command
@@ -45,7 +45,8 @@ from image_classification.models import create_model, inference
 from pruning.costs.cost_model import CostModel
 from pruning.costs.latency_table import LatencySettings
 from pruning.costs.timing import Stopwatch
-from pruning.engine.channel_graph import ChannelGraph, Constraints
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.constraints import Constraints
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
 from pruning.files.exporting import export_network
@@ -60,12 +61,12 @@ class Variant:
     """A network to time.
 
     Attributes:
-        name: In the table.
+        name: Name in the table.
         model: The network.
-        macs: Of one image.
-        num_parameters: Of the network.
-        share: Of the prunable channels that it kept.
-        predicted: Batch size → speed-up that the latency table expects.
+        macs: MACs of one image.
+        num_parameters: Number of parameters of the network.
+        share: Share of the prunable channels that it kept.
+        predicted: Batch size → speed-up predicted by the latency table.
     """
 
     name: str
@@ -77,7 +78,7 @@ class Variant:
 
 
 def make_variants(arguments: argparse.Namespace, images: Tensor) -> list[Variant]:
-    """The network as it is, and pruned with every rounding."""
+    """Return the original network, and one pruned with every rounding."""
     dense = create_model(arguments.arch).to(arguments.device)
     if arguments.channels_last:
         dense = dense.to(memory_format=torch.channels_last)
@@ -93,7 +94,7 @@ def make_variants(arguments: argparse.Namespace, images: Tensor) -> list[Variant
 
 
 def pruned(arguments: argparse.Namespace, dense: nn.Module, images: Tensor, round_to: int) -> Variant:
-    """A copy of the network at half its MACs."""
+    """Return a copy of the network at half its MACs."""
     model = copy.deepcopy(dense)
     graph = trace_groups(model, images[:1].float(), constraints=Constraints(round_to=round_to))
     costs = CostModel(graph, model, images[:1].float(), ("macs", "params"))
@@ -112,7 +113,7 @@ def pruned(arguments: argparse.Namespace, dense: nn.Module, images: Tensor, roun
 def predictions(
     arguments: argparse.Namespace, dense: nn.Module, graph: ChannelGraph, images: Tensor, mask: np.ndarray
 ) -> dict[int, float]:
-    """Batch size → speed-up of the pruned network that the latency table expects."""
+    """Return batch size → speed-up of the pruned network predicted by the latency table."""
     model = copy.deepcopy(dense).to(getattr(torch, arguments.dtype))
     found = {}
     for batch_size in arguments.batch_sizes:
@@ -123,18 +124,18 @@ def predictions(
 
 
 def eager(model: nn.Module, images: Tensor) -> Call:
-    """The network as PyTorch runs it, operator by operator."""
+    """Prepare the network to run operator by operator."""
     return lambda: model(images)
 
 
 def compiled(model: nn.Module, images: Tensor) -> Call:
-    """Compiled for this shape, with its weights as constants: batch norms merged, weights packed for the device."""
+    """Compile for this shape, with the weights as constants: batch norms merged, weights packed for the device."""
     run = torch.compile(model, dynamic=False, options={"freezing": True})
     return lambda: run(images)
 
 
 def in_onnxruntime(model: nn.Module, images: Tensor) -> Call:
-    """The file that `pruning export --format onnx` writes, in ONNX Runtime on as many threads as PyTorch has."""
+    """Prepare the file of `pruning export --format onnx` in ONNX Runtime, with as many threads as PyTorch."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -155,15 +156,15 @@ RUNTIMES: dict[str, Callable[[nn.Module, Tensor], Call]] = {
 
 
 def measure(variants: list[Variant], images: Tensor, repeats: int, runtime: str) -> dict[str, list[float]]:
-    """Seconds per batch of every variant in every round, taking turns."""
-    torch.compiler.reset()  # else the compiler's limit of versions counts those of other batch sizes
+    """Return seconds per batch of every variant in every round, measured in turns."""
+    torch.compiler.reset()  # otherwise versions for other batch sizes count towards the compiler's limit
     with inference(*(variant.model for variant in variants)):
         calls = {variant.name: RUNTIMES[runtime](variant.model, images) for variant in variants}
         return in_turns(calls, Stopwatch(images.device).read, repeats, warm_up=2)
 
 
 def rows_of(variants: list[Variant], seconds: dict[str, list[float]], batch_size: int) -> list[Row]:
-    """Speed-ups with their ranges."""
+    """Return speed-ups with their ranges."""
     rows = []
     base = variants[0]
     base_median = statistics.median(seconds[base.name])
@@ -192,7 +193,7 @@ def rows_of(variants: list[Variant], seconds: dict[str, list[float]], batch_size
 
 
 def print_rows(rows: list[Row]) -> None:
-    """The table."""
+    """Print the table."""
     table = []
     for row in rows:
         low, high = row["realised_range"]
@@ -224,7 +225,7 @@ def print_rows(rows: list[Row]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = BenchmarkParser(__doc__, repeats=15)
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--image-size", type=int, default=224)
@@ -246,7 +247,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print, write JSON."""
+    """Measure, print and write JSON."""
     arguments = parse()
     generator = torch.Generator().manual_seed(arguments.seed)
     shape = (max(arguments.batch_sizes), 3, arguments.image_size, arguments.image_size)

@@ -1,4 +1,4 @@
-"""Accuracy at the same budget after the same fine-tuning: pruning criteria beside each other, over several seeds.
+"""Accuracy at the same budget after the same fine-tuning: a comparison of pruning criteria over several seeds.
 
     python benchmarks/pruning_quality.py DATA --arch resnet20 --workspace DIR [--seeds 0 1 2] [--runs none magnitude]
 
@@ -8,8 +8,8 @@ pruning; every other entry is a criterion, with further flags of main.py after c
 `--lr`, with the rewrites in its first part. The table has the last top-1 of every run, mean ± standard deviation over
 the seeds.
 
-Everything is done by main.py. A run that is finished in DIR is not repeated and an interrupted one continues, so the
-script may be stopped at any time.
+Everything is done by main.py. Runs finished in DIR are not repeated, and interrupted ones continue, so the script may
+be stopped at any time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Figures = dict[str, Any]
 
 
 def train(arguments: argparse.Namespace, workspace: Path, words: list[str]) -> Figures:
-    """One run of main.py, unless it is finished; its figures from its report."""
+    """Run main.py unless the run is finished; return its figures from its report."""
     command = [MAIN, arguments.data, "--arch", arguments.arch, "--raport-file", "report.json"]
     command += ["-b", str(arguments.batch_size), "--amp", "--memory-format", "nhwc"]
     command += ["--device", arguments.device.type, "--lr-schedule", "cosine", *words]
@@ -39,7 +39,7 @@ def train(arguments: argparse.Namespace, workspace: Path, words: list[str]) -> F
 
 
 def read_figures(report: Path) -> Figures:
-    """Accuracy after every epoch, the share of the MACs at the end, and the seconds that pruning took."""
+    """Return accuracy after every epoch, the share of the MACs at the end, and the seconds that pruning took."""
     rows = log_rows(report)
     figures: Figures = {"top1": [row["val.top1"] for row in rows if "val.top1" in row]}
     shares = [row["pruning.macs_share"] for row in rows if "pruning.macs_share" in row]
@@ -54,7 +54,7 @@ def read_figures(report: Path) -> Figures:
 
 
 def pruning_words(run: str, arguments: argparse.Namespace) -> list[str]:
-    """Flags of main.py for an entry of `--runs`."""
+    """Return the flags of main.py for an entry of `--runs`."""
     if run == "none":
         return []
     criterion, *more = run.split(":")
@@ -64,7 +64,7 @@ def pruning_words(run: str, arguments: argparse.Namespace) -> list[str]:
 
 
 def run_seed(seed: int, arguments: argparse.Namespace) -> dict[str, Figures]:
-    """All runs of one seed."""
+    """Run all runs of one seed."""
     folder = arguments.workspace / f"{arguments.arch.replace('/', '_')}-{seed}"
     weights = arguments.pretrained_weights
     found: dict[str, Figures] = {}
@@ -83,7 +83,7 @@ def run_seed(seed: int, arguments: argparse.Namespace) -> dict[str, Figures]:
 
 
 def summarise(seeds: dict[int, dict[str, Figures]]) -> dict[str, Figures]:
-    """Mean and deviation of the last accuracy of every run over the seeds."""
+    """Return mean and deviation of the last accuracy of every run over the seeds."""
     summary: dict[str, Figures] = {}
     for run in next(iter(seeds.values())):
         last = [figures[run]["top1"][-1] for figures in seeds.values() if run in figures]
@@ -92,7 +92,7 @@ def summarise(seeds: dict[int, dict[str, Figures]]) -> dict[str, Figures]:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = BenchmarkParser(__doc__, seeds=(0, 1, 2))
     parser.add_argument("data")
     parser.add_argument("--arch", default="resnet20")
@@ -123,7 +123,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run what is missing, print the table, write the results."""
+    """Run what is missing, print the table and write the results."""
     arguments = parse()
     seeds: dict[int, dict[str, Figures]] = {}
     for seed in arguments.seeds:

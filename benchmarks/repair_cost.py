@@ -1,4 +1,4 @@
-"""What the repair of a rewrite costs, in forward passes and in memory.
+"""Cost of repairing a rewrite, in forward passes and in memory.
 
     python benchmarks/repair_cost.py [--arch resnet50] [--images 64] [--group layer3.0.conv1]
 
@@ -31,7 +31,7 @@ from pruning.repair.repairing import RepairReport, RepairSettings, plan_repair
 def repaired(
     model: nn.Module, graph: ChannelGraph, group: str, images: Tensor, clock: Clock
 ) -> tuple[float, RepairReport]:
-    """Seconds of a repair, and what it did."""
+    """Return the seconds of a repair, and its report."""
     model, graph = copy.deepcopy(model), copy.deepcopy(graph)
     chosen = graph.group(group)
     keep = {chosen.index: np.arange(chosen.width // 2)}
@@ -43,7 +43,7 @@ def repaired(
 
 
 def training_step(model: nn.Module, images: Tensor) -> None:
-    """One step of SGD with momentum."""
+    """Run one step of SGD with momentum."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
     targets = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     nn.functional.cross_entropy(model.train()(images), targets).backward()
@@ -51,14 +51,14 @@ def training_step(model: nn.Module, images: Tensor) -> None:
 
 
 def forward(model: nn.Module, images: Tensor) -> None:
-    """A pass over all images, as many at a time as the repair takes."""
+    """Run a pass over all images, in chunks of the size that the repair uses."""
     with torch.no_grad():
         for part in images.split(32):
             model.eval()(part)
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = BenchmarkParser(__doc__, repeats=3, threads=1)
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--group", default="layer3.0.conv1")
@@ -69,7 +69,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print, write JSON."""
+    """Measure, print and write JSON."""
     arguments = parse()
     clock, device = Clock(arguments.device, processor_time=True), arguments.device
     images = smooth_images(arguments.images, arguments.image_size)
@@ -77,7 +77,7 @@ def main() -> None:
     images = images.to(device)
     graph = trace_groups(model, images[:2])
 
-    forward(model, images)  # chooses kernels
+    forward(model, images)  # warm-up: chooses kernels
     times: dict[str, list[float]] = {"forward": [], "repair": []}
     memory: dict[str, list[int]] = {"repair": [], "training": []}
     for _ in range(arguments.repeats):

@@ -1,11 +1,11 @@
-"""What is left of a trained network when the inner widths of its blocks are cut and nothing is trained, by repair.
+"""Accuracy left after cutting the inner widths of a trained network's blocks without training, by repair method.
 
     python benchmarks/repair_quality.py CHECKPOINT DATA [--widths 0.5 0.25] [--num-calibration 256] [--seeds 0 1 2]
 
-Every group that no residual connection holds together (one layer makes it) keeps this share of its channels, those that
-a criterion scores highest; all other groups stay whole. Seeds draw the calibration images, which scores, statistics and
-least squares are made from; top-1 is that of all validation images. Networks of the first seed are kept in the
-workspace: `python -m explainers compare CHECKPOINT SMALL DATA` says what became of their explanations.
+Every group without a residual connection (produced by a single layer) keeps this share of its channels, those that a
+criterion scores highest; all other groups are left alone. Seeds select the calibration images, which are used for
+scores, statistics and least squares; top-1 is measured on all validation images. Networks of the first seed are kept in
+the workspace: `python -m explainers compare CHECKPOINT SMALL DATA` shows the effect on their explanations.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Batches = list[tuple[Tensor, Tensor]]
 def loaders_of(
     data: str, model: nn.Module, batch_size: int, num_calibration: int, seed: int
 ) -> tuple[Batches, Loader]:
-    """Calibration images of a seed, and the validation split."""
+    """Return the calibration images of a seed, and the validation split."""
     dataset = open_dataset(data)
     dataset = dataclasses.replace(dataset, preset=dataset.preset.for_network(input_of(model)))
     config = DataConfig(
@@ -55,7 +55,7 @@ def loaders_of(
 
 @torch.no_grad()
 def top1(model: nn.Module, images: Loader | Batches) -> float:
-    """Percent of the images whose largest logit is their class."""
+    """Return the percentage of images whose largest logit is their class."""
     model.eval()
     right = total = 0
     for batch in images:
@@ -66,7 +66,7 @@ def top1(model: nn.Module, images: Loader | Batches) -> float:
 
 
 def inner_cut(graph: ChannelGraph, scores: dict[int, Tensor], share: float) -> dict[int, Any]:
-    """Group → positions that stay: the best share of every group that a single layer makes."""
+    """Return group → positions that stay: the best share of every group produced by a single layer."""
     keep = {}
     for group in graph.prunable:
         makers = {m.tensor.rpartition(".")[0] for m in graph.members(group) if m.role == "out"}
@@ -79,7 +79,7 @@ def inner_cut(graph: ChannelGraph, scores: dict[int, Tensor], share: float) -> d
 def cut(
     model: nn.Module, batches: Batches, criterion: str, share: float
 ) -> tuple[dict[str, nn.Module], float, dict[str, float]]:
-    """Repair method → the small network; share of the MACs that stays; seconds by method."""
+    """Return repair method → the small network; share of the MACs that stays; seconds by method."""
     example = batches[0][0][:2]
     graph = trace_groups(model, example)
     keep = inner_cut(graph, score_groups(model, graph, batches, create_criterion(criterion)), share)
@@ -97,7 +97,7 @@ def cut(
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All rows: mean and spread over the seeds."""
+    """Return all rows: mean and spread over the seeds."""
     model = model_for_weights(None, arguments.checkpoint).eval()
     found: dict[tuple[float, str, str], list[dict[str, float]]] = {}
     original = 0.0
@@ -133,7 +133,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = BenchmarkParser(__doc__, cpu_only=True, seeds=[0, 1, 2])
     parser.add_argument(
         "checkpoint", type=Path, nargs="?", help="not for a quick run, which takes a fresh network"

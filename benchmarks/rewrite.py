@@ -1,12 +1,12 @@
-"""What a rewrite costs: the decision beside exhaustive evaluation, the surgery, and training while nothing is due.
+"""Cost of a rewrite: the decision compared with exhaustive evaluation, the surgery, and training while nothing is due.
 
     python benchmarks/rewrite.py DATA [--arch resnet50] [--rewrites 5] [--batches 10] [--pretrained-weights FILE]
 
-decision   seconds of our search (estimate all candidates, measure a shortlist on a few batches) ÷ seconds of the
-           published way (measure every candidate on all calibration batches); and how good the choice is: the share of
-           rewrites with the same winner, and our winner's exhaustive loss ÷ the best one's
-surgery    seconds to cut network, momentum and average
-idle       images/s of training that asks in every step whether a rewrite is due ÷ without, in turns
+decision   seconds of LucidPrune's search (estimate all candidates, measure a shortlist on a few batches) ÷ seconds of
+the published method (measure every candidate on all calibration batches); and the quality of the choice: the share of
+rewrites with the same winner, and the chosen candidate's exhaustive loss ÷ the best one's surgery    seconds to cut
+network, momentum and average idle       images/s of training that checks in every step whether a rewrite is due ÷
+without, in turns
 
 DATA is a data set (ImageNet layout, an archive, shapes); calibration images come from its training split. Without
 `--pretrained-weights` the network is random, with batch norm statistics of the images.
@@ -28,7 +28,7 @@ from image_classification.data.data_config import DataConfig
 from image_classification.data.layouts import open_dataset
 from image_classification.ema import Ema
 from image_classification.models import create_model, model_for_weights
-from pruning.engine.channel_graph import Constraints
+from pruning.engine.constraints import Constraints
 from pruning.engine.proof.rehearsal import condition
 from pruning.engine.surgery import prune_channels
 from pruning.pruner import Pruner
@@ -36,14 +36,14 @@ from pruning.rewrites.pruner_settings import PrunerSettings
 from pruning.search import Candidate, GreedySearch, Situation
 from pruning.search.loss_change import LossChange
 
-#: Rewrites judge candidates by that many batches.
+#: Number of batches on which rewrites compare candidates.
 JUDGE_BATCHES = PrunerSettings().judge_batches
 
 Batches = list[tuple[Tensor, Tensor]]
 
 
 def open_calibration(arguments: argparse.Namespace) -> tuple[Batches, int]:
-    """Calibration batches and number of classes."""
+    """Return the calibration batches and the number of classes."""
     dataset = open_dataset(arguments.data, require_val=False)
     config = DataConfig(
         data=arguments.data,
@@ -59,7 +59,7 @@ def open_calibration(arguments: argparse.Namespace) -> tuple[Batches, int]:
 
 
 def make_network(arguments: argparse.Namespace, batches: Batches, num_classes: int) -> nn.Module:
-    """The network, on the device."""
+    """Create the network, on the device."""
     if arguments.pretrained_weights is not None:
         return model_for_weights(arguments.arch, arguments.pretrained_weights, device=arguments.device)
     model = create_model(arguments.arch, num_classes=num_classes).to(arguments.device)
@@ -68,7 +68,7 @@ def make_network(arguments: argparse.Namespace, batches: Batches, num_classes: i
 
 
 def measure_decision(pruner: Pruner, batches: Batches, clock: Clock) -> dict[str, float]:
-    """One decision both ways on the network as it is, then the rewrite by the exhaustive winner."""
+    """Measure one decision both ways on the current network, then rewrite with the exhaustive winner."""
     scores = {index: values.numpy() for index, values in pruner.score(batches).items()}
     targets = pruner.course.targets(pruner.completed + 1)
 
@@ -79,7 +79,7 @@ def measure_decision(pruner: Pruner, batches: Batches, clock: Clock) -> dict[str
     begin = clock.now()
     ours = GreedySearch().choose(situation(JUDGE_BATCHES))
     between = clock.now()
-    # The estimates of the exhaustive search are not part of the published way, but take next to nothing.
+    # The estimates of the exhaustive search are not part of the published method, but take next to no time.
     exhaustive = GreedySearch(shortlist=0).choose(situation(len(batches)))
     end = clock.now()
     optimizers = pruner.optimizers
@@ -98,7 +98,7 @@ def measure_decision(pruner: Pruner, batches: Batches, clock: Clock) -> dict[str
 
 
 def compared(chosen: str | None, candidates: list[Candidate]) -> dict[str, float]:
-    """How our choice stands among all candidates, whose losses were measured."""
+    """Compare the choice with all candidates, whose losses were measured."""
     losses = {
         candidate.group: candidate.measured for candidate in candidates if candidate.measured is not None
     }
@@ -110,7 +110,7 @@ def compared(chosen: str | None, candidates: list[Candidate]) -> dict[str, float
 def measure_idle(
     model: nn.Module, batches: Batches, pruner: Pruner, repeats: int, clock: Clock
 ) -> list[float]:
-    """Images/s with the question `due?` in every iteration ÷ without, pair by pair."""
+    """Return images/s with the check `due` in every iteration ÷ without, pair by pair."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-4)
 
     def train(ask: bool) -> float:
@@ -130,7 +130,7 @@ def measure_idle(
 
 
 def optimizer_with_momentum(model: nn.Module, images: Tensor, targets: Tensor) -> torch.optim.Optimizer:
-    """An optimizer after its first step, so that surgery has momentum to cut."""
+    """Return an optimizer after its first step, so that surgery has momentum to cut."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     nn.functional.cross_entropy(model(images), targets).backward()
     optimizer.step()
@@ -139,7 +139,7 @@ def optimizer_with_momentum(model: nn.Module, images: Tensor, targets: Tensor) -
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = BenchmarkParser(__doc__, repeats=5)
     parser.add_argument("data")
     parser.add_argument("--arch", default="resnet50")
@@ -154,7 +154,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print, write JSON."""
+    """Measure, print and write JSON."""
     arguments = parse()
     clock = Clock(arguments.device)
     batches, num_classes = open_calibration(arguments)

@@ -1,16 +1,16 @@
-"""What the saliency score costs: one scored batch ÷ a training step of the same batch, in time and peak memory.
+"""Cost of the saliency score: one scored batch ÷ a training step of the same batch, in time and peak memory.
 
     OMP_NUM_THREADS=1 python benchmarks/saliency.py [--cases resnet20 resnet50] [--repeats 7]
 
-training    forward in training mode, cross-entropy, backward, SGD with momentum
-selector    `score_groups` with the saliency criterion on a selector's (a, b, w): one forward and three backward passes
+training    forward in training mode, cross-entropy, backward, SGD with momentum selector    `score_groups` with the
+saliency criterion on a selector's (a, b, w): one forward and three backward passes
             through network and decoder, for all channel groups at once
-gradcam     the same on the Grad-CAM map, with 4 random projections
-taylor      a criterion with one backward pass, for comparison
+gradcam     the same on the Grad-CAM map, with 4 random projections taylor      a criterion with one backward pass, for
+comparison
 
 Network and decoder are untrained, since time and memory do not depend on the weights. The rows are measured in turns:
 in processor time on a CPU, to which other jobs add nothing, by the wall clock on a GPU. Memory is the peak above what
-the process held before, in a process of its own for each row.
+the process held before, in a separate process for each row.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ CASES = {
 
 
 class Bench:
-    """Everything of one case that is measured.
+    """The measurements of one case.
 
     Args:
         case: Network and batch.
-        device: Where it computes.
-        batch_size: Of the images until `enlarge`.
+        device: Device to compute on.
+        batch_size: Batch size until `enlarge`.
     """
 
     def __init__(self, case: Case, device: torch.device, batch_size: int) -> None:
@@ -75,16 +75,16 @@ class Bench:
         self.model = create_model(case.arch, num_classes=case.num_classes).to(device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3, momentum=0.9)
         self.enlarge(batch_size)
-        self.step()  # all rows start from a network with its momenta
+        self.step()  # all rows start from a network with momenta
 
     def enlarge(self, batch_size: int) -> None:
-        """Take a batch of this size from now on."""
+        """Use batches of this size from now on."""
         size = (batch_size, 3, self.case.image_size, self.case.image_size)
         self.images = torch.randn(size, device=self.device)
         self.targets = torch.randint(0, self.case.num_classes, size[:1], device=self.device)
 
     def prepare(self, row: str) -> Call:
-        """What is to be timed for a row; its first call remembers the original explanation."""
+        """Return the call to time for a row; its first call records the original explanation."""
         if row == TRAINING:
             return self.step
         graph = trace_groups(self.model, self.images[:2])
@@ -101,7 +101,7 @@ class Bench:
         return score
 
     def explanation(self, row: str) -> Explanation:
-        """The explanation that a row is about."""
+        """Return the explanation of a row."""
         if row == "gradcam":
             return GradCamExplanation.of(self.model, self.images[:2])
         design = design_selector(
@@ -115,7 +115,7 @@ class Bench:
         return SelectorExplanation(Selector(design).to(self.device).eval().requires_grad_(False))
 
     def step(self) -> Tensor:
-        """One training step; its loss."""
+        """Run one training step and return its loss."""
         self.model.train()
         loss = F.cross_entropy(self.model(self.images), self.targets)
         loss.backward()
@@ -127,7 +127,7 @@ class Bench:
 def measure_times(
     case: Case, scores: list[str], device: torch.device, repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """Training and scores → their seconds and their ratio to training, round by round."""
+    """Return training and scores → their seconds and their ratio to training, round by round."""
     bench = Bench(case, device, case.batch_size)
     calls = {row: bench.prepare(row) for row in (TRAINING, *scores)}
     seconds = in_turns(calls, Clock(device, processor_time=True).seconds, repeats)
@@ -138,7 +138,7 @@ def measure_times(
 
 
 def measure_memory(case: Case, row: str, device: torch.device) -> int:
-    """Peak bytes of one run above what the prepared process held."""
+    """Return the peak bytes of one run above what the prepared process held."""
     bench = Bench(case, device, 2)
     run = bench.prepare(row)
     held = restart_peak(device)
@@ -148,7 +148,7 @@ def measure_memory(case: Case, row: str, device: torch.device) -> int:
 
 
 def table_row(case: str, row: str, figures: dict[str, Any]) -> list[str]:
-    """The cells of a row."""
+    """Return the cells of a row."""
     ratio = figures["ratio"]
     return [
         case,
@@ -162,7 +162,7 @@ def table_row(case: str, row: str, figures: dict[str, Any]) -> list[str]:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = BenchmarkParser(__doc__, repeats=7)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["resnet20", "resnet50"])
     parser.add_argument("--scores", nargs="+", choices=SCORES, default=list(SCORES))
@@ -177,7 +177,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print, write JSON."""
+    """Measure, print and write JSON."""
     arguments = parse()
     if arguments.memory_of:
         print(measure_memory(CASES[arguments.cases[0]], arguments.memory_of, arguments.device))

@@ -2,28 +2,27 @@
 
     python benchmarks/same_training.py BASE [HEAD] [--job NAME …] [--json FILE] [--keep DIR] [--cross]
 
-BASE and HEAD are git revisions; HEAD is by default WORKTREE, a snapshot of the working tree as it is (tracked files and
+BASE and HEAD are git revisions; HEAD is by default WORKTREE, a snapshot of the current working tree (tracked files and
 new ones that git does not ignore). Both are put into temporary folders, and every job of `same/jobs.py` runs there on
-the CPU, in processes of its own with one thread and fixed seeds, one job after the other. Compared are the files that a
-job leaves, by `same/comparing.py`:
+the CPU, in separate processes with one thread and fixed seeds, one job after the other. The files that a job leaves are
+compared by `same/comparing.py`:
 
     *raport*.json           every figure of every logging step
     *.pth.tar, *.pth        every tensor and plain value: weights, averages, optimizer, structure, random states, …
-    *.json, *.npy           every value: what verbs write
+    *.json, *.npy           every value written by verbs
 
-A few keys are left out, times and flags for instance; IGNORED there lists them all. Floating-point numbers are equal
-when their bits are. Nothing of the code under test is imported here. Some jobs stop half-way and are resumed; they must
-end as the job that was not stopped ("as whole" in the table).
+A few keys, such as times and flags, are ignored; IGNORED there lists them all. Floating-point numbers are equal if
+their bits are. The code under test is not imported here. Some jobs stop half-way and are resumed; they must end like
+the job that was not stopped ("as whole" in the table).
 
---job    runs these jobs alone, and those whose files they need
---keep   keeps the files in DIR by commit, and does not run a job again that ended there as it is now defined; files of
+--job    runs these jobs alone, and those whose files they need --keep   keeps the files in DIR by commit, and does not
+run a job again that ended there as it is now defined; files of
          WORKTREE are kept too, to look at, but never taken for results
 --cross  runs every job that needs files of others a third time, by HEAD on files of BASE: checkpoints of BASE are
          resumed, evaluated, loaded, explained, and teach. It must end as BASE ended on its own
 
-Printed is a table: job, logging steps, tensors and numbers that were compared, seconds of both sides, the first
-difference. The exit code is 0 where all is equal, 1 where anything differs or fails, 2 for a revision that does not
-exist, 130 when stopped.
+A table is printed: job, logging steps, tensors and numbers compared, seconds of both sides, the first difference. The
+exit code is 0 if all is equal, 1 if anything differs or fails, 2 for a revision that does not exist, 130 when stopped.
 """
 
 from __future__ import annotations
@@ -78,13 +77,13 @@ class JobError(Exception):
 def run_process(
     words: Sequence[str], folder: Path, environment: Mapping[str, str], stop_after: int | None
 ) -> int:
-    """Run this interpreter in a folder, its output added to the log there; the exit code.
+    """Run this interpreter in a folder, appending its output to the log there, and return the exit code.
 
     Args:
-        words: What follows `python`.
-        folder: Where it runs.
-        environment: All its variables.
-        stop_after: Send SIGUSR1 when the report has so many lines of figures.
+        words: Arguments of `python`.
+        folder: Working directory.
+        environment: All environment variables.
+        stop_after: Send SIGUSR1 when the report has this many lines of figures.
     """
     with (folder / LOG).open("ab") as log:
         process = subprocess.Popen(
@@ -106,12 +105,12 @@ def run_process(
         raise JobError(f"took longer than {STEP_SECONDS:.0f} s") from None
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # ranks that it may have left behind
+            os.killpg(process.pid, signal.SIGKILL)  # ranks that it may have left running
         process.wait()
 
 
 def count_lines(folder: Path) -> int:
-    """Lines of figures in the report of a running job."""
+    """Return the number of lines of figures in the report of a running job."""
     texts = [path.read_text(encoding="utf-8") for path in folder.glob("*raport*.json")]
     return sum(
         line.count('"type": "LOG"') - line.count('"PARAMETER"')
@@ -124,7 +123,7 @@ def run_step(step: str, folder: Path, environment: Mapping[str, str], places: Ma
     """Run a step of a job.
 
     Raises:
-        JobError: With the last line that it printed.
+        JobError: The step failed; the message is the last line that it printed.
     """
     kind, *words = shlex.split(string.Template(step).substitute(places))
     if kind == "copy":
@@ -145,9 +144,9 @@ class Side:
 
     Attributes:
         commit: Its hash, or WORKTREE.
-        folder: Where its jobs run, each in a folder of its own.
-        reused: Whether jobs that ended there before need not run again.
-        tree: Gives the root of its code, which is checked out when it is first asked for.
+        folder: Folder of its jobs, each in a folder of its own.
+        reused: Whether jobs that already finished there need not run again.
+        tree: Returns the root of its code, checking it out on first use.
     """
 
     commit: str
@@ -156,16 +155,18 @@ class Side:
     tree: Callable[[], Path]
 
     def environment(self) -> dict[str, str]:
-        """Variables of its processes. Each commit draws the data set again: the drawing may be what changed."""
+        """Environment of its processes. Each commit generates the data set again, since the drawing may have
+        changed.
+        """
         single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         places = {"PYTHONPATH": str(self.tree()), "LUCIDPRUNE_CACHE": str(self.folder / ".cache")}
         return {**os.environ, **single, **places, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def check_imports(self) -> None:
-        """Make sure that its processes take its code, not an installed one.
+        """Check that its processes use its code, not an installed package.
 
         Raises:
-            JobError: They do not.
+            JobError: They use other code.
         """
         code = "import importlib.util as u; print(u.find_spec('pruning').origin)"
         words = [sys.executable, "-c", code]
@@ -175,7 +176,7 @@ class Side:
 
 
 def fingerprint(job: Job, jobs: Mapping[str, Job]) -> str:
-    """Changes when a job, one that it needs, or the interpreter's packages do."""
+    """Return a fingerprint that changes with the job, the jobs it needs, or the interpreter's packages."""
     needs = [fingerprint(jobs[name], jobs) for name in job.needs]
     own = any("$here" in step for step in job.steps)
     scripts = [(SCRIPTS / "own_loop.py").read_text(encoding="utf-8")] if own else []
@@ -184,10 +185,10 @@ def fingerprint(job: Job, jobs: Mapping[str, Job]) -> str:
 
 
 def run_job(job: Job, side: Side, folder: Path) -> float:
-    """Run a job in a new folder; seconds.
+    """Run a job in a new folder and return its seconds.
 
     Raises:
-        JobError: It failed.
+        JobError: The job failed.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -199,10 +200,10 @@ def run_job(job: Job, side: Side, folder: Path) -> float:
 
 
 def run_or_reuse(job: Job, side: Side, jobs: Mapping[str, Job]) -> float:
-    """Run a job of a side, or find that it ran; seconds.
+    """Run a job of a side unless it has already run, and return its seconds.
 
     Raises:
-        JobError: It failed.
+        JobError: The job failed.
     """
     folder, mark = side.folder / job.name, fingerprint(job, jobs)
     file = folder / OUTCOME
@@ -216,10 +217,10 @@ def run_or_reuse(job: Job, side: Side, jobs: Mapping[str, Job]) -> float:
 
 
 def run_across(job: Job, base: Side, head: Side, folder: Path) -> float:
-    """Run a job by HEAD on what it needs of BASE, in `folder`; seconds.
+    """Run a job with HEAD on the files it needs from BASE, in `folder`, and return its seconds.
 
     Raises:
-        JobError: It failed.
+        JobError: The job failed.
     """
     folder.mkdir(parents=True)
     for name in job.needs:
@@ -231,10 +232,10 @@ def run_across(job: Job, base: Side, head: Side, folder: Path) -> float:
 
 
 def git(*words: str) -> str:
-    """What git says in this repository.
+    """Run git in this repository and return its output.
 
     Raises:
-        SystemExit: With git's own words and code 2.
+        SystemExit: git failed; with its message and code 2.
     """
     done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
     if done.returncode:
@@ -244,7 +245,7 @@ def git(*words: str) -> str:
 
 
 def copy_worktree(target: Path) -> None:
-    """Copy the working tree: tracked files as they are, and new ones that are not ignored."""
+    """Copy the working tree: tracked files in their current state, and new ones that are not ignored."""
     names = git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     for name in dict.fromkeys(filter(None, names)):
         if (ROOT / name).is_file():
@@ -253,7 +254,7 @@ def copy_worktree(target: Path) -> None:
 
 
 def remove_worktree(target: Path) -> None:
-    """Undo `git worktree add`, however far it came."""
+    """Undo `git worktree add`, even if it was interrupted."""
     shutil.rmtree(target, ignore_errors=True)
     git("worktree", "prune")
 
@@ -261,7 +262,7 @@ def remove_worktree(target: Path) -> None:
 def open_side(
     name: str, commit: str, folder: Path, trees: Path, stack: contextlib.ExitStack, *, reused: bool
 ) -> Side:
-    """A side whose code is checked out when it is asked for, and removed with the stack."""
+    """Create a side whose code is checked out on demand, and removed with the stack."""
     folder.mkdir(parents=True, exist_ok=True)
 
     @functools.cache
@@ -276,7 +277,7 @@ def open_side(
 
     side = Side(commit, folder, reused, tree)
     if commit == WORKTREE:
-        tree()  # as it is now, not when BASE has run
+        tree()  # the current state, not that after BASE has run
     return side
 
 
@@ -285,7 +286,7 @@ def open_side(
 
 @dataclasses.dataclass
 class Row:
-    """A line of the table: what was compared, seconds of both sides."""
+    """A line of the table: what was compared, and the seconds of both sides."""
 
     job: str
     kind: str
@@ -293,7 +294,7 @@ class Row:
     comparison: Comparison
 
     def describe(self) -> str:
-        """The line."""
+        """Format the line."""
         found = self.comparison
         base, head = (f"{seconds:6.1f}" if seconds else "     –" for seconds in self.seconds)
         verdict = "equal"
@@ -306,7 +307,7 @@ class Row:
         )
 
     def plain(self) -> dict[str, Any]:
-        """The line as plain data; the first differences only."""
+        """Return the line as plain data, with only the first differences."""
         found = self.comparison
         return {
             "job": self.job,
@@ -321,7 +322,7 @@ class Row:
 
 
 def chosen(names: Sequence[str]) -> list[Job]:
-    """The named jobs (all, if none is named) and those that they need, in the order of the table."""
+    """Return the named jobs (all, if none is named) and those that they need, in the order of the table."""
     jobs = {job.name: job for job in JOBS}
     wanted = set(names or jobs)
     for job in reversed(JOBS):
@@ -331,7 +332,7 @@ def chosen(names: Sequence[str]) -> list[Job]:
 
 
 def attempt(run: Callable[[], float], what: str, job: Job, failed: dict[str, str]) -> float:
-    """Run, unless something that the job needs has failed; notes a failure, returns seconds (0 for none)."""
+    """Run, unless something that the job needs has failed; record a failure, return seconds (0 for none)."""
     broken = [name for name in job.needs if name in failed]
     if broken:
         failed[job.name] = f"not run by {what}: {broken[0]} failed"
@@ -366,7 +367,7 @@ def rows_of(jobs: Sequence[Job], base: Side, head: Side) -> Iterator[Row]:
 
 
 def rows_across(jobs: Sequence[Job], base: Side, head: Side, folder: Path) -> Iterator[Row]:
-    """Run jobs by HEAD on the files of BASE, and compare with BASE's own end."""
+    """Run jobs with HEAD on the files of BASE, and compare with BASE's own results."""
     for job in jobs:
         done = all((base.folder / name / OUTCOME).is_file() for name in (job.name, *job.needs))
         if not (job.needs and job.compared and done):
@@ -383,7 +384,7 @@ def rows_across(jobs: Sequence[Job], base: Side, head: Side, folder: Path) -> It
 def describe_run(
     arguments: argparse.Namespace, base: Side, head: Side, rows: Sequence[Row]
 ) -> dict[str, Any]:
-    """Everything as plain data, with what it ran on."""
+    """Return everything as plain data, with the environment."""
     return {
         "base": {"revision": arguments.base, "commit": base.commit},
         "head": {"revision": arguments.head, "commit": head.commit, "worktree_of": git("rev-parse", "HEAD")},
@@ -399,7 +400,7 @@ def describe_run(
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run everything, print the table; the exit code."""
+    """Run everything, print the table and return the exit code."""
     jobs = chosen(arguments.job)
     base_commit, head_commit = (
         WORKTREE if revision == WORKTREE else git("rev-parse", "--verify", f"{revision}^{{commit}}")
@@ -409,7 +410,7 @@ def run(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="same-training-"))).resolve()
         kept = arguments.keep.resolve() if arguments.keep is not None else temporary / "results"
-        repeated = head_commit == base_commit  # a commit beside itself: it has to run twice
+        repeated = head_commit == base_commit  # comparing a commit with itself: it has to run twice
         folders = (kept / base_commit, kept / f"{head_commit}-again" if repeated else kept / head_commit)
         base = open_side("base", base_commit, folders[0], temporary, stack, reused=base_commit != WORKTREE)
         reused = head_commit != WORKTREE and not repeated
@@ -437,7 +438,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("base", metavar="BASE", help="revision that is taken for right")
     parser.add_argument(
@@ -461,12 +462,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends as Ctrl-C does, with everything removed."""
+    """Make SIGTERM end the program like Ctrl-C, with everything removed."""
     raise KeyboardInterrupt
 
 
 def main() -> int:
-    """Run the tool; the exit code."""
+    """Run the tool and return its exit code."""
     signal.signal(signal.SIGTERM, stop)
     try:
         return run(parse())

@@ -2,10 +2,10 @@
 
     python benchmarks/selector.py DATA --pretrained-weights f.pth.tar --workspace DIR [--kinds rbf real-x]
 
-Everything is done by `python -m explainers`. The table has figures over the whole validation split, which played no
-part in choosing the networks: KL, agreement and area of the masks without noise, how often their highest pixel lies on
-the object, ROC-AUC. The JSON also has the pointing game beside Grad-CAM and the image's centre, on the images that the
-network gets right. A training that is finished in DIR is not repeated; an interrupted one continues.
+Everything is done by `python -m explainers`. The table has figures over the whole validation split, which was not used
+for choosing the networks: KL, agreement and area of the masks without noise, how often their highest pixel lies on the
+object, ROC-AUC. The JSON also has the pointing game compared with Grad-CAM and the image's centre, on the images that
+the network classifies correctly. Trainings finished in DIR are not repeated; interrupted ones continue.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COLUMNS = ("agreement", "kl", "area", "on_object", "within_object", "auc", "widt
 
 
 def train(verb: str, workspace: Path, arguments: argparse.Namespace, *words: str) -> float:
-    """Train unless it was done before; seconds, over all invocations."""
+    """Train unless already done; return seconds over all invocations."""
     command = ["-m", "explainers", verb, arguments.data, "--arch", arguments.arch]
     command += ["--pretrained-weights", str(arguments.pretrained_weights), "--device", arguments.device.type]
     command += ["--lr-schedule", "cosine", "--seed", str(arguments.seed)]
@@ -31,7 +31,7 @@ def train(verb: str, workspace: Path, arguments: argparse.Namespace, *words: str
 
 
 def train_kind(kind: str, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Train predictor and selector of one kind of masks; seconds of each."""
+    """Train predictor and selector of one kind of masks; return the seconds of each."""
     words = ["--selector-type", kind, "-b", "64", "--evaluation-interval", "200"]
     words += ["--epochs", str(arguments.predictor_epochs), "--lr", str(arguments.predictor_lr)]
     predictor = train("train-predictor", folder / "predictor", arguments, *words)
@@ -42,7 +42,7 @@ def train_kind(kind: str, arguments: argparse.Namespace, folder: Path) -> dict[s
 
 
 def judge(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Figures of the masks, a page of them, and the pointing game beside other methods."""
+    """Return figures of the masks and the pointing game of other methods, and write a page of masks."""
     selector, predictor = (str(folder / name / "model_best.pth.tar") for name in ("selector", "predictor"))
     figures, localized = folder / "figures.json", folder / "localized.json"
     explain = ["-m", "explainers"]
@@ -63,7 +63,7 @@ def judge(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def run_kind(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Predictor, selector and figures of one kind of masks."""
+    """Train and evaluate predictor and selector for one kind of masks."""
     folder = arguments.workspace / kind
     seconds = train_kind(kind, arguments, folder)
     epochs, chosen_by = {}, {}
@@ -78,7 +78,7 @@ def run_kind(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = BenchmarkParser(__doc__)
     parser.add_argument("data")
     parser.add_argument("--arch", default="resnet20")
@@ -95,7 +95,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run, print the table, write JSON."""
+    """Run, print the table and write JSON."""
     arguments = parse()
     results = {kind: run_kind(kind, arguments) for kind in arguments.kinds}
     rows = []

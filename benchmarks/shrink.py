@@ -1,12 +1,12 @@
-"""What shrinking a masked network gains: five well-known networks, a share of every group's channels zeroed.
+"""Gain from shrinking masked networks: five well-known networks, with a share of every group's channels zeroed.
 
     OMP_NUM_THREADS=1 python benchmarks/shrink.py [--share 0.4] [--image-size 224] [--batch-size 1] [--repeats 15]
 
-Each network is masked as programs that prune by masks leave it: rows of convolutions, and scales and shifts of batch
-norms are zero, nothing is smaller. `pruning.shrink` then finds the dead channels without being told. The table has
-MACs, parameters and latency before and after, and the largest difference of outputs on images that shrinking did not
-see, relative to the largest output. Latencies are medians over rounds in which both networks take turns (evaluation
-mode, no gradients).
+Each network is masked like the output of programs that prune by masks: rows of convolutions, and scales and shifts of
+batch norms are zero, nothing is smaller. `pruning.shrink` then finds the dead channels by itself. The table has MACs,
+parameters and latency before and after, and the largest difference of outputs on images that shrinking did not see,
+relative to the largest output. Latencies are medians over rounds in which both networks take turns (evaluation mode, no
+gradients).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from image_classification.models import inference
 from pruning import save_pruned, shrink, trace_groups
 from pruning.costs.timing import Stopwatch
-from pruning.engine.tracing import named_tensors
+from pruning.engine.named_tensors import named_tensors
 
 NETWORKS = ("resnet50", "vgg16_bn", "mobilenet_v2", "torchvision/densenet121", "torchvision/efficientnet_b0")
 
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 
 def mask_channels(model: nn.Module, images: Tensor, share: float, seed: int) -> int:
-    """Zero a share of every group's rows, with scale and shift of the batch norms along them; counts the channels."""
+    """Zero a share of every group's rows, with scale and shift of its batch norms; return the number of channels."""
     graph = trace_groups(model, images)
     rng = np.random.default_rng(seed)
     gone = np.zeros(graph.num_units, dtype=bool)
@@ -45,7 +45,7 @@ def mask_channels(model: nn.Module, images: Tensor, share: float, seed: int) -> 
         gone[rng.permutation(group.units)[: int(share * group.width)]] = True
     tensors = named_tensors(model)
     for axis in graph.axes:
-        # What reads a channel keeps its weights, and a batch norm its statistics.
+        # Weights that read a channel are kept, as are batch-norm statistics.
         if axis.role != "in" and not axis.tensor.endswith(("running_mean", "running_var")):
             slices = np.flatnonzero((axis.units >= 0) & gone[np.maximum(axis.units, 0)])
             tensors[axis.tensor].data.index_fill_(axis.dim, torch.from_numpy(slices), 0)
@@ -53,21 +53,21 @@ def mask_channels(model: nn.Module, images: Tensor, share: float, seed: int) -> 
 
 
 def seconds_of(masked: nn.Module, smaller: nn.Module, images: Tensor, repeats: int) -> dict[str, list[float]]:
-    """Seconds per batch of both networks in every round."""
+    """Return seconds per batch of both networks in every round."""
     calls = {"masked": lambda: masked(images), "smaller": lambda: smaller(images)}
     with inference(masked, smaller):
         return in_turns(calls, Stopwatch(images.device).read, repeats)
 
 
 def largest_difference(before: nn.Module, after: nn.Module, images: Tensor) -> float:
-    """Largest difference of outputs, relative to the largest output (or to 1)."""
+    """Return the largest difference of outputs, relative to the largest output (or to 1)."""
     with inference(before, after):
         expected, got = before(images), after(images)
     return float((expected - got).abs().max() / max(1.0, float(expected.abs().max())))
 
 
 def num_bytes(model: nn.Module) -> int:
-    """Size of its saved file."""
+    """Return the size of the network's saved file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.pth"
         save_pruned(path, model)
@@ -75,7 +75,7 @@ def num_bytes(model: nn.Module) -> int:
 
 
 def measure(arch: str, arguments: argparse.Namespace) -> Row:
-    """One row of the table."""
+    """Measure one row of the table."""
     generator = torch.Generator().manual_seed(arguments.seed)
     images = torch.randn(4, 3, arguments.image_size, arguments.image_size, generator=generator)
     model = conditioned_network(arch, images[:2], arguments.seed).to(arguments.device)
@@ -106,7 +106,7 @@ def measure(arch: str, arguments: argparse.Namespace) -> Row:
 
 
 def table_row(row: Row) -> list[str]:
-    """The cells of one network."""
+    """Return the cells of one network."""
     parameters = [count / 1e6 for count in row["parameters"]]
     ms = [seconds * 1e3 for seconds in row["seconds_per_batch"]]
     return [
@@ -120,7 +120,7 @@ def table_row(row: Row) -> list[str]:
 
 
 def main() -> None:
-    """Measure, print, write JSON."""
+    """Measure, print and write JSON."""
     parser = BenchmarkParser(__doc__, repeats=15)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
     parser.add_argument("--share", type=float, default=0.4, help="of every group's channels that is masked")

@@ -1,11 +1,12 @@
-"""What a start costs before the first image: opening a data set of ImageNet's size, and the order of an epoch.
+"""Cost of a start before the first image: opening a data set of ImageNet's size, and the order of an epoch.
 
     python benchmarks/startup.py [--num-images 1281167] [--workspace DIR]
 
-A thousand class folders of hard links to a few JPEGs of 400 bytes are made in `--workspace` (they take no room, and
-stay for the next time; the default is a temporary folder). Then, each in a process of its own, with processor seconds
-and the peak of memory beyond what the imports take: torchvision's ImageFolder; our first start; a later one, as rank 0
-does it and as the others do, who read what rank 0 has written. Names that a later start asks about are counted last.
+A thousand class folders of hard links to a few JPEGs of 400 bytes are created in `--workspace` (they take no space, and
+stay for the next time; the default is a temporary folder). Then the following run, each in a separate process, with
+processor seconds and peak memory beyond that of the imports: torchvision's ImageFolder; LucidPrune's first start; and a
+later start, on rank 0 and on the other ranks, which read rank 0's result. Finally, the names that a later start looks
+up are counted.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ SIDES = ("torchvision ImageFolder", "first start", "rank 0, later start", "anoth
 
 
 def make_links(root: Path, num_images: int, num_classes: int) -> None:
-    """`train/<class>/<number>.JPEG` and a validation split of one image per class, all hard links."""
+    """Create `train/<class>/<number>.JPEG` and a validation split of one image per class, all hard links."""
     if (root / "made").is_file() and (root / "made").read_text() == str(num_images):
         return
     sources = []
     (root / "sources").mkdir(parents=True)
-    for number in range(max(1, num_images // 30_000)):  # file systems allow some 65,000 names of one file
+    for number in range(max(1, num_images // 30_000)):  # file systems allow some 65,000 links per file
         file = io.BytesIO()
         Image.new("RGB", (40 + number, 32)).save(file, "JPEG", quality=30)
         sources.append(root / "sources" / f"{number}.JPEG")
@@ -54,11 +55,11 @@ def make_links(root: Path, num_images: int, num_classes: int) -> None:
             for number in range(count):
                 os.link(sources[number % len(sources)], folder / f"n{label:08d}_{number}.JPEG")
     (root / "made").write_text(str(num_images))
-    time.sleep(2.1)  # a directory that was changed just now is not trusted
+    time.sleep(2.1)  # a directory changed just now is not trusted
 
 
 def one_side(side: str, root: Path, cache: Path) -> dict[str, float]:
-    """Processor seconds of opening, and this process's peak of memory in MB."""
+    """Return the processor seconds of opening, and this process's peak memory in MB."""
     from torchvision.datasets import ImageFolder
 
     before, begin = memory_mb("VmRSS"), time.process_time()
@@ -70,18 +71,18 @@ def one_side(side: str, root: Path, cache: Path) -> dict[str, float]:
         dataset = open_dataset(str(root), cache_dir=cache, progress=False)
         num_images = len(dataset.train)
         if side == SIDES[2]:
-            dataset.train.save(cache / "train.npz")  # what the other ranks read
+            dataset.train.save(cache / "train.npz")  # for the other ranks
     seconds = time.process_time() - begin
     return {"cpu_seconds": seconds, "memory_mb": memory_mb("VmHWM") - before, "num_images": num_images}
 
 
 def memory_mb(name: str) -> float:
-    """This process's memory now (VmRSS) or at its peak (VmHWM), in MB."""
+    """Return this process's current (VmRSS) or peak (VmHWM) memory in MB."""
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1024
 
 
 def num_stats(root: Path, cache: Path) -> int:
-    """How many names a later start asks the system about (calls of `os.stat`)."""
+    """Return how many names a later start looks up (calls of `os.stat`)."""
     calls = []
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -104,7 +105,7 @@ def num_stats(root: Path, cache: Path) -> int:
 
 
 def order_figures(num_images: int) -> dict[str, float]:
-    """Seconds of an epoch's order, and how often it is computed while two readers cross the end of an epoch."""
+    """Return the seconds of an epoch's order, and how often it is computed while two readers cross an epoch's end."""
     computed = []
 
     def counted(seed: int, epoch: int, num_samples: int) -> np.ndarray:
@@ -132,7 +133,7 @@ def order_figures(num_images: int) -> dict[str, float]:
 
 
 def measured(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """All sides, each in a process of its own."""
+    """Measure all sides, each in a separate process."""
     make_links(root, arguments.num_images, arguments.num_classes)
     sides: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as cache:
@@ -151,7 +152,7 @@ def measured(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write."""
     if sys.argv[1:2] == ["--side"]:
         print(json.dumps(one_side(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))))
         return

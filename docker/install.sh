@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install LucidPrune where PyTorch, torchvision and DALI already are (NVIDIA's image), without replacing them.
+# Install LucidPrune where PyTorch and torchvision already are (NVIDIA's image), without replacing them. DALI, which not
+# every image has, comes along where it is missing.
 #
 #   docker/install.sh [--dry-run] [dependencies | package]     both when neither is named
 #
@@ -55,7 +56,8 @@ if [ "$what" != dependencies ]; then
     run env -u PIP_CONSTRAINT "$python" -m pip install --no-cache-dir --no-deps --editable .
     run "$python" -c 'import image_classification, explainers, pruning, multiproc, torch; print("torch", torch.__version__)'
 fi
-installed | diff "$constraints" - || {
-    echo "docker/install.sh: the installation replaced a package of the image (see above)" >&2
+now="$(installed)"
+if lost="$(grep -vxF "$now" "$constraints")"; then
+    echo "docker/install.sh: the installation replaced a package of the image: it had $lost" >&2
     exit 1
-}
+fi

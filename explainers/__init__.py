@@ -1,4 +1,4 @@
-"""What a network looks at: attribution methods, saliency models and localisation figures."""
+"""Explanations of image classifiers: attribution methods, saliency models, and figures of how well they localise."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""`python -m explainers VERB …`: what networks look at, from the command line."""
+"""`python -m explainers VERB …`: the command line of the explanation tools."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; its exit status, 2 for anything unusable, `EXIT_PEER` where another rank failed."""
+    """Run a verb and return its exit status: 2 for unusable input, `EXIT_PEER` if another rank failed."""
     return run_verb(VERBS, argv, prog="python -m explainers", description="What networks look at.")
 
 

@@ -1,4 +1,4 @@
-"""Grad-CAM maps of a network in training: a page in TensorBoard after every validation."""
+"""A page of Grad-CAM maps of the network in training, in TensorBoard after every validation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from image_classification.data.loader import Batch
 
 
 class SaliencyGallery(Callback):
-    """Explains the same few images after every validation, the first that the run trains on.
+    """Explains the same few images after every validation: the first ones that the run trains on.
 
-    The maps are computed on a copy of the network in evaluation mode, so that training is not affected. A network that
-    was pruned meanwhile is copied at its present widths. Rank 0 only.
+    The maps are computed on a copy of the network in evaluation mode, so that training is not affected. A network
+    pruned meanwhile is copied at its current widths. Rank 0 only.
 
     Args:
-        num_images: Images of the page.
+        num_images: Number of images on the page.
     """
 
     def __init__(self, num_images: int = 8) -> None:
@@ -35,7 +35,7 @@ class SaliencyGallery(Callback):
             self._chosen = batch.images[: self.num_images].detach().float().clone(), classes.clone()
 
     def on_evaluate_end(self, trainer: TrainLoop, figures: dict[str, float]) -> None:
-        """Explain them; where Grad-CAM cannot explain the network, say so once."""
+        """Explain the kept images; warn once if Grad-CAM cannot explain the network."""
         if self._chosen is None or not self._possible:
             return
         images, classes = self._chosen
@@ -49,7 +49,7 @@ class SaliencyGallery(Callback):
 
 
 def _page(images: Tensor, maps: Tensor) -> Tensor:
-    """Images above their maps, (3, 2·H, N·W) in [0, 1]; each image is scaled by its own range."""
+    """Arrange images above their maps, (3, 2·H, N·W) in [0, 1]; each image is scaled by its own range."""
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     shown = ((images - low) / (high - low).clamp(min=1e-6)).cpu()
     columns = []

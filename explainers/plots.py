@@ -1,8 +1,8 @@
 """Heat-maps as images: overlays, and pages of them.
 
-A map without negative values fades from the grey image into yellow; a signed one has one colour for the class and one
-against it, and is transparent at zero. Each map is scaled by its own 99.5th percentile, so that one bright pixel does
-not leave the rest dark.
+A map without negative values fades from the grey image into yellow; a signed map has one colour for evidence for the
+class and one for evidence against it, and is transparent at zero. Each map is scaled by its own 99.5th percentile, so
+that one bright pixel does not leave the rest dark.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ with optional_import():
     from PIL import Image
 
 Pixels = NDArray[np.floating]
-#: Side of a panel of a page.
+#: Side of a panel on a page.
 CELL_INCHES = 1.7
 _STRONGEST = 99.5
 _MAX_OPACITY = 0.85
@@ -39,9 +39,9 @@ class Panel:
     """One cell of a page.
 
     Attributes:
-        title: Above it; may have two lines.
+        title: Text above the cell; may have two lines.
         image: (H, W, 3) in [0, 1].
-        heatmap: (H, W), drawn over the image; None shows the image alone.
+        heatmap: (H, W), drawn over the image; None shows only the image.
         signed: See `Attribution.signed`.
     """
 
@@ -52,12 +52,12 @@ class Panel:
 
 
 def colour_map(signed: bool) -> mpl.colors.Colormap:
-    """Blue – white – red about zero, or black – purple – orange – yellow from zero."""
+    """Return the colour map: blue – white – red about zero, or black – purple – orange – yellow from zero."""
     return mpl.colormaps["RdBu_r" if signed else "inferno"]
 
 
 def scaled(heatmap: Pixels, signed: bool) -> Pixels:
-    """A map in [0, 1] ([−1, 1] if signed), by the 99.5th percentile of its magnitude. What is not finite becomes 0."""
+    """Scale a map to [0, 1] ([−1, 1] if signed) by the 99.5th percentile of its magnitude. Non-finite becomes 0."""
     sound = np.nan_to_num(heatmap.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     magnitudes = np.abs(sound) if signed else np.clip(sound, 0, None)
     strongest = float(np.percentile(magnitudes, _STRONGEST))
@@ -69,7 +69,7 @@ def scaled(heatmap: Pixels, signed: bool) -> Pixels:
 
 
 def overlay(image: Pixels, heatmap: Pixels, signed: bool) -> Pixels:
-    """A heat-map over an image that is greyed, so that colours mean the map alone.
+    """Draw a heat-map over a greyed image, so that colours come from the map alone.
 
     Args:
         image: (H, W, 3) in [0, 1].
@@ -90,14 +90,14 @@ def overlay(image: Pixels, heatmap: Pixels, signed: bool) -> Pixels:
 
 
 def to_image(image: NDArray[np.floating], mean: Sequence[float], std: Sequence[float]) -> Pixels:
-    """A network's input (3, H, W), normalised, as an image (H, W, 3) in [0, 1]."""
+    """Convert a network's normalised input (3, H, W) to an image (H, W, 3) in [0, 1]."""
     pixels = image * np.asarray(std)[:, None, None] + np.asarray(mean)[:, None, None]
     shown: Pixels = np.clip(pixels.transpose(1, 2, 0), 0, 1)
     return shown
 
 
 def save_image(path: Path, image: Pixels) -> None:
-    """Write (H, W, 3) in [0, 1] as an 8-bit file; the suffix says the format."""
+    """Write (H, W, 3) in [0, 1] as an 8-bit file; the suffix selects the format."""
     with atomic_path(path) as unfinished:
         Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8)).save(unfinished)
 
@@ -106,9 +106,9 @@ def save_grid(path: Path, rows: Sequence[Sequence[Panel]], *, title: str = "") -
     """Write a page of panels: one row of panels per image, with titles and a colour bar for each kind of map.
 
     Args:
-        path: File; the suffix says the format.
-        rows: Rows of the same length.
-        title: Above the page.
+        path: Output file; its suffix selects the format.
+        rows: Rows of panels, all of the same length.
+        title: Title above the page.
     """
     columns = max(len(row) for row in rows)
     panels = itertools.chain.from_iterable(rows)
@@ -148,7 +148,7 @@ def save_grid(path: Path, rows: Sequence[Sequence[Panel]], *, title: str = "") -
 
 
 def _colour_bar(figure: Figure, place: mpl.gridspec.SubplotSpec, signed: bool) -> None:
-    """What the colours mean."""
+    """Draw the colour bar."""
     holder = figure.add_subplot(place)
     holder.axis("off")
     axes = holder.inset_axes((0.1, 0.05, 0.22, 0.9))
@@ -159,7 +159,7 @@ def _colour_bar(figure: Figure, place: mpl.gridspec.SubplotSpec, signed: bool) -
 
 
 def _opaque(signed: bool) -> LinearSegmentedColormap:
-    """The colours as they look over mid-grey."""
+    """Return the colours as they appear over mid-grey."""
     values = np.linspace(-1 if signed else 0, 1, 256)
     grey = np.full((1, 256, 3), 0.5)
     strip = overlay(grey, values[None], signed)[0] if values.any() else grey[0]

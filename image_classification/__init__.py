@@ -1,1 +1,1 @@
-"""Data, models and the training loop of LucidPrune. Knows neither explainers nor pruning."""
+"""Data, models and the training loop of LucidPrune. It depends on neither explainers nor pruning."""

@@ -1,4 +1,4 @@
-"""`python -m image_classification VERB …`: jobs on data sets and networks beside training."""
+"""`python -m image_classification VERB …`: jobs on data sets and networks other than training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; the exit status is 0 if all is well, 1 if images are broken, 2 if the job could not be done."""
+    """Run a verb and return the exit status: 0 on success, 1 if images are broken, 2 if the job could not be done."""
     return run_verb(
         VERBS, argv, prog="python -m image_classification", description="Jobs on data sets and networks."
     )

@@ -1,7 +1,7 @@
-"""Keeping a process on the CPU cores that are near its GPU: its memory, its copies and its data workers stay there.
+"""CPU affinity: keeps a process, with its memory, copies and data workers, on the cores near its GPU.
 
-A process that wanders to another socket reads its batches through the link between the sockets. The cores are those
-that NVML names for the GPU; data workers inherit the choice.
+A process that migrates to another socket reads its batches through the link between the sockets. The cores are those
+that NVML reports for the GPU; data workers inherit the choice.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _WORD_BITS = 64
 
 
 def bind_to_gpu(mode: Affinity, device: torch.device, local_rank: int, local_world_size: int) -> str:
-    """Restrict this process to cores near its GPU; what was done, or why nothing was, in a sentence.
+    """Restrict this process to cores near its GPU; return a sentence on what was done, or why nothing was.
 
     Args:
         mode: "socket": all cores near the GPU; "socket-unique": a share of them, disjoint from those of the other
             processes of this node whose GPUs are near the same cores.
         device: The GPU.
-        local_rank: Number of this process on its node, and of its GPU.
-        local_world_size: Processes on this node.
+        local_rank: Index of this process on its node, and of its GPU.
+        local_world_size: Number of processes on this node.
     """
     allowed = os.sched_getaffinity(0)
     near = {rank: _cores_near(torch.device("cuda", rank)) & allowed for rank in range(local_world_size)}
@@ -45,7 +45,7 @@ def bind_to_gpu(mode: Affinity, device: torch.device, local_rank: int, local_wor
 
 
 def _cores_near(device: torch.device) -> set[int]:
-    """Cores of the GPU's socket, by NVML; none where it does not say."""
+    """Return the cores of the GPU's socket according to NVML; none if it does not report them."""
     opened = open_gpu(device)
     if opened is None:
         return set()
@@ -66,7 +66,7 @@ def _cores_near(device: torch.device) -> set[int]:
 
 
 def _share(near: Mapping[int, set[int]], local_rank: int) -> set[int]:
-    """This process's part of the physical cores that several processes are near to; whole ones, siblings included."""
+    """Return this process's share of the physical cores near several processes: whole cores, siblings included."""
     sharing = [rank for rank, cores in sorted(near.items()) if cores == near[local_rank]]
     physical = sorted({_siblings(core) & frozenset(near[local_rank]) for core in near[local_rank]}, key=min)
     each = len(physical) // len(sharing)
@@ -75,7 +75,7 @@ def _share(near: Mapping[int, set[int]], local_rank: int) -> set[int]:
 
 
 def _siblings(core: int) -> frozenset[int]:
-    """The hardware threads of a core's physical core; itself where the system does not tell."""
+    """Return the hardware threads of a core's physical core; the core itself if the system does not report them."""
     place = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
     try:
         listed = place.read_text().strip().split(",")
@@ -89,7 +89,7 @@ def _siblings(core: int) -> frozenset[int]:
 
 
 def _ranges(cores: set[int]) -> str:
-    """{0, 1, 2, 8} as "0-2,8"."""
+    """Format {0, 1, 2, 8} as "0-2,8"."""
     runs: list[list[int]] = []
     for core in sorted(cores):
         if runs and core == runs[-1][-1] + 1:

@@ -1,7 +1,7 @@
-"""What ranks read for themselves, made one before a job begins: its settings, and the files that flags name.
+"""Agreement of ranks before a job begins: on its settings, and on the files named by flags.
 
-Ranks on several machines may see other disks, or a shared one late. Rank 0 decides: settings must be its own, and a
-rank that does not find what rank 0 reads under a name gets it from there.
+Ranks on several machines may see different disks, or a shared one with delay. Rank 0 decides: settings must equal its
+own, and a rank whose file differs from rank 0's receives rank 0's.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ import tempfile
 from pathlib import Path
 from typing import TypeVar
 
-from image_classification.cli import to_plain
 from image_classification.config import check, flag_fields, sections
 from image_classification.distributed import Distributed
+from image_classification.resolved_config import to_plain
 
 C = TypeVar("C")
 _CHUNK = 16 << 20
-#: What may differ between machines. Rank 0 alone writes, and decides about `resume`; data sets are compared themselves.
+#: Settings that may differ between machines. Only rank 0 writes and decides about `resume`; data sets are compared
+#: separately.
 _OF_A_MACHINE = ("workers", "prefetch", "data", "resume", "workspace", "raport_file", "tensorboard")
 
 
 def agreed(configs: C, distributed: Distributed) -> C:
-    """A job's configuration with which all ranks do the same. Collective.
+    """Return a job's configuration that makes all ranks do the same. Collective.
 
     Returns:
-        `configs`; where this rank does not have a file as rank 0 has it, with the name of a copy.
+        `configs`, with the path of a copy for each file that differs from rank 0's.
 
     Raises:
-        ConfigError: On every rank, when one was started with other settings than rank 0.
+        ConfigError: A rank was started with other settings than rank 0; raised on every rank.
     """
     if not distributed.is_distributed:
         return configs
@@ -50,11 +51,11 @@ def agreed(configs: C, distributed: Distributed) -> C:
 
 
 def shared_file(path: Path, distributed: Distributed) -> Path:
-    """Where this rank reads what rank 0 has under a name. Collective.
+    """Return the path at which this rank reads rank 0's file of a name. Collective.
 
     Returns:
-        `path`; on a rank that has no such file, or another one, a copy that lives as long as the process. Without a
-        file on rank 0 nothing is sent, and opening it reports that.
+        `path`, or, on a rank where that file is missing or differs, a copy that lives as long as the process. If rank 0
+            has no such file, nothing is sent, and opening it fails as usual.
     """
     if not distributed.is_distributed:
         return path
@@ -71,7 +72,7 @@ def shared_file(path: Path, distributed: Distributed) -> Path:
 
 
 def _send(path: Path, copy: Path | None, distributed: Distributed) -> None:
-    """A file's content goes from rank 0 to all; those with a `copy` keep it there."""
+    """Send a file's content from rank 0 to all; ranks with a `copy` path store it there."""
     source = path.open("rb") if distributed.is_main else None
     target = None
     if copy is not None:
@@ -89,14 +90,14 @@ def _send(path: Path, copy: Path | None, distributed: Distributed) -> None:
 
 @functools.cache
 def _copies() -> Path:
-    """A folder of this process's own, removed when it ends."""
+    """Return a folder of this process, removed when the process ends."""
     folder = Path(tempfile.mkdtemp(prefix="lucidprune_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 def _digest(path: Path) -> str | None:
-    """Of a file's content; None without one that can be read."""
+    """Return the digest of a file's content; None if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "blake2b").hexdigest()[:32]

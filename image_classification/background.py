@@ -1,4 +1,4 @@
-"""Work that runs alongside training: one piece at a time, in a thread, on data that nobody changes any more."""
+"""Background work alongside training: one task at a time, in a thread, on data that is no longer modified."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from image_classification.plain_data import PlainValue
 
 
 class Background:
-    """Runs pieces of work in the order in which they come; the next waits until the one before has ended.
+    """Runs tasks one after the other, in the order of submission.
 
-    The error of a piece that fails is raised by the next call of anything here, on the caller's thread. Where the
-    process forks (workers of a loader do that), the fork waits for the piece: a child would inherit locks that nobody
-    releases.
+    The error of a failed task is raised by the next call of any method, on the caller's thread. If the process forks
+    (loader workers do), the fork waits for the running task, since a child would inherit locks that nobody releases.
     """
 
     def __init__(self) -> None:
@@ -29,10 +28,10 @@ class Background:
         self._error: BaseException | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Wait for the piece before, then begin with this one.
+        """Wait for the previous task, then start this one.
 
         Raises:
-            Exception: What the piece before failed with.
+            Exception: The error of the previous task.
         """
         self.finish()
 
@@ -44,20 +43,20 @@ class Background:
 
         self._thread = threading.Thread(
             target=run, name="background"
-        )  # no daemon: Python waits for it at exit
+        )  # not a daemon: Python waits for it at exit
         self._thread.start()
 
     def check(self) -> None:
-        """Without waiting: raise what a piece has failed with."""
+        """Raise the error of a failed task, without waiting."""
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def finish(self) -> None:
-        """Wait for the last piece.
+        """Wait for the last task.
 
         Raises:
-            Exception: What it failed with.
+            Exception: The error of the last task.
         """
         self._wait()
         self.check()
@@ -70,7 +69,9 @@ class Background:
 
     @contextlib.contextmanager
     def finished(self) -> Iterator[None]:
-        """What was started inside has ended at the end; an error from inside comes before one of the work."""
+        """Wait on exit for work started inside the block; an error raised inside takes precedence over one of the
+        work.
+        """
         try:
             yield
         except BaseException:
@@ -93,9 +94,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def snapshot(value: PlainValue) -> PlainValue:
-    """A copy, on the host, of nested dicts, lists and tuples of tensors and plain data.
+    """Copy nested dicts, lists and tuples of tensors and plain data to the host.
 
-    Tensors that are the same memory are copied once and stay the same memory: tied weights take their place once.
+    Tensors that share memory are copied once and share memory in the copy, so tied weights are stored once.
     """
     copies: dict[tuple[object, ...], Tensor] = {}
 
@@ -103,10 +104,10 @@ def snapshot(value: PlainValue) -> PlainValue:
         if isinstance(part, Tensor):
             return _copied_once(part.detach(), copies)
         if isinstance(part, dict):
-            same = copy.copy(part)  # with what PyTorch notes on a state dict
+            same = copy.copy(part)  # with the metadata that PyTorch attaches to a state dict
             same.update({key: copied(item) for key, item in part.items()})
             return same
-        if isinstance(part, tuple) and hasattr(part, "_fields"):  # a named one
+        if isinstance(part, tuple) and hasattr(part, "_fields"):  # a named tuple
             return type(part)(*map(copied, part))
         if isinstance(part, (list, tuple)):
             return type(part)(map(copied, part))

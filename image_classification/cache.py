@@ -1,7 +1,7 @@
-"""The cache directory: things made once (unpacked archives, generated images, header scans) and found again.
+"""The cache directory for things made once and reused: unpacked archives, generated images, header scans.
 
-A directory is built beside its final name and renamed when it is whole, under a file lock: several ranks that start
-together build it once, and a job that is killed while building leaves nothing that looks finished.
+A directory is built under a temporary name and renamed once complete, under a file lock: several ranks that start
+together build it once, and a job killed while building leaves nothing that looks finished.
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: the final rename alone keeps concurrent builders apart
+except ImportError:  # not a POSIX system: only the final rename keeps concurrent builders apart
     fcntl = None  # type: ignore[assignment]
 
 from image_classification.file_writing import reason_of
 
 logger = logging.getLogger(__name__)
 
-#: Errors of a place that cannot be written, as opposed to one of the data.
+#: In a folder that everyone may write to, a link in place of a lock could lead anywhere.
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+#: Errors of a location that cannot be written to, as opposed to errors in the data.
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def default_cache_dir() -> Path:
-    """`$LUCIDPRUNE_CACHE`, or `~/.cache/lucidprune`.
+    """Return `$LUCIDPRUNE_CACHE`, or `~/.cache/lucidprune`.
 
     Raises:
-        ValueError: There is no such user, or this one has no home.
+        ValueError: The user does not exist or has no home directory.
     """
     configured = os.environ.get("LUCIDPRUNE_CACHE")
     try:
@@ -47,7 +49,7 @@ def default_cache_dir() -> Path:
 
 
 def cache_key(*parts: object) -> str:
-    """Short hexadecimal name for whatever identifies a cache entry."""
+    """Return a short hexadecimal name for the parts that identify a cache entry."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         digest.update(repr(part).encode())
@@ -59,13 +61,13 @@ def ensure_directory(directory: Path) -> None:
     """Create a directory of the cache.
 
     Raises:
-        ValueError: The place cannot be written; the message says how to choose another.
+        ValueError: The location cannot be written to; the message says how to choose another.
     """
     missing = [folder for folder in (directory, *directory.parents) if not folder.is_dir()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for folder in reversed(missing):
-            _share(folder, folder.parent)
+            _share(folder)
     except OSError as error:
         raise ValueError(
             f"the cache directory {directory} cannot be created ({error.strerror}): "
@@ -73,19 +75,19 @@ def ensure_directory(directory: Path) -> None:
         ) from error
 
 
-def _share(path: Path, parent: Path) -> None:
-    """Open what is made in a folder that everyone may write to (as /tmp, mode 1777) to everyone too."""
-    mode = parent.stat().st_mode
+def _share(folder: Path) -> None:
+    """Make a folder within a world-writable one (such as /tmp, mode 1777) accessible to everyone too."""
+    mode = folder.parent.stat().st_mode
     if mode & stat.S_IWOTH:
-        path.chmod(stat.S_IMODE(mode) if path.is_dir() else 0o666)
+        folder.chmod(stat.S_IMODE(mode))
 
 
 @contextlib.contextmanager
 def naming_the_cache(folder: Path) -> Iterator[None]:
-    """Around writing to the cache: a full disk, or a folder that is not ours, is reported with a remedy.
+    """Report a full disk or an inaccessible folder with a remedy, when writing to the cache inside the block.
 
     Raises:
-        ValueError: In place of such an OSError.
+        ValueError: Raised in place of such an OSError.
     """
     try:
         yield
@@ -101,9 +103,9 @@ def naming_the_cache(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Hold an exclusive lock `<path>.lock` while inside; yields whether a lock could be had.
+    """Hold an exclusive lock `<path>.lock` inside the block; yield whether it could be acquired.
 
-    A file system without locks does not stop the job: everything done under the lock ends in an atomic rename.
+    A file system without locks does not stop the job: all work under the lock ends in an atomic rename.
     """
     ensure_directory(path.parent)
     with contextlib.ExitStack() as stack:
@@ -111,7 +113,7 @@ def locked(path: Path) -> Iterator[bool]:
         with naming_the_cache(path.parent):
             handle = _open_lock(path.parent / (path.name + ".lock"))
         if handle is not None and fcntl is not None:
-            stack.callback(os.close, handle)  # which releases the lock
+            stack.callback(os.close, handle)  # releases the lock
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX)
                 held = True
@@ -122,39 +124,41 @@ def locked(path: Path) -> Iterator[bool]:
 
 
 def _open_lock(path: Path) -> int | None:
-    """A lock file, made where it is missing; another user's is opened for reading. None where it is closed to us."""
+    """Open a lock file, creating it if needed; another user's is opened for reading. None if it is inaccessible."""
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
     except PermissionError:
         with contextlib.suppress(OSError):
-            return os.open(path, os.O_RDONLY)
+            return os.open(path, os.O_RDONLY | _NO_LINK)
         return None
-    with contextlib.suppress(OSError):  # another user's, which was open to us already
-        _share(path, path.parent)
+    with contextlib.suppress(OSError):  # another user's file, already accessible
+        if path.parent.stat().st_mode & stat.S_IWOTH:
+            os.fchmod(handle, 0o666)
     return handle
 
 
 def build_directory(target: Path, build: Callable[[Path], None]) -> Path:
-    """Return `target`, made by `build(empty directory)` if it is not there yet. Whole or absent, never partial."""
+    """Return `target`, made by `build(empty directory)` if it does not exist yet. Complete or absent, never partial."""
     if target.is_dir():
         return target
     with locked(target) as held:
         if target.is_dir():
             return target
-        if held:  # what an earlier, killed builder left; no other process can be building while this one holds the lock
+        # Leftovers of a killed builder; nobody else can be building while this process holds the lock.
+        if held:
             for leftover in target.parent.glob(target.name + ".building-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         unfinished = Path(tempfile.mkdtemp(prefix=target.name + ".building-", dir=target.parent))
         try:
             build(unfinished)
             unfinished.chmod(0o755)  # mkdtemp's 0700 would shut out the other users of a shared cache
-            _share(unfinished, target.parent)
+            _share(unfinished)
             try:
                 unfinished.rename(target)
             except OSError:
                 if not target.is_dir():
                     raise
-                # Another process, which got no lock either, was faster: its directory is taken.
+                # Another process, also without a lock, was faster: use its directory.
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return target

@@ -1,6 +1,6 @@
-"""Callbacks: how other packages take part in training without the loop knowing them.
+"""Callbacks, through which other packages take part in training without the loop knowing them.
 
-Where each event fires is written in the docstring of `trainer.Trainer`.
+The docstring of `trainer.Trainer` shows where each event fires.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class TrainState:
         optimizer: Its optimizer.
         schedule: Learning rate as a function of the iteration.
         ema: Averaged network, or None.
-        epoch: Epoch under way, from 0.
-        iteration: Optimizer steps finished since the start of training.
-        best: Best validation figure of networks of the present size, None before their first validation: a rewrite
-            starts over, since a smaller network does not compete with what it was cut from.
+        epoch: Current epoch, from 0.
+        iteration: Number of optimizer steps since the start of training.
+        best: Best validation figure of networks of the current size, None before their first validation. A rewrite
+            resets it, since a smaller network does not compete with the larger one.
         best_epoch: Epoch of that figure, from 0.
         lr_factor: Multiplies the schedule (a callback's short re-warm-up, for instance).
     """
@@ -51,17 +51,17 @@ class TrainState:
 
 
 class TrainLoop(abc.ABC):
-    """What a callback may use of the loop it takes part in; `trainer.Trainer` is the loop.
+    """The loop's interface for callbacks, implemented by `trainer.Trainer`.
 
     Attributes:
-        config: Length, accumulation, guard.
+        config: Length, accumulation and NaN guard.
         state: Network, optimizer, schedule, average, iteration.
         precision: Autocast, scaling, memory format.
-        distributed: This process among the ranks.
+        distributed: This process's place among the ranks.
         logger: Console, report, TensorBoard.
-        checkpointer: Where checkpoints go.
+        checkpointer: Writer of checkpoints.
         train_loader: Micro-batches of this rank.
-        steps_per_epoch: Optimizer steps of an epoch.
+        steps_per_epoch: Optimizer steps per epoch.
     """
 
     config: TrainConfig
@@ -79,7 +79,7 @@ class TrainLoop(abc.ABC):
 
     @abc.abstractmethod
     def rebind(self) -> None:
-        """Wrap the network again, after it was rewritten. The search for the best checkpoint starts over."""
+        """Wrap the network again after it was rewritten. The search for the best checkpoint is reset."""
 
     @abc.abstractmethod
     def save(self, *, is_best: bool = False, end_of_epoch: bool = False) -> None:
@@ -93,38 +93,38 @@ class Callback:
     afterwards, so that DDP and the compiled graph follow.
     """
 
-    #: Key under which the state is stored in checkpoints; stateless callbacks leave it empty.
+    #: Key of the state in checkpoints; stateless callbacks leave it empty.
     name: str = ""
 
     def on_fit_start(self, trainer: TrainLoop) -> None:
-        """Before the first epoch, after a checkpoint was restored."""
+        """Called before the first epoch, after a checkpoint was restored."""
 
     def on_epoch_start(self, trainer: TrainLoop) -> None:
-        """Before the first batch of an epoch (or the first after a resume in mid-epoch)."""
+        """Called before the first batch of an epoch (or the first batch after resuming in mid-epoch)."""
 
     def on_batch_start(self, trainer: TrainLoop, batch: Batch) -> None:
-        """Before the forward pass of every (micro-)batch."""
+        """Called before the forward pass of every (micro-)batch."""
 
     def on_backward_end(self, trainer: TrainLoop) -> None:
-        """All gradients of an optimizer step are there (still multiplied by the loss scale)."""
+        """Called when all gradients of an optimizer step exist (still multiplied by the loss scale)."""
 
     def on_step_end(self, trainer: TrainLoop) -> None:
-        """After the optimizer's step; `state.iteration` counts it. No graph is alive: a place to rewrite."""
+        """Called after the optimizer's step, which `state.iteration` counts. No graph is alive: a place to rewrite."""
 
     def on_log(self, trainer: TrainLoop, figures: dict[str, float]) -> None:
-        """At every logging step; entries added to `figures` are logged with the others."""
+        """Called at every logging step; entries added to `figures` are logged with the others."""
 
     def on_evaluate_end(self, trainer: TrainLoop, figures: dict[str, float]) -> None:
-        """After a validation; `figures` are its results."""
+        """Called after a validation; `figures` are its results."""
 
     def on_epoch_end(self, trainer: TrainLoop) -> None:
-        """After an epoch and its validation, before the epoch's checkpoint."""
+        """Called after an epoch and its validation, before the epoch's checkpoint."""
 
     def on_fit_end(self, trainer: TrainLoop) -> None:
-        """After the last epoch, not after an interruption."""
+        """Called after the last epoch, not after an interruption."""
 
     def state_dict(self) -> Plain:
-        """Plain data and tensors for the checkpoint."""
+        """Return plain data and tensors for the checkpoint."""
         return {}
 
     def load_state_dict(self, state: Plain) -> None:

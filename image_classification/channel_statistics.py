@@ -1,4 +1,4 @@
-"""Means and standard deviations of the colour channels of the usual data sets, of RGB values in 0 … 1."""
+"""Means and standard deviations of the colour channels of common data sets, for RGB values in 0 … 1."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Triple = tuple[float, float, float]
 
 
 class ChannelStatistics(NamedTuple):
-    """What images are normalised by: (image − mean) / std, per channel."""
+    """Normalisation constants of images: (image − mean) / std, per channel."""
 
     mean: Triple
     std: Triple

@@ -2,15 +2,15 @@
 
 A checkpoint is a dictionary of tensors and plain data, so that it loads with `weights_only=True`:
 
-    format, version, digest "lucidprune", 2, over all tensors: see `checkpoint_format`, which checks what is read
-    arch, structure         what the network is (`models.structure`), widths of a pruned one included
+    format, version, digest "lucidprune", 2, over all tensors: see `checkpoint_format`, which validates files
+    arch, structure         description of the network (`models.structure`), including the widths of a pruned one
     state_dict, ema         weights; averaged weights or None
     optimizer, scaler       their states
     epoch, iteration        position in the schedule (the learning rate is a function of the iteration)
     loader                  position in the data
-    steps_per_epoch         iterations of an epoch, to make sure that the position means the same
-    class_names             names by class index, None where the data has none
-    ema_updates             updates of the averaged weights
+    steps_per_epoch         iterations per epoch, to check that the position means the same
+    class_names             names by class index, None if the data has none
+    ema_updates             number of updates of the averaged weights
     best_prec1, best_epoch  best validation figure so far of networks of this size, or None; its epoch
     rng                     random states of every rank
     callbacks               states of the callbacks by name
@@ -40,7 +40,7 @@ from image_classification.file_writing import TEMPORARY, atomic_file, copy_file,
 from image_classification.plain_data import Plain
 from image_classification.workspace_lock import WorkspaceLock
 
-#: What a training needs to go on.
+#: Entries needed to resume training.
 TRAINING_STATE = (
     *("arch", "structure", "state_dict", "ema", "optimizer", "scaler", "epoch", "iteration", "best_prec1"),
     *("lr_factor", "num_skipped", "loader", "callbacks", "world_size", "steps_per_epoch", "rng"),
@@ -55,7 +55,7 @@ _GATHERED = re.compile(r"checkpoint-(\d+)\.pth\.tar")
 class CheckpointConfig:
     """Checkpoints"""
 
-    #: The setting that chooses the folder, for messages.
+    #: Name of the setting that chooses the folder, for messages.
     folder_setting: ClassVar[str] = "workspace"
 
     workspace: Path = flag(
@@ -107,7 +107,9 @@ class CheckpointConfig:
             )
 
     def _check_name(self) -> None:
-        """The latest checkpoint's name is a file of its own kind, and no other file of the run."""
+        """Check that the latest checkpoint's name has the right suffix and is not the name of another file of the
+        run.
+        """
         name = self.checkpoint_filename
         check(
             Path(name).name == name,
@@ -124,9 +126,9 @@ class CheckpointConfig:
 
 
 class _ErrnoWriter:
-    """File for `torch.save` that remembers the operating system's error.
+    """File object for `torch.save` that records the operating system's error.
 
-    torch reports a full disk as a bare RuntimeError of its zip writer ("unexpected pos"); the reason is kept here.
+    torch reports a full disk as a bare RuntimeError of its zip writer ("unexpected pos"); this object keeps the reason.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -146,7 +148,7 @@ class _ErrnoWriter:
 
 @contextlib.contextmanager
 def naming_the_reason(file: IO[bytes]) -> Iterator[IO[bytes]]:
-    """A file to hand to torch, whose writer fails with the system's error in place of torch's."""
+    """Yield a file for torch to write to, whose failures raise the operating system's error instead of torch's."""
     writer = _ErrnoWriter(file)
     try:
         yield cast(IO[bytes], writer)
@@ -177,10 +179,10 @@ def naming_workspace(config: CheckpointConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def workspace_alone(config: CheckpointConfig, distributed: Distributed) -> Iterator[None]:
-    """Keep other jobs out of the workspace while inside. Collective.
+    """Keep other jobs out of the workspace inside the block. Collective.
 
     Raises:
-        SettingError: Another job is at work in it, or it cannot be written.
+        SettingError: Another job is using the workspace, or it cannot be written to.
     """
     locks: list[WorkspaceLock] = []
 
@@ -198,7 +200,7 @@ def workspace_alone(config: CheckpointConfig, distributed: Distributed) -> Itera
 
 
 def capture_rng() -> Plain:
-    """Random states of this process (torch, CUDA, NumPy, Python) as JSON-able data."""
+    """Return the random states of this process (torch, CUDA, NumPy, Python) as JSON-able data."""
     version, internal, gauss = random.getstate()
     legacy = np.random.get_state(legacy=False)
     assert isinstance(legacy, dict)
@@ -224,7 +226,7 @@ def _from_hex(text: str) -> torch.Tensor:
 
 
 def restore_rng(state: Plain) -> None:
-    """Undo of `capture_rng`. A CUDA state is left out on machines without CUDA."""
+    """Restore random states from `capture_rng`. A CUDA state is ignored on machines without CUDA."""
     torch.set_rng_state(_from_hex(state["torch"]))
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(_from_hex(state["cuda"]))
@@ -235,18 +237,18 @@ def restore_rng(state: Plain) -> None:
 
 
 class Checkpointer:
-    """Writes a run's checkpoints on rank 0 and keeps as many as asked for.
+    """Writes a run's checkpoints on rank 0 and keeps as many as configured.
 
-    Files are written alongside training, one save at a time. The error of one that fails is raised by the next
-    `check`, `save` or `finish`; what stood under the name before is then still there.
+    Files are written alongside training, one save at a time. The error of a failed save is raised by the next `check`,
+    `save` or `finish`; the previous file of that name is then still intact.
 
     Args:
-        config: What to keep.
+        config: Which checkpoints to keep.
         distributed: Only the main process writes.
         say: Prints a message, such as that a previous run's checkpoint was set aside.
 
     Attributes:
-        stood_still: Seconds for which saves have kept the training waiting; a reader may reset it.
+        stood_still: Seconds for which training has waited for saves; readers may reset it.
     """
 
     def __init__(
@@ -262,19 +264,19 @@ class Checkpointer:
         self._background = Background()
 
     def prepare(self, resumed: Path | None) -> None:
-        """Make sure the workspace can be written. Collective.
+        """Check that the workspace can be written to. Collective.
 
         Raises:
-            SettingError: When the workspace cannot be written, before hours are spent.
+            SettingError: The workspace cannot be written to.
         """
         if self.config.checkpoints:
             self.distributed.check_on_main(self._prepare)
         self._fresh = resumed is None
 
     def claim(self) -> None:
-        """A fresh run is about to train: an older run's files are set aside. Collective.
+        """Move an older run's files aside, when a fresh run is about to train. Collective.
 
-        Not before: a run that is refused for a wrong flag leaves the older one where `--resume auto` finds it.
+        This is not done earlier, so that a run refused for a wrong flag leaves the older one for `--resume auto`.
         """
         if self.config.checkpoints:
             self.distributed.check_on_main(self._claim)
@@ -287,7 +289,7 @@ class Checkpointer:
             probe.unlink()
         for name in (self.path.name, BEST_FILENAME, "checkpoint-*.pth.tar"):
             for torn in self.config.workspace.glob(f".{name}.*{TEMPORARY}"):
-                torn.unlink(missing_ok=True)  # what a killed run was writing
+                torn.unlink(missing_ok=True)  # incomplete file of a killed run
 
     def _claim(self) -> None:
         if self._fresh:
@@ -306,9 +308,9 @@ class Checkpointer:
         self._say(f"{path} of an earlier run was kept as {kept.name}; --resume auto would have continued it")
 
     def save(self, payload: Plain, *, is_best: bool = False, end_of_epoch: bool = False) -> None:
-        """Write the latest checkpoint, and the best and the epoch's own where they apply; see `check`.
+        """Write the latest checkpoint, and the best and the epoch's checkpoint if they apply; see `check`.
 
-        The latest comes last: a run that is killed between the files resumes before this save, and does it again.
+        The latest is written last: a run that is killed in between resumes before this save, and repeats it.
 
         Raises:
             OSError: This save failed, or with `checkpoint_beside` the one before.
@@ -322,7 +324,7 @@ class Checkpointer:
             paths.append(self.best_path)
         gathering = end_of_epoch and self.config.gather_checkpoints != 0
         if gathering:
-            # `epoch` is the one to come; the file is named after the one that ended, counted from 0.
+            # `epoch` is the next one; the file is named after the one that ended, counted from 0.
             paths.append(self.config.workspace / f"checkpoint-{payload['epoch'] - 1}.pth.tar")
         self._background.finish()
         content = snapshot(payload) if self.config.checkpoint_beside else payload
@@ -335,24 +337,24 @@ class Checkpointer:
         first, *others = reversed(paths)
         save_atomically({"format": FORMAT, **payload}, first)
         if gathering:
-            self._rotate()  # before the latest, after which a killed run that was at its end does nothing any more
+            self._rotate()  # before the latest: a killed run that has finished would not rotate any more
         for path in others:
             copy_file(first, path)
 
     def check(self) -> None:
-        """Without waiting: raise what a save has failed with.
+        """Raise the error of a failed save, without waiting.
 
         Raises:
-            OSError: With the file and the remedy.
+            OSError: A save failed; the message names the file and the remedy.
         """
         self._background.check()
 
     def finish(self) -> None:
-        """Wait until the last save is on disk; errors as `check`."""
+        """Wait until the last save is on disk; raises as `check` does."""
         self._background.finish()
 
     def finished(self) -> contextlib.AbstractContextManager[None]:
-        """Saves of the inside are on disk at its end, also when it ends in an error; errors as `check`."""
+        """Wait on exit for saves made inside the block, also after an error; raises as `check` does."""
         return self._background.finished()
 
     def _rotate(self) -> None:
@@ -362,7 +364,7 @@ class Checkpointer:
             path.unlink()
 
     def _numbered(self) -> list[tuple[int, Path]]:
-        """The gathered checkpoints in the workspace by rising epoch."""
+        """Return the kept per-epoch checkpoints in the workspace, by rising epoch."""
         matches = [
             (_GATHERED.fullmatch(path.name), path)
             for path in self.config.workspace.glob("checkpoint-*.pth.tar")
@@ -370,12 +372,12 @@ class Checkpointer:
         return sorted((int(match[1]), path) for match, path in matches if match)
 
     def resume_path(self) -> Path | None:
-        """The checkpoint to continue from, or None for a fresh start. Collective: rank 0 decides for all.
+        """Return the checkpoint to resume from, or None for a fresh start. Collective: rank 0 decides for all.
 
-        A job that the launcher restarted after a failure continues from its own last checkpoint.
+        A job restarted by the launcher after a failure resumes from its own last checkpoint.
 
         Raises:
-            SettingError: When a named file does not exist: training from scratch instead would be a surprise.
+            SettingError: A named file does not exist: training from scratch instead would be a surprise.
         """
         found = self.distributed.decide_on_main(self._resume_path)
         return None if found is None else Path(found)

@@ -1,8 +1,8 @@
-"""The format of our checkpoints: one schema, checked on reading, and a digest over all tensors.
+"""The format of LucidPrune checkpoints: a schema, checked on reading, and a digest over all tensors.
 
-A file is an untrusted dictionary of tensors and plain data. Every reader goes through `check_payload`, so
-that a wrong type, shape, range or version is one line and never a number that training silently goes on with. The zip
-archive's check sums find damage within a member; that members were exchanged, only the digest finds.
+A file is an untrusted dictionary of tensors and plain data. Every reader calls `check_payload`, so that a wrong type,
+shape, range or version is a one-line error and never a value that training silently continues with. The zip archive's
+checksums detect damage within a member; exchanged members are detected only by the digest.
 
 Version 1 (before 2026-11) has no digest, no class names and no epoch of the best figure; it is still read.
 """
@@ -24,6 +24,13 @@ FORMAT = "lucidprune"
 VERSION = 2
 #: The first version with a digest.
 _DIGESTED = 2
+_DEEPEST = 100
+#: Tensors that share or repeat elements may expand to this multiple of the file's size, plus this many bytes.
+_MOST_AGAIN = 16
+_FREE_EXTENT = 1 << 30
+#: Every entry takes at least a byte of the pickle, and no training state has more entries than this.
+_MOST_ENTRIES = 1 << 24
+_FREE_ENTRIES = 1 << 16
 
 
 class FormatError(ValueError):
@@ -31,11 +38,11 @@ class FormatError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
-    """What an entry must be.
+class Entry:
+    """Requirements on an entry.
 
     Attributes:
-        holds: Whether a value is of that kind.
+        holds: Whether a value is of the required kind.
         kind: The kind in words.
     """
 
@@ -44,7 +51,7 @@ class _Entry:
 
 
 def is_count(value: object) -> TypeGuard[int]:
-    """Whether a value is a whole number, not negative, and small enough for a loop."""
+    """Whether a value is a non-negative integer, small enough for a loop."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
@@ -53,7 +60,7 @@ def _is_finite(value: object) -> TypeGuard[float]:
 
 
 def _is_state(value: object) -> bool:
-    """Name → plain tensor."""
+    """Whether a value is a mapping from names to plain tensors."""
     return isinstance(value, Mapping) and all(
         isinstance(name, str) and _is_plain_tensor(tensor) for name, tensor in value.items()
     )
@@ -84,7 +91,7 @@ def _is_parameter_group(value: object) -> bool:
 
 
 def _is_parameter_state(value: object) -> bool:
-    """What an optimizer keeps of one parameter: tensors, numbers, or None."""
+    """Whether a value can be an optimizer's state of one parameter: tensors, numbers, or None."""
     return isinstance(value, Mapping) and all(
         isinstance(key, str)
         and (item is None or isinstance(item, (bool, int, float)) or _is_plain_tensor(item))
@@ -110,64 +117,77 @@ def _is_class_names(value: object) -> bool:
     return all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
 
 
-def _or_none(entry: _Entry) -> _Entry:
-    return _Entry(lambda value: value is None or entry.holds(value), f"{entry.kind}, or none")
+def list_of(entry: Entry, length: int | None = None) -> Entry:
+    """A list of such entries; of any length, or of one."""
+    count = "" if length is None else f"{length} "
+    return Entry(
+        lambda value: (
+            isinstance(value, (list, tuple)) and length in (None, len(value)) and all(map(entry.holds, value))
+        ),
+        f"a list of {count}entries, each {entry.kind}",
+    )
 
 
-_COUNT = _Entry(is_count, "a count")
-_POSITIVE = _Entry(lambda value: is_count(value) and value > 0, "a count of at least 1")
-_FINITE = _Entry(_is_finite, "a finite number")
-_TEXT = _Entry(lambda value: isinstance(value, str), "a text")
-_TABLE = _Entry(lambda value: isinstance(value, Mapping), "a table")
-_STATE = _Entry(_is_state, "a table of plain tensors")
+def or_none(entry: Entry) -> Entry:
+    return Entry(lambda value: value is None or entry.holds(value), f"{entry.kind}, or none")
 
-#: Entry → what it must be where it is there. Jobs add entries of their own, which they check themselves.
-SCHEMA: dict[str, _Entry] = {
-    "version": _POSITIVE,
-    "arch": _or_none(_TEXT),
-    "structure": _or_none(_TABLE),
-    "class_names": _or_none(_Entry(_is_class_names, "a list of different names")),
-    "state_dict": _STATE,
-    "ema": _or_none(_STATE),
-    "ema_updates": _or_none(_COUNT),
-    "optimizer": _Entry(_is_optimizer, "an optimizer's state"),
-    "scaler": _TABLE,
-    "epoch": _COUNT,
-    "iteration": _COUNT,
-    "steps_per_epoch": _POSITIVE,
-    "world_size": _POSITIVE,
-    "num_skipped": _COUNT,
-    "best_prec1": _or_none(_FINITE),
-    "best_epoch": _or_none(_COUNT),
-    "lr_factor": _Entry(lambda value: _is_finite(value) and 0 <= value <= 1, "a number from 0 to 1"),
-    "loader": _TABLE,
-    "callbacks": _Entry(_is_named_table, "a table of tables"),
-    "rng": _Entry(_is_rng, "a list of random states"),
-    "training_sums": _Entry(
+
+COUNT = Entry(is_count, "a count")
+POSITIVE = Entry(lambda value: is_count(value) and value > 0, "a count of at least 1")
+FINITE = Entry(_is_finite, "a finite number")
+TEXT = Entry(lambda value: isinstance(value, str), "a text")
+TABLE = Entry(lambda value: isinstance(value, Mapping), "a table")
+STATE = Entry(_is_state, "a table of plain tensors")
+
+_SIZES = list_of(COUNT)
+
+#: Entry → its requirements, if present. Jobs add their own entries, which they check themselves.
+SCHEMA: dict[str, Entry] = {
+    "version": POSITIVE,
+    "arch": or_none(TEXT),
+    "structure": or_none(TABLE),
+    "class_names": or_none(Entry(_is_class_names, "a list of different names")),
+    "state_dict": STATE,
+    "ema": or_none(STATE),
+    "ema_updates": or_none(COUNT),
+    "optimizer": Entry(_is_optimizer, "an optimizer's state"),
+    "scaler": TABLE,
+    "epoch": COUNT,
+    "iteration": COUNT,
+    "steps_per_epoch": POSITIVE,
+    "world_size": POSITIVE,
+    "num_skipped": COUNT,
+    "best_prec1": or_none(FINITE),
+    "best_epoch": or_none(COUNT),
+    "lr_factor": Entry(lambda value: _is_finite(value) and 0 <= value <= 1, "a number from 0 to 1"),
+    "loader": TABLE,
+    "callbacks": Entry(_is_named_table, "a table of tables"),
+    "rng": Entry(_is_rng, "a list of random states"),
+    "training_sums": Entry(
         lambda value: _is_plain_tensor(value) and value.shape == (2, 3) and bool(value.isfinite().all()),
         "a finite tensor of shape (2, 3)",
     ),
-    "config": _TABLE,
+    "config": TABLE,
 }
 
 
 def sealed(payload: PlainMapping) -> Plain:
-    """A checkpoint's entries with format, version and digest: what is written."""
+    """Return a checkpoint's entries with format, version and digest, as written to the file."""
     entries = {key: value for key, value in payload.items() if key != "digest"}
     entries |= {"format": FORMAT, "version": VERSION}
     return {**entries, "digest": digest(entries)}
 
 
 def is_ours(content: object) -> TypeGuard[PlainMapping]:
-    """Whether a file's content calls itself a LucidPrune checkpoint."""
+    """Whether a file's content declares itself a LucidPrune checkpoint."""
     return isinstance(content, Mapping) and content.get("format") == FORMAT
 
 
 def check_payload(payload: PlainMapping) -> None:
-    """Make sure that a LucidPrune checkpoint is what `sealed` writes.
+    """Check that a LucidPrune checkpoint has the form that `sealed` writes.
 
     Raises:
-        FormatError: Naming the first entry that is not, and what it is.
+        FormatError: It has not; the message names the first wrong entry and what it is.
     """
     version = payload.get("version")
     if is_count(version) and version > VERSION:
@@ -176,9 +196,7 @@ def check_payload(payload: PlainMapping) -> None:
         )
     if version is None:
         raise FormatError("it does not say its version: it is incomplete; take another copy")
-    for key, entry in SCHEMA.items():
-        if key in payload and not entry.holds(payload[key]):
-            raise FormatError(f"its {key} is {_shown(payload[key])}, not {entry.kind}")
+    check_entries({key: payload[key] for key in SCHEMA.keys() & payload.keys()}, SCHEMA, "its")
     _check_agreement(payload)
     if version >= _DIGESTED and payload.get("digest") != digest(payload):
         raise FormatError(
@@ -187,15 +205,15 @@ def check_payload(payload: PlainMapping) -> None:
 
 
 def _check_agreement(payload: PlainMapping) -> None:
-    """The entries do not contradict each other."""
+    """Check that the entries do not contradict each other."""
     structure, state = payload.get("structure"), payload.get("state_dict", {})
     shapes = structure.get("shapes") if structure is not None else None
     if isinstance(shapes, Mapping):
         for name, tensor in state.items():
-            if shapes.get(name) != list(tensor.shape):
+            if not _SIZES.holds(shapes.get(name)) or shapes[name] != list(tensor.shape):
                 raise FormatError(
                     f"it contradicts itself at module {name.rpartition('.')[0]!r}: its structure gives {name!r} "
-                    f"shape {shapes.get(name)}, its tensors {list(tensor.shape)}"
+                    f"shape {str(shapes.get(name))[:60]}, its tensors {list(tensor.shape)}"
                 )
     kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
     averages = {name: (tensor.shape, tensor.dtype) for name, tensor in (payload.get("ema") or {}).items()}
@@ -224,7 +242,7 @@ def _check_agreement(payload: PlainMapping) -> None:
 
 
 def _shown(value: object) -> str:
-    """A value in an error: short, and without building the whole text of what may be huge."""
+    """Format a value for an error message: short, and without formatting a possibly huge value in full."""
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
     if isinstance(value, (str, int, float)) or value is None:
@@ -235,8 +253,59 @@ def _shown(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
+def check_entries(table: PlainValue, schema: Mapping[str, Entry], whose: str) -> None:
+    """Make sure that a table has what a schema says of its entries; those that it lacks are not missed.
+
+    Args:
+        table: What a file holds.
+        schema: Entry → what it must be.
+        whose: The entries are, for the message: "its", "its selector's".
+
+    Raises:
+        FormatError: Naming the first entry that is something else, and what it is.
+    """
+    if not isinstance(table, Mapping):
+        raise FormatError(f"{whose} entries are {_shown(table)}, not a table")
+    for key, entry in schema.items():
+        if key in table and not entry.holds(table[key]):
+            raise FormatError(f"{whose} {key} is {_shown(table[key])}, not {entry.kind}")
+
+
+def check_extent(content: PlainValue, num_bytes: int) -> None:
+    """Check that the content of a file can be traversed, and is about as large as the file.
+
+    Pickles may refer to one list or one number again and again: a few bytes then mean gigabytes, or hours.
+
+    Args:
+        content: Content of the file.
+        num_bytes: Its size.
+
+    Raises:
+        FormatError: It is nested too deep, or stands for far more than the file holds.
+    """
+    pending: list[tuple[PlainValue, int]] = [(content, 0)]
+    num_entries = extent = 0
+    while pending:
+        value, depth = pending.pop()
+        num_entries += 1
+        if depth > _DEEPEST:
+            raise FormatError(f"it is nested more than {_DEEPEST} deep: it is damaged, or made to do harm")
+        if isinstance(value, Tensor):
+            extent += value.numel() * value.element_size() if value.layout == torch.strided else 0
+            if extent > _MOST_AGAIN * num_bytes + _FREE_EXTENT:
+                raise FormatError(
+                    f"its tensors stand for more than {extent >> 30} GiB, in a file of {num_bytes >> 20} MiB: it is "
+                    "damaged, or made to do harm"
+                )
+        elif isinstance(value, (dict, list, tuple)):
+            inside = value.values() if isinstance(value, dict) else value
+            pending.extend((item, depth + 1) for item in inside)
+        if num_entries + len(pending) > min(num_bytes, _MOST_ENTRIES) + _FREE_ENTRIES:
+            raise FormatError("it has more entries than its size can hold: it is damaged, or made to do harm")
+
+
 def digest(payload: PlainMapping) -> str:
-    """Digest over name, type, shape and bytes of every tensor in a checkpoint, wherever it stands."""
+    """Return a digest over name, type, shape and bytes of every tensor in a checkpoint, at any depth."""
     state = hashlib.blake2b(digest_size=20)
     for name, tensor in _tensors(payload, ""):
         state.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
@@ -248,7 +317,7 @@ def digest(payload: PlainMapping) -> str:
 
 
 def _tensors(value: object, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Path and value of every tensor; tables in the order of their keys."""
+    """Yield path and value of every tensor; mappings in the order of their keys."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, Mapping):

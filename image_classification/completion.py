@@ -1,7 +1,7 @@
 """Completion of `lucidprune` in a shell, by argcomplete: verbs, flags and choices, from the lists of flags.
 
-A shell that has run `eval "$(register-python-argcomplete lucidprune)"` starts the program at every TAB, with the line
-so far in variables. Nothing heavier than the lists may be imported for it.
+A shell that has run `eval "$(register-python-argcomplete lucidprune)"` starts the program at every TAB, with the
+current line in environment variables. So nothing heavier than the lists may be imported.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
 
-from image_classification.cli import Parser
+from image_classification.command_parser import Parser
 from image_classification.extras import optional_import
 from image_classification.flag_lists import listed_parser
 from image_classification.recipes import recipes
@@ -18,12 +18,12 @@ from image_classification.verbs import Verbs
 
 
 def complete(prog: str, verbs: Verbs, inner: Mapping[str, Verbs]) -> None:
-    """Answer the shell and exit.
+    """Answer the shell's request and exit.
 
     Args:
         prog: The command.
         verbs: Its verbs.
-        inner: Verb → the verbs that it has.
+        inner: Verb → its subverbs.
 
     Raises:
         SystemExit: Always.
@@ -35,14 +35,14 @@ def complete(prog: str, verbs: Verbs, inner: Mapping[str, Verbs]) -> None:
     words = os.environ["COMP_LINE"].split()[1:]
     parser = Parser(prog)
     flags = _add_verbs(parser, verbs, words, inner)
-    # Of their two spellings, with dashes and with underscores, one is offered.
+    # Flags are spelled with dashes and with underscores; only one spelling is offered.
     argcomplete.autocomplete(parser, exclude=[flag for flag in flags if "_" in flag])
 
 
 def _add_verbs(
     parser: argparse.ArgumentParser, verbs: Verbs, words: Sequence[str], inner: Mapping[str, Verbs]
 ) -> list[str]:
-    """Enter all verbs, and the flags of the one in the line, which are returned."""
+    """Add all verbs, and the flags of the verb on the line; return those flags."""
     flags: list[str] = []
     choices = parser.add_subparsers()
     for name, (module, text) in verbs.items():

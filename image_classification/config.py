@@ -1,9 +1,8 @@
-"""Configuration as keyword-only dataclasses that stand next to the code they configure.
+"""Configuration as keyword-only dataclasses next to the code they configure.
 
-A field made with `flag` carries its command-line spelling, help text and choices, so that the dataclass is the
-only place where an option is described: the parser (`cli.py`), the YAML reader and the saved, resolved
-configuration are all derived from it. A job's configuration is a frozen dataclass with a field per section, made with
-`section`.
+A field made with `flag` carries its command-line spelling, help text and choices, so that the dataclass is the only
+place where an option is described: the parser (`cli.py`), the YAML reader and the saved, resolved configuration are all
+derived from it. A job's configuration is a frozen dataclass with a field per section, made with `section`.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ class ConfigError(ValueError):
 
 
 class SettingError(ConfigError):
-    """A setting of the library that cannot be used: named by its argument in Python, by its flag on a command line.
+    """A library setting that cannot be used: named by its argument in Python, by its flag on the command line.
 
     Args:
         setting: Name of the argument, such as "ridge".
-        value: What was given.
-        problem: What is wrong with it and what to give instead.
+        value: The given value.
+        problem: What is wrong with it and what to pass instead.
     """
 
     def __init__(self, setting: str, value: object, problem: str) -> None:
@@ -51,19 +50,24 @@ _FLAGS: dict[str, str] = {}
 
 
 def told(error: Exception, flags: Mapping[str, str] | None = None) -> str:
-    """An error as command-line users read it: with flags in place of the names of arguments.
+    """Format an error for command-line users, with flags in place of argument names.
+
+    An error may have `offers`, argument → a part of its text, which is left out where the command has no such flag.
 
     In the text of any error, a name in backquotes (`num_classes`) stands for the argument, and so for its flag.
 
     Args:
-        error: What was raised.
-        flags: Argument → flag of the command at hand; those of training serve where it has none.
+        error: The raised error.
+        flags: Argument → flag of the current command; training flags are used for others.
     """
     text = str(error)
     if isinstance(error, OSError) and error.strerror:  # without its number
         text = (
             error.strerror if error.filename is None else f"{_short(str(error.filename))}: {error.strerror}"
         )
+    for argument, offer in getattr(error, "offers", {}).items():
+        if flags and argument not in flags:
+            text = text.replace(offer, "")
     if isinstance(error, SettingError):
         name = {**_FLAGS, **(flags or {})}.get(error.setting, "--" + error.setting.replace("_", "-"))
         text = f"{name} {error.value}: {error.problem}"
@@ -71,7 +75,7 @@ def told(error: Exception, flags: Mapping[str, str] | None = None) -> str:
 
 
 def with_flags(text: str, flags: Mapping[str, str] | None = None) -> str:
-    """A text with flags in place of arguments in backquotes; see `told`."""
+    """Replace arguments in backquotes by flags; see `told`."""
     known = {**_FLAGS, **(flags or {})}
     return re.sub(r"`(\w+)`", lambda found: known.get(found[1], found[0]), text)
 
@@ -81,7 +85,7 @@ def _short(text: str, most: int = 200) -> str:
 
 
 def word_problem(value: object) -> str | None:
-    """What is wrong with a word that a number or a text was made of, wherever it was given; None where nothing is."""
+    """Describe what is wrong with the text of a command-line or YAML value; None if nothing is."""
     if value == "":
         return "the value is empty: give one, or leave it out"
     if isinstance(value, float) and not math.isfinite(value):
@@ -97,7 +101,7 @@ def word_problem(value: object) -> str | None:
     return None
 
 
-#: What PyTorch says, in bare RuntimeErrors, of tensors that a CPU has no room for.
+#: Fragments of PyTorch's bare RuntimeErrors for tensors that do not fit into CPU memory.
 _NO_ROOM = (
     "can't allocate memory",
     "not enough memory",
@@ -107,14 +111,14 @@ _NO_ROOM = (
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether there was no room for what a user asked for, on a GPU or beside it."""
-    # By name: torch is not imported here.
+    """Whether an error means that memory ran out, on a GPU or on the host."""
+    # Compared by name, since torch is not imported here.
     named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
     return named or isinstance(error, MemoryError) or any(words in str(error) for words in _NO_ROOM)
 
 
 def is_told(error: Exception) -> bool:
-    """Whether an error is one that a user can fix: its message is the whole story, a traceback would hide it.
+    """Whether an error is one that a user can fix: its message says everything, and a traceback would only hide it.
 
     A bare `RuntimeError` is how PyTorch reports a bug, and keeps its traceback; subclasses carry a message meant for
     users.
@@ -125,7 +129,7 @@ def is_told(error: Exception) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class FlagSpec:
-    """How a dataclass field appears on the command line."""
+    """A dataclass field's appearance on the command line."""
 
     names: tuple[str, ...]
     help: str
@@ -158,17 +162,17 @@ def flag(
     Args:
         default: Default value; a list is copied for every instance.
         names: Spellings (`"--lr"`, `"-b"`). Several long spellings are aliases. A name without a leading dash
-            makes a positional argument. Boolean fields are switches; a field that defaults to True gets a
-            `--no-…` spelling beside it.
-        help: One sentence for `--help`; units where there are any.
-        choices: Accepted values, checked for flags and YAML alike; not needed where the field's type is a `Literal`.
-            A function is asked for them when a command line is parsed, so that plugins may have added some.
+            makes a positional argument. Boolean fields are switches; a field that defaults to True also gets a `--no-…`
+                spelling.
+        help: One sentence for `--help`, with units if there are any.
+        choices: Accepted values, checked for flags and YAML alike; not needed if the field's type is a `Literal`. A
+            function is called for them when a command line is parsed, so that plugins can add some.
         nargs, metavar, const: As in `argparse.add_argument`.
         parse: Converts one command-line word; derived from the field's type when not given.
         repeatable: The flag may be given several times; the field is a list.
-        may_be_empty: Whether an empty word means something; otherwise it is refused, for it is most likely a variable
-            of the shell that is not set.
-        setting: The library's argument that the flag sets, where it has another name (see `SettingError`).
+        may_be_empty: Whether an empty word is meaningful; otherwise it is refused, since it is most likely an unset
+            shell variable.
+        setting: The library's argument that the flag sets, if its name differs (see `SettingError`).
         reads: The flag names a file that every rank reads; all of them read what rank 0 does (`agreement.py`).
     """
     long_names = [name for name in names if name.startswith("--")]
@@ -197,19 +201,19 @@ def section(kind: type[S], **defaults: object) -> Any:
 
     Args:
         kind: The section's dataclass, of fields made with `flag`.
-        defaults: Defaults of this job where they differ from the section's own.
+        defaults: This job's defaults, where they differ from the section's own.
     """
     factory = functools.partial(kind, **defaults)
     return dataclasses.field(default_factory=factory, metadata={"section": factory})
 
 
 def sections(job: type) -> dict[str, functools.partial[Any]]:
-    """Name → constructor of every section of a job's configuration; `.func` is the section's class."""
+    """Return name → constructor of every section of a job's configuration; `.func` is the section's class."""
     return {field.name: field.metadata["section"] for field in dataclasses.fields(job)}
 
 
 def flag_fields(config_class: type) -> list[tuple[AnyField, FlagSpec]]:
-    """The fields of a configuration class that have a command-line flag, in order of declaration."""
+    """Return the fields of a configuration class that have a command-line flag, in order of declaration."""
     return [
         (field, field.metadata["flag"])
         for field in dataclasses.fields(config_class)
@@ -224,9 +228,9 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_file(path: str | Path, message: str) -> None:
-    """As `check`, for a file of a flag that `reads`: it must be there for rank 0, and is sent to ranks that lack it.
+    """Check the file of a flag that `reads`: it must exist on rank 0, and is sent to ranks that lack it.
 
-    A name of published weights is looked up when they are read.
+    The name of published weights is only looked up when they are read.
     """
     is_there = Path(path).is_file() or is_published(path)
     check(int(os.environ.get("RANK", "0")) > 0 or is_there, message)
@@ -245,9 +249,9 @@ def check_choice(setting: str, value: str, choices: Iterable[str]) -> None:
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """`; did you mean X?` with the candidates that are about as similar as the best, or "" when none is close.
+    """Return `; did you mean X?` with the closest candidates, or "" if none is close.
 
-    The dashes of flags make no two of them alike.
+    The dashes of flags do not count towards similarity.
     """
     bare = {candidate.lstrip("-"): candidate for candidate in candidates}
     word = name.lstrip("-")

@@ -1,4 +1,4 @@
-"""`--device` of verbs that compute in this process: declared once, and refused before anything is read."""
+"""`--device` of verbs that compute in this process: declared once, and checked before anything is read."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def declare_device(parser: argparse.ArgumentParser) -> None:
 
 
 def device_named(word: str) -> torch.device:
-    """The device that a word names.
+    """Return the device named by a word.
 
     Raises:
-        ConfigError: There is none of that name here, or it holds no numbers (meta).
+        ConfigError: There is no such device here, or it holds no data (meta).
     """
     try:
         device = torch.device(word)
@@ -34,7 +34,7 @@ def device_named(word: str) -> torch.device:
         RuntimeError,
         AssertionError,
         ImportError,
-    ) as error:  # torch's answers to what is missing are of all kinds
+    ) as error:  # torch raises all kinds of errors for missing devices
         reason = str(error).strip().splitlines()[0].partition(". ")[0]
         raise ConfigError(
             f"--device {word}: {reason}: give cpu, or a GPU that is here, such as cuda:0"

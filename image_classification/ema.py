@@ -1,7 +1,7 @@
 """Exponential moving average of a network's weights and buffers.
 
-`torch.optim.swa_utils.AveragedModel` does the same sum but asks the device for its step counter in every update,
-a host synchronisation per iteration; this one keeps the count on the host.
+`torch.optim.swa_utils.AveragedModel` computes the same average but reads its step counter from the device in every
+update, a host sync per iteration; this class keeps the count on the host.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Keeps `average ← d·average + (1 − d)·weights` of a network in a second one.
+    """Maintains `average ← d·average + (1 − d)·weights` of a network in a second network.
 
-    The decay warms up as in TensorFlow's `ExponentialMovingAverage` and timm's `ModelEmaV3`, so that a young average
-    is not still the network's random start: update n (from 0) takes d = min(decay, (1 + n) / (10 + n)).
+    The decay warms up as in TensorFlow's `ExponentialMovingAverage` and timm's `ModelEmaV3`, so that an early average
+    is not dominated by the network's random initialisation: update n (from 0) uses d = min(decay, (1 + n) / (10 + n)).
 
     Floating-point parameters and buffers (BN statistics among them) are averaged, integer buffers copied.
 
     Args:
-        model: The network to follow; copied at once.
-        decay: Largest share of the old average that an update keeps, in [0, 1).
+        model: The network to follow; copied on construction.
+        decay: Largest weight of the old average in an update, in [0, 1).
 
     Attributes:
-        num_updates: Updates so far.
+        num_updates: Number of updates so far.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -36,7 +36,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards the present weights of `model` (same structure)."""
+        """Move the average towards the current weights of `model` (same structure)."""
         averages: list[Tensor] = []
         values: list[Tensor] = []
         # A tensor shared by two modules is averaged once, under its first name in the copy.

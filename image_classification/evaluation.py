@@ -24,14 +24,14 @@ Mark = torch.cuda.Event | float
 
 
 class _BatchClock:
-    """Seconds of each forward pass: CUDA events where there is a GPU, so that nothing waits for the device."""
+    """Measures the seconds of each forward pass, by CUDA events on a GPU, so that nothing waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._marks: list[tuple[Mark, Mark]] = []
 
     def mark(self) -> Mark:
-        """A point in time, on the device's own clock where it has one."""
+        """Return a point in time, on the device's own clock if it has one."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -42,7 +42,7 @@ class _BatchClock:
         self._marks.append((start, end))
 
     def seconds(self) -> list[float]:
-        """All durations; waits for the device once."""
+        """Return all durations; syncs with the device once."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return [_seconds_between(start, end) for start, end in self._marks]
@@ -61,12 +61,12 @@ class Evaluator:
     """Measures a network on a loader.
 
     Args:
-        loader: Evaluation loader; ranks may get different numbers of batches, or none.
+        loader: Evaluation loader; ranks may have different numbers of batches, or none.
         precision: Autocast of the forward pass.
         distributed: Ranks to reduce over.
-        multi_label: mAP and F1 instead of top-1 and top-5.
+        multi_label: Compute mAP and F1 instead of top-1 and top-5.
         max_batches: Stop after this many batches on each rank; None for all.
-        published: With several labels, only the figures over images; see `MultiLabelMetrics`.
+        published: For multi-label data, only the figures over images; see `MultiLabelMetrics`.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Evaluator:
         self.multi_label = multi_label
         self.max_batches = max_batches
         self.published = published
-        # Label smoothing and mixup shape training; the validation loss is the plain one, comparable between runs.
+        # Label smoothing and mixup shape training; validation uses the plain loss, which is comparable between runs.
         self._criterion = build_loss(LossConfig(multi_label=multi_label))
         self._latencies: list[float] = []
 
@@ -107,14 +107,14 @@ class Evaluator:
         """Evaluate; collective over ranks.
 
         Args:
-            model: The network itself (not wrapped by DDP, which would wait for ranks without a batch).
+            model: The network itself (without DDP, which would wait for ranks without a batch).
             logger: Shows progress.
-            prefix: Of the keys: `val`, or `val_ema` for averaged weights.
-            forward: Callable to use in place of `model`: its compiled form.
+            prefix: Prefix of the keys: `val`, or `val_ema` for averaged weights.
+            forward: Callable to use instead of `model`, such as its compiled form.
 
         Returns:
             Under the prefix: `loss`, the metrics in percent, `samples`, `total_ips`, `compute_ips` (images/s over
-            all ranks), `data_time` (mean seconds a batch) and `compute_latency…` (seconds a batch on this rank).
+            all ranks), `data_time` (mean seconds per batch) and `compute_latency…` (seconds per batch on this rank).
         """
         with evaluating(model):
             figures = self._run(model if forward is None else forward, logger)
@@ -138,7 +138,7 @@ class Evaluator:
                 asked = time.perf_counter()
                 batch = next(batches)
                 data_seconds += time.perf_counter() - asked
-                if len(batch):  # the last batch of an uneven split may leave nothing to this rank
+                if len(batch):  # the last batch of an uneven split may be empty on this rank
                     start = clock.mark()
                     with self.precision.autocast():
                         logits, _ = main_and_auxiliary_logits(forward(batch.images))

@@ -1,6 +1,6 @@
-"""Exit codes of jobs, and a program's first seconds, in which there is nothing to save yet.
+"""Exit codes of jobs, and signal handling during start-up, when there is nothing to save yet.
 
-Imports the standard library only: `answer_signals_while_importing` stands before everything else.
+Imports only the standard library, since `answer_signals_while_importing` is called before everything else.
 """
 
 from __future__ import annotations
@@ -10,24 +10,28 @@ import signal
 from types import FrameType
 
 EXIT_SAVED = 75
-"""Exit code of a process that was asked to stop (SIGTERM, SIGUSR1), saved and wants to be started
-again: EX_TEMPFAIL of sysexits.h, "try again later". `multiproc.py` hands it on; the Slurm and Kubernetes
-files start the job again."""
+"""Exit code of a process that was asked to stop (SIGTERM, SIGUSR1), saved, and should be restarted.
+
+EX_TEMPFAIL of sysexits.h, "try again later". `multiproc.py` passes it on; the Slurm and Kubernetes files restart the
+job.
+"""
 
 EXIT_PEER = 69
-"""Exit code of a process that stops because another rank failed: EX_UNAVAILABLE of sysexits.h. `multiproc.py` looks
-for the rank that failed by itself."""
+"""Exit code of a process that stops because another rank failed: EX_UNAVAILABLE of sysexits.h.
+
+`multiproc.py` looks for the rank that failed first.
+"""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def code_of_stop(number: int) -> int:
-    """Exit code of a process that a signal found with nothing to save."""
+    """Return the exit code of a process stopped by a signal with nothing to save."""
     return 128 + number if number == signal.SIGINT else EXIT_SAVED
 
 
 def answer_signals_while_importing() -> None:
-    """From now on, until other handlers are set, signals end the process at once with the codes of a job."""
+    """Make signals end the process at once with the exit codes of a job, until other handlers are installed."""
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)

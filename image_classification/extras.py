@@ -1,7 +1,7 @@
-"""Optional packages: which extra of pyproject.toml installs each, and one error where one is missing.
+"""Optional packages: the extra of pyproject.toml that installs each, and a single error for missing ones.
 
-`import pruning` and everything that prunes needs torch and NumPy only. A wing that cannot work without other packages
-calls `need` in its `__init__`; elsewhere the import of an optional package stands within `optional_import`.
+`import pruning` and everything that prunes needs only torch and NumPy. A subpackage that cannot work without other
+packages calls `need` in its `__init__`; elsewhere, optional packages are imported within `optional_import`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ EXTRA_OF = {
 
 
 class MissingPackageError(ConfigError, ImportError):
-    """An optional package that is used and not installed. The message says what to install.
+    """An optional package is used but not installed. The message says what to install.
 
-    Command lines print it as one line, as every `ConfigError`; Python programs may catch it as an `ImportError`.
+    Command lines print it as one line, like every `ConfigError`; Python programs may catch it as an `ImportError`.
 
     Args:
         modules: Names of the modules that are missing, keys of `EXTRA_OF`.
@@ -57,13 +57,13 @@ class MissingPackageError(ConfigError, ImportError):
 
 
 def need(*modules: str) -> None:
-    """Make sure that optional packages are there, without importing them.
+    """Check that optional packages are installed, without importing them.
 
     Args:
         modules: Top-level modules, keys of `EXTRA_OF`.
 
     Raises:
-        MissingPackageError: Naming those that are not installed.
+        MissingPackageError: A package is not installed; the message names all missing ones.
     """
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
@@ -72,10 +72,10 @@ def need(*modules: str) -> None:
 
 @contextlib.contextmanager
 def optional_import() -> Iterator[None]:
-    """Around imports of optional packages: one that is not installed is a `MissingPackageError`.
+    """Turn failed imports of optional packages inside the block into a `MissingPackageError`.
 
     Raises:
-        MissingPackageError: Naming the package and its extra.
+        MissingPackageError: A package is not installed; the message names it and its extra.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Figures of matplotlib as files: whole or not at all, in the format that the name says."""
+"""Writing of matplotlib figures: atomically, in the format given by the file's suffix."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def check_figure(path: Path, flag: str) -> None:
-    """Refuse a file's name that says no format, before anything is computed.
+    """Refuse a file name without a known format, before anything is computed.
 
     Raises:
-        ConfigError: Naming the flag.
+        ConfigError: The name has no known format; the message names the flag.
     """
     from matplotlib.backend_bases import FigureCanvasBase
 
@@ -32,11 +32,11 @@ def save_figure(figure: Figure, path: Path, *, dpi: int | None = None) -> None:
 
     Args:
         figure: The figure.
-        path: Its file, of a name that `check_figure` lets through.
-        dpi: Pixels per inch; the figure's own where it is left out.
+        path: Output file, with a name accepted by `check_figure`.
+        dpi: Pixels per inch; the figure's own if None.
 
     Raises:
-        OSError: As `atomic_path`.
+        OSError: As for `atomic_path`.
     """
     with atomic_path(path) as unfinished:
         figure.savefig(unfinished, dpi=dpi or "figure", format=_format(path))

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and names that are not taken yet."""
+"""Atomic writing of files, and names that are not taken yet."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ TEMPORARY = ".tmp"
 
 
 class WriteError(OSError):
-    """A file could not be written: the message names it, the reason and a way out.
+    """A file could not be written; the message names it, the reason and a remedy.
 
     Attributes:
         path: The file.
-        reason: What the system said.
+        reason: The system's error message.
     """
 
     def __init__(self, error: OSError, path: Path) -> None:
@@ -33,14 +33,16 @@ class WriteError(OSError):
 
 @contextlib.contextmanager
 def atomic_path(target: Path, suffix: str | None = None) -> Iterator[Path]:
-    """A name to write to in place of `target`; moved onto it on success, removed on failure. Its folder is made.
+    """Yield a name to write to instead of `target`; it is moved there on success and removed on failure.
+
+    The folder is created if needed.
 
     Args:
         target: The final name.
-        suffix: Of the temporary name; the target's own by default, because writers choose their format by it.
+        suffix: Suffix of the temporary name; the target's own by default, because writers choose their format by it.
 
     Raises:
-        WriteError: The disk is full or the folder is not writable; what stood under the name before is untouched.
+        WriteError: The disk is full or the folder is not writable; any earlier file of that name is untouched.
     """
     ending = target.suffix if suffix is None else suffix
     unfinished = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}{ending}")
@@ -49,7 +51,7 @@ def atomic_path(target: Path, suffix: str | None = None) -> Iterator[Path]:
         yield unfinished
         os.replace(unfinished, target)
     except WriteError as error:
-        if error.path == unfinished:  # a writer of its own kind within
+        if error.path == unfinished:  # raised by a nested writer
             raise WriteError(error, target) from error
         raise
     except OSError as error:
@@ -58,15 +60,15 @@ def atomic_path(target: Path, suffix: str | None = None) -> Iterator[Path]:
             raise  # about another file, which was read meanwhile
         raise WriteError(error, target) from error
     finally:
-        with contextlib.suppress(OSError):  # of what went wrong before, the reason is the one to tell
+        with contextlib.suppress(OSError):  # the first error is the one to report
             unfinished.unlink(missing_ok=True)
 
 
 def output_path(word: str) -> Path:
-    """The path that a word of the command line names, if something can be written there: `type=` of an argument.
+    """Return the path named on a command line, if it can be written to; used as `type=` of an argument.
 
     Raises:
-        ArgumentTypeError: Nothing can.
+        ArgumentTypeError: The path cannot be written to.
     """
     path = Path(word)
     present = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
@@ -79,21 +81,26 @@ def output_path(word: str) -> Path:
     return path
 
 
+def resolved(path: Path) -> Path:
+    """Return the absolute path without links; a circular link is kept, so that opening it raises the error."""
+    return Path(os.path.realpath(path))
+
+
 def write_text(path: Path, text: str) -> None:
-    """A text file, whole or not at all; its folder is made.
+    """Write a text file atomically, creating its folder if needed.
 
     Raises:
-        WriteError: As `atomic_path`.
+        WriteError: As for `atomic_path`.
     """
     with atomic_file(path) as file:
         file.write(text.encode())
 
 
 def copy_file(source: Path, path: Path) -> None:
-    """A copy of a file's content, whole or not at all.
+    """Copy a file's content atomically.
 
     Raises:
-        WriteError: As `atomic_path`.
+        WriteError: As for `atomic_path`.
     """
     with source.open("rb") as original, atomic_file(path) as file:
         shutil.copyfileobj(original, file, length=16 << 20)
@@ -101,10 +108,10 @@ def copy_file(source: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that appears under its name only when it is whole and on disk; its folder is made.
+    """Open a file that appears under its name only once it is complete and on disk, creating its folder if needed.
 
     Raises:
-        WriteError: As `atomic_path`.
+        WriteError: As for `atomic_path`.
     """
     with atomic_path(path, TEMPORARY) as unfinished, unfinished.open("wb") as file:
         yield file
@@ -114,12 +121,12 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def reason_of(error: OSError) -> str:
-    """What the system said of a failure."""
+    """Return the system's message for a failure."""
     return error.reason if isinstance(error, WriteError) else error.strerror or str(error)
 
 
 def way_out(error: OSError) -> str:
-    """What lets a file be written that could not be."""
+    """Return a remedy for a file that could not be written."""
     if error.errno == errno.EROFS:
         return "mount its file system for writing"
     if error.errno in (errno.EACCES, errno.EPERM):
@@ -128,7 +135,7 @@ def way_out(error: OSError) -> str:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Make a rename durable; file systems without directory handles are left alone."""
+    """Make a rename durable; a no-op on file systems without directory handles."""
     with contextlib.suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
         try:
@@ -138,7 +145,7 @@ def _sync_directory(directory: Path) -> None:
 
 
 def unused_path(path: Path) -> Path:
-    """`path`, or the first of `name.1.ext`, `name.2.ext`, … that does not exist."""
+    """Return `path`, or the first of `name.1.ext`, `name.2.ext`, … that does not exist."""
     candidate = path
     number = 0
     while candidate.exists():

@@ -1,10 +1,10 @@
-"""The flags of all verbs, in one file per package, which answers `--help` and usage errors without PyTorch.
+"""The flags of all verbs, in one file per package, to answer `--help` and usage errors without importing PyTorch.
 
-Flags are declared beside the code that they configure, and criteria, networks and methods register themselves when they
-are imported: to know every choice takes seconds of imports. So `make flags` asks each verb for its parser
-once and writes what it says into `flags/PACKAGE.json`; a test compares. The file decides nothing: a command line that
-it finds no fault with is read by the verb itself. So are all of them once torch is loaded: nothing would be saved any
-more, and a program may have registered things of its own.
+Flags are declared next to the code that they configure, and criteria, networks and methods register themselves on
+import, so knowing every choice takes seconds of imports. So `make flags` builds the parser of each verb once and writes
+it to `flags/PACKAGE.json`; a test compares the two. The file has no authority: a command line without errors is parsed
+by the verb itself. Once torch is loaded, all command lines are: no time would be saved, and a program may have
+registered its own things.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from image_classification.cli import Option, Parser, from_command_line, named_plugins, positive
+from image_classification.command_parser import Parser, positive
 from image_classification.config import FlagSpec, told
 from image_classification.file_writing import output_path
 from image_classification.older_commands import translated
+from image_classification.options import Option, from_command_line
 from image_classification.plain_data import Plain
+from image_classification.plugins import named_plugins
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("image_classification", "explainers", "pruning")
@@ -43,11 +45,11 @@ _ACTIONS = {
 
 
 def answer(verb: str, words: Sequence[str], prog: str, description: str) -> None:
-    """Print help or an error and exit, where the list is enough to tell; otherwise do nothing.
+    """Print help or an error and exit, if the list suffices; otherwise do nothing.
 
     Args:
         verb: Module of the verb, or `module:NAME`.
-        words: The command line behind the verb.
+        words: The command line after the verb.
         prog, description: For help and errors.
 
     Raises:
@@ -57,7 +59,7 @@ def answer(verb: str, words: Sequence[str], prog: str, description: str) -> None
     if parser is None:
         return
     try:
-        if any(named_plugins(words)):  # which may bring flags and choices
+        if any(named_plugins(words)):  # plugins may add flags and choices
             return
         ours, _ = translated(words, parser._option_string_actions)
         given = vars(parser.parse_or_fail(ours))
@@ -69,11 +71,11 @@ def answer(verb: str, words: Sequence[str], prog: str, description: str) -> None
 
 
 def listed_parser(verb: str, prog: str, description: str, *, or_older: bool = False) -> Parser | None:
-    """The parser of a verb as its package lists it; None where nothing is listed.
+    """Return the parser of a verb from its package's list; None if there is no list.
 
     Args:
         verb, prog, description: See `answer`.
-        or_older: Take a list also if source is newer, and so may say something else.
+        or_older: Accept a list even if a source file is newer, so that it may be outdated.
     """
     path = list_path(verb.partition(".")[0])
     if not path.is_file() or not (or_older or path.stat().st_mtime + _SLACK_SECONDS >= _newest_source()):
@@ -85,7 +87,7 @@ def listed_parser(verb: str, prog: str, description: str, *, or_older: bool = Fa
 
 
 def list_path(package: str) -> Path:
-    """The file that lists a package's flags."""
+    """Return the path of the file that lists a package's flags."""
     return Path(__file__).resolve().parent / "flags" / f"{package}.json"
 
 
@@ -95,7 +97,7 @@ def _newest_source() -> float:
 
 
 def list_of(parsers: dict[str, Parser]) -> Plain:
-    """The content of a package's list: groups of flags, each once, and the groups that each verb has.
+    """Return the content of a package's list: each group of flags once, and the groups of each verb.
 
     Args:
         parsers: Verb → its parser.
@@ -126,14 +128,14 @@ def _plain_group(group: argparse._ArgumentGroup, parser: Parser) -> Plain:
 
 
 def _plain_action(action: argparse.Action, parser: Parser) -> Plain:
-    """What differs from an argument that says nothing but its name."""
+    """Return an argument's properties that differ from the defaults."""
     option = parser.options.get(action.dest)
     names = action.option_strings
     if isinstance(action, argparse.BooleanOptionalAction):
         names = [name for name in names if not (name.startswith("--no-") and f"--{name[5:]}" in names)]
         action.help = (action.help or "").removesuffix(
             " (default: %(default)s)"
-        )  # as Python before 3.13 adds it
+        )  # as added by Python before 3.13
     expanded = parser._get_formatter()._expand_help(action) if action.help else ""
     plain = {
         "names": names,
@@ -153,7 +155,7 @@ def _plain_action(action: argparse.Action, parser: Parser) -> Plain:
 
 
 def _plain_option(option: Option) -> Plain:
-    """What is needed to check a word."""
+    """Return what is needed to check a value."""
     kind = getattr(option.scalar_type, "__name__", "")
     plain = {
         "name": option.flag_name,

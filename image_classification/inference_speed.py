@@ -13,7 +13,7 @@ from typing import get_args
 import torch
 from torch import nn
 
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.config import check
 from image_classification.device_flag import declare_device, device_named
 from image_classification.file_writing import output_path, write_text
@@ -50,15 +50,15 @@ def measure_speed(
     """Time forward passes on random images.
 
     Args:
-        model: In its final place (`precision.place`); evaluation mode is set.
-        batch_size: Images a batch.
+        model: The network, already placed (`precision.place`); it is set to evaluation mode.
+        batch_size: Images per batch.
         image_size: Side of the images in pixels.
         precision: Device, autocast, memory format, compilation.
-        num_batches: Batches that count.
-        num_warmup: Batches before, for compilation and the choice of kernels.
+        num_batches: Number of timed batches.
+        num_warmup: Number of untimed batches before, for compilation and the choice of kernels.
 
     Returns:
-        Figures over `num_batches`; the device is waited for after every batch, as a serving process does.
+        Figures over `num_batches`; syncs with the device after every batch, as a serving process does.
     """
     images = speed_images(batch_size, image_size, precision)
     forward = precision.compiled(model.eval())
@@ -67,7 +67,7 @@ def measure_speed(
 
 
 def speed_images(batch_size: int, image_size: int, precision: Precision) -> torch.Tensor:
-    """A batch of noise, (batch_size, 3, image_size, image_size), as the network will get its images."""
+    """Return a batch of noise, (batch_size, 3, image_size, image_size), in the network's input format."""
     images = torch.randn(batch_size, 3, image_size, image_size, device=precision.device)
     return images.contiguous(memory_format=precision.memory_format)
 
@@ -76,7 +76,7 @@ def speed_images(batch_size: int, image_size: int, precision: Precision) -> torc
 def time_batches(
     forward: Callable[[torch.Tensor], object], images: torch.Tensor, precision: Precision, num_batches: int
 ) -> list[float]:
-    """Seconds of each of some forward passes; the device is waited for after every one."""
+    """Return the seconds of each forward pass; syncs with the device after every one."""
     seconds: list[float] = []
     for _ in range(num_batches):
         begin = time.perf_counter()
@@ -89,7 +89,7 @@ def time_batches(
 
 
 def speed_row(batch_size: int, seconds: Sequence[float]) -> SpeedRow:
-    """What some timed batches come to."""
+    """Summarise timed batches."""
     figures = latency_figures(list(seconds), "x")
     at = {percent: figures[f"x.compute_latency_at{percent}"] for percent in (50, 95, 99, 100)}
     mean = figures["x.compute_latency"]
@@ -97,7 +97,7 @@ def speed_row(batch_size: int, seconds: Sequence[float]) -> SpeedRow:
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Declare the verb's arguments."""
     parser.add_argument("--arch", "-a", default=None, help="network; not needed with a LucidPrune checkpoint")
     parser.add_argument(
         "--checkpoint", type=Path, default=None, help="weights, pruned ones too; random if left out"
@@ -117,7 +117,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, print a table, write JSON."""
+    """Measure the speed, print a table and write JSON."""
     check(arguments.arch or arguments.checkpoint, "give --arch, --checkpoint, or both")
     check(min(arguments.batch_sizes) >= 1, f"--batch-sizes {arguments.batch_sizes}: each must be at least 1")
     check(arguments.num_batches >= 1, f"--num-batches {arguments.num_batches}: must be at least 1")
@@ -153,7 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _network(arguments: argparse.Namespace) -> tuple[nn.Module, str]:
-    """The network and its architecture's name."""
+    """Return the network and its architecture's name."""
     if arguments.checkpoint is None:
         return create_model(arguments.arch, image_size=arguments.image_size), arguments.arch
     model = model_for_weights(arguments.arch, arguments.checkpoint, image_size=arguments.image_size)

@@ -1,7 +1,7 @@
-"""Signals: SIGTERM and SIGUSR1 as a request to save and stop, agreed upon by all ranks without stalling the device.
+"""Signals: SIGTERM and SIGUSR1 request to save and stop, agreed on by all ranks without stalling the device.
 
-That is in training (`StopSignals`). Before and after training there is nothing to save: the signals and Ctrl-C then end
-the job at once, with a message (`stopping_at_once`).
+This applies during training (`StopSignals`). Before and after training there is nothing to save: the signals and Ctrl-C
+then end the job at once, with a message (`stopping_at_once`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from image_classification.distributed import Distributed
 
-#: Optimizer steps between two agreements. Ranks may receive the signal at different iterations.
+#: Number of optimizer steps between two agreements. Ranks may receive the signal at different iterations.
 POLL_INTERVAL = 8
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -30,7 +30,7 @@ class StopRequested(Exception):  # noqa: N818 - a request, not an error
 
     Args:
         message: What stopped it, and where.
-        saved: Whether its state was saved, so that it can go on from there.
+        saved: Whether its state was saved, so that it can be resumed.
     """
 
     def __init__(self, message: str, *, saved: bool) -> None:
@@ -39,7 +39,7 @@ class StopRequested(Exception):  # noqa: N818 - a request, not an error
 
 
 class StoppedAtOnce(KeyboardInterrupt):
-    """A signal came while there was nothing to save.
+    """A signal arrived while there was nothing to save.
 
     Args:
         number: The signal.
@@ -55,7 +55,7 @@ class StoppedAtOnce(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and Ctrl-C raise `StoppedAtOnce` inside, except within `StopSignals`."""
+    """Make SIGTERM, SIGUSR1 and Ctrl-C raise `StoppedAtOnce` inside the block, except within `StopSignals`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -64,10 +64,10 @@ def stopping_at_once() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         if os.getpid() == owner:
             raise StoppedAtOnce(number)
-        signal.signal(number, signal.SIG_DFL)  # a forked worker, which has inherited this handler
+        signal.signal(number, signal.SIG_DFL)  # a forked worker, which inherited this handler
         signal.raise_signal(number)
 
-    # Ctrl-C may be switched off, as a shell does for its background jobs.
+    # Ctrl-C may be disabled, as shells do for background jobs.
     numbers = [n for n in (*_SIGNALS, signal.SIGINT) if signal.getsignal(n) not in (signal.SIG_IGN, None)]
     previous = {number: signal.signal(number, stop) for number in numbers}
     try:
@@ -82,8 +82,8 @@ class StopSignals:
 
     Inside, Ctrl-C is a plain KeyboardInterrupt.
 
-    With several ranks, each `poll` at a multiple of `POLL_INTERVAL` reads the agreement started at the one before
-    and starts the next, so the answer is the same on all ranks and costs no wait.
+    With several ranks, each `poll` at a multiple of `POLL_INTERVAL` reads the agreement started at the previous one and
+    starts the next, so the answer is the same on all ranks without waiting.
     """
 
     def __init__(self, distributed: Distributed) -> None:

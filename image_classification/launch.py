@@ -1,4 +1,4 @@
-"""`lucidprune launch`: one training process per GPU. The flags are torchrun's; `launching` does it."""
+"""`lucidprune launch`: one training process per GPU. The flags are torchrun's; `launching` has the implementation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from image_classification.verbs import Verb
 
 
 def parse(argv: Sequence[str], prog: str, description: str) -> argparse.Namespace:
-    """The command line as torchrun reads it. From here on a signal ends this process with the code of a job."""
+    """Parse the command line as torchrun does. From here on, a signal ends this process with the exit code of a job."""
     answer_signals_while_importing()
     from image_classification import launching
 
@@ -18,7 +18,7 @@ def parse(argv: Sequence[str], prog: str, description: str) -> argparse.Namespac
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Launch, and return the job's exit code."""
+    """Launch the job and return its exit code."""
     from image_classification import launching
 
     return launching.run(arguments)

@@ -26,12 +26,12 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest
 from image_classification.exit_codes import EXIT_PEER, EXIT_SAVED, STOP_SIGNALS
 from image_classification.file_writing import unused_path
 
-PEER_SECONDS = 10  # for the healthy ranks when one died: they hang in a collective and have nothing to save
+PEER_SECONDS = 10  # grace for healthy ranks when one died: they hang in a collective and have nothing to save
 TAIL_LINES = 30
-FAILED_KEY = "lucidprune/failed"  # in the store that the agents of all nodes share
-STARTING_SECONDS = 10  # after which a rank that handles no signals gets one all the same
-# What becomes a rank: it asks the kernel to end with its launcher (PR_SET_PDEATHSIG is 1), lets one file take both
-# streams in their order, and then is the command, with the same process id.
+FAILED_KEY = "lucidprune/failed"  # key in the store shared by the agents of all nodes
+STARTING_SECONDS = 10  # after this, a rank that handles no signals is signalled all the same
+# Program that becomes a rank: it asks the kernel to end it with its launcher (PR_SET_PDEATHSIG is 1), redirects both
+# streams in order to one file, and then executes the command under the same process id.
 START = """
 import ctypes, os, signal, sys
 launcher, *command = sys.argv[1:]
@@ -50,17 +50,17 @@ try:
 except OSError as error:
     sys.exit(f"{command[0]}: {error.strerror}")
 """
-#: In the log of a rank that NCCL's watchdog has ended, because another one did not answer.
+#: Text in the log of a rank that NCCL's watchdog ended because another rank did not answer.
 _WATCHDOG = "Watchdog caught collective operation timeout"
 
 
 def start_words(command: str, arguments: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """Entry point and arguments of a rank, for the launcher that this process is."""
+    """Return entry point and arguments of a rank started by this process."""
     return sys.executable, ("-I", "-S", "-c", START, str(os.getpid()), command, *arguments)
 
 
 def answers(pid: int, number: int) -> bool:
-    """Whether a process has a handler of its own for a signal, or ignores it; True where the system does not say."""
+    """Whether a process handles or ignores a signal; True if the system does not report it."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -71,7 +71,7 @@ def answers(pid: int, number: int) -> bool:
 
 
 def describe_exit(code: int) -> str:
-    """A process's exit code (negative: the signal that killed it) in words."""
+    """Describe a process's exit code (negative: the signal that killed it) in words."""
     if code >= 0:
         known = {
             EXIT_SAVED: "left nothing unsaved and asks to be started again",
@@ -88,15 +88,15 @@ def describe_exit(code: int) -> str:
 class RankLogs(DefaultLogsSpecs):
     """One log file per rank: `rank_3.log`, after a restart `rank_3.1.log`.
 
-    Rank 0 is shown on the screen too. A terminal is given to rank 0 itself, for its live display; its log
-    file is then written by `log.Logger`, which finds the path in the variable RANK_LOG.
+    Rank 0's output is also shown on the screen. If the screen is a terminal, rank 0 writes to it directly, for its live
+    display; its log file is then written by `log.Logger`, which finds the path in the variable RANK_LOG.
 
     Args:
-        directory: Where the logs go; a new temporary directory when None.
+        directory: Directory of the logs; a new temporary directory if None.
     """
 
     def __init__(self, directory: str | None) -> None:
-        super().__init__(log_dir=tempfile.mkdtemp(prefix="lucidprune_ranks_"))  # torch's own error files
+        super().__init__(log_dir=tempfile.mkdtemp(prefix="lucidprune_ranks_"))  # for torch's own error files
         self.directory = Path(directory or self.root_log_dir)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.files: dict[int, Path] = {}  # by local rank
@@ -118,17 +118,17 @@ class RankLogs(DefaultLogsSpecs):
         return dataclasses.replace(super().reify(envs), tee_stdouts={}, tee_stderrs={})
 
     def close(self) -> None:
-        """Show what is left of rank 0's log and forget this attempt's files."""
+        """Show the rest of rank 0's log and forget this attempt's files."""
         self.files = {}
         if self._screen is not None:
             self._screen.join()
             self._screen = None
 
     def _show(self, path: Path) -> None:
-        """Copy what a growing log gets to the screen, until `close`."""
+        """Copy a growing log to the screen, until `close`."""
         with path.open("rb") as log:
             while True:
-                # Looked up before reading, so that nothing is missed at the end.
+                # Checked before reading, so that nothing is missed at the end.
                 last = path not in self.files.values()
                 sys.stdout.buffer.write(log.read())
                 sys.stdout.flush()
@@ -141,12 +141,12 @@ class Agent(LocalElasticAgent):
     """The elastic agent of one node, with the stopping rules that `multiproc.py` describes.
 
     Args:
-        spec: What to run; its entry point and arguments are `start_words`.
-        logs: Where the ranks write.
+        spec: The job; its entry point and arguments are `start_words`.
+        logs: Log files of the ranks.
         grace: Seconds that ranks have to save and leave after a signal.
 
     Attributes:
-        reason: The job's exit code and why it ended; (0, "") while nothing failed.
+        reason: The job's exit code and why it ended; (0, "") unless something failed.
     """
 
     _pcontext: Any  # SubprocessContext while ranks run
@@ -157,15 +157,15 @@ class Agent(LocalElasticAgent):
         self.grace = grace
         self.reason = (0, "")
         self.stop_signal: signal.Signals | None = None
-        #: Local rank → exit code other than 0, in the order in which they were seen.
+        #: Local rank → non-zero exit code, in the order of observation.
         self.exits: dict[int, int] = {}
         self.deadline: float | None = None
         self._started_at: float | None = None  # None while there are no ranks
-        self._told: set[int] = set()  # process ids that have got the stop signal
+        self._told: set[int] = set()  # process ids that have been sent the stop signal
 
     def take_signals(self) -> None:
-        """From now on signals are this agent's, before there are ranks and while they are being started too."""
-        # torch would answer these by an exception, wherever it is, and leave ranks that it has just started
+        """Handle signals from now on, even before there are ranks and while they are being started."""
+        # torch would raise an exception for these at any point, and leave ranks that it has just started.
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
         for signum in STOP_SIGNALS:
             signal.signal(signum, self._receive)
@@ -183,7 +183,7 @@ class Agent(LocalElasticAgent):
         self._started_at = None
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        """Note a signal for `_forward`; without ranks, end."""
+        """Record a signal for `_forward`; exit if there are no ranks."""
         if signum == self.stop_signal == signal.SIGINT:
             raise SignalException("interrupted twice", signal.SIGINT)
         self.stop_signal, self._remaining_restarts = signal.Signals(signum), 0
@@ -193,7 +193,7 @@ class Agent(LocalElasticAgent):
             raise SignalException("there are no ranks", self.stop_signal)
 
     def _forward(self) -> None:
-        """Send the stop signal on to ranks that handle it (torch would signal their data workers too)."""
+        """Forward the stop signal to ranks that handle it (torch would also signal their data workers)."""
         if self.stop_signal is None or self._started_at is None:
             return
         starting = time.monotonic() < self._started_at + STARTING_SECONDS
@@ -216,8 +216,8 @@ class Agent(LocalElasticAgent):
         elsewhere = self._failure_elsewhere(worker_group)
         failures = {*self.exits.values(), *(elsewhere[:1] if elsewhere else ())}
         if self.deadline is None and failures:
-            # Ranks that saved wait for the others, which may still be writing; one that lost another rank waits for
-            # that one's end, which may be seen later; after a crash nothing is worth a wait.
+            # Ranks that saved wait for the others, which may still be writing. A rank that lost another rank waits for
+            # that rank's exit, which may be noticed later. After a crash there is nothing to wait for.
             patience = {frozenset({EXIT_SAVED}): self.grace, frozenset({EXIT_PEER}): PEER_SECONDS}
             self.deadline = time.monotonic() + patience.get(frozenset(failures), 0)
         running = None in codes.values()
@@ -231,7 +231,7 @@ class Agent(LocalElasticAgent):
         return result
 
     def _failure_elsewhere(self, group: WorkerGroup) -> tuple[int, str] | None:
-        """Exit code and reason of a failure on another node, None when there is none."""
+        """Return exit code and reason of a failure on another node, or None."""
         if group.group_world_size == 1 or group.store is None:
             return None
         try:
@@ -243,7 +243,7 @@ class Agent(LocalElasticAgent):
         return int(code), text
 
     def _end_ranks(self, group: WorkerGroup, elsewhere: tuple[int, str] | None) -> None:
-        """Let the other nodes know the reason, end what still runs here, and say the reason last."""
+        """Tell the other nodes the reason, end the ranks still running here, and report the reason last."""
         local_rank = self._culprit(elsewhere)
         hanging = self._hanging(elsewhere)
         log = None
@@ -258,7 +258,7 @@ class Agent(LocalElasticAgent):
             if elsewhere is None and group.store is not None and (group.group_world_size or 1) > 1:
                 group.store.set(FAILED_KEY, f"{self.reason[0]} {self.reason[1]}")
                 time.sleep(1)  # the store may live in this process: let the others read it
-            if self.exits[local_rank] == EXIT_SAVED or rank == 0:  # rank 0 is on the screen already
+            if self.exits[local_rank] == EXIT_SAVED or rank == 0:  # rank 0 is already on the screen
                 log = None
         elif elsewhere is not None:
             self.reason = elsewhere
@@ -272,22 +272,22 @@ class Agent(LocalElasticAgent):
         self._say_reason(log)
 
     def _hanging(self, elsewhere: tuple[int, str] | None) -> list[int]:
-        """The local ranks that still run where all others, here and elsewhere, have only lost another one."""
+        """Return the local ranks that still run if all others, here and elsewhere, only lost another rank."""
         if {*self.exits.values(), *(elsewhere or ())[:1]} != {EXIT_PEER}:
             return []
         handlers = self._pcontext.subprocess_handlers.items()
         return [rank for rank, handler in handlers if handler.proc.poll() is None]
 
     def _own_code(self, local_rank: int, code: int) -> int:
-        """A rank's exit code; NCCL's watchdog ends a rank by SIGABRT because of another one."""
+        """Return a rank's exit code, taking into account that NCCL's watchdog aborts a rank because of another one."""
         if code != -signal.SIGABRT:
             return code
         return EXIT_PEER if _WATCHDOG in self.logs.files[local_rank].read_text(errors="replace") else code
 
     def _culprit(self, elsewhere: tuple[int, str] | None) -> int | None:
-        """The local rank that is the reason: the first that failed by itself.
+        """Return the local rank responsible: the first that failed by itself.
 
-        Where none did, here or elsewhere, it is one that saved, and last one that only lost another rank.
+        If no rank did, here or elsewhere, it is one that saved, or else one that only lost another rank.
         """
         by_itself = [rank for rank, code in self.exits.items() if code not in (EXIT_SAVED, EXIT_PEER)]
         if by_itself:
@@ -297,13 +297,13 @@ class Agent(LocalElasticAgent):
         return min(self.exits, key=lambda rank: self.exits[rank] == EXIT_PEER, default=None)
 
     def _describe_rank(self, local_rank: int, rank: int) -> tuple[int, str]:
-        """Exit code for the job and why, from a rank that ended."""
+        """Return the job's exit code and reason for a rank that ended."""
         code = self.exits[local_rank]
         text = f"rank {rank} on {os.uname().nodename} {describe_exit(code)}"
         return code if code > 0 else 128 - code, text
 
     def _say_reason(self, log: Path | None) -> None:
-        """How a rank's log ends, and below it why all ranks stop or start again."""
+        """Print the end of a rank's log, and below it why all ranks stop or restart."""
         if log is not None:
             lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
             print("\n  ".join([f"multiproc: {log} ends with", *lines]), file=sys.stderr)

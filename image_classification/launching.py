@@ -3,20 +3,19 @@
     lucidprune launch --nproc_per_node 8 lucidprune train ARGS…
     python ./multiproc.py --nproc_per_node 8 ./main.py ARGS…
 
-`torch.distributed.run` does the work: its flags (with `_` or `-`), rendezvous and elastic agent. What
-differs:
+`torch.distributed.run` does the work: its flags (with `_` or `-`), rendezvous and elastic agent. Differences:
 
-- SIGTERM, SIGINT and SIGUSR1 go to the ranks alone, not to their data workers, as soon as a rank handles them, and
-  the ranks have `--shutdown-timeout` seconds to save and leave. A second SIGINT stops them at once.
+- SIGTERM, SIGINT and SIGUSR1 go only to the ranks, not to their data workers, once a rank handles them, and the ranks
+  have `--shutdown-timeout` seconds to save and exit. A second SIGINT stops them at once.
 - Ranks end with their launcher, however it ends.
-- A rank that leaves with EXIT_SAVED (75: "saved, start me again") ends the job with that code and no restart.
+- A rank that exits with EXIT_SAVED (75: "saved, start me again") ends the job with that code and no restart.
 - A dead rank stops every node within seconds, or restarts them (`--max-restarts`); the launcher says which
   rank, why, and how its log ends.
-- One log file per rank, `rank_3.log` in `--log-dir`, never overwritten; rank 0 alone is on the screen.
+- One log file per rank, `rank_3.log` in `--log-dir`, never overwritten; only rank 0 is on the screen.
 - OMP_NUM_THREADS, if unset, shares the CPU cores among the processes.
-- A command in the place of the script, such as `lucidprune`, is run as it is: `--no-python` is not needed.
+- A command instead of a script, such as `lucidprune`, is run directly: `--no-python` is not needed.
 - Exit code: 0, EXIT_SAVED, the code of the rank that failed first, or 128 + the signal that killed it; EXIT_PEER (69)
-  where a rank hung. A signal that comes before there are ranks ends in EXIT_SAVED, SIGINT in 130.
+  if a rank hung. A signal before there are ranks ends in EXIT_SAVED, SIGINT in 130.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from torch.distributed.run import (
 from image_classification.exit_codes import STOP_SIGNALS, code_of_stop
 from image_classification.launcher import Agent, RankLogs, start_words
 
-# torchrun's flags about signals, screen and log files, which the agent decides, and one that runs no command.
+# torchrun's flags for signals, screen and log files, which the agent handles itself, and one that runs no command.
 NOT_APPLICABLE = (
     *("redirects", "tee", "local_ranks_filter", "log_line_prefix_template", "logs_specs", "run_path"),
     *("signals_to_handle", "duplicate_stdout_filters", "duplicate_stderr_filters"),
@@ -53,12 +52,12 @@ NOT_APPLICABLE = (
 
 
 def parse(argv: list[str] | None, prog: str = "multiproc.py") -> argparse.Namespace:
-    """Torchrun's command line with our defaults: one node needs no flags to meet itself."""
+    """Parse torchrun's command line with LucidPrune's defaults: a single node needs no rendezvous flags."""
     parser = argparse.ArgumentParser(
         prog,
         parents=[get_args_parser()],
         add_help=False,
-        conflict_handler="resolve",  # newer torch has --shutdown-timeout too, with another default
+        conflict_handler="resolve",  # newer torch also has --shutdown-timeout, with another default
     )
     parser.add_argument(
         "--shutdown-timeout",
@@ -70,10 +69,10 @@ def parse(argv: list[str] | None, prog: str = "multiproc.py") -> argparse.Namesp
     )
     parser.set_defaults(
         master_port=None
-    )  # older torch has 29500 here, indistinguishable from a port that was given
+    )  # older torch has the default 29500, indistinguishable from a given port
     args = parser.parse_args(argv)
     for name in NOT_APPLICABLE:
-        if getattr(args, name, None) != parser.get_default(name):  # None: this torch has no such flag
+        if getattr(args, name, None) != parser.get_default(name):  # None: this torch version has no such flag
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag} does not apply: each rank writes its own file in --log-dir; remove {flag}")
     try:
@@ -96,7 +95,7 @@ def parse(argv: list[str] | None, prog: str = "multiproc.py") -> argparse.Namesp
 
 
 def _command(args: argparse.Namespace) -> str | None:
-    """The program that is named in the place of a script, beside this Python or on the PATH; None for a script."""
+    """Return the program named instead of a script, next to this Python or on the PATH; None for a script."""
     script: str = args.training_script
     if args.module or args.no_python or Path(script).is_file():
         return None
@@ -105,7 +104,7 @@ def _command(args: argparse.Namespace) -> str | None:
 
 
 def make_spec(config: LaunchConfig, command: str, command_args: list[str]) -> WorkerSpec:
-    """What the agent needs to know: the command of a rank, how many of them, and where nodes meet."""
+    """Build the agent's specification: the command of a rank, the number of ranks, and the rendezvous."""
     rendezvous = RendezvousParameters(
         config.rdzv_backend,
         config.rdzv_endpoint,
@@ -143,8 +142,8 @@ def launch(args: argparse.Namespace, logs: RankLogs) -> int:
     # The agent explains a failure itself; torch would add "failed (exitcode: 75)" for a rank that saved.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     if config.max_restarts > 0:
-        # Ranks that share the agents' store find the addresses of the ranks before the restart in it
-        # (pytorch/pytorch#135712); with this, rank 0 opens a new one for every attempt.
+        # Ranks that share the agents' store find the ranks' addresses from before the restart in it
+        # (pytorch/pytorch#135712); with this variable, rank 0 opens a new store for every attempt.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     spec = make_spec(config, str(command), command_args)
     agent = Agent(spec, logs, args.shutdown_timeout)
@@ -166,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """As `main`, of a command line that is read."""
+    """Like `main`, for a parsed command line."""
     try:
         logs = RankLogs(args.log_dir)
     except OSError as error:

@@ -1,6 +1,6 @@
-"""Names of a package that are imported when they are first asked for (PEP 562).
+"""Lazy imports of a package's names, on first use (PEP 562).
 
-`python -m PACKAGE --help` imports the package before its command line is read. A package whose `__init__` imports
+`python -m PACKAGE --help` imports the package before its command line is parsed. A package whose `__init__` imports
 nothing answers at once, and using one of its names loads only what that name needs.
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], object]:
-    """The `__getattr__` of a package.
+    """Return the `__getattr__` of a package.
 
-    Type checkers do not follow it: for them the package imports the same names under `if TYPE_CHECKING:`.
+    Type checkers do not follow it, so the package also imports the same names under `if TYPE_CHECKING:`.
 
     Args:
         package: `__name__` of its `__init__`.

@@ -40,7 +40,7 @@ class MultiLabelLoss(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """`logits`: (N, L); `targets`: (N, L) in [0, 1]; returns a scalar."""
+        """Compute the loss of `logits` (N, L) and `targets` (N, L) in [0, 1]: a scalar."""
         smoothed = targets * (1 - self.label_smoothing) + 0.5 * self.label_smoothing
         return F.binary_cross_entropy_with_logits(logits, smoothed)
 
@@ -53,13 +53,13 @@ class SingleLabelLoss(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """`logits`: (N, L); returns a scalar, the mean over images, computed in float32."""
+        """Compute the loss of `logits` (N, L): a scalar, the mean over images, in float32."""
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 
 
 def build_loss(config: LossConfig) -> nn.Module:
-    """The task loss of this configuration: a module `(logits, targets) -> scalar`."""
+    """Build the task loss of this configuration: a module `(logits, targets) -> scalar`."""
     if config.multi_label:
         return MultiLabelLoss(config.label_smoothing)
     return SingleLabelLoss(config.label_smoothing)

@@ -1,4 +1,4 @@
-"""Prediction figures as exact sums: counts per rank are added over ranks before anything is divided.
+"""Prediction figures as exact sums: counts are summed over ranks before anything is divided.
 
 A rank may have seen no image at all (the last validation batch of an uneven split).
 """
@@ -33,11 +33,11 @@ class Metrics(Protocol):
 
 
 def topk_correct(logits: Tensor, targets: Tensor, k: int) -> Tensor:
-    """Number of rows whose target is among the `k` largest logits.
+    """Return the number of rows whose target is among the `k` largest logits.
 
     Args:
         logits: (N, L).
-        targets: (N,) class indices, or (N, L) soft targets, whose largest entry counts.
+        targets: (N,) class indices, or (N, L) soft targets, of which the largest entry is used.
         k: Clamped to the number of classes.
 
     Returns:
@@ -62,7 +62,7 @@ class ClassificationMetrics:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def compute(self, distributed: Distributed) -> dict[str, float]:
-        """`{"top1", "top5"}` in percent over all ranks; NaN when no rank saw an image."""
+        """Return `{"top1", "top5"}` in percent over all ranks; NaN if no rank saw an image."""
         sums = (
             self._sums
             if self._sums is not None
@@ -78,16 +78,16 @@ class ClassificationMetrics:
 class MultiLabelMetrics:
     """Mean average precision and F1 in percent, counted over classes and over images.
 
-    map, f1, f1_macro      over classes; F1 (micro and macro) of logits above 0
-    map_images, f1_images  over images, each by its own ranking of the classes; F1 of logits from 0.5 on: what the
-                           attribution-preservation program reports (Park et al. 2020)
+    map, f1, f1_macro      over classes; F1 (micro and macro) of logits above 0 map_images, f1_images  over images, each
+    by its own ranking of the classes; F1 of logits from 0.5 on; reported by the attribution-preservation program (Park
+    et al. 2020)
 
-    All are scikit-learn's, over the predictions of all ranks together. Classes without a positive image have no
-    average precision and no recall: they are left out of the means over classes; images without a label are left out of
+    All are scikit-learn's, over the predictions of all ranks together. Classes without a positive image have no average
+    precision and no recall: they are left out of the means over classes; images without a label are left out of
     `map_images`.
 
     Args:
-        published: Only `map_images` and `f1_images`.
+        published: Compute only `map_images` and `f1_images`.
     """
 
     def __init__(self, published: bool = False) -> None:
@@ -101,7 +101,7 @@ class MultiLabelMetrics:
         self._targets.append(targets.float())
 
     def compute(self, distributed: Distributed) -> dict[str, float]:
-        """The figures over all ranks; NaN when no rank saw an image."""
+        """Return the figures over all ranks; NaN if no rank saw an image."""
         empty = torch.zeros(0, 0, device=distributed.device)
         local_scores = torch.cat(self._scores) if self._scores else empty
         local_targets = torch.cat(self._targets) if self._targets else empty
@@ -129,11 +129,12 @@ def _figures_over_classes(scores: NDArray[np.floating], targets: NDArray[np.bool
 
 
 def figures_over_images(scores: NDArray[np.floating], targets: NDArray[np.bool_]) -> dict[str, float]:
-    """Mean average precision and F1 over images in percent, as the attribution-preservation program counts them.
+    """Compute mean average precision and F1 over images in percent, as the attribution-preservation program counts
+    them.
 
     Args:
         scores: (N, L) logits.
-        targets: (N, L) whether an image has a label.
+        targets: (N, L) bool, whether an image has a label.
     """
     with optional_import():
         from sklearn.metrics import average_precision_score, f1_score
@@ -162,12 +163,12 @@ class TrainingSums:
         self.epoch = torch.zeros(3, dtype=torch.float64, device=device)
 
     def update(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Add one batch without reading anything back.
+        """Add one batch without a host sync.
 
         Args:
             loss: Scalar mean loss of the batch.
             logits: (N, L).
-            targets: (N,) or (N, L); of soft and multi-hot targets the largest entry counts as the class.
+            targets: (N,) or (N, L); for soft and multi-hot targets the largest entry is used as the class.
         """
         count = len(logits)
         correct = topk_correct(logits, targets, 1)
@@ -175,14 +176,16 @@ class TrainingSums:
         self.window += sums
 
     def flush(self, distributed: Distributed) -> dict[str, float]:
-        """`train.loss` and `train.top1` (percent) of the window over all ranks; a new window starts. Collective."""
+        """Return `train.loss` and `train.top1` (percent) of the window over all ranks, and start a new window.
+        Collective.
+        """
         self.epoch += self.window
         figures = self._figures(*distributed.all_reduce_sum(self.window))
         self.window.zero_()
         return figures
 
     def finish_epoch(self, distributed: Distributed) -> dict[str, float]:
-        """Figures of the epoch over all ranks; both sums start again from 0. Collective."""
+        """Return the epoch's figures over all ranks, and reset both sums. Collective."""
         self.epoch += self.window
         figures = self._figures(*distributed.all_reduce_sum(self.epoch))
         self.window.zero_()

@@ -1,9 +1,9 @@
-"""What happens when the loss is not finite: stop and name the images, or skip the update, up to a budget.
+"""Handling of a non-finite loss: stop and name the images, or skip the update, up to a budget.
 
-Stopping costs nothing per step: the first bad iteration is remembered on the device and read at logging steps and
-before every checkpoint. Skipping must know before the update and therefore reads one number from the device in every
-step. A loss tells of the weights before its update only: so the weights themselves are looked at, too, before they are
-saved, validated or rewritten (`check_weights`), and no checkpoint ever holds poisoned ones.
+Stopping costs nothing per step: the first bad iteration is recorded on the device and read at logging steps and before
+every checkpoint. Skipping has to know before the update, so it reads one number from the device in every step. A loss
+reflects only the weights before its update, so the weights themselves are also checked before they are saved, validated
+or rewritten (`check_weights`), and no checkpoint ever holds poisoned ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NanPolicy = Literal["stop", "skip"]
 _NEVER = 2**62
 
 
-#: The settings that usually help when a training diverges.
+#: Settings that usually help if training diverges.
 _REMEDIES = "Usual remedies: a lower `lr`, `warmup`, `clip_grad_norm`, bf16 instead of fp16"
 
 
@@ -35,8 +35,8 @@ class NanGuard:
 
     Args:
         policy: Stop the run, or skip the update.
-        budget: Most updates that `skip` may leave out over the whole run.
-        distributed: All ranks decide alike.
+        budget: Largest number of updates that `skip` may leave out over the whole run.
+        distributed: Ranks, which all decide alike.
     """
 
     def __init__(self, policy: NanPolicy, budget: int, distributed: Distributed) -> None:
@@ -49,21 +49,21 @@ class NanGuard:
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
     def before_step(self, model: nn.Module) -> None:
-        """Keep BN statistics, which a poisoned forward pass would spoil (policy `skip` only)."""
+        """Save BN statistics, which a poisoned forward pass would spoil (policy `skip` only)."""
         if self.policy == "skip":
             self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
     def observe(self, loss: Tensor, iteration: int, sample_ids: Tensor) -> None:
-        """Remember whether this micro-batch's loss is finite, and which images it held."""
+        """Record whether this micro-batch's loss is finite, and which images it held."""
         bad = torch.where(torch.isfinite(loss.detach()), _NEVER, iteration)
         self._first_bad = torch.minimum(self._first_bad, bad)
         self._recent.setdefault(iteration, []).append(sample_ids)
 
     def must_skip(self, iteration: int) -> bool:
-        """Whether this iteration's update is to be left out. Reads the device with policy `skip`, never else.
+        """Whether to skip this iteration's update. Reads from the device only with policy `skip`.
 
         Raises:
-            NonFiniteLossError: When the budget is used up.
+            NonFiniteLossError: The budget is used up.
         """
         if self.policy != "skip":
             return False
@@ -84,7 +84,7 @@ class NanGuard:
         """Raise if any rank saw a bad loss since the last check. Collective; reads the device.
 
         Raises:
-            NonFiniteLossError: On all ranks, with iteration and sample ids from the rank that saw it first.
+            NonFiniteLossError: Raised on all ranks, with iteration and sample ids from the rank that saw it first.
         """
         (num_bad,) = self.distributed.all_reduce_sum(self._first_bad < _NEVER)
         if num_bad:
@@ -95,11 +95,11 @@ class NanGuard:
         """Raise if a value is NaN or infinite on any rank. Collective; reads the device.
 
         Args:
-            named: What training changes, by name (`finite.learned_tensors`).
-            iteration: Steps of the optimizer so far, for the message.
+            named: Tensors that training changes, by name (`finite.learned_tensors`).
+            iteration: Number of optimizer steps so far, for the message.
 
         Raises:
-            NonFiniteLossError: On all ranks, with the first such name.
+            NonFiniteLossError: Raised on all ranks, with the first such name.
         """
         reports = self.distributed.gather_objects(first_not_finite(named))
         for rank, name in enumerate(reports):

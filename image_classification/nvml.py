@@ -1,4 +1,4 @@
-"""A CUDA device as NVIDIA's management library (the module `pynvml`) knows it."""
+"""Access to a CUDA device through NVIDIA's management library (the module `pynvml`)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 def open_gpu(device: torch.device) -> tuple[ModuleType, object] | None:
-    """The library, initialised, and its handle of a CUDA device; None without GPU, driver or `pynvml`.
+    """Return the initialised library and its handle of a CUDA device; None without GPU, driver or `pynvml`.
 
-    The device is found by its UUID: NVML does not know CUDA_VISIBLE_DEVICES. The caller that gets a handle calls the
-    library's `nvmlShutdown` when done.
+    The device is found by its UUID, since NVML does not know CUDA_VISIBLE_DEVICES. A caller that receives a handle must
+    call the library's `nvmlShutdown` when done.
     """
     if device.type != "cuda":
         return None

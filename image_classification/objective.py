@@ -1,4 +1,4 @@
-"""What one training step minimises: from a (micro-)batch to a loss. Distillation and the like replace this part."""
+"""Objective of a training step: maps a (micro-)batch to a loss. Distillation and similar methods replace this part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Objective(Protocol):
 
 
 class TaskObjective:
-    """The task loss; auxiliary heads (GoogLeNet, Inception v3) add theirs with the published weight.
+    """The task loss; auxiliary heads (GoogLeNet, Inception v3) add their losses with the published weight.
 
     Args:
         criterion: `(logits, targets) -> scalar`.

@@ -1,7 +1,7 @@
-"""Flags of NVIDIA's DeepLearningExamples (both generations of its ConvNets) and of apex's ImageNet script.
+"""Translation of flags of NVIDIA's DeepLearningExamples (both generations of its ConvNets) and apex's ImageNet script.
 
-A command written for them runs here: what has another name is translated, what has no effect any more is left out, and
-what cannot be had is refused with the flag to use in its place. Recipes have none of this.
+Commands written for these programs run here: renamed flags are translated, flags without effect are dropped, and
+unsupported ones are refused with the flag to use instead. This does not apply to recipes.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Callable, Collection, Sequence
 
 from image_classification.config import ConfigError
 
-#: Turns the value behind a flag ("" where it takes none) into words of ours.
+#: Maps a flag's value ("" if it takes none) to LucidPrune's words.
 Translation = Callable[[str], list[str]]
 
 
 def _named(*words: str) -> Translation:
-    """Our words, and the value behind them."""
+    """Return a translation to these words followed by the value."""
     return lambda value: [*words, *([value] if value else [])]
 
 
@@ -36,7 +36,7 @@ def _opt_level(value: str) -> list[str]:
 
 
 def _local_rank(value: str) -> list[str]:
-    os.environ.setdefault("LOCAL_RANK", value)  # older launchers passed it by this flag alone
+    os.environ.setdefault("LOCAL_RANK", value)  # older launchers passed it only by this flag
     return []
 
 
@@ -50,7 +50,7 @@ def _interpolation(value: str) -> list[str]:
 
 
 def _augmentation(value: str) -> list[str]:
-    """Theirs names a policy on top of crop and flip, ours names these."""
+    """Translate a policy: theirs is applied on top of crop and flip, which LucidPrune's flag names instead."""
     return ["--auto-augment", value] if value == "autoaugment" else ["--augmentation", value]
 
 
@@ -69,7 +69,40 @@ def _gpu_affinity(value: str) -> list[str]:
     return ["--gpu-affinity", ours]
 
 
-#: Flags with a value behind them.
+def _jit(value: str) -> list[str]:
+    if value != "no":
+        raise ConfigError(f"--jit {value}: networks are compiled by torch.compile now: use --compile")
+    return []
+
+
+def _conv_init(value: str) -> list[str]:
+    names = {"fan_in": "fanin", "fan_out": "classic"}
+    if value not in names:
+        raise ConfigError(f"--conv-init {value}: use --model-config fanin or classic")
+    return ["--model-config", names[value]]
+
+
+def _survival_prob(value: str) -> list[str]:
+    """DeepLearningExamples gives the share of blocks kept, torchvision the share dropped."""
+    try:
+        dropped = 1 - float(value)
+    except ValueError:
+        raise ConfigError(f"--survival-prob {value}: give a number") from None
+    return ["--arch-option", f"stochastic_depth_prob={dropped:.12g}"]
+
+
+def _start_epoch(value: str) -> list[str]:
+    if value != "0":
+        raise ConfigError(f"--start-epoch {value}: a checkpoint says where it was: use --resume FILE")
+    return []
+
+
+def _only_false(old: str, instead: str) -> Translation:
+    """Translate a boolean flag of which only False is supported."""
+    return lambda value: [] if value.lower() == "false" else _refused(old, instead)(value)
+
+
+#: Flags that take a value.
 _WITH_VALUE: dict[str, Translation] = {
     "--opt-level": _opt_level,
     "--local-rank": _local_rank,
@@ -80,21 +113,37 @@ _WITH_VALUE: dict[str, Translation] = {
     "--pretrained-from-file": _named("--pretrained-weights"),
     "--augmentation": _augmentation,
     "--keep-batchnorm-fp32": lambda value: [],  # autocast does
+    "--fused-se": lambda value: [],
+    "--jit": _jit,
+    "--conv-init": _conv_init,
+    "--dropout": lambda value: ["--arch-option", f"dropout={value}"],
+    "--survival-prob": _survival_prob,
+    "--start-epoch": _start_epoch,
+    "--last-bn-0-init": _only_false("--last-bn-0-init", "use --model-config grp-fanin or grp-fanout"),
+    "--quantized": _only_false("--quantized", "networks are trained in float32, or with --amp: leave it out"),
     "--topk": _refused("--topk", "top-1 and top-5 are always reported: leave it out"),
 }
+#: Flags without a value; some may be followed by True or False.
 _ALONE: dict[str, Translation] = {
     "--fp16": _named("--amp"),
     "--sync-bn": _named("--sync-batchnorm"),
     "--dali-cpu": _named("--data-backend", "dali-cpu"),
-    "--channels-last": _named("--memory-format", "nhwc"),
+    "--channels-last": lambda value: ["--memory-format", "nchw" if value.lower() == "false" else "nhwc"],
     "--pretrained": _refused(
         "--pretrained", "nothing is downloaded: give the file of the weights with --pretrained-weights"
     ),
-    "--trt": _refused(
+    "--trt": _only_false(
         "--trt", "write the trained network with lucidprune export --format onnx, for TensorRT"
     ),
+    "--deterministic": _refused(
+        "--deterministic",
+        "--seed fixes data, augmentation and starting weights; cuDNN's kernels are chosen by speed: leave it out",
+    ),
 }
-#: Where our default is another than theirs: our flags, and the difference.
+#: Switches that DeepLearningExamples parses with `type=bool`, so that a word may follow.
+_WORD_MAY_FOLLOW = ("--channels-last", "--trt")
+_BOOLS = ("true", "false")
+#: Defaults that differ: LucidPrune's flags, and the difference.
 _DEFAULTS = (
     (("--lr-schedule",), "the learning rate falls by a cosine (theirs: step)"),
     (("--lr", "--learning-rate"), "the learning rate is 0.1 per 256 images of a step (theirs: 0.1)"),
@@ -106,14 +155,14 @@ _DEFAULTS = (
 
 
 def translated(words: Sequence[str], known: Collection[str]) -> tuple[list[str], list[str]]:
-    """A command line in our words, and what to tell its user.
+    """Return a command line in LucidPrune's words, and notes for its user.
 
     Args:
         words: The command line.
         known: Flags of the job; words of other jobs are left for the parser to refuse.
 
     Raises:
-        ConfigError: A flag, or its value, has nothing like it here; what to use instead is said.
+        ConfigError: A flag, or its value, has no equivalent; the message says what to use instead.
     """
     ours: list[str] = []
     changed: list[str] = []
@@ -124,7 +173,7 @@ def translated(words: Sequence[str], known: Collection[str]) -> tuple[list[str],
         given, translation, value = _next(rest)
         del rest[: len(given)]
         made = given if translation is None else translation(value)
-        if made and made[0] not in known:  # a flag of another job: the parser knows what to say
+        if made and made[0] not in known:  # a flag of another job: the parser reports it
             made = given
         ours += made
         if made != given and not given[0].startswith("--local"):
@@ -134,9 +183,13 @@ def translated(words: Sequence[str], known: Collection[str]) -> tuple[list[str],
 
 
 def _next(words: Sequence[str]) -> tuple[list[str], Translation | None, str]:
-    """The words that the first flag of a command line takes, its translation if it has one, and its value."""
+    """Return the words consumed by the first flag of a command line, its translation if any, and its value."""
     flag, equals, value = words[0].partition("=")
     name = f"--{flag[2:].replace('_', '-')}" if flag.startswith("--") else flag
+    if name in _WORD_MAY_FOLLOW and equals and value.lower() in _BOOLS:
+        return [words[0]], _ALONE[name], value
+    if name in _WORD_MAY_FOLLOW and not equals and len(words) > 1 and words[1].lower() in _BOOLS:
+        return list(words[:2]), _ALONE[name], words[1]
     if name in _ALONE and not equals:
         return [words[0]], _ALONE[name], ""
     if name in _WITH_VALUE and equals:
@@ -147,7 +200,7 @@ def _next(words: Sequence[str]) -> tuple[list[str], Translation | None, str]:
 
 
 def _differing(words: Sequence[str], known: Collection[str]) -> list[str]:
-    """One line about defaults that the command leaves open and that are not what it was written for."""
+    """Return one line about defaults that the command leaves open and that differ from the original program's."""
     given = {word.partition("=")[0].replace("_", "-") for word in words}
     open_ones = [text for flags, text in _DEFAULTS if flags[0] in known and not given.intersection(flags)]
     if not open_ones:

@@ -17,16 +17,17 @@ from image_classification.overflow import DecidesOnDevice
 from image_classification.plain_data import Plain
 
 OptimizerName = Literal["sgd", "lars", "rmsprop", "adam", "adamw", "apex-sgd", "apex-adam"]
-#: What older commands call rules of NVIDIA apex, whose fused optimizers torch has taken over.
+#: Names in older commands for update rules of NVIDIA apex, whose fused optimizers torch has adopted.
 _SYNONYMS = {"apex-sgd": "sgd", "apex-adam": "adamw"}
 
 
 def update_rule(name: str) -> str:
-    """The name of an update rule without synonyms."""
+    """Return the name of an update rule, resolving synonyms."""
     return _SYNONYMS.get(name, name)
 
 
-# Everything torch calls a normalisation layer; their scale and shift are not decayed. timm's norms subclass these.
+# Everything that torch considers a normalisation layer; their scale and shift are not decayed. timm's norms are
+# subclasses.
 _NORMALIZATIONS: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._NormBase,
     nn.GroupNorm,
@@ -88,17 +89,17 @@ class OptimConfig:
 
 
 class PlainLars(torch.optim.Optimizer):
-    """SGD with momentum whose step in each weight tensor is as long as a share of the tensor's own norm.
+    """SGD with momentum whose step in each weight tensor is proportional to the tensor's norm.
 
-    You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks" (2017), arXiv:1708.03888:
-    λ = trust · ‖w‖ / (‖g‖ + β‖w‖), v ← momentum · v + lr · λ · (g + βw), w ← w − v, β the weight decay. Tensors of one
-    dimension (biases, norms) and tensors that are all zero take plain steps, λ = 1. The host never waits.
+    You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks" (2017), arXiv:1708.03888: λ = trust · ‖w‖ /
+    (‖g‖ + β‖w‖), v ← momentum · v + lr · λ · (g + βw), w ← w − v, β the weight decay. One-dimensional tensors (biases,
+    norms) and all-zero tensors take plain steps, λ = 1. There are no host syncs.
 
     Args:
         params: Parameters or groups.
         lr: Learning rate.
-        momentum: Share of the step before.
-        trust: λ of a tensor whose gradient is as long as itself.
+        momentum: Weight of the previous step.
+        trust: λ of a tensor whose gradient has the same norm as the tensor.
         weight_decay: β.
     """
 
@@ -131,7 +132,7 @@ class PlainLars(torch.optim.Optimizer):
         if weight.dim() > 1:
             length = torch.linalg.vector_norm(weight)
             total = torch.linalg.vector_norm(gradient) + group["weight_decay"] * length
-            # a tensor without length or gradient has no direction of its own to be measured by
+            # A tensor with zero norm or gradient has no scale to measure its step by.
             ratio = torch.where((length > 0) & (total > 0), group["trust"] * length / total, 1.0)
             decayed.mul_(ratio)
         state = self.state[weight]
@@ -142,11 +143,11 @@ class PlainLars(torch.optim.Optimizer):
 
 
 class Lars(DecidesOnDevice, PlainLars):
-    """LARS that leaves overflowing updates out by itself."""
+    """LARS that skips overflowing updates by itself."""
 
 
 class RMSprop(DecidesOnDevice, torch.optim.RMSprop):
-    """PyTorch's RMSprop, which has no fused kernel, that leaves overflowing updates out by itself."""
+    """PyTorch's RMSprop, which has no fused kernel, extended to skip overflowing updates by itself."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool = False) -> list[Plain]:
@@ -158,7 +159,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool = Fa
         decay_all: Put every parameter into the first group.
 
     Returns:
-        Two parameter groups (the second is left out when empty). Normalisation layers of any kind, biases and
+        Two parameter groups (the second is omitted if empty). Normalisation layers of any kind, biases and
         other one-dimensional parameters (layer scales, for instance) are not decayed.
     """
     undecayed: set[int] = set()
@@ -176,7 +177,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool = Fa
 def build_optimizer(config: OptimConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """Build the optimizer over all parameters of `model`.
 
-    On CUDA the fused kernels are used: one launch per update. With AMP no update waits for the host to find out whether
+    On CUDA the fused kernels are used: one launch per update. With AMP, updates need no host sync to find out whether
     gradients overflowed.
     """
     groups = parameter_groups(model, config.weight_decay, config.bn_weight_decay)

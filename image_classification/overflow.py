@@ -1,7 +1,7 @@
-"""Updates of overflowing fp16 gradients, left out on the device.
+"""Skipping updates with overflowing fp16 gradients on the device.
 
-PyTorch's scaler asks the host in every step whether gradients have overflowed, unless the optimizer can leave the
-update out by itself. The fused kernels of SGD and Adam can; `DecidesOnDevice` makes any optimizer able to.
+PyTorch's scaler syncs with the host in every step to check for overflows, unless the optimizer can skip the update by
+itself. The fused kernels of SGD and Adam can; `DecidesOnDevice` adds this to any optimizer.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 
 
 class DecidesOnDevice(Optimizer):
-    """Mixed into an optimizer: `class Mine(DecidesOnDevice, torch.optim.RMSprop)`.
+    """Optimizer mixin: `class Mine(DecidesOnDevice, torch.optim.RMSprop)`.
 
-    Under a scaler the step is always taken, and then taken back where gradients were not finite; that costs a copy of
-    weights and state, and nobody waits. Numbers on the host, such as counts of steps, go on.
+    Under a scaler the step is always taken, and then reverted if gradients were not finite. This costs a copy of
+    weights and state but no sync. Values on the host, such as step counts, are not reverted.
     """
 
     #: Read by `torch.amp.GradScaler`, which then sets `found_inf` and `grad_scale` during a step.
@@ -25,7 +25,7 @@ class DecidesOnDevice(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """As of the optimizer."""
+        """See the optimizer's `step`."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is None:
             return super().step(closure)
@@ -39,12 +39,12 @@ class DecidesOnDevice(Optimizer):
         loss = super().step(closure)
         overflow = found_inf > 0
         for tensor in self._changing(parameters):
-            old = before.get(id(tensor), torch.zeros_like(tensor))  # state of a first step begins with zeros
+            old = before.get(id(tensor), torch.zeros_like(tensor))  # state starts at zero
             tensor.copy_(torch.where(overflow, old, tensor))
         return loss
 
     def _changing(self, parameters: list[torch.nn.Parameter]) -> list[Tensor]:
-        """Weights, and what is kept of them."""
+        """Return the weights and their optimizer state."""
         states = [self.state.get(parameter, {}).values() for parameter in parameters]
         kept = [value for values in states for value in values if isinstance(value, Tensor) and value.dim()]
         return [*parameters, *kept]

@@ -47,6 +47,13 @@ class PrecisionConfig:
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = flag(
         "default", "--compile-mode", help="Mode of --compile."
     )
+    compile_after: int = flag(
+        0,
+        "--compile-after",
+        metavar="STEPS",
+        help="--compile a network only once it has trained so many steps since it was rewritten: what is cut again "
+        "sooner is never compiled. The best value is what a compilation costs ÷ what it saves per step.",
+    )
 
     def __post_init__(self) -> None:
         scales = self.static_loss_scale is not None and self.dynamic_loss_scale
@@ -62,6 +69,8 @@ class PrecisionConfig:
         )
         check(self.amp or self.amp_dtype is None, "--amp-dtype names the type of --amp: add --amp")
         check(self.compile or self.compile_mode == "default", "--compile-mode needs --compile")
+        check(self.compile or not self.compile_after, "--compile-after needs --compile")
+        check(self.compile_after >= 0, f"--compile-after {self.compile_after}: must not be negative")
 
 
 class Precision:
@@ -70,8 +79,8 @@ class Precision:
     Attributes:
         amp_dtype: The autocast type, None without AMP.
         memory_format: `torch.contiguous_format` or `torch.channels_last`.
-        scaler: Gradient scaler, or None where the loss is not scaled. State belongs into checkpoints.
-        notes: What was decided where the configuration left it open; to be logged once.
+        scaler: Gradient scaler, or None if the loss is not scaled. Its state belongs in checkpoints.
+        notes: Decisions that the configuration left open; to be logged once.
     """
 
     def __init__(self, config: PrecisionConfig, device: torch.device) -> None:
@@ -101,7 +110,7 @@ class Precision:
         if self.amp_dtype is None:
             return None
         if config.static_loss_scale is not None:
-            # Growth never sets in; the back-off after an overflow is undone in `update_scale`.
+            # The growth interval is never reached; the back-off after an overflow is undone in `update_scale`.
             return torch.amp.GradScaler(
                 self.device.type, init_scale=config.static_loss_scale, growth_interval=2**31 - 1
             )
@@ -110,17 +119,17 @@ class Precision:
         return None
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The autocast context of a forward pass and its loss; does nothing without AMP."""
+        """Return the autocast context of a forward pass and its loss; a no-op without AMP."""
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
     def backward(
         self, loss: Tensor, *, inputs: Sequence[Tensor] | None = None, retain_graph: bool = False
     ) -> None:
-        """Back-propagate the loss, scaled where a scaler is used.
+        """Back-propagate the loss, scaled if a scaler is used.
 
         Args:
             loss: Scalar.
-            inputs: Leaves that get a gradient; None: all of them.
+            inputs: Leaves that receive a gradient; None for all.
             retain_graph: Keep the graph for another loss.
         """
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
@@ -149,26 +158,26 @@ class Precision:
         return placed
 
     def compiled(self, model: nn.Module) -> nn.Module:
-        """The network (or its DDP wrapper) as it is to be called: compiled if asked."""
+        """Return the network (or its DDP wrapper) in the form to be called: compiled if configured."""
         if not self.config.compile:
             return model
         return torch.compile(model, mode=self.config.compile_mode)  # type: ignore[return-value]
 
     def forget_compiled(self) -> None:
-        """Drop compiled graphs: their shapes are stale once a network was rewritten."""
+        """Drop compiled graphs, whose shapes are stale once a network was rewritten."""
         if self.config.compile:
             torch.compiler.reset()
 
     @property
     def scale(self) -> float:
-        """Present loss scale, 1 without scaling. Synchronises with the device: for logging steps."""
+        """Return the current loss scale, 1 without scaling. Syncs with the device: for logging steps."""
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
     def state_dict(self) -> Plain:
-        """State of the gradient scaler, empty without one."""
+        """Return the state of the gradient scaler, empty without one."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state: Plain) -> None:
-        """Restore the scaler as a checkpoint left it; a checkpoint without scaler starts a new one."""
+        """Restore the scaler from a checkpoint; a checkpoint without scaler state starts a new one."""
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)

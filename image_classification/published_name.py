@@ -1,4 +1,4 @@
-"""Names of weights that libraries publish, such as `torchvision/resnet50:IMAGENET1K_V2`, told from files."""
+"""Names of weights published by libraries, such as `torchvision/resnet50:IMAGENET1K_V2`, as opposed to files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ LIBRARIES = ("torchvision", "timm")
 
 
 def is_published(word: str | Path) -> bool:
-    """Whether a word names weights of a library, and no file that is there."""
+    """Whether a word is the name of a library's weights and not an existing file."""
     library, _, name = str(word).partition("/")
     return library in LIBRARIES and bool(name) and not Path(word).exists()

@@ -1,6 +1,6 @@
 """The recipes that come with the package: `--config imagenet_resnet50_prune` finds one without a path.
 
-In a source tree they are the folder `configs/`; a wheel installs them below `share/lucidprune/configs`.
+In a source tree they are in the folder `configs/`; a wheel installs them below `share/lucidprune/configs`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _INSTALLED = ("share", "lucidprune", "configs")
 
 
 def recipes() -> dict[str, Path]:
-    """Name, such as `imagenet_resnet50_prune` or `explainers/imagenet_casm_l`, → file."""
+    """Return name, such as `imagenet_resnet50_prune` or `explainers/imagenet_casm_l`, → file."""
     if _SOURCE.is_dir():
         return {_name(path, _SOURCE): path for path in sorted(_SOURCE.rglob("*.yaml"))}
     try:
@@ -30,5 +30,5 @@ def _name(path: Path, folder: Path) -> str:
 
 
 def _folder(path: Path) -> Path | None:
-    """The installed folder of recipes that a file lies in."""
+    """Return the installed folder of recipes that a file is in."""
     return next((parent for parent in path.parents if parent.parts[-3:] == _INSTALLED), None)

@@ -1,6 +1,6 @@
 """Learning-rate schedules, stepped per iteration.
 
-A schedule is a pure function of the iteration, so a resumed run needs no scheduler state: the iteration is enough.
+A schedule is a pure function of the iteration, so a resumed run needs no scheduler state, only the iteration.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ class Schedule:
     """Learning rate as a function of the iteration (an optimizer step).
 
     Args:
-        config: What the curve looks like.
+        config: Shape of the curve.
         steps_per_epoch: Optimizer steps in one epoch.
         epochs: Length of the whole training, not only of this invocation.
-        images_per_step: Over all processes and accumulation; the default learning rate grows with it (Goyal et
+        images_per_step: Images per step over all processes and accumulation; the default learning rate scales with it
+            (Goyal et
             al. 2017, arXiv:1706.02677).
 
     Attributes:
@@ -81,7 +82,7 @@ class Schedule:
         self.total_steps = max(epochs * steps_per_epoch, 1)
 
     def lr_at(self, iteration: int) -> float:
-        """Learning rate of the `iteration`-th optimizer step, counted from 0."""
+        """Return the learning rate of the `iteration`-th optimizer step, counted from 0."""
         config = self.config
         if iteration < self.warmup_steps:
             return self.lr * (iteration + 1) / self.warmup_steps

@@ -1,4 +1,4 @@
-"""One listing of a data set for all ranks: rank 0 looks at the files, the others read what it has found."""
+"""Shared listing of a data set: rank 0 scans the files, the other ranks read its result."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ _SPLITS = ("train", "val")
 
 
 def open_together(open_dataset: Callable[[], Dataset], distributed: Distributed) -> Dataset:
-    """The data set as rank 0 opens it, however long that takes. Collective.
+    """Open a data set on all ranks as rank 0 opens it, however long that takes. Collective.
 
-    Where rank 0's files are not found under their names (an archive that was unpacked, images that were drawn, both
-    into a machine's own cache), the first rank of the machine opens the set before its others do.
+    If rank 0's files do not exist on another machine (an archive unpacked or images generated into a local cache), the
+    first rank of that machine opens the set before the others do.
 
     Args:
-        open_dataset: Opens it.
+        open_dataset: Opens the data set.
         distributed: The ranks.
 
     Raises:
-        ConfigError: On every rank: what `open_dataset` found wrong on rank 0, or another rank's files that are not the
-            same.
+        ConfigError: `open_dataset` failed on rank 0, or another rank's files differ; raised on every rank.
     """
     if not distributed.is_distributed:
         return open_dataset()
@@ -56,7 +55,7 @@ def open_together(open_dataset: Callable[[], Dataset], distributed: Distributed)
 
 
 def _write(dataset: Dataset, folder: Path) -> Plain:
-    """The manifests into a folder; all else is returned, JSON-able."""
+    """Write the manifests to a folder and return everything else, JSON-able."""
     for split in _SPLITS:
         getattr(dataset, split).save(folder / f"{split}.npz")
     rest = {
@@ -82,7 +81,7 @@ def _read(told: Plain, found: dict[str, Path]) -> Dataset:
 
 
 def _same(mine: Dataset, main: Dataset, rank: int) -> Dataset:
-    """A rank's own data set, if it has the same files as rank 0's."""
+    """Return a rank's own data set, if it has the same files as rank 0's."""
     for split, own, expected in (("train", mine.train, main.train), ("val", mine.val, main.val)):
         check(
             own.fingerprint == expected.fingerprint,

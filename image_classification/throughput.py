@@ -1,9 +1,9 @@
 """Training throughput of a machine: `python -m image_classification throughput`.
 
-Every combination of processes, loading backend and precision trains for some iterations in processes of its own, as
-NVIDIA's DeepLearningExamples measure it: images per second after the first iterations, the share of time that waits for
-data, memory and energy. Scaling efficiency is weak scaling: the batch per process stays, so N processes ideally do N
-times the images of one.
+Every combination of processes, loading backend and precision trains for some iterations in separate processes, measured
+as in NVIDIA's DeepLearningExamples: images per second after the first iterations, the share of time spent waiting for
+data, memory and energy. Efficiency refers to weak scaling: the batch per process is constant, so N processes ideally
+process N times the images of one.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import get_args
 
 import torch
 
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.config import check
 from image_classification.data.backends import choose_backend
-from image_classification.distributed import DeviceName, DistributedConfig
 from image_classification.file_writing import output_path, write_text
+from image_classification.joining import DeviceName, DistributedConfig
 from image_classification.observe.environment import describe_environment
 from image_classification.observe.json_report import read_report
 from image_classification.plain_data import Plain
@@ -38,21 +38,22 @@ PRECISIONS = {
     "amp": ("--amp", "--amp-dtype", "fp16"),
     "bf16": ("--amp", "--amp-dtype", "bf16"),
 }
-_WINDOWS = 4  # logging steps of a measurement
+_WINDOWS = 4  # number of logging steps per measurement
 _COLUMNS = ("processes", "backend", "precision", "images/s", "efficiency", "waiting", "memory", "J/image")
 
 
 @dataclasses.dataclass(kw_only=True)
 class Measured:
-    """One combination, and what came out.
+    """One combination, and its figures.
 
     Attributes:
         processes, backend, precision: The combination.
         ips: Images per second of all processes.
-        efficiency: `ips` ÷ (processes × `ips` of the fewest processes, per process); None without a smaller number.
-        waiting: Share of the time that is spent waiting for data, 0 … 1.
-        memory_gib: Peak of rank 0's GPU; on a CPU what rank 0's process holds.
-        joules_per_image: Of rank 0's GPU; None where nothing counts them.
+        efficiency: `ips` ÷ (processes × `ips` per process of the smallest number of processes); None without a smaller
+            number.
+        waiting: Share of time spent waiting for data, 0 … 1.
+        memory_gib: Peak of rank 0's GPU; on a CPU the memory of rank 0's process.
+        joules_per_image: Energy per image of rank 0's GPU; None if it is not measured.
         problem: Why there are no figures.
     """
 
@@ -67,7 +68,7 @@ class Measured:
     problem: str | None = None
 
     def cells(self) -> list[str]:
-        """A row of the table, under `_COLUMNS`."""
+        """Return a row of the table, with the columns `_COLUMNS`."""
         head = [str(self.processes), self.backend, self.precision]
         if self.problem is not None:
             return [*head, self.problem]
@@ -78,7 +79,7 @@ class Measured:
 
 
 def measure(row: Measured, arguments: argparse.Namespace) -> None:
-    """Train one combination, and fill in its figures."""
+    """Train one combination and fill in its figures."""
     with tempfile.TemporaryDirectory(prefix="lucidprune_throughput_") as folder:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         words = [*launcher, str(row.processes), "-m", "image_classification.throughput_run"]
@@ -95,7 +96,7 @@ def measure(row: Measured, arguments: argparse.Namespace) -> None:
 
 
 def training_flags(row: Measured, arguments: argparse.Namespace, folder: Path) -> list[str]:
-    """The flags of the training job that is measured."""
+    """Return the flags of the training job to measure."""
     words = [arguments.data, "--data-backend", row.backend, *PRECISIONS[row.precision]]
     settings: dict[str, object] = {
         "--arch": arguments.arch,
@@ -114,7 +115,7 @@ def training_flags(row: Measured, arguments: argparse.Namespace, folder: Path) -
 
 
 def fill_in(row: Measured, entries: list[Plain]) -> None:
-    """Figures of a report: those of the epoch, which leave the first iterations out, and of its last window."""
+    """Fill in figures from a report: those of the epoch, without the first iterations, and of its last window."""
     (epoch,) = (entry["data"] for entry in entries if len(entry["step"]) == 1)
     *_, window = (entry["data"] for entry in entries if len(entry["step"]) == 2)
     run: dict[str, float] = next((entry["data"] for entry in entries if not entry["step"]), {})
@@ -128,7 +129,7 @@ def fill_in(row: Measured, entries: list[Plain]) -> None:
 
 
 def add_efficiency(rows: list[Measured]) -> None:
-    """Compare with the fewest processes of the same backend and precision."""
+    """Compare each row with the smallest number of processes of the same backend and precision."""
     for row in rows:
         alike = [
             other
@@ -141,13 +142,13 @@ def add_efficiency(rows: list[Measured]) -> None:
 
 
 def table(rows: list[Measured]) -> str:
-    """The rows in Markdown."""
+    """Return the rows in Markdown."""
     lines = [_COLUMNS, ["---"] * len(_COLUMNS), *(row.cells() for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Declare the verb's arguments."""
     parser.add_argument(
         "data", nargs="?", default="shapes", help="as for main.py; not looked at by the synthetic backend"
     )
@@ -178,7 +179,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure all combinations, print the table, write JSON; the exit status is 1 if one could not be measured."""
+    """Measure all combinations, print the table, write JSON; return 1 if one could not be measured."""
     check(min(arguments.gpus) >= 1, f"--gpus {arguments.gpus}: each must be at least 1")
     check(arguments.iterations >= 8, f"--iterations {arguments.iterations}: at least 8 are needed")
     for name in arguments.backends:
@@ -199,7 +200,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def write_json(arguments: argparse.Namespace, rows: list[Measured]) -> None:
-    """Settings, environment and figures."""
+    """Write settings, environment and figures as JSON."""
     device = torch.device("cuda" if arguments.device != "cpu" and torch.cuda.is_available() else "cpu")
     settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "plugin")}
     report = {

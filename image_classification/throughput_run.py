@@ -1,6 +1,6 @@
 """One rank of a throughput measurement: a training job without validation and checkpoints.
 
-`throughput.py` starts it, `python -m image_classification.throughput_run FLAGS`, once per process.
+`throughput.py` starts it once per process, as `python -m image_classification.throughput_run FLAGS`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import torch
 from image_classification import job as jobs
 from image_classification.cli import parse_config
 from image_classification.distributed import Distributed
+from image_classification.job_config import JobConfig
+from image_classification.job_outcome import run_job
 
 
-def run(configs: jobs.JobConfig, distributed: Distributed) -> None:
-    """Train; the report in the workspace has the figures."""
+def run(configs: JobConfig, distributed: Distributed) -> None:
+    """Train one process's share; the figures are in the workspace's report."""
     job = jobs.prepare(configs, distributed)
     try:
         jobs.make_trainer(job, jobs.make_model(job)).fit()
@@ -27,4 +29,4 @@ def run(configs: jobs.JobConfig, distributed: Distributed) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(jobs.run_job(parse_config(jobs.JobConfig, sys.argv[1:], prog="throughput"), run))
+    sys.exit(run_job(parse_config(JobConfig, sys.argv[1:], prog="throughput"), run))

@@ -8,7 +8,7 @@ from typing import Literal
 from image_classification.config import check, flag
 from image_classification.nan_guard import NanPolicy
 
-#: Which figures of several labels per image are counted.
+#: Which figures are computed for multi-label data.
 Figures = Literal["all", "published"]
 
 
@@ -82,14 +82,14 @@ class TrainConfig:
 
     @property
     def max_batches(self) -> int | None:
-        """Largest number of batches of a validation on each rank; None for all."""
+        """Largest number of validation batches on each rank; None for all."""
         return None if self.prof < 0 else self.prof
 
     def accumulation_steps(self, batch_size: int, world_size: int) -> int:
-        """Micro-batches per optimizer step.
+        """Return the number of micro-batches per optimizer step.
 
         Raises:
-            ConfigError: When `--optimizer-batch-size` is not a multiple of the images of one pass.
+            ConfigError: `--optimizer-batch-size` is not a multiple of the images of one pass.
         """
         if self.optimizer_batch_size == -1:
             return 1

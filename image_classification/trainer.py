@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import inspect
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from image_classification.callbacks import Callback, TrainLoop, TrainState
-from image_classification.checkpoint import Checkpointer, capture_rng, restore_rng
-from image_classification.config import ConfigError, check
+from image_classification.callbacks import Callback, TrainState
+from image_classification.checkpoint import Checkpointer
 from image_classification.data.loader import Batch, Loader
 from image_classification.distributed import Distributed
 from image_classification.evaluation import Evaluator
-from image_classification.finite import learned_tensors, optimizer_tensors
 from image_classification.interrupts import StopRequested, StopSignals
 from image_classification.metrics import TrainingSums
-from image_classification.models.factory import class_names_of
-from image_classification.models.running import Kwargs
-from image_classification.models.structure import capture_structure
-from image_classification.models.weights import load_exactly
 from image_classification.nan_guard import NanGuard, NonFiniteLossError
 from image_classification.objective import Objective
 from image_classification.observe.figures import Figure, register_figures, steering
@@ -35,7 +25,9 @@ from image_classification.observe.log import LogConfig, Logger
 from image_classification.observe.meters import StepClock
 from image_classification.plain_data import Plain
 from image_classification.precision import Precision
+from image_classification.resumable_loop import ResumableLoop, described_classifier
 from image_classification.train_config import TrainConfig
+from image_classification.wrapping import check_unwrapped, in_ddp
 
 register_figures(
     "train",
@@ -49,83 +41,11 @@ register_figures(
     },
 )
 
-#: Whether DistributedDataParallel sends buffers before every forward pass; PyTorch has renamed it.
-_SYNC_BUFFERS = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    else "broadcast_buffers"
-)
-#: First iterations that no speed of an epoch includes: compilation and the choice of kernels happen there.
+#: First iterations that are excluded from an epoch's speed: compilation and the choice of kernels happen there.
 WARMUP_STEPS = 2
 
 
-def described_classifier(model: nn.Module) -> Plain:
-    """What a checkpoint says of a network of `create_model`, so that it can be rebuilt: `arch`, `structure`, names."""
-    structure = capture_structure(model).to_plain()
-    names = class_names_of(model)
-    return {
-        "arch": structure["arch"],
-        "structure": structure,
-        "class_names": None if names is None else list(names),
-    }
-
-
-@contextlib.contextmanager
-def taking_up(what: str) -> Iterator[None]:
-    """Around restoring a part of a checkpoint: an error without a message for users becomes a ValueError with one."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if type(error) is ValueError and "`" in str(error):  # tells the argument to change
-            raise
-        raise ValueError(
-            f"{what} in the checkpoint cannot be restored ({type(error).__name__}: {error}): it was written by another "
-            "version or altered; start from its weights with `pretrained_weights`"
-        ) from error
-
-
-def _check_optimizer_state(
-    states: Mapping[int, Mapping[str, object]], parameters: Sequence[torch.Tensor]
-) -> None:
-    """What an optimizer keeps of a parameter is a number, or as large as it; PyTorch takes anything."""
-    for index, state in states.items():
-        for key, value in state.items():
-            if not isinstance(value, torch.Tensor) or not value.dim():
-                continue
-            known = index < len(parameters)
-            if not known or value.shape != parameters[index].shape or not value.is_floating_point():
-                expected = list(parameters[index].shape) if known else "no such parameter"
-                raise ValueError(
-                    f"the checkpoint's optimizer's {key} of parameter {index} has shape {list(value.shape)} and "
-                    f"{value.dtype}; the parameter has {expected}"
-                )
-
-
-def _only_batch_norm(model: nn.Module) -> bool:
-    """Whether all buffers are running statistics, which training does not read: then they are shared when needed.
-
-    DDP would send rank 0's before every forward pass.
-    """
-    statistics = {
-        id(buffer)
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        for buffer in module.buffers(recurse=False)
-    }
-    return all(id(buffer) in statistics for buffer in model.buffers())
-
-
-def _same_step(payload: Plain) -> str:
-    """What keeps the images of an optimizer step as they were when a checkpoint was written, whatever the ranks."""
-    num_images = payload["config"].get("optimizer_batch_size", -1)
-    if num_images == -1:
-        num_images = payload["loader"].get("global_batch")
-    return "`batch_size`" if num_images is None else f"`optimizer_batch_size` {num_images}"
-
-
-class Trainer(TrainLoop):
+class Trainer(ResumableLoop):
     """Trains `state.model` on a loader, possibly over several ranks.
 
     The loop, and where the events of `Callback` fire:
@@ -138,20 +58,20 @@ class Trainer(TrainLoop):
                 set the learning rate
                 for every micro-batch:
                     on_batch_start
-                    forward, loss, backward                        (gradients meet other ranks in the last one)
+                    forward, loss, backward                        (gradients are exchanged in the last one)
                 on_backward_end
                 clip, update, zero gradients, average (EMA)
                 iteration += 1
                 on_step_end                                        (rewrites happen here; then `rebind`)
                 every --print-freq: on_log; check for NaN
-                every --checkpoint-interval: save                      (files are written beside what follows)
+                every --checkpoint-interval: save                      (files are written in the background)
                 if asked to stop: save, raise StopRequested
             validate; on_evaluate_end
             on_epoch_end
             save
         on_fit_end
 
-    The host waits for the device at logging steps, saves and validations only.
+    There is a host sync at logging steps, saves and validations only.
 
     Args:
         config: Length, accumulation, guard.
@@ -160,14 +80,14 @@ class Trainer(TrainLoop):
         precision: Autocast and scaling.
         distributed: Ranks.
         logger: Console, report, TensorBoard.
-        checkpointer: Where checkpoints go.
+        checkpointer: Writes checkpoints.
         train_loader: Micro-batches of this rank.
-        evaluator: Validation, None to leave it out.
-        callbacks: Take part in the loop.
+        evaluator: Validation, None to skip it.
+        callbacks: Callbacks of the loop.
         clip_norm: Largest gradient norm.
         print_freq: Iterations between logging steps.
         saved_config: Resolved configuration, stored in checkpoints.
-        describe: Gives `arch` and `structure` of a network for checkpoints; asked again after every rewrite.
+        describe: Returns `arch` and `structure` of a network for checkpoints; called again after every rewrite.
     """
 
     def __init__(
@@ -215,31 +135,31 @@ class Trainer(TrainLoop):
         """Wrap the network again: after construction and after every rewrite of `state.model`."""
         self.precision.forget_compiled()
         model = self.state.model
-        wrapped: nn.Module = model
-        if self.distributed.world_size > 1:
-            buffers: Kwargs = {_SYNC_BUFFERS: not _only_batch_norm(model)}
-            device_ids = [self.distributed.device] if self.distributed.device.type == "cuda" else None
-            # No `static_graph`: it saves a search that is off anyway, and matching makes every graph another one.
-            wrapped = DistributedDataParallel(
-                model,
-                device_ids=device_ids,
-                gradient_as_bucket_view=True,
-                **buffers,
-            )
+        wrapped = in_ddp(model, self.distributed.device) if self.distributed.world_size > 1 else model
         self._wrapped = wrapped
-        self._forward = self.precision.compiled(wrapped)
-        self._eval_forward = self.precision.compiled(model) if wrapped is not model else self._forward
+        self._forward, self._eval_forward = wrapped, model
+        self._compile_at: int | None = self.state.iteration + self.precision.config.compile_after
+        self._compile_when_due()
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._description: Plain | None = None
         self.state.best = self.state.best_epoch = None
 
-    def release(self) -> None:
-        """Drop the wrappers, and with them every reference into the old graph: before a rewrite. Collective.
+    def _compile_when_due(self) -> None:
+        """Compile, if requested, once the network has kept its shape for long enough."""
+        if self._compile_at is None or self.state.iteration < self._compile_at:
+            return
+        self._compile_at = None
+        self._forward = self.precision.compiled(self._wrapped)
+        bare = self.state.model
+        self._eval_forward = self.precision.compiled(bare) if self._wrapped is not bare else self._forward
 
-        What looks at `state.model` now sees the same network on all ranks, BN statistics included.
+    def release(self) -> None:
+        """Release the wrappers, and with them every reference to the old graph, before a rewrite. Collective.
+
+        Afterwards `state.model` is the same network on all ranks, BN statistics included.
 
         Raises:
-            NonFiniteLossError: There is no network to rewrite any more.
+            NonFiniteLossError: The network is poisoned and cannot be rewritten.
         """
         self._check_finite()
         wrappers = [
@@ -251,24 +171,20 @@ class Trainer(TrainLoop):
         self._parameters = []
         if wrappers:
             self.precision.forget_compiled()
-            gc.collect()  # wrappers and compiled graphs refer to each other
-            kept = [type(wrapper()).__name__ for wrapper in wrappers if wrapper() is not None]
-            assert not kept, (
-                f"something still refers to {kept}: gradients would go to the network before the rewrite"
-            )
+            check_unwrapped(wrappers)
         self._share_buffers(self.state.model)
 
     # ------------------------------------------------------------------ fit
 
     def fit(self) -> dict[str, float]:
-        """Train to the end of the training, or of this invocation.
+        """Train to the end of the training or of this invocation.
 
         Returns:
-            Figures of the last validation, empty without one.
+            Metrics of the last validation; empty without one.
 
         Raises:
             StopRequested: After a signal, once the state is saved.
-            NonFiniteLossError: When the loss is not finite and the policy does not skip.
+            NonFiniteLossError: The loss is not finite and the policy is not to skip.
         """
         state = self.state
         figures: dict[str, float] = {}
@@ -293,10 +209,10 @@ class Trainer(TrainLoop):
         return figures
 
     def _check_validated(self, figures: dict[str, float]) -> None:
-        """Refuse to end as if all were well when no validation has been finite.
+        """Refuse to end normally if no validation was finite.
 
         Raises:
-            NonFiniteLossError: None was.
+            NonFiniteLossError: No validation was finite.
         """
         if figures and self.state.best is None and not math.isfinite(figures.get("val.loss", 0.0)):
             raise NonFiniteLossError(
@@ -311,7 +227,7 @@ class Trainer(TrainLoop):
         return patience > 0 and best_epoch is not None and self.state.epoch - 1 - best_epoch >= patience
 
     def _name_result(self) -> None:
-        """Log at the end which file to use, and what its figure measures."""
+        """Log at the end which file to use, and the meaning of its metric."""
         state = self.state
         if not self.checkpointer.config.checkpoints or self.evaluator is None or state.best_epoch is None:
             return
@@ -340,20 +256,21 @@ class Trainer(TrainLoop):
         with self.logger.progress(self.steps_per_epoch, f"epoch {state.epoch}") as bar:
             bar.update(advance=done)
             for step in range(done, last):
+                self._compile_when_due()
                 self.train_step(batches)
                 logging = (step + 1) % self.print_freq == 0 or step + 1 == last
                 figures = self._log_window(step) if logging else {}
                 bar.update(steering(figures))
                 self._save_or_stop(stop)
         self._log_epoch(time.perf_counter() - begin)
-        # A shortened epoch (`prof`) counts as a whole one: iterations keep their place in the schedule.
+        # A shortened epoch (`prof`) counts as a full one, so that iterations keep their position in the schedule.
         state.iteration = (state.epoch + 1) * self.steps_per_epoch
 
     def train_step(self, batches: Iterator[Batch]) -> None:
-        """One iteration: as many batches as one step of the optimizer takes, and that step. The host never waits.
+        """Run one iteration: the batches of one optimizer step, and that step. There is no host sync.
 
         Args:
-            batches: Where they come from; one is taken per round of gradient accumulation.
+            batches: Source of batches; one is taken per round of gradient accumulation.
         """
         state = self.state
         num_images = 0
@@ -377,7 +294,7 @@ class Trainer(TrainLoop):
         self.clock.step_done(num_images)
 
     def _synchronised(self, synchronise: bool) -> contextlib.AbstractContextManager[object]:
-        """Gradients are exchanged between ranks in the last micro-batch of a step only."""
+        """Return a context that exchanges gradients only if `synchronise`, that is, in a step's last micro-batch."""
         if synchronise or not isinstance(self._wrapped, DistributedDataParallel):
             return contextlib.nullcontext()
         return self._wrapped.no_sync()
@@ -395,7 +312,7 @@ class Trainer(TrainLoop):
         """Read the sums of the last window from the device and log them; collective."""
         self.guard.check()
         figures = self.sums.flush(self.distributed)
-        figures |= self.clock.read("train")  # after the reading above, so that the device's work is included
+        figures |= self.clock.read("train")  # after the read above, so that the device's work is included
         figures |= {
             "train.lr": self.state.optimizer.param_groups[0]["lr"],
             "train.grad_scale": self.precision.scale,
@@ -431,7 +348,7 @@ class Trainer(TrainLoop):
         return figures
 
     def _share_buffers(self, model: nn.Module) -> None:
-        """Give all ranks rank 0's BN statistics; collective."""
+        """Broadcast rank 0's BN statistics to all ranks; collective."""
         self.distributed.broadcast_tensors(list(model.buffers()))
 
     def _finish_epoch(self, figures: dict[str, float]) -> None:
@@ -453,7 +370,7 @@ class Trainer(TrainLoop):
                 )
         self.save(is_best=is_best, end_of_epoch=True)
 
-    # ------------------------------------------------------------------ save and restore
+    # ------------------------------------------------------------------ save, stop
 
     def _save_or_stop(self, stop: StopSignals) -> None:
         self.checkpointer.check()
@@ -467,122 +384,6 @@ class Trainer(TrainLoop):
                 f"stopped by {stop.received or 'a signal to another rank'} after iteration {self.state.iteration}",
                 saved=self.checkpointer.config.checkpoints,
             )
-
-    def learned(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What training changes, by name: weights, statistics, averages, what the optimizer remembers."""
-        yield from learned_tensors(self.state.model)
-        if self.state.ema is not None:
-            yield from learned_tensors(self.state.ema.module, "the average of ")
-        yield from optimizer_tensors(self.state.optimizer)
-
-    def _check_finite(self) -> None:
-        """Raise `NonFiniteLossError` where the network, or its average, is poisoned; collective."""
-        self.guard.check_weights(self.learned(), self.state.iteration)
-
-    def save(self, *, is_best: bool = False, end_of_epoch: bool = False) -> None:
-        """Write a checkpoint; collective. A poisoned network is refused (`NonFiniteLossError`)."""
-        if not self.checkpointer.config.checkpoints:
-            return
-        self.guard.check()
-        self._check_finite()
-        rng = self.distributed.gather_objects(capture_rng())
-        (sums,) = self.distributed.all_reduce_sum(torch.stack([self.sums.window, self.sums.epoch]))
-        if self.distributed.is_main:
-            payload = {**self._payload(), "rng": rng, "training_sums": sums.cpu()}
-            self.checkpointer.save(payload, is_best=is_best, end_of_epoch=end_of_epoch)
-
-    def _payload(self) -> Plain:
-        state = self.state
-        if self._description is None:
-            self._description = self.describe(state.model)
-        return {
-            **self._description,
-            "state_dict": state.model.state_dict(),
-            "ema": None if state.ema is None else state.ema.module.state_dict(),
-            "ema_updates": None if state.ema is None else state.ema.num_updates,
-            "optimizer": state.optimizer.state_dict(),
-            "scaler": self.precision.state_dict(),
-            "epoch": state.epoch,
-            "iteration": state.iteration,
-            "best_prec1": state.best,
-            "best_epoch": state.best_epoch,
-            "lr_factor": state.lr_factor,
-            "num_skipped": self.guard.num_skipped,
-            "loader": self.train_loader.state_dict(),
-            "callbacks": {
-                callback.name: callback.state_dict() for callback in self.callbacks if callback.name
-            },
-            "world_size": self.distributed.world_size,
-            "steps_per_epoch": self.steps_per_epoch,
-            "config": self.saved_config,
-        }
-
-    def restore(self, payload: Plain) -> None:
-        """Continue where a checkpoint stopped. The network was already built with the checkpoint's structure.
-
-        The random states of all ranks are restored when the number of ranks is the same; with another number the
-        data continue exactly, dropout draws new numbers, and a message says so.
-
-        Raises:
-            ValueError: Steps per epoch differ, so that the iteration means another place in the data; or see
-                `Loader.load_state_dict`.
-        """
-        state = self.state
-        check(
-            payload["steps_per_epoch"] == self.steps_per_epoch,
-            f"`resume`: the checkpoint counts {payload['steps_per_epoch']} iterations per epoch, now there would be "
-            f"{self.steps_per_epoch}: give the same data, {_same_step(payload)} and settings of pruning "
-            "(which sets images aside), or start from its weights with `pretrained_weights`",
-        )
-        source = Path("the checkpoint")
-        load_exactly(state.model, payload["state_dict"], source)
-        self._restore_optimizer(payload["optimizer"])
-        if state.ema is not None:
-            # A run that only now starts to average begins with the weights it resumes from.
-            load_exactly(state.ema.module, payload["ema"] or payload["state_dict"], source, "average")
-            state.ema.num_updates = payload["ema_updates"] or 0
-        with taking_up("the loss scale"):
-            self.precision.load_state_dict(payload["scaler"])
-        state.epoch, state.iteration = payload["epoch"], payload["iteration"]
-        state.best, state.best_epoch = payload["best_prec1"], payload["best_epoch"]
-        state.lr_factor = payload["lr_factor"]
-        self.guard.num_skipped = payload["num_skipped"]
-        if self.distributed.is_main:  # the stored sums are over all ranks; reductions add them once
-            self.sums.window, self.sums.epoch = payload["training_sums"].to(self.distributed.device).unbind()
-        with taking_up("the position in the data"):
-            self.train_loader.load_state_dict(payload["loader"])
-        for callback in self.callbacks:
-            if callback.name in payload["callbacks"]:
-                with taking_up(f"the state of {callback.name!r}"):
-                    callback.load_state_dict(payload["callbacks"][callback.name])
-        if payload["world_size"] == self.distributed.world_size:
-            with taking_up("the random states"):
-                restore_rng(payload["rng"][self.distributed.rank])
-        else:
-            self.logger.message(
-                f"the checkpoint was written by {payload['world_size']} process(es), now there are "
-                f"{self.distributed.world_size}: the data continue exactly, dropout draws new numbers"
-            )
-
-    def _restore_optimizer(self, saved: Plain) -> None:
-        """Take over momenta, and the rate of the last step, which counts where no further step follows.
-
-        Settings (momentum, decay) stay those of this run's flags, not the checkpoint's.
-        """
-        optimizer = self.state.optimizer
-        groups = optimizer.state_dict()["param_groups"]
-        sizes = [len(group["params"]) for group in saved["param_groups"]]
-        expected = [len(group["params"]) for group in groups]
-        check(
-            sizes == expected,
-            f"`resume`: the checkpoint's optimizer has groups of {sizes} parameters, now there would be {expected}: "
-            "give the same `bn_weight_decay` and `weight_decay`",
-        )
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        _check_optimizer_state(saved["state"], parameters)
-        for group, before in zip(groups, saved["param_groups"], strict=True):
-            group["lr"] = before["lr"]
-        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
     def _emit(self, event: str, *arguments: object) -> None:
         for callback in self.callbacks:

@@ -1,4 +1,4 @@
-"""What the loop shows of itself: resources at logging steps, the first images and the graph in TensorBoard."""
+"""Callbacks for monitoring the loop: resources at logging steps, the first images and the graph in TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ with optional_import():
 
 
 class ResourceMonitor(Callback):
-    """Adds what the run takes from the machine (`monitor.Monitor`) to the figures of every logging step.
+    """Adds the run's use of resources (`monitor.Monitor`) to the figures of every logging step.
 
     Args:
-        monitor: Samples this process and its GPU; closed with the run by its owner.
+        monitor: Samples this process and its GPU; its owner closes it at the end of the run.
     """
 
     def __init__(self, monitor: Monitor) -> None:
@@ -23,12 +23,12 @@ class ResourceMonitor(Callback):
         self._num_images = 0
 
     def on_epoch_start(self, trainer: TrainLoop) -> None:
-        """Leave out what was between two epochs."""
+        """Leave out the time between two epochs."""
         self.monitor.restart()
         self._num_images = 0
 
     def on_batch_start(self, trainer: TrainLoop, batch: Batch) -> None:
-        """Count images, for the energy of one."""
+        """Count images, for the energy per image."""
         self._num_images += len(batch)
 
     def on_log(self, trainer: TrainLoop, figures: dict[str, float]) -> None:
@@ -38,7 +38,7 @@ class ResourceMonitor(Callback):
 
 
 class FirstBatch(Callback):
-    """Shows the first images of a run, as the network gets them, and its graph in TensorBoard."""
+    """Shows a run's first input images and the network's graph in TensorBoard."""
 
     num_images = 16
 
@@ -46,12 +46,12 @@ class FirstBatch(Callback):
         self._shown = False
 
     def on_batch_start(self, trainer: TrainLoop, batch: Batch) -> None:
-        """Once per run; a network that cannot be traced is a message."""
+        """Show both once per run; a network that cannot be traced causes a message."""
         if self._shown:
             return
         self._shown = True
         images = batch.images[: self.num_images].detach().float()
-        # Normalised images back to 0 … 1, each by its own range: the constants belong to the data set.
+        # Map normalised images back to 0 … 1 by their own range, since the constants belong to the data set.
         low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
         grid = make_grid((images - low) / (high - low).clamp(min=1e-6), nrow=4)
         trainer.logger.image("train/first_batch", grid, trainer.state.iteration)

@@ -1,6 +1,7 @@
-"""Which code of a user's own may build networks: what has been named on a command line, in a recipe or in Python.
+"""Trust in users' code that builds networks: it must be named on a command line, in a recipe or in Python.
 
-`models/own_code.py` calls it. Knows no torch, because a command line is read before anything else.
+`models/own_code.py` runs the code. This module does not import torch, because command lines are parsed before anything
+else.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ def is_own_code(arch: str) -> bool:
 
 
 def trust(words: Iterable[str], modules: Iterable[str] = ()) -> None:
-    """Take note of what a user has named: such networks may be built, also where a file names them.
+    """Record names given by the user: such networks may be built, even if only a file names them.
 
     Args:
-        words: Names, also as `--flag=NAME`; others are passed over.
-        modules: All networks of these.
+        words: Names, also as `--flag=NAME`; others are ignored.
+        modules: Modules whose networks are all trusted.
     """
     _trusted.update(name for word in words if is_own_code(name := word.rpartition("=")[2]))
     _trusted.update(modules)

@@ -1,8 +1,8 @@
-"""Command lines of the form `python -m PACKAGE VERB …`: a table of verbs and one way to run them.
+"""Command lines of the form `python -m PACKAGE VERB …`: tables of verbs, and how they are run.
 
-A package's table maps each verb to its module and to one line of help. The module is imported for its own verb only,
-and for a command line in which `flag_lists` finds nothing to answer: help and usage errors need no PyTorch. It defines
-`VERB`, made by one of
+A package's table maps each verb to its module and to one line of help. The module is imported only for its own verb,
+and only if `flag_lists` does not answer the command line: help and usage errors need no PyTorch. It defines `VERB`,
+created by one of
 
     VERB = configured(JobConfig, run)       # flags, YAML and checks from the dataclass of a job (`cli.parse_config`)
     VERB = declared(declare, run)           # a few arguments, declared on an argparse parser
@@ -20,18 +20,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from image_classification.config import is_told, nearest, out_of_memory, told
-from image_classification.file_writing import output_path
+from image_classification.file_writing import output_path, resolved
 from image_classification.observe.log_of_commands import log_names_flags
 
 if TYPE_CHECKING:
-    from image_classification.cli import Parser
+    from image_classification.command_parser import Parser
 
 P = TypeVar("P")
 
 #: Verb → module that defines its `VERB` (or `module:NAME`), and one line of help.
 Verbs = Mapping[str, tuple[str, str]]
 
-#: As shells have it for a program that SIGINT ended.
+#: Shells' exit code for a program ended by SIGINT.
 EXIT_INTERRUPTED = 130
 
 
@@ -40,9 +40,9 @@ class Verb(Generic[P]):
     """A job on the command line.
 
     Attributes:
-        parse: Command line, program and description → the job's configuration; exits with status 2 like argparse.
-        run: Does it; returns the exit status.
-        parser: Makes the parser of its command line; None where that is another program's.
+        parse: Maps command line, program and description to the job's configuration; exits with status 2 like argparse.
+        run: Runs the job and returns the exit status.
+        parser: Creates the parser of its command line; None if another program parses it.
     """
 
     parse: Callable[[Sequence[str], str, str], P]
@@ -50,7 +50,7 @@ class Verb(Generic[P]):
     parser: Callable[[], Parser] | None = None
 
 
-#: A verb, whatever its job's configuration.
+#: A verb with any job configuration.
 AnyVerb = Verb[Any]
 
 
@@ -59,11 +59,11 @@ def configured(
     run: Callable[[P], int],
     defaults: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None,
 ) -> Verb[P]:
-    """A verb with a job's configuration, a dataclass of sections.
+    """Create a verb with a job's configuration, a dataclass of sections.
 
     Args:
         job, defaults: As for `cli.parse_config`.
-        run: Does the job.
+        run: Runs the job.
     """
     from image_classification.cli import build_parser, parse_config
 
@@ -76,9 +76,10 @@ def configured(
 def declared(
     declare: Callable[[argparse.ArgumentParser], None], run: Callable[[argparse.Namespace], int]
 ) -> Verb[argparse.Namespace]:
-    """A verb that declares its arguments on an argparse parser."""
+    """Create a verb that declares its arguments on an argparse parser."""
 
-    from image_classification.cli import Parser, add_plugin_flag
+    from image_classification.command_parser import Parser
+    from image_classification.plugins import add_plugin_flag
 
     def parser(prog: str | None = None, description: str | None = None) -> Parser:
         made = Parser(prog, description)
@@ -96,8 +97,8 @@ def declared(
 
 
 def _check_outputs(parser: Parser, arguments: argparse.Namespace) -> None:
-    """Refuse an output that is one of the other files of the command line."""
-    from image_classification.cli import shown_name
+    """Refuse an output that is also another file of the command line."""
+    from image_classification.command_parser import shown_name
 
     named: dict[Path, str] = {}
     for action in sorted(parser._actions, key=lambda action: action.type is output_path):
@@ -105,7 +106,7 @@ def _check_outputs(parser: Parser, arguments: argparse.Namespace) -> None:
         for path in given if isinstance(given, list) else [given]:
             if not isinstance(path, Path):
                 continue
-            other = named.setdefault(path.resolve(), shown_name(action))
+            other = named.setdefault(resolved(path), shown_name(action))
             if action.type is output_path and other != shown_name(action):
                 parser.error(f"{shown_name(action)} {path}: that is {other}; give another name")
 
@@ -115,11 +116,11 @@ def run_verb(verbs: Verbs, argv: Sequence[str] | None, *, prog: str, description
 
     Args:
         verbs: The package's table.
-        argv: Command line without the program; `sys.argv[1:]` when None.
+        argv: Command line without the program; `sys.argv[1:]` if None.
         prog, description: For the list of verbs.
 
     Returns:
-        The verb's exit status; 2 if the job could not be done, `EXIT_PEER` where another rank failed, 130 after
+        The verb's exit status; 2 if the job could not be done, `EXIT_PEER` if another rank failed, 130 after
         Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -135,11 +136,11 @@ def run_verb(verbs: Verbs, argv: Sequence[str] | None, *, prog: str, description
     prog = f"{prog} {name}"
     verb: AnyVerb | None = None
     try:
-        from image_classification.cli import import_plugins
         from image_classification.flag_lists import answer
+        from image_classification.plugins import import_plugins
 
         answer(module, words[1:], prog, description)
-        import_plugins(words[1:])  # first: a plugin may bring methods with flags for the verb
+        import_plugins(words[1:])  # first, since a plugin may add methods with flags for the verb
         verb = verb_of(module)
         with log_names_flags(functools.partial(_flags_of, verb)):
             return verb.run(verb.parse(words[1:], prog, description))
@@ -153,23 +154,24 @@ def run_verb(verbs: Verbs, argv: Sequence[str] | None, *, prog: str, description
 
 
 def verb_of(place: str) -> AnyVerb:
-    """The verb that a module, or `module:NAME`, defines."""
+    """Return the verb defined by a module or `module:NAME`."""
     module, _, attribute = place.partition(":")
     verb: AnyVerb = getattr(importlib.import_module(module), attribute or "VERB")
     return verb
 
 
 def usage(verbs: Verbs, prog: str, description: str) -> str:
-    """The list of verbs."""
+    """Return the list of verbs."""
     width = max(map(len, verbs))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in verbs.items()]
     return "\n".join([f"usage: {prog} VERB …", "", description, "", "verbs (each has --help):", *lines])
 
 
 def _told_as(error: Exception, verb: AnyVerb | None) -> tuple[int, str]:
-    """Exit status and message of an error that a user can fix; any other is raised again."""
+    """Return exit status and message of an error that a user can fix; reraise any other."""
     if isinstance(error, RuntimeError):
-        from image_classification.distributed import EXIT_PEER, peer_loss
+        from image_classification.exit_codes import EXIT_PEER
+        from image_classification.peers import peer_loss
 
         lost = peer_loss(error)
         if lost is not None:
@@ -182,9 +184,9 @@ def _told_as(error: Exception, verb: AnyVerb | None) -> tuple[int, str]:
 
 
 def _flags_of(verb: AnyVerb | None) -> dict[str, str]:
-    """Argument → flag of a verb."""
+    """Return argument → flag of a verb."""
     if verb is None or verb.parser is None:
         return {}
-    from image_classification.cli import shown_name  # needs packages that may be what is missing
+    from image_classification.command_parser import shown_name  # needs packages that may be the missing ones
 
     return {action.dest: shown_name(action) for action in verb.parser()._actions}

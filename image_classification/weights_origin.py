@@ -1,4 +1,4 @@
-"""What a job's weights say before its data are opened: which of a file's are taken, and the names of their classes."""
+"""Origin of a job's weights, determined before its data are opened: the file, and the names of its classes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from image_classification.plain_data import Plain
 
 @dataclasses.dataclass
 class WeightsOrigin:
-    """Where a job's weights come from.
+    """Origin of a job's weights.
 
     Attributes:
         path: The file; None for fresh weights.
-        class_names: What its classes are called; None where it does not say, or they do not matter.
-        notes: What is to be said about it.
+        class_names: Names of its classes; None if not recorded or irrelevant.
+        notes: Notes to log.
     """
 
     path: Path | None = None
@@ -28,10 +28,10 @@ class WeightsOrigin:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def name_classes(self, dataset: Dataset) -> Dataset:
-        """The data set with labels by the class indices of the weights.
+        """Return the data set, labelled with the class indices of the weights.
 
         Raises:
-            ValueError: It has a class that they do not know.
+            ValueError: The data set has a class that the weights do not have.
         """
         if self.class_names is None:
             return dataset
@@ -47,7 +47,7 @@ class WeightsOrigin:
 
 
 def weights_origin(config: ModelConfig, resume_path: Path | None, resumed: Plain | None) -> WeightsOrigin:
-    """What is known of the weights that a job starts from, before its data are opened.
+    """Determine the origin of a job's initial weights, before its data are opened.
 
     Raises:
         FileNotFoundError, WeightsError: `--pretrained-weights` cannot be read.

@@ -1,18 +1,20 @@
-"""One job per workspace: a second one is refused with the first one's process, host and time of start.
+"""Lock for one job per workspace: a second job is refused, naming the first one's process, host and start time.
 
-The lock is a file with who holds it, under a POSIX record lock of the operating system, which ends with its process
-however that ends and is not handed on to data workers. So a dead process leaves no lock behind on its own machine.
-Record locks may be unknown to a network file system, or not reach other machines; there the file's age decides: its
-owner touches it every `HEARTBEAT` seconds, and one that was not touched for `STALE_AFTER` is free to take.
+The lock is a file that records its holder, under a POSIX record lock of the operating system, which ends with its
+process in any case and is not inherited by data workers. So a dead process leaves no lock behind on its own machine. A
+network file system may not support record locks, or not across machines; there the file's age decides: the owner
+touches it every `HEARTBEAT` seconds, and a file not touched for `STALE_AFTER` seconds may be taken over.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import socket
+import stat
 import threading
 import time
 from datetime import UTC, datetime
@@ -20,6 +22,7 @@ from pathlib import Path
 
 from image_classification.config import SettingError
 from image_classification.plain_data import Plain
+from image_classification.small_files import parse_json
 
 try:
     import fcntl
@@ -30,10 +33,11 @@ logger = logging.getLogger(__name__)
 
 FILENAME = ".lucidprune.lock"
 HEARTBEAT = 10.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 STALE_AFTER = 45.0
-"""Seconds without a sign of life after which a lock of another machine is free to take."""
+"""Seconds without a heartbeat after which a lock of another machine may be taken over."""
 
+_OPENING = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _held_here: set[Path] = set()
 
 
@@ -41,12 +45,12 @@ class WorkspaceLock:
     """Keeps other jobs out of a workspace until `release`, or until this process ends.
 
     Args:
-        workspace: Folder; it exists.
-        setting: What chose it, for messages.
+        workspace: Existing folder.
+        setting: Setting that chose the folder, for messages.
 
     Raises:
-        SettingError: Another job is at work in it.
-        OSError: The folder cannot be written.
+        SettingError: Another job is using the workspace.
+        OSError: The folder cannot be written to.
     """
 
     def __init__(self, workspace: Path, setting: str = "workspace") -> None:
@@ -63,19 +67,19 @@ class WorkspaceLock:
         threading.Thread(target=self._beat, name="workspace lock", daemon=True).start()
 
     def release(self) -> None:
-        """Let other jobs in; the file goes."""
+        """Release the lock and remove its file."""
         if self._ended.is_set():
             return
         self._ended.set()
         _held_here.discard(self.path)
-        with contextlib.suppress(OSError):  # the workspace may be gone
+        with contextlib.suppress(OSError):  # the workspace may no longer exist
             if self.path.stat().st_ino == self._inode:
                 self.path.unlink()
         os.close(self._descriptor)
 
     def _acquire(self) -> int:
         while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = self._open()
             try:
                 free = self._is_free(descriptor)
                 with contextlib.suppress(FileNotFoundError):
@@ -84,13 +88,29 @@ class WorkspaceLock:
             except BaseException:
                 os.close(descriptor)
                 raise
-            os.close(descriptor)  # its owner has just removed it: another file is there, or none
+            os.close(descriptor)  # its owner has just removed it: there is another file, or none
+
+    def _open(self) -> int:
+        """Open the file, creating it if missing. A link or pipe in its place must not be written to or waited for."""
+        try:
+            descriptor = os.open(self.path, _OPENING, 0o666)
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return descriptor
+            os.close(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise
+        raise SettingError(
+            self.setting,
+            str(self.path.parent),
+            f"its {FILENAME} is no regular file: remove it, or choose another folder",
+        )
 
     def _is_free(self, descriptor: int) -> bool:
-        """True with the lock taken; False to try again.
+        """Try to take the lock: True if taken; False to try again.
 
         Raises:
-            SettingError: It is held.
+            SettingError: Another job holds the lock.
         """
         owner = _read(descriptor)
         try:
@@ -101,7 +121,7 @@ class WorkspaceLock:
         except (BlockingIOError, PermissionError):
             raise self._refusal(owner) from None
         except OSError:
-            supported = False  # this file system has no locks
+            supported = False  # this file system does not support locks
         if not owner:
             return True
         if owner.get("host") == socket.gethostname() and owner.get("boot") == _boot():
@@ -111,7 +131,7 @@ class WorkspaceLock:
         return self._wait_for_stale(descriptor, owner)
 
     def _wait_for_stale(self, descriptor: int, owner: Plain) -> bool:
-        """Watch another machine's lock until it is too old, or its owner shows life."""
+        """Watch another machine's lock until it is stale, or its owner shows a heartbeat."""
         touched = os.fstat(descriptor).st_mtime_ns
         age = max(_now_of(self.path.parent) - touched / 1e9, 0.0)
         if age < STALE_AFTER:
@@ -144,7 +164,7 @@ class WorkspaceLock:
 
 
 def _identity() -> Plain:
-    """This process, in a way that outlives it: numbers of processes come again."""
+    """Identify this process in a way that remains unique afterwards, since process ids are reused."""
     return {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -155,10 +175,10 @@ def _identity() -> Plain:
 
 
 def _read(descriptor: int) -> Plain:
-    """Who is written in a lock file; nothing where it is empty or torn."""
+    """Read the holder from a lock file; nothing if the file is empty, torn or not a lock of ours."""
     with contextlib.suppress(ValueError):
-        content = json.loads(os.pread(descriptor, 4096, 0))
-        if isinstance(content, dict):
+        content = parse_json(os.pread(descriptor, 4096, 0))
+        if isinstance(content, dict) and {"pid", "host"} <= content.keys():
             return content
     return {}
 
@@ -174,22 +194,22 @@ def _is_alive(owner: Plain) -> bool:
 
 
 def _boot() -> str | None:
-    """Which start of the machine this is."""
+    """Return an id of the machine's current boot."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return None
 
 
 def _began(pid: int) -> str | None:
-    """When a process began, in ticks since the machine's start; None where there is none."""
+    """Return when a process started, in ticks since boot; None if there is no such process."""
     with contextlib.suppress(OSError, IndexError):
-        # The name of the program, in parentheses, may hold spaces.
+        # The program's name, in parentheses, may contain spaces.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return None
 
 
 def _now_of(folder: Path) -> float:
-    """The file system's own time, which a server may keep otherwise than this machine, in seconds."""
+    """Return the file system's current time in seconds, which may differ from this machine's on a server."""
     probe = folder / f".clock-{os.getpid()}-{os.urandom(4).hex()}"
     try:
         probe.touch()

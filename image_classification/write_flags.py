@@ -14,11 +14,11 @@ from image_classification.verbs import AnyVerb, verb_of
 
 
 def lists(tables: Sequence[str]) -> dict[Path, str]:
-    """File of each package → what is to stand in it.
+    """Return the file of each package → its content.
 
     Args:
-        tables: Tables of verbs, such as "pruning.__main__:ALL_VERBS". A verb without a parser of ours is left out, and
-            so is an entry that leads to another table.
+        tables: Tables of verbs, such as "pruning.__main__:ALL_VERBS". Verbs without their own parser are left out, and
+            so are entries that lead to another table.
     """
     verbs: dict[str, AnyVerb] = {}
     for word in tables:

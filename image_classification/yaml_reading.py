@@ -1,7 +1,7 @@
-"""YAML from people's files and words: plain values only, whatever the text holds, or one error.
+"""Reading of YAML from users' files and flags: only plain values, or a single error.
 
-Left out of YAML are aliases, with which a file of a few lines means gigabytes, and every type that JSON does not have:
-a date stays the text that it is.
+Aliases are not supported, since with them a few lines can expand to gigabytes, nor are types that JSON lacks: a date
+stays text.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from image_classification.config import ConfigError
 from image_classification.extras import optional_import
 from image_classification.plain_data import PlainValue
+from image_classification.small_files import read_text
 
 with optional_import():
     import yaml
@@ -21,7 +22,7 @@ _TYPES = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """SafeLoader without aliases, dates, sets and depths."""
+    """SafeLoader without aliases, dates, sets and deep nesting."""
 
     depth = 0
 
@@ -48,10 +49,10 @@ _PlainLoader.yaml_implicit_resolvers = {
 
 
 def parse_yaml(text: str) -> PlainValue:
-    """The plain value that a text means.
+    """Parse a text to a plain value.
 
     Raises:
-        ConfigError: It is not YAML of plain values. The message is one line.
+        ConfigError: The text is not YAML of plain values. The message is one line.
     """
     try:
         return yaml.load(text, _PlainLoader)
@@ -61,22 +62,19 @@ def parse_yaml(text: str) -> PlainValue:
 
 
 def read_yaml_mapping(path: Path, what: str) -> dict[object, PlainValue]:
-    """The mapping that a file holds; an empty file holds an empty one.
+    """Read the mapping in a file; an empty file is an empty mapping.
 
     Args:
         path: The file.
-        what: Names it in messages, such as its flag.
+        what: Name of the file in messages, such as its flag.
 
     Raises:
         ConfigError: The file does not exist, cannot be read, or holds no mapping of plain values.
     """
-    if not path.is_file():
-        raise ConfigError(f"{what}: no such file: {path}")
-    if path.stat().st_size > _LARGEST:
-        raise ConfigError(f"{what}: {path} is larger than a recipe can be ({_LARGEST >> 20} MiB)")
+    text = read_text(path, f"{what}:", _LARGEST)
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except (ConfigError, UnicodeDecodeError, OSError) as error:
+        content = parse_yaml(text)
+    except ConfigError as error:
         raise ConfigError(f"{what}: {path} is not readable YAML: {error}") from None
     if content is None:
         return {}

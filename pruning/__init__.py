@@ -1,9 +1,8 @@
 """Channel pruning that rewrites a network while it trains.
 
-from pruning import Pruner, prune, load_pruned
-prune(model, example_images, budget={"macs": 0.5})            # once, in place
-pruner = Pruner(model, example_images, optimizer=optimizer)    # at intervals, see `pruner.py`
-shrink(model, example_images)                                  # cut away what a masked network has no use for
+from pruning import Pruner, prune, load_pruned prune(model, example_images, budget={"macs": 0.5})            # once, in
+place pruner = Pruner(model, example_images, optimizer=optimizer)    # at intervals; see `pruner.py` shrink(model,
+example_images)                                  # remove the channels that a masked network does not use
 """
 
 from typing import TYPE_CHECKING
@@ -12,7 +11,8 @@ from image_classification.lazy import lazy_names
 
 if TYPE_CHECKING:
     from pruning.costs.budget import Budget
-    from pruning.engine.channel_graph import ChannelGraph, Constraints
+    from pruning.engine.channel_graph import ChannelGraph
+    from pruning.engine.constraints import Constraints
     from pruning.engine.cutting import RewriteError
     from pruning.engine.operators import register_operator
     from pruning.engine.surgery import RewriteReport, prune_channels
@@ -45,7 +45,7 @@ __all__ = [
 _MODULES = {
     "Budget": "pruning.costs.budget",
     "ChannelGraph": "pruning.engine.channel_graph",
-    "Constraints": "pruning.engine.channel_graph",
+    "Constraints": "pruning.engine.constraints",
     "Pruner": "pruning.pruner",
     "PrunerSettings": "pruning.rewrites.pruner_settings",
     "RewriteError": "pruning.engine.cutting",

@@ -1,8 +1,8 @@
-"""`python -m pruning VERB …` looks at what pruning would do and at what it did, and takes networks in and out.
+"""`python -m pruning VERB …`: plans and inspects pruning, and imports and exports networks.
 
-`lucidprune VERB …` is everything that the packages do under one command: these verbs, those of
-`python -m image_classification` and (below `explain`) `python -m explainers`, `main.py` and `multiproc.py`, which all
-stay as they are.
+`lucidprune VERB …` offers everything in the packages under one command: these verbs, those of `python -m
+image_classification` and (under `explain`) those of `python -m explainers`, `main.py` and `multiproc.py`, which all
+remain available on their own.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ VERBS = {
 }
 
 _JOB = "pruning.training.main_job"
-#: Of `lucidprune`. The first three are one job with other defaults.
+#: Verbs of `lucidprune`. The first three are the same job with different defaults.
 ALL_VERBS: Verbs = {
     "train": (f"{_JOB}:TRAIN", "train or fine-tune a network on a data set: DATA"),
     "prune": (f"{_JOB}:PRUNE", "train a network while its channels leave, to a budget: DATA"),
@@ -63,14 +63,14 @@ ALL_VERBS: Verbs = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; the exit status is 0, or 2 if the job could not be done."""
+    """Run a verb and return the exit status: 0, or 2 if the job could not be done."""
     return run_verb(
         VERBS, argv, prog="python -m pruning", description="What pruning would do, and what it did."
     )
 
 
 def lucidprune(argv: Sequence[str] | None = None) -> int:
-    """Run a verb of any package; the exit status is the verb's, or 2 if the job could not be done."""
+    """Run a verb of any package and return its exit status, or 2 if the job could not be done."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "_ARGCOMPLETE" in os.environ:
         from image_classification.completion import complete

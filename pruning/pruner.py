@@ -1,6 +1,6 @@
 """The pruner: scores, chooses and rewrites at fixed intervals until a budget is met.
 
-It works in any training loop; `training.scored.PruningCallback` puts it into ours:
+It works in any training loop; `training.scored.PruningCallback` integrates it into LucidPrune's:
 
     pruner = Pruner(model, example_images, budget={"macs": 0.5}, optimizer=optimizer)
     for iteration, (images, targets) in enumerate(loader, start=1):
@@ -8,7 +8,8 @@ It works in any training loop; `training.scored.PruningCallback` puts it into ou
         if pruner.due(iteration):
             pruner.step(calibration_batches)           # model, optimizer and EMA are smaller now
 
-`search/choosing.py` decides what leaves, `rewrites/one_rewrite.py` cuts it, `repair/` mends what is left.
+`search/choosing.py` decides which channels to remove, `rewrites/one_rewrite.py` removes them, and `repair/` repairs the
+remaining network.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from pruning.costs.budget import DEFAULT_DELTA, DEFAULT_SHARE, Budget, BudgetCou
 from pruning.costs.cost_model import CostModel
 from pruning.criteria import Criterion
 from pruning.criteria.by_name import make_criterion
-from pruning.engine.channel_graph import Constraints
+from pruning.engine.constraints import Constraints
 from pruning.engine.groups import Group
 from pruning.files.saved_network import save_pruned
 from pruning.files.skeleton import skeleton_of
@@ -74,7 +75,7 @@ from pruning.task.explained import Explained
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Yields batches: (images, targets), mappings, tensors, or whatever `forward` and `loss` take.
+#: Yields batches: (images, targets), mappings, tensors, or anything that `forward` and `loss` accept.
 Calibration = Iterable[Any]
 BudgetGiven = Budget | Mapping[str, float] | float
 OptimizerGiven = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
@@ -83,41 +84,45 @@ log = logging.getLogger(__name__)
 
 
 class Pruner:
-    """Rewrites a network to a resource budget, a little at a time.
+    """Rewrites a network to a resource budget, step by step.
 
     Args:
         model: The bare network (no DDP or compile wrapper). Rewritten in place.
-        example: What the network is run on to find its channel groups: a tensor, such as images (N, 3, H, W), a tuple
-            of positional arguments, a mapping of keyword arguments, or a list of these where one does not reach every
-            part of the network. Costs are counted at the size of the (first) example.
+        example: Example input for finding the channel groups: a tensor, such as images (N, 3, H, W), a tuple of
+            positional arguments, a mapping of keyword arguments, or a list of these if a single one does not reach
+            every part of the network. Costs are counted at the size of the (first) example.
         budget: Metric → share that may remain, or a share of the MACs; None with a `RateSearch`, whose rates decide.
-        criterion: Name or object; scores channels within groups. `create_criterion(name, …)` makes an object with
-            settings of its own. By default discriminant where targets are classes, taylor where only a loss is known,
-            magnitude where there is neither (`pruning/search/left_open.py`).
-        search: One of `search_names()`, or an object; by default greedy (sensitivity where `delta` is 1), or global
-            where no loss is known.
+        criterion: Name or object; scores channels within groups. `create_criterion(name, …)` makes an object with its
+            own settings. By default discriminant if targets are classes, taylor if only a loss is known, magnitude if
+            there is neither (`pruning/search/left_open.py`).
+        search: One of `search_names()`, or an object; by default greedy (sensitivity if `delta` is 1), or global if no
+            loss is known.
         repair: How each rewrite is repaired: `least-squares`, `statistics`, `none`, or settings; by default least
-            squares wherever calibration batches are given.
-        constraints: Rounding, least widths, modules to leave alone, submodules that are cut alike.
-        optimizer: Its state is rewritten too, with that of the optimizers inside it (SAM, Lookahead); or a list.
-        ema: Average of the network, rewritten alike: a copy, a wrapper that holds one, a state dict, or a list.
+            squares if calibration batches are given.
+        constraints: Rounding, smallest widths, modules to leave alone, submodules that are cut identically.
+        optimizer: Optimizer or list of optimizers whose state is rewritten too, including optimizers nested inside
+            (SAM, Lookahead).
+        ema: Average of the network, rewritten in the same way: a copy, a wrapper that holds one, a state dict, or a
+            list.
         step: Training iterations between rewrites.
-        delta: Share of the baseline's cost that one rewrite removes; 1: everything at once.
-        forward: (batch) → outputs, or (network, batch) → outputs: runs the network on a calibration batch. By default
-            a tensor is its only argument, a mapping its keyword arguments, and of a tuple the first item counts.
-        loss: (outputs, batch) → loss of every sample, (N,), or their mean; candidates are judged by it, and
-            criteria by derivatives differentiate it. By default the loss that the outputs hold, or cross-entropy.
+        delta: Share of the baseline's cost that one rewrite removes; 1 for everything at once.
+        forward: (batch) → outputs, or (network, batch) → outputs: runs the network on a calibration batch. By default a
+            tensor is passed as the only argument, a mapping as keyword arguments, and of a tuple only the first item is
+            passed.
+        loss: (outputs, batch) → loss of every sample, (N,), or their mean; candidates are compared by it, and
+            derivative-based criteria differentiate it. By default the loss contained in the outputs, or cross-entropy.
         settings: Calibration, training mode, ranks and precision.
-        state: `state_dict()` of an earlier run whose checkpoint rebuilt `model`; goes on from there.
+        state: `state_dict()` of an earlier run, from whose checkpoint `model` was rebuilt; pruning continues from
+            there.
 
     Attributes:
-        graph: The channel groups as they are.
+        graph: The current channel groups.
         course: The budget's targets from rewrite to rewrite.
-        completed: Rewrites done.
-        history: What they did.
+        completed: Number of rewrites done.
+        history: Their records.
 
     Raises:
-        ConfigError: An impossible budget or an unknown name, before anything was changed.
+        ConfigError: The budget is impossible or a name is unknown; nothing has been changed.
     """
 
     def __init__(
@@ -150,7 +155,7 @@ class Pruner:
         self._repair = RepairSettings(method=repair).method if isinstance(repair, str) else repair
         criterion = make_criterion(criterion) if isinstance(criterion, str) else criterion
         search = build_search(search) if isinstance(search, str) else search
-        arguments = first_arguments(model, example)  # refuses keywords that the network does not take
+        arguments = first_arguments(model, example)  # refuses keywords that the network does not accept
         self._unpruned = self._kept_for_saving(resumed=state is not None)
         with uncompiled():
             self.graph = graph_of(
@@ -183,7 +188,7 @@ class Pruner:
             self._chooser.check_without_data(arguments)
 
     def _attach(self, optimizer: OptimizerGiven, ema: AverageGiven) -> None:
-        """Find what is rewritten together with the network: optimizers and averages."""
+        """Find the optimizers and averages that are rewritten together with the network."""
         self.optimizers = optimizers_in(optimizer)
         check_optimizers(self.model, self.optimizers)
         check_wrappers(self.model, optimizer)
@@ -198,17 +203,17 @@ class Pruner:
         search: Search | None,
         state: PrunerState | None,
     ) -> BudgetCourse:
-        """Count the network's costs, and lay out what every rewrite brings them down to.
+        """Count the network's costs, and set the target of every rewrite.
 
         Args:
-            arguments: The network's positional arguments, whose size costs are counted at.
-            budget: As given; None where the rates of the search decide.
+            arguments: The network's positional arguments, for whose size costs are counted.
+            budget: As given; None if the rates of the search decide.
             delta: Share of the baseline's cost that a rewrite removes.
             search: As given.
-            state: Of an earlier run, which had the same course.
+            state: State of an earlier run, which had the same course.
 
         Raises:
-            SettingError: The budget is out of reach, or another course than the earlier run's.
+            SettingError: The budget is out of reach, or the course differs from the earlier run's.
         """
         shares = None if budget is None else as_budget(budget)
         metrics = ("macs",) if shares is None else tuple(shares.shares)
@@ -219,7 +224,7 @@ class Pruner:
         if shares is None:
             assert isinstance(search, RateSearch), "only rates replace a budget"
             done = state is not None and bool(state["completed"])
-            # After the cut of an earlier run the rates are what it left.
+            # After an earlier run's cut, the remaining share is what that cut left.
             left = costs.share("macs") if done else search.share_left(self.graph, costs)
             shares = Budget({"macs": left})
         if state is not None:
@@ -229,7 +234,7 @@ class Pruner:
         return course
 
     def _kept_for_saving(self, resumed: bool) -> nn.Module | None:
-        """What a network that no known function builds was before it is pruned; None where it is pruned already."""
+        """Return a copy of what a network without a known builder was before pruning; None if it is already pruned."""
         if recognise(self.model):
             return None
         name = type(self.model).__name__
@@ -249,7 +254,7 @@ class Pruner:
         return None
 
     def _check_graph(self) -> None:
-        """Refuse a network without anything to prune; warn of what trains along with it unseen."""
+        """Refuse a network without anything to prune; warn about parameters that train unseen by the graph."""
         if self.distributed.is_main:
             warn_of_pairs(self.model, self.graph)
         check(
@@ -259,7 +264,7 @@ class Pruner:
         )
 
     def _take_up(self, state: PrunerState) -> None:
-        """Go on where an earlier run was."""
+        """Continue from an earlier run's state."""
         self.completed = state["completed"]
         self.history = [RewriteRecord(**record) for record in state["history"]]
         if self.originals is not None:
@@ -267,29 +272,29 @@ class Pruner:
 
     @property
     def costs(self) -> CostModel:
-        """Costs of the network, now and at first."""
+        """The network's current and baseline costs."""
         return self.course.costs
 
     @property
     def criterion(self) -> Criterion | None:
-        """What scores channels; None where it was left open and no calibration batch has been seen."""
+        """The criterion that scores channels; None if it was left open and no calibration batch has been seen yet."""
         return self._chooser.criterion
 
     @property
     def search(self) -> Search | None:
-        """What chooses between groups; None as for `criterion`."""
+        """The search that chooses between groups; None under the same condition as `criterion`."""
         return self._chooser.search
 
     @property
     def originals(self) -> Explained | None:
-        """The explanation that is followed."""
+        """The explanation being followed."""
         return self.settings.originals
 
-    # ------------------------------------------------------------------ when
+    # ------------------------------------------------------------------ schedule
 
     @property
     def num_rewrites(self) -> int:
-        """Rewrites from the original network to the budget."""
+        """Number of rewrites from the original network to the budget."""
         return self.course.num_rewrites
 
     @property
@@ -299,7 +304,7 @@ class Pruner:
 
     @property
     def missed(self) -> dict[str, float]:
-        """Metric → share of the baseline, for the costs that are above the budget after the last rewrite."""
+        """Metric → share of the baseline, for costs still above the budget after the last rewrite."""
         if self.completed < self.num_rewrites or isinstance(self.search, RateSearch):
             return {}
         budget = self.course.budget
@@ -308,22 +313,22 @@ class Pruner:
         )
 
     def due(self, iteration: int) -> bool:
-        """Whether a rewrite follows after this training iteration (counted from 1).
+        """Whether a rewrite is due after this training iteration (counted from 1).
 
-        Rewrites are an interval apart at least, also where the first one came late.
+        Rewrites are at least an interval apart, even if the first one came late.
         """
         return self.completed < self.num_rewrites and iteration >= self._intervals().next()
 
     def _intervals(self) -> Intervals:
-        """When rewrites are due."""
+        """The schedule of rewrites."""
         last = self.history[-1].iteration if self.history else -1
         return Intervals(self.settings.start, self.interval, self.completed, last)
 
     def iterations_to_come(self, after: int = 0) -> list[int]:
-        """The iterations after which the rewrites that are left are due.
+        """Return the iterations after which the remaining rewrites are due.
 
         Args:
-            after: Iterations that are done.
+            after: Number of iterations already done.
         """
         num_left = max(self.num_rewrites - self.completed, 0)
         return list(itertools.islice(self._intervals().coming(after), num_left))
@@ -336,17 +341,19 @@ class Pruner:
         steps_per_epoch: int | None = None,
         doubt: Callable[[SettingError], None] | None = None,
     ) -> None:
-        """Make sure, before hours are spent, that a training has room for the rewrites that its budget needs.
+        """Check, before hours are spent, that training is long enough for the rewrites that the budget needs.
 
         Args:
-            num_iterations: Its length.
-            after: Iterations that are done already.
-            steps_per_epoch: Iterations of an epoch, for the message.
-            doubt: Called on the main rank where the rewrites may turn out to suffice, since channels leave in whole
-                steps, and where it cannot be predicted what this search removes or this cost; by default it is logged.
+            num_iterations: Length of the training.
+            after: Number of iterations already done.
+            steps_per_epoch: Iterations per epoch, for the message.
+            doubt: Called on the main rank if the rewrites might still suffice, since channels are removed in whole
+                steps, or if the effect of this search or on this cost cannot be predicted; by default the doubt is
+                logged.
 
         Raises:
-            SettingError: With the rewrites that there is room for and that are needed, and what to change.
+            SettingError: Training is too short; the message gives the possible and the required number of rewrites, and
+                what to change.
         """
         search = self.search
         if isinstance(search, RateSearch):
@@ -366,21 +373,21 @@ class Pruner:
     # ------------------------------------------------------------------ one rewrite
 
     def step(self, calibration: Calibration, iteration: int = -1) -> RewriteRecord:
-        """Do the next rewrite: score, choose, rewrite.
+        """Perform the next rewrite: score, choose, rewrite.
 
-        Drop the loss and every DDP or compile wrapper before, and wrap again afterwards.
+        Drop the loss and every DDP or compile wrapper first, and wrap again afterwards.
 
         Args:
             calibration: Yields batches, such as (images, targets); up to `max_batches` are taken. This is training
                 data, held out from training; never the validation set.
-            iteration: For the record.
+            iteration: Training iteration, for the record.
 
         Returns:
-            What was done.
+            The record of the rewrite.
 
         Raises:
-            SettingError: The budget cannot be met by the groups that have scores; or a single rewrite, or the last one
-                before this, does not meet it.
+            SettingError: The groups that have scores cannot meet the budget, a single rewrite does not meet it, or the
+                last rewrite before this one did not.
             RuntimeError: All rewrites have been done, or the ranks disagree about the result.
         """
         self._check_may_rewrite()
@@ -397,7 +404,7 @@ class Pruner:
         return record
 
     def _check_may_rewrite(self) -> None:
-        """Refuse a rewrite after the last one, and one that would leave an optimizer behind."""
+        """Refuse a rewrite after the last one, and one that would leave an optimizer out."""
         for metric, left in self.missed.items():
             raise missed(metric, left, self.course.budget)
         if self.done:
@@ -406,7 +413,7 @@ class Pruner:
         self._watch.check_none_forgotten(self.model, self.optimizers)
 
     def _decide(self, batches: Batches, laps: Laps) -> _Decided:
-        """Score the channels, and choose what leaves."""
+        """Score the channels and choose which to remove."""
         chooser = self._chooser
         self._scores = chooser.score(batches)
         laps.end("score")
@@ -420,7 +427,7 @@ class Pruner:
         return _Decided(keep, candidates, how, parts, losses, moved)
 
     def _carry_out(self, decided: _Decided, batches: Batches, iteration: int, laps: Laps) -> RewriteRecord:
-        """Cut, and repair what is left."""
+        """Rewrite and repair the network."""
         keep, graph, costs = decided.keep, self.graph, self.costs
         before = {metric: costs.current(metric) for metric in self.course.budget.shares}
         limits = borders(self._subject, keep, self._scores)
@@ -451,45 +458,45 @@ class Pruner:
         )
 
     def score(self, batches: Sequence[Any]) -> dict[int, Tensor]:
-        """Group index → (width,) scores of the present network by the criterion; collective over ranks."""
+        """Return group index → (width,) scores of the current network by the criterion. Collective."""
         return self._chooser.score(batches)
 
     def remember(self, calibration: Calibration) -> None:
-        """Treat the present network as the original one; otherwise the first `step` does. Collective.
+        """Treat the current network as the original; otherwise the first `step` does so. Collective.
 
         Args:
             calibration: As for `step`.
         """
         if self._followed.is_new:
-            with evaluating(self.model, keep_random_state=True):  # reading data draws random numbers
+            with evaluating(self.model, keep_random_state=True):  # reading data consumes random numbers
                 self._followed.remember(self._taken(calibration))
 
     def explanation_moved(self, calibration: Calibration) -> float | None:
-        """Mean squared distance of the explanation from the original network's; None where none is followed."""
+        """Return the mean squared distance of the explanation from the original network's; None if none is followed."""
         if self.originals is None:
             return None
         with evaluating(self.model, keep_random_state=True):
             return self._followed.moved(self._taken(calibration))[0]
 
     def _taken(self, calibration: Calibration) -> Batches:
-        """The batches that this rewrite looks at."""
+        """Return the batches used by this rewrite."""
         check_batches(calibration)
         device = _device_of(self.model)
         return [
             to_device(batch, device) for batch in itertools.islice(calibration, self.settings.max_batches)
         ]
 
-    # ------------------------------------------------------------------ looking ahead and around
+    # ------------------------------------------------------------------ forecasts and inspection
 
     def dry_run(self, calibration: Calibration) -> list[ForecastRow]:
-        """The rewrites that are left, if the network did not change by training; nothing is rewritten.
+        """Forecast the remaining rewrites as if training did not change the network; nothing is rewritten.
 
         Args:
             calibration: As for `step`.
 
         Returns:
             A row per rewrite: `rewrite`, `iteration`, `costs` (metric → share of the baseline) and `widths` (group
-            name → width) after it. Candidates are judged by the estimate alone.
+            name → width) after it. Candidates are compared by the estimate alone.
         """
         batches = self._taken(calibration)
         chooser = self._chooser
@@ -503,13 +510,13 @@ class Pruner:
         return rows
 
     def plot(self, axes: Sequence[Axes] | None = None) -> list[Axes]:
-        """Draw the costs over the rewrites so far, with the budget, and the widths beside those at first.
+        """Plot the costs over the rewrites so far, with the budget, and the current widths beside the original ones.
 
         Args:
-            axes: Two of matplotlib's to draw on; a figure of its own by default.
+            axes: Two matplotlib axes to draw on; a new figure by default.
 
         Returns:
-            Both axes; `axes[0].figure.savefig("course.png")` keeps them.
+            Both axes; `axes[0].figure.savefig("course.png")` saves them.
 
         Raises:
             MissingPackageError: matplotlib is not installed.
@@ -517,16 +524,16 @@ class Pruner:
         return plot_course(self.graph, self.course.budget.shares, self.history, axes)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: costs beside the budget, and the rewrites so far."""
+        """Return a notebook's view: costs beside the budget, and the rewrites so far."""
         title = f"{type(self.model).__name__}: {self.completed} of {self.num_rewrites} rewrites done"
         return course_html(title, self.costs, self.course.budget.shares, self.history)
 
     def latest_scores(self) -> dict[str, Tensor]:
-        """Group name → scores that the last rewrite was decided by, one per channel that was there before it."""
+        """Return group name → the scores behind the last rewrite, one per channel present before it."""
         return {self.graph.groups[index].name: values for index, values in self._scores.items()}
 
     def explain(self, layer: str) -> str:
-        """What couples a layer, how wide it is, its scores so far, and why it stays where it does.
+        """Describe a layer's coupling, its width, its latest scores, and why it was not narrowed further.
 
         Args:
             layer: Name of a group or of any module in it.
@@ -538,7 +545,7 @@ class Pruner:
         return describe_group(self.graph, group, self._present_scores(group), self.history)
 
     def _present_scores(self, group: Group) -> Tensor | None:
-        """Scores of a group's present channels; None where there are none, or it has shrunk since."""
+        """Return the scores of a group's current channels; None if it has none or has shrunk since."""
         scores = self._scores.get(group.index)
         return scores if scores is not None and len(scores) == group.width else None
 
@@ -552,8 +559,8 @@ class Pruner:
 
         Args:
             path: The file.
-            factory: Builds a class of your own, unpruned; it is needed to load, and to save in a run that was resumed.
-            builder: A function of torchvision or timm with its arguments, where it was not recognised.
+            factory: Builds the unpruned network of a user-defined class; needed to load, and to save in a resumed run.
+            builder: A function of torchvision or timm with its arguments, if it was not recognised.
         """
         unpruned = self._unpruned
         if factory is None and builder is None and unpruned is not None:
@@ -563,7 +570,7 @@ class Pruner:
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> PrunerState:
-        """Progress as plain data; the widths themselves are in the checkpoint's structure."""
+        """Return progress as plain data; the widths themselves are in the checkpoint's structure."""
         return {
             "completed": self.completed,
             "delta": self.course.delta,
@@ -577,15 +584,15 @@ class Pruner:
 
 @dataclasses.dataclass(frozen=True)
 class _Decided:
-    """What a rewrite is going to do.
+    """A planned rewrite.
 
     Attributes:
-        keep: What stays.
-        candidates: What the search weighed.
-        repair: How what is left is repaired.
-        parts: The calibration batches, by use.
-        losses: Calibration loss as it is, and with the cut.
-        moved: How far the explanation is from the original's, if one is followed.
+        keep: Channels to keep.
+        candidates: Candidates considered by the search.
+        repair: Repair of the remaining network.
+        parts: The calibration batches, by purpose.
+        losses: Calibration loss before and with the cut.
+        moved: Distance of the explanation from the original's, if one is followed.
     """
 
     keep: Kept
@@ -603,10 +610,10 @@ def _check_arguments(
     budget: object,
     search: object,
 ) -> None:
-    """Refuse arguments that would fail later, with a message that says what to give instead.
+    """Refuse arguments that would fail later, with a message that says what to pass instead.
 
     Raises:
-        ConfigError: Naming the argument.
+        ConfigError: An argument is unusable; the message names it.
     """
     check_bare(model)
     if torch.is_inference_mode_enabled():
@@ -643,29 +650,30 @@ def prune(
     loss: Loss | None = None,
     settings: PrunerSettings | None = None,
 ) -> RewriteRecord:
-    """Make a network smaller at once, in place. Within a process group all ranks call it together.
+    """Prune a network in one step, in place. Within a process group, all ranks call this together.
 
     Args:
         model: Any traceable network; rewritten in place.
         example: A tensor such as images (N, 3, H, W), a tuple or mapping of arguments, or a list; see `Pruner`.
         budget: Metric → share that may remain, or a share of the MACs.
-        criterion: What makes a channel important; those that look at data need `calibration`. By default magnitude
-            without calibration batches; with them, what fits their targets (see `Pruner`).
-        calibration: Yields batches: (images, targets), or what `forward` and `loss` take.
-        search: One of `search_names()`, or an object; by default sensitivity, which judges by `calibration`, or global
-            without it or where no loss is known.
+        criterion: Criterion of a channel's importance; criteria that use data need `calibration`. By default magnitude
+            without calibration batches; with them, one that suits their targets (see `Pruner`).
+        calibration: Yields batches: (images, targets), or anything that `forward` and `loss` accept. Up to
+            `settings.max_batches` are read.
+        search: One of `search_names()`, or an object; by default sensitivity, which uses `calibration`, or global
+            without it or if no loss is known.
         repair: How the cut is repaired; see `Pruner`.
-        constraints: Rounding, least widths, modules to leave alone, submodules that are cut alike.
-        optimizer: Its state is rewritten too; or a list.
+        constraints: Rounding, smallest widths, modules to leave alone, submodules that are cut identically.
+        optimizer: Optimizer or list of optimizers whose state is rewritten too.
         forward: (batch) → outputs; see `Pruner`.
         loss: (outputs, batch) → loss; see `Pruner`.
-        settings: How many batches are looked at, training mode, ranks and precision.
+        settings: Number of calibration batches, training mode, ranks and precision.
 
     Returns:
-        What was done. The calibration losses are NaN without calibration data, or where no loss is known.
+        The record of the rewrite. The calibration losses are NaN without calibration data or a known loss.
 
     Raises:
-        ConfigError: An impossible budget.
+        ConfigError: The budget is impossible.
     """
     pruner = Pruner(
         model,

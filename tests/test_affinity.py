@@ -12,7 +12,7 @@ import torch
 from image_classification import affinity
 from image_classification.affinity import bind_to_gpu
 from image_classification.config import ConfigError
-from image_classification.distributed import DistributedConfig
+from image_classification.joining import DistributedConfig
 
 #: Two sockets of four cores with two threads each: core c and c + 8 are one. GPUs 0 to 2 are on the first.
 SOCKETS = ({0, 1, 2, 3, 8, 9, 10, 11}, {4, 5, 6, 7, 12, 13, 14, 15})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -257,30 +256,6 @@ def test_weights_of_another_head(attempt: Attempt, good: Path, tmp_path: Path) -
     assert attempt(good, "--pretrained-weights", path, "--new-head")[0] == 0
 
 
-class Hostile:
-    """Unpickling it would run a command."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.path}",)
-
-
-@pytest.mark.parametrize("flag", ["--pretrained-weights", "--resume"])
-@pytest.mark.parametrize("form", ["torch", "pickle"])
-def test_hostile_file_is_refused_and_not_run(
-    attempt: Attempt, good: Path, tmp_path: Path, flag: str, form: str
-) -> None:
-    path, trace = tmp_path / "hostile.pth", tmp_path / "was-run"
-    if form == "torch":
-        torch.save({"format": "lucidprune", "iteration": 0, "state_dict": Hostile(trace)}, path)
-    else:
-        path.write_bytes(pickle.dumps(Hostile(trace)))
-    assert_told(attempt(good, flag, path), r"hostile\.pth .*(could run code|damaged)")
-    assert not trace.exists()
-
-
 @pytest.mark.parametrize("flag", ["--pretrained-weights", "--resume"])
 def test_missing_checkpoint(attempt: Attempt, good: Path, tmp_path: Path, flag: str) -> None:
     assert_told(attempt(good, flag, tmp_path / "absent.pth"), rf"{flag}.*|absent\.pth")
@@ -310,30 +285,14 @@ def trained(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workspace / NAME
 
 
-@pytest.mark.parametrize("kind", ["truncated", "bit flip", "empty", "text", "foreign", "plain weights"])
-def test_damaged_or_foreign_checkpoint(
-    attempt: Attempt, good: Path, trained: Path, tmp_path: Path, kind: str
-) -> None:
-    path, data = tmp_path / "checkpoint.pth", bytearray(trained.read_bytes())
-    if kind == "truncated":
-        path.write_bytes(bytes(data[: len(data) // 2]))
-    elif kind == "bit flip":
-        data[len(data) // 2] ^= 1
-        path.write_bytes(bytes(data))
-    elif kind == "empty":
-        path.touch()
-    elif kind == "text":
-        path.write_text("epoch 7\n")
-    elif kind == "foreign":
-        torch.save({"epoch": 3, "iteration": 7, "arch": "resnet20"}, path)
-    else:
-        torch.save(create_model("resnet20", num_classes=4).state_dict(), path)
-    pattern = (
-        "holds no training state"
-        if kind in ("foreign", "plain weights")
-        else "checkpoint.pth .*(damaged|empty)"
-    )
-    assert_told(attempt(good, "--epochs", 2, "--resume", path), pattern)
+@pytest.mark.parametrize("kind", ["foreign", "plain weights"])
+def test_a_file_without_a_training(attempt: Attempt, good: Path, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "checkpoint.pth"
+    content: dict[str, object] = {"epoch": 3, "iteration": 7, "arch": "resnet20"}
+    if kind == "plain weights":
+        content = create_model("resnet20", num_classes=4).state_dict()
+    torch.save(content, path)
+    assert_told(attempt(good, "--epochs", 2, "--resume", path), "holds no training state")
 
 
 def test_incomplete_checkpoint(attempt: Attempt, good: Path, trained: Path, tmp_path: Path) -> None:

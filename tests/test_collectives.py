@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -20,14 +20,19 @@ from support.simulated_ranks import CollectiveMismatchError, SimulatedRanks, sim
 from torch import Tensor, nn
 
 from explainers import create_method, method_names
+from explainers.aem.mask_quality import judge_masks
+from explainers.casm.validation import CasmValidation
 from explainers.differentiable.gradcam_explanation import GradCamExplanation
 from explainers.differentiable.remembered import OriginalExplanations
 from explainers.measures.evaluate import METRICS, localize
+from image_classification.callbacks import TrainState
 from image_classification.config import ConfigError
 from image_classification.data.loader import Batch
 from image_classification.distributed import Distributed
 from image_classification.evaluation import Evaluator
 from image_classification.precision import Precision, PrecisionConfig
+from image_classification.schedules import Schedule, ScheduleConfig
+from image_classification.train_config import TrainConfig
 from pruning.costs.budget import Budget
 from pruning.costs.cost_model import CostModel
 from pruning.criteria import create_criterion, criterion_names
@@ -40,9 +45,10 @@ from pruning.pruner import Pruner
 from pruning.repair.repairing import REPAIR_METHODS, RepairSettings, plan_repair
 from pruning.rewrites.pruner_settings import PrunerSettings
 from pruning.search import SearchSettings, build_search, search_names
-from pruning.training.learned.gate_settings import GateSettings
+from pruning.training.learned.gate_settings import Form, GateSettings
 from pruning.training.learned.learner import GateLearner
 from pruning.training.learned.widths import inner_groups
+from pruning.training.unstructured import Scope, UnstructuredConfig, UnstructuredPruning
 
 Batches = list[tuple[Tensor, Tensor]]
 CLASSES = 4
@@ -364,7 +370,65 @@ def test_explainers(ranks: SimulatedRanks, name: str, disturbance: str) -> None:
     assert first == pytest.approx(second, nan_ok=True)
 
 
-@pytest.mark.parametrize("form", ["simple", "hyper"])
+class Mapping(nn.Module):
+    """Classifier and mask in one, as a CASM gives them."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.classifier(images), images.mean(1, keepdim=True).sigmoid()
+
+
+def test_trained_explainers_are_judged_together(ranks: SimulatedRanks, disturbance: str) -> None:
+    """Validation of a CASM, and the figures by which predictors and selectors are kept."""
+
+    def job(distributed: Distributed) -> Any:
+        loader: Any = Loader(share(distributed.rank, disturbance), 3)
+        precision = Precision(PrecisionConfig(), torch.device("cpu"))
+        mapping: Any = Mapping(network(0, "alike"))
+        figures = CasmValidation(loader, precision, distributed)(mapping, MagicMock(), 0)
+        masker = lambda images, targets: mapping(images)  # noqa: E731
+        judged = judge_masks(
+            masker, network(0, "alike"), loader, precision=precision, distributed=distributed
+        )
+        return figures | judged
+
+    first, second = same_everywhere(ranks, job)
+    assert first == second
+    assert first["samples"] == sum(map(sum, SHARES[disturbance]))
+
+
+class WithoutLoop:
+    """What pruning of single weights uses of a training."""
+
+    def __init__(self, model: nn.Module, distributed: Distributed) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        self.distributed, self.logger, self.steps_per_epoch = distributed, MagicMock(), 3
+        self.config = TrainConfig(epochs=2)
+        schedule = Schedule(ScheduleConfig(lr=0.1), 3, 2)
+        self.state = TrainState(model, optimizer, schedule)
+
+
+@pytest.mark.parametrize("scope", get_args(Scope))
+@pytest.mark.parametrize("repair", REPAIR_METHODS)
+def test_rounds_of_single_weights(ranks: SimulatedRanks, repair: Any, scope: Any) -> None:
+    def job(distributed: Distributed) -> Any:
+        config = UnstructuredConfig(unstructured_pruning=0.5, rounds=2, unstructured_scope=scope)
+        loader: Any = Loader(share(distributed.rank, "uneven"), 3)
+        pruning = UnstructuredPruning(config, loader, repair=repair)
+        loop: Any = WithoutLoop(network(distributed.rank, "alike"), distributed)
+        pruning.on_fit_start(loop)
+        pruning.on_epoch_start(loop)
+        return {name: parameter.detach() for name, parameter in loop.state.model.named_parameters()}
+
+    first, second = same_everywhere(ranks, job)
+    for name, parameter in first.items():
+        torch.testing.assert_close(second[name], parameter)
+
+
+@pytest.mark.parametrize("form", get_args(Form))
 def test_learned_gates(ranks: SimulatedRanks, graph: ChannelGraph, form: Any, disturbance: str) -> None:
     def job(distributed: Distributed) -> Any:
         model = network(distributed.rank, disturbance).eval()

@@ -12,13 +12,9 @@ import pytest
 import torch
 
 from image_classification.config import ConfigError
-from image_classification.distributed import (
-    Distributed,
-    DistributedConfig,
-    PeerError,
-    peer_loss,
-    setup_distributed,
-)
+from image_classification.distributed import Distributed
+from image_classification.joining import DistributedConfig, setup_distributed
+from image_classification.peers import PeerError, peer_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES")
@@ -32,7 +28,7 @@ from image_classification.config import ConfigError, check
 from image_classification.agreement import agreed, shared_file
 from image_classification.checkpoint import CheckpointConfig
 from image_classification.config import section
-from image_classification.distributed import DistributedConfig, setup_distributed
+from image_classification.joining import DistributedConfig, setup_distributed
 
 folder = Path(sys.argv[1])
 
@@ -127,7 +123,7 @@ with setup_distributed(DistributedConfig(device="cpu", dist_timeout=2)) as distr
 DYING = """
 import os, sys, time
 import torch
-from image_classification.distributed import DistributedConfig, setup_distributed
+from image_classification.joining import DistributedConfig, setup_distributed
 distributed = setup_distributed(DistributedConfig(device="cpu", dist_timeout=30))
 distributed.barrier()
 if distributed.rank == 1:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import stat
@@ -17,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import multiproc
-from image_classification.distributed import EXIT_SAVED
+from image_classification.exit_codes import EXIT_SAVED
 
 ROOT = Path(__file__).resolve().parent.parent
 INSTRUCTIONS = {"ARG", "FROM", "WORKDIR", "COPY", "RUN", "ENV", "STOPSIGNAL", "CMD"}
@@ -124,6 +127,50 @@ class TestInstallScript:
         assert "--no-deps --editable ." in package
         assert "import image_classification, explainers, pruning, multiproc" in check
 
+    @pytest.mark.parametrize(
+        ("cuda", "build"),
+        [("12.8", "nvidia-dali-cuda120"), ("13.0", "nvidia-dali-cuda130"), (None, "nvidia-dali-cuda120")],
+    )
+    def test_dali_comes_along_where_the_image_lacks_it(self, cuda, build, monkeypatch):
+        namespace = runpy.run_path(str(ROOT / "docker" / "requirements.py"))
+        find_spec = importlib.util.find_spec
+        assert (namespace["missing_dali"]() is None) == (find_spec("nvidia.dali") is not None)
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: None if name == "nvidia.dali" else find_spec(name)
+        )
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        assert namespace["missing_dali"]() == build
+        without, along = (namespace["requirements"](ROOT / "pyproject.toml", dali) for dali in (None, build))
+        assert not [line for line in without if "dali" in line]
+        assert [name_of(line) for line in along if line not in without] == [build]
+
+    @pytest.mark.parametrize(
+        ("after", "code"), [("torch==1 nvidia-dali-cuda130==2", 0), ("torch==2", 1), ("", 1)]
+    )
+    def test_what_the_image_brings_must_still_be_there_at_the_end(self, tmp_path, after, code):
+        """What comes along is no fault; another torch is."""
+        lines = r'printf "%s\n" '
+        executable(
+            tmp_path / "python",
+            f"""#!/bin/sh
+            case "$*" in
+            *--provided*) echo torch ;;
+            *"import sys"*)
+                cat >/dev/null
+                if [ -e {tmp_path}/asked ]; then {lines} {after}; else echo torch==1; fi
+                touch {tmp_path}/asked ;;
+            esac
+            """,
+        )
+        result = subprocess.run(
+            [str(ROOT / "docker" / "install.sh")],
+            env=os.environ | {"PYTHON": str(tmp_path / "python")},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == code, result.stderr
+        assert ("it had torch==1" in result.stderr) == bool(code)
+
     def test_stages(self):
         assert len(self.dry_run("dependencies")) == 1
         assert len(self.dry_run("package")) == 2
@@ -194,6 +241,9 @@ class TestKubernetes:
         assert spec["completions"] == spec["parallelism"] == int(environment["NNODES"])
         assert spec["completionMode"] == "Indexed"
         assert pod["restartPolicy"] == "Never"  # what podFailurePolicy requires
+        # Where one pod fails all end: a limit for the whole job would be reached by one failure on many nodes.
+        assert "backoffLimit" not in spec
+        assert (spec["backoffLimitPerIndex"], spec["maxFailedIndexes"]) == (6, 0)
         volumes = {volume["name"] for volume in pod["volumes"]}
         assert {mount["name"] for mount in container["volumeMounts"]} == volumes
 

@@ -124,6 +124,7 @@ def test_the_library_knows_neither_explainers_nor_data_nor_training() -> None:
         "checkpoint",
         "distributed",
         "file_writing",
+        "small_files",
         "observe",
         "plain_data",
     }

@@ -27,7 +27,7 @@ import json, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from image_classification.distributed import DistributedConfig, setup_distributed
+from image_classification.joining import DistributedConfig, setup_distributed
 from image_classification.models import create_model
 from image_classification.metrics import MultiLabelMetrics
 from pruning.training.scored import PruningCallback

@@ -15,11 +15,12 @@ from support.commands import ROOT
 
 import explainers
 import pruning
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.config import ConfigError, SettingError
 from image_classification.device_flag import device_named
-from image_classification.distributed import EXIT_PEER, PeerError
+from image_classification.exit_codes import EXIT_PEER
 from image_classification.file_writing import output_path
+from image_classification.peers import PeerError
 from image_classification.verbs import declared, run_verb
 
 PACKAGES = ["image_classification", "explainers", "pruning"]

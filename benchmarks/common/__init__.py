@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments and results, measuring, networks, training jobs.
+"""Code shared by the benchmarks: arguments and results, measuring, networks, training jobs.
 
 Importing it puts the repository on the path, so that the scripts also run where the package is not installed.
 """

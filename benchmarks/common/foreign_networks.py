@@ -1,6 +1,6 @@
 """Networks of other libraries as their users build them, with random weights, at small sizes.
 
-Every entry is a function without arguments that gives the network and a tuple of what it takes. A library is only
+Every entry is a function without arguments that returns the network and a tuple of its arguments. A library is only
 imported when one of its networks is built.
 """
 
@@ -105,14 +105,14 @@ def _yolo(name: str) -> Built:
 def _smp(name: str) -> Built:
     import segmentation_models_pytorch as smp
 
-    side = 128 if name == "PAN" else 64  # which pools three times more
+    side = 128 if name == "PAN" else 64  # PAN pools three more times
     return getattr(smp, name)("resnet18", encoder_weights=None, classes=5), (torch.randn(2, 3, side, side),)
 
 
 def _detector(name: str) -> Built:
     from torchvision.models import detection
 
-    # By default the larger ones scale every image up to 800 pixels, which is a benchmark of convolutions.
+    # By default the larger ones scale every image up to 800 pixels, which only benchmarks convolutions.
     size = {"min_size": 128, "max_size": 160} if "resnet50" in name else {}
     model = getattr(detection, name)(weights=None, weights_backbone=None, **size)
     return model, ([torch.rand(3, 128, 160), torch.rand(3, 128, 160)],)
@@ -150,7 +150,8 @@ def _hugging_face(name: str) -> Built:
 def _monai(name: str) -> Built:
     from monai.networks import nets
 
-    length = 64 if name == "SwinUNETR" else 32  # which halves it five times, and its norms need two positions
+    # It halves the length five times, and its norms need two positions.
+    length = 64 if name == "SwinUNETR" else 32
     return getattr(nets, name)(**_MONAI[name]), (torch.randn(1, 1, length, 32, 32),)
 
 
@@ -179,5 +180,5 @@ def _entries() -> dict[str, Callable[[], Built]]:
     return found
 
 
-#: "library/name" → what builds the network and its arguments.
+#: "library/name" → function that builds the network and its arguments.
 FOREIGN = _entries()

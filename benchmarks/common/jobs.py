@@ -1,4 +1,4 @@
-"""Trainings of `main.py` and verbs of `python -m explainers`, each in a process of its own."""
+"""Trainings of `main.py` and verbs of `python -m explainers`, each in a separate process."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def run_python(*words: str, quiet: bool = False) -> None:
     """Run Python with these words on this repository; if it fails, the benchmark ends.
 
     Args:
-        words: A script, or `-m` and a package, and what follows.
-        quiet: Leave out what it prints, warnings and errors excepted.
+        words: A script, or `-m` and a package, and their arguments.
+        quiet: Suppress its output, except for warnings and errors.
     """
     print(f"python {shlex.join(words)}", flush=True)
     output = subprocess.DEVNULL if quiet else None
@@ -32,7 +32,7 @@ def run_python(*words: str, quiet: bool = False) -> None:
 
 
 def train_once(workspace: Path, *words: str) -> float:
-    """Run a training unless it has finished before; an interrupted one continues.
+    """Run a training unless it has already finished; an interrupted one is continued.
 
     Args:
         workspace: Its folder.
@@ -58,7 +58,7 @@ def train_once(workspace: Path, *words: str) -> float:
 
 
 def log_rows(report: Path, *, epochs: bool = False) -> list[dict[str, float]]:
-    """The figures of a training's report in the order they were written; with `epochs` only those of whole epochs."""
+    """Return the figures of a training's report in the order written; with `epochs` only those of whole epochs."""
     entries = [entry for entry in read_report(report) if entry.get("type") == "LOG"]
     if epochs:
         entries = [entry for entry in entries if len(entry["step"]) == 1]

@@ -1,4 +1,4 @@
-"""Time and memory, measured so that other jobs of the machine disturb as little as possible."""
+"""Measuring time and memory with as little influence of other jobs on the machine as possible."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Figure = TypeVar("Figure")
 
 
 class Clock:
-    """Seconds on a device. On a GPU it waits until the device has finished.
+    """Measures seconds on a device. On a GPU it waits until the device has finished.
 
     Args:
-        device: Where the work is done.
-        processor_time: On a CPU count this process's processor time, to which other jobs add nothing; otherwise, and
-            on a GPU, the time that passes.
+        device: Device of the work.
+        processor_time: On a CPU, measure this process's processor time, to which other jobs add nothing; otherwise, and
+            on a GPU, elapsed time.
     """
 
     def __init__(self, device: torch.device, *, processor_time: bool = False) -> None:
@@ -34,13 +34,13 @@ class Clock:
         self._now = time.process_time if processor_time and device.type == "cpu" else time.perf_counter
 
     def now(self) -> float:
-        """Seconds since some fixed moment."""
+        """Return seconds since some fixed moment."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return self._now()
 
     def seconds(self, call: Call) -> float:
-        """Seconds that one call takes."""
+        """Return the seconds that one call takes."""
         begin = self.now()
         call()
         return self.now() - begin
@@ -52,10 +52,10 @@ def in_turns(
     """Measure several things in turns, so that a slow spell of the machine hits all of them.
 
     Args:
-        subjects: Name → what to measure, such as a call.
-        measure: Makes a figure of it, such as `Clock.seconds`.
-        repeats: Rounds that count.
-        warm_up: Rounds before, which choose kernels and fill caches.
+        subjects: Name → subject to measure, such as a call.
+        measure: Measures a subject, such as `Clock.seconds`.
+        repeats: Number of rounds that count.
+        warm_up: Number of rounds before, which choose kernels and fill caches.
 
     Returns:
         Name → its figure in every round.
@@ -70,17 +70,17 @@ def in_turns(
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """Quotients round by round: what slows one side slows the other one too."""
+    """Return quotients round by round: whatever slows one side slows the other too."""
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and extremes."""
+    """Return median and extremes."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def mean_and_deviation(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and standard deviation; the latter is undefined for a single value, the former without any."""
+    """Return mean and standard deviation; the latter is undefined for a single value, the former without values."""
     return {
         "mean": statistics.fmean(values) if values else None,
         "std": statistics.stdev(values) if len(values) > 1 else None,
@@ -88,7 +88,7 @@ def mean_and_deviation(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def with_deviation(figure: Mapping[str, float | None], digits: int = 1) -> str:
-    """`mean_and_deviation` for a table: "12.3 ± 0.4", "12.3" for a single value, "–" without any."""
+    """Format `mean_and_deviation` for a table: "12.3 ± 0.4", "12.3" for a single value, "–" without values."""
     mean, deviation = figure["mean"], figure["std"]
     if mean is None:
         return "–"
@@ -96,14 +96,14 @@ def with_deviation(figure: Mapping[str, float | None], digits: int = 1) -> str:
 
 
 def rerun(*words: str) -> str:
-    """Run this command again with further words, in a fresh process; the last line that it printed."""
+    """Run this command again with additional words in a fresh process, and return the last line that it printed."""
     command = [sys.executable, *sys.argv, *words]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return done.stdout.splitlines()[-1]
 
 
 def restart_peak(device: torch.device) -> int:
-    """Forget the highest memory so far; returns the bytes that are held now."""
+    """Reset the peak memory and return the number of bytes held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -112,14 +112,16 @@ def restart_peak(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Highest memory since `restart_peak`, or since the process began: of a GPU's allocator or of the process."""
+    """Return the peak memory since `restart_peak`, or since the process began: of a GPU's allocator or of the
+    process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status_bytes("VmHWM")
 
 
 def _status_bytes(field: str) -> int:
-    """A line of Linux's account of this process."""
+    """Read a field of Linux's status of this process."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -127,7 +129,7 @@ def _status_bytes(field: str) -> int:
 
 
 def limit_process(gib: float, cpu_seconds: float) -> None:
-    """Let an allocation fail that takes this process above a limit; SIGXCPU ends it after so much time on a core."""
+    """Make allocations beyond a memory limit fail, and end the process by SIGXCPU after this much processor time."""
     limit = int(gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     seconds = math.ceil(cpu_seconds)
@@ -135,13 +137,13 @@ def limit_process(gib: float, cpu_seconds: float) -> None:
 
 
 def resident_memory() -> int:
-    """Bytes of this process that are in memory now."""
+    """Return the number of resident bytes of this process."""
     return _status("VmRSS")
 
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """Yields a list that holds, afterwards, the most bytes of this process that were in memory meanwhile (Linux)."""
+    """Yield a list that afterwards holds the peak number of resident bytes of this process meanwhile (Linux)."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     peak: list[int] = []
     yield peak

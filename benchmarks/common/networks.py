@@ -1,4 +1,4 @@
-"""Images and networks to measure with, and the uniform cut that several benchmarks start from."""
+"""Images and networks for measurements, and the uniform cut that several benchmarks start from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pruning.engine.proof.rehearsal import condition
 
 
 def smooth_images(count: int, size: int, seed: int = 0) -> Tensor:
-    """(count, 3, size, size) with the falling spectrum of photographs, mean 0 and deviation 1."""
+    """Return images (count, 3, size, size) with the falling spectrum of photographs, mean 0 and deviation 1."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.zeros(count, 3, size, size)
     side = 4
@@ -27,7 +27,7 @@ def smooth_images(count: int, size: int, seed: int = 0) -> Tensor:
 
 
 def conditioned_network(arch: str, images: Tensor, seed: int = 0) -> nn.Module:
-    """A network with random weights whose batch norms took their statistics from images; in evaluation mode."""
+    """Build a network with random weights and batch-norm statistics of the images, in evaluation mode."""
     torch.manual_seed(seed)
     model = create_model(arch)
     condition(model, (images,))
@@ -37,14 +37,14 @@ def conditioned_network(arch: str, images: Tensor, seed: int = 0) -> nn.Module:
 def uniform_cut(
     model: nn.Module, graph: ChannelGraph, costs: CostModel, share: float = 0.5
 ) -> dict[int, np.ndarray]:
-    """Every group keeps the same share of its channels: the largest that leaves at most a share of the MACs.
+    """Return the cut that keeps the same share of every group: the largest that leaves at most a share of the MACs.
 
     Args:
         model: The network.
         graph: Its groups. Each takes the allowed width nearest to the common share, and keeps its channels with the
             largest L1 norm.
-        costs: Of the network; has "macs".
-        share: Of the MACs that may be left.
+        costs: Cost model of the network, with "macs".
+        share: Share of the MACs that may remain.
 
     Returns:
         Group index → positions that stay, ascending.
@@ -52,7 +52,7 @@ def uniform_cut(
     scores = score_groups(model, graph, [], Magnitude())
     orders = {}
     for group in graph.prunable:
-        # Where a group has no weights to go by, its first channels stay.
+        # Groups without weights to rank by keep their first channels.
         of_group = scores.get(group.index, torch.zeros(group.width))
         orders[group.index] = np.argsort(-of_group.numpy(), kind="stable")
 

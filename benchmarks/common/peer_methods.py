@@ -1,7 +1,8 @@
-"""Ways to a budget within a short training: ours, Torch-Pruning's, and a smaller network from scratch.
+"""Methods of reaching a budget within a short training: LucidPrune's, Torch-Pruning's, and a smaller network from
+scratch.
 
-All get the same network, images, steps and learning rates. Those that cut several times cut at the same steps; those
-that prepare a cut by a penalty cut once, at the last of these steps.
+All get the same network, images, steps and learning rates. Methods that cut several times cut at the same steps;
+methods that prepare a cut by a penalty cut once, at the last of these steps.
 """
 
 from __future__ import annotations
@@ -22,34 +23,34 @@ from pruning.search import GreedySearch
 
 _CALIBRATION_BATCH = 128
 _BISECTIONS = 9
-_MOST = 0.95  # of a layer, by one cut of Torch-Pruning
+_MOST = 0.95  # largest share of a layer removed by one cut of Torch-Pruning
 
 
 @dataclasses.dataclass(frozen=True)
 class Cuts:
-    """When a run is cut: `number` times, evenly over the first `share` of its steps."""
+    """Schedule of a run's cuts: `number` times, evenly over the first `share` of its steps."""
 
     number: int = 5
     share: float = 0.4
 
     def steps(self, num_steps: int) -> list[int]:
-        """Numbers of steps done, after which a cut follows."""
+        """Return the numbers of steps after which a cut follows."""
         every = max(1, round(num_steps * self.share / self.number))
         return [every * (place + 1) for place in range(self.number)]
 
 
 class Joints(Protocol):
-    """What a method does at the joints of a training."""
+    """Hooks of a method into a training."""
 
     def after_backward(self) -> None:
-        """Between backward pass and optimizer step."""
+        """Called between backward pass and optimizer step."""
 
     def after_step(self, step: int) -> None:
-        """After this many steps."""
+        """Called after this many steps."""
 
 
 class Untouched:
-    """Nothing is cut: the control with the same further training."""
+    """No cut: the control with the same further training."""
 
     def after_backward(self) -> None:
         """See `Joints`."""
@@ -59,17 +60,17 @@ class Untouched:
 
 
 class Ours(Untouched):
-    """`Pruner` in a loop of one's own.
+    """`Pruner` in a custom loop.
 
     Args:
         training: The run.
         budget: Share of the MACs.
-        cuts: When.
-        criterion: Scores channels.
-        search: Chooses groups; `sensitivity` cuts once, at the first of the steps.
-        instalments: Of each cut of the greedy search; see `GreedySearch`.
-        repair: Of every rewrite.
-        distil: Learn from the network as it was, too.
+        cuts: Schedule of the cuts.
+        criterion: Criterion that scores channels.
+        search: Search that chooses groups; `sensitivity` cuts once, at the first of the steps.
+        instalments: Instalments of each cut of the greedy search; see `GreedySearch`.
+        repair: Repair of every rewrite.
+        distil: Also distil from the original network.
     """
 
     def __init__(
@@ -110,16 +111,17 @@ class Ours(Untouched):
 
 
 class TorchPruning(Untouched):
-    """Torch-Pruning in the same loop: to the same costs at the same steps, with a new optimizer after each cut.
+    """Torch-Pruning in the same loop: the same costs at the same steps, with a new optimizer after each cut.
 
     Args:
         training: The run.
         budget: Share of the MACs, as Torch-Pruning counts them.
-        cuts: When.
+        cuts: Schedule of the cuts.
         importance: `l2`, `group`, `bn`, or `taylor`, whose gradients are those of the calibration images.
-        layers: Whether layers are cut alike (`uniform`), compared with all others (`global`), or with those of their
-            own shape (`isomorphic`).
-        penalty: Train towards the cut: `bn` (a penalty on scales), `growing` (a growing one on what will go).
+        layers: Whether layers are cut by the same share (`uniform`), compared with all others (`global`), or with
+            layers of the same shape (`isomorphic`).
+        penalty: Train towards the cut: `bn` (a penalty on scales), `growing` (a growing penalty on the channels to
+            remove).
         once: Cut at the first of the steps only (a penalty: at the last one).
     """
 
@@ -181,7 +183,7 @@ class TorchPruning(Untouched):
         return float(self._tp.utils.count_ops_and_params(model, self._example)[0])
 
     def after_backward(self) -> None:
-        """See `Joints`: the penalty's gradient."""
+        """See `Joints`: adds the penalty's gradient."""
         if self._penalty is not None:
             self._penalty.regularize(self._training.model)
 
@@ -201,7 +203,7 @@ class TorchPruning(Untouched):
                 self._penalty = None
 
     def _cut_to(self, target: float) -> nn.Module:
-        """The network cut by the least ratio that meets a cost."""
+        """Return the network, cut by the smallest ratio that meets a cost."""
         source = self._training.model.eval()
         source.zero_grad()
         gradients: list[Any] = []
@@ -230,12 +232,12 @@ class TorchPruning(Untouched):
 
 
 class FromScratch(Untouched):
-    """All widths alike to the same MACs, and new weights.
+    """A network with all widths reduced by the same share to the same MACs, and new weights.
 
     Args:
         training: The run.
         budget: Share of the MACs.
-        cuts: None are made.
+        cuts: Unused.
     """
 
     def __init__(self, training: ShortTraining, budget: float, cuts: Cuts) -> None:
@@ -262,7 +264,7 @@ def _theirs(**settings: Any) -> Maker:
     return lambda training, budget, cuts: TorchPruning(training, budget, cuts, **settings)
 
 
-#: Name of a row → makes the method. Whose schedule has another peak (from scratch) is in `FROM_SCRATCH`.
+#: Name of a row → constructor of the method. Methods with another peak rate (from scratch) are in `FROM_SCRATCH`.
 METHODS: dict[str, Maker] = {
     "not pruned": lambda *_: Untouched(),
     "ours: discriminant": _ours(),
@@ -290,5 +292,5 @@ FROM_SCRATCH = ("from scratch",)
 
 
 def share_of_macs(model: nn.Module, small: nn.Module, example: torch.Tensor) -> float:
-    """MACs of a cut network over those of the original, counted by us for every method."""
+    """Return the MACs of a cut network over those of the original, counted in the same way for every method."""
     return trace_groups(small, example).macs / trace_groups(model, example).macs

@@ -1,4 +1,4 @@
-"""The outside of every benchmark: its arguments, its table, and its JSON file with what it was measured on."""
+"""Common interface of benchmarks: arguments, table, and JSON file with the environment of the measurement."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 class BenchmarkParser(argparse.ArgumentParser):
-    """The arguments of a benchmark: those that all have, and its own.
+    """Argument parser of a benchmark: common arguments and its own.
 
     Args:
-        description: The script's docstring, shown by `--help` as it stands.
-        repeats: Default of `--repeats`; None where nothing is repeated.
+        description: The script's docstring, shown unchanged by `--help`.
+        repeats: Default of `--repeats`; None if nothing is repeated.
         seeds: Default of `--seeds` for benchmarks that run with several seeds; the others have `--seed`.
         threads: Default of `--threads`; None leaves the number to PyTorch and to OMP_NUM_THREADS.
-        cpu_only: What is measured runs on the CPU, so there is no `--device`.
+        cpu_only: Whether everything runs on the CPU, so that there is no `--device`.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class BenchmarkParser(argparse.ArgumentParser):
         """Read the command line, and set the number of threads and the seed.
 
         Args:
-            output: Name of the default file in benchmarks/results/; arguments stand in braces: `"speed_{arch}.json"`.
-            quick: Argument → default under `--quick`. What is given on the command line still holds.
+            output: Name of the default file in benchmarks/results/, with arguments in braces: `"speed_{arch}.json"`.
+            quick: Argument → default under `--quick`. Values given on the command line take precedence.
 
         Returns:
             The arguments. `device` is a `torch.device`, `output` is always set: a quick run without `--output` writes
@@ -88,11 +88,11 @@ class BenchmarkParser(argparse.ArgumentParser):
 
 
 def write_json(arguments: argparse.Namespace, n: int, content: Mapping[str, object]) -> None:
-    """Write a benchmark's results to `--output`, below a head that is the same in all of them.
+    """Write a benchmark's results to `--output`, below a head with the same fields in all benchmarks.
 
     Args:
-        arguments: Of the benchmark; all but places on this machine are recorded.
-        n: How often each figure was measured: repeats, or seeds.
+        arguments: Arguments of the benchmark; all are recorded except locations on this machine.
+        n: Number of measurements of each figure: repeats, or seeds.
         content: The results.
     """
     path: Path = arguments.output
@@ -105,7 +105,9 @@ def write_json(arguments: argparse.Namespace, n: int, content: Mapping[str, obje
 
 
 def head(arguments: argparse.Namespace, n: int) -> dict[str, object]:
-    """What was run, from which commit, how often, and on what (hardware, versions, threads, load average, date)."""
+    """Return what was run: commit, number of measurements, and environment (hardware, versions, threads, load,
+    date).
+    """
     script = Path(sys.argv[0]).name
     places = ("output", "workspace", "memory_of")
     return {
@@ -119,7 +121,7 @@ def head(arguments: argparse.Namespace, n: int) -> dict[str, object]:
 
 
 def _commit() -> str | None:
-    """The commit that is checked out, with -dirty behind it where files differ; None outside a repository."""
+    """Return the checked-out commit, with the suffix -dirty if files differ; None outside a repository."""
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -129,7 +131,7 @@ def _commit() -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: paths by their name, devices as text, undefined numbers as null."""
+    """Convert a value for JSON: paths to their names, devices to text, undefined numbers to null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -149,7 +151,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], num_names
     Args:
         columns: Headings.
         rows: Cells of every row.
-        num_names: That many first columns are text and stand left; numbers stand right.
+        num_names: Number of leading text columns, which are left-aligned; numbers are right-aligned.
     """
     lines = [columns, *rows]
     widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]

@@ -1,4 +1,4 @@
-"""A short training of a small network on images that stay in memory: the same steps for every method of a bench.
+"""A short training of a small network on images in memory, with the same steps for every method of a benchmark.
 
 One cycle of the learning rate, SGD with Nesterov momentum, label smoothing, a translation by up to two pixels, and
 flips that alternate: an image is mirrored in every second epoch, so that two epochs show both sides of all images.
@@ -43,9 +43,9 @@ def read_images(folder: Path | None, cache: Path, num_calibration: int) -> Image
     """Decode `train` and `val` (or `test`) class folders of equally large images, once for all runs.
 
     Args:
-        folder: Holds a folder of class folders for each split; None: a little noise, for quick runs.
-        cache: File that keeps the decoded pixels.
-        num_calibration: Training images that are held out, the same number of every class; the same in all runs.
+        folder: Folder with class folders for each split; None for a little noise, for quick runs.
+        cache: File that caches the decoded pixels.
+        num_calibration: Number of training images to hold out, equally many of every class; the same in all runs.
     """
     if not cache.is_file():
         if folder is None:
@@ -97,17 +97,17 @@ class Schedule:
     rise: float = 0.15
 
     def num_steps(self, num_images: int) -> int:
-        """Optimizer steps of the training."""
+        """Return the number of optimizer steps of the training."""
         return round(self.epochs * (num_images // self.batch_size))
 
     def rate(self, step: int, num_steps: int) -> float:
-        """Learning rate of a step, counted from 0."""
+        """Return the learning rate of a step, counted from 0."""
         done = (step + 0.5) / num_steps
         return self.peak * min(done / self.rise, (1 - done) / (1 - self.rise))
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.SGD:
-    """SGD; weights decay, biases and norms do not."""
+    """Create SGD with weight decay, except on biases and norms."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": _WEIGHT_DECAY},
@@ -117,14 +117,14 @@ def make_optimizer(model: nn.Module) -> torch.optim.SGD:
 
 
 class ShortTraining:
-    """The loop. A method of pruning is called at its joints, and may put another network in place.
+    """The loop. A pruning method is called through hooks, and may replace the network.
 
     Args:
         model: Trained in place.
         images: Splits.
         schedule: Steps and learning rate.
-        seed: Of order and translation.
-        bf16: Forward passes run under autocast to bfloat16.
+        seed: Seed of order and translation.
+        bf16: Whether forward passes run under autocast to bfloat16.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class ShortTraining:
         return 0.5 * loss + 0.5 * nn.functional.cross_entropy(logits, wanted)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Augmented batches of all steps."""
+        """Yield the augmented batches of all steps."""
         random = torch.Generator().manual_seed(self.seed)
         pixels, labels = self.images.train
         mirrored = torch.rand(len(labels), generator=random) < 0.5
@@ -184,7 +184,7 @@ class ShortTraining:
 
 
 def augmented(batch: Tensor, mirrored: Tensor, random: torch.Generator) -> Tensor:
-    """Images moved by up to two pixels both ways (edges reflected), some of them mirrored.
+    """Shift images by up to two pixels both ways (edges reflected), and mirror some of them.
 
     Args:
         batch: (N, 3, H, W).
@@ -203,7 +203,7 @@ def augmented(batch: Tensor, mirrored: Tensor, random: torch.Generator) -> Tenso
 
 
 def logits_of(model: nn.Module, shown: Tensor, *, bf16: bool) -> Tensor:
-    """A forward pass; (N, classes) float32."""
+    """Run a forward pass and return logits (N, classes) float32."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         logits: Tensor = model(shown)
     return logits.float()
@@ -211,7 +211,7 @@ def logits_of(model: nn.Module, shown: Tensor, *, bf16: bool) -> Tensor:
 
 @torch.no_grad()
 def top1(model: nn.Module, images: tuple[Tensor, Tensor], *, bf16: bool = False) -> float:
-    """Percent of the images whose largest logit is their class."""
+    """Return the percentage of images whose largest logit is their class."""
     model.eval()
     right = 0
     for shown, labels in zip(images[0].split(_JUDGED_AT_ONCE), images[1].split(_JUDGED_AT_ONCE), strict=True):

@@ -1,4 +1,4 @@
-"""Comparing what two runs of a job left behind, bit for bit: reports, checkpoints, JSON, arrays."""
+"""Bit-for-bit comparison of the files of two runs of a job: reports, checkpoints, JSON, arrays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Names of keys whose values may differ (shell patterns), and why. They are left out at any depth of any file.
+#: Names of keys whose values may differ (shell patterns), and why. They are ignored at any depth of any file.
 IGNORED = {
     "*_ips": "speed",
     "*.data_time": "time", "*.compute_time": "time", "*compute_latency*": "time", "*seconds*": "time",
@@ -29,12 +29,12 @@ IGNORED = {
 
 @dataclasses.dataclass
 class Comparison:
-    """What was compared, and how it differs.
+    """Numbers of compared items, and their differences.
 
     Attributes:
-        steps: Logging steps of reports.
-        tensors: Tensors and arrays.
-        numbers: Plain numbers.
+        steps: Number of logging steps of reports.
+        tensors: Number of tensors and arrays.
+        numbers: Number of plain numbers.
         differences: One sentence each, in the order of the training.
     """
 
@@ -44,7 +44,7 @@ class Comparison:
     differences: list[str] = dataclasses.field(default_factory=list)
 
     def compare(self, place: str, base: Any, head: Any) -> None:
-        """Compare plain data and tensors, nested at will; `place` names them in sentences."""
+        """Compare plain data and tensors with any nesting; `place` names them in sentences."""
         if isinstance(base, Mapping) and isinstance(head, Mapping):
             self._compare_mappings(place, base, head)
         elif isinstance(base, (list, tuple)) and isinstance(head, (list, tuple)):
@@ -93,13 +93,13 @@ def same_value(base: Any, head: Any) -> bool:
 
 
 def shortened(value: Any) -> str:
-    """A value as text of at most 60 characters."""
+    """Format a value as text of at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def tensor_difference(base: Tensor, head: Tensor) -> str | None:
-    """How a tensor differs; None where shape, type and every bit are the same."""
+    """Describe how a tensor differs; None if shape, type and every bit are the same."""
     shapes = [f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (base, head)]
     if shapes[0] != shapes[1]:
         return f"{shapes[0]} became {shapes[1]}"
@@ -124,7 +124,7 @@ def tensor_difference(base: Tensor, head: Tensor) -> str | None:
 
 
 def read_figures(path: Path) -> dict[str, dict[str, list[Any]]]:
-    """A JSON-lines report: "[epoch, iteration]" → key → the values logged there, in order; no flags, no units."""
+    """Read a JSON-lines report: "[epoch, iteration]" → key → the values logged there, in order; no flags, no units."""
     figures: dict[str, dict[str, list[Any]]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line.removeprefix("DLLL "))
@@ -136,7 +136,7 @@ def read_figures(path: Path) -> dict[str, dict[str, list[Any]]]:
 
 
 def read_file(path: Path) -> Any:
-    """What a file holds, as plain data, tensors and arrays."""
+    """Read a file as plain data, tensors and arrays."""
     if path.suffix == ".npy":
         return np.load(path)
     if path.suffix == ".json":
@@ -150,14 +150,16 @@ def is_report(path: Path) -> bool:
 
 
 def result_files(folder: Path) -> list[str]:
-    """The files of a job that are compared, relative to its folder: reports first, for they tell when it began."""
+    """Return the files of a job to compare, relative to its folder: reports first, since they show when differences
+    began.
+    """
     kinds = (".json", ".tar", ".pth", ".npy")
     paths = [p for p in folder.rglob("*") if p.suffix in kinds and p.is_file() and not p.name.startswith(".")]
     return [str(path.relative_to(folder)) for path in sorted(paths, key=lambda p: (not is_report(p), p))]
 
 
 def compare_folders(base: Path, head: Path) -> Comparison:
-    """Compare what a job left in two folders."""
+    """Compare the files of a job in two folders."""
     comparison = Comparison()
     names, others = result_files(base), result_files(head)
     for name in names:

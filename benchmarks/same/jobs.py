@@ -1,7 +1,7 @@
 """The jobs that `benchmarks/same_training.py` runs with the code of both commits: a table of plain data.
 
-All are small: a ResNet-20 on 32 pixels of the embedded shapes, some twenty iterations. A job runs in a folder of its
-own and gives files by relative paths, so that no path of a machine gets into what it writes.
+All are small: a ResNet-20 on 32 pixels of the embedded shapes, some twenty iterations. A job runs in its own folder and
+refers to files by relative paths, so that no path of the machine gets into its output.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class Job:
     """A job as data.
 
     Attributes:
-        name: Also that of its folder, beside the folders of the others.
+        name: Name of the job and its folder.
         steps: What runs in the folder, one after the other. `python WORDS` is a process of this interpreter;
-            `stop COUNT WORDS` is one that is sent SIGUSR1 when its report has so many lines of figures, and must end
-            with code 75; `copy FROM` copies what a folder holds. $tree is the commit's root, $here is benchmarks/same/.
-        needs: Names of jobs, further up, whose files the steps read.
+            `stop COUNT WORDS` is one that is sent SIGUSR1 when its report has COUNT lines of figures, and must end with
+                code 75; `copy FROM` copies a folder's content. $tree is the commit's root, $here is benchmarks/same/.
+        needs: Names of earlier jobs whose files the steps read.
         same_as: Name of a job that must end with the same files.
-        compared: Off where the moment of a signal decides what the files are.
+        compared: False if the files depend on the moment of a signal.
     """
 
     name: str
@@ -65,8 +65,8 @@ class Job:
     compared: bool = True
 
 
-#: A job is added by a row. Both commits get the same words: where a flag was renamed, compare with the old spelling as
-#: long as both know it, or leave the flag out.
+#: Add a job by adding a row. Both commits get the same words: if a flag was renamed, use the old spelling as long as
+#: both accept it, or leave the flag out.
 JOBS = (
     Job("plain", (f"python {MAIN} {PLAIN}",)),
     Job("pruned", (f"python {MAIN} {PRUNED}",)),

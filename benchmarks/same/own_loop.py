@@ -1,6 +1,6 @@
-"""Pruning from outside the training job, by public names alone: a hand-written loop, and files that it makes and reads.
+"""Pruning from outside the training job, only by public names: a hand-written loop, and files that it writes and reads.
 
-    python benchmarks/same/own_loop.py train            prune in a loop, and at once; writes to the present folder
+    python benchmarks/same/own_loop.py train            prune in a loop, and at once; writes to the current folder
     python benchmarks/same/own_loop.py load FILE …      load networks; writes their tensors and outputs on noise
     python benchmarks/same/own_loop.py mask FILE OUT    zero a few channels of a ResNet, for `pruning shrink`
 
@@ -36,12 +36,12 @@ class Block(nn.Module):
         self.narrow = nn.Sequential(nn.Conv2d(2 * width, width, 1), nn.BatchNorm2d(width))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features of the same shape."""
+        """Return features of the same shape."""
         return torch.relu(features + self.narrow(self.deep(self.wide(features))))
 
 
 class Network(nn.Module):
-    """A small classifier of a class of its own."""
+    """A small classifier of a custom class."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,17 +50,17 @@ class Network(nn.Module):
         self.head = nn.Linear(8, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
+        """Return logits."""
         return self.head(self.blocks(self.stem(images)).mean((2, 3)))
 
 
 def noise(count: int, size: int, seed: int) -> Tensor:
-    """(count, 3, size, size) noise, the same every time."""
+    """Return noise (count, 3, size, size), the same every time."""
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def batches(count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Noise whose mean colours decide on the class."""
+    """Yield noise images whose mean colours determine the class."""
     for number in range(count):
         images = noise(12, SIZE, seed + number)
         strongest = images.mean((2, 3)).abs().argmax(1)
@@ -68,7 +68,7 @@ def batches(count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def trained(model: nn.Module, criterion: str, **settings: Any) -> tuple[Pruner, list[float]]:
-    """Train and prune; the pruner, and the loss of every iteration."""
+    """Train and prune; return the pruner, and the loss of every iteration."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     ema = copy.deepcopy(model)
     example = noise(2, SIZE, 0)
@@ -116,7 +116,7 @@ def train() -> None:
 
 
 def write_behaviour(model: nn.Module, path: Path, size: int = SIZE) -> None:
-    """A network's tensors and its logits on noise, as a file."""
+    """Write a network's tensors and its logits on noise to a file."""
     model.eval()
     with torch.no_grad():
         outputs = model(noise(4, size, 7))
@@ -124,7 +124,7 @@ def write_behaviour(model: nn.Module, path: Path, size: int = SIZE) -> None:
 
 
 def load(files: list[Path]) -> None:
-    """Load networks and write what they are and do, numbered as they were given."""
+    """Load networks and write their tensors and outputs, numbered in the given order."""
     for number, path in enumerate(files):
         write_behaviour(load_pruned(path), Path(f"{number}-outputs.pth"), 32)
 
@@ -135,11 +135,13 @@ def mask(file: Path, out: Path) -> None:
     for name, tensor in checkpoint["state_dict"].items():
         if name.endswith(("conv1.weight", "bn1.weight", "bn1.bias")) and name.startswith("layer"):
             tensor[:: math.ceil(len(tensor) / 5)] = 0
-    torch.save(checkpoint, out)
+    # Other tensors have another digest; files of version 1 have none.
+    checkpoint.pop("digest", None)
+    torch.save({**checkpoint, "version": 1}, out)
 
 
 def main() -> None:
-    """Do what the first word says."""
+    """Run the given subcommand."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("train", "load", "mask"))
     parser.add_argument("files", nargs="*", type=Path)

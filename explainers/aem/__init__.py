@@ -1,4 +1,4 @@
-"""Amortised explanation models (Ganjdanesh et al. 2022): a selector that names what a classifier looks at."""
+"""Amortised explanation models (Ganjdanesh et al. 2022): a selector that predicts the region a classifier relies on."""
 
 from explainers.aem.masks import MASK_PRESETS, MaskGeometry
 from explainers.aem.saved_selector import SelectorExplanation, load_selector, save_selector

@@ -3,8 +3,9 @@
     python -m explainers evaluate-selector shapes --selector g/model_best.pth.tar --predictor q/model_best.pth.tar \\
         --json figures.json
 
-With a predictor: KL, agreement and area of the masks. Where the split has pixel masks or boxes: how often the mask's
-highest pixel lies on the labelled object (all images), and its ROC-AUC against the object's pixels.
+With a predictor, it reports KL, agreement and area of the masks. If the split has pixel masks or boxes, it also reports
+how often the mask's highest pixel lies on the labelled object (over all images), and the mask's ROC-AUC against the
+object's pixels.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from explainers.measures.localization import pixel_auc, pointing_hit
 from explainers.measures.tables import without_nan
 from explainers.verbs.attribution_job import ImagesJob, check_writable, image_loader
 from explainers.verbs.ground_truth_checks import needed_annotations
-from image_classification.cli import to_plain
 from image_classification.config import check, flag, section
 from image_classification.data.loader import Batch
-from image_classification.distributed import Distributed, setup_distributed
+from image_classification.distributed import Distributed
 from image_classification.extras import optional_import
 from image_classification.file_writing import write_text
+from image_classification.joining import setup_distributed
 from image_classification.precision import Precision, PrecisionConfig
+from image_classification.resolved_config import to_plain
 from image_classification.verbs import configured
 
 with optional_import():
@@ -72,7 +74,7 @@ class EvaluateSelectorConfig(ImagesJob):
 
 
 def run(configs: EvaluateSelectorConfig) -> int:
-    """Run the verb; see the module's text."""
+    """Run the verb; see the module docstring."""
     config = configs.explainer
     if config.json is not None:
         check_writable(Path(config.json).absolute().parent, "--json")
@@ -87,13 +89,13 @@ def run(configs: EvaluateSelectorConfig) -> int:
 
 
 def as_json(figures: Mapping[str, float], config: Mapping[str, object]) -> str:
-    """Figures and configuration as JSON: NaN becomes null."""
+    """Return figures and configuration as JSON, with NaN written as null."""
     plain = {"figures": without_nan(figures), "config": config}
     return json.dumps(plain, indent=2, allow_nan=False) + "\n"
 
 
 def _measure(configs: EvaluateSelectorConfig, distributed: Distributed) -> dict[str, float]:
-    """All figures that are available."""
+    """Compute every figure that the split and the settings allow."""
     config, data, images = configs.explainer, configs.data, configs.images
     opened = open_selector(config, data, images, distributed)
     table = opened.manifest.targets
@@ -139,9 +141,10 @@ def localisation_figures(
     distributed: Distributed,
     explained: ExplainedClass = EXPLAINED,
 ) -> dict[str, float]:
-    """Whether masks lie on objects, over all images with a labelled object in view. Collective.
+    """Measure how well masks lie on objects, over all images with a labelled object in view. Collective.
 
-    The class that is explained is the network's own, or the label; the object is any that the image's label names.
+    The explained class is the network's prediction or the label; any object that the image's label names counts as the
+    object.
 
     Returns:
         `on_object`: share of images where the mask's highest pixel (an RBF mask's centre) lies on the object, in

@@ -27,8 +27,8 @@ class MaskedImage:
     """One row of a page.
 
     Attributes:
-        title: What the network says about the image.
-        masked_title: What is said about the masked image.
+        title: The network's prediction for the image.
+        masked_title: The prediction for the masked image.
         image, masked: (S, S, 3) in [0, 1].
         mask: (S, S) in [0, 1].
         binary: (S, S) bool, the binarised mask, for a column of its own.
@@ -51,7 +51,7 @@ def save_mask_page(path: Path, rows: Sequence[MaskedImage]) -> None:
     A cross marks the centre of an RBF mask, the full circle its width σ (mask value 0.61) and the dashed one 2σ (0.14).
 
     Args:
-        path: File; the suffix says the format.
+        path: Output file; its suffix selects the format.
         rows: At least one.
     """
     columns = 3 + any(row.binary is not None for row in rows)

@@ -1,4 +1,4 @@
-"""How well masks explain: KL of the masked prediction, its agreement with the black box, the masks' area.
+"""Quality of masks: KL of the masked prediction, its agreement with the black box, and the masks' area.
 
 Masks are taken as probabilities, without noise. Sums are exact over ranks: every image counts once.
 """
@@ -22,15 +22,15 @@ from image_classification.distributed import Distributed
 from image_classification.models import evaluating, main_and_auxiliary_logits
 from image_classification.precision import Precision
 
-#: Random masks of an evaluation are the same each time.
+#: Seed of the random masks, so that every evaluation draws the same ones.
 _SEED = 20220
 
-#: Images (N, 3, S, S) and their targets to the black box's logits (N, L) and masks (N, 1, S, S).
+#: Maps images (N, 3, S, S) and their targets to the black box's logits (N, L) and masks (N, 1, S, S).
 Masker = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 class Batches(Protocol):
-    """What a measurement needs of a loader."""
+    """The part of a loader's interface that a measurement uses."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -48,11 +48,11 @@ def judge_masks(
     multi_label: bool = False,
     max_batches: int | None = None,
 ) -> dict[str, float]:
-    """Figures of masks on a split. Collective.
+    """Measure masks on a split. Collective.
 
     Args:
-        masker: Gives black-box logits and masks of a batch.
-        predictor: Judges masked images; its mode is left as it was.
+        masker: Returns black-box logits and masks for a batch.
+        predictor: Judges masked images; its mode is restored afterwards.
         loader: The split.
         precision: Autocast of the forward passes.
         distributed: Ranks to sum over.
@@ -67,7 +67,7 @@ def judge_masks(
     loader.set_epoch(0)
     with evaluating(predictor):
         for batch in itertools.islice(loader, max_batches):
-            if not len(batch):  # the last batch of an uneven split may leave nothing to this rank
+            if not len(batch):  # the last batch of an uneven split may be empty on this rank
                 continue
             with precision.autocast():
                 wanted, masks = masker(batch.images, batch.targets)
@@ -90,7 +90,7 @@ def judge_masks(
 
 
 class SelectorMasks:
-    """`Masker` of a selector and the classifier that it explains.
+    """`Masker` that uses a selector and the classifier it explains.
 
     Args:
         selector: The selector.
@@ -106,7 +106,7 @@ class SelectorMasks:
         self.explained = explained
 
     def __call__(self, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits (N, L) and masks (N, 1, S, S)."""
+        """Return logits (N, L) and masks (N, 1, S, S)."""
         selector = self.explanation.selector
         labels = None
         if self.explained == "label" and targets is not None:
@@ -117,12 +117,12 @@ class SelectorMasks:
 
 
 class FixedRandomMasks:
-    """`Masker` of a predictor: random masks. Every object draws the same sequence.
+    """`Masker` for judging a predictor: random masks, the same sequence for every instance.
 
     Args:
-        draw: `RandomMasks`.
+        draw: Draws the masks.
         black_box: f.
-        rank: Of this process; ranks draw different masks.
+        rank: Rank of this process; ranks draw different masks.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class FixedRandomMasks:
         self._generator: torch.Generator | None = None
 
     def __call__(self, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits (N, L) and masks (N, 1, S, S)."""
+        """Return logits (N, L) and masks (N, 1, S, S)."""
         if self._generator is None:
             self._generator = torch.Generator(images.device).manual_seed(_SEED + self.rank)
         logits, _ = main_and_auxiliary_logits(self.black_box(images))

@@ -22,13 +22,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Least width of a mask in pixels: below it the mask is empty on every grid, and its gradient would not be finite.
+from image_classification.checkpoint_format import FINITE, POSITIVE, check_entries
+from image_classification.plain_data import PlainValue
+
+#: Smallest width of a mask in pixels. A narrower mask is empty on every grid, and its gradient is not finite.
 _LEAST_WIDTH = 1e-2
+#: What stands in a file of a geometry.
+_ENTRIES = {
+    "image_size": POSITIVE,
+    "travel": FINITE,
+    "least_width": FINITE,
+    "most_width": FINITE,
+    "initial_width": FINITE,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskGeometry:
-    """Where RBF masks may lie and how wide they are, in pixels of the image.
+    """Range of positions and widths of RBF masks, in pixels of the image.
 
     Attributes:
         image_size: Side S of the images.
@@ -55,6 +66,18 @@ class MaskGeometry:
         if not self.initial_width > 0:
             raise ValueError(f"initial width {self.initial_width}: give a positive number of pixels")
 
+    @classmethod
+    def from_plain(cls, plain: PlainValue) -> MaskGeometry:
+        """Read what `dataclasses.asdict` gave.
+
+        Raises:
+            ValueError: It is not of that form.
+        """
+        check_entries(plain, _ENTRIES, "its geometry's")
+        if plain.keys() != _ENTRIES.keys():
+            raise ValueError(f"not a geometry of masks: its entries are {', '.join(map(str, plain))[:200]}")
+        return cls(**plain)
+
     def scaled(self, image_size: int) -> MaskGeometry:
         """The same geometry for images of another size."""
         factor = image_size / self.image_size
@@ -75,7 +98,7 @@ MASK_PRESETS = {
 
 
 def centres_and_widths(raw: Tensor, geometry: MaskGeometry) -> tuple[Tensor, Tensor]:
-    """What three raw outputs mean.
+    """Convert a selector's raw outputs to centres and widths.
 
     Args:
         raw: (N, 3): a (row), b (column), w.
@@ -114,7 +137,7 @@ def rbf_masks(centres: Tensor, widths: Tensor, size: int, geometry: MaskGeometry
 def random_rbf_masks(
     count: int, geometry: MaskGeometry, device: torch.device, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Masks with centres uniform in the central frame and widths uniform in the range: what a predictor is shown.
+    """Draw the masks that a predictor is trained on: uniform centres in the central frame, uniform widths.
 
     Returns:
         (count, 1, S, S) float32.
@@ -152,12 +175,12 @@ def relaxed_bernoulli(
 
 
 def to_size(masks: Tensor, size: int) -> Tensor:
-    """Per-pixel masks (N, 1, h, w) on a larger or equal grid (N, 1, size, size): every cell keeps its value."""
+    """Enlarge per-pixel masks (N, 1, h, w) to (N, 1, size, size) by nearest neighbour: every cell keeps its value."""
     return (
         masks if masks.shape[-2:] == (size, size) else F.interpolate(masks, size=(size, size), mode="nearest")
     )
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half-precision tensors as float32, others as they are."""
+    """Return half-precision tensors as float32, others unchanged."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

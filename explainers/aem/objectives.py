@@ -1,4 +1,4 @@
-"""What a step of predictor and selector training minimises, as objectives of the common training loop."""
+"""Objectives of predictor and selector training, for the common training loop."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _PARTS = ("kl", "area", "tv")
 
 @dataclasses.dataclass(frozen=True)
 class RandomMasks:
-    """Masks that a predictor is trained on.
+    """Random masks that a predictor is trained on.
 
     Attributes:
-        kind: "rbf": random RBF masks; "real-x": each cell in or out with probability ½.
-        geometry: Of RBF masks; its `image_size` is the side of the images for both kinds.
-        grid: Height and width in cells of "real-x" masks: the resolution of the selector's.
+        kind: "rbf": random RBF masks; "real-x": each cell is kept or dropped with probability ½.
+        geometry: Geometry of RBF masks; its `image_size` is the side of the images for both kinds.
+        grid: Height and width in cells of "real-x" masks: the resolution of the selector's masks.
         temperature, hard: See `relaxed_bernoulli`.
     """
 
@@ -39,7 +39,7 @@ class RandomMasks:
     hard: bool
 
     def __call__(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-        """(count, 1, S, S) in [0, 1]."""
+        """Draw masks (count, 1, S, S) in [0, 1]."""
         if self.kind == "rbf":
             probabilities = random_rbf_masks(count, self.geometry, device, generator)
         else:
@@ -66,7 +66,7 @@ class PredictorObjective:
         self.multi_label = multi_label
 
     def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Objective.__call__`; labels are only counted, not learned."""
+        """See `Objective.__call__`; labels are counted but not learned."""
         with torch.no_grad():
             wanted, _ = main_and_auxiliary_logits(self.black_box(images))
         masked = images * self.masks(len(images), images.device)
@@ -141,12 +141,12 @@ class SelectorObjective:
         return divergence + weights.area * area + weights.smoothness * variation, logits
 
     def _add(self, parts: Tensor, count: int) -> None:
-        """Sum up the parts of the loss without reading them back."""
+        """Accumulate the parts of the loss on the device, without a host sync."""
         weighted = torch.cat([parts.double() * count, parts.new_full((1,), count, dtype=torch.float64)])
         self._sums = weighted if self._sums is None else self._sums + weighted
 
     def read_parts(self, distributed: Distributed) -> dict[str, float]:
-        """Means of the unweighted parts since the last reading, over all ranks: `kl`, `area`, `tv`. Collective."""
+        """Return means of the unweighted parts since the last call, over all ranks: `kl`, `area`, `tv`. Collective."""
         sums = self._sums
         if sums is None:
             sums = torch.zeros(len(_PARTS) + 1, dtype=torch.float64, device=distributed.device)

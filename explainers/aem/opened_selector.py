@@ -1,4 +1,4 @@
-"""What the verbs that read a trained selector share: its file, its network, its images."""
+"""Code shared by the verbs that read a trained selector: they open its file, its network and its images."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class SelectorFileConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OpenedSelector:
-    """A selector with its network and the images to look at.
+    """A selector with its network and the images to explain.
 
     Attributes:
         explanation: The selector.
-        black_box: The network that it explains.
-        dataset, manifest: The data set and the part of it that is looked at.
+        black_box: The network it explains.
+        dataset, manifest: The data set and the part of it that is used.
         preset: Size and normalisation of the images.
     """
 
@@ -59,7 +59,7 @@ class OpenedSelector:
     preset: Preset
 
     def load_predictor(self, path: str, device: torch.device) -> nn.Module:
-        """A predictor that imitates the black box on such images.
+        """Load a predictor and check that it imitates this black box on images of this size.
 
         Raises: As `predictor.load_predictor` and `check_predictor`.
         """
@@ -81,7 +81,7 @@ def open_selector(
     """Load a selector and its network, and open the data that it was trained on.
 
     Raises:
-        ConfigError: The data has other classes, or `--image-size` another size.
+        ConfigError: The data has other classes than the selector was trained on, or `--image-size` differs.
     """
     path = str(config.selector)
     device = distributed.device

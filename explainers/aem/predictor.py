@@ -12,7 +12,7 @@ from explainers.aem.masks import MaskGeometry
 from explainers.aem.records import read_record
 from explainers.differentiable.explanation import network_digest
 from image_classification.checkpoint import save_atomically
-from image_classification.checkpoint_format import FORMAT
+from image_classification.checkpoint_format import FORMAT, POSITIVE, TABLE, TEXT, check_entries, or_none
 from image_classification.config import SettingError, check_setting
 from image_classification.models import (
     build_from_structure,
@@ -22,13 +22,17 @@ from image_classification.models import (
 )
 from image_classification.plain_data import PlainMapping
 
-#: Key of a checkpoint's `callbacks` under which a predictor's description lies.
+#: Key in a checkpoint's `callbacks` that holds a predictor's description.
 PREDICTOR_RECORD = "predictor"
+
+
+#: What stands in a file of it.
+_ENTRIES = {"kind": TEXT, "geometry": TABLE, "arch": or_none(TEXT), "digest": TEXT, "num_classes": POSITIVE}
 
 
 @dataclasses.dataclass(frozen=True)
 class PredictorRecord:
-    """What a predictor was trained to judge.
+    """Description of a predictor: the network it imitates and the masks it was trained on.
 
     Attributes:
         kind: "rbf" or "real-x".
@@ -45,40 +49,40 @@ class PredictorRecord:
     num_classes: int
 
     def to_plain(self) -> dict[str, object]:
-        """For a checkpoint."""
+        """Return the record as plain data, for a checkpoint."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_plain(cls, plain: PlainMapping) -> PredictorRecord:
-        """Read what `to_plain` wrote, among other keys.
+        """Build a record from the output of `to_plain`; other keys are ignored.
 
         Raises:
-            ValueError: It is not of that form.
+            ValueError: `plain` does not have that form.
         """
-        try:
-            arch = plain["arch"]
-            return cls(
-                str(plain["kind"]),
-                MaskGeometry(**plain["geometry"]),
-                None if arch is None else str(arch),
-                str(plain["digest"]),
-                int(plain["num_classes"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a description of a predictor ({error!r})") from error
+        check_entries(plain, _ENTRIES, "its predictor's")
+        missing = _ENTRIES.keys() - plain.keys()
+        if missing:
+            raise ValueError(f"not a description of a predictor: it lacks {', '.join(sorted(missing))}")
+        return cls(
+            plain["kind"],
+            MaskGeometry.from_plain(plain["geometry"]),
+            plain["arch"],
+            plain["digest"],
+            plain["num_classes"],
+        )
 
 
 def describe_predictor(
     black_box: nn.Module, kind: str, geometry: MaskGeometry, num_classes: int
 ) -> PredictorRecord:
-    """The record of a predictor for a black box."""
+    """Build the record of a predictor for a black box."""
     identity = identity_of(black_box)
     arch = None if identity is None else identity.arch
     return PredictorRecord(kind, geometry, arch, network_digest(black_box), num_classes)
 
 
 def new_predictor(black_box: nn.Module, *, fresh: bool) -> nn.Module:
-    """A network of the black box's structure, trainable, in training mode.
+    """Build a trainable network with the black box's structure, in training mode.
 
     Args:
         black_box: A network of `create_model`, pruned or not.
@@ -91,7 +95,7 @@ def new_predictor(black_box: nn.Module, *, fresh: bool) -> nn.Module:
 
 
 def save_predictor(path: str | Path, predictor: nn.Module, record: PredictorRecord) -> None:
-    """Write a predictor as `load_predictor` reads it; training writes the same with what it needs to go on."""
+    """Write a predictor for `load_predictor`; training writes the same content plus the state needed to resume."""
     structure = capture_structure(predictor).to_plain()
     payload = {
         "format": FORMAT,
@@ -109,8 +113,8 @@ def load_predictor(
     """Read a predictor, frozen and in evaluation mode.
 
     Raises:
-        SettingError: There is no such file, or it holds no predictor.
-        WeightsError: It is damaged, or contradicts itself.
+        SettingError: The file does not exist or holds no predictor.
+        WeightsError: The file is damaged or inconsistent.
     """
     path = Path(path)
     _, plain = read_record(path, PREDICTOR_RECORD)
@@ -131,18 +135,18 @@ def check_predictor(
     num_classes: int,
     kind: str | None = None,
 ) -> None:
-    """Make sure that a predictor imitates this black box on such images.
+    """Check that a predictor imitates this black box on images of this kind.
 
     Args:
         record: From `load_predictor`.
         black_box: The classifier.
         path: For messages.
         image_size: Side of the images.
-        num_classes: Of the data.
-        kind: Kind of masks that is wanted, None for any.
+        num_classes: Number of classes of the data.
+        kind: Required kind of masks, None for any.
 
     Raises:
-        SettingError: What differs.
+        SettingError: The predictor does not match; the message says what differs.
     """
     identity = identity_of(black_box)
     arch = None if identity is None else identity.arch

@@ -1,4 +1,4 @@
-"""Records in checkpoints: the descriptions that `train-predictor` and `train-selector` write."""
+"""Reading the records that `train-predictor` and `train-selector` write into checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from image_classification.plain_data import Plain
 
 
 def read_record(path: Path, kind: str) -> tuple[Plain, Plain]:
-    """A checkpoint and the record in it.
+    """Read a checkpoint and the record in it.
 
     Args:
         path: The file.
@@ -18,8 +18,8 @@ def read_record(path: Path, kind: str) -> tuple[Plain, Plain]:
             states.
 
     Raises:
-        SettingError: There is no such file, or it holds no such record.
-        WeightsError: It is damaged.
+        SettingError: The file does not exist or holds no such record.
+        WeightsError: The file is damaged.
     """
     check_setting(
         path.is_file(),

@@ -1,8 +1,9 @@
-"""A trained selector on disk, and as an explanation φ of its classifier (or of what became of it)."""
+"""A trained selector on disk, and as an explanation φ of its classifier or of a pruned version of it."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -15,7 +16,7 @@ from explainers.aem.selector import Selector, SelectorDesign
 from explainers.differentiable.explanation import network_digest
 from explainers.differentiable.features import FeatureTaps
 from image_classification.checkpoint import save_atomically
-from image_classification.checkpoint_format import FORMAT
+from image_classification.checkpoint_format import FORMAT, STATE
 from image_classification.config import SettingError, check_setting
 from image_classification.models import (
     WeightsError,
@@ -26,9 +27,10 @@ from image_classification.models import (
     main_and_auxiliary_logits,
     unwrap,
 )
+from image_classification.models.fitting_weights import build_exactly
 from image_classification.models.weights import structure_in
 
-#: Key of a checkpoint's `callbacks` under which a selector's description lies.
+#: Key in a checkpoint's `callbacks` that holds a selector's description.
 SELECTOR_RECORD = "selector"
 
 
@@ -38,10 +40,10 @@ class SelectorExplanation:
 
     Attributes:
         selector: In evaluation mode, without gradients for its weights.
-        arch: Architecture of the classifier that it explains, None where the file does not say.
+        arch: Architecture of the classifier it explains, None if the file does not record it.
         digest: `network_digest` of that classifier; None skips that check.
-        figures: What was measured when it was saved.
-        path: Where it was read.
+        figures: Figures measured when it was saved.
+        path: File it was read from.
         kept: See `Explanation.rewritten`.
     """
 
@@ -54,7 +56,7 @@ class SelectorExplanation:
 
     @property
     def design(self) -> SelectorDesign:
-        """What the selector was built from."""
+        """The design the selector was built from."""
         return self.selector.design
 
     @property
@@ -79,7 +81,7 @@ class SelectorExplanation:
     def raw_and_logits(
         self, model: nn.Module, images: Tensor, classes: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Raw output and the network's logits from one forward pass.
+        """Return the raw output and the network's logits from one forward pass.
 
         Args:
             model, images: See `Explanation.__call__`.
@@ -96,15 +98,15 @@ class SelectorExplanation:
         return dataclasses.replace(self, kept=dict(kept))
 
     def check_network(self, model: nn.Module, *, image_size: int, num_classes: int) -> None:
-        """Make sure that this selector was trained for a network, before anything else is done.
+        """Check that this selector was trained for a network.
 
         Args:
-            model: The network as it was before any pruning.
+            model: The network before any pruning.
             image_size: Side of the images that will be used.
-            num_classes: Of the data.
+            num_classes: Number of classes of the data.
 
         Raises:
-            SettingError: It was trained for another network, size of images or number of classes; the message says
+            SettingError: It was trained for another network, image size or number of classes; the message says
                 what differs.
         """
         identity = identity_of(model)
@@ -137,12 +139,12 @@ class SelectorExplanation:
 
 
 def selector_record(selector: Selector, model: nn.Module, digest: str | None = None) -> dict[str, object]:
-    """The description of a selector in its file, as plain data.
+    """Return a selector's description for its file, as plain data.
 
     Args:
         selector: The selector.
-        model: The classifier that it explains.
-        digest: The classifier's `network_digest`, where that is known already.
+        model: The classifier it explains.
+        digest: The classifier's `network_digest`, if already computed.
     """
     identity = identity_of(model)
     return {
@@ -155,20 +157,22 @@ def selector_record(selector: Selector, model: nn.Module, digest: str | None = N
 
 
 def _described(model: nn.Module) -> dict[str, object]:
-    """A classifier with its weights, so that a selector's file suffices to show and judge the selector."""
+    """Describe a classifier with its weights, so that the selector's file alone suffices to show and judge the
+    selector.
+    """
     return {"structure": capture_structure(model).to_plain(), "state_dict": unwrap(model).state_dict()}
 
 
 def save_selector(
     path: str | Path, selector: Selector, model: nn.Module, figures: Mapping[str, float] | None = None
 ) -> None:
-    """Write a selector as `load_selector` reads it; training writes the same with what it needs to go on.
+    """Write a selector for `load_selector`; training writes the same content plus the state needed to resume.
 
     Args:
         path: File.
         selector: Trained for `model`.
-        model: The classifier that it explains.
-        figures: What was measured.
+        model: The classifier it explains.
+        figures: Measured figures to store with it.
     """
     record = selector_record(selector, model) | {"figures": dict(figures or {})}
     payload = {
@@ -182,23 +186,24 @@ def save_selector(
 
 
 def load_selector(path: str | Path, *, device: torch.device | str | None = None) -> SelectorExplanation:
-    """Read a selector: a checkpoint of `train-selector`, or what `save_selector` wrote.
+    """Read a selector from a checkpoint of `train-selector` or a file of `save_selector`.
 
     Args:
         path: File.
-        device: Where to put it.
+        device: Device to load it onto.
 
     Raises:
-        SettingError: There is no such file, or it holds no selector.
-        WeightsError: It is damaged, would run code, or contradicts itself.
+        SettingError: The file does not exist or holds no selector.
+        WeightsError: The file is damaged, would run code, or is inconsistent.
     """
     path = Path(path)
     payload, record = read_record(path, SELECTOR_RECORD)
     try:
-        selector = Selector(SelectorDesign.from_plain(record.get("design")))
-        selector.load_state_dict(payload["state_dict"])
-    except (ValueError, RuntimeError, KeyError) as error:
+        design = SelectorDesign.from_plain(record.get("design"))
+    except ValueError as error:
         raise WeightsError(f"{path} contradicts itself: {' '.join(str(error).split())}") from error
+    build = functools.partial(Selector, design)
+    selector = build_exactly(build, payload.get("state_dict", {}), path, "selector")
     selector = selector.to(device).eval().requires_grad_(False)
     return SelectorExplanation(
         selector, record.get("arch"), record.get("digest"), record.get("figures", {}), path
@@ -206,15 +211,15 @@ def load_selector(path: str | Path, *, device: torch.device | str | None = None)
 
 
 def load_black_box(path: str | Path, *, device: torch.device | str | None = None) -> nn.Module:
-    """The classifier that a selector's file explains, as it was then: frozen, in evaluation mode.
+    """Load the classifier stored in a selector's file, frozen and in evaluation mode.
 
     Raises:
         SettingError: See `load_selector`; or the file does not hold the classifier.
-        ModelError: The file is damaged or contradicts itself.
+        ModelError: The file is damaged or inconsistent.
     """
     _, record = read_record(Path(path), SELECTOR_RECORD)
     held = record.get("black_box")
-    if not isinstance(held, dict) or not isinstance(held.get("state_dict"), dict):
+    if not isinstance(held, dict) or not STATE.holds(held.get("state_dict")):
         raise SettingError(
             "selector",
             str(path),

@@ -28,31 +28,43 @@ from explainers.aem.masks import (
 )
 from explainers.attribution.method import dtype_of
 from explainers.differentiable.features import FeatureTaps, find_taps
+from image_classification.checkpoint_format import POSITIVE, TABLE, TEXT, Entry, check_entries, list_of
 from image_classification.config import check_choice
 from image_classification.models import evaluating
 from image_classification.plain_data import PlainValue
 
 Kind = Literal["rbf", "real-x"]
 DecoderName = Literal["published", "light"]
-#: The decoder where nothing else is said.
+#: Default decoder.
 DECODER: DecoderName = "published"
+#: What stands in a file of a selector's design.
+_ENTRIES = {
+    "kind": TEXT,
+    "decoder": TEXT,
+    "num_classes": POSITIVE,
+    "taps": list_of(TEXT),
+    "widths": list_of(POSITIVE),
+    "sizes": list_of(list_of(POSITIVE, 2)),
+    "geometry": TABLE,
+    "row_first": Entry(lambda value: isinstance(value, bool), "true or false"),
+}
 LIGHT_WIDTH = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class SelectorDesign:
-    """Everything that a selector is built from, as plain data.
+    """Everything needed to build a selector, as plain data.
 
     Attributes:
         kind: "rbf" or "real-x".
         decoder: "published" or "light".
-        num_classes: Of the classifier.
+        num_classes: Number of classes of the classifier.
         taps: Modules of the classifier whose feature maps are read, shallow to deep.
-        widths: Channels of these maps.
-        sizes: Heights and widths of these maps.
+        widths: Channels of those feature maps.
+        sizes: Heights and widths of those feature maps.
         geometry: Frame and range of RBF masks; its `image_size` is the side of the images.
         row_first: Whether the first raw output of an RBF selector moves the row of its centre, as published. In files
-            from before this was recorded it moves the column.
+            written before this was recorded, it moves the column.
     """
 
     kind: str
@@ -76,7 +88,7 @@ class SelectorDesign:
         return self.geometry.image_size
 
     def to_plain(self) -> dict[str, object]:
-        """As dicts, lists and numbers, for `torch.save` and JSON."""
+        """Return the design as dicts, lists and numbers, for `torch.save` and JSON."""
         plain = dataclasses.asdict(self)
         return plain | {
             "taps": list(self.taps),
@@ -86,24 +98,25 @@ class SelectorDesign:
 
     @classmethod
     def from_plain(cls, plain: PlainValue) -> SelectorDesign:
-        """Read what `to_plain` wrote.
+        """Build a design from the output of `to_plain`.
 
         Raises:
-            ValueError: It is not of that form.
+            ValueError: `plain` does not have that form.
         """
-        try:
-            return cls(
-                kind=str(plain["kind"]),
-                decoder=str(plain["decoder"]),
-                num_classes=int(plain["num_classes"]),
-                taps=tuple(map(str, plain["taps"])),
-                widths=tuple(map(int, plain["widths"])),
-                sizes=tuple((int(height), int(width)) for height, width in plain["sizes"]),
-                geometry=MaskGeometry(**plain["geometry"]),
-                row_first=bool(plain.get("row_first", False)),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a description of a selector ({error!r})") from error
+        check_entries(plain, _ENTRIES, "its selector's")
+        missing = _ENTRIES.keys() - {"row_first"} - plain.keys()
+        if missing:
+            raise ValueError(f"not a description of a selector: it lacks {', '.join(sorted(missing))}")
+        return cls(
+            kind=plain["kind"],
+            decoder=plain["decoder"],
+            num_classes=plain["num_classes"],
+            taps=tuple(plain["taps"]),
+            widths=tuple(plain["widths"]),
+            sizes=tuple((height, width) for height, width in plain["sizes"]),
+            geometry=MaskGeometry.from_plain(plain["geometry"]),
+            row_first=plain.get("row_first", False),
+        )
 
 
 def design_selector(
@@ -116,14 +129,14 @@ def design_selector(
     decoder: str = DECODER,
     num_scales: int | None = None,
 ) -> SelectorDesign:
-    """A selector for a classifier and a size of images.
+    """Design a selector for a classifier and an image size.
 
     Args:
         model: The classifier; run once or twice in evaluation mode on the example.
-        example_images: (N, 3, S, S) of the size that will be used.
-        kind, decoder: See the module's text.
+        example_images: (N, 3, S, S) images of the size that will be used.
+        kind, decoder: See the module docstring.
         geometry: Its `image_size` is S.
-        num_classes: Of the classifier.
+        num_classes: Number of classes of the classifier.
         num_scales: Number of the deepest scales to read; None: `default_num_scales`.
 
     Raises:
@@ -151,10 +164,10 @@ def default_num_scales(image_size: int) -> int:
 
 
 class Selector(nn.Module):
-    """Decoder with class gate and head; see the module's text.
+    """Decoder with class gate and head; see the module docstring.
 
     Args:
-        design: What to build.
+        design: The design to build.
     """
 
     def __init__(self, design: SelectorDesign) -> None:
@@ -174,7 +187,7 @@ class Selector(nn.Module):
             self.head = nn.Conv2d(self.decoder.out_channels, 2, 1, bias=False)
 
     def forward(self, features: Sequence[Tensor], classes: Tensor) -> Tensor:
-        """Decode.
+        """Decode feature maps into a mask's raw output.
 
         Args:
             features: (N, C, h, w) per tap of the design, shallow to deep.
@@ -184,7 +197,7 @@ class Selector(nn.Module):
             Raw output: (N, 3) = (row, column, width) for "rbf", (N, 2, h, w) at the shallowest scale for "real-x".
 
         Raises:
-            ValueError: Feature maps of other shapes than the design's: other images or another network.
+            ValueError: The feature maps have other shapes than the design's: other images or another network.
         """
         self._check(features)
         *shallow, deepest = features
@@ -206,7 +219,7 @@ class Selector(nn.Module):
             )
 
     def phi(self, raw: Tensor) -> Tensor:
-        """What is matched between networks: (N, K), float32 (float64 for networks in it).
+        """The values matched between networks: (N, K), float32 (float64 for float64 networks).
 
         The raw (a, b, w) for "rbf"; the mask's pixels for "real-x".
         """
@@ -219,16 +232,16 @@ class Selector(nn.Module):
         return first / (first + second + 1e-8)
 
     def mask(self, raw: Tensor, size: int) -> Tensor:
-        """Masks as probabilities, without noise: (N, 1, size, size) in [0, 1]."""
+        """Return masks as probabilities, without noise: (N, 1, size, size) in [0, 1]."""
         if self.design.kind == "real-x":
             return to_size(self.cells(raw), size)
         geometry = self.design.geometry
         return rbf_masks(*centres_and_widths(self._row_first(raw), geometry), size, geometry)
 
     def sample(self, raw: Tensor, temperature: float, *, hard: bool = False) -> Tensor:
-        """Relaxed Bernoulli samples of the masks, (N, 1, S, S) for images of side S.
+        """Draw relaxed Bernoulli samples of the masks, (N, 1, S, S) for images of side S.
 
-        Per-pixel masks are drawn at their own resolution: a cell is in or out as a whole.
+        Per-pixel masks are drawn at their own resolution: a cell is kept or dropped as a whole.
         """
         size = self.design.image_size
         if self.design.kind == "real-x":
@@ -236,14 +249,14 @@ class Selector(nn.Module):
         return relaxed_bernoulli(self.mask(raw, size), temperature, hard=hard)
 
     def centres(self, raw: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Centres (N, 2) and widths (N,) of RBF masks in pixels of images of side `size`."""
+        """Return centres (N, 2) and widths (N,) of RBF masks in pixels of images of side `size`."""
         assert self.design.kind == "rbf", "only RBF masks have a centre and a width"
         centres, widths = centres_and_widths(self._row_first(raw), self.design.geometry)
         scale = size / self.design.image_size
         return centres * scale, widths * scale
 
     def _row_first(self, raw: Tensor) -> Tensor:
-        """(N, 3) raw outputs in the order row, column, width."""
+        """Return raw outputs (N, 3) in the order row, column, width."""
         return raw if self.design.row_first else raw[:, [1, 0, 2]]
 
 
@@ -262,7 +275,7 @@ class PublishedDecoder(nn.Module):
         self.out_channels = widths[0]
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """(N, C, h, w) per scale, shallow to deep, to (N, C of the shallowest, h, w) there."""
+        """Decode maps (N, C, h, w) per scale, shallow to deep, to (N, C, h, w) of the shallowest scale."""
         *shallow, x = features
         for level, feature in zip(self.levels, reversed(shallow), strict=True):
             x = level(x, feature)
@@ -331,7 +344,7 @@ class LightDecoder(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """(N, C, h, w) per scale, shallow to deep, to (N, out_channels, h, w) of the shallowest."""
+        """Decode maps (N, C, h, w) per scale, shallow to deep, to (N, out_channels, h, w) of the shallowest scale."""
         rest: list[Tensor]
         x: Tensor
         *rest, x = [lateral(feature) for lateral, feature in zip(self.lateral, features, strict=True)]
@@ -341,7 +354,7 @@ class LightDecoder(nn.Module):
 
 
 def _fit(x: Tensor, like: Tensor) -> Tensor:
-    """Bring a map to another's size where scales are not exactly halves of each other."""
+    """Resize a map to another's size, for scales that are not exactly halves of each other."""
     if x.shape[2:] == like.shape[2:]:
         return x
     return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)

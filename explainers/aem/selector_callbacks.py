@@ -1,4 +1,4 @@
-"""Callbacks of predictor and selector training: a judge, the parts of the loss, masks over training."""
+"""Callbacks of predictor and selector training: choosing the best model, logging loss parts, showing masks."""
 
 from __future__ import annotations
 
@@ -39,16 +39,17 @@ Measure = Callable[[nn.Module, Loader], dict[str, float]]
 
 
 class Judge(Callback):
-    """Keeps the best model by its figures on held-out training images; measures validation images, no more.
+    """Keeps the model that scores best on held-out training images; validation images are only measured.
 
-    Every `interval` iterations and at the ends of epochs the held-out images are judged; a better model than before
-    is saved as the run's best. Validation figures are logged at the ends of epochs and choose nothing.
+    The model is judged on the held-out images every `interval` iterations and at the end of each epoch; if it beats the
+    best so far, it is saved as the run's best. Validation figures are logged at the end of each epoch and have no
+    influence on that choice.
 
     Args:
         name: Key of the record in checkpoints.
-        record: What the file says about the model (plain data); gets the figures under `figures`.
-        measure: Figures of the model on a loader, `agreement` among them. Collective.
-        held_out: Training images that are not trained on.
+        record: Description of the model for its file (plain data); the figures are added under `figures`.
+        measure: Measures the model on a loader and returns figures, including `agreement`. Collective.
+        held_out: Training images held out from training.
         val: Validation split, or None.
         interval: Iterations between two judgements.
         best_by: "agreement" (the higher the better, as published) or "kl" (the lower the better).
@@ -73,12 +74,12 @@ class Judge(Callback):
         self.interval = interval
 
     def on_step_end(self, trainer: TrainLoop) -> None:
-        """Judge when it is time."""
+        """Judge the model if an interval has passed."""
         if trainer.state.iteration % self.interval == 0:
             self._judge(trainer)
 
     def on_epoch_end(self, trainer: TrainLoop) -> None:
-        """Judge unless the last iteration just was; measure the validation split."""
+        """Judge the model unless the last iteration just did; measure the validation split."""
         if trainer.state.iteration % self.interval:
             self._judge(trainer)
         if self.val is not None:
@@ -92,7 +93,7 @@ class Judge(Callback):
         self._log(trainer, "held_out", figures)
         state = trainer.state
         score = -figures["kl"] if self.best_by == "kl" else figures["agreement"]
-        # The longer trained of two equal models is kept; any score beats one that is not finite (NaN).
+        # Of two models with equal scores, the one trained longer is kept; any score beats one that is not finite (NaN).
         if state.best is None or math.isnan(state.best) or score >= state.best:
             state.best = score
             self.record["figures"] = figures | {"iteration": float(state.iteration)}
@@ -103,14 +104,14 @@ class Judge(Callback):
         trainer.logger.scalars(prefix, figures, (state.epoch,), state.iteration)
 
     def state_dict(self) -> dict[str, object]:
-        """The record, and what the best is the best by."""
+        """Return the record and the figure that the best model is chosen by."""
         return {**self.record, "best_by": self.best_by}
 
     def load_state_dict(self, state: Plain) -> None:
-        """Restore the figures; what the model is was compared before (`check_record`).
+        """Restore the figures; `check_record` has already compared the model's description.
 
         Raises:
-            ConfigError: The best so far is the best by another figure, which cannot be compared with this one.
+            ConfigError: The best so far was chosen by another figure, which cannot be compared with this one.
         """
         before = state.get("best_by", self.best_by)
         check(
@@ -127,7 +128,7 @@ class LossParts(Callback):
         self.objective = objective
 
     def on_log(self, trainer: TrainLoop, figures: dict[str, float]) -> None:
-        """`train.kl`, `train.area`, `train.tv`."""
+        """Add `train.kl`, `train.area` and `train.tv`."""
         parts = self.objective.read_parts(trainer.distributed)
         figures |= {f"train.{name}": value for name, value in parts.items()}
 
@@ -136,9 +137,9 @@ class FixedImages(Callback):
     """Shows the masks of the same images over training in TensorBoard: image, mask, masked image.
 
     Args:
-        masks: Gives the masks (N, 1, S, S) of images under the model's present weights.
+        masks: Returns the masks (N, 1, S, S) of images under the model's current weights.
         loader: Its first images are shown.
-        interval: Iterations between two showings.
+        interval: Iterations between two pages.
     """
 
     num_images = 8
@@ -157,7 +158,7 @@ class FixedImages(Callback):
         self._show(trainer)
 
     def on_step_end(self, trainer: TrainLoop) -> None:
-        """Show when it is time."""
+        """Show the masks if an interval has passed."""
         if trainer.state.iteration % self.interval == 0:
             self._show(trainer)
 
@@ -172,7 +173,7 @@ class FixedImages(Callback):
 
 
 def mask_grid(images: Tensor, masks: Tensor) -> Tensor:
-    """Rows of image, mask and masked image side by side, (3, height, width) in [0, 1].
+    """Build rows of image, mask and masked image side by side, (3, height, width) in [0, 1].
 
     Args:
         images: (N, 3, S, S), normalised; each is stretched to its own range.
@@ -186,7 +187,7 @@ def mask_grid(images: Tensor, masks: Tensor) -> Tensor:
 
 
 def share_buffers(trainer: TrainLoop) -> None:
-    """Give all ranks rank 0's batch-norm statistics, as the saved model will have. Collective."""
+    """Broadcast rank 0's batch-norm statistics to all ranks, as the saved model will have them. Collective."""
     if trainer.distributed.world_size > 1:
         for buffer in trainer.state.model.buffers():
             torch.distributed.broadcast(buffer, src=0)

@@ -1,4 +1,6 @@
-"""Flags of `train-predictor` and `train-selector`. Constants that are not given are the published ones for the size."""
+"""Flags of `train-predictor` and `train-selector`. Constants not given default to the published ones for the image
+size.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,12 @@ from explainers.aem.selector import DECODER, LIGHT_WIDTH, DecoderName, Kind
 from explainers.aem.selector_callbacks import BestBy
 from explainers.differentiable.explanation import EXPLAIN_HELP, EXPLAINED, ExplainedClass
 from image_classification.config import ConfigError, check, check_file, flag, section
-from image_classification.job import JobConfig
+from image_classification.job_config import JobConfig
 from image_classification.optim import OptimConfig
 from image_classification.schedules import ScheduleConfig
 from image_classification.train_config import TrainConfig
 
-#: Images up to this side take the constants of CIFAR, larger ones those of ImageNet.
+#: Largest image side that takes the CIFAR constants; larger images take the ImageNet ones.
 LARGEST_CIFAR_LIKE = 64
 
 
@@ -28,24 +30,24 @@ class LossConstants(NamedTuple):
     exponent: float
 
 
-#: As published for each data set.
+#: Published constants for each data set.
 LOSS_PRESETS = {"cifar": LossConstants(0.2, 1e-3, 0.3), "imagenet": LossConstants(1.0, 1e-4, 0.5)}
 
 
 def preset_name(image_size: int) -> str:
-    """Which data set's constants apply to images of this side."""
+    """Name of the data set whose constants apply to images of this side."""
     return "cifar" if image_size <= LARGEST_CIFAR_LIKE else "imagenet"
 
 
 def _published(name: str) -> str:
-    """The defaults of a constant of the loss, for `--help`."""
+    """Describe the default of a loss constant, for `--help`."""
     small, large = getattr(LOSS_PRESETS["cifar"], name), getattr(LOSS_PRESETS["imagenet"], name)
     return f"default: {small:g} up to {LARGEST_CIFAR_LIKE} pixels, else {large:g}"
 
 
 @dataclasses.dataclass(kw_only=True)
 class ImitationConfig:
-    """What predictor and selector training have in common."""
+    """Flags shared by predictor and selector training."""
 
     temperature: float = 1.0
     num_scales: int | None = None
@@ -128,7 +130,7 @@ class PredictorConfig(ImitationConfig):
         """Frame and widths for images of a size.
 
         Raises:
-            ConfigError: Numbers that make no frame or range.
+            ConfigError: The numbers do not form a valid frame or range.
         """
         name = preset_name(image_size) if self.mask_preset == "auto" else self.mask_preset
         geometry = MASK_PRESETS[name].scaled(image_size)

@@ -20,7 +20,7 @@ class SelectorMethod:
     """The mask of an amortised explanation model.
 
     Attributes:
-        selector: File of `train-selector`, for the very network that is explained.
+        selector: File of `train-selector`, trained for the network being explained.
     """
 
     name: ClassVar[str]
@@ -40,7 +40,7 @@ class SelectorMethod:
         """See `Method.prepare`.
 
         Raises:
-            ConfigError: The selector is of another network, size of images or number of classes.
+            ConfigError: The selector belongs to another network, image size or number of classes.
         """
         explanation = load_selector(str(self.selector), device=example.device)
         identity = identity_of(model)

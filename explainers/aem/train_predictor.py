@@ -28,29 +28,32 @@ from explainers.aem.training import (
 from image_classification import job as jobs
 from image_classification.data.loader import Loader
 from image_classification.distributed import Distributed
+from image_classification.job_config import JobConfig
+from image_classification.job_data import naming_the_flag
+from image_classification.job_outcome import run_job
 from image_classification.verbs import configured
 
 
 def start(configs: PredictorJobConfig) -> int:
-    """Run the verb; see the module's text."""
+    """Run the verb; see the module docstring."""
     check_configs(configs, "train-predictor")
-    return jobs.run_job(configs, run)
+    return run_job(configs, run)
 
 
 def run(configs: PredictorJobConfig, distributed: Distributed) -> None:
-    """One process's share."""
+    """Run one process's share of the training."""
     config = configs.explainer
     job = jobs.prepare(configs, distributed, HELD_OUT_BATCHES)
     try:
         black_box = build_black_box(job)
         image_size = job.loaders.preset.image_size
-        with jobs.naming_the_flag("--image-size"):
+        with naming_the_flag("--image-size"):
             masks = _masks(job, config, black_box)
         record = describe_predictor(
             black_box, config.selector_type, masks.geometry, job.loaders.train.num_classes
         )
         plain = {**record.to_plain(), "figures": {}}
-        # Before a network is built from what may be another kind of checkpoint.
+        # Checked before a network is built from what may be another kind of checkpoint.
         check_record(job, PREDICTOR_RECORD, plain)
         fresh = config.predictor_init == "fresh"
         predictor = jobs.make_model(job) if job.resumed else new_predictor(black_box, fresh=fresh)
@@ -73,8 +76,8 @@ def run(configs: PredictorJobConfig, distributed: Distributed) -> None:
         job.close()
 
 
-def _masks(job: jobs.Job[jobs.JobConfig], config: PredictorConfig, black_box: nn.Module) -> RandomMasks:
-    """The masks to learn from."""
+def _masks(job: jobs.Job[JobConfig], config: PredictorConfig, black_box: nn.Module) -> RandomMasks:
+    """Build the random masks that the predictor is trained on."""
     image_size = job.loaders.preset.image_size
     grid = (image_size, image_size)
     if config.selector_type == "real-x":
@@ -84,13 +87,13 @@ def _masks(job: jobs.Job[jobs.JobConfig], config: PredictorConfig, black_box: nn
 
 
 def _measure(
-    job: jobs.Job[jobs.JobConfig],
+    job: jobs.Job[JobConfig],
     black_box: nn.Module,
     masks: RandomMasks,
     predictor: nn.Module,
     loader: Loader,
 ) -> dict[str, float]:
-    """Figures of a predictor on random masks, the same ones every time."""
+    """Measure a predictor on random masks, the same ones every time."""
     fixed = FixedRandomMasks(masks, black_box, job.distributed.rank)
     return judge_masks(
         fixed,

@@ -33,17 +33,20 @@ from explainers.differentiable.explanation import ExplainedClass, network_digest
 from image_classification import job as jobs
 from image_classification.data.loader import Loader
 from image_classification.distributed import Distributed
+from image_classification.job_config import JobConfig
+from image_classification.job_data import naming_the_flag
+from image_classification.job_outcome import run_job
 from image_classification.verbs import configured
 
 
 def start(configs: SelectorJobConfig) -> int:
-    """Run the verb; see the module's text."""
+    """Run the verb; see the module docstring."""
     check_configs(configs, "train-selector")
-    return jobs.run_job(configs, run)
+    return run_job(configs, run)
 
 
 def run(configs: SelectorJobConfig, distributed: Distributed) -> None:
-    """One process's share."""
+    """Run one process's share of the training."""
     config = configs.explainer
     predictor, judged = load_predictor(str(config.predictor), device=distributed.device)
     job = jobs.prepare(configs, distributed, HELD_OUT_BATCHES)
@@ -84,7 +87,7 @@ def run(configs: SelectorJobConfig, distributed: Distributed) -> None:
 def _new_selector(
     job: jobs.Job[SelectorJobConfig], black_box: nn.Module, judged: PredictorRecord
 ) -> Selector:
-    """A fresh selector for the masks that the predictor was trained on.
+    """Build a fresh selector for the kind of masks that the predictor was trained on.
 
     Raises:
         SettingError: The predictor belongs to another black box, or the network has too few scales.
@@ -99,7 +102,7 @@ def _new_selector(
         num_classes=num_classes,
         kind=config.selector_type,
     )
-    with jobs.naming_the_flag("--image-size"):
+    with naming_the_flag("--image-size"):
         design = design_selector(
             black_box,
             example_images(job),
@@ -124,14 +127,14 @@ def _announce(job: jobs.Job[SelectorJobConfig], selector: Selector, objective: S
 
 
 def _measure(
-    job: jobs.Job[jobs.JobConfig],
+    job: jobs.Job[JobConfig],
     black_box: nn.Module,
     predictor: nn.Module,
     explained: ExplainedClass,
     selector: nn.Module,
     loader: Loader,
 ) -> dict[str, float]:
-    """Figures of the masks themselves, without noise."""
+    """Measure the masks as probabilities, without noise."""
     assert isinstance(selector, Selector)
     return judge_masks(
         SelectorMasks(selector, black_box, explained),
@@ -145,7 +148,7 @@ def _measure(
 
 
 def _masks(black_box: nn.Module, selector: nn.Module, images: Tensor) -> Tensor:
-    """Masks (N, 1, S, S) of images."""
+    """Return the masks (N, 1, S, S) of images."""
     assert isinstance(selector, Selector)
     return SelectorMasks(selector, black_box)(images)[1]
 

@@ -1,4 +1,4 @@
-"""What `train-predictor` and `train-selector` share: the frozen black box, checks before training, the trainer."""
+"""Code shared by `train-predictor` and `train-selector`: the frozen black box, checks before training, the trainer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from explainers.differentiable.features import FeatureTaps, find_taps
 from image_classification.callbacks import Callback
 from image_classification.config import ConfigError, check
 from image_classification.data.loader import Loader
-from image_classification.job import Job, JobConfig, make_trainer
+from image_classification.job import Job, make_trainer
+from image_classification.job_config import JobConfig
 from image_classification.models import build_model
 from image_classification.objective import Objective
 from image_classification.plain_data import Plain
-from image_classification.trainer import Trainer, described_classifier
+from image_classification.resumable_loop import described_classifier
+from image_classification.trainer import Trainer
 
-#: Held-out batches per process that are asked for; never more than a twentieth of the training images.
+#: Requested number of held-out batches per process; never more than a twentieth of the training images.
 HELD_OUT_BATCHES = 40
 
 
@@ -27,7 +29,7 @@ def check_configs(configs: JobConfig, verb: str) -> None:
     """Refuse flags of the main job that have no meaning for these verbs.
 
     Raises:
-        ConfigError: Naming the flag.
+        ConfigError: Such a flag is given; the message names it.
     """
     model, train, loss = configs.model, configs.train, configs.loss
     check(
@@ -41,10 +43,10 @@ def check_configs(configs: JobConfig, verb: str) -> None:
 
 
 def build_black_box(job: Job[JobConfig]) -> nn.Module:
-    """The classifier that is explained: frozen, in evaluation mode, on its device.
+    """Load the classifier to explain: frozen, in evaluation mode, on its device.
 
     Raises:
-        ModelError, FileNotFoundError: What cannot be loaded, other classes than the data's among it.
+        ModelError, FileNotFoundError: The classifier cannot be loaded or has other classes than the data.
     """
     device = job.distributed.device
     model = build_model(
@@ -57,13 +59,13 @@ def build_black_box(job: Job[JobConfig]) -> nn.Module:
 
 
 def example_images(job: Job[JobConfig]) -> torch.Tensor:
-    """A blank image (1, 3, S, S) of the size in use."""
+    """Return a blank image (1, 3, S, S) of the size in use."""
     size = job.loaders.preset.image_size
     return torch.zeros(1, 3, size, size, device=job.distributed.device)
 
 
 def mask_grid_size(job: Job[JobConfig], black_box: nn.Module, num_scales: int) -> tuple[int, int]:
-    """Resolution of per-pixel masks: that of the shallowest scale that is read."""
+    """Return the resolution of per-pixel masks: that of the shallowest scale read."""
     example = example_images(job)
     (tap,) = find_taps(black_box, example, num_scales)[:1]
     with torch.no_grad(), FeatureTaps(black_box, (tap,)) as caught:
@@ -73,10 +75,10 @@ def mask_grid_size(job: Job[JobConfig], black_box: nn.Module, num_scales: int) -
 
 
 def check_record(job: Job[JobConfig], name: str, record: Mapping[str, object]) -> None:
-    """Make sure that a resumed run has the settings and weights that it was started with.
+    """Check that a resumed run has the settings and weights it was started with.
 
     Raises:
-        ConfigError: The checkpoint is of something else.
+        ConfigError: The checkpoint belongs to another kind of run or other settings.
     """
     if job.resumed is None:
         return
@@ -107,15 +109,15 @@ def build_trainer(
     callbacks: Sequence[Callback] = (),
     describe: Callable[[nn.Module], Plain] = described_classifier,
 ) -> Trainer:
-    """The common trainer with a judge in place of the main job's validation.
+    """Build the common trainer with a judge in place of the main job's validation.
 
     Args:
-        job: The parts.
-        model: What learns.
-        objective: What it minimises.
+        job: The parts of the job.
+        model: The model to train.
+        objective: The objective to minimise.
         name, record, measure, interval, best_by: See `Judge`.
         masks: See `FixedImages`; None shows none.
-        callbacks: Further ones.
+        callbacks: Additional callbacks.
         describe: See `Trainer`.
     """
     held_out = job.loaders.calibration

@@ -20,8 +20,8 @@ from explainers.verbs.attribution_job import ImageConfig, Split, check_writable,
 from image_classification.config import check, flag, section
 from image_classification.data.data_config import ReadConfig
 from image_classification.data.loader import Batch
-from image_classification.distributed import DistributedConfig, setup_distributed
 from image_classification.figure_writing import check_figure
+from image_classification.joining import DistributedConfig, setup_distributed
 from image_classification.models import main_and_auxiliary_logits
 from image_classification.verbs import configured
 
@@ -69,7 +69,7 @@ class VisualizeJobConfig:
 
 
 def run(configs: VisualizeJobConfig) -> int:
-    """Run the verb; see the module's text."""
+    """Run the verb; see the module docstring."""
     config = configs.explainer
     data = configs.data
     output = Path(config.output)
@@ -87,7 +87,7 @@ def run(configs: VisualizeJobConfig) -> int:
             for batch in loader:
                 if len(batch):
                     rows += _rows(opened, predictor, batch, config)
-        if rows:  # with several processes each would write its share; rank 0's is the page
+        if rows:  # with several processes each would write its share; only rank 0's page is kept
             save_mask_page(
                 output.with_stem(output.stem + (f"-{distributed.rank}" if distributed.rank else "")), rows
             )
@@ -100,7 +100,7 @@ def run(configs: VisualizeJobConfig) -> int:
 def _rows(
     opened: OpenedSelector, predictor: torch.nn.Module | None, batch: Batch, config: VisualizeConfig
 ) -> Iterator[MaskedImage]:
-    """Rows of a batch."""
+    """Yield one row per image of a batch."""
     images = batch.images
     selector = opened.explanation.selector
     size = images.shape[-1]
@@ -134,7 +134,7 @@ def _rows(
 
 
 def _said(opened: OpenedSelector, logits: Tensor) -> list[str]:
-    """`square 97 %` per image."""
+    """Return the prediction per image as text, such as `square 97 %`."""
     chances = logits.sigmoid() if opened.dataset.multi_label else logits.softmax(1)
     best, classes = chances.max(1)
     names = opened.dataset.class_names

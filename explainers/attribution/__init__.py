@@ -1,1 +1,1 @@
-"""Attribution methods: what a network looks at, as heat-maps."""
+"""Attribution methods: heat-maps of the image regions that a network's prediction relies on."""

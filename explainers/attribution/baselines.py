@@ -1,4 +1,4 @@
-"""Centre baseline: the same map for every image, which any method must beat."""
+"""Centre baseline: the same map for every image, a floor for every method."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Centre:
 
 
 class PreparedCentre:
-    """The centre baseline; the network is only asked for its logits."""
+    """The centre baseline; the network is only run for its logits."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = frozen_copy(model)

@@ -1,11 +1,11 @@
 """The canonical form of a network that attribution rules are applied to, and the fusion of batch norms behind it.
 
-`CanonicalNetwork` is an evaluation-mode copy whose forward passes are recorded (`record.py`): every call its own
-step, nothing in place, functions and modules alike. In the record a batch norm that follows a convolution or a linear
-layer, alone, can be merged into it; rules then see one layer with the weights that act. Any other batch norm stays a
-step of its own.
+`CanonicalNetwork` is an evaluation-mode copy whose forward passes are recorded (`record.py`): every call is a separate
+step, nothing is in place, and functions and modules are treated alike. In the record, a batch norm that is the only
+reader of a convolution or linear layer can be merged into it; rules then see one layer with the effective weights. Any
+other batch norm stays a separate step.
 
-`fuse_batch_norms` does the same to modules, for use elsewhere (a network that is exported runs faster).
+`fuse_batch_norms` does the same to modules, for use elsewhere (exported networks run faster).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CanonicalNetwork:
     """A copy of a network that records what it computes.
 
     Args:
-        model: Any classifier; it is copied and left as it is.
+        model: Any classifier; it is copied, not modified.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,7 +40,7 @@ class CanonicalNetwork:
 
 
 def merge_batch_norms(record: Record) -> list[Step]:
-    """The steps of a record, with each batch norm merged into the layer that only it reads.
+    """Return the steps of a record, with each batch norm merged into the layer whose only reader it is.
 
     The merged step takes the batch norm's place: it leads from the layer's input to the batch norm's output and has the
     weights of both. The record does not change.
@@ -72,7 +72,7 @@ def merge_batch_norms(record: Record) -> list[Step]:
 
 
 def layer_before(step: Step) -> Step | None:
-    """The layer that a batch norm can be merged into: linear, read by nothing else. None for anything else."""
+    """Return the layer that a batch norm can be merged into (linear, no other reader), or None."""
     if step.kind is not Kind.BATCH_NORM or len(step.inputs) != 1:
         return None
     layer = step.inputs[0].step
@@ -82,7 +82,7 @@ def layer_before(step: Step) -> Step | None:
 
 
 def batch_norm_map(step: Step) -> tuple[Tensor, Tensor]:
-    """Scale and shift per channel, both (C,), that a batch norm applies."""
+    """Return the per-channel scale and shift of a batch norm, both (C,)."""
     mean, variance = step.argument("running_mean"), step.argument("running_var")
     weight, bias = step.argument("weight"), step.argument("bias")
     scale = torch.rsqrt(variance + step.argument("eps", "epsilon"))
@@ -93,17 +93,17 @@ def batch_norm_map(step: Step) -> tuple[Tensor, Tensor]:
 
 
 def fuse_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
-    """A copy of a network in evaluation mode, its batch norms fused into the layers with weights before them.
+    """Copy a network in evaluation mode and fuse its batch norms into the weighted layers before them.
 
-    A pair is fused where the forward pass on `example` runs the layer once and only that batch norm reads it. The rest
-    stays as it is. Logits are the same up to rounding.
+    A pair is fused where the forward pass on `example` runs the layer once and only that batch norm reads it. Other
+    batch norms are left alone. Logits are the same up to rounding.
 
     Args:
-        model: Any network, bare or wrapped; left as it is.
+        model: Any network, bare or wrapped; not modified.
         example: (B, C, H, W) images on the network's device.
 
     Returns:
-        The copy; `nn.Identity` stands where a batch norm went, so that names stay.
+        The copy; `nn.Identity` replaces each fused batch norm, so that module names do not change.
     """
     fused = copy.deepcopy(unwrap(model)).eval()
     with contextlib.closing(record_forward(fused, example.to(dtype_of(fused)))) as record:
@@ -112,7 +112,7 @@ def fuse_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def _fuse_all(model: nn.Module, record: Record) -> None:
-    """Fuse, in place, every batch norm that the record allows to fuse."""
+    """Fuse, in place, every batch norm that the record allows."""
     calls: dict[str, int] = {}
     for step in record.steps:
         if step.kind in (Kind.WEIGHTED, Kind.BATCH_NORM):
@@ -124,21 +124,21 @@ def _fuse_all(model: nn.Module, record: Record) -> None:
 
 
 def _fuse(model: nn.Module, layer: Step, batch_norm: Step) -> None:
-    """Fold one batch norm into its layer, if both are modules of a kind whose parts are known."""
+    """Fold one batch norm into its layer, if both are modules of known kinds."""
     linear, norm = model.get_submodule(layer.where), model.get_submodule(batch_norm.where)
     # The recorded weight must be the module's own parameter. A standardised or reparametrised weight, or one that a
-    # hook computes before each pass, would be computed again and overwrite the fused one.
+    # hook computes before each pass, would be recomputed and overwrite the fused one.
     own = linear._parameters.get("weight")
     if not isinstance(linear, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)) or layer.linear is None:
         return
     if norm._forward_hooks or norm._forward_pre_hooks:
-        return  # they would go with the module
+        return  # hooks would be lost with the module
     if own is None or own.untyped_storage().data_ptr() != layer.linear.weight.untyped_storage().data_ptr():
         return
     if type(norm) in _PLAIN_BATCH_NORMS:
         substitute: nn.Module = nn.Identity()
     elif isinstance(norm, nn.BatchNorm2d) and isinstance(getattr(norm, "act", None), nn.Module):
-        # timm's batch norm with dropout and activation inside: these stay
+        # timm's batch norm with dropout and activation inside: these are kept.
         inside = (getattr(norm, "drop", None), getattr(norm, "act", None))
         substitute = nn.Sequential(*[part for part in inside if isinstance(part, nn.Module)])
     else:

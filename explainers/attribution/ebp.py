@@ -1,11 +1,12 @@
 """Excitation backprop (Zhang et al. 2016): the probability that a top-down walk along exciting weights ends somewhere.
 
-P_i = x_i Σ_j w⁺_ij P_j ⊘ Σ_k w⁺_kj x_k, started with 1 at the target. Maximum: the winner; average: in proportion;
-activations pass; no bias; batch norms merged into their layers. As in the attribution-preservation paper (Park et al.
-2020) the walk ends, by default, at the activation before the last pool, and the map is max(Σ_c P, 0) there, resized.
+P_i = x_i Σ_j w⁺_ij P_j ⊘ Σ_k w⁺_kj x_k, started with 1 at the target. A maximum passes to its winner, an average in
+proportion, activations pass unchanged, biases get nothing, and batch norms are merged into their layers. As in the
+attribution-preservation paper (Park et al. 2020) the walk ends, by default, at the activation before the last pool, and
+the map is max(Σ_c P, 0) there, resized.
 
 The contrastive form also starts from "not the target" (the last layer's weights for it negated) and takes the
-difference at the input of the last layer, then goes on.
+difference at the input of the last layer before going on.
 
 Inputs with negative elements (normalised images, networks without ReLU) take part through negative weights:
 contributions count by their own sign, and a unit without any gives its probability evenly to what it sees.
@@ -63,10 +64,10 @@ class EBP:
     """Excitation backprop.
 
     Attributes:
-        contrastive: Subtract the walk that starts from all that is not the target.
+        contrastive: Subtract the walk that starts from everything but the target.
         stop: `last-pool`: at the activation before the last pool (at the images, in a network without one);
             `input`: at the images.
-        as_published: See the module's text.
+        as_published: See the module docstring.
     """
 
     name: ClassVar[str]
@@ -114,7 +115,9 @@ class _Prepared(PreparedPropagation):
         return Attribution(heatmap[:, 0].float(), False, amount, total(relevance), record.logits.tensor)
 
     def _start(self, record: Record, targets: Tensor) -> tuple[dict[Value, Tensor], Tensor]:
-        """Where the walk starts, and its probability there; the difference of two walks in the contrastive form."""
+        """Return the value where the walk starts and its probability there; in the contrastive form, a difference of
+        two walks.
+        """
         ones = torch.ones(len(targets), device=targets.device, dtype=record.logits.tensor.dtype)
         relevance = one_hot(record, targets, ones)
         if not self.method.contrastive:
@@ -136,9 +139,9 @@ class _Prepared(PreparedPropagation):
 
 
 def before_last_pool(record: Record) -> Value:
-    """The value that the last pool reads: of those pools that everything goes through and that shrink the map.
+    """Return the value read by the last pool, among the pools that shrink the map and that every path goes through.
 
-    The images, if there is none.
+    Returns the images if there is no such pool.
     """
     bottlenecks = set(record.bottlenecks())
     for step in reversed(record.steps):

@@ -1,11 +1,11 @@
 """Grad-CAM (Selvaraju et al. 2017): ReLU(Σ_c mean_hw(∂z_k/∂A_c) · A_c), resized to the image.
 
-A is the last feature map with more than one pixel that everything goes through, before any pool behind the last
-convolution (VGG: 14 × 14 for images of 224 pixels; ResNet: the last stage's output), found by structure, or a layer
-named by the user.
+A is the last feature map with more than one pixel that every path goes through, before any pool after the last
+convolution (VGG: 14 × 14 for images of 224 pixels; ResNet: the last stage's output). It is found by structure, or is
+the output of a layer named by the user.
 
-The hook that catches A hands a clone on: an in-place ReLU behind the layer would otherwise overwrite A before it is
-read, without any error.
+The hook that captures A passes a clone on: an in-place ReLU after the layer would otherwise silently overwrite A before
+it is read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class GradCAM:
     """Grad-CAM.
 
     Attributes:
-        layer: Name of the module whose output is A; None: found by structure.
+        layer: Name of the module whose output is A; None to find it by structure.
     """
 
     name: ClassVar[str]
@@ -90,19 +90,19 @@ def class_activation(
     """Grad-CAM maps at the resolution of A, on the network itself.
 
     Args:
-        model: Network, in training or evaluation mode; its parameters' gradients stay as they are.
+        model: Network, in training or evaluation mode; its parameters' gradients are not touched.
         layer: Name of the module whose output is A.
         images: (B, 3, H, W).
         targets: (B,) int64.
-        create_graph: Keep the graph, so that the maps can be differentiated by the network's parameters (second order):
-            for matching the explanations of two networks.
+        create_graph: Keep the graph, so that the maps can be differentiated with respect to the network's parameters
+            (second order), for matching the explanations of two networks.
         known: See `target_logits`.
 
     Returns:
         Maps (B, h, w) after the ReLU, and logits (B, num_classes); both detached unless `create_graph`.
 
     Raises:
-        ValueError: There is no such module, or it gives no feature map (B, C, h, w).
+        ValueError: There is no such module, or its output is not a feature map (B, C, h, w).
         UnsupportedOperatorError: The target's logit does not depend on the module's output.
     """
     with torch.enable_grad(), feature_maps(model, [layer], detach=not create_graph) as caught:
@@ -127,10 +127,10 @@ def _gradient(chosen: Tensor, features: Tensor, layer: str, create_graph: bool) 
 def feature_maps(
     model: nn.Module, layers: Sequence[str], *, detach: bool = False
 ) -> Iterator[dict[str, Tensor]]:
-    """Catch the outputs of modules in the one forward pass that the block runs.
+    """Capture the outputs of modules in the single forward pass run inside the block.
 
-    A map that does not depend on trained weights becomes a leaf that requires a gradient, so that a frozen network has
-    the shortest backward pass.
+    A map that does not depend on trained weights becomes a leaf that requires a gradient, so that the backward pass of
+    a frozen network is as short as possible.
 
     Args:
         model: The bare network; it may be called through a wrapper (DDP).
@@ -141,7 +141,7 @@ def feature_maps(
         Layer → (B, C, h, w); filled by the forward pass and complete when the block ends.
 
     Raises:
-        ValueError: There is no such module, it gives no feature map, or it does not run exactly once.
+        ValueError: There is no such module, its output is not a feature map, or it does not run exactly once.
     """
     caught: dict[str, Tensor] = {}
     runs = dict.fromkeys(layers, 0)
@@ -181,23 +181,23 @@ def _module(model: nn.Module, layer: str) -> nn.Module:
 
 
 def resize(maps: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
-    """(B, h, w) to (B, *size), bilinear."""
+    """Resize maps (B, h, w) to (B, *size), bilinear."""
     return F.interpolate(maps[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
 
 
 def find_layer(model: nn.Module, example: Tensor) -> str:
-    """Name of the module whose output is A: the last feature map of more than one pixel that everything goes through.
+    """Find the module whose output is A: the last feature map of more than one pixel that every path goes through.
 
-    Pools make what was there before them coarser, so their outputs are passed over: maps of one semantic level are
-    taken at their finest grid. Of modules that return the same map (a stage, its last block, that block's ReLU) the
-    outermost is named; one that runs several times has no output of its own and is passed over.
+    Pools coarsen the map before them, so their outputs are skipped: maps of one semantic level are taken at their
+    finest grid. Of modules that return the same map (a stage, its last block, that block's ReLU) the outermost is
+    named; a module that runs several times has no single output and is skipped.
 
     Args:
         model: In evaluation mode.
-        example: Images (B, 3, H, W), of the size that will be asked about.
+        example: Images (B, 3, H, W), of the size that will be explained.
 
     Raises:
-        UnsupportedOperatorError: There is none.
+        UnsupportedOperatorError: The network has no such feature map.
     """
     with contextlib.closing(record_forward(model, example[:1].to(dtype_of(model)))) as record:
         best = _last_feature_map(record)
@@ -210,7 +210,7 @@ def find_layer(model: nn.Module, example: Tensor) -> str:
 
 
 def _last_feature_map(record: Record) -> str | None:
-    """The module whose output is the last feature map that everything goes through."""
+    """Return the module whose output is the last feature map that every path goes through, or None."""
     order = {value: index for index, value in enumerate(record.bottlenecks())}
     runs = Counter(name for name, _ in record.module_outputs)
     best: tuple[int, int, str] | None = None

@@ -3,8 +3,8 @@
 The integral is taken by Gauss-Legendre quadrature. Its sum approaches z_k(x) − z_k(x₀) as the number of steps grows
 (completeness); `started` is that difference.
 
-As published the map keeps its signs and its pixels. Signs alternate all over an object, so that half of its pixels rank
-below the background. Two settings, off by default, make a map of where the evidence lies:
+As published, the map keeps its signs and its pixels. Signs alternate all over an object, so half of its pixels rank
+below the background. Two settings, off by default, turn the attributions into a map that localises the evidence:
 
 - `sign` keeps the positive part, as Grad-CAM's ReLU does, or the magnitude: the two other views of captum's
   `visualize_image_attr` (Kokhlikyan et al. 2020).
@@ -45,10 +45,10 @@ Sign = Literal["all", "positive", "absolute"]
 Start = Literal["mean", "black"]
 
 _LARGEST_SMOOTHING = 0.1
-#: Images that go through the network at once, if the batch has fewer.
+#: Number of images per forward pass for batches smaller than this.
 _AT_ONCE = 16
 #: Largest difference between the logits of a network and of its folded copy, as a share of the largest logit. Rounding
-#: moves them by 1e-6 to 1e-3; a wrong fold by their whole size.
+#: shifts them by 1e-6 to 1e-3, a wrong fold by their whole size.
 _SAME_LOGITS = 1e-2
 
 
@@ -60,11 +60,12 @@ class IntegratedGradients:
     Attributes:
         steps: Points of the quadrature; each costs a forward and a backward pass.
         baseline: Value of the normalised pixels of x₀; 0 is the data set's mean colour.
-        start: "black" for black images in the place of `baseline`; the network must know what its images are
-            normalised by (`image_classification.models.remember_input`).
-        sign: What the map shows of the attributions: `all` as published, their `positive` part, `absolute` values.
+        start: "black" for black images instead of `baseline`; the network must have its input normalisation recorded
+            (`image_classification.models.remember_input`).
+        sign: Which part of the attributions the map shows: `all` as published, their `positive` part, or `absolute`
+            values.
         smooth: Standard deviation of a Gaussian that smooths the map, as a fraction of the image's larger side;
-            0: none, as published; 0.02: as in the pointing game of Fong et al. 2019.
+            0 for none, as published; 0.02 as in the pointing game of Fong et al. 2019.
     """
 
     name: ClassVar[str]
@@ -136,7 +137,7 @@ class PreparedIntegratedGradients:
         return Attribution(heatmap, signed, started.float(), arrived, logits)
 
     def _integral(self, images: Tensor, baseline: Tensor, targets: Tensor) -> Tensor:
-        """The mean gradient between baseline and images, (B, C, H, W)."""
+        """Return the mean gradient between baseline and images, (B, C, H, W)."""
         integral = torch.zeros_like(images)
         at_once = max(_AT_ONCE // max(len(images), 1), 1)
         for begin in range(0, len(self._points), at_once):
@@ -148,7 +149,7 @@ class PreparedIntegratedGradients:
         return integral
 
     def _gradient(self, images: Tensor, targets: Tensor) -> Tensor:
-        """∂z_k/∂x at some images; their classes are known to be some of the network's."""
+        """Return ∂z_k/∂x at some images; the caller has checked that the targets are classes of the network."""
         images = images.detach().requires_grad_()
         with torch.enable_grad(), exact_float32():
             logits, _ = main_and_auxiliary_logits(self.model(images))
@@ -157,7 +158,7 @@ class PreparedIntegratedGradients:
 
 
 def _baseline(model: nn.Module, method: IntegratedGradients) -> Tensor:
-    """x₀ as (1, 3, 1, 1), or one value for all channels."""
+    """Return x₀ as (1, 3, 1, 1), or as one value for all channels."""
     if method.start == "mean":
         return torch.full((1, 1, 1, 1), method.baseline)
     images = input_of(model)
@@ -173,16 +174,16 @@ def _baseline(model: nn.Module, method: IntegratedGradients) -> Tensor:
 
 
 def folded_copy(model: nn.Module, example: Tensor) -> nn.Module:
-    """A frozen copy of a network with batch norms folded into the layers before them.
+    """Make a frozen copy of a network with batch norms folded into the layers before them.
 
-    The copy is not folded where the network cannot be followed or the folded one computes other logits.
+    The copy stays unfolded if the network cannot be traced or if the folded copy computes different logits.
 
     Args:
         model: See `Method.prepare`.
         example: Images (B, 3, H, W).
     """
     plain = frozen_copy(model)
-    # The example may be blank. Logits are compared on faint noise instead, which no layer sees as constant.
+    # The example may be blank, so logits are compared on faint noise, which no layer sees as constant.
     noise = torch.randn(example[:1].shape, generator=torch.Generator().manual_seed(0))
     probe = noise.mul(0.5).to(example.device, dtype_of(plain))
     with torch.no_grad(), exact_float32():
@@ -197,7 +198,7 @@ def folded_copy(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def show(heatmap: Tensor, sign: Sign, smooth: float) -> tuple[Tensor, bool]:
-    """What a map shows of the attributions of pixels.
+    """Apply the sign and smoothing settings to per-pixel attributions.
 
     Args:
         heatmap: (B, H, W) signed attributions.
@@ -213,7 +214,7 @@ def show(heatmap: Tensor, sign: Sign, smooth: float) -> tuple[Tensor, bool]:
     height, width = heatmap.shape[1:]
     sigma = smooth * max(height, width)
     if sigma > 0:
-        # Beyond four standard deviations nothing is left; mirrored borders need a window within the image.
+        # The Gaussian vanishes beyond four standard deviations; mirrored borders need a window within the image.
         sides = [2 * min(math.ceil(4 * sigma), side - 1) + 1 for side in (width, height)]
         with optional_import():
             from torchvision.transforms.v2.functional import gaussian_blur

@@ -1,4 +1,4 @@
-"""The linear operators of a recorded network: apply them, or their transpose, with any weights of the same shape.
+"""Linear operators of a recorded network, applied directly or transposed, with any weights of the same shape.
 
 Attribution rules need `w⁺ ∗ x`, `w⁻ ∗ x` and the transposes of both, for convolutions (strided, dilated, grouped,
 transposed) and matrix products alike.
@@ -23,7 +23,7 @@ class LinearMap:
         weight: (C_out, C_in/groups, kH, kW) of a convolution, (C_in, C_out/groups, …) of a transposed one, or
             (C_in, C_out) of a product.
         bias: (C_out,) or None.
-        settings: Of a convolution; None for a product.
+        settings: Settings of a convolution; None for a product.
     """
 
     weight: Tensor
@@ -31,14 +31,14 @@ class LinearMap:
     settings: ConvolutionSettings | None
 
     def apply(self, inputs: Tensor, weight: Tensor) -> Tensor:
-        """`weight ∗ inputs`, without bias."""
+        """Return `weight ∗ inputs`, without bias."""
         if self.settings is None:
             return inputs @ weight
         outputs: Tensor = torch.ops.aten.convolution(inputs, weight, None, *self.settings)
         return outputs
 
     def transpose(self, outputs: Tensor, weight: Tensor, inputs: Tensor) -> Tensor:
-        """`weightᵀ ∗ outputs`, of the shape of `inputs`."""
+        """Return `weightᵀ ∗ outputs`, in the shape of `inputs`."""
         if self.settings is None:
             return outputs @ weight.t()
         stride, padding, dilation, transposed, output_padding, groups = self.settings
@@ -58,7 +58,7 @@ class LinearMap:
         return inputs_gradient
 
     def of_ones(self) -> LinearMap:
-        """The map with all weights 1, between the sums of channels that `sum_channels` makes."""
+        """Return the map with all weights 1, acting on the channel sums that `sum_channels` makes."""
         if self.settings is None:
             return LinearMap(self.weight.new_ones(1, 1), None, None)
         return LinearMap(
@@ -66,14 +66,14 @@ class LinearMap:
         )
 
     def sum_channels(self, tensor: Tensor) -> Tensor:
-        """Inputs or outputs with the channels of each group added up: (B, groups, …), or (…, 1) of a product."""
+        """Sum inputs or outputs over the channels of each group: (B, groups, …), or (…, 1) for a product."""
         if self.settings is None:
             return tensor.sum(-1, keepdim=True)
         summed: Tensor = tensor.unflatten(1, (self.settings[-1], -1)).sum(2)
         return summed
 
     def repeat_channels(self, tensor: Tensor, inputs: Tensor) -> Tensor:
-        """Of the shape of `inputs`: what `sum_channels` has as one channel, for every channel of its group."""
+        """Undo `sum_channels`: repeat each group's single channel for all its channels, in the shape of `inputs`."""
         if self.settings is None:
             return tensor.expand_as(inputs)
         return tensor.repeat_interleave(inputs.shape[1] // self.settings[-1], dim=1)
@@ -83,7 +83,7 @@ class LinearMap:
         return self.settings is None or not self.settings[3]
 
     def scaled(self, scale: Tensor, shift: Tensor) -> LinearMap:
-        """The map followed by `· scale + shift` per output channel, both (C_out,)."""
+        """Return the map followed by `· scale + shift` per output channel, both (C_out,)."""
         if self.settings is None:
             weight = self.weight * scale
         else:

@@ -1,12 +1,12 @@
 """Layer-wise relevance propagation (Bach et al. 2015) by two composites of rules.
 
-- `zplus`: z⁺ in every layer with weights, zᴮ in the first, batch norms passed: what the attribution-preservation paper
-  (Park et al. 2020) evaluates with.
+- `zplus`: z⁺ in every layer with weights, zᴮ in the first, batch norms passed; used for evaluation in the
+  attribution-preservation paper (Park et al. 2020).
 - `epsilon-plus-flat`: ε in linear layers, z⁺ in convolutions, flat in the first; batch norms merged into their
   layers (Kohlbrenner et al. 2020).
 
-Relevance starts with the logit and is summed over colours. Biases get none, so that the sum is kept; units that are
-active by their bias alone pass theirs on evenly, or lose it as published (`as_published`).
+Relevance starts with the logit and is summed over colours. Biases get none, so the sum is conserved; units that are
+active only because of their bias spread theirs evenly, or lose it as published (`as_published`).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class _EpsilonPlusFlat(_ZPlus):
         return super().weighted(step, relevance)
 
 
-#: Rules of a composite, and whether it merges batch norms into the layers before them.
+#: Rules of each composite, and whether it merges batch norms into the layers before them.
 _COMPOSITES: dict[Composite, tuple[type[_ZPlus], bool]] = {
     "zplus": (_ZPlus, False),
     "epsilon-plus-flat": (_EpsilonPlusFlat, True),
@@ -73,9 +73,9 @@ class LRP:
     """Layer-wise relevance propagation.
 
     Attributes:
-        composite: See the module's text.
+        composite: See the module docstring.
         as_published: Lose the relevance of units without positive contributions.
-        merge_batch_norms: Merge batch norms into the layers before them; None: as the composite has it.
+        merge_batch_norms: Merge batch norms into the layers before them; None to follow the composite.
     """
 
     name: ClassVar[str]

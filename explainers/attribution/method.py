@@ -1,10 +1,10 @@
-"""What an attribution method is (`prepare` it for a network, then ask for maps), and the register of methods.
+"""The interface of attribution methods (`prepare` one for a network, then call it for maps), and their registry.
 
     prepared = GradCAM().prepare(model, example)
     prepared(images, targets).map                   # (B, H, W)
 
-`prepare` works on a deep copy in evaluation mode, so the network stays exactly as it was, also when something fails;
-after a rewrite of the network, prepare again.
+`prepare` works on a deep copy in evaluation mode, so the network is never modified, not even on failure. After a
+rewrite of the network, prepare again.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Attribution:
     """Maps of a batch.
 
     Attributes:
-        map: (B, H, W) float32 at the size of the images, on their device. Larger speaks for the class.
-        signed: Negative values speak against the class; otherwise the map is ≥ 0.
-        started: (B,) float32, what was distributed (a logit, a probability, a difference of logits).
-        arrived: (B,) float32, the sum of what arrived at the images (or where the method stops). NaN where a method
-            keeps no account.
+        map: (B, H, W) float32 at the size of the images, on their device. Larger values support the class.
+        signed: Negative values are evidence against the class; otherwise the map is ≥ 0.
+        started: (B,) float32, the amount distributed (a logit, a probability, a difference of logits).
+        arrived: (B,) float32, the sum that arrived at the images (or where the method stops). NaN if the method does
+            not track it.
         logits: (B, num_classes), the network's output.
     """
 
@@ -46,7 +46,7 @@ class Attribution:
     def without_account(
         cls, map: Tensor, logits: Tensor, targets: Tensor, *, signed: bool = False, known: bool = False
     ) -> Attribution:
-        """The result of a method that distributes nothing: `started` is the target's logit, `arrived` NaN.
+        """Build the result of a method that distributes nothing: `started` is the target's logit, `arrived` NaN.
 
         Arguments as of `Attribution` and `target_logits`.
         """
@@ -76,12 +76,12 @@ class Method(Protocol):
         """Bind to a copy of `model`.
 
         Args:
-            model: Any classifier (B, 3, H, W) → (B, num_classes), bare or wrapped; left as it is.
-            example: Images, at least one, of the size that will be explained; a first run on them finds out whether
-                the method has a rule for everything that the network does.
+            model: Any classifier (B, 3, H, W) → (B, num_classes), bare or wrapped; not modified.
+            example: At least one image of the size that will be explained; a first run on it checks that the method has
+                a rule for every operator of the network.
 
         Raises:
-            UnsupportedOperatorError: It has not; the message names the operator and the module.
+            UnsupportedOperatorError: A rule is missing; the message names the operator and the module.
         """
         ...
 
@@ -89,7 +89,7 @@ class Method(Protocol):
 M = TypeVar("M", bound="Method")
 _METHODS: dict[str, type[Method]] = {}
 _ALIASES = {"gcam": "gradcam", "integrated_gradients": "ig"}
-#: Modules of this package that register methods, imported when the register is first read.
+#: Modules of this package that register methods; imported when the registry is first read.
 _BUILT_IN = (
     "explainers.attribution.baselines",
     "explainers.attribution.ebp",
@@ -106,7 +106,7 @@ def register_method(name: str) -> Callable[[type[M]], type[M]]:
     """Class decorator that registers a method under `name`.
 
     The class is a dataclass; its fields are the method's settings. A field made with `image_classification.config.flag`
-    gets that flag in the verbs that take `--method`.
+    becomes that flag in the verbs that take `--method`.
 
     Raises:
         ValueError: Another method has that name.
@@ -129,18 +129,18 @@ def _import_built_in() -> None:
 
 
 def method_names(*, aliases: bool = False) -> list[str]:
-    """Names of all methods, sorted; `aliases` are other spellings that `create_method` takes."""
+    """Return the names of all methods, sorted; with `aliases`, also other spellings that `create_method` accepts."""
     _import_built_in()
     return sorted([*_METHODS, *(_ALIASES if aliases else ())])
 
 
 def plain_name(name: str) -> str:
-    """The name that a method is registered under; `name` may be an alias."""
+    """Return the name that a method is registered under; `name` may be an alias."""
     return _ALIASES.get(name, name)
 
 
 def method_class(name: str) -> type[Method]:
-    """The class of the method called `name`.
+    """Return the class of the method called `name`.
 
     Raises:
         SettingError: There is no such method.
@@ -150,10 +150,10 @@ def method_class(name: str) -> type[Method]:
 
 
 def create_method(name: str, **settings: object) -> Method:
-    """The method called `name`.
+    """Create the method called `name`.
 
     Raises:
-        SettingError: There is no such method, or a setting has a value that it cannot use.
+        SettingError: There is no such method, or a setting has an invalid value.
         ValueError: The method has no such setting.
     """
     method: Callable[..., Method] = method_class(name)
@@ -166,12 +166,12 @@ def create_method(name: str, **settings: object) -> Method:
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of a network to compute explanations with.
+    """Return a deep copy of a network for computing explanations.
 
-    It is unwrapped, in evaluation mode, without gradients for its parameters; half precision becomes float32.
+    The copy is unwrapped and in evaluation mode, its parameters need no gradients, and half precision becomes float32.
 
     Raises:
-        TypeError: It cannot be copied.
+        TypeError: The network cannot be copied.
     """
     bare = unwrap(model)
     try:
@@ -189,7 +189,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """The floating-point type that a network computes in."""
+    """Return the floating-point type that a network computes in."""
     floats = (p.dtype for p in model.parameters() if p.is_floating_point())
     return next(floats, torch.float32)
 
@@ -198,7 +198,7 @@ def check_request(images: Tensor, targets: Tensor) -> None:
     """Check shapes and types of the arguments of a prepared method.
 
     Raises:
-        ValueError: With what is expected.
+        ValueError: A shape or type is wrong; the message says what is expected.
     """
     if images.dim() != 4:
         raise ValueError(f"images have shape {tuple(images.shape)}; give a batch (B, C, H, W)")
@@ -210,16 +210,15 @@ def check_request(images: Tensor, targets: Tensor) -> None:
 
 
 def target_logits(logits: Tensor, targets: Tensor, *, known: bool = False) -> Tensor:
-    """(B,) the logit of each image's target class.
+    """Return the logit of each image's target class, (B,).
 
     Args:
         logits: (B, num_classes).
         targets: (B,) int64.
-        known: The targets are known to be classes of the network; the host need not wait for the device to look at
-            them.
+        known: The targets are known to be classes of the network; skips the check, which syncs with the device.
 
     Raises:
-        ValueError: A target that is not a class of the network, or logits of another shape than (B, num_classes).
+        ValueError: A target is not a class of the network, or the logits are not (B, num_classes).
     """
     if logits.dim() != 2:
         raise ValueError(

@@ -1,8 +1,9 @@
-"""Relevance sent back through a recorded forward pass, step by step, by the rules of a method.
+"""Propagation of relevance back through a recorded forward pass, step by step, by the rules of a method.
 
-A method says how relevance passes layers with weights (`Rules.weighted`) and batch norms; everything else is the same
-for all: sums, averages and maxima share in proportion to what each input gave; rearrangements carry relevance along;
-activations and normalisations pass it; a product of two signals gives it to the signal, not to its gate.
+A method defines how relevance passes layers with weights (`Rules.weighted`) and batch norms. Everything else is the
+same for all methods: sums, averages and maxima share relevance in proportion to each input's contribution,
+rearrangements carry it along, activations and normalisations pass it unchanged, and a product of two signals gives it
+to the signal, not to its gate.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ Relevances = dict[Value, Tensor]
 
 
 class Rules:
-    """How one method sends relevance through each kind of step. Methods override `weighted`, some `batch_norm`."""
+    """One method's rules for each kind of step. Methods override `weighted`, some also `batch_norm`."""
 
     name = "attribution"
 
     def weighted(self, step: Step, relevance: Tensor) -> Tensor:
-        """Through a convolution or a matrix product, from its output to its input."""
+        """Propagate through a convolution or a matrix product, from its output to its input."""
         raise NotImplementedError
 
     def batch_norm(self, step: Step, relevance: Tensor) -> Tensor:
-        """Through a batch norm that was not merged into a layer before it."""
+        """Propagate through a batch norm that was not merged into the layer before it."""
         return relevance
 
     def __call__(self, step: Step, relevances: Sequence[Tensor]) -> list[Tensor | None]:
-        """Relevance of the step's inputs from that of its outputs."""
+        """Return the relevance of the step's inputs, given that of its outputs."""
         match step.kind:
             case Kind.WEIGHTED:
                 return [self.weighted(step, relevances[0])]
@@ -59,17 +60,17 @@ class Rules:
 def propagate(
     record: Record, steps: Sequence[Step], start: Mapping[Value, Tensor], rules: Rules, until: Value
 ) -> Tensor:
-    """Send relevance from some values back to another one.
+    """Propagate relevance from some values back to another value.
 
     Args:
         record: The forward pass.
         steps: Its steps, possibly with batch norms merged.
         start: Relevance by value, each of the value's shape.
-        rules: Those of a method.
-        until: Where to stop: the images, or a bottleneck of the network.
+        rules: The rules of a method.
+        until: Value to stop at: the images, or a bottleneck of the network.
 
     Returns:
-        Relevance of `until`, zero if none arrives.
+        Relevance of `until`, zero if none reaches it.
 
     Raises:
         UnsupportedOperatorError: Relevance meets an operator that has no rule.
@@ -95,7 +96,7 @@ def propagate(
 
 
 def seen_elements(value: Value) -> Tensor | None:
-    """1 where a value has elements of its own, 0 where it was padded; None if nothing was."""
+    """Return 1 for a value's original elements and 0 for padded ones; None if nothing was padded."""
     step = value.step
     if step is None or step.name != "aten::constant_pad_nd":
         return None
@@ -106,7 +107,7 @@ def seen_elements(value: Value) -> Tensor | None:
 
 
 def transposed(step: Step, relevances: Sequence[Tensor]) -> list[Tensor]:
-    """The transposed derivative of a step applied to relevance: Jᵀ R, for each input."""
+    """Apply the transposed derivative of a step to relevance: Jᵀ R, for each input."""
     with torch.enable_grad():
         leaves = [value.tensor.detach().requires_grad_() for value in step.inputs]
         outputs = step.compute(leaves)[: len(relevances)]
@@ -118,9 +119,9 @@ def transposed(step: Step, relevances: Sequence[Tensor]) -> list[Tensor]:
 
 
 def shared(step: Step, relevances: Sequence[Tensor]) -> list[Tensor]:
-    """In proportion to contributions: x ⊙ Jᵀ(R ⊘ z). The winner takes all of a maximum.
+    """Share relevance in proportion to contributions: x ⊙ Jᵀ(R ⊘ z). For a maximum, the winner takes all.
 
-    Relevance of a result that is 0 has no proportions to go by: it is divided by the shares of equal inputs.
+    A result of 0 has no proportions, so its relevance is split as if its inputs were equal.
     """
     outputs = [output.tensor for output in step.outputs]
     ratios = [divide(relevance, output) for relevance, output in zip(relevances, outputs, strict=True)]
@@ -134,10 +135,10 @@ def shared(step: Step, relevances: Sequence[Tensor]) -> list[Tensor]:
 
 
 def through_product(step: Step, relevance: Tensor) -> list[Tensor | None]:
-    """All to the signal, none to the gate; half to each where neither is known to be a gate.
+    """Give all relevance to the signal and none to the gate; half to each if neither is known to be a gate.
 
-    The gate is the denominator of a quotient, the smaller (broadcast) factor, or the one that a bounded activation
-    made (sigmoid, softmax, …); Arras et al. 2017 call this "signal takes it all".
+    The gate is the denominator of a quotient, the smaller (broadcast) factor, or the factor made by a bounded
+    activation (sigmoid, softmax, …); Arras et al. 2017 call this "signal takes it all".
     """
     first, second = step.inputs
     gates = [_made_by_gate(first), _made_by_gate(second)]
@@ -155,7 +156,7 @@ def through_product(step: Step, relevance: Tensor) -> list[Tensor | None]:
 
 
 def _made_by_gate(value: Value) -> bool:
-    """Whether a bounded activation made it, possibly rescaled or rearranged since."""
+    """Whether a bounded activation made the value, possibly rescaled or rearranged since."""
     step = value.step
     while step is not None:
         if step.is_bounded:
@@ -171,7 +172,7 @@ class PreparedPropagation(abc.ABC):
 
     Args:
         model: Network; it is copied.
-        example: Images that the method is tried on at once, so that a missing rule is known from the start.
+        example: Images for an immediate trial run, so that a missing rule is reported at once.
         rules: The method's rules.
         merge: Merge batch norms into the layers before them.
     """
@@ -193,18 +194,18 @@ class PreparedPropagation(abc.ABC):
 
     @abc.abstractmethod
     def explain(self, record: Record, steps: list[Step], targets: Tensor, logits: Tensor) -> Attribution:
-        """Maps from a recorded pass; `logits` (B,) are those of the targets."""
+        """Compute maps from a recorded pass; `logits` (B,) are those of the targets."""
 
     def to_images(self, record: Record, steps: list[Step], relevance: Tensor) -> Tensor:
-        """Send relevance of the logits (B, L) back to the images."""
+        """Propagate relevance of the logits (B, L) back to the images."""
         return propagate(record, steps, {record.logits: relevance}, self.rules, record.images)
 
 
 def one_hot(record: Record, targets: Tensor, amounts: Tensor) -> Tensor:
-    """(B, L) relevance of the logits: each image's amount (B,) at its target, nothing elsewhere."""
+    """Return the relevance of the logits, (B, L): each image's amount (B,) at its target, nothing elsewhere."""
     return torch.zeros_like(record.logits.tensor).scatter_(1, targets[:, None], amounts[:, None])
 
 
 def total(relevance: Tensor) -> Tensor:
-    """(B,) float32, the sum per image."""
+    """Return the sum per image, (B,) float32."""
     return relevance.flatten(1).sum(1, dtype=torch.float64).float()

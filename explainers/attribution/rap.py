@@ -5,18 +5,19 @@ the maps). The last layer starts with R_i = |c_i|·z ⊘ Σ|c|, c_i = x_i·w_ti 
 all of one sign, and their sum the logit. The published code reaches the same by giving the bias to positive and
 negative contributions in proportion.
 
-Departures from the published implementation, which `as_published` takes back:
+Departures from the published implementation, undone by `as_published`:
 
-- Negative inputs: positive and negative contributions are joined. Published, the rule runs twice and doubles relevance
+- Negative inputs: positive and negative contributions are joined. The published rule runs twice and doubles relevance
   in every such layer; on MobileNetV2 it diverges.
-- Residual sums: shared by magnitude, R·|a| ⊘ (|a| + |b|). Published, by proportion, R·a ⊘ (a + b), which explodes where
+- Residual sums: shared by magnitude, R·|a| ⊘ (|a| + |b|). The published rule shares by proportion, R·a ⊘ (a + b), which
+  explodes where
   a + b is almost 0, since the even shift of RAP gives such units relevance as well. On a ResNet-20 trained on `shapes`
   the pointing game went from 0.47 to 0.98 and the AUC from 0.76 to 0.91 (100 images) by this alone.
-- Batch norms pass everything. Published, they stop relevance where their input is exactly 0.
+- Batch norms pass everything. In the published code they stop relevance where their input is exactly 0.
 
-On a plain network of convolutions, batch norms and ReLUs both are the same.
+On a plain network of convolutions, batch norms and ReLUs, the two agree.
 
-The map is summed over colours; its sign is flipped where the logit is negative; then negative values are cut off.
+The map is summed over colours; its sign is flipped where the logit is negative; then negative values are clipped to 0.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class RAP:
 
     Attributes:
         as_published: Rules of the published implementation for negative inputs, residual sums and batch norms; see the
-            text of this module.
+            module docstring.
     """
 
     name: ClassVar[str]
@@ -101,7 +102,7 @@ class _Prepared(PreparedPropagation):
         return Attribution(heatmap, False, logits.float(), total(relevance), record.logits.tensor)
 
     def _start(self, record: Record, steps: list[Step], targets: Tensor, logits: Tensor) -> Tensor:
-        """Relevance of the images; the last layer, where it is a linear one, by its own rule."""
+        """Return the relevance of the images; the last layer, if linear, has its own rule."""
         last = record.logits.step
         if last is None or last.linear is None or last.linear.settings is not None:
             return self.to_images(record, steps, one_hot(record, targets, logits))
@@ -113,6 +114,6 @@ class _Prepared(PreparedPropagation):
 
 
 def start(x: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
-    """Relevance of the last layer's input: (B, C) from input x (B, C), the targets' weights (B, C) and logits (B,)."""
+    """Return the last layer's input relevance (B, C) from input x (B, C), target weights (B, C) and logits (B,)."""
     size = (x * weight).abs()
     return size * weight_rules.divide(logits[:, None], size.sum(1, keepdim=True))

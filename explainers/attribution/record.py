@@ -1,13 +1,14 @@
-"""A network's forward pass written down as a list of ATen operators: what relevance is sent back through.
+"""A network's forward pass recorded as a list of ATen operators, for propagating relevance back through it.
 
-Attribution rules need to know what a network does, not how it is written: as modules or functions, with one ReLU
-for ten places, in place or not. So the pass is recorded while it runs, below modules and functions, where every
-network of torchvision and timm is made of the same few dozen operators (`torch.fx` traces 71 of 75 of them, and
-would leave each to be spelt in many ways; `torch.export` fixes the batch). A new record is made for each batch:
-any batch size, any width, any control flow.
+Attribution rules need to know what a network computes, not how it is written: with modules or functions, with one ReLU
+module used in ten places, in place or not. So the pass is recorded while it runs, below modules and functions, where
+every network of torchvision and timm consists of the same few dozen operators (`torch.fx` traces 71 of 75 of those
+networks, and leaves each operator with many spellings; `torch.export` fixes the batch size). A new record is made for
+each batch, so any batch size, width or control flow works.
 
-In the record each call has its own inputs and outputs. An in-place operator appears as the functional one, and what
-it overwrote is kept. Steps that do not depend on the images (a standardised weight, a position table) are left out.
+In the record, each call has its own inputs and outputs. An in-place operator appears as its functional counterpart, and
+the values it overwrote are kept. Steps that do not depend on the images (a standardised weight, a position table) are
+left out.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from image_classification.plain_data import PlainValue
 
 
 class UnsupportedOperatorError(NotImplementedError):
-    """A method has no rule for something that the network does; the message names operator and module."""
+    """A method has no rule for an operator of the network; the message names operator and module."""
 
 
 class Kind(enum.Enum):
-    """What an operator does to its input, as far as attribution rules care."""
+    """The kinds of operators that attribution rules tell apart."""
 
     WEIGHTED = "linear in its input, with weights"
     BATCH_NORM = "batch normalisation with stored statistics"
@@ -51,7 +52,7 @@ _TWO_SIGNALS = {
     "aten::mul": Kind.GATE,
     "aten::div": Kind.GATE,
 }
-#: Operators whose kind alone says what attribution does with them.
+#: Operators for which the kind alone determines the attribution rule.
 _KINDS = {
     OperatorKind.BATCH_NORM: Kind.BATCH_NORM,
     OperatorKind.MOVEMENT: Kind.MOVE,
@@ -61,21 +62,21 @@ _ACTIVATIONS = (OperatorKind.POINTWISE, OperatorKind.NORMALISATION)
 
 
 class Value:
-    """A tensor that depends on the images, at one moment.
+    """A tensor that depends on the images, at one point in the forward pass.
 
     Attributes:
-        tensor: Its elements then.
-        step: What computed it; None for the images.
+        tensor: Its elements at that point.
+        step: The step that computed it; None for the images.
         num_uses: Number of steps that read it.
-        nonnegative: Known not to hold negative elements, whatever the images.
-        past_weights: A weighted layer lies between the images and it.
+        nonnegative: Whether it is known to hold no negative elements, whatever the images.
+        past_weights: Whether a weighted layer lies between the images and this value.
     """
 
     __slots__ = ("handle", "nonnegative", "num_uses", "past_weights", "step", "tensor")
 
     def __init__(self, tensor: Tensor, step: Step | None = None) -> None:
         self.tensor = tensor
-        self.handle = tensor  # the very object that the network holds; keeps its id from being used again
+        self.handle = tensor  # the network's own object; keeping it alive keeps its id from being reused
         self.step = step
         self.num_uses = 0
         self.nonnegative = False
@@ -88,7 +89,7 @@ class Step:
 
     Attributes:
         op: The functional ATen operator.
-        args, kwargs: Its arguments; tensors that depend on the images stand as `Value`.
+        args, kwargs: Its arguments; tensors that depend on the images appear as `Value`.
         inputs: Those values, each once.
         outputs: Floating-point results, in order.
         where: Name of the innermost module that was running ("" outside all).
@@ -113,7 +114,7 @@ class Step:
 
     @property
     def facts(self) -> OperatorFacts:
-        """What is known of the operator."""
+        """The known facts about the operator."""
         return facts_of(self.name)
 
     @property
@@ -141,7 +142,7 @@ class Step:
         return f"operator {self.name} in module {self.where or '(the network itself)'!r}"
 
     def argument(self, *names: str, default: PlainValue = None) -> PlainValue:
-        """The argument of the first of these names that the operator has; its default where not given."""
+        """Return the argument for the first of these names that the operator has, or its default if not given."""
         schema = self.op._schema.arguments
         for index, argument in enumerate(schema):
             if argument.name in names:
@@ -151,7 +152,7 @@ class Step:
         return default
 
     def compute(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Run the operator on other tensors in place of its `inputs`; the floating-point results."""
+        """Run the operator on other tensors in place of its `inputs`; return the floating-point results."""
         replaced = {id(value): tensor for value, tensor in zip(self.inputs, inputs, strict=True)}
 
         def fill(leaf: object) -> object:
@@ -166,9 +167,9 @@ class Record:
 
     Attributes:
         images: The images, (B, C, H, W).
-        logits: What the network returned, (B, num_classes).
+        logits: The network's output, (B, num_classes).
         steps: In the order of computation.
-        module_outputs: Name of a module and what it returned, in the order of returning; the network itself is "".
+        module_outputs: Name and output of each module, in the order of returning; the network itself is "".
     """
 
     images: Value
@@ -178,14 +179,16 @@ class Record:
 
     @property
     def values(self) -> Iterator[Value]:
-        """All values, images first."""
+        """Iterate over all values, images first."""
         yield self.images
         for step in self.steps:
             yield from step.outputs
 
     def close(self) -> None:
-        """Take the record apart. Steps and values refer to each other, so without this the tensors of a batch would
-        stay until the garbage collector happens to run, and memory would grow over batches.
+        """Release the record's tensors.
+
+        Steps and values refer to each other, so without this the tensors of a batch would stay until the garbage
+        collector happens to run, and memory would grow over batches.
         """
         for step in self.steps:
             for value in step.outputs:
@@ -194,9 +197,10 @@ class Record:
             step.outputs.clear()
 
     def bottlenecks(self) -> list[Value]:
-        """The values that every path from the images to the logits goes through, in order.
+        """Return the values that every path from the images to the logits goes through, in order.
 
-        A value is one if, between its computation and its last use, no other value is alive that reaches the logits.
+        A value is a bottleneck if, between its computation and its last use, no other value that reaches the logits is
+        alive.
         """
         reaching = self._reaching()
         last_use: dict[int, int] = {id(self.logits): len(self.steps)}
@@ -208,14 +212,14 @@ class Record:
         busy_until = last_use[id(self.images)]
         for index, step in enumerate(self.steps):
             alive = [output for output in step.outputs if id(output) in reaching]
-            # Nothing computed earlier is read later than here, and this step leaves a single value.
+            # Nothing computed earlier is read after this step, and only one value is left alive.
             if len(alive) == 1 and busy_until <= index:
                 found.append(alive[0])
             busy_until = max([busy_until, *(last_use[id(output)] for output in alive)])
         return found
 
     def _reaching(self) -> set[int]:
-        """Ids of the values on which the logits depend."""
+        """Return the ids of the values that the logits depend on."""
         reaching = {id(self.logits)}
         for step in reversed(self.steps):
             if any(id(output) in reaching for output in step.outputs):
@@ -224,11 +228,11 @@ class Record:
 
 
 def record_forward(model: nn.Module, images: Tensor) -> Record:
-    """Run a network on a batch and write down what it does.
+    """Run a network on a batch and record its operators.
 
     Args:
-        model: In evaluation mode; its parameters do not change. Hooks that follow the modules are set for the
-            duration of the call.
+        model: In evaluation mode; its parameters do not change. Hooks on its modules are set for the duration of the
+            call.
         images: (B, C, H, W).
 
     Raises:
@@ -251,16 +255,18 @@ def record_forward(model: nn.Module, images: Tensor) -> Record:
 
 
 def is_feature_map(value: Value, record: Record, *, to_one_row: bool = False) -> bool:
-    """Whether a value is a feature map (B, C, h, w): more than one pixel, no average of a larger map, not the images.
+    """Whether a value is a feature map (B, C, h, w): more than one pixel, not an average of a larger map, not the
+    images.
 
-    Maps with their channels last, (B, h, w, C), are recognised by their aspect ratio, which is not that of the images.
+    Maps with their channels last, (B, h, w, C), are recognised by their aspect ratio, which differs from that of the
+    images.
 
     Args:
         value: A value of the record.
         record: The forward pass.
-        to_one_row: How well the aspect ratio must agree. True: to within one row of the map, for decoders, which take
-            dimension 1 for channels. False: within a factor of 2, since the sides of a map of few pixels are rounded
-            one by one; this passes some maps with their channels last (timm's Swin).
+        to_one_row: How closely the aspect ratio must agree. True: to within one row of the map, for decoders, which
+            expect channels in dimension 1. False: within a factor of 2, since each side of a small map is rounded
+            separately; this accepts some channels-last maps (timm's Swin).
     """
     if value is record.images or value.tensor.dim() != 4:
         return False
@@ -275,7 +281,7 @@ def is_feature_map(value: Value, record: Record, *, to_one_row: bool = False) ->
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees every ATen operator while it is active, runs it, and writes down those that depend on the images."""
+    """Runs every ATen operator while it is active and records those that depend on the images."""
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
@@ -287,13 +293,13 @@ class _Recorder(TorchDispatchMode):
         self._overwritten: set[int] = set()
 
     def note_output(self, call: ModuleCall, _module: nn.Module, output: object) -> None:
-        """Remember what a module returned."""
+        """Record a module's output."""
         value = self.value_of(output)
         if value is not None:
             self.module_outputs.append((call.name, value))
 
     def value_of(self, tensor: object) -> Value | None:
-        """The current value of a tensor of the network; None for what does not depend on the images."""
+        """Return the current value of a tensor of the network; None if the tensor does not depend on the images."""
         return self._values.get(id(tensor)) if isinstance(tensor, Tensor) else None
 
     def __torch_dispatch__(
@@ -314,7 +320,7 @@ class _Recorder(TorchDispatchMode):
         for tensor in written:
             self._keep_old_content(tensor)
         results = func(*args, **kwargs)
-        # A forgotten stale value of a reused id would be wrong; `handle` keeps every tracked object alive instead.
+        # A stale value left under a reused id would be wrong, so `handle` keeps every tracked object alive.
         for tensor in written or _floats(results):
             value = Value(tensor, step)
             step.outputs.append(value)
@@ -330,7 +336,7 @@ class _Recorder(TorchDispatchMode):
         return leaf if value is None else value
 
     def _keep_old_content(self, tensor: Tensor) -> None:
-        """Before a tensor is overwritten: give all values that share its memory a copy of their own."""
+        """Before a tensor is overwritten, give all values that share its memory their own copy."""
         memory = tensor.untyped_storage().data_ptr()
         for value in list(self._values.values()):
             if value.handle.untyped_storage().data_ptr() == memory:
@@ -349,13 +355,13 @@ class _Recorder(TorchDispatchMode):
 
 
 def _floats(results: Outputs) -> list[Tensor]:
-    """The floating-point tensors among an operator's results."""
+    """Return the floating-point tensors among an operator's results."""
     leaves, _ = tree_flatten(results)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _functional(func: OpOverload) -> OpOverload:
-    """`aten::relu` for `aten::relu_`; anything else as it is."""
+    """Return the functional counterpart of an operator (`aten::relu` for `aten::relu_`), or the operator unchanged."""
     name = func._schema.name.removeprefix("aten::")
     if name.endswith("_") and func._schema.is_mutable and hasattr(torch.ops.aten, name[:-1]):
         packet = getattr(torch.ops.aten, name[:-1])
@@ -367,7 +373,7 @@ def _functional(func: OpOverload) -> OpOverload:
 
 
 def _written(func: OpOverload, args: Args, kwargs: Kwargs) -> list[Tensor]:
-    """The tensors that an operator overwrites."""
+    """Return the tensors that an operator overwrites."""
     written = []
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -378,7 +384,7 @@ def _written(func: OpOverload, args: Args, kwargs: Kwargs) -> list[Tensor]:
 
 
 def _classify(step: Step) -> None:
-    """Fill in kind, weights and what is known about the results."""
+    """Set a step's kind, weights and known facts about its results."""
     linear, signal = linear_map_of(step)
     if linear is not None and step.inputs == [signal]:
         step.kind = Kind.WEIGHTED
@@ -430,7 +436,7 @@ def _is_nonnegative(step: Step) -> bool:
 
 
 def linear_map_of(step: Step) -> tuple[LinearMap | None, Value | None]:
-    """The weights of a step and the value that they apply to; (None, None) if it is not a map with constant weights."""
+    """Return a step's weights and the value they apply to; (None, None) unless it is a map with constant weights."""
     if step.name in ("aten::convolution", "aten::_convolution", "aten::cudnn_convolution"):
         names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
         settings = tuple(step.argument(name) for name in names)

@@ -1,13 +1,13 @@
-"""Relevance through one layer with weights: the rules that methods choose from. All leave the bias without relevance.
+"""Rules for propagating relevance through one layer with weights. None of them gives relevance to the bias.
 
-A unit can be active by its bias alone, without any positive contribution. The published rules lose its relevance, as
-`spread=False` does here; by default `spread_rest` gives it evenly to what the unit sees, so that sums are kept on every
-network (DenseNet-121 would keep 0.63 to 1, MobileNetV2 0.14 to 0.57 of them, with random weights). Where there is no
-such unit nothing changes.
+A unit can be active through its bias alone, without any positive contribution. The published rules lose its relevance,
+as `spread=False` does here. By default `spread_rest` spreads it evenly over the unit's inputs, so that sums are
+conserved on every network (otherwise DenseNet-121 would keep 0.63 to 1 and MobileNetV2 0.14 to 0.57 of them, with
+random weights). Without such units nothing changes.
 
-Notation: x the layer's input, w its weights, R the relevance of its output, `∗` the layer, `wᵀ` its transpose,
-`w⁺ = max(w, 0)`, `w⁻ = min(w, 0)`, `a ⊘ b` division with 0 where b = 0. `seen` is 1 where x has an element of its own
-and 0 where an operator before the layer padded it, None for 1 everywhere: padding gets no relevance.
+Notation: x the layer's input, w its weights, R the relevance of its output, `∗` the layer, `wᵀ` its transpose, `w⁺ =
+max(w, 0)`, `w⁻ = min(w, 0)`, `a ⊘ b` division with 0 where b = 0. `seen` is 1 for original elements of x and 0 for
+elements padded by an operator before the layer; None means 1 everywhere. Padding gets no relevance.
 
 References: Bach et al. 2015 (LRP); Montavon et al. 2017 (z⁺, zᴮ); Lapuschkin et al. 2019 (flat); Zhang et al. 2016
 (excitation backprop, which is z⁺).
@@ -20,25 +20,27 @@ from torch import Tensor
 
 from explainers.attribution.linear_map import LinearMap
 
-#: ε of the rule of that name.
+#: ε of the ε rule.
 STABILISER = 1e-6
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """`numerator ⊘ denominator`."""
+    """Return `numerator ⊘ denominator`."""
     zero = denominator == 0
     return (numerator / denominator.masked_fill(zero, 1)).masked_fill(zero, 0)
 
 
 def known_to_be_zero(tensor: Tensor) -> bool:
-    """Whether all elements are 0, asked only where the answer is free: the host would wait for another device."""
+    """Whether all elements are 0, checked only where that is free: on another device the check would make the host
+    wait.
+    """
     return tensor.device.type == "cpu" and not tensor.any()
 
 
 def spread_rest(
     linear: LinearMap, result: Tensor, relevance: Tensor, total: Tensor, seen: Tensor | None
 ) -> Tensor:
-    """Add to a rule's result the relevance of units whose `total` contributions are 0, evenly over what they see."""
+    """Add to a rule's result the relevance of units whose `total` contributions are 0, evenly over their inputs."""
     rest = relevance * (total == 0)
     return result if known_to_be_zero(rest) else result + flat(linear, result, rest, seen)
 
@@ -52,7 +54,7 @@ def z_plus(
     seen: Tensor | None = None,
     spread: bool = True,
 ) -> Tensor:
-    """By positive contributions: R_i = Σ_j (x_i w_ij)⁺ ⊘ Σ_k (x_k w_kj)⁺ · R_j.
+    """Propagate by positive contributions: R_i = Σ_j (x_i w_ij)⁺ ⊘ Σ_k (x_k w_kj)⁺ · R_j.
 
     Args:
         linear: The layer.
@@ -78,7 +80,7 @@ def z_plus(
 def z_box(
     linear: LinearMap, x: Tensor, relevance: Tensor, seen: Tensor | None = None, *, spread: bool = True
 ) -> Tensor:
-    """zᴮ for the layer that sees the images: x, relative to each image's lowest and highest value L and H.
+    """Apply zᴮ, for the layer that reads the images: x relative to each image's lowest and highest value L and H.
 
     g = R ⊘ (w∗x − w⁺∗L − w⁻∗H);  x ⊙ wᵀg − L ⊙ w⁺ᵀg − H ⊙ w⁻ᵀg.
     """
@@ -95,16 +97,16 @@ def z_box(
 
 
 def epsilon(linear: LinearMap, x: Tensor, relevance: Tensor) -> Tensor:
-    """By contributions, away from zero by `STABILISER`: R_i = Σ_j x_i w_ij / (z_j + sign(z_j)·ε) · R_j."""
+    """Propagate by contributions, kept off zero by `STABILISER`: R_i = Σ_j x_i w_ij / (z_j + sign(z_j)·ε) · R_j."""
     z = linear.apply(x, linear.weight)
     stable = z + torch.where(z < 0, -STABILISER, STABILISER)
     return x * linear.transpose(relevance / stable, linear.weight, x)
 
 
 def flat(linear: LinearMap, x: Tensor, relevance: Tensor, seen: Tensor | None = None) -> Tensor:
-    """Evenly over the inputs that a unit sees, whatever their values.
+    """Spread relevance evenly over a unit's inputs, whatever their values.
 
-    All channels of a group see the same places, so that one channel stands for them.
+    All channels of a group share the same receptive field, so one channel represents them.
     """
     ones = linear.of_ones()
     inputs = linear.sum_channels(torch.ones_like(x[:1]) if seen is None else seen)
@@ -116,9 +118,9 @@ def flat(linear: LinearMap, x: Tensor, relevance: Tensor, seen: Tensor | None = 
 def relative(linear: LinearMap, x: Tensor, relevance: Tensor, *, nonnegative: bool) -> Tensor:
     """Relative attributing propagation (Nam et al. 2020), as published for x ≥ 0 and joined for signed inputs.
 
-    m = [R ≠ 0]; P = m·(positive contributions), N = m·|negative contributions|;
-    product: g⁺ = R ⊘ P, g⁻ = [N ≠ 0]·R ⊘ (P+N);  convolution: g⁺ = R⁺ ⊘ P, g⁻ = R⁻ ⊘ N + [N ≠ 0]·R ⊘ (P+N);
-    C = |contributions| by g⁺ and g⁻, then shifted evenly, so that every image keeps its sum.
+    m = [R ≠ 0]; P = m·(positive contributions), N = m·|negative contributions|; product: g⁺ = R ⊘ P, g⁻ = [N ≠ 0]·R ⊘
+    (P+N);  convolution: g⁺ = R⁺ ⊘ P, g⁻ = R⁻ ⊘ N + [N ≠ 0]·R ⊘ (P+N); C = |contributions| weighted by g⁺ and g⁻, then
+    shifted evenly so that every image keeps its sum.
 
     Args:
         linear: The layer.
@@ -134,7 +136,7 @@ def relative(linear: LinearMap, x: Tensor, relevance: Tensor, *, nonnegative: bo
     w_plus, w_minus = linear.weight.clamp(min=0), linear.weight.clamp(max=0)
     x_plus = x if nonnegative else x.clamp(min=0)
     x_minus = None if nonnegative else x.clamp(max=0)
-    # P and N: each unit's positive and negative contributions, where it has relevance at all.
+    # P and N: each unit's positive and negative contributions, where it has any relevance.
     positive, negative = linear.apply(x_plus, w_plus), linear.apply(x_plus, w_minus)
     if x_minus is not None:
         positive = positive + linear.apply(x_minus, w_minus)
@@ -148,7 +150,7 @@ def relative(linear: LinearMap, x: Tensor, relevance: Tensor, *, nonnegative: bo
     else:
         g_plus = divide(relevance.clamp(min=0), positive)
         g_minus = g_minus + divide(relevance.clamp(max=0), negative)
-    # C: back to the inputs, each contribution by its magnitude.
+    # C: back to the inputs, each contribution weighted by its magnitude.
     result = x_plus * (linear.transpose(g_plus, w_plus, x) - linear.transpose(g_minus, w_minus, x))
     if x_minus is not None:
         result = result + x_minus * (
@@ -158,7 +160,7 @@ def relative(linear: LinearMap, x: Tensor, relevance: Tensor, *, nonnegative: bo
 
 
 def relative_published(linear: LinearMap, x: Tensor, relevance: Tensor) -> Tensor:
-    """The rule on max(x, 0), plus the rule on |min(x, 0)|, as the published implementation of RAP has it."""
+    """Apply the rule to max(x, 0) and to |min(x, 0)| and add the results, as published for RAP."""
     first = relative(linear, x.clamp(min=0), relevance, nonnegative=True)
     second = relative(linear, -x.clamp(max=0), relevance, nonnegative=True)
     return first + second

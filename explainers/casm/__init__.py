@@ -1,7 +1,8 @@
 """Classifier-agnostic saliency maps, CASM (Żołna, Geras, Cho 2020, arXiv:1805.08249).
 
-A decoder reads a classifier's features and says which part of an image to remove so that no classifier recognises it
-any more: not the present one, and not those that it was on the way here. Classifier and decoder are trained together.
+A decoder reads a classifier's features and predicts which part of an image to remove so that no classifier recognises
+the image any more: neither the current one nor its earlier states during training. Classifier and decoder are trained
+together.
 """
 
 from explainers.casm.casm_explanation import CasmExplanation

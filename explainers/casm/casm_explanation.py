@@ -1,4 +1,4 @@
-"""A CASM mask as an explanation φ, a function of the network's features: for matching and for pruning by it."""
+"""A CASM mask as an explanation φ, a function of the network's features, for matching and for pruning."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from explainers.differentiable.features import FeatureTaps
 class CasmExplanation:
     """The mask of a trained decoder, given a network's features; see `explanation.Explanation`.
 
-    The decoder is copied, frozen and evaluates; the network comes with each call. Masks are of every class at once, so
-    the classes asked about make no difference.
+    The decoder is copied, frozen and in evaluation mode; the network is passed with each call. A mask covers all
+    classes at once, so the requested classes make no difference.
 
     Args:
-        casm: Its decoder is used, its classifier is not.
+        casm: The mapping; only its decoder is used, not its classifier.
     """
 
     def __init__(self, casm: Casm) -> None:
@@ -31,7 +31,7 @@ class CasmExplanation:
 
     @property
     def taps(self) -> tuple[str, ...]:
-        """Modules that the decoder reads, the base first."""
+        """Names of the modules that the decoder reads, the base first."""
         return self._taps
 
     @property
@@ -40,7 +40,7 @@ class CasmExplanation:
         return None
 
     def __call__(self, model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-        """φ of a batch: the mask at the decoder's resolution, flattened.
+        """Compute φ of a batch: the mask at the decoder's resolution, flattened.
 
         Args:
             model: The network; autograd flows through its activations.
@@ -53,7 +53,7 @@ class CasmExplanation:
         return self.mask(model, images).flatten(1)
 
     def mask(self, model: nn.Module, images: Tensor) -> Tensor:
-        """(N, 1, h, w) float32 in (0, 1), the part to remove, at the decoder's resolution."""
+        """Return the part to remove, (N, 1, h, w) float32 in (0, 1), at the decoder's resolution."""
         self._follow(images)
         with FeatureTaps(model, self._taps, self._kept, self._widths) as taps:
             model(images)
@@ -73,6 +73,6 @@ class CasmExplanation:
         return other
 
     def _follow(self, images: Tensor) -> None:
-        """Move the decoder to where the images are."""
+        """Move the decoder to the device of the images."""
         if next(self._decoder.parameters()).device != images.device:
             self._decoder.to(images.device)

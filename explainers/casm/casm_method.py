@@ -1,7 +1,7 @@
 """CASM among the attribution methods: one pass through a trained mapping instead of a calculation per image.
 
-The mask depends neither on the class nor on the network that is explained: the CASM's own classifier reads the image.
-For the mask as a function of another network's features see `CasmExplanation`.
+The mask depends neither on the class nor on the network being explained: the CASM's own classifier reads the image. For
+the mask as a function of another network's features see `CasmExplanation`.
 """
 
 from __future__ import annotations

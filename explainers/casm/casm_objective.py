@@ -1,4 +1,4 @@
-"""What CASM's decoder minimises, and what is logged about its masks (Żołna et al. 2020, equations 3 to 7).
+"""The loss of CASM's decoder and the logged statistics of its masks (Żołna et al. 2020, equations 3 to 7).
 
 Note: The published program finds images that are "right when whole, wrong when masked" by adding two boolean tensors
 and comparing with 2; on today's PyTorch that is always false and its size term vanishes. Here it is a logical and.
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Names of the statistics of `summary`.
+#: Names of the statistics returned by `summary`.
 STATISTICS = ("mask_mean", "mask_std", "mask_entropy", "mask_tv")
-#: The same under the names, and as the figures, of the published `score.py`.
+#: The same statistics by the names and definitions of the published `score.py`.
 PUBLISHED_STATISTICS = ("avg_mask", "std_mask", "entropy", "tv")
 
 
@@ -27,18 +27,18 @@ def decoder_loss(
     lambda_r: float,
     adversarial: bool,
 ) -> Tensor:
-    """The loss of a batch of masks.
+    """Compute the loss of a batch of masks.
 
         E[ 1{f(x) right} · Σ_l p_l log p_l (x_out) ]      or, adversarial, −CE(f(x_out), y)
         − λ_r · mean( ReLU( 1{f(x) right and f(x_out) wrong} − mean(s) ) )
 
     Args:
-        clean_logits: (N, L), of the present classifier on whole images; taken as constants.
-        masked_logits: (N, L), of the judge on x·(1 − s).
+        clean_logits: (N, L) of the current classifier on whole images; treated as constants.
+        masked_logits: (N, L) of the judge on x·(1 − s).
         targets: (N,) int64.
         mask: (N, 1, H, W), s.
         lambda_r: Weight of the size term.
-        adversarial: Which first term.
+        adversarial: Use the adversarial first term.
 
     Returns:
         Scalar float32 (float64 for float64 input).
@@ -56,13 +56,13 @@ def decoder_loss(
 
 
 def negative_entropy(logits: Tensor) -> Tensor:
-    """(N,) Σ_l p_l log p_l of logits (N, L), in nats."""
+    """Return Σ_l p_l log p_l of logits (N, L), in nats: (N,)."""
     log_p = _at_least_float(logits).log_softmax(1)
     return (log_p.exp() * log_p).sum(1)
 
 
 def mask_figures(mask: Tensor) -> Tensor:
-    """What is logged about masks, image by image.
+    """Compute the logged statistics of masks, per image.
 
     Args:
         mask: (N, 1, H, W) in [0, 1].
@@ -78,7 +78,7 @@ def mask_figures(mask: Tensor) -> Tensor:
 
 
 def published_figures(mask: Tensor) -> Tensor:
-    """What the published `score.py` adds up about masks, image by image.
+    """Compute the statistics that the published `score.py` sums up, per image.
 
     Args:
         mask: (N, 1, H, W) in [0, 1].
@@ -95,7 +95,7 @@ def published_figures(mask: Tensor) -> Tensor:
 
 
 def published_summary(sums: Tensor, count: float) -> dict[str, float]:
-    """The published statistics from sums of `published_figures`; the deviation is that of a sample (count − 1)."""
+    """Return the published statistics from sums of `published_figures`, with the deviation of a sample (count − 1)."""
     statistics = summary(sums, count)
     mean, spread, entropy, variation = statistics.values()
     spread *= math.sqrt(count / (count - 1)) if count > 1 else 0.0
@@ -103,21 +103,21 @@ def published_summary(sums: Tensor, count: float) -> dict[str, float]:
 
 
 def _variation(s: Tensor, dim: int) -> Tensor:
-    """(N,) mean |difference| of neighbours in one direction; 0 where there are none."""
+    """Return the mean |difference| of neighbours in one direction, (N,); 0 if there are none."""
     if s.shape[dim] < 2:
         return s.new_zeros(len(s))
     return s.diff(dim=dim).abs().flatten(1).mean(1)
 
 
 def summary(sums: Tensor, count: float) -> dict[str, float]:
-    """Mask statistics from sums of `mask_figures` over images.
+    """Compute mask statistics from sums of `mask_figures` over images.
 
     Args:
         sums: (4,).
         count: Number of images.
 
     Returns:
-        By `STATISTICS`; `mask_std` is that of the images' means. NaN without images.
+        Statistics by the names in `STATISTICS`; `mask_std` is the deviation of the images' means. NaN without images.
     """
     if not count:
         return dict.fromkeys(STATISTICS, float("nan"))

@@ -1,4 +1,4 @@
-"""What the verbs that judge CASMs share: where CASMs are, where results go."""
+"""Paths shared by the verbs that evaluate CASMs: where CASM files are found and where results are written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from image_classification.data.dataset import Dataset
 from image_classification.file_writing import write_text
 from image_classification.models import identity_of
 
-#: Names that a file of weights may end in.
+#: File endings accepted for weights.
 CHECKPOINT_ENDINGS = (".pth.tar", ".pth", ".pt", ".chk")
 
 
@@ -51,10 +51,10 @@ class FilesConfig:
         )
 
     def check_outputs(self) -> None:
-        """Make sure, before anything is computed, that results can be written.
+        """Check that results can be written, before anything is computed.
 
         Raises:
-            ConfigError: They cannot.
+            ConfigError: They cannot be written.
         """
         if self.log_path is not None:
             check_writable(self.log_path, "--log-path")
@@ -63,10 +63,10 @@ class FilesConfig:
 
 
 def find_casms(folder: Path) -> list[Path]:
-    """Files of CASMs in a folder: its own checkpoint files, and those in folders right below it, as runs leave them.
+    """Find CASM files in a folder: checkpoint files in it and in its direct subfolders, as training runs leave them.
 
     Raises:
-        FileNotFoundError: There is no such folder, or no file in it.
+        FileNotFoundError: The folder does not exist or holds no such file.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"--casms-path {folder}: there is no such folder")
@@ -82,7 +82,7 @@ def find_casms(folder: Path) -> list[Path]:
 
 
 def casm_name(path: Path) -> str:
-    """What tables call a CASM: its run's folder, or its file."""
+    """Name of a CASM in tables: that of its run's folder, or of its file."""
     return path.parent.name if path.name == "checkpoint.pth.tar" else path.name
 
 
@@ -96,11 +96,11 @@ class CasmNetwork(Network):
 def casm_networks(
     paths: Sequence[Path], data: ReadConfig, dataset: Dataset, device: torch.device
 ) -> list[CasmNetwork]:
-    """All CASMs, checked against the data set.
+    """Load all CASMs and check them against the data set.
 
     Raises:
-        WeightsError: A file that holds none.
-        ConfigError: One for another number of classes.
+        WeightsError: A file holds no CASM.
+        ConfigError: A CASM has another number of classes.
     """
     networks = []
     for path in paths:
@@ -119,7 +119,7 @@ def casm_networks(
 def write_results(
     files: FilesConfig, rows: Sequence[Mapping[str, Cell]], config: Mapping[str, object]
 ) -> None:
-    """Results as files, where they are asked for: all rows, and each mapping's own."""
+    """Write the requested result files: all rows together, and one file per mapping."""
     if files.json is not None:
         _write(files.json, rows, config)
     if files.log_path is not None:
@@ -134,7 +134,7 @@ def _write(path: Path, rows: Sequence[Mapping[str, Cell]], config: Mapping[str, 
 
 
 def _finite_cells(row: Mapping[str, Cell]) -> dict[str, Cell | None]:
-    """A row for JSON: null where a figure is not finite."""
+    """Return a row for JSON, with null for figures that are not finite."""
     cells: dict[str, Cell | None] = {}
     for name, value in row.items():
         undefined = isinstance(value, float) and not math.isfinite(value)

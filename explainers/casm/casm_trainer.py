@@ -1,19 +1,19 @@
 """Trains classifier and decoder together (Żołna et al. 2020, algorithm 1), inside the common training loop.
 
-Note: The published program steps the classifier before it differentiates the decoder's loss through it, which today's
-PyTorch refuses; here each loss is differentiated before anything it went through is changed. The mask is made from the
-features before the clean step and judged after it, as published. Past classifiers judge in evaluation mode.
+Note: The published program steps the classifier before it differentiates the decoder's loss through it, which current
+PyTorch refuses; here each loss is differentiated before any parameter in its graph is changed. The mask is made from
+the features before the clean step and judged after it, as published. Past classifiers judge in evaluation mode.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from explainers.casm.casm_objective import decoder_loss, mask_figures, summary
 from explainers.casm.decoder import enlarged
@@ -26,10 +26,13 @@ from image_classification.callbacks import Callback, TrainLoop
 from image_classification.config import check
 from image_classification.data.loader import Batch
 from image_classification.finite import learned_tensors, optimizer_tensors
+from image_classification.models.fitting_weights import load_exactly
 from image_classification.observe.figures import Figure, register_figures
 from image_classification.plain_data import Plain
+from image_classification.resumable_loop import taking_up
 from image_classification.schedules import Schedule
 from image_classification.trainer import Trainer
+from image_classification.wrapping import in_ddp
 
 TRAINING_KEY = "casm_training"
 
@@ -57,8 +60,8 @@ class CasmTrainer(Trainer):
 
     Args:
         casm: Classifier (the same object as `state.model`) and decoder.
-        settings: Thinning, learning rates.
-        validation: Figures after each epoch, None for none.
+        settings: Thinning and learning rates.
+        validation: Computes figures after each epoch, None for none.
         decoder_schedule: Learning rate of the decoder.
         parts: Arguments of `Trainer`, by name.
     """
@@ -86,28 +89,26 @@ class CasmTrainer(Trainer):
         if self.thinning.fixed:
             casm.classifier.requires_grad_(False)
         super().__init__(**(parts | {"callbacks": [_MaskFigures(self), *parts["callbacks"]]}))
-        # Summed over images: loss of the decoder, right when masked, right only when whole, 1, `mask_figures`.
+        # Sums over images: decoder loss, right when masked, right only when whole, number of images, `mask_figures`.
         self.mask_sums = torch.zeros(8, dtype=torch.float64, device=self.distributed.device)
         self.steps_per_epoch = epoch_length(len(self.train_loader), settings.pot)
 
     # ------------------------------------------------------------------ the networks as they are called
 
     def rebind(self) -> None:
-        """Wrap classifier and decoder for several ranks; a fixed classifier has no gradients to share."""
+        """Wrap classifier and decoder for several ranks; a fixed classifier has no gradients to synchronise."""
         several = self.distributed.world_size > 1
         if self.thinning.fixed:
             model = self.state.model
             self._wrapped = self._forward = self._eval_forward = model
+            self._compile_at = None
             self._parameters = []
             self._description = None
         else:
             super().rebind()
-        devices = [self.distributed.device] if self.distributed.device.type == "cuda" else None
         self._decode: nn.Module = self.casm.decoder
         if several:
-            self._decode = DistributedDataParallel(
-                self.casm.decoder, device_ids=devices, gradient_as_bucket_view=True
-            )
+            self._decode = in_ddp(self.casm.decoder, self.distributed.device)
 
     # ------------------------------------------------------------------ one step
 
@@ -132,7 +133,7 @@ class CasmTrainer(Trainer):
         self.clock.step_done(len(batch))
 
     def _clean_pass(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """Train f on whole images; its logits and features, detached."""
+        """Train f on whole images; return its logits and features, detached."""
         casm = self.casm
         fixed = self.thinning.fixed
         with (
@@ -149,12 +150,12 @@ class CasmTrainer(Trainer):
         return logits.detach(), features
 
     def _masked_pass(self, batch: Batch, clean_logits: Tensor, features: list[Tensor]) -> None:
-        """Make masks, have them judged, train the decoder, and f on masked images where it was the judge."""
+        """Make masks and judge the masked images; train the decoder, and f too if it was the judge."""
         drawn = self.past.drawn(self.state.iteration)
         judge = self._forward if drawn is None else self.past.judge(drawn, self.casm.classifier)
         with self.precision.autocast():
             mask = enlarged(self._decode(features), batch.images.shape[2:], self.casm.upsample)
-        # A leaf of its own cuts the graph between judge and decoder, so that either can be updated first.
+        # A separate leaf cuts the graph between judge and decoder, so that either can be updated first.
         leaf = mask.detach().requires_grad_()
         with self.precision.autocast():
             masked_loss, logits = self.objective(judge, batch.images * (1 - leaf), batch.targets)
@@ -183,7 +184,7 @@ class CasmTrainer(Trainer):
         self.state.optimizer.zero_grad(set_to_none=True)
 
     def _count(self, loss: Tensor, clean: Tensor, masked: Tensor, mask: Tensor, batch: Batch) -> None:
-        """Sums for the log, without reading the device."""
+        """Accumulate sums for the log, without a host sync."""
         self.guard.observe(loss, self.state.iteration, batch.sample_ids)
         right, fooled = clean.argmax(1) == batch.targets, masked.argmax(1) != batch.targets
         count = torch.full((), len(batch), dtype=torch.float64, device=mask.device)
@@ -193,7 +194,7 @@ class CasmTrainer(Trainer):
         self.mask_sums += torch.cat([first, mask_figures(mask).sum(0)])
 
     def read_masks(self) -> dict[str, float]:
-        """Figures of the masks since the last reading, over all ranks. Collective."""
+        """Return the figures of the masks since the last call, over all ranks. Collective."""
         (sums,) = self.distributed.all_reduce_sum(self.mask_sums)
         self.mask_sums.zero_()
         loss, right, confused, count = sums[:4].tolist()
@@ -221,7 +222,7 @@ class CasmTrainer(Trainer):
         return figures
 
     def learned(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Trainer.learned`; the decoder and its optimizer too."""
+        """See `Trainer.learned`; includes the decoder and its optimizer."""
         yield from super().learned()
         yield from learned_tensors(self.casm.decoder, "decoder.")
         yield from optimizer_tensors(self.decoder_optimizer, "decoder's optimizer ")
@@ -236,15 +237,21 @@ class CasmTrainer(Trainer):
         return {**super()._payload(), KEY: self.casm.entry(), TRAINING_KEY: training}
 
     def restore(self, payload: Plain) -> None:
-        """Continue where a checkpoint stopped, bit for bit; see `Trainer.restore`.
+        """Resume from a checkpoint, bit for bit; see `Trainer.restore`.
 
         Raises:
-            ValueError: The checkpoint is no CASM, or one of other settings.
+            ValueError: The checkpoint is not a CASM or has other settings.
         """
         check(
             TRAINING_KEY in payload,
-            "--resume: the checkpoint holds a classifier only, not a saliency mapping",
+            "--resume: the checkpoint holds a classifier only, no saliency mapping: give one of `python -m explainers "
+            "train-casm`, or start from a classifier with --pretrained-weights",
         )
+        with taking_up("the saliency mapping"):
+            self._restore_casm(payload)
+        super().restore(payload)
+
+    def _restore_casm(self, payload: Plain) -> None:
         saved = payload[TRAINING_KEY]
         present = {**dataclasses.asdict(self.thinning), "adversarial": self.settings.adversarial}
         before = {**saved["thinning"], "adversarial": saved["adversarial"]}
@@ -266,16 +273,15 @@ class CasmTrainer(Trainer):
             and entry["width"] == self.casm.decoder.width,
             "--resume: the checkpoint's decoder has another shape: give the same --decoder-width and --image-size",
         )
-        self.casm.decoder.load_state_dict(entry["decoder"])
-        # Settings (decay) stay those of this run's flags, as the classifier's do.
+        load_exactly(self.casm.decoder, entry["decoder"], Path("the checkpoint"), "decoder")
+        # Optimizer settings (decay) follow this run's flags, as the classifier's do.
         groups = self.decoder_optimizer.state_dict()["param_groups"]
         self.decoder_optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
         self.past.load_state_dict(saved["past"])
-        super().restore(payload)
 
 
 class _MaskFigures(Callback):
-    """Puts the figures of the masks into the log."""
+    """Adds the figures of the masks to the log."""
 
     def __init__(self, trainer: CasmTrainer) -> None:
         self.trainer = trainer
@@ -286,5 +292,5 @@ class _MaskFigures(Callback):
 
 
 def epoch_length(num_batches: int, share: float) -> int:
-    """Iterations of an epoch that shows a share of the training set, at least one."""
+    """Number of iterations of an epoch over a share of the training set, at least one."""
     return max(round(share * num_batches), 1)

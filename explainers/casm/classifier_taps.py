@@ -1,9 +1,10 @@
-"""Where CASM's decoder reads a classifier: after the stem, and at the end of every stage (arXiv:1805.08249).
+"""Finds the layers of a classifier that CASM's decoder reads: after the stem, and at the end of every stage
+(arXiv:1805.08249).
 
-In a ResNet for photographs these are the stem's max-pool and the four stages. Other networks are read alike, by
-structure: stages are the last feature maps at each halving of the size, and the base is what enters the first of them.
+In an ImageNet ResNet these are the stem's max-pool and the four stages. In other networks they are found by structure:
+stages are the last feature maps at each halving of the size, and the base is the input of the first stage.
 
-Note: The finest stage used has a quarter of the image's side, as in the published ResNet-50, or is finer where that
+Note: The finest stage used has a quarter of the image's side, as in the published ResNet-50, or a larger side if that
 would leave fewer than three stages (CIFAR ResNets, which halve only twice).
 """
 
@@ -27,11 +28,11 @@ _MIN_STAGES = 3
 
 @dataclasses.dataclass(frozen=True)
 class Taps:
-    """What the decoder reads.
+    """The modules that the decoder reads.
 
     Attributes:
-        names: Modules, the base first, then shallow to deep.
-        channels: Of their outputs.
+        names: Names of the modules, the base first, then shallow to deep.
+        channels: Number of channels of their outputs.
     """
 
     names: tuple[str, ...]
@@ -43,11 +44,11 @@ def find_casm_taps(model: nn.Module, example: Tensor) -> Taps:
     """Find the base and the stages of a classifier.
 
     Args:
-        model: Any classifier (N, 3, H, W) → (N, num_classes), bare or wrapped; left as it is.
+        model: Any classifier (N, 3, H, W) → (N, num_classes), bare or wrapped; not modified.
         example: One image of the size to be used.
 
     Raises:
-        ValueError: It has feature maps of fewer than two sizes.
+        ValueError: The classifier has feature maps of fewer than two sizes.
     """
     bare = unwrap(model)
     names = find_taps(bare, example)
@@ -63,7 +64,7 @@ def find_casm_taps(model: nn.Module, example: Tensor) -> Taps:
 
 
 class _Watch:
-    """Notes during a forward pass what modules give, and which module's output enters each stage."""
+    """Records, during a forward pass, the outputs of modules and which module's output enters each stage."""
 
     def __init__(self, model: nn.Module, stages: tuple[str, ...]) -> None:
         self.model = model
@@ -75,15 +76,15 @@ class _Watch:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the forward passes inside."""
+        """Watch the forward passes inside the block."""
         with following(self.model, entering=self._before, leaving=self._after) as self._running:
             yield
         self._last.clear()
 
     def enters(self, stage: str) -> str | None:
-        """The module whose output enters a stage and has the size of the stage's own output; None if there is none."""
+        """Return the module whose output enters a stage and has the size of the stage's own output, or None."""
         name = self._entered.get(stage)
-        # A module that runs several times has no one output to read.
+        # A module that runs several times has no single output to read.
         if name is None or self._running.num_calls(name) != 1 or len(self.shapes[name]) != 4:
             return None
         return name if self.shapes[name][2:] == self.shapes[stage][2:] else None
@@ -91,8 +92,8 @@ class _Watch:
     def _before(
         self, call: ModuleCall, module: nn.Module, inputs: tuple[object, ...], _kwargs: object
     ) -> None:
-        # Of modules that return the same tensor the last one before the stage: what works in place (an activation,
-        # a residual sum) has changed it since the first one returned it.
+        # Of several modules that return the same tensor, take the last one before the stage: in-place operations (an
+        # activation, a residual sum) have changed the tensor since the first one returned it.
         entry = self._last.get(id(inputs[0])) if inputs else None
         if entry is not None and call.name in self.stages and any(module.children()):
             self._entered[call.name] = entry[0]

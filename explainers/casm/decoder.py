@@ -1,6 +1,6 @@
 """CASM's decoder: from a classifier's features at several depths to a mask (Żołna et al. 2020, section 4).
 
-For a ResNet-50 names and shapes of its tensors are those of the published program.
+For a ResNet-50, its tensors have the names and shapes of the published program.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Upsample = Literal["nearest", "bilinear"]
-#: How masks are brought to the images' size as published.
+#: Published mode for enlarging masks to the images' size.
 UPSAMPLE: Upsample = "nearest"
-#: Channels that each stage is reduced to, as published.
+#: Published number of channels that each stage is reduced to.
 WIDTH = 64
 
 
 class CasmDecoder(nn.Module):
-    """Every stage through a 1×1 convolution, BN and ReLU, all enlarged to the base's resolution, one 3×3 convolution.
+    """The decoder: a 1×1 convolution, BN and ReLU per stage, enlargement to the base's resolution, one 3×3 convolution.
 
     Args:
-        channels: Of the base (after the stem) and of the stages, shallow to deep; at least the base and one stage.
+        channels: Channels of the base (after the stem) and of the stages, shallow to deep; at least the base and one
+            stage.
         width: Channels that each stage is reduced to.
     """
 
@@ -44,7 +45,7 @@ class CasmDecoder(nn.Module):
         self.final = nn.Sequential(nn.Conv2d(joined, 1, 3, padding=1), nn.Sigmoid())
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """The part of the image to remove.
+        """Predict the part of the image to remove.
 
         Args:
             features: (N, C_i, h_i, w_i), the base first.
@@ -66,6 +67,6 @@ class CasmDecoder(nn.Module):
 
 
 def enlarged(mask: Tensor, size: torch.Size | tuple[int, ...], upsample: Upsample = UPSAMPLE) -> Tensor:
-    """(N, 1, h, w) to (N, 1, H, W), each element a block, or between their centres linearly; float32."""
+    """Enlarge a mask (N, 1, h, w) to (N, 1, H, W), float32, by nearest neighbour or bilinearly."""
     corners = None if upsample == "nearest" else False
     return F.interpolate(mask.float(), size=tuple(size), mode=upsample, align_corners=corners)

@@ -1,4 +1,4 @@
-"""`python -m explainers eval-casm`: what classifiers say to images with the mask's part kept, removed, inpainted.
+"""`python -m explainers eval-casm`: classifier accuracy on images with the masked part kept, removed or inpainted.
 
     python -m explainers eval-casm DATA --casms-path CASMS [--resnets-path DIR] [--log-path LOGS --save-to-file]
 
@@ -26,7 +26,7 @@ from explainers.casm.casm_paths import (
     find_casms,
     write_results,
 )
-from explainers.casm.inpaint import import_opencv
+from explainers.casm.inpaint import Inpainted, Inpainter, import_opencv
 from explainers.casm.modify import BASELINES, KINDS, baseline_masks, binarised, modified
 from explainers.measures.tables import Cell, print_table
 from explainers.verbs.attribution_job import (
@@ -38,14 +38,15 @@ from explainers.verbs.attribution_job import (
     load_networks,
     open_split,
 )
-from image_classification.cli import to_plain
 from image_classification.config import check, flag, section
 from image_classification.data.data_config import ReadConfig
 from image_classification.data.dataset import Dataset, Preset
 from image_classification.data.loader import Batch
 from image_classification.data.progress import progress_bar
-from image_classification.distributed import Distributed, setup_distributed
+from image_classification.distributed import Distributed
+from image_classification.joining import setup_distributed
 from image_classification.metrics import topk_correct
+from image_classification.resolved_config import to_plain
 from image_classification.verbs import configured
 
 FIGURES = ("top1", "top5", "loss", "entropy")
@@ -92,7 +93,7 @@ class ClassifierConfig:
 
     @property
     def files(self) -> list[str]:
-        """Checkpoints in the folder."""
+        """List the checkpoints in the folder."""
         if self.resnets_path is None:
             return []
         paths = sorted(path for path in self.resnets_path.iterdir() if path.is_file())
@@ -112,7 +113,7 @@ class EvalCasmConfig(ImagesJob):
 
 
 def run(configs: EvalCasmConfig) -> int:
-    """Run the verb; see the module's text."""
+    """Run the verb; see the module docstring."""
     with setup_distributed(configs.distributed) as distributed:
         distributed.check_on_main(configs.files.check_outputs)
         rows = evaluate(configs, distributed)
@@ -124,10 +125,10 @@ def run(configs: EvalCasmConfig) -> int:
 
 
 def evaluate(configs: EvalCasmConfig, distributed: Distributed) -> list[dict[str, Cell]]:
-    """A row for each mask (of a CASM or a baseline), kind of image and classifier. Collective.
+    """Return a row for each mask (of a CASM or a baseline), kind of image and classifier. Collective.
 
     Raises:
-        ConfigError, FileNotFoundError, WeightsError: Before the first image is read.
+        ConfigError, FileNotFoundError, WeightsError: Input is unusable; raised before the first image is read.
     """
     data = configs.data
     import_opencv()
@@ -140,21 +141,25 @@ def evaluate(configs: EvalCasmConfig, distributed: Distributed) -> list[dict[str
     casms = casm_networks(paths, data, dataset, distributed.device)
     classifiers = [*casms, *_others(configs.classifiers, data, dataset, distributed.device)]
     preset = input_preset(data, dataset, classifiers)
-    table = _Table(casms, classifiers, preset, distributed.device)
     loader = image_loader(manifest, preset, data, configs.images, distributed)
     share = math.ceil(len(manifest) / distributed.world_size)
-    with loader, progress_bar("classifying", share, distributed.is_main) as advance:
+    with (
+        Inpainter(preset.mean, preset.std) as inpainter,
+        loader,
+        progress_bar("classifying", share, distributed.is_main) as advance,
+    ):
+        table = _Table(casms, classifiers, preset, distributed.device, inpainter)
         for batch in loader:
             if len(batch):
                 table.add(batch)
                 advance(len(batch))
-    return table.rows(distributed)
+        return table.rows(distributed)
 
 
 def _others(
     config: ClassifierConfig, data: ReadConfig, dataset: Dataset, device: torch.device
 ) -> list[Network]:
-    """The classifiers of `--resnets-path`, each under its file's name, and those of `--classifier`."""
+    """Load the classifiers of `--resnets-path`, each under its file's name, and those of `--classifier`."""
     networks: list[Network] = []
     if config.files:
         files = NetworkConfig(checkpoint=config.files, arch=config.arch)
@@ -168,11 +173,14 @@ def _others(
 class _Table:
     """Sums of all figures.
 
+    Images are inpainted by the host while the device judges the others, and the next batch's.
+
     Args:
-        casms: Their masks.
-        classifiers: Who judges.
+        casms: The CASMs that provide the masks.
+        classifiers: The classifiers to evaluate.
         preset: Normalisation and size of the images.
         device: Where to add up.
+        inpainter: Of that normalisation.
     """
 
     def __init__(
@@ -181,10 +189,13 @@ class _Table:
         classifiers: Sequence[Network],
         preset: Preset,
         device: torch.device,
+        inpainter: Inpainter,
     ) -> None:
         self.casms = casms
         self.classifiers = classifiers
         self.preset = preset
+        self.inpainter = inpainter
+        self._begun: list[tuple[int, Inpainted, Tensor]] = []  # line, images, targets
         # Whole images do not depend on the mask: they have one line.
         self.lines = [("–", "whole")]
         for source in [*(casm.name for casm in casms), *BASELINES]:
@@ -194,20 +205,42 @@ class _Table:
 
     @torch.inference_mode()
     def add(self, batch: Batch) -> None:
-        """Count a batch."""
+        """Add a batch to the sums."""
         masks = {casm.name: binarised(casm.casm(batch.images)[1]) for casm in self.casms}
         size = batch.images.shape[-1]
         for name in BASELINES:
             masks[name] = baseline_masks(name, batch.sample_ids, size).to(batch.images.device)
         nothing = torch.zeros_like(masks[BASELINES[0]])
+        begun = [
+            (line, self.inpainter.begin(batch.images, masks[source]), batch.targets)
+            for line, (source, kind) in enumerate(self.lines)
+            if kind == "inpainted"
+        ]
         for line, (source, kind) in enumerate(self.lines):
-            mask = masks.get(source, nothing)
-            images = modified(batch.images, mask, kind, self.preset.mean, self.preset.std)
-            for column, classifier in enumerate(self.classifiers):
-                self.sums[line, column] += _figures(classifier.predict(images), batch.targets)
+            if kind != "inpainted":
+                mask = masks.get(source, nothing)
+                self._judge(
+                    line,
+                    modified(batch.images, mask, kind, self.preset.mean, self.preset.std),
+                    batch.targets,
+                )
+        self._judge_inpainted()
+        self._begun = begun
+
+    @torch.inference_mode()
+    def _judge_inpainted(self) -> None:
+        """Classify the inpainted images of the previous batch."""
+        for line, inpainted, targets in self._begun:
+            self._judge(line, inpainted.result(), targets)
+        self._begun = []
+
+    def _judge(self, line: int, images: Tensor, targets: Tensor) -> None:
+        for column, classifier in enumerate(self.classifiers):
+            self.sums[line, column] += _figures(classifier.predict(images), targets)
 
     def rows(self, distributed: Distributed) -> list[dict[str, Cell]]:
-        """Means over all ranks. Collective."""
+        """Return means over all ranks. Collective."""
+        self._judge_inpainted()
         (sums,) = distributed.all_reduce_sum(self.sums)
         rows = []
         for (source, kind), line in zip(self.lines, sums.tolist(), strict=True):
@@ -220,7 +253,7 @@ class _Table:
 
 
 def _figures(logits: Tensor, targets: Tensor) -> Tensor:
-    """(5,) float64: sums of top-1, top-5, cross-entropy and entropy (nats), and the number of images."""
+    """Return sums of top-1, top-5, cross-entropy and entropy (nats), and the number of images: (5,) float64."""
     logits = logits.float()
     loss = F.cross_entropy(logits, targets, reduction="sum")
     figures = [

@@ -1,19 +1,19 @@
-"""Score your own architecture: two functions that take and give NumPy arrays.
+"""Interface for scoring your own architecture: two functions that take and return NumPy arrays.
 
 `python -m explainers score-casm … --interface FILE.py` scores the masks that FILE.py computes from each file in
 `--casms-path`. It defines
 
     def load_model(path: str) -> object
-        # whatever describes the model; it is handed to the other function as it is
+        # any object; it is passed to the other function unchanged
 
     def get_masks_and_check_predictions(images, targets, model) -> tuple[masks, rectangles, correct]
         # images:     (B, 3, S, S) float32, normalised unless --not-normalize is given, then in 0 … 1
         # targets:    (B,) int64
         # masks:      (B, S, S) in [0, 1], the continuous masks of the whole images
-        # rectangles: (B, S, S) of 0 and 1: one block of ones each, where the object is thought to be
+        # rectangles: (B, S, S) of 0 and 1: one block of ones each, the predicted location of the object
         # correct:    (B,) of 0 and 1: whether the model's classifier is right about the image
 
-`CasmInterface` is the same for our own CASMs, and the default.
+`CasmInterface` implements it for LucidPrune's CASMs and is the default.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FUNCTIONS = ("load_model", "get_masks_and_check_predictions")
 
 
 class Interface(Protocol):
-    """The two functions; a module that defines them is one."""
+    """The two functions; any module that defines them qualifies."""
 
     def load_model(self, path: str) -> object:
         """Read a model."""
@@ -43,15 +43,15 @@ class Interface(Protocol):
     def get_masks_and_check_predictions(
         self, images: NDArray[np.float32], targets: NDArray[np.int64], model: Any
     ) -> tuple[NDArray[np.floating], NDArray[np.generic], NDArray[np.generic]]:
-        """Masks, rectangles, and whether predictions are right."""
+        """Return masks, rectangles, and whether predictions are right."""
         ...
 
 
 class CasmInterface:
-    """Our own CASMs.
+    """The interface for LucidPrune's own CASMs.
 
     Args:
-        device: Where they compute.
+        device: Device to compute on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -65,7 +65,7 @@ class CasmInterface:
     def get_masks_and_check_predictions(
         self, images: NDArray[np.float32], targets: NDArray[np.int64], model: Casm
     ) -> tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.uint8]]:
-        """See the module's text."""
+        """See the module docstring."""
         logits, masks = model(torch.from_numpy(images).to(self.device))
         continuous = masks[:, 0].cpu().numpy()
         rectangles = np.zeros(continuous.shape, np.uint8)
@@ -75,20 +75,20 @@ class CasmInterface:
 
 
 def load_interface(path: Path) -> Interface:
-    """The two functions that a Python file defines. The file is run.
+    """Load the two functions that a Python file defines. The file is executed.
 
     Raises:
-        ConfigError: There is no such file, it cannot be run, or a function is missing.
+        ConfigError: The file does not exist, cannot be executed, or lacks a function.
     """
     check_setting(path.is_file(), "interface", str(path), "there is no such file")
     spec = importlib.util.spec_from_file_location("scored_architecture", path)
     if spec is None or spec.loader is None:
         raise SettingError("interface", str(path), "the name of a Python file must end in .py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look their module up
+    sys.modules[spec.name] = module  # dataclasses and pickle look up their module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises
+    except Exception as error:  # a user's file may raise anything
         del sys.modules[spec.name]
         problem = f"it cannot be run: {type(error).__name__}: {error}"
         raise SettingError("interface", str(path), problem) from error
@@ -100,16 +100,16 @@ def load_interface(path: Path) -> Interface:
 def checked_answer(
     answer: object, count: int, size: tuple[int, int], who: str
 ) -> tuple[NDArray[np.float64], list[Rectangle], NDArray[np.bool_]]:
-    """What `get_masks_and_check_predictions` gave, in our types.
+    """Validate and convert the result of `get_masks_and_check_predictions`.
 
     Args:
         answer: Its result.
         count: Number of images.
-        size: Of the images.
-        who: For messages.
+        size: Height and width of the images.
+        who: Name of the model, for messages.
 
     Returns:
-        Masks (B, S, S), a rectangle per image (`EMPTY` without a pixel of 1), correct (B,).
+        Masks (B, S, S), a rectangle per image (`EMPTY` if no pixel is 1), correct (B,).
 
     Raises:
         ConfigError: Wrong number of results, wrong shapes, NaN, values outside [0, 1].
@@ -130,7 +130,7 @@ def checked_answer(
 
 
 def _block(block: NDArray[np.generic]) -> Rectangle:
-    """The box around the ones."""
+    """Return the bounding box of the ones."""
     rows, columns = np.nonzero(block)
     if not len(rows):
         return Rectangle(0, 0, 0, 0)

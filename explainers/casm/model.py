@@ -1,14 +1,16 @@
 """A classifier with CASM's decoder on its features, and the file that holds both.
 
-The file is a LucidPrune checkpoint (so its classifier loads wherever a checkpoint does) with one more entry:
+The file is a LucidPrune checkpoint (so its classifier loads wherever a checkpoint does) with one additional entry:
 
-    casm    taps, channels, width, image_size, kept (channels that a pruned classifier still has), decoder (state dict)
+    casm    taps, channels, width, image_size, kept (remaining channels of a pruned classifier), decoder (state dict)
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,16 @@ from explainers.casm.classifier_taps import Taps, find_casm_taps
 from explainers.casm.decoder import UPSAMPLE, CasmDecoder, Upsample, enlarged
 from explainers.differentiable.features import FeatureTaps
 from image_classification.checkpoint import save_atomically
-from image_classification.checkpoint_format import FORMAT
+from image_classification.checkpoint_format import (
+    FORMAT,
+    POSITIVE,
+    STATE,
+    TEXT,
+    Entry,
+    FormatError,
+    check_entries,
+    list_of,
+)
 from image_classification.models import (
     build_from_structure,
     capture_structure,
@@ -26,11 +37,22 @@ from image_classification.models import (
     read_safely,
     unwrap,
 )
-from image_classification.models.weights import load_exactly, structure_in
+from image_classification.models.fitting_weights import build_exactly, load_exactly
+from image_classification.models.weights import structure_in
 from image_classification.models.weights_reading import WeightsError
 from image_classification.plain_data import PlainMapping
 
 KEY = "casm"
+#: What stands in that entry of a checkpoint.
+_ENTRY = {
+    "taps": list_of(TEXT),
+    "channels": list_of(POSITIVE),
+    "width": POSITIVE,
+    "image_size": POSITIVE,
+    "kept": STATE,
+    "decoder": STATE,
+    "upsample": Entry(lambda value: value in get_args(Upsample), f"one of {', '.join(get_args(Upsample))}"),
+}
 
 
 class Casm(nn.Module):
@@ -38,11 +60,11 @@ class Casm(nn.Module):
 
     Args:
         classifier: Any classifier.
-        decoder: Made for the channels of `taps`.
+        decoder: Decoder for the channels of `taps`.
         taps: Modules of the classifier that the decoder reads, the base first.
-        image_size: Side of the images it was made for, in pixels.
+        image_size: Side of the images it was trained for, in pixels.
         kept: See `FeatureTaps`.
-        upsample: How masks are brought to the images' size.
+        upsample: Mode for enlarging masks to the images' size.
     """
 
     def __init__(
@@ -66,10 +88,10 @@ class Casm(nn.Module):
     def for_classifier(
         cls, classifier: nn.Module, image_size: int, width: int, upsample: Upsample = UPSAMPLE
     ) -> Casm:
-        """A fresh decoder for a classifier; device and memory format are left to the caller.
+        """Build a fresh decoder for a classifier; the caller sets device and memory format.
 
         Raises:
-            ValueError: The classifier's feature maps cannot serve.
+            ValueError: The classifier's feature maps are unsuitable.
         """
         device = next(classifier.parameters()).device
         found: Taps = find_casm_taps(classifier, torch.zeros(1, 3, image_size, image_size, device=device))
@@ -77,18 +99,18 @@ class Casm(nn.Module):
 
     @property
     def widths(self) -> dict[str, int]:
-        """Channels that the decoder expects at each tap."""
+        """Number of channels that the decoder expects at each tap."""
         return dict(zip(self.taps, self.decoder.channels, strict=True))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (N, L) and masks (N, 1, H, W) in (0, 1), float32, of images (N, 3, H, W)."""
+        """Return logits (N, L) and masks (N, 1, H, W) in (0, 1), float32, of images (N, 3, H, W)."""
         with FeatureTaps(self.classifier, self.taps, self.kept, self.widths) as taps:
             logits, _ = main_and_auxiliary_logits(self.classifier(images))
             features = taps.features
         return logits, enlarged(self.decoder(features), images.shape[2:], self.upsample)
 
     def entry(self) -> dict[str, object]:
-        """The `casm` entry of a checkpoint: plain data and tensors."""
+        """Return the `casm` entry of a checkpoint: plain data and tensors."""
         return {
             "taps": list(self.taps),
             "channels": list(self.decoder.channels),
@@ -101,10 +123,10 @@ class Casm(nn.Module):
 
 
 def save_casm(path: str | Path, casm: Casm) -> None:
-    """Write a CASM for use; a training run's checkpoint holds more, to go on from.
+    """Write a CASM for inference; a training run's checkpoint also holds the state needed to resume.
 
     Raises:
-        ModelError: The classifier was not built by `create_model`, so that no file can describe it.
+        ModelError: The classifier was not built by `create_model`, so a file cannot describe it.
         OSError: The file cannot be written.
     """
     structure = capture_structure(casm.classifier).to_plain()
@@ -119,11 +141,11 @@ def save_casm(path: str | Path, casm: Casm) -> None:
 
 
 def load_casm(path: str | Path, *, device: torch.device | str | None = None) -> Casm:
-    """Read a CASM, from `save_casm` or from a training run's checkpoint; in evaluation mode, without gradients.
+    """Read a CASM from a file of `save_casm` or a training checkpoint; in evaluation mode, without gradients.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        WeightsError: It holds no CASM, or contradicts itself.
+        FileNotFoundError: The file does not exist.
+        WeightsError: The file holds no CASM or is inconsistent.
     """
     path = Path(path)
     payload = read_safely(path)
@@ -139,12 +161,16 @@ def load_casm(path: str | Path, *, device: torch.device | str | None = None) -> 
 
 
 def casm_from_entry(classifier: nn.Module, entry: PlainMapping, path: Path) -> Casm:
-    """The CASM that a checkpoint's entry describes, on a classifier that is already there.
+    """Build the CASM that a checkpoint's entry describes on top of a loaded classifier.
 
     Raises:
         WeightsError: The entry is incomplete, or belongs to another classifier.
     """
-    missing = {"taps", "channels", "width", "image_size", "kept", "decoder"} - entry.keys()
+    try:
+        check_entries(entry, _ENTRY, "its saliency mapping's")
+    except FormatError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    missing = _ENTRY.keys() - {"upsample"} - entry.keys()
     if missing:
         raise WeightsError(
             f"{path}: its saliency mapping lacks {', '.join(sorted(missing))}; take another copy"
@@ -157,8 +183,10 @@ def casm_from_entry(classifier: nn.Module, entry: PlainMapping, path: Path) -> C
             f"{path}: its decoder reads module {absent[0]!r}, which {identity.arch if identity else 'the classifier'} "
             "does not have: it was trained on another architecture"
         )
-    decoder = CasmDecoder(entry["channels"], entry["width"])
-    load_exactly(decoder, entry["decoder"], path, "decoder")
+    if len(entry["channels"]) != len(entry["taps"]):
+        raise WeightsError(f"{path}: its saliency mapping's channels are not one number for each of its taps")
+    build = functools.partial(CasmDecoder, entry["channels"], entry["width"])
+    decoder = build_exactly(build, entry["decoder"], path, "decoder")
     return Casm(
         classifier,
         decoder,

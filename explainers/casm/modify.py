@@ -1,7 +1,7 @@
 """Images with the mask's part kept, removed or inpainted; and masks that do not depend on the image, for comparison.
 
 Żołna et al. 2020, section 5.2: b is the mask binarised at the quantile that its own mean gives; masked-in x·b,
-masked-out x·(1 − b), and masked-out images inpainted. A pixel that is taken out has the data set's mean colour.
+masked-out x·(1 − b), and masked-out images inpainted. Removed pixels take the data set's mean colour.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from explainers.measures.localization import saliency_threshold
 
 #: Kinds of images, in the order of tables.
 KINDS = ("whole", "masked in", "masked out", "inpainted")
-#: Masks without a network; a grid of 56 on images of 224 pixels, others in proportion.
+#: Masks that need no network. Grid cells are sized for 56 cells on images of 224 pixels, others in proportion.
 BASELINES = ("zeros", "ones", "random grid", "random pixels")
 _CELL = 4
 
 
 def binarised(masks: Tensor) -> Tensor:
-    """(N, 1, H, W) in [0, 1] to bool: what `localization.saliency_threshold` keeps of each."""
+    """Binarise masks (N, 1, H, W) in [0, 1] to bool at each mask's `localization.saliency_threshold`."""
     arrays = masks.detach().float().cpu().numpy()
     kept = np.stack([array > saliency_threshold(array[0]) for array in arrays]) if len(arrays) else arrays > 0
     return torch.from_numpy(kept).to(masks.device)
 
 
 def baseline_masks(name: str, sample_ids: Tensor, size: int) -> Tensor:
-    """Masks that do not depend on the image's content.
+    """Return masks that do not depend on the image's content.
 
     Args:
-        name: Of `BASELINES`. The random ones have each cell (a square of 4 pixels) or pixel with probability ½, drawn
-            by the image's number, so that the same image gets the same mask.
+        name: One of `BASELINES`. The random ones include each cell (a square of 4 pixels) or pixel with probability ½,
+            seeded by the image's number, so that the same image gets the same mask.
         sample_ids: (N,) int64.
         size: Side of the images, in pixels.
 
@@ -53,13 +53,13 @@ def baseline_masks(name: str, sample_ids: Tensor, size: int) -> Tensor:
 
 
 def modified(images: Tensor, mask: Tensor, kind: str, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Images as a kind of `KINDS` has them.
+    """Return images modified as one of `KINDS`.
 
     Args:
         images: (N, 3, H, W), normalised.
         mask: (N, 1, H, W) bool.
-        kind: Of `KINDS`.
-        mean, std: Of the normalisation; inpainting needs them.
+        kind: One of `KINDS`.
+        mean, std: Normalisation constants; inpainting needs them.
     """
     if kind == "whole":
         return images

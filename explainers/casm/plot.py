@@ -1,4 +1,5 @@
-"""`python -m explainers plot-casm`: images, what the mask keeps and removes, inpainted, and the mask, as published.
+"""`python -m explainers plot-casm`: pages of images, their masked-in, masked-out and inpainted versions, and the masks,
+as published.
 
     python -m explainers plot-casm DATA --casm-path CASMS/L100/checkpoint.pth.tar --plots-path plots --columns 7
 
@@ -31,16 +32,16 @@ from explainers.verbs.attribution_job import (
 from image_classification.config import check, flag, section
 from image_classification.data.dataset import Preset
 from image_classification.data.progress import progress_bar
-from image_classification.distributed import setup_distributed
 from image_classification.extras import optional_import
 from image_classification.figure_writing import save_figure
+from image_classification.joining import setup_distributed
 from image_classification.verbs import configured
 
 with optional_import():
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-#: Grey of what is taken out, as published.
+#: Grey value of removed pixels, as published.
 GREY = 0.35
 ROWS = ("image", "masked in", "masked out", "inpainted", "mask")
 _CELL_INCHES = 1.25
@@ -85,7 +86,7 @@ class PlotCasmConfig(ImagesJob):
 
 
 def run(configs: PlotCasmConfig) -> int:
-    """Run the verb; see the module's text."""
+    """Run the verb; see the module docstring."""
     plot, data = configs.plot, configs.data
     with setup_distributed(configs.distributed) as distributed:
         check_writable(plot.plots_path, "--plots-path")
@@ -114,12 +115,12 @@ def run(configs: PlotCasmConfig) -> int:
 
 
 def columns_of(images: Tensor, masks: Tensor, preset: Preset) -> list[list[Pixels]]:
-    """The five cells of each image, as `ROWS` has them, each (S, S, 3) in [0, 1].
+    """Return the five cells of each image, in the order of `ROWS`, each (S, S, 3) in [0, 1].
 
     Args:
         images: (N, 3, S, S), normalised.
         masks: (N, 1, S, S) in [0, 1].
-        preset: Of the normalisation.
+        preset: Preset that holds the normalisation.
     """
     kept = binarised(masks)
     painted = modified(images, kept, "inpainted", preset.mean, preset.std)
@@ -140,7 +141,7 @@ def columns_of(images: Tensor, masks: Tensor, preset: Preset) -> list[list[Pixel
 
 
 def save_page(path: Path, columns: Sequence[Sequence[Pixels]], title: str, num_columns: int) -> None:
-    """Write a page; shorter ones keep the size of their cells."""
+    """Write a page; shorter pages keep the cell size."""
     figure = Figure(figsize=(num_columns * _CELL_INCHES + 0.35, len(ROWS) * _CELL_INCHES + 0.3), dpi=130)
     FigureCanvasAgg(figure)
     height = figure.get_figheight()

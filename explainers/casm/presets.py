@@ -1,4 +1,4 @@
-"""Which classifiers a mask must confuse ("thinning"): the published settings, and flags that change them.
+"""Thinning, the choice of classifiers that a mask must confuse: the published presets, and flags that override them.
 
 Żołna et al. 2020, section 3.2 and appendix.
 """
@@ -15,11 +15,11 @@ NUM_PAST = 30
 
 @dataclasses.dataclass(frozen=True)
 class Thinning:
-    """Which classifiers judge masked images.
+    """The choice of classifiers that judge masked images.
 
     Attributes:
         fixed: The classifier is not trained; the mask depends on this one classifier.
-        past: Probability that a stored earlier classifier judges instead of the present one.
+        past: Probability that a stored earlier classifier judges instead of the current one.
         store_every: Batches between two stored classifiers; 0 stores the first one only.
         lambda_r: Weight of the size term.
     """
@@ -133,7 +133,7 @@ class CasmConfig:
 
     @property
     def thinning(self) -> Thinning:
-        """The preset with the flags on top."""
+        """Return the preset with the flags applied."""
         preset = PRESETS[self.reproduce]
         published = preset.lambda_adversarial if self.adversarial else preset.lambda_entropy
         return Thinning(
@@ -145,5 +145,5 @@ class CasmConfig:
 
     @property
     def name(self) -> str:
-        """What a CASM of these settings is called unless it is given a name."""
+        """Default name of a CASM with these settings."""
         return f"{self.reproduce}-adversarial" if self.adversarial else self.reproduce

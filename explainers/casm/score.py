@@ -9,8 +9,9 @@ For each CASM: F1, F1a, LE and OM against boxes, the saliency metric, mask stati
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,24 +31,26 @@ from explainers.casm.casm_objective import (
 from explainers.casm.casm_paths import FilesConfig, casm_name, casm_networks, find_casms, write_results
 from explainers.casm.interface import CasmInterface, Interface, checked_answer, load_interface
 from explainers.casm.model import Casm
+from explainers.measures.behind import Behind
 from explainers.measures.ground_truth import Annotated, annotated
 from explainers.measures.localization import Rectangle, box_figures
 from explainers.measures.perturbation import saliency_metric
 from explainers.measures.tables import Cell, print_table
 from explainers.verbs.attribution_job import ImagesJob, image_loader, input_preset, open_split
 from explainers.verbs.ground_truth_checks import check_ground_truth
-from image_classification.cli import to_plain
 from image_classification.config import ConfigError, check, flag, section
 from image_classification.data.loader import Batch, PlannedLoader
 from image_classification.data.progress import progress_bar
-from image_classification.distributed import Distributed, setup_distributed
+from image_classification.distributed import Distributed
+from image_classification.joining import setup_distributed
+from image_classification.resolved_config import to_plain
 from image_classification.verbs import configured
 
-#: Side of the published images and the margin of `centre` on them, in pixels.
+#: Side of the published images and margin of `centre` on them, in pixels.
 _PUBLISHED_SIZE, _MARGIN = 224, 33
 FIGURES = ("f1", "f1a", "le", "om", "saliency", "top1")
 _PERCENT = {"le", "om", "top1"}
-#: Masks that are scored for comparison, see `baseline_rectangle`.
+#: Masks scored for comparison; see `baseline_rectangle`.
 BASELINES = ("max", "centre")
 
 
@@ -88,7 +91,7 @@ class ScoreCasmConfig(ImagesJob):
 
 
 def run(configs: ScoreCasmConfig) -> int:
-    """Run the verb; see the module's text."""
+    """Run the verb; see the module docstring."""
     with setup_distributed(configs.distributed) as distributed:
         files = configs.files
         distributed.check_on_main(files.check_outputs)
@@ -103,10 +106,10 @@ def run(configs: ScoreCasmConfig) -> int:
 
 
 def score(configs: ScoreCasmConfig, distributed: Distributed) -> list[dict[str, Cell]]:
-    """A row for each CASM, and for `max` and `centre` under its classifier. Collective.
+    """Return a row for each CASM, and for `max` and `centre` under its classifier. Collective.
 
     Raises:
-        ConfigError, FileNotFoundError, WeightsError: Before the first image is read.
+        ConfigError, FileNotFoundError, WeightsError: Input is unusable; raised before the first image is read.
     """
     data = configs.data
     settings = configs.score
@@ -124,7 +127,7 @@ def score(configs: ScoreCasmConfig, distributed: Distributed) -> list[dict[str, 
         interface = load_interface(settings.interface)
         preset = data.resolved_preset(dataset.preset)
         models = [interface.load_model(str(path)) for path in paths]
-    if data.resize is None:  # as published: no border is cut off the short side, and boxes lose less to it
+    if data.resize is None:  # as published: the short side is not cropped, and boxes lose less
         preset = dataclasses.replace(preset, resize=preset.image_size)
     if settings.not_normalize:
         preset = dataclasses.replace(preset, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -138,10 +141,10 @@ def score(configs: ScoreCasmConfig, distributed: Distributed) -> list[dict[str, 
 def _score_one(
     name: str, interface: Interface, model: object, loader: PlannedLoader, distributed: Distributed
 ) -> list[dict[str, Cell]]:
-    """One CASM and the two baselines."""
+    """Score one CASM and the two baselines."""
     sums = {mask: _Sums() for mask in ("casm", *BASELINES)}
     share = math.ceil(loader.num_samples / distributed.world_size)
-    with progress_bar(name, share, distributed.is_main) as advance:
+    with progress_bar(name, share, distributed.is_main) as advance, Behind() as behind:
         for batch in loader:
             if not len(batch):
                 continue
@@ -152,19 +155,28 @@ def _score_one(
             masks, found, correct = checked_answer(answer, len(batch), size, name)
             truths = [_boxes(truth, loader) for truth in annotated(batch)]
             saliency = _saliency(model, batch, targets, found)
-            sums["casm"].add(masks, found, truths, correct, saliency)
+            counted = [functools.partial(sums["casm"].add, masks, found, truths, correct, saliency)]
             for mask in BASELINES:
                 block = baseline_rectangle(mask, size)
                 filled = np.broadcast_to(as_mask(block, size), masks.shape)
                 found = [block] * len(batch)
                 saliency = _saliency(model, batch, targets, found)
-                sums[mask].add(filled, found, truths, correct, saliency)
+                counted.append(functools.partial(sums[mask].add, filled, found, truths, correct, saliency))
+            behind.do(functools.partial(_run_all, counted))
             advance(len(batch))
     return [{"casm": name, "mask": mask, **each.figures(distributed)} for mask, each in sums.items()]
 
 
+def _run_all(pieces: Sequence[Callable[[], None]]) -> None:
+    for piece in pieces:
+        piece()
+
+
 def baseline_rectangle(name: str, size: tuple[int, int]) -> Rectangle:
-    """`max`: the whole image; `centre`: without a margin of 33 pixels at 224, others in proportion."""
+    """Return the rectangle of a baseline.
+
+    `max` is the whole image; `centre` leaves out a margin of 33 pixels at 224, others in proportion.
+    """
     height, width = size
     if name == "max":
         return Rectangle(0, 0, width, height)
@@ -173,19 +185,19 @@ def baseline_rectangle(name: str, size: tuple[int, int]) -> Rectangle:
 
 
 def as_mask(block: Rectangle, size: tuple[int, int]) -> NDArray[np.float64]:
-    """(H, W): 1 within the block, 0 outside."""
+    """Return a mask (H, W) that is 1 within the block and 0 outside."""
     mask = np.zeros(size)
     block.of(mask)[...] = 1
     return mask
 
 
 def _one_label(targets: Tensor) -> Tensor:
-    """(N,) int64; of several labels the first."""
+    """Return class indices (N,) int64; the first of several labels."""
     return targets if targets.dim() == 1 else targets.argmax(1)
 
 
 def _boxes(truth: Annotated, loader: PlannedLoader) -> NDArray[np.float64]:
-    """(k, 4) boxes of the classes that an image is labelled with."""
+    """Return the boxes (k, 4) of the classes that an image is labelled with."""
     of_labels = [truth.boxes[label] for label in truth.labels if label in truth.boxes]
     if not of_labels:
         manifest = loader.manifest
@@ -200,7 +212,9 @@ def _boxes(truth: Annotated, loader: PlannedLoader) -> NDArray[np.float64]:
 def _saliency(
     model: object, batch: Batch, targets: Tensor, found: Sequence[Rectangle]
 ) -> NDArray[np.float64]:
-    """The saliency metric under the CASM's own classifier; NaN for other architectures, whose logits are not known."""
+    """Compute the saliency metric under the CASM's own classifier; NaN for other architectures, whose logits are
+    unknown.
+    """
     if not isinstance(model, Casm):
         return np.full(len(batch), math.nan)
 
@@ -213,7 +227,7 @@ def _saliency(
 
 
 class _Sums:
-    """Sums of one kind of mask's figures."""
+    """Sums of the figures of one kind of mask."""
 
     def __init__(self) -> None:
         self.sums = dict.fromkeys(FIGURES, 0.0)
@@ -228,13 +242,13 @@ class _Sums:
         correct: NDArray[np.bool_],
         saliency: NDArray[np.float64],
     ) -> None:
-        """Count a batch.
+        """Add a batch to the sums.
 
         Args:
             masks: (N, H, W).
-            found: Where each mask's object is thought to be.
+            found: Predicted location of each mask's object.
             truths: (k, 4) boxes per image.
-            correct: (N,) whether the classifier is right.
+            correct: (N,) bool, whether the classifier is right.
             saliency: (N,) the saliency metric.
         """
         for mask, rectangle, boxes, right in zip(masks, found, truths, correct, strict=True):
@@ -252,7 +266,7 @@ class _Sums:
         self.count += len(masks)
 
     def figures(self, distributed: Distributed) -> dict[str, Cell]:
-        """Means over all ranks. Collective."""
+        """Return means over all ranks. Collective."""
         sums, statistics, count = distributed.all_reduce_sum(
             torch.tensor([self.sums[name] for name in FIGURES], dtype=torch.float64),
             self.statistics,

@@ -1,6 +1,7 @@
-"""Earlier states of the classifier in training, in main memory: a bounded store, replaced and drawn from at random.
+"""A bounded store of the classifier's earlier states during training, in main memory, with random replacement and
+draws.
 
-Which state is replaced or drawn is a function of (seed, iteration), so that all ranks and resumed runs agree without
+Which state is replaced or drawn is a function of (seed, iteration), so all ranks and resumed runs agree without
 communication.
 """
 
@@ -10,19 +11,20 @@ import copy
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 _REPLACE, _DRAW, _JUDGE = range(3)
 
 
 class PastClassifiers:
-    """Earlier weights of a classifier.
+    """The store of a classifier's earlier weights.
 
     Args:
-        capacity: Most that are kept; then a new one takes the place of a random one.
-        every: Iterations between two; 0: only the first.
-        share: Probability that one of them judges, in [0, 1]. With 0 nothing is stored.
-        seed: Of all choices.
+        capacity: Largest number of states kept; after that, a new state replaces a random one.
+        every: Iterations between two stored states; 0 stores the first only.
+        share: Probability that a stored state judges, in [0, 1]. With 0 nothing is stored.
+        seed: Seed of all random choices.
     """
 
     def __init__(self, capacity: int, every: int, share: float, seed: int) -> None:
@@ -45,7 +47,7 @@ class PastClassifiers:
 
     def add(self, model: nn.Module, iteration: int) -> None:
         """Store a copy of a classifier's weights."""
-        state = {name: _on_host(tensor) for name, tensor in model.state_dict().items()}
+        state = _on_host(model.state_dict())
         if len(self.states) < self.capacity:
             self.states.append(state)
             return
@@ -55,17 +57,17 @@ class PastClassifiers:
             self._loaded = None
 
     def drawn(self, iteration: int) -> int | None:
-        """Which stored classifier judges this iteration; None: the present one does."""
+        """Return the index of the stored classifier that judges this iteration; None if the current one does."""
         if not self.states or self._random(iteration, _JUDGE).random() >= self.share:
             return None
         return int(self._random(iteration, _DRAW).integers(len(self.states)))
 
     def judge(self, index: int, like: nn.Module) -> nn.Module:
-        """A stored classifier, ready to judge: in evaluation mode, without gradients of its own.
+        """Return a stored classifier in evaluation mode, without parameter gradients.
 
         Args:
             index: From `drawn`.
-            like: The present classifier, for structure and device.
+            like: The current classifier, for structure and device.
         """
         if self._judge is None:
             self._judge = copy.deepcopy(like).requires_grad_(False).eval()
@@ -75,7 +77,7 @@ class PastClassifiers:
         return self._judge
 
     def state_dict(self) -> dict[str, list[dict[str, Tensor]]]:
-        """For checkpoints."""
+        """Return the stored states, for checkpoints."""
         return {"states": self.states}
 
     def load_state_dict(self, state: Mapping[str, list[dict[str, Tensor]]]) -> None:
@@ -87,6 +89,13 @@ class PastClassifiers:
         return np.random.default_rng([self.seed, iteration, purpose])
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    """A copy in main memory, never the tensor itself."""
-    return tensor.detach().to("cpu", copy=True) if tensor.device.type != "cpu" else tensor.detach().clone()
+def _on_host(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies in host memory, never the tensors themselves, with one host sync per dtype."""
+    copies: dict[str, Tensor] = {}
+    for dtype in {tensor.dtype for tensor in state.values()}:
+        alike = {name: tensor for name, tensor in state.items() if tensor.dtype == dtype}
+        packed = torch.cat([tensor.detach().flatten() for tensor in alike.values()]).cpu()
+        parts = packed.split([tensor.numel() for tensor in alike.values()])
+        for (name, tensor), part in zip(alike.items(), parts, strict=True):
+            copies[name] = part.view(tensor.shape).clone()
+    return {name: copies[name] for name in state}

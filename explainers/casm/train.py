@@ -2,7 +2,8 @@
 
     python -m explainers train-casm DATA --casms-path CASMS --reproduce L100 --pretrained-weights resnet50.pth
 
-writes CASMS/L100/: checkpoint.pth.tar (to use, and to `--resume auto` from), config.yaml, a report, TensorBoard files.
+writes CASMS/L100/: checkpoint.pth.tar (for inference and for `--resume auto`), config.yaml, a report, TensorBoard
+files.
 """
 
 from __future__ import annotations
@@ -22,21 +23,23 @@ from explainers.verbs.attribution_job import check_writable
 from image_classification import job as jobs
 from image_classification.callbacks import TrainState
 from image_classification.checkpoint import CheckpointConfig
-from image_classification.cli import to_plain
 from image_classification.config import check, flag, section
 from image_classification.data.data_config import DataConfig
 from image_classification.distributed import Distributed
-from image_classification.job import CommonConfig
+from image_classification.job_config import CommonConfig
+from image_classification.job_data import naming_the_flag
+from image_classification.job_outcome import run_job
 from image_classification.losses import LossConfig, build_loss
 from image_classification.nan_guard import NanPolicy
 from image_classification.objective import TaskObjective
 from image_classification.optim import OptimConfig, build_optimizer
+from image_classification.resolved_config import to_plain
 from image_classification.schedules import Schedule, ScheduleConfig
 from image_classification.train_config import Figures, TrainConfig
 from image_classification.training_callbacks import FirstBatch, ResourceMonitor
 from image_classification.verbs import configured
 
-# Sections of the common job, without the flags that have no meaning for CASM.
+# Sections of the common job, without the flags that do not apply to CASM.
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -115,15 +118,15 @@ class CasmJobConfig(CommonConfig):
 
 
 def start(configs: CasmJobConfig) -> int:
-    """Run the verb; see the module's text."""
-    return jobs.run_job(completed(configs), run)
+    """Run the verb; see the module docstring."""
+    return run_job(completed(configs), run)
 
 
 def completed(configs: CasmJobConfig) -> CasmJobConfig:
-    """The configuration with the mapping's name and the folder of the log filled in, and checked as a whole.
+    """Fill in the mapping's name and the log folder, and check the configuration as a whole.
 
     Raises:
-        ConfigError: Flags that contradict each other.
+        ConfigError: Flags contradict each other.
     """
     casm, files, log = configs.casm, configs.checkpoint, configs.log
     check(
@@ -143,7 +146,7 @@ def completed(configs: CasmJobConfig) -> CasmJobConfig:
 
 
 def _check_classifier(configs: CasmJobConfig, *, resuming: bool) -> None:
-    """Make sure that a classifier that is not trained has trained weights."""
+    """Check that a classifier that will not be trained has trained weights."""
     casm = configs.casm
     check(
         not casm.thinning.fixed or configs.model.pretrained_weights is not None or resuming,
@@ -152,7 +155,7 @@ def _check_classifier(configs: CasmJobConfig, *, resuming: bool) -> None:
 
 
 def run(configs: CasmJobConfig, distributed: Distributed) -> None:
-    """One process's share of the job."""
+    """Run one process's share of the job."""
     distributed.check_on_main(lambda: check_writable(configs.checkpoint.workspace, "--casms-path"))
     job = jobs.prepare(configs, distributed)
     try:
@@ -170,7 +173,7 @@ def run(configs: CasmJobConfig, distributed: Distributed) -> None:
 
 
 def make_casm_trainer(job: jobs.Job[CasmJobConfig], classifier: nn.Module) -> CasmTrainer:
-    """The trainer of a classifier and a fresh decoder, continued from the resumed checkpoint if there is one."""
+    """Build the trainer of a classifier and a fresh decoder, restored from the resumed checkpoint if there is one."""
     configs = job.configs
     train = job.configs.train
     settings = configs.casm
@@ -179,7 +182,7 @@ def make_casm_trainer(job: jobs.Job[CasmJobConfig], classifier: nn.Module) -> Ca
         len(loader) > 0,
         f"--batch-size {loader.batch_size}: the training set has {loader.num_samples} images, less than a batch",
     )
-    with jobs.naming_the_flag("--arch"):
+    with naming_the_flag("--arch"):
         casm = Casm.for_classifier(
             classifier, job.loaders.preset.image_size, settings.decoder_width, settings.upsample
         )
@@ -211,13 +214,13 @@ def make_casm_trainer(job: jobs.Job[CasmJobConfig], classifier: nn.Module) -> Ca
     )
     torch.manual_seed(train.seed + job.distributed.rank)
     if job.resumed is not None:
-        with jobs.naming_the_flag("--resume"):
+        with naming_the_flag("--resume"):
             trainer.restore(job.resumed)
     return trainer
 
 
 def _schedule(lr: float, settings: CasmConfig, steps: int, epochs: int) -> Schedule:
-    """A tenth every `--lrde` epochs."""
+    """Return a schedule that divides the learning rate by ten every `--lrde` epochs."""
     drops = [float(epoch) for epoch in range(settings.lrde, epochs, settings.lrde)]
     return Schedule(ScheduleConfig(lr=lr, lr_schedule="step", lr_step_epochs=drops), steps, epochs)
 

@@ -1,6 +1,6 @@
 """CASM on the validation set after each epoch: accuracy on whole and on masked-out images, statistics of masks.
 
-Here the mask is taken as it is, in (0, 1); the published evaluations binarise it (`score-casm`, `eval-casm`).
+Here the mask is used unthresholded, in (0, 1); the published evaluations binarise it (`score-casm`, `eval-casm`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class CasmValidation:
     Args:
         loader: Validation images.
         precision: Autocast of the forward passes.
-        distributed: Ranks to add over.
+        distributed: Ranks to sum over.
         max_batches: Largest number of batches on each rank, None for all.
     """
 
@@ -57,9 +57,10 @@ class CasmValidation:
         self.max_batches = max_batches
 
     def __call__(self, casm: Casm, logger: Logger, iteration: int) -> dict[str, float]:
-        """`val.top1` on whole images, `val.masked_top1` and `val.masked_entropy` (nats) on masked-out ones, ….
+        """Measure a CASM: `val.top1` on whole images, `val.masked_top1` and `val.masked_entropy` (nats) on masked-out
+        ones, ….
 
-        Classifier and decoder evaluate meanwhile, and get their modes back.
+        Classifier and decoder are in evaluation mode meanwhile; their modes are restored.
         """
         with evaluating(casm):
             return self._run(casm, logger, iteration)
@@ -91,7 +92,7 @@ class CasmValidation:
         return {f"val.{name}": value for name, value in figures.items()}
 
     def _judge(self, casm: Casm, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Masks of a batch, and the sums of its figures (8,)."""
+        """Return the masks of a batch, and the sums of its figures (8,)."""
         with self.precision.autocast():
             logits, mask = casm(batch.images)
             masked, _ = casm(batch.images * (1 - mask))
@@ -103,7 +104,7 @@ class CasmValidation:
 
 
 def _gallery(images: Tensor, mask: Tensor) -> Tensor:
-    """Images, what is left of them, and masks, one below the other: (3, H, W) in 0 … 1."""
+    """Stack images, their masked-out versions and masks vertically: (3, H, W) in 0 … 1."""
     shown = images[:_NUM_SHOWN].float()
     low, high = shown.amin((1, 2, 3), keepdim=True), shown.amax((1, 2, 3), keepdim=True)
     bright = (shown - low) / (high - low).clamp(min=1e-6)

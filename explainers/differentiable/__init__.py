@@ -1,1 +1,1 @@
-"""Explanations with gradients: features, gates, matching losses, what the original network explained."""
+"""Differentiable explanations: feature taps, gates, matching losses, and explanations of the original network."""

@@ -1,7 +1,7 @@
 """φ: the explanation of a network as numbers, differentiable through the network.
 
-A selector's mask parameters, a Grad-CAM map and a CASM mask all are such functions. Saliency-matching pruning asks how
-far φ moves when channels go (Ganjdanesh et al. 2022); reports compare φ before and after.
+A selector's mask parameters, a Grad-CAM map and a CASM mask all are such functions. Saliency-matching pruning measures
+how far φ moves when channels are removed (Ganjdanesh et al. 2022); reports compare φ before and after.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ class Explanation(Protocol):
 
     @property
     def taps(self) -> tuple[str, ...]:
-        """Modules whose feature maps are read channel by channel, shallow to deep; empty if widths do not matter."""
+        """Names of modules whose feature maps are read channel by channel, shallow to deep; empty if widths do not
+        matter.
+        """
         ...
 
     @property
     def size(self) -> int | None:
-        """Number of values per image, K; None where it follows the size of the images."""
+        """Number of values per image, K; None if it depends on the size of the images."""
         ...
 
     def __call__(self, model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-        """φ of a batch.
+        """Compute φ of a batch.
 
         Args:
             model: The network; autograd flows through its activations.
@@ -47,19 +49,20 @@ class Explanation(Protocol):
         ...
 
     def rewritten(self, kept: Mapping[str, Tensor]) -> Self:
-        """The same explanation for a network that has lost channels.
+        """Return the same explanation for a network that has lost channels.
 
         Args:
-            kept: Tap to (n,) int64, the original positions of the channels that its feature map still has; taps that
-                are not named have all of theirs. What was removed counts as zero.
+            kept: Tap to (n,) int64, the original positions of the remaining channels of its feature map; taps not named
+                have all their channels. Removed channels count as zero.
         """
         ...
 
 
 def network_digest(model: nn.Module) -> str:
-    """Fingerprint of a network's weights: names, shapes and float32 values of its state, 64 hexadecimal digits.
+    """Return a fingerprint of a network's weights: names, shapes and float32 values of its state, 64 hexadecimal
+    digits.
 
-    Wrappers, device and memory format do not change it. Counters of batches do not count.
+    Wrappers, device, memory format and batch counters do not affect it.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(unwrap(model).state_dict().items()):
@@ -71,22 +74,21 @@ def network_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-#: The class that an explanation of an image is about: what the original network predicts, or its label.
+#: The class to explain for an image: the original network's prediction, or the label.
 ExplainedClass = Literal["predicted", "label"]
-#: The class that is explained where nothing else is said.
+#: Default of the class to explain.
 EXPLAINED: ExplainedClass = "predicted"
-#: What `--explain` means, for `--help`.
+#: Help text of `--explain`.
 EXPLAIN_HELP = "class that is explained: what the network predicts, or the label, as published"
 
 
 def explained_classes(which: ExplainedClass, logits: Tensor, targets: Tensor | None) -> Tensor:
-    """Classes (N,) int64 to explain.
+    """Return the classes to explain, (N,) int64.
 
     Args:
         which: Predicted or labelled.
         logits: (N, L) of the original network.
-        targets: (N,) class indices, or (N, L), of which the largest counts (of several labels the first); needed for
-            "label".
+        targets: (N,) class indices, or (N, L), of which the first largest entry counts; needed for "label".
     """
     if which == "predicted":
         return logits.detach().argmax(1)

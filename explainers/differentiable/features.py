@@ -1,7 +1,7 @@
 """Feature taps: the last feature maps of any classifier at each of its spatial sizes.
 
-A decoder that reads an encoder (a selector, a CASM decoder) wants one feature map per scale. Where the scales are is
-found by running the network once, not from its class: at the places where the spatial size halves.
+A decoder on top of an encoder (a selector, a CASM decoder) needs one feature map per scale. The scales are found by
+running the network once, not from its class: they are the points where the spatial size halves.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from image_classification.config import SettingError, nearest
 from image_classification.models import evaluating, unwrap
 from image_classification.models.running import Args, ModuleCall, following
 
-#: Sizes closer than this factor are one scale: an unpadded convolution takes a pixel off, which does not make a new
-#: scale.
+#: Sizes that differ by less than this factor count as one scale: an unpadded convolution removes a border pixel without
+#: making a new scale.
 _SAME_SCALE = 1.5
 _Size = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """A module output that everything goes through."""
+    """A module output that every path to the logits goes through."""
 
     name: str
     size: _Size
@@ -39,11 +39,11 @@ class _Candidate:
 
 
 def find_taps(model: nn.Module, example_images: Tensor, num_scales: int | None = None) -> tuple[str, ...]:
-    """Names of the modules whose outputs are the last feature maps at each spatial size.
+    """Return the names of the modules whose outputs are the last feature maps at each spatial size.
 
-    A map counts if everything that reaches the logits goes through it (so that it is the network's whole state) and it
-    has more than one pixel. What a block computes on its way to the next smaller size (the expansion of a MobileNetV2
-    block with stride 2) belongs to that next size. Of modules that return the same map the outermost is named.
+    A map counts if every path to the logits goes through it (it is the network's whole state) and it has more than one
+    pixel. A block's intermediate maps on the way to the next smaller size (the expansion of a MobileNetV2 block with
+    stride 2) belong to that next size. Of modules that return the same map the outermost is named.
 
     Args:
         model: Any classifier; run once in evaluation mode, its own modes are restored.
@@ -51,14 +51,15 @@ def find_taps(model: nn.Module, example_images: Tensor, num_scales: int | None =
         num_scales: Number of the deepest scales to take; None takes all.
 
     Returns:
-        Names, shallow to deep. A pruned version of a network has the same, but store them with what was trained.
+        Names, shallow to deep. A pruned version of a network has the same taps, but store them with the trained
+            decoder.
 
     Raises:
-        SettingError: The network has fewer scales at this size; the message says how many and what to do.
+        SettingError: The network has fewer scales at this size; the message says how many and suggests a remedy.
     """
     bare = unwrap(model)
     images = example_images[:1].to(dtype_of(bare))
-    inputs: dict[str, _Size] = {}  # spatial size of what each module is given first
+    inputs: dict[str, _Size] = {}  # spatial size of each module's first input
 
     def entering(call: ModuleCall, _module: nn.Module, args: Args, kwargs: object) -> None:
         if args and isinstance(args[0], Tensor) and args[0].dim() == 4:
@@ -98,7 +99,7 @@ def _size(value: Value) -> _Size | None:
 
 
 def _candidates(record: Record) -> list[_Candidate]:
-    """Module outputs that are feature maps and bottlenecks, each map under its outermost module's name."""
+    """Return module outputs that are feature maps and bottlenecks, each map under its outermost module's name."""
     order = {value: index for index, value in enumerate(record.bottlenecks())}
     runs: dict[str, int] = {}
     for name, _ in record.module_outputs:
@@ -116,7 +117,7 @@ def _candidates(record: Record) -> list[_Candidate]:
 
 
 def _scales(sizes: set[_Size]) -> list[set[_Size]]:
-    """Sizes in groups of nearly the same, large to small."""
+    """Group sizes that are nearly the same, large to small."""
     groups: list[list[_Size]] = []
     for size in sorted(sizes, reverse=True):
         if groups and groups[-1][0][0] < _SAME_SCALE * size[0]:
@@ -133,7 +134,7 @@ def _tap(
     inputs: Mapping[str, _Size],
     outputs: Mapping[str, _Size | None],
 ) -> str:
-    """The last candidate of a scale that no module on its way to the next scale computes for itself."""
+    """Return the last candidate of a scale that is not internal to a module leading to the next scale."""
     position = scales.index(scale)
     next_scale = scales[position + 1] if position + 1 < len(scales) else set()
 
@@ -147,20 +148,20 @@ def _tap(
 
 
 class FeatureTaps:
-    """Catches the feature maps of named modules during a forward pass.
+    """Captures the feature maps of named modules during a forward pass.
 
         with FeatureTaps(model, names) as taps:
             logits = model(images)
             features = taps.features
 
-    The hooks are removed when the block ends, also after an exception. What goes on through the network is a clone, so
-    that an operator that works in place behind the module cannot overwrite what was caught.
+    The hooks are removed when the block ends, also after an exception. The network continues with a clone, so that an
+    in-place operator after the module cannot overwrite the captured map.
 
     Args:
         model: The network, bare or wrapped.
-        names: Of modules, from `find_taps`.
-        kept: Tap to (n,) int64, the original positions of the channels that its feature map still has after a rewrite;
-            the map is scattered back into zeros. Taps that are not named have all of theirs.
+        names: Names of modules, from `find_taps`.
+        kept: Tap to (n,) int64, the original positions of the channels that remain in its feature map after a rewrite;
+            the map is scattered back into zeros. Taps not named have all their channels.
         widths: Tap to its original number of channels; needed for the taps in `kept`.
 
     Raises:
@@ -226,10 +227,10 @@ class FeatureTaps:
 
     @property
     def features(self) -> list[Tensor]:
-        """(N, C, h, w) per tap, of the last forward pass, shallow to deep, at the original widths.
+        """Feature maps (N, C, h, w) of the last forward pass, shallow to deep, at the original widths.
 
         Raises:
-            RuntimeError: No forward pass has run inside the block, or it left a tap out.
+            RuntimeError: No forward pass has run inside the block, or it did not reach a tap.
         """
         missing = [name for name in self.names if name not in self._caught]
         if missing:

@@ -1,7 +1,7 @@
-"""φ as a Grad-CAM map: the explanation that every network has without any training.
+"""φ as a Grad-CAM map, an explanation that needs no training.
 
-The map at the resolution of its layer, divided by its L2 norm, so that it says where the evidence lies and not how
-large the logit is. It is differentiable through the network twice over: the map itself contains a derivative.
+The map is taken at the resolution of its layer and divided by its L2 norm, so that it shows where the evidence lies and
+not how large the logit is. It contains a derivative itself, so differentiating it is second order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class GradCamExplanation:
     Args:
         layer: Name of the module whose output is weighted.
 
-    Note: removing channels needs no record here: the map is a sum over channels, those that are gone add nothing.
+    Note: removed channels need no bookkeeping: the map is a sum over channels, and removed ones add nothing.
     """
 
     size = None
@@ -35,19 +35,21 @@ class GradCamExplanation:
 
     @classmethod
     def of(cls, model: nn.Module, example: Tensor) -> GradCamExplanation:
-        """For the last feature map that everything in `model` goes through; `example` (N, 3, H, W) finds it.
+        """Build the explanation for the last feature map of `model` that every path goes through.
+
+        The map is found by running `example` (N, 3, H, W).
 
         Raises:
-            UnsupportedOperatorError: There is none.
+            UnsupportedOperatorError: The network has no such feature map.
         """
         with evaluating(model):
             return cls(find_layer(model, example))
 
     def __call__(self, model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-        """See `Explanation.__call__`; K is the number of the map's pixels, and maps without evidence are all zero."""
+        """See `Explanation.__call__`; K is the number of the map's pixels, and maps without evidence are zero."""
         wanted = torch.is_grad_enabled()
         with torch.enable_grad():
-            # Only maps of remembered images are differentiated, whose classes were looked at then.
+            # Only maps of remembered images are differentiated; their classes were checked when they were remembered.
             maps, _ = class_activation(model, self.layer, images, classes, create_graph=wanted, known=wanted)
         flat = maps.flatten(1)
         flat = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat

@@ -1,24 +1,24 @@
-"""Attribution matching: a student looks at the same things as its teacher.
+"""Attribution matching: training a student to have the same attribution maps as its teacher.
 
-Park et al., "Attribution preservation in network compression for reliable network interpretation" (NeurIPS 2020):
-with A the output of a layer and g = ∂z_k/∂A for the teacher's arg-max class k,
+Park et al., "Attribution preservation in network compression for reliable network interpretation" (NeurIPS 2020): with
+A the output of a layer and g = ∂z_k/∂A for the teacher's arg-max class k,
 
     sensitivity-weighted (swa)   M = ReLU(Σ_c (Σ_hw g_c)·A_c)       differentiated through: second order
     equally weighted (ewa)       M = mean_c A_c²
     loss                         mean over elements of (M_T/‖M_T‖₂ − M_S/‖M_S‖₂)², summed over layers
     stochastic                   a random share of the teacher's channels is left out of M_T in each step
 
-For comparison: `gradcam`, the map of swa scaled to [0, 1] by its least and largest value, as heat-maps are shown; and
-`attention`, attention transfer as its own paper has it (Zagoruyko & Komodakis, ICLR 2017, equation 2: the maps of ewa,
-their distance not squared).
+For comparison: `gradcam`, the map of swa scaled to [0, 1] by its least and largest value, as heat-maps are displayed;
+and `attention`, attention transfer as published (Zagoruyko & Komodakis, ICLR 2017, equation 2: the maps of ewa, their
+distance not squared).
 
 Note:
-    In the student's batch norms behind A an image's logit depends on the other images of its batch; g is the
-    derivative of the sum of the chosen logits and contains those terms, as in the published code. With the default
-    layer nothing but pooling and linear layers is behind A in most networks.
+    Through the student's batch norms after A, an image's logit depends on the other images of its batch; g is the
+        derivative of the sum of the chosen logits and contains those terms, as in the published code. With the default
+        layer, most networks have only pooling and linear layers after A.
 
-    Where the student's map of swa is zero everywhere (no evidence for the class) the ReLU passes no gradient, and the
-    matching loss of that image cannot fall. ewa has no such images.
+    If the student's swa map is zero everywhere (no evidence for the class), the ReLU passes no gradient and the
+        matching loss of that image cannot fall. This cannot happen with ewa.
 """
 
 from __future__ import annotations
@@ -39,25 +39,26 @@ from explainers.attribution.record import UnsupportedOperatorError
 from image_classification.config import check_choice, check_setting
 from image_classification.models import main_and_auxiliary_logits, unwrap
 
-#: The maps that can be matched.
+#: The kinds of maps that can be matched.
 Match = Literal["swa", "ewa", "gradcam", "attention"]
 MATCHES: tuple[Match, ...] = get_args(Match)
-#: Those that need the derivative of the logits.
+#: The kinds that need the derivative of the logits.
 SENSITIVE = ("swa", "gradcam")
-# Factor on the logits while they are differentiated: keeps fp16 derivatives from vanishing. A power of two, so exact.
+# Factor on the logits while they are differentiated, to keep fp16 derivatives from vanishing. A power of two, so it is
+# exact.
 _SEED = 1024.0
 _TINY = 1e-12
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """At least float32: sums over channels and pixels leave the range of half precision."""
+    """Convert to at least float32: sums over channels and pixels exceed the range of half precision."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def sensitivities(
     logits: Tensor, classes: Tensor, features: Sequence[Tensor], *, create_graph: bool
 ) -> list[Tensor]:
-    """Σ_hw ∂z_k/∂A_c for every image and channel of some feature maps.
+    """Compute Σ_hw ∂z_k/∂A_c for every image and channel of some feature maps.
 
     Args:
         logits: (N, L), computed from the features.
@@ -74,7 +75,7 @@ def sensitivities(
     chosen = _wide(target_logits(logits, classes, known=True)).sum() * _SEED
     try:
         gradients = torch.autograd.grad(chosen, list(features), create_graph=create_graph)
-    except torch.OutOfMemoryError:  # no other layer would help
+    except torch.OutOfMemoryError:  # another layer would not help
         raise
     except RuntimeError as error:
         raise UnsupportedOperatorError(
@@ -86,7 +87,7 @@ def sensitivities(
 def attribution_map(
     kind: str, features: Tensor, sensitivity: Tensor | None = None, kept: Tensor | None = None
 ) -> Tensor:
-    """M of one layer (section 3 of the paper).
+    """Compute M of one layer (section 3 of the paper).
 
     Args:
         kind: One of `MATCHES`.
@@ -107,12 +108,12 @@ def attribution_map(
 
 
 def map_distance(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
-    """Distance between the maps of one layer, a scalar; 0 where they are equal up to a positive factor.
+    """Return the distance between the maps of one layer, a scalar; 0 if they are equal up to a positive factor.
 
     Args:
         kind: One of `MATCHES`.
         student: (N, h, w).
-        teacher: (N, h, w); where sizes differ, both are pooled to the smaller height and width.
+        teacher: (N, h, w); if sizes differ, both are pooled to the smaller height and width.
     """
     size = (min(student.shape[1], teacher.shape[1]), min(student.shape[2], teacher.shape[2]))
     first = _normalised(kind, _pooled(student, size))
@@ -128,7 +129,7 @@ def _pooled(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _normalised(kind: str, maps: Tensor) -> Tensor:
-    """(N, h·w): of length 1, or between 0 and 1 for `gradcam`. A map without any value stays 0."""
+    """Normalise maps to (N, h·w) of length 1, or to [0, 1] for `gradcam`. A map without any value stays 0."""
     rows = maps.flatten(1)
     if kind != "gradcam":
         return F.normalize(rows, dim=1, eps=_TINY)
@@ -138,12 +139,12 @@ def _normalised(kind: str, maps: Tensor) -> Tensor:
 
 
 def kept_channels(num_channels: int, drop_share: float, seed: Sequence[int]) -> Tensor:
-    """Which of the teacher's channels a stochastic step looks at.
+    """Choose the teacher's channels that a stochastic step uses.
 
     Args:
         num_channels: C.
-        drop_share: Share to leave out; one channel at least stays.
-        seed: Integers that the choice is a function of, such as (seed, iteration, layer): ranks and the parts of an
+        drop_share: Share to leave out; at least one channel stays.
+        seed: Integers that determine the choice, such as (seed, iteration, layer): ranks and the micro-batches of an
             accumulated batch agree, and a resumed run repeats it.
 
     Returns:
@@ -170,28 +171,28 @@ class TeacherView:
 
     @property
     def classes(self) -> Tensor:
-        """(N,) int64: the arg-max class, which both networks are asked about."""
+        """Arg-max classes (N,) int64, which both networks are explained for."""
         return self.logits.argmax(1)
 
 
 @dataclasses.dataclass(frozen=True)
 class AttributionMatcher:
-    """Matches a student's maps to its teacher's at some pairs of layers.
+    """Matches a student's maps to its teacher's at pairs of layers.
 
         view = matcher.look(teacher, images, step)
         with matcher.watch(student) as features:
             logits = student(images)                   # also through DDP
         loss = task(logits) + weight * matcher.loss(features, logits, view)
 
-    The student is differentiated by its parameters once, in the loss's backward pass: the inner derivative is taken
-    by feature maps only, so that DDP's reducer, `no_sync` and gradient scaling see an ordinary backward pass. Graphs of
-    `torch.compile` cannot be differentiated twice: call the student uncompiled.
+    The student is differentiated with respect to its parameters once, in the loss's backward pass. The inner derivative
+    is taken with respect to feature maps only, so DDP's reducer, `no_sync` and gradient scaling see an ordinary
+    backward pass. Graphs of `torch.compile` cannot be differentiated twice: call the student uncompiled.
 
     Attributes:
         kind: One of `MATCHES`.
-        layers: (student's layer, teacher's layer) by name.
+        layers: Pairs of layer names, (student's, teacher's).
         drop_share: Share of the teacher's channels that a step leaves out; 0 takes all.
-        seed: Of that choice.
+        seed: Seed of that choice.
     """
 
     kind: str
@@ -205,12 +206,12 @@ class AttributionMatcher:
         check_setting(0 <= self.drop_share < 1, "drop_share", self.drop_share, "give a share in [0, 1)")
 
     def look(self, teacher: nn.Module, images: Tensor, step: int = 0) -> TeacherView:
-        """The teacher's logits and maps.
+        """Compute the teacher's logits and maps.
 
         Args:
             teacher: Frozen (no parameter requires a gradient), in evaluation mode.
             images: (N, 3, H, W).
-            step: Number of the training step; stochastic matching draws its channels by it.
+            step: Number of the training step, which seeds the channels of stochastic matching.
         """
         names = list(dict.fromkeys(name for _, name in self.layers))
         sensitive = self.kind in SENSITIVE
@@ -234,17 +235,17 @@ class AttributionMatcher:
 
     @contextlib.contextmanager
     def watch(self, student: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """Catch the student's feature maps in the one forward pass that the block runs.
+        """Capture the student's feature maps in the single forward pass run inside the block.
 
         Args:
-            student: Bare, or wrapped by DDP.
+            student: Network, bare or wrapped by DDP.
         """
         names = list(dict.fromkeys(name for name, _ in self.layers))
         with feature_maps(unwrap(student), names) as caught:
             yield caught
 
     def loss(self, features: Mapping[str, Tensor], logits: Tensor, view: TeacherView) -> Tensor:
-        """The matching loss, a scalar with the graph of the student.
+        """Compute the matching loss, a scalar with the graph of the student.
 
         Args:
             features: From `watch`.

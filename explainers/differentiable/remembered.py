@@ -1,10 +1,10 @@
-"""Explanations of the original network, remembered per image, and how far they have moved since.
+"""Explanations of the original network, stored per image, and how far they have moved since.
 
 The target of saliency-matching pruning (Ganjdanesh et al., "Interpretations steered network pruning via amortized
-inferred saliency maps", ECCV 2022) is φ(x; 1) of the network that pruning began with, through all rewrites and all
-training between them. It is computed once on the calibration images and kept by the images' content, so that it
-does not matter which rank, batch or order an image comes in, nor whether the run was resumed. An image that a decoder
-gives with other last bits (a GPU's may, another one's will) is found by its thumbnail.
+inferred saliency maps", ECCV 2022) is φ(x; 1) of the network that pruning began with, across all rewrites and the
+training between them. It is computed once on the calibration images and keyed by the images' content, so rank, batch,
+order and resuming make no difference. An image whose last bits differ because of the decoder (a GPU's may vary, and
+other decoders differ) is found by its thumbnail.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from image_classification.plain_data import PlainMapping
 
 _THUMBNAIL = 8  # pixels a side
 _SAME_IMAGE = (
-    0.02  # root mean square between two thumbnails; decoders differ by a tenth of it, images by ten times
+    0.02  # root mean square between two thumbnails; decoders differ by a tenth of this, images by ten times
 )
 
 
 def image_keys(images: Tensor) -> list[int]:
-    """A 64-bit number per image that depends on its pixels only. Reads the images on the host."""
+    """Return a 64-bit number per image that depends only on its pixels. Reads the images on the host."""
     host = images.detach().float().cpu().contiguous()
     digests = (hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest() for image in host)
     return [int.from_bytes(digest, "little", signed=True) for digest in digests]
 
 
 def thumbnails(images: Tensor) -> Tensor:
-    """(N, C · 64) float32 on the CPU: what images look like from afar, in units of their normalisation."""
+    """Return coarse thumbnails of images in units of their normalisation: (N, C · 64) float32 on the CPU."""
     return F.adaptive_avg_pool2d(images.detach().float(), _THUMBNAIL).flatten(1).cpu()
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where an explanation comes from, to tell whether a resumed run has the same.
+    """Origin of an explanation, for checking that a resumed run uses the same one.
 
     Attributes:
         name: Flag and file, for messages.
-        digest: Of everything that φ depends on apart from the network.
+        digest: Digest of everything that φ depends on apart from the network.
     """
 
     name: str
@@ -64,12 +64,12 @@ class OriginalExplanations:
 
     Args:
         explanation: φ for the network at its original widths.
-        source: Where it comes from; None leaves that unchecked.
-        explained: The class that is explained.
+        source: Origin of the explanation; None skips the check on resume.
+        explained: The class to explain.
 
     Attributes:
-        present: φ for the network as it is now; removed channels count as zero.
-        kept: Tap → original positions of the channels that are left, for taps that have lost some.
+        present: φ for the current network; removed channels count as zero.
+        kept: Tap → original positions of the remaining channels, for taps that have lost some.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class OriginalExplanations:
 
     @property
     def taps(self) -> tuple[str, ...]:
-        """Modules whose output φ reads."""
+        """Names of the modules whose output φ reads."""
         return self.present.taps
 
     @property
@@ -106,19 +106,19 @@ class OriginalExplanations:
         distributed: Distributed | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """Remember φ of the network as it is now as that of the original. Collective.
+        """Store φ of the current network as that of the original. Collective.
 
-        The explained class is the network's arg-max, or the label; it stays an image's class from then on.
+        The explained class is the network's arg-max, or the label; it remains that image's class from then on.
 
         Args:
-            model: The bare network; left as it was.
+            model: The bare network; not modified.
             batches: (images, targets) on its device: this rank's share of the calibration images.
-            distributed: The ranks; each gets to know all images.
-            autocast: Makes the context of the forward passes.
+            distributed: The ranks; each receives the values of all images.
+            autocast: Creates the context of the forward passes.
         """
         distributed = distributed or Distributed()
         device = next(model.parameters()).device
-        # Key (N,), φ (N, K) and class (N,) of this rank's images; the empty start serves ranks without images.
+        # Key (N,), φ (N, K) and class (N,) of this rank's images; starting empty covers ranks without images.
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
         keys, classes = [nothing], [nothing]
         values: list[Tensor] = []
@@ -148,7 +148,7 @@ class OriginalExplanations:
         self._thumbnails = seen
 
     def _found(self, images: Tensor, keys: list[int]) -> list[int | None]:
-        """Row of every image with its key; None for one that is not known."""
+        """Return the row of every image with its key; None for an unknown image."""
         rows = [self._rows.get(key) for key in keys]
         if None in rows and self._thumbnails.shape[1:] == (images.shape[1] * _THUMBNAIL**2,):
             distances = torch.cdist(thumbnails(images), self._thumbnails) / self._thumbnails.shape[1] ** 0.5
@@ -159,7 +159,7 @@ class OriginalExplanations:
         return rows
 
     def lookup(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Classes (N,) and original φ (N, K) of images, on their device.
+        """Return the classes (N,) and original φ (N, K) of images, on their device.
 
         Raises:
             ValueError: An image was not among those remembered.
@@ -177,14 +177,14 @@ class OriginalExplanations:
         return self._classes[rows].to(images.device), self._values[rows].to(images.device)
 
     def keys(self, images: Tensor) -> list[int]:
-        """A number per image: that of the remembered image (see `image_keys`), or its own."""
+        """Return a key per image: that of the matching remembered image (see `image_keys`), or its own."""
         known = {row: key for key, row in self._rows.items()}
         keys = image_keys(images)
         pairs = zip(self._found(images, keys), keys, strict=True)
         return [own if row is None else known.get(row, own) for row, own in pairs]
 
     def gated(self, model: nn.Module, images: Tensor, classes: Tensor, gate: FeatureGate) -> Tensor:
-        """φ (N, K) of the network as it is, its feature maps read through `gate`."""
+        """Compute φ (N, K) of the current network, its feature maps read through `gate`."""
         with gated_features(gate):
             return self.present(model, images, classes)
 
@@ -196,7 +196,7 @@ class OriginalExplanations:
         distributed: Distributed | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> float:
-        """Mean squared difference of φ from the original network's, over images and numbers. Collective.
+        """Return the mean squared difference of φ from the original network's, over images and values. Collective.
 
         Arguments as for `remember`; NaN without images.
         """
@@ -214,10 +214,10 @@ class OriginalExplanations:
         return float(total[0] / total[1]) if total[1] else float("nan")
 
     def follow(self, staying: Mapping[str, tuple[int, Tensor]]) -> None:
-        """Follow a rewrite.
+        """Update φ after a rewrite of the network.
 
         Args:
-            staying: From `staying_channels`, before the rewrite: tap → number of channels, positions that stay.
+            staying: Result of `staying_channels` before the rewrite: tap → (number of channels, positions that stay).
         """
         for tap, (width, positions) in staying.items():
             before = self.kept.get(tap, torch.arange(width))
@@ -225,9 +225,9 @@ class OriginalExplanations:
         self.present = self._whole.rewritten(self.kept)
 
     def state_dict(self) -> dict[str, object]:
-        """Original values by image, and the channels that rewrites have left of every tap."""
+        """Return the original values by image, and the remaining channels of every tap."""
         keys = torch.tensor(list(self._rows), dtype=torch.int64)
-        rows = list(self._rows.values())  # an image that occurs twice has one key, and one row is enough
+        rows = list(self._rows.values())  # an image that occurs twice has a single key and row
         return {
             "keys": keys,
             "values": self._values[rows],
@@ -241,7 +241,7 @@ class OriginalExplanations:
         """Restore a state from `state_dict`.
 
         Raises:
-            ConfigError: Its values are those of another explanation.
+            ConfigError: The stored values belong to another explanation.
         """
         known = state.get("source")
         if known is not None and self.source is not None and known["digest"] != self.source.digest:
@@ -249,7 +249,7 @@ class OriginalExplanations:
                 f"{self.source}: the run to resume follows another explanation, that of {Source(**known)}: give the "
                 "one that it was started with, or start afresh"
             )
-        none = torch.zeros(len(state["keys"]), 0)  # as older versions have kept it
+        none = torch.zeros(len(state["keys"]), 0)  # format of older versions
         self._take(state["keys"], state["values"], state["classes"], state.get("thumbnails", none))
         self.kept = dict(state["kept"])
         self.present = self._whole.rewritten(self.kept)

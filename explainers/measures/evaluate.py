@@ -1,8 +1,8 @@
-"""Localisation figures of many methods on a network: the loop over a split, counted as published.
+"""Localisation figures of attribution methods on a network: the loop over a split, counted as published.
 
-A pair is (image, class with a pixel in its mask). Figures are means over the pairs that the network predicts (logit
-> 0 for several labels, the highest logit for one); the others are counted. A map with a NaN is skipped and counted. Box
-figures (CASM's) are taken over all images, predicted or not, for the labelled class.
+A pair is (image, class with a pixel in its mask). Figures are means over the pairs that the network predicts (logit > 0
+for several labels, the highest logit for one); the remaining pairs are only counted. A map with a NaN is skipped and
+counted. Box figures (CASM's) are taken over all images, predicted or not, for the labelled class.
 
 Sums are exact over ranks: each image is seen once, and sums and counts are added before they are divided.
 """
@@ -14,8 +14,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, Protocol, Self, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from explainers.attribution.method import Attribution, Prepared
+from explainers.measures.behind import Behind
 from explainers.measures.ground_truth import Annotated, annotated
 from explainers.measures.localization import (
     as_saliency,
@@ -59,7 +59,7 @@ COUNTS = ("images", "pairs", "predicted", "nan_maps")
 
 
 def figure_names(metrics: Collection[str]) -> list[str]:
-    """The figures of some metrics, in the order of columns."""
+    """Return the figures of some metrics, in the order of columns."""
     names: list[str] = []
     for metric, figures in FIGURES.items():
         if metric in metrics:
@@ -68,7 +68,7 @@ def figure_names(metrics: Collection[str]) -> list[str]:
 
 
 class Batches(Protocol):
-    """What the loop needs of a loader."""
+    """The part of a loader's interface that the loop uses."""
 
     num_samples: int
 
@@ -84,7 +84,7 @@ class Row:
         figures: Mean by figure; NaN where nothing was counted.
         counted: Number of values behind each figure; less than `predicted` where some were undefined.
         counts: `images`, `pairs`, `predicted`, `nan_maps`.
-        seconds: Of computing maps, on this rank.
+        seconds: Time spent computing maps, on this rank.
     """
 
     network: str
@@ -106,13 +106,13 @@ class _Sums:
         self.seconds = 0.0
 
     def add(self, figure: str, value: float) -> None:
-        """Count a value, unless it is undefined."""
+        """Add a value, unless it is undefined."""
         if not math.isnan(value):
             self.sums[figure] += value
             self.counted[figure] += 1
 
     def row(self, network: str, method: str, distributed: Distributed) -> Row:
-        """The line of the table, over all ranks. Collective."""
+        """Return the line of the table, over all ranks. Collective."""
         sums, counted, counts = distributed.all_reduce_sum(
             torch.tensor([self.sums[name] for name in self.names], dtype=torch.float64),
             torch.tensor([self.counted[name] for name in self.names], dtype=torch.int64),
@@ -143,23 +143,23 @@ def localize(
     max_pairs: int,
     advance: Callable[[int], None] = lambda _images: None,
 ) -> list[Row]:
-    """Figures of some methods on one network.
+    """Measure several methods on one network.
 
     Args:
         network: Its name, for the table.
-        methods: Prepared for it, by name.
+        methods: Methods prepared for the network, by name.
         predict: The network in evaluation mode, without gradients.
         loader: Batches with masks or boxes.
         metrics: Some of `METRICS`.
         multi_label: Several classes may be present at once.
         distributed: Ranks to sum over. Collective.
-        max_pairs: How many pairs to explain at once.
+        max_pairs: Number of pairs to explain at once.
         advance: Called with the number of images done.
 
     Returns:
         A row per method.
     """
-    with _Behind() as behind:
+    with Behind() as behind:
         judges = {
             name: _Judge(prepared, predict, metrics, multi_label, behind)
             for name, prepared in methods.items()
@@ -186,37 +186,6 @@ class _Pair:
     has_boxes: bool
 
 
-class _Behind:
-    """Work of the host that a thread does while the device makes the next maps, one piece after the other.
-
-    As a context it waits for the last piece; an error of a piece is raised at the next one, or at the end.
-    """
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="figures")
-        self._last: Future[None] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        try:
-            if kind is None:
-                self.wait()
-        finally:
-            self._thread.shutdown()
-
-    def do(self, work: Callable[[], None]) -> None:
-        """Begin a piece of work once the one before it is done."""
-        self.wait()
-        self._last = self._thread.submit(work)
-
-    def wait(self) -> None:
-        """Until the work is done."""
-        if self._last is not None:
-            self._last.result()
-
-
 class _Judge:
     """Collects the figures of one method."""
 
@@ -226,7 +195,7 @@ class _Judge:
         predict: Predict,
         metrics: Sequence[str],
         multi_label: bool,
-        behind: _Behind,
+        behind: Behind,
     ) -> None:
         self.prepared = prepared
         self.predict = predict
@@ -246,7 +215,7 @@ class _Judge:
             self._judge(batch.images, wanted[begin : begin + max_pairs])
 
     def _pairs(self, truths: Sequence[Annotated], logits: Tensor) -> list[_Pair]:
-        """All pairs; those of box figures are labelled classes with boxes."""
+        """Return all pairs; pairs for box figures are labelled classes with boxes."""
         positive = (logits > 0).cpu().numpy()
         top = logits.argmax(1).tolist()
         pairs = []
@@ -275,12 +244,12 @@ class _Judge:
         if self.metrics & {"saliency", "curves"}:
             kept = [i for i, pair in enumerate(pairs) if sound[i] and pair.predicted and pair.has_mask]
             if kept:
-                self._against_network(chosen[kept], targets[kept], result.map[kept])
+                self._against_network(chosen[kept], targets[kept], result.map[kept], maps[kept])
 
     def _against_truth(
         self, pairs: Sequence[_Pair], maps: NDArray[np.float32], sound: NDArray[np.bool_]
     ) -> None:
-        """Figures that compare maps with masks and boxes."""
+        """Add figures that compare maps with masks and boxes."""
         for pair, heatmap, fine in zip(pairs, maps, sound, strict=True):
             if fine and pair.predicted and pair.has_mask:
                 self._against_mask(heatmap, pair.truth.masks[pair.target])
@@ -303,13 +272,18 @@ class _Judge:
         self.sums.add("le", 1.0 - figures.located)
         self.sums.add("om", 1.0 - (figures.located and pair.predicted))
 
-    def _against_network(self, images: Tensor, targets: Tensor, maps: Tensor) -> None:
-        """Figures that ask the network about changed images."""
-        if "saliency" in self.metrics:
-            rectangles = [object_rectangle(as_saliency(heatmap)) for heatmap in maps.cpu().numpy()]
-            for value in saliency_metric(self.predict, images, targets, rectangles).tolist():
-                self.sums.add("saliency", value)
+    def _against_network(
+        self, images: Tensor, targets: Tensor, maps: Tensor, on_host: NDArray[np.float32]
+    ) -> None:
+        """Compute the metrics that run the network on modified images; they are read once all are queued."""
+        asked: list[tuple[str, Tensor]] = []
         if "curves" in self.metrics:
             for name, curve in (("deletion", deletion_curve), ("insertion", insertion_curve)):
-                for value in curve_area(curve(self.predict, images, targets, maps)).tolist():
-                    self.sums.add(name, value)
+                asked.append((name, curve_area(curve(self.predict, images, targets, maps))))
+        if "saliency" in self.metrics:
+            rectangles = [object_rectangle(as_saliency(heatmap)) for heatmap in on_host]
+            asked.append(("saliency", saliency_metric(self.predict, images, targets, rectangles)))
+        values = torch.stack([found for _, found in asked]).tolist()
+        for (name, _), row in zip(asked, values, strict=True):
+            for value in row:
+                self.sums.add(name, value)

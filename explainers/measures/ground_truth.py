@@ -1,4 +1,4 @@
-"""Where the objects of a batch are: masks and boxes per image and class."""
+"""Ground truth of a batch: masks and boxes per image and class."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from image_classification.data.targets import VOID
 
 @dataclasses.dataclass(frozen=True)
 class Annotated:
-    """What is known about one image of a batch, in the pixels of the network's input.
+    """Annotations of one image of a batch, in pixels of the network's input.
 
     Attributes:
-        row: Its place in the batch.
+        row: Its index in the batch.
         labels: Classes that its target names.
-        masks: Pixel mask (H, W) bool by class that occurs in it. Undecided (void) pixels count as background.
+        masks: Pixel mask (H, W) bool by class present in the image. Undecided (void) pixels count as background.
         boxes: (k, 4) `x0, y0, x1, y1` by class, not clipped; empty without boxes.
     """
 
@@ -31,7 +31,7 @@ class Annotated:
 
 
 def annotated(batch: Batch) -> Iterator[Annotated]:
-    """The ground truth of a batch's images. Where there are boxes but no masks, boxes serve as masks."""
+    """Yield the ground truth of a batch's images. Without masks, boxes serve as masks."""
     targets = batch.targets.cpu()
     size = batch.images.shape[-2], batch.images.shape[-1]
     for row in range(len(batch)):
@@ -54,6 +54,6 @@ def _boxes_by_class(batch: Batch, row: int) -> dict[int, NDArray[np.float64]]:
 
 
 def masks_by_class(image: NDArray[np.integer]) -> dict[int, NDArray[np.bool_]]:
-    """Pixel masks (H, W) by class, of an (H, W) image of class index + 1, 0 for background and 255 for void."""
+    """Split an (H, W) image of class index + 1 (0 for background, 255 for void) into pixel masks (H, W) by class."""
     values = [int(value) for value in np.unique(image) if value not in (0, VOID)]
     return {value - 1: image == value for value in values}

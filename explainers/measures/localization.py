@@ -1,4 +1,4 @@
-"""How well a heat-map finds an object: figures for one map and one ground truth.
+"""Figures of how well a heat-map localises an object, for one map and one ground truth.
 
 Against a pixel mask (Park et al. 2020, section 4): pointing game, ROC-AUC, energy inside. Against boxes (Zolna et al.
 2020, "Classifier-agnostic saliency map extraction"): F1, F1a, LE, OM from the map binarised at the quantile that its
@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage  # which scikit-learn brings
+from scipy import ndimage  # comes with scikit-learn
 from sklearn.metrics import roc_auc_score
 
 Array = NDArray[np.floating]
@@ -26,7 +26,7 @@ def pointing_hit(heatmap: Array, mask: Mask, tolerance: int = 0) -> bool:
 
     Args:
         heatmap: (H, W) without NaN.
-        mask: (H, W), the object's pixels; without any there is no hit.
+        mask: (H, W), the object's pixels; an empty mask has no hit.
         tolerance: Also count a hit within this distance of the object, in pixels (Zhang et al. 2016: 15).
     """
     row, column = np.unravel_index(int(np.argmax(heatmap)), heatmap.shape)
@@ -38,12 +38,12 @@ def pointing_hit(heatmap: Array, mask: Mask, tolerance: int = 0) -> bool:
 
 
 def pixel_auc(heatmap: Array, mask: Mask) -> float:
-    """Area under the ROC curve of the map as a classifier of pixels; ties count half.
+    """Return the area under the ROC curve of the map as a classifier of pixels; ties count half.
 
     It depends on the order of pixels only, so normalising the map first would change nothing.
 
     Returns:
-        NaN where the mask has no pixel, or no pixel outside it.
+        NaN if the mask is empty or covers every pixel.
     """
     if not mask.any() or mask.all():
         return math.nan
@@ -51,14 +51,18 @@ def pixel_auc(heatmap: Array, mask: Mask) -> float:
 
 
 def energy_inside(heatmap: Array, mask: Mask) -> float:
-    """Share of the map's positive part that lies on the object (Wang et al. 2020); NaN where there is no such part."""
+    """Return the share of the map's positive part on the object (Wang et al. 2020); NaN if the map has no positive
+    part.
+    """
     positive = np.clip(heatmap, 0, None, dtype=np.float64)
     energy = positive.sum()
     return float(positive[mask].sum() / energy) if energy > 0 else math.nan
 
 
 def as_saliency(heatmap: Array) -> Array:
-    """A heat-map as a saliency mask in [0, 1]: its positive part over its maximum (all 0 where there is none)."""
+    """Convert a heat-map to a saliency mask in [0, 1]: its positive part over its maximum (all 0 if nothing is
+    positive).
+    """
     positive: Array = np.clip(heatmap, 0, None, dtype=np.float64)
     highest = positive.max()
     if highest > 0:
@@ -67,9 +71,10 @@ def as_saliency(heatmap: Array) -> Array:
 
 
 def saliency_threshold(saliency: Array) -> float:
-    """Where CASM cuts a saliency mask: the mean μ of the mask says which share of the pixels is kept.
+    """Return CASM's threshold for a saliency mask: the mean μ of the mask is the share of pixels to keep.
 
-    The k-th smallest value, k = 1 + ⌊(n − 1)(1 − μ) + ½⌋, within [1e-6, 1 − 1e-6]; strictly greater is kept.
+    The k-th smallest value, k = 1 + ⌊(n − 1)(1 − μ) + ½⌋, clipped to [1e-6, 1 − 1e-6]; pixels strictly above it are
+    kept.
 
     Args:
         saliency: (H, W) in [0, 1].
@@ -91,11 +96,11 @@ class Rectangle:
 
     @property
     def area(self) -> int:
-        """Number of pixels; 0 for an empty one."""
+        """Number of pixels; 0 for an empty rectangle."""
         return max(self.right - self.left, 0) * max(self.bottom - self.top, 0)
 
     def clipped(self, height: int, width: int) -> Rectangle:
-        """The part within an image."""
+        """Return the part within an image."""
         return Rectangle(
             min(max(self.left, 0), width),
             min(max(self.top, 0), height),
@@ -104,7 +109,7 @@ class Rectangle:
         )
 
     def overlap(self, other: Rectangle) -> int:
-        """Number of pixels in both."""
+        """Return the number of pixels in both rectangles."""
         return Rectangle(
             max(self.left, other.left),
             max(self.top, other.top),
@@ -121,10 +126,10 @@ EMPTY = Rectangle(0, 0, 0, 0)
 
 
 def object_rectangle(saliency: Array) -> Rectangle:
-    """The tight box around the largest 4-connected part of what `saliency_threshold` keeps.
+    """Return the tight box around the largest 4-connected region above `saliency_threshold`.
 
-    Of several largest parts it takes the one that begins first, row by row. `EMPTY` where nothing is kept (a constant
-    mask).
+    Of several largest regions, the one that begins first, row by row, is taken. Returns `EMPTY` if no pixel is kept (a
+    constant mask).
     """
     labels, count = ndimage.label(saliency > saliency_threshold(saliency), structure=_FOUR_CONNECTED)
     if count == 0:
@@ -140,10 +145,11 @@ class BoxFigures:
     """CASM's figures of one image.
 
     Attributes:
-        f1: Of the best box.
-        f1_mean: Mean over the boxes (F1a).
-        located: Some box overlaps the map's rectangle with IoU > 0.5. LE = 1 − located, OM = 1 − located · correct.
-        best_iou: The highest IoU.
+        f1: F1 of the best box.
+        f1_mean: Mean F1 over the boxes (F1a).
+        located: Whether some box overlaps the map's rectangle with IoU > 0.5. LE = 1 − located, OM = 1 − located ·
+            correct.
+        best_iou: The highest IoU over the boxes.
     """
 
     f1: float
@@ -155,13 +161,13 @@ class BoxFigures:
 def box_figures(saliency: Array, boxes: Array, found: Rectangle | None = None) -> BoxFigures:
     """Compare a saliency mask with ground-truth boxes.
 
-    Corners are truncated to whole pixels. A box counts with its area in full, also beyond the image's border; one
-    that lies outside the image, or has no area after truncation, scores 0.
+    Corners are truncated to whole pixels. A box counts with its full area, also beyond the image's border; a box that
+    lies outside the image, or has no area after truncation, scores 0.
 
     Args:
         saliency: (H, W) in [0, 1].
         boxes: (k, 4) `x0, y0, x1, y1` in pixels, ends exclusive, not clipped; k ≥ 1.
-        found: Where the object is thought to be; None: `object_rectangle` of the mask.
+        found: Predicted location of the object; None for `object_rectangle` of the mask.
 
     Raises:
         ValueError: There is no box.
@@ -182,7 +188,7 @@ def box_figures(saliency: Array, boxes: Array, found: Rectangle | None = None) -
 
 
 def _f1(saliency: Array, visible: Rectangle, full_area: int) -> float:
-    """2Pr/(P + r + 1e-6) with P = Σ_in s/(Σ s + 1e-6), r = Σ_in s/A."""
+    """Return 2Pr/(P + r + 1e-6) with P = Σ_in s/(Σ s + 1e-6), r = Σ_in s/A."""
     if full_area == 0:
         return 0.0
     inside = float(visible.of(saliency).sum(dtype=np.float64))
@@ -192,7 +198,7 @@ def _f1(saliency: Array, visible: Rectangle, full_area: int) -> float:
 
 
 def boxes_to_mask(boxes: Array, shape: tuple[int, int]) -> Mask:
-    """The union of boxes `x0, y0, x1, y1` as a pixel mask: pixels whose centre lies in one."""
+    """Return the union of boxes `x0, y0, x1, y1` as a pixel mask: pixels whose centre lies in a box."""
     rows, columns = np.arange(shape[0])[:, None] + 0.5, np.arange(shape[1])[None, :] + 0.5
     mask = np.zeros(shape, bool)
     for x0, y0, x1, y1 in boxes:

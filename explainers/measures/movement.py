@@ -1,6 +1,6 @@
-"""How far a heat-map moved between two networks: rank correlation and structural similarity.
+"""Similarity of a heat-map between two networks: rank correlation and structural similarity.
 
-Both as Adebayo et al. ("Sanity checks for saliency maps", NeurIPS 2018, section 3) compare maps: Spearman's rank
+Both compare maps as in Adebayo et al. ("Sanity checks for saliency maps", NeurIPS 2018, section 3): Spearman's rank
 correlation of the pixels (scipy), and SSIM (Wang et al. 2004; torchmetrics) of the maps scaled by their largest
 magnitude. 1 means that nothing moved.
 """
@@ -21,14 +21,14 @@ _WINDOW = 11
 
 
 def rank_correlation(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
-    """Spearman's ρ of the pixels of two maps, ties by their mean rank.
+    """Return Spearman's ρ of the pixels of two maps; ties get their mean rank.
 
     Args:
         first: (H, W).
         second: (H, W).
 
     Returns:
-        In [−1, 1]; NaN where a map is constant or not finite: it has no order.
+        ρ in [−1, 1]; NaN if a map is constant or not finite, since its pixels have no order.
     """
     for values in (first, second):
         if not np.isfinite(values).all() or values.min() == values.max():
@@ -39,7 +39,7 @@ def rank_correlation(first: NDArray[np.floating], second: NDArray[np.floating]) 
 
 
 def structural_similarity(first: Tensor, second: Tensor, *, signed: bool) -> Tensor:
-    """SSIM of pairs of maps.
+    """Return the SSIM of pairs of maps.
 
     Args:
         first: (N, H, W) with H, W ≥ 11; each map is scaled by its largest magnitude first.
@@ -47,10 +47,10 @@ def structural_similarity(first: Tensor, second: Tensor, *, signed: bool) -> Ten
         signed: Maps may be negative, and then range over [−1, 1] instead of [0, 1].
 
     Returns:
-        (N,) float64; NaN where a map is not finite or zero everywhere.
+        (N,) float64; NaN if a map is not finite or is zero everywhere.
 
     Raises:
-        ValueError: Maps smaller than SSIM's window.
+        ValueError: Maps are smaller than SSIM's window.
     """
     if min(first.shape[1:]) < _WINDOW:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How a prediction changes as pixels are removed or restored in the order of a heat-map, and on the box alone.
+"""Changes of a prediction as pixels are removed or restored in the order of a heat-map, and on the box alone.
 
 Deletion and insertion curves: Petsiuk et al. 2018 (RISE). Saliency metric: Dabkowski & Gal 2017, as CASM uses it.
 """
@@ -16,11 +16,11 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from explainers.measures.localization import Rectangle
 
 Predict = Callable[[Tensor], Tensor]
-"""Images (B, 3, H, W) to logits (B, num_classes)."""
+"""Maps images (B, 3, H, W) to logits (B, num_classes)."""
 
-#: Equal portions of the pixels that curves are measured at.
+#: Number of equal portions of pixels at which curves are measured.
 STEPS = 20
-#: Area shares below this count as this in the saliency metric (Dabkowski & Gal 2017).
+#: Smallest area share in the saliency metric; lower shares count as this (Dabkowski & Gal 2017).
 SMALLEST_SHARE = 0.05
 
 
@@ -28,17 +28,17 @@ SMALLEST_SHARE = 0.05
 def deletion_curve(
     predict: Predict, images: Tensor, targets: Tensor, maps: Tensor, steps: int = STEPS
 ) -> Tensor:
-    """Probability of the target while pixels are set to the mean colour, the highest of the map first.
+    """Compute the target's probability while pixels are set to the mean colour, highest map values first.
 
     Args:
         predict: The network.
         images: (B, 3, H, W) normalised; the mean colour is 0.
         targets: (B,) int64.
-        maps: (B, H, W); equal pixels go in row order.
+        maps: (B, H, W); ties are broken in row order.
         steps: Number of equal portions.
 
     Returns:
-        (B, steps + 1), beginning with the whole image.
+        (B, steps + 1), starting with the whole image.
     """
     return _curve(predict, images, torch.zeros_like(images), targets, maps, steps)
 
@@ -47,7 +47,7 @@ def deletion_curve(
 def insertion_curve(
     predict: Predict, images: Tensor, targets: Tensor, maps: Tensor, steps: int = STEPS, blur: float = 5.0
 ) -> Tensor:
-    """Probability of the target while a blurred image gets its sharp pixels back, the highest of the map first.
+    """Compute the target's probability while a blurred image gets its sharp pixels back, highest map values first.
 
     Arguments and result as `deletion_curve`; `blur` is the Gaussian's standard deviation for an image of 224 pixels,
     others in proportion.
@@ -59,14 +59,16 @@ def insertion_curve(
 
 
 def curve_area(curve: Tensor) -> Tensor:
-    """(B,) area under curves (B, n) over [0, 1], by trapezia."""
+    """Return the area under curves (B, n) over [0, 1] by the trapezoidal rule: (B,)."""
     return torch.trapezoid(curve.double(), dx=1 / (curve.shape[1] - 1))
 
 
 def _curve(
     predict: Predict, before: Tensor, after: Tensor, targets: Tensor, maps: Tensor, steps: int
 ) -> Tensor:
-    """Probability of the target while `before` turns into `after`, pixel by pixel in descending order of the map."""
+    """Compute the target's probability while `before` turns into `after`, pixel by pixel in descending order of the
+    map.
+    """
     batch = len(maps)
     pixels = maps[0].numel()
     order = maps.reshape(batch, -1).argsort(dim=1, descending=True, stable=True)
@@ -86,7 +88,7 @@ def _curve(
 def saliency_metric(
     predict: Predict, images: Tensor, targets: Tensor, rectangles: Sequence[Rectangle]
 ) -> Tensor:
-    """log max(area share, `SMALLEST_SHARE`) − log p(target | the rectangle's crop, resized); lower is better.
+    """Compute log max(area share, `SMALLEST_SHARE`) − log p(target | the rectangle's crop, resized); lower is better.
 
     Args:
         predict: The network.

@@ -19,14 +19,14 @@ def print_table(
     figures: Sequence[str],
     percent: Collection[str],
 ) -> None:
-    """Print rows.
+    """Print rows as a table.
 
     Args:
-        title: Above the table.
+        title: Title above the table.
         rows: Each with all columns.
         names: Columns of text.
         figures: Columns of numbers.
-        percent: Those of them that are shares, to be shown in percent.
+        percent: Those of `figures` that are shares, shown in percent.
     """
     table = Table(title=title)
     for name in names:
@@ -41,14 +41,14 @@ def print_table(
 
 
 def formatted(value: float, percent: bool) -> str:
-    """A number with three digits after the point, or as a percentage with one; – where it is undefined."""
+    """Format a number with three decimals, or as a percentage with one; – if it is undefined."""
     if math.isnan(value):
         return "–"
     return f"{100 * value:.1f}" if percent else f"{value:.3f}"
 
 
 def without_nan(figures: Mapping[str, float]) -> dict[str, float | None]:
-    """Figures for JSON, which has no NaN: null where one is undefined."""
+    """Return figures for JSON, which has no NaN: null for undefined ones."""
     return {name: None if math.isnan(value) else value for name, value in figures.items()}
 
 

@@ -33,8 +33,8 @@ from image_classification.data.dataset import Preset
 from image_classification.data.loader import Batch
 from image_classification.data.manifest import Manifest
 from image_classification.data.progress import progress_bar
-from image_classification.distributed import setup_distributed
 from image_classification.file_writing import atomic_file
+from image_classification.joining import setup_distributed
 from image_classification.verbs import configured
 
 
@@ -67,7 +67,7 @@ class AttributeConfig(ImagesJob):
 
 
 def run(configs: AttributeConfig) -> int:
-    """Run the verb; see the module's text."""
+    """Run the verb; see the module docstring."""
     check(
         len(configs.network.checkpoint) == 1,
         "--checkpoint: attribute explains one network; `localize` compares several",
@@ -107,8 +107,8 @@ class _Writer:
     """Writes the maps of batches.
 
     Args:
-        folder: Where to.
-        config: What.
+        folder: Output folder.
+        config: What to write.
         manifest: Names of images and classes.
         preset: Normalisation to undo for display.
     """
@@ -132,7 +132,7 @@ class _Writer:
             self._write_page(explained[begin : begin + self.config.rows])
 
     def _targets(self, batch: Batch, logits: Tensor) -> Tensor:
-        """(B,) the class to explain for each image."""
+        """Return the class to explain for each image, (B,)."""
         if self.config.explain == "predicted":
             return logits.argmax(1)
         return batch.targets if batch.targets.dim() == 1 else batch.targets.argmax(1)
@@ -157,7 +157,7 @@ class _Writer:
     def _write_files(self, entry: _Explained) -> None:
         relative = PurePosixPath(self.manifest.paths[entry.sample_id])
         for method, (heatmap, signed) in entry.maps.items():
-            # Images of one name and different formats keep different files: the suffix stays.
+            # The suffix stays, so that images of the same name and different formats get different files.
             path = self.folder / method / relative
             with atomic_file(path.with_name(f"{path.name}.npy")) as file:
                 np.save(file, heatmap)

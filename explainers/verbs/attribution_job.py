@@ -1,4 +1,4 @@
-"""What the verbs of `python -m explainers` share: flags, the data set, the networks, the output folder."""
+"""Code shared by the verbs of `python -m explainers`: flags, the data set, the networks, the output folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from image_classification.data.layouts import open_dataset
 from image_classification.data.layouts.annotations import read_imagenet_boxes
 from image_classification.data.loader import PlannedLoader
 from image_classification.data.manifest import Manifest
-from image_classification.distributed import Distributed, DistributedConfig
+from image_classification.distributed import Distributed
+from image_classification.joining import DistributedConfig
 from image_classification.models import (
     class_names_of,
     identity_of,
@@ -117,7 +118,7 @@ class ImageConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImagesJob:
-    """Configuration of every verb that looks at images; verbs add sections of their own."""
+    """Configuration of every verb that reads images; verbs add their own sections."""
 
     images: ImageConfig = section(ImageConfig)
     data: ReadConfig = section(ReadConfig)
@@ -129,7 +130,7 @@ class Network:
     """A loaded network.
 
     Attributes:
-        name: What tables call it.
+        name: Its name in tables.
         model: In evaluation mode, on the device, without gradients.
     """
 
@@ -138,23 +139,23 @@ class Network:
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes)."""
+        """Return logits (B, num_classes)."""
         return main_and_auxiliary_logits(self.model(images))[0]
 
     def prepare(self, methods: dict[str, Method], example: Tensor) -> dict[str, Prepared]:
-        """The methods bound to it."""
+        """Bind methods to the network."""
         return {name: method.prepare(self.model, example) for name, method in methods.items()}
 
 
 def open_split(
     data: ReadConfig, images: ImageConfig, distributed: Distributed, *, masked: bool = False
 ) -> tuple[Dataset, Manifest]:
-    """The data set, and the part of it that is explained, with boxes where `--annotation-path` gives them.
+    """Open the data set and the part of it to explain, with boxes if `--annotation-path` gives them.
 
     Args:
         data, images, distributed: Flags and ranks.
-        masked: Only images with pixel masks, where some images of the set have masks and others do not: those that
-            the set lists (VOC's `ImageSets/Segmentation`), else those that have one. Which these are is printed.
+        masked: Only use images with pixel masks, if only some images of the set have one: those listed by the set
+            (VOC's `ImageSets/Segmentation`), else those that have a mask. The choice is printed.
     """
 
     def open_it() -> Dataset:
@@ -180,7 +181,7 @@ def open_split(
     if images.pot is not None:
         count = max(round(images.pot * len(manifest)), 1)
     if count is not None and count < len(manifest):
-        # Every k-th image would favour some classes where classes alternate.
+        # Taking every k-th image would favour some classes if classes alternate.
         chosen = np.random.default_rng(0).permutation(len(manifest))[:count]
         manifest = manifest.subset(np.sort(chosen))
     if images.annotation_path is not None:
@@ -193,7 +194,7 @@ def open_split(
 
 
 def masked_images(dataset: Dataset, manifest: Manifest, split: Split) -> tuple[Manifest, str]:
-    """The images of a split that have masks, and which they are in words; "" where no image is left out for that."""
+    """Return the images of a split that have masks, and a description of that choice; "" if no image was left out."""
     paths = manifest.targets.mask_paths
     if paths is None or all(paths) or not any(paths):
         return manifest, ""
@@ -207,11 +208,11 @@ def masked_images(dataset: Dataset, manifest: Manifest, split: Split) -> tuple[M
 def load_networks(
     config: NetworkConfig, data: ReadConfig, dataset: Dataset, device: torch.device
 ) -> list[Network]:
-    """All networks, checked against the data set.
+    """Load all networks and check them against the data set.
 
     Raises:
-        ConfigError: A network for another number of classes.
-        ModelError, WeightsError: A file that cannot be loaded, or that holds another architecture than `--arch`.
+        ConfigError: A network has another number of classes.
+        ModelError, WeightsError: A file cannot be loaded or holds another architecture than `--arch`.
     """
     names = distinct_names(config.checkpoint)
     networks = []
@@ -244,7 +245,7 @@ def load_networks(
 def open_networks(
     config: NetworkConfig, data: ReadConfig, dataset: Dataset, device: torch.device
 ) -> tuple[list[Network], Preset, Tensor]:
-    """All networks, the size and normalisation of their images, and a blank image for preparing methods.
+    """Return all networks, the size and normalisation of their images, and a blank image for preparing methods.
 
     Raises: As `load_networks` and `input_preset`.
     """
@@ -257,7 +258,7 @@ def open_networks(
 
 
 def distinct_names(paths: Sequence[str]) -> list[str]:
-    """Short names for files: the last parts of their paths, as few as make them distinct."""
+    """Return short names for files: the fewest trailing parts of their paths that make them distinct."""
     parts = [Path(path).parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-length:]) for each in parts]
@@ -267,8 +268,9 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
 
 
 def input_preset(data: ReadConfig, dataset: Dataset, networks: Sequence[Network]) -> Preset:
-    """Size, geometry and normalisation of the images: the flags', else what the networks were trained with, else the
-    set's.
+    """Return size, geometry and normalisation of the images.
+
+    They come from the flags, else from the networks' training, else from the data set.
 
     Raises:
         ConfigError: The networks were trained with different images, and no flag chooses.
@@ -289,7 +291,7 @@ def input_preset(data: ReadConfig, dataset: Dataset, networks: Sequence[Network]
 
 
 def _inputs(networks: Sequence[Network], dataset: Dataset) -> Iterator[NetworkInput]:
-    """What the networks were trained with, as far as they say."""
+    """Yield the input that each network was trained with, if it is recorded."""
     for network in networks:
         images = input_of(network.model)
         identity = identity_of(network.model)
@@ -311,7 +313,7 @@ def image_loader(
     with_masks: bool = False,
     with_boxes: bool = False,
 ) -> PlannedLoader:
-    """A loader of the images to explain."""
+    """Create a loader of the images to explain."""
     place = Placement(device=distributed.device, rank=distributed.rank, world_size=distributed.world_size)
     return evaluation_loader(
         manifest,
@@ -324,10 +326,10 @@ def image_loader(
 
 
 def check_writable(folder: Path, flag_name: str) -> None:
-    """Make a folder, and make sure now that files can be written into it.
+    """Create a folder and check that files can be written into it.
 
     Raises:
-        ConfigError: They cannot.
+        ConfigError: They cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

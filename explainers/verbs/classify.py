@@ -1,4 +1,5 @@
-"""`python -m explainers classify`: names and probabilities of what image files show, heat-maps beside the images.
+"""`python -m explainers classify`: predicted classes and probabilities of image files, with heat-maps beside the
+images.
 
 python -m explainers classify dog.jpg cat.jpg --checkpoint best.pth.tar --class-names names.txt --output page.png
 """
@@ -32,11 +33,12 @@ from image_classification.models import (
 from image_classification.models.factory import class_names_of
 from image_classification.network_input import NetworkInput
 from image_classification.plain_data import Plain
+from image_classification.small_files import read_json, read_text
 from image_classification.verbs import declared
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """Declare the verb's arguments."""
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the network")
     parser.add_argument("--arch", default=None, help="not needed for a LucidPrune checkpoint")
@@ -97,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _wanted(model: nn.Module) -> NetworkInput:
-    """What the network's images are like; its architecture's where the file does not say."""
+    """Return a network's input description; its architecture's default if the file does not record one."""
     images = input_of(model)
     identity = identity_of(model)
     if images is None:
@@ -117,29 +119,25 @@ def _read(path: Path, wanted: NetworkInput) -> Tensor:
 
 @torch.inference_mode()
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    """(N, L), image by image: files of any number fit into memory."""
+    """Return logits (N, L), computed image by image, so that any number of files fits into memory."""
     return torch.cat([main_and_auxiliary_logits(model(image[None]))[0].float() for image in images])
 
 
 def _names(path: Path | None, known: Sequence[str] | None, num_classes: int) -> list[str]:
-    """Names by class index: those of a file, or those that the network came with.
+    """Return names by class index, from a file or as stored with the network.
 
     Raises:
         ConfigError: The file is missing, or has another number of names.
     """
     if path is None:
         return list(known or (f"class {index}" for index in range(num_classes)))
-    check(path.is_file(), f"--class-names {path}: there is no such file")
-    text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"--class-names {path} is not JSON: {error}") from error
+        content = read_json(path, "--class-names")
         check(isinstance(content, list), f"--class-names {path}: give a JSON list of names")
         names = [str(name) for name in content]
     else:
-        names = [line.strip() for line in text.splitlines() if line.strip()]
+        lines = read_text(path, "--class-names").splitlines()
+        names = [line.strip() for line in lines if line.strip()]
     check(
         len(names) == num_classes,
         f"--class-names {path} has {len(names)} names, the network {num_classes} classes: give one per class",

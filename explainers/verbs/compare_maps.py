@@ -1,9 +1,9 @@
-"""`python -m explainers compare ORIGINAL PRUNED DATA`: what compression did to predictions and explanations.
+"""`python -m explainers compare ORIGINAL PRUNED DATA`: the effect of compression on predictions and explanations.
 
     python -m explainers compare teacher.pth.tar pruned.pth.tar shapes-multi --json moved.json --gallery moved.png
 
-Prediction figures of both networks; point accuracy and AUC of each method where the data says where objects are; and
-how far the maps of the labelled classes moved (`explainers.measures.movement`). With several ranks sums are exact.
+Reports prediction figures of both networks, point accuracy and AUC of each method if the data locates objects, and how
+far the maps of the labelled classes moved (`explainers.measures.movement`). Sums are exact over ranks.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ from explainers.verbs.attribution_job import (
 from explainers.verbs.ground_truth_checks import check_ground_truth, needed_annotations
 from explainers.verbs.localize import localize_network
 from explainers.verbs.method_flags import MethodConfig, method_config
-from image_classification.cli import to_plain
 from image_classification.config import check, flag, section
 from image_classification.data.data_config import ReadConfig
 from image_classification.data.dataset import Dataset, Preset
 from image_classification.data.loader import Batch
 from image_classification.data.manifest import Manifest
 from image_classification.data.progress import progress_bar
-from image_classification.distributed import Distributed, DistributedConfig, setup_distributed
+from image_classification.distributed import Distributed
 from image_classification.figure_writing import check_figure
 from image_classification.file_writing import write_text
+from image_classification.joining import DistributedConfig, setup_distributed
 from image_classification.metrics import ClassificationMetrics, Metrics, MultiLabelMetrics
+from image_classification.resolved_config import to_plain
 from image_classification.verbs import configured
 
 METRICS: tuple[Metric, ...] = ("point", "auc")
@@ -71,7 +72,7 @@ class PairConfig(WeightsConfig):
             check(Path(str(path)).is_file(), f"{name} {path}: there is no such file")
 
     def networks(self) -> NetworkConfig:
-        """As the other verbs describe networks."""
+        """Return the networks as other verbs describe them."""
         return NetworkConfig(checkpoint=[str(self.original), str(self.pruned)], arch=self.arch, ema=self.ema)
 
 
@@ -100,10 +101,10 @@ class ResultConfig:
             check(path is None or not Path(path).is_dir(), f"{name} {path} is a folder: name a file in it")
 
     def check_outputs(self) -> None:
-        """Make sure, before anything is computed, that results can be written.
+        """Check that results can be written, before anything is computed.
 
         Raises:
-            ConfigError: They cannot.
+            ConfigError: They cannot be written.
         """
         for name, path in (("--json", self.json), ("--gallery", self.gallery)):
             if path is not None:
@@ -112,11 +113,11 @@ class ResultConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """How far a method's maps moved.
+    """Movement of a method's maps.
 
     Attributes:
-        means: By `SIMILARITIES`; NaN where no pair has both maps.
-        counted: Pairs behind each mean; less than `pairs` where a map is constant or not finite.
+        means: Mean by name in `SIMILARITIES`; NaN if no pair has both maps.
+        counted: Pairs behind each mean; less than `pairs` if a map is constant or not finite.
         pairs: Pairs of image and labelled class.
     """
 
@@ -127,12 +128,12 @@ class Moved:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Everything that the verb finds.
+    """All results of the verb.
 
     Attributes:
         prediction: Per network (original, pruned), figures in percent.
         located: Per network, a row per method; empty without masks or boxes.
-        moved: By method.
+        moved: Movement by method.
     """
 
     prediction: tuple[dict[str, float], dict[str, float]]
@@ -153,7 +154,7 @@ class CompareConfig:
 
 
 def run(configs: CompareConfig) -> int:
-    """Run the verb; see the module's text."""
+    """Run the verb; see the module docstring."""
     results = configs.results
     with setup_distributed(configs.distributed) as distributed:
         distributed.check_on_main(results.check_outputs)
@@ -198,7 +199,7 @@ def _located(
     networks: tuple[Network, Network],
     prepared: tuple[dict[str, Prepared], dict[str, Prepared]],
 ) -> tuple[list[Row], list[Row]]:
-    """Localisation figures of both networks on the images whose objects are known; empty where none are."""
+    """Compute localisation figures of both networks on images whose objects are annotated; empty if there are none."""
     table = manifest.targets
     if table.mask_paths is not None:
         manifest = manifest.subset([index for index, path in enumerate(table.mask_paths) if path])
@@ -272,7 +273,7 @@ class _Judge:
             maps = list(zip(before.map.cpu().numpy(), after.map.cpu().numpy(), strict=True))
             correlations = np.array([rank_correlation(first, second) for first, second in maps])
             similarities = structural_similarity(before.map, after.map, signed=before.signed).cpu().numpy()
-            # (B, 2), in the order of SIMILARITIES; NaN where a map has no order or nothing but zeros.
+            # (B, 2), in the order of SIMILARITIES; NaN if a map is constant or all zero.
             values = np.stack([correlations, similarities], axis=1)
             self._sums[name] += np.nansum(values, axis=0)
             self._counts[name] += np.isfinite(values).sum(axis=0)
@@ -283,7 +284,7 @@ class _Judge:
         self.panels += gallery
 
     def _new_panels(self, images: Tensor, targets: Tensor) -> list[list[Panel]]:
-        """Rows of the gallery that begin with these images."""
+        """Return the rows of the gallery that these images start."""
         room = max(self._num_panels - len(self.panels), 0)
         rows = []
         for image, target in zip(images[:room], targets[:room], strict=True):
@@ -292,12 +293,12 @@ class _Judge:
         return rows
 
     def prediction(self, distributed: Distributed) -> tuple[dict[str, float], dict[str, float]]:
-        """Figures of both networks over all ranks. Collective."""
+        """Return figures of both networks over all ranks. Collective."""
         before, after = (metrics.compute(distributed) for metrics in self._metrics)
         return before, after
 
     def moved(self, distributed: Distributed) -> dict[str, Moved]:
-        """Means over all ranks. Collective."""
+        """Return means over all ranks. Collective."""
         names = list(self._sums)
         sums, counts, pairs = distributed.all_reduce_sum(
             torch.tensor(np.stack([self._sums[name] for name in names])),
@@ -314,7 +315,7 @@ class _Judge:
 
 
 def _pairs(targets: Tensor, max_pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows and labelled classes of a batch, at most `max_pairs` at once."""
+    """Yield rows and labelled classes of a batch, at most `max_pairs` at once."""
     if targets.dim() == 1:
         rows = torch.arange(len(targets), device=targets.device)
         classes = targets
@@ -325,7 +326,7 @@ def _pairs(targets: Tensor, max_pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def as_json(comparison: Comparison, config: Mapping[str, object]) -> dict[str, object]:
-    """The comparison as plain JSON: NaN becomes null."""
+    """Return the comparison as plain JSON: NaN becomes null."""
     rows = []
     for index, (method, moved) in enumerate(comparison.moved.items()):
         entry: dict[str, object] = {
@@ -344,7 +345,7 @@ def as_json(comparison: Comparison, config: Mapping[str, object]) -> dict[str, o
 
 
 def _print(comparison: Comparison) -> None:
-    """Both tables on standard output."""
+    """Print both tables to standard output."""
     prediction = Table(title="prediction")
     for column in ("", "original", "pruned"):
         prediction.add_column(column, justify="left" if not column else "right")

@@ -1,4 +1,4 @@
-"""The masks and boxes that figures are computed from: which are needed, and whether a split has them."""
+"""Checks of the masks and boxes that figures are computed from: which are needed, and whether a split has them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from image_classification.data.targets import read_mask
 
 
 def needed_annotations(manifest: Manifest, metrics: Sequence[str]) -> tuple[bool, bool]:
-    """Whether batches need masks, and boxes. Figures against masks make do with boxes where there are no masks."""
+    """Whether batches need masks, and whether they need boxes. Mask figures fall back to boxes if masks are missing."""
     boxes = "boxes" in metrics
     masks = set(metrics) != {"boxes"}
     if masks and manifest.targets.mask_paths is None and manifest.targets.boxes is not None:
@@ -23,15 +23,15 @@ def needed_annotations(manifest: Manifest, metrics: Sequence[str]) -> tuple[bool
 
 
 def check_ground_truth(manifest: Manifest, *, masks: bool, boxes: bool) -> None:
-    """Make sure that every image of a split has what figures will be computed from.
+    """Check that every image of a split has the annotations that figures need.
 
     Args:
         manifest: The split.
-        masks, boxes: What is needed.
+        masks, boxes: Which annotations are needed.
 
     Raises:
         ConfigError: The set has no such annotation, one is missing or has another size than its image, a mask names a
-            class that does not exist, or a class that images are labelled with has no pixel in any of their masks.
+            class that does not exist, or a labelled class has no pixel in any mask of its images.
     """
     table = manifest.targets
     if boxes:
@@ -70,7 +70,7 @@ def _check_boxes(manifest: Manifest) -> None:
 
 
 def _check_masks(manifest: Manifest) -> set[int]:
-    """Read all masks once; the classes that occur."""
+    """Read all masks once and return the classes that occur."""
     assert manifest.targets.mask_paths is not None
     seen: set[int] = set()
     num_classes = len(manifest.class_names)
@@ -99,6 +99,6 @@ def _check_masks(manifest: Manifest) -> set[int]:
 
 
 def _listed(problem: str, names: list[str], fix: str, what: str = "image") -> str:
-    """`image A has no mask (and 3 more): fix`."""
+    """Format a list of affected images: `image A has no mask (and 3 more): fix`."""
     more = f" (and {len(names) - 1:,} more)" if len(names) > 1 else ""
     return f"{what} {names[0] if names else ''} {problem}{more}: {fix}"

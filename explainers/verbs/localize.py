@@ -28,12 +28,13 @@ from explainers.verbs.attribution_job import (
 )
 from explainers.verbs.ground_truth_checks import check_ground_truth, needed_annotations
 from explainers.verbs.method_flags import MethodConfig, method_config
-from image_classification.cli import to_plain
 from image_classification.config import check, flag, section
 from image_classification.data.loader import PlannedLoader
 from image_classification.data.progress import progress_bar
-from image_classification.distributed import Distributed, setup_distributed
+from image_classification.distributed import Distributed
 from image_classification.file_writing import write_text
+from image_classification.joining import setup_distributed
+from image_classification.resolved_config import to_plain
 from image_classification.verbs import configured
 
 _DEFAULT_METRICS: tuple[Metric, ...] = ("point", "auc", "energy")
@@ -74,7 +75,8 @@ class FigureConfig:
             self.metric = list(_TOGETHER)
         self.metric = list(dict.fromkeys(self.metric))
         check(bool(self.metric), "--metric: give at least one figure")
-        if {"point", "auc"} & set(self.metric):  # as published: both come from one map, and belong together
+        # As published: both come from the same map and belong together.
+        if {"point", "auc"} & set(self.metric):
             self.metric = [*self.metric, *(name for name in _TOGETHER if name not in self.metric)]
 
 
@@ -93,14 +95,14 @@ class LocalizeConfig(ImagesJob):
         )
 
     def methods(self) -> dict[str, Method]:
-        """The methods by name."""
+        """Return the methods by name."""
         if not self.figures.published:
             return self.method.methods()
         return {name: create_method(name, **settings) for name, settings in _PUBLISHED_METHODS.items()}
 
 
 def run(configs: LocalizeConfig) -> int:
-    """Run the verb; see the module's text."""
+    """Run the verb; see the module docstring."""
     figures = configs.figures
     with setup_distributed(configs.distributed) as distributed:
         if figures.json is not None:
@@ -116,7 +118,7 @@ def run(configs: LocalizeConfig) -> int:
 
 
 def _localize(configs: LocalizeConfig, distributed: Distributed) -> list[Row]:
-    """All rows: network by network, each with all methods."""
+    """Return all rows: network by network, each with all methods."""
     data = configs.data
     images = configs.images
     metrics = configs.figures.metric
@@ -125,7 +127,7 @@ def _localize(configs: LocalizeConfig, distributed: Distributed) -> list[Row]:
     distributed.check_on_main(lambda: check_ground_truth(manifest, masks=with_masks, boxes=with_boxes))
     networks, preset, example = open_networks(configs.network, data, dataset, distributed.device)
     methods = configs.methods()
-    for network in networks:  # every method on every network, before the first image is read
+    for network in networks:  # prepare every method on every network before the first image is read
         network.prepare(methods, example)
     rows: list[Row] = []
     loader = image_loader(
@@ -154,7 +156,7 @@ def localize_network(
     multi_label: bool,
     distributed: Distributed,
 ) -> list[Row]:
-    """Figures of methods on one network, with a progress bar; see `localize`. Collective."""
+    """Measure methods on one network, with a progress bar; see `localize`. Collective."""
     share = math.ceil(loader.num_samples / distributed.world_size)
     with progress_bar(f"locating: {network.name}", share, distributed.is_main) as advance:
         return localize(
@@ -171,13 +173,13 @@ def localize_network(
 
 
 def as_json(rows: Sequence[Row], config: Mapping[str, object]) -> dict[str, object]:
-    """The table as plain JSON: NaN becomes null."""
+    """Return the table as plain JSON: NaN becomes null."""
     plain = [dataclasses.asdict(row) | {"figures": without_nan(row.figures)} for row in rows]
     return {"rows": plain, "config": config}
 
 
 def _print(rows: Sequence[Row], metrics: Sequence[str]) -> None:
-    """The table on standard output."""
+    """Print the table to standard output."""
     names = figure_names(metrics)
     table = Table(title="localisation")
     for column in ("network", "method"):

@@ -10,7 +10,7 @@ from image_classification.config import AnyField, check, flag, flag_fields
 
 
 def offered_methods() -> list[str]:
-    """Names that `--method` takes."""
+    """Return the names accepted by `--method`."""
     return method_names(aliases=True)
 
 
@@ -40,7 +40,7 @@ class MethodConfig:
         self.methods()
 
     def methods(self) -> dict[str, Method]:
-        """The chosen methods with their settings, by the name that was asked for."""
+        """Return the chosen methods with their settings, by the requested name."""
         settings: dict[str, dict[str, object]] = {}
         for option in _method_options():
             settings.setdefault(option.method, {})[option.field.name] = self._setting(option)
@@ -73,7 +73,7 @@ class _MethodOption:
 
 
 def _method_options() -> list[_MethodOption]:
-    """The flags of all registered methods."""
+    """Return the flags of all registered methods."""
     options = []
     for name in method_names():
         method = method_class(name)
@@ -84,7 +84,7 @@ def _method_options() -> list[_MethodOption]:
 
 
 def method_config() -> type[MethodConfig]:
-    """`MethodConfig` with the flags that registered methods declare."""
+    """Return `MethodConfig` with the flags that registered methods declare."""
     fields: list[tuple[str, object, AnyField]] = []
     for option in _method_options():
         field: AnyField = dataclasses.field(default=option.field.default, metadata=option.field.metadata)

@@ -1,4 +1,4 @@
-"""Data: manifests and layouts (what there is), plans (what is read when and how), loaders (who reads it)."""
+"""Data: manifests and layouts (the images), plans (order and processing), loaders (execution)."""
 
 from image_classification.extras import need
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from image_classification.file_writing import atomic_path
+from image_classification.small_files import problem_of
+
+#: Errors raised by NumPy and zipfile for damaged files.
+_DAMAGED = (
+    *(OSError, ValueError, TypeError, KeyError, EOFError, OverflowError, MemoryError, SyntaxError),
+    *(RuntimeError, NotImplementedError, AttributeError, zipfile.BadZipFile),
+)
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -19,15 +25,20 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of an npz file, never unpickled; None if it is damaged.
+    """Read the arrays of an npz file, never unpickling; None if it is damaged.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"the manifest {path} does not exist")
+    if problem_of(path) is not None:
+        return None
     try:
+        with zipfile.ZipFile(path) as members:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist()):
+                return None  # never written by `write_npz`: a few bytes could expand to gigabytes
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"the manifest {path} does not exist") from None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+    except _DAMAGED:
         return None

@@ -1,9 +1,10 @@
-"""Automatic augmentation: AutoAugment, RandAugment, TrivialAugmentWide, chosen by the plan, executed on the batch.
+"""Automatic augmentation: AutoAugment, RandAugment and TrivialAugmentWide, chosen by the plan and executed on the
+batch.
 
-Cubuk et al., AutoAugment (CVPR 2019) and RandAugment (NeurIPS 2020); Müller, Hutter, TrivialAugment (ICCV 2021).
-A policy turns the uniform numbers of a sample into operations and magnitudes, on the host; `apply_operations` runs
-them on uint8 images wherever these are, so that every backend gets the same pixels. Magnitudes and operators are
-those of `torchvision.transforms.v2` (nearest-neighbour geometry, black fill).
+Cubuk et al., AutoAugment (CVPR 2019) and RandAugment (NeurIPS 2020); Müller, Hutter, TrivialAugment (ICCV 2021). A
+policy maps the uniform random numbers of a sample to operations and magnitudes, on the host; `apply_operations` runs
+them on uint8 images on any device, so that every backend gets the same pixels. Magnitudes and operators are those of
+`torchvision.transforms.v2` (nearest-neighbour geometry, black fill).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ KINDS = (
 
 GEOMETRIC = frozenset({"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"})
 _SIGNED = GEOMETRIC | {"Brightness", "Color", "Contrast", "Sharpness"}
-#: What RandAugment and TrivialAugment draw from.
+#: Operations used by RandAugment and TrivialAugment.
 _WIDE_KINDS = tuple(name for name in KINDS if name != "Invert")
 _NUM_WIDE_BINS = 31
 _NUM_AUTOAUGMENT_BINS = 10
@@ -41,7 +42,7 @@ PolicyName = Literal["none", "autoaugment", "randaugment", "trivialaugment"]
 
 @dataclass(frozen=True)
 class Operations:
-    """What is to be done to each image of a batch, one column after the other.
+    """Operations for each image of a batch, applied column by column.
 
     Attributes:
         kinds: (N, K) int64 index into `KINDS`.
@@ -53,12 +54,12 @@ class Operations:
     magnitudes: NDArray[np.float64]
 
     def rows(self, index: slice | NDArray[np.int64]) -> Operations:
-        """The operations of some of the images."""
+        """Return the operations of some of the images."""
         return Operations(self.kinds[index], self.magnitudes[index])
 
 
 class Policy(Protocol):
-    """Turns uniform numbers into operations."""
+    """Maps uniform random numbers to operations."""
 
     @property
     def name(self) -> str:
@@ -67,11 +68,11 @@ class Policy(Protocol):
 
     @property
     def num_uniforms(self) -> int:
-        """Uniform numbers that a sample needs."""
+        """Number of uniform random numbers per sample."""
         ...
 
     def choose(self, numbers: NDArray[np.float64]) -> Operations:
-        """Operations of N samples from (N, num_uniforms) numbers in [0, 1)."""
+        """Choose the operations of N samples from (N, num_uniforms) numbers in [0, 1)."""
         ...
 
 
@@ -84,13 +85,13 @@ def magnitude_table(
     colour: float,
     posterize: float,
 ) -> dict[str, NDArray[np.float64]]:
-    """Magnitude by strength (0 … num_bins − 1) for every kind, unsigned.
+    """Return the unsigned magnitude by strength (0 … num_bins − 1) for every kind.
 
     Args:
         num_bins: Number of strengths.
         shear, degrees, colour: Largest slope, rotation and change of a colour factor.
         shift: Largest vertical and horizontal translation in pixels.
-        posterize: Bits taken away at full strength.
+        posterize: Number of bits removed at full strength.
     """
     strength = np.linspace(0.0, 1.0, num_bins)
     table = dict.fromkeys(KINDS, np.zeros(num_bins))
@@ -107,13 +108,13 @@ def magnitude_table(
 
 
 def _usual_table(num_bins: int, size: tuple[int, int]) -> dict[str, NDArray[np.float64]]:
-    """The ranges that AutoAugment and RandAugment share."""
+    """Return the ranges shared by AutoAugment and RandAugment."""
     shift = (150.0 / 331.0 * size[0], 150.0 / 331.0 * size[1])
     return magnitude_table(num_bins, shear=0.3, shift=shift, degrees=30.0, colour=0.9, posterize=4.0)
 
 
 def _signs(kinds: NDArray[np.int64], numbers: NDArray[np.float64]) -> NDArray[np.float64]:
-    """−1 or 1 for kinds whose magnitude has a direction, 1 for the others."""
+    """Return −1 or 1 for kinds whose magnitude has a direction, 1 for the others."""
     signed = np.array([name in _SIGNED for name in KINDS])
     return np.where(signed[kinds] & (numbers < 0.5), -1.0, 1.0)
 
@@ -193,10 +194,10 @@ def make_policy(
     *,
     learned_on: str = "imagenet",
 ) -> Policy | None:
-    """A policy by its name; None for "none".
+    """Create a policy by name; None for "none".
 
     Args:
-        name: Which policy.
+        name: Name of the policy.
         size: Output height and width in pixels.
         learned_on: Data set of AutoAugment's pairs: "imagenet" or "cifar10".
 
@@ -214,11 +215,11 @@ def make_policy(
 
 
 def apply_operations(images: Tensor, operations: Operations) -> Tensor:
-    """Run each image's operations; images that share operation and magnitude go through in one call.
+    """Run each image's operations; images with the same operation and magnitude are processed in one call.
 
     Args:
-        images: (N, 3, H, W) uint8, on any device; left as they are.
-        operations: For N images.
+        images: (N, 3, H, W) uint8, on any device; not modified.
+        operations: Operations of the N images.
 
     Returns:
         (N, 3, H, W) uint8.
@@ -237,7 +238,7 @@ def apply_operations(images: Tensor, operations: Operations) -> Tensor:
 
 
 def apply_operation(images: Tensor, name: str, magnitude: float) -> Tensor:
-    """One operation on (…, 3, H, W) uint8 images, with torchvision's operators and conventions."""
+    """Apply one operation to (…, 3, H, W) uint8 images, with torchvision's operators and conventions."""
     changed: Tensor
     if name in ("ShearX", "ShearY"):
         degrees = math.degrees(math.atan(magnitude))

@@ -1,7 +1,7 @@
-"""What happens when an image cannot be read: stop, or take a substitute.
+"""Handling of unreadable images: stop, or take a substitute.
 
-The substitute of a sample is the next sample, by id, that can be read, cut as it is cut for itself in that epoch. So
-it depends on the data alone, not on backend, worker or on when the fault was found.
+The substitute of a sample is the next readable sample, by id, with its own crop in that epoch. So it depends on the
+data alone, not on the backend, the worker or the time at which the fault was found.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class BadSamples:
     """The samples of a split that are known to be unreadable.
 
     Args:
-        manifest: Samples without a readable header are known from the start.
+        manifest: The split; samples without a readable header are known from the start.
         policy: Stop, or take another sample.
 
     Raises:
@@ -48,16 +48,16 @@ class BadSamples:
         self._reported = np.zeros(len(manifest), dtype=bool)
 
     def resolve(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The ids to load: known bad samples replaced if the policy says so."""
+        """Return the ids to load, with known bad samples replaced if the policy says so."""
         if self.policy == "stop" or not self.known[sample_ids].any():
             return sample_ids
         return np.array([self.next_good(i) if self.known[i] else i for i in sample_ids], dtype=np.int64)
 
     def next_good(self, sample_id: int) -> int:
-        """The next sample, by id and around the end, that is not known to be bad.
+        """Return the next sample, by id with wrap-around, that is not known to be bad.
 
         Raises:
-            BadSampleError: There is none.
+            BadSampleError: There is no such sample.
         """
         later = np.flatnonzero(~self.known[sample_id + 1 :])
         if later.size:
@@ -70,7 +70,7 @@ class BadSamples:
         )
 
     def report(self, reasons: Mapping[int, str]) -> None:
-        """Remember samples that turned out bad: stop, or say each one's name once.
+        """Record samples that turned out bad: stop, or log each name once.
 
         Raises:
             BadSampleError: The policy is to stop.

@@ -1,4 +1,4 @@
-"""From configuration to loaders: choice of the backend, geometry and augmentation, and the three splits."""
+"""Construction of loaders from the configuration: backend, geometry and augmentation, and the three splits."""
 
 from __future__ import annotations
 
@@ -36,18 +36,19 @@ from image_classification.data.plan import (
 from image_classification.models.registry import IMAGENET_CLASSES
 
 logger = logging.getLogger(__name__)
-_STEPS_OF_AN_EPOCH = 20  # that a default batch leaves at least, down to batches of `_LEAST_BATCH`
+# Smallest number of steps per epoch for the default batch size, down to `_LEAST_BATCH`.
+_STEPS_OF_AN_EPOCH = 20
 _LEAST_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where a loader's batches go.
+    """Placement of a loader: device, seed and rank.
 
     Attributes:
-        device, memory_format: Of the images.
-        seed: Of order, crops, augmentation and mixing.
-        rank, world_size: This process among all.
+        device, memory_format: Device and memory format of the images.
+        seed: Seed of order, crops, augmentation and mixing.
+        rank, world_size: Rank of this process and number of processes.
     """
 
     device: torch.device
@@ -57,7 +58,7 @@ class Placement:
     memory_format: torch.memory_format = torch.contiguous_format
 
     def stage(self, preset: Preset) -> DeviceStage:
-        """The device stage for a kind of image."""
+        """Create the device stage for a kind of image."""
         return DeviceStage(preset.mean, preset.std, device=self.device, memory_format=self.memory_format)
 
 
@@ -66,10 +67,10 @@ class Loaders:
     """The loaders of a job on one rank.
 
     Attributes:
-        train, val: Of the two splits; the training loader has no sample of the calibration split.
-        calibration: Evaluation images from the training split, classes mixed; None unless asked for.
-        backend: The one that was chosen.
-        preset: Image size, normalisation and so on that were used.
+        train, val: Loaders of the two splits; the training loader has no sample of the calibration split.
+        calibration: Evaluation images from the training split, classes mixed; None unless requested.
+        backend: The chosen backend.
+        preset: Image size, normalisation and other settings in use.
     """
 
     train: Loader
@@ -79,14 +80,14 @@ class Loaders:
     preset: Preset
 
     def close(self) -> None:
-        """Close all of them."""
+        """Close all loaders."""
         for loader in (self.train, self.val, self.calibration):
             if loader is not None:
                 loader.close()
 
 
 def training_geometry(augmentation: Augmentation, preset: Preset) -> Geometry:
-    """The geometry that an augmentation means for a data set."""
+    """Return the geometry of an augmentation for a data set."""
     size = (preset.image_size, preset.image_size)
     if augmentation == "default":
         augmentation = preset.augmentation
@@ -98,7 +99,7 @@ def training_geometry(augmentation: Augmentation, preset: Preset) -> Geometry:
 
 
 def evaluation_geometry(preset: Preset) -> Geometry:
-    """Resize and centre crop, or the whole image."""
+    """Return the geometry of evaluation: resize and centre crop, or the whole image."""
     if preset.geometry == "whole":
         return WholeImage((preset.image_size, preset.image_size))
     return CentreCrop((preset.image_size, preset.image_size), preset.resize)
@@ -115,12 +116,12 @@ def make_loader(
     with_boxes: bool = False,
     with_masks: bool = False,
 ) -> PlannedLoader:
-    """A loader of real images.
+    """Create a loader of real images.
 
     Args:
-        backend: From `choose_backend`, or the name of one.
+        backend: A backend from `choose_backend`, or its name.
         manifest, planner, stage: See `PlannedLoader`.
-        config: For workers, prefetch and the policy for bad samples.
+        config: Settings of workers, prefetch and the policy for bad samples.
         mixup, with_boxes, with_masks: See `LoaderOptions`.
 
     Raises:
@@ -155,14 +156,14 @@ def evaluation_loader(
     with_boxes: bool = False,
     with_masks: bool = False,
 ) -> PlannedLoader:
-    """A loader of evaluation images: validation, calibration, explanation.
+    """Create a loader of evaluation images, for validation, calibration or explanation.
 
     Args:
-        manifest: The split; each sample comes once over all ranks.
-        preset: With the flags applied, see `DataConfig.resolved_preset`.
+        manifest: The split; each sample occurs once over all ranks.
+        preset: Preset with the flags applied; see `DataConfig.resolved_preset`.
         config: Backend, batch size and the like.
         place: Device and rank.
-        with_boxes, with_masks: Whether batches carry them.
+        with_boxes, with_masks: Whether batches include them.
     """
     planner = _planner(manifest, evaluation_geometry(preset), preset, place)
     backend = choose_backend(config.data_backend, place.device)
@@ -174,8 +175,8 @@ def evaluation_loader(
 def training_loader(
     manifest: Manifest, preset: Preset, config: DataConfig, place: Placement
 ) -> PlannedLoader:
-    """The loader of the training split, augmented as configured. Arguments as `evaluation_loader`."""
-    # the pairs of AutoAugment are those learned on the data set's kind of image
+    """Create the loader of the training split, augmented as configured. Arguments as for `evaluation_loader`."""
+    # Use the AutoAugment pairs learned on the data set's kind of image.
     learned_on = "cifar10" if preset.augmentation == "cifar" else "imagenet"
     size = (preset.image_size, preset.image_size)
     policy = make_policy(config.auto_augment, size, learned_on=learned_on)
@@ -222,20 +223,20 @@ def build_loaders(
     num_classes: int = IMAGENET_CLASSES,
     training: bool = True,
 ) -> Loaders:
-    """The loaders of a training job on one rank.
+    """Build the loaders of a training job on one rank.
 
     Args:
         config: The flags.
-        dataset: What to load; None is allowed for synthetic data.
-        device, memory_format: Of the images.
-        seed: Of order, crops, augmentation, mixing and the calibration split.
-        rank, world_size: This process among all.
-        num_classes: For synthetic data without a data set.
-        training: Off where nothing is trained: the training split is then read like the others, however small it is.
+        dataset: The data set; may be None for synthetic data.
+        device, memory_format: Device and memory format of the images.
+        seed: Seed of order, crops, augmentation, mixing and the calibration split.
+        rank, world_size: Rank of this process and number of processes.
+        num_classes: Number of classes for synthetic data without a data set.
+        training: False if nothing is trained: the training split is then read like the others, however small it is.
 
     Raises:
-        SettingError: A backend that cannot work here, settings that do not go together, or a training split smaller
-            than a global batch.
+        SettingError: The backend cannot work here, settings cannot be combined, or the training split is smaller than a
+            global batch.
     """
     place = Placement(device=device, seed=seed, rank=rank, world_size=world_size, memory_format=memory_format)
     backend = choose_backend(config.data_backend, device)
@@ -262,7 +263,7 @@ def build_loaders(
 
 
 def _batch_that_fits(preset: Preset, num_images: int, place: Placement) -> Preset:
-    """The preset, with the default batch lowered for a small training set: to a power of two, and at most all of it."""
+    """Lower the preset's default batch size for a small training set: a power of two, at most the whole set."""
     most = num_images // place.world_size
     if most < 1:
         return preset
@@ -281,7 +282,7 @@ def _batch_that_fits(preset: Preset, num_images: int, place: Placement) -> Prese
 def _made_up(
     backend: Backend, config: DataConfig, dataset: Dataset | None, place: Placement, num_classes: int
 ) -> Loaders:
-    """Loaders that read no images, as long as those of the data set where there is one."""
+    """Build loaders that read no images, with the data set's lengths if there is one."""
     num_train, num_val = IMAGENET_NUM_TRAIN, IMAGENET_NUM_VAL
     preset = IMAGENET_PRESET
     multi_label = False

@@ -1,7 +1,7 @@
 """A calibration split: images taken out of train for choosing what to prune, never trained on.
 
-Selecting channels on validation images would leak them into the result, and selecting on images that are also
-trained on favours what was memorised; so a stratified part of train is set aside before the first epoch.
+Selecting channels on validation images would leak them into the result, and selecting on images that are also trained
+on favours what was memorised; so a stratified part of train is held out before the first epoch.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from image_classification.data.targets import TargetTable
 
 
 def split_calibration(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, Manifest]:
-    """Set `size` training samples aside; a pure function of the data set, `size` and `seed`.
+    """Hold out `size` training samples; a pure function of the data set, `size` and `seed`.
 
-    Every class gives in proportion to its size (largest remainders first, ties by class index). Multi-label samples
-    count for the rarest class that they show, so that rare classes are represented too.
+    Every class contributes in proportion to its size (largest remainders first, ties by class index). Multi-label
+    samples count for their rarest class, so that rare classes are represented too.
 
     Args:
-        dataset: The set to take from; it is not changed.
+        dataset: The data set; it is not modified.
         size: Number of samples.
-        seed: Decides which samples of each class are taken.
+        seed: Determines which samples of each class are taken.
 
     Returns:
         The data set with the smaller train split (in its old order), and the calibration manifest in a random
@@ -52,7 +52,7 @@ def split_calibration(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, 
 
 
 def _strata(targets: TargetTable) -> np.ndarray:
-    """The class that each sample counts for: (N,) int64, -1 for a multi-label sample without any."""
+    """Return the class that each sample counts for: (N,) int64, -1 for a multi-label sample without classes."""
     labels: np.ndarray = targets.labels
     if labels.ndim == 1:
         return labels
@@ -65,8 +65,8 @@ def _strata(targets: TargetTable) -> np.ndarray:
 
 
 def _proportional(counts: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers that sum to `total`, in proportion to `counts`, by largest remainder."""
-    # In whole numbers: counts·total = quota·sum + remainder, so that nothing depends on rounding.
+    """Return integers that sum to `total`, in proportion to `counts`, by largest remainder."""
+    # Integer arithmetic, counts·total = quota·sum + remainder, so that nothing depends on rounding.
     exact_numerators = counts * total
     quotas: np.ndarray = exact_numerators // counts.sum()
     remainders = exact_numerators % counts.sum()

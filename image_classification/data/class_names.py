@@ -1,8 +1,8 @@
-"""Classes by name: which class of a data set is which logit of a network, or which class of another split.
+"""Matching of classes by name, between a data set and a network's logits or between splits.
 
-An index means nothing by itself: a renamed folder moves every class behind it in the alphabet. So names are compared,
-and where they are the same, or some of the same, in another order, the labels are renumbered. ImageNet's classes alone
-have names of two kinds, WordNet's numbers and words; both stand in the order of the numbers.
+An index means nothing by itself: a renamed folder shifts every class after it in the alphabet. So names are compared,
+and if they are the same, or a subset, in another order, the labels are renumbered. Only ImageNet has two sets of names,
+WordNet IDs and words; both are listed in the order of the IDs.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _NUM_IMAGENET = 1000
 def positions(
     names: Sequence[str], known: Sequence[str], *, data: str, source: str, remedy: str
 ) -> list[int]:
-    """Where each of `names` stands in `known`.
+    """Return the position of each of `names` in `known`.
 
     Args:
-        names: Of the data's classes.
-        known: Of the classes that the labels are wanted in.
-        data, source: Where either come from, for the message.
-        remedy: How to go on without, for the message.
+        names: Names of the data's classes.
+        known: Names of the target classes, in order.
+        data, source: Their origins, for the message.
+        remedy: What to do otherwise, for the message.
 
     Raises:
         ValueError: A name is not known.
@@ -45,7 +45,7 @@ def positions(
 
 
 def difference(names: Sequence[str], known: Sequence[str]) -> str | None:
-    """How the classes of `names` stand to those of `known`, which has them all, in words; None where they are equal."""
+    """Describe how the classes of `names` differ from `known`, which contains them all; None if they are equal."""
     if tuple(names) == tuple(known):
         return None
     if _are_numbers_of(names, known):
@@ -56,7 +56,7 @@ def difference(names: Sequence[str], known: Sequence[str]) -> str | None:
 
 
 def _are_numbers_of(names: Sequence[str], known: Sequence[str]) -> bool:
-    """Whether one has WordNet's number for each of as many classes that the other calls by words, all of ImageNet's."""
+    """Whether both have as many classes as ImageNet, one named by WordNet numbers and the other by words."""
     if len(names) != len(known) or len(names) != _NUM_IMAGENET:
         return False
     numbered = [all(_WORDNET.fullmatch(name) for name in each) for each in (names, known)]

@@ -12,7 +12,7 @@ from image_classification.data.bad_samples import BadSamplePolicy
 from image_classification.data.dataset import Augmentation, Preset
 from image_classification.data.loader import LoaderOptions
 from image_classification.data.workers import num_cores
-from image_classification.network_input import EvaluationGeometry
+from image_classification.network_input import EvaluationGeometry, check_normalisation
 
 
 @dataclass(kw_only=True)
@@ -101,16 +101,13 @@ class ReadConfig:
         for name in ("image_size", "resize"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            check(value is None or len(value) == 3, f"--{name} takes three numbers, not {value}")
-        check(self.std is None or min(self.std) > 0, f"--std {self.std} must be positive")
+        check_normalisation(self.mean, self.std)
 
     def resolved_preset(self, preset: Preset) -> Preset:
-        """The data set's settings with the flags' on top.
+        """Return the data set's settings, overridden by the flags.
 
         Raises:
-            ConfigError: `--resize` below `--image-size`.
+            ConfigError: `--resize` is below `--image-size`.
         """
         size = self.image_size or preset.image_size
         resize = self.resize or round(size * preset.resize / preset.image_size)

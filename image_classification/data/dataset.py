@@ -1,4 +1,4 @@
-"""A data set: its two splits and the settings that its kind of image is usually trained with."""
+"""A data set: its two splits and the usual training settings for its kind of image."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Augmentation = Literal["default", "imagenet", "cifar", "none"]
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings that go with a kind of image, where no flag says otherwise.
+    """Default settings for a kind of image.
 
     Attributes:
-        image_size: Side of the square that the network sees, in pixels.
+        image_size: Side of the network's square input, in pixels.
         resize: Short side that validation images are resized to before the centre crop.
         mean, std: Normalisation per colour channel, of values in [0, 1].
         augmentation: "imagenet" (random-resized crop and flip) or "cifar" (pad by 4, crop, flip).
@@ -43,18 +43,18 @@ class Preset:
 
     @property
     def network_input(self) -> NetworkInput:
-        """What a network that is trained on such images carries with it."""
+        """The input description stored with a network trained on such images."""
         return NetworkInput(self.image_size, self.resize, self.mean, self.std, self.geometry)
 
     def for_network(self, images: NetworkInput | None) -> Preset:
-        """The same with the images that a network was trained for, where that is known."""
+        """Return the preset adapted to the images that a network was trained for, if known."""
         return self if images is None else dataclasses.replace(self, **vars(images))
 
 
-SMALL_SIDE = 64  # pixels: sets of images up to this are trained at their own size
+SMALL_SIDE = 64  # pixels: sets of images up to this size are trained at their own size
 IMAGENET_NUM_TRAIN = 1_281_167
 IMAGENET_NUM_VAL = 50_000
-"""Lengths of an epoch and of a validation where there is no data set."""
+"""Lengths of an epoch and of a validation if there is no data set."""
 
 IMAGENET_PRESET = Preset(224, 256, *IMAGENET, "imagenet")
 CIFAR10_PRESET = Preset(32, 32, *CIFAR10, "cifar", batch_size=128)
@@ -62,9 +62,10 @@ CIFAR100_PRESET = Preset(32, 32, *CIFAR100, "cifar", batch_size=128)
 
 
 def preset_for(train: Manifest) -> Preset:
-    """Choose by the images: all 32 × 32 is CIFAR (by the number of classes which one), small ones keep their size.
+    """Choose the preset by the images: all 32 × 32 is CIFAR (which one, by the number of classes), small ones keep
+    their size.
 
-    Small: at most a twentieth of the images has a side above 64 pixels.
+    A set is small if at most a twentieth of its images has a side above 64 pixels.
     """
     if not len(train):
         return IMAGENET_PRESET
@@ -74,7 +75,7 @@ def preset_for(train: Manifest) -> Preset:
     shorter = np.minimum(train.heights, train.widths)
     if np.quantile(longer, 0.95) > SMALL_SIDE:
         return IMAGENET_PRESET
-    # Networks halve their maps several times: a multiple of 4, and not below half of CIFAR's.
+    # Networks halve their maps several times, so take a multiple of 4, and at least half of CIFAR's size.
     size = max(16, 4 * math.ceil(float(np.median(shorter)) / 4))
     return Preset(size, size, *IMAGENET, "cifar", batch_size=128)
 
@@ -84,13 +85,13 @@ class Dataset:
     """Train and validation split of one data set.
 
     Attributes:
-        name: What the set is called in reports.
-        train, val: The splits; `val` is empty where the caller did not require it and there is none.
+        name: Name of the set in reports.
+        train, val: The splits; `val` is empty if it does not exist and the caller did not require it.
         class_names: Names by class index, the same for both splits.
         multi_label: Whether several classes may be present at once, so that targets are multi-hot.
         preset: Settings for this kind of image.
-        open_masked: Gives the images of a split ("train", "val") that have pixel masks, where the set has a list of
-            them, and the list's name.
+        open_masked: Returns the images of a split ("train", "val") that have pixel masks, and the name of the list that
+            says so, if the set has such a list.
     """
 
     name: str
@@ -107,15 +108,15 @@ class Dataset:
         return len(self.class_names)
 
     def in_classes(self, known: Sequence[str], source: str, remedy: str) -> Dataset:
-        """The same set with labels by the class indices of a network.
+        """Return the same set, labelled with the class indices of a network.
 
         Args:
-            known: The network's classes by index; all of this set's are among them.
-            source: Where they come from, for messages.
-            remedy: How to go on where one is not, for messages.
+            known: The network's classes by index; they include all classes of this set.
+            source: Their origin, for messages.
+            remedy: What to do if one is missing, for messages.
 
         Raises:
-            ValueError: A class is unknown there.
+            ValueError: A class is not among `known`.
         """
         if tuple(known) == self.class_names:
             return self
@@ -124,7 +125,7 @@ class Dataset:
         return dataclasses.replace(self, class_names=tuple(known), train=train, val=val)
 
     def as_multi_label(self) -> Dataset:
-        """The same set with multi-hot targets."""
+        """Return the same set with multi-hot targets."""
         train, val = (
             dataclasses.replace(manifest, targets=manifest.targets.as_multi_label(self.num_classes))
             for manifest in (self.train, self.val)

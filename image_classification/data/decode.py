@@ -1,12 +1,11 @@
-"""Decoding a plan on the host with Pillow: the reference that every other backend agrees with.
+"""Decoding of a plan on the host with Pillow: the reference for all other backends.
 
-Images come as they are stored (EXIF orientation ignored), as RGB with 8 bits. The resize is Pillow's antialiased
-triangle filter, the same as torchvision's.
+Images are used as stored (EXIF orientation ignored), as 8-bit RGB. The resize is Pillow's antialiased triangle filter,
+the same as torchvision's.
 """
 
 from __future__ import annotations
 
-import struct
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +16,15 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from image_classification.data.bad_samples import BadSamples
-from image_classification.data.imagefile import load_as_stored, stored_size
+from image_classification.data.imagefile import DECODING_ERRORS, load_as_stored, stored_size
 from image_classification.data.plan import BatchPlan, Planner
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
-"""What every backend decodes."""
+"""Formats that every backend decodes."""
 
 
 class UnreadableError(Exception):
-    """Why one image cannot be decoded."""
+    """An image cannot be decoded; the message says why."""
 
 
 @dataclass
@@ -33,9 +32,9 @@ class Decoded:
     """The images of a batch before the device stage.
 
     Attributes:
-        plan: What they show, substitutes included.
-        images: (N, H, W, 3) uint8, valid until the next batch is asked for.
-        bad: Reason by id of samples found unreadable on the way.
+        plan: The plan, with substitutes.
+        images: (N, H, W, 3) uint8, valid until the next batch is requested.
+        bad: Reasons by id for samples found unreadable.
     """
 
     plan: BatchPlan
@@ -43,7 +42,7 @@ class Decoded:
     bad: dict[int, str] = field(default_factory=dict)
 
     def pin_memory(self) -> Decoded:
-        """The images in page-locked memory; torch's DataLoader looks for this method."""
+        """Return the images in page-locked memory; torch's DataLoader calls this method."""
         return Decoded(self.plan, self.images.pin_memory(), self.bad)
 
 
@@ -57,11 +56,11 @@ def open_image(path: Path, expected_size: tuple[int, int] | None = None) -> Imag
     Raises:
         UnreadableError: With the reason.
     """
-    if not path.is_file() and path.exists():  # a named pipe would be waited for
+    if not path.is_file() and path.exists():  # opening a named pipe would block
         raise UnreadableError("no regular file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow, about large images and odd metadata
+            warnings.simplefilter("ignore")  # Pillow's, about large images and odd metadata
             with Image.open(path, formats=FORMATS) as image:
                 if image.mode == "F":
                     raise UnreadableError(
@@ -76,14 +75,13 @@ def open_image(path: Path, expected_size: tuple[int, int] | None = None) -> Imag
                 return _to_rgb(load_as_stored(image))
     except Image.DecompressionBombError as error:
         raise UnreadableError(str(error)) from error
-    except (OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error) as error:
-        # Pillow's plug-ins raise all of these for damaged files
+    except DECODING_ERRORS as error:
         name = "an unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UnreadableError(name or type(error).__name__) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB; Pillow would clip 16-bit grey at 255 instead of scaling it."""
+    """Convert to 8-bit RGB; Pillow would clip 16-bit grey at 255 instead of scaling it."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float64)
         grey = np.clip(np.floor(values / 257.0 + 0.5), 0, 255).astype(np.uint8)
@@ -94,11 +92,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def cut(
     image: Image.Image, window: np.ndarray, size: tuple[int, int], *, flip: bool, crop_first: bool
 ) -> np.ndarray:
-    """Execute one row of a plan: (H, W, 3) uint8. Arguments as in `BatchPlan`."""
+    """Execute one row of a plan and return (H, W, 3) uint8. Arguments as in `BatchPlan`."""
     top, left, height, width = (float(value) for value in window)
     output = (size[1], size[0])
     if crop_first:
-        # Pillow fills with black what lies outside
+        # Pillow fills the area outside the image with black.
         image = image.crop((int(left), int(top), int(left + width), int(top + height)))
         if image.size != output:
             image = image.resize(output, Image.Resampling.BILINEAR)

@@ -15,15 +15,15 @@ _NUM_AT_ONCE = 4
 
 
 class DeviceStage:
-    """uint8 images to normalised float32, on the training device.
+    """Converts uint8 images to normalised float32 on the training device.
 
     Args:
-        mean, std: Per channel, of pixel values scaled to 0 … 1.
-        device: Where the result lies.
+        mean, std: Constants per channel, for pixel values scaled to 0 … 1.
+        device: Device of the result.
         memory_format: `torch.contiguous_format` or `torch.channels_last`.
 
     Raises:
-        SettingError: Not three channels, or a deviation that is not positive.
+        SettingError: There are not three channels, or a deviation is not positive.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class DeviceStage:
         """Finish a batch.
 
         Args:
-            pixels: (N, H, W, 3) uint8, on the host or the device; not changed, and not referred to by the result.
+            pixels: (N, H, W, 3) uint8, on the host or the device; not modified, and not referenced by the result.
             operations: Automatic augmentation of these N images.
 
         Returns:
@@ -61,14 +61,14 @@ class DeviceStage:
         if self.device.type != "cpu":
             torch.mul(pixels, self._scale_tensor, out=images)
             return images.sub_(self._offset_tensor)
-        # a few images at a time stay in the cache, which makes this twice as fast as whole batches
+        # Processing a few images at a time keeps them in the cache, twice as fast as whole batches.
         for start in range(0, len(images), _NUM_AT_ONCE):
             some = slice(start, start + _NUM_AT_ONCE)
             self._normalise(pixels[some], images[some])
         return images
 
     def _normalise(self, pixels: Tensor, images: Tensor) -> None:
-        """With each format's innermost loop as long as possible: the fast way on a CPU."""
+        """Normalise with each memory format's longest possible innermost loop, which is fastest on a CPU."""
         if self.memory_format == torch.channels_last:
             num, _, height, width = images.shape
             rows = images.permute(0, 2, 3, 1).view(num, height, width * 3)

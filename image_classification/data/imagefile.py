@@ -1,8 +1,8 @@
-"""What an image file says about itself in its first bytes: size and a quick identity, without decoding.
+"""Headers of image files: size and a quick identity from the first bytes, without decoding.
 
-JPEG and PNG headers are read here, because that is several times faster than opening the file with Pillow, and a
-data set may have a million files; every other format goes through Pillow. The *content* decides the format: a PNG
-named `.JPEG` is read as a PNG. Sizes are those of the pixels as they are stored, which EXIF may want to be turned.
+JPEG and PNG headers are read here, because that is several times faster than opening the file with Pillow, and a data
+set may have a million files; every other format goes through Pillow. The *content* decides the format: a PNG named
+`.JPEG` is read as a PNG. Sizes are those of the pixels as stored, before any rotation by EXIF.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
-#: Suffixes of images that not every backend decodes: they are counted, and left out.
+#: Suffixes of images that not every backend decodes; such files are counted and skipped.
 OTHER_SUFFIXES = (".gif", ".avif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".tga")
+
+#: Errors raised by Pillow's plug-ins for damaged files.
+DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error)
 
 _HEAD_BYTES = 1024
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -36,13 +39,13 @@ _OTHER_SIGNATURES = (
 )
 _END_OF_IMAGE = b"\xff\xd9"
 _TAIL_BYTES = 1024
-# start-of-frame markers: C0 to CF without DHT (C4), JPG (C8) and DAC (CC)
+# Start-of-frame markers: C0 to CF without DHT (C4), JPG (C8) and DAC (CC).
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
 _APP1 = 0xE1
-_EXIF_BYTES = 4096  # its first directory comes first, thumbnails behind
-_TIFF_WIDTH, _TIFF_HEIGHT, _ORIENTATION = 256, 257, 274  # the tags' numbers
-#: What takes an image that was turned as its orientation says back to how it is stored.
+_EXIF_BYTES = 4096  # the first directory is at the beginning, thumbnails follow
+_TIFF_WIDTH, _TIFF_HEIGHT, _ORIENTATION = 256, 257, 274  # tag numbers
+#: The operation that undoes the rotation of each EXIF orientation.
 _AS_STORED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -52,19 +55,19 @@ _AS_STORED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-_MAX_SEGMENTS = 4096  # real files have tens; a file of fill bytes must not keep the scan busy for minutes
+_MAX_SEGMENTS = 4096  # real files have tens; a file of fill bytes must not occupy the scan for minutes
 
 
 class Header(NamedTuple):
-    """What a file says in its first and last bytes.
+    """Properties of a file, from its first and last bytes.
 
     Attributes:
         height, width: Raw pixels as stored (EXIF orientation ignored); 0 × 0 if unreadable.
-        digest: Identity of the file.
+        digest: Quick identity of the file.
         intact: Whether it begins like an image of a common format and, if it is a JPEG, has an end-of-image marker.
-            A JPEG that was cut off is otherwise noticed only by windows that reach down to the missing part. Pixels
-            in floating point are not common: backends make different bytes of them.
-        turned: Whether EXIF says that the image is to be shown turned or mirrored.
+            A truncated JPEG is otherwise noticed only by crops that reach the missing part. Floating-point pixels do
+                not count as common, since backends convert them to different bytes.
+        turned: Whether EXIF demands that the image be rotated or mirrored for display.
     """
 
     height: int
@@ -78,16 +81,18 @@ _NOTHING = Header(0, 0, 0, False)
 
 
 def is_image(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> bool:
-    """Whether a file name has an image's suffix, in any case. Hidden files (macOS's `._x.jpg`) do not count."""
+    """Whether a file name has an image's suffix, in upper or lower case. Hidden files (macOS's `._x.jpg`) do not
+    count.
+    """
     return name.lower().endswith(suffixes) and not name.startswith(".")
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Size and digest of one file. Never raises for a bad file: its size is then 0 × 0."""
+    """Read size and digest of a file. Never raises for a bad file: its size is then 0 × 0."""
     try:
         descriptor = os.open(
             path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
-        )  # a named pipe would wait for a writer
+        )  # opening a named pipe would block
     except OSError:
         return _NOTHING
     try:
@@ -107,7 +112,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         else:
             *size, mode, turned = _read_with_pillow(path)
             intact = intact and mode != "F"
-    except OSError:  # a directory named like an image, a disk error
+    except OSError:  # a directory named like an image, or a disk error
         return _NOTHING
     finally:
         os.close(descriptor)
@@ -115,16 +120,16 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def _digest(num_bytes: int, head: bytes) -> int:
-    """64-bit identity of a file: its length and its first KiB."""
+    """Return a 64-bit identity of a file, from its length and its first KiB."""
     state = hashlib.blake2b(num_bytes.to_bytes(8, "little"), digest_size=8)
     state.update(head)
     return int.from_bytes(state.digest(), "little")
 
 
 def _read_jpeg(descriptor: int, head: bytes) -> tuple[int, int, bool]:
-    """Height, width and whether EXIF turns it, from the segments before the first scan (ITU-T T.81, B.2.2).
+    """Return height, width and whether EXIF rotates the image, from the segments before the first scan (T.81, B.2.2).
 
-    Reads on where metadata fill the first KiB.
+    Reads further if metadata fill the first KiB. ITU-T T.81 is the JPEG standard.
     """
 
     def at(offset: int, count: int) -> bytes:
@@ -155,7 +160,7 @@ def _read_jpeg(descriptor: int, head: bytes) -> tuple[int, int, bool]:
 
 
 def _exif_orientation(block: bytes) -> int:
-    """The orientation (1 to 8) in the first directory of a TIFF block as EXIF has it; 1 where there is none."""
+    """Return the orientation (1 to 8) in the first directory of an EXIF TIFF block; 1 if there is none."""
     order: Literal["little", "big"] = "little" if block.startswith(b"II") else "big"
     start = int.from_bytes(block[4:8], order)
     for entry in range(int.from_bytes(block[start : start + 2], order)):
@@ -167,36 +172,36 @@ def _exif_orientation(block: bytes) -> int:
 
 
 def _png_size(head: bytes) -> tuple[int, int]:
-    """Size from the IHDR chunk, which is always the first."""
+    """Return the size in the IHDR chunk, which is always the first."""
     if len(head) < 24 or head[12:16] != b"IHDR":
         return 0, 0
     width, height = struct.unpack(">II", head[16:24])
-    if not 0 < width < 1 << 31 or not 0 < height < 1 << 31:  # the standard's own limit
+    if not 0 < width < 1 << 31 or not 0 < height < 1 << 31:  # the standard's limit
         return 0, 0
     return height, width
 
 
 def _read_with_pillow(path: str | os.PathLike[str]) -> tuple[int, int, str, bool]:
-    """Height, width, mode and whether EXIF turns it, of any other format."""
+    """Return height, width, mode and whether EXIF rotates the image, for any other format."""
     try:
         with Image.open(path) as image:
             return *stored_size(image), image.mode, image.getexif().get(_ORIENTATION, 1) in _AS_STORED
-    except (OSError, ValueError, KeyError, SyntaxError, struct.error, Image.DecompressionBombError):
+    except (*DECODING_ERRORS, Image.DecompressionBombError):
         return 0, 0, "", False
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width of an opened image as it is stored; of a TIFF file, Pillow tells those after turning it."""
+    """Return an opened image's height and width as stored; for TIFF files, Pillow reports them after rotation."""
     if isinstance(image, TiffImageFile):
         return int(image.tag_v2[_TIFF_HEIGHT]), int(image.tag_v2[_TIFF_WIDTH])
     return image.height, image.width
 
 
 def load_as_stored(image: Image.Image) -> Image.Image:
-    """Decode an opened image; pixels stand as in the file, whatever EXIF says: Pillow turns those of TIFF files.
+    """Decode an opened image with its pixels as stored, whatever EXIF says; Pillow would rotate those of TIFF files.
 
     Raises:
-        Exception: Any of Pillow's, of a damaged file.
+        Exception: Any of Pillow's errors for a damaged file.
     """
     orientation = image.getexif().get(_ORIENTATION, 1) if isinstance(image, TiffImageFile) else 1
     image.load()

@@ -1,4 +1,4 @@
-"""Finding the image files below a directory, with what tells cheaply whether they have changed since."""
+"""Listing of the image files below a directory, with cheap evidence of later changes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from image_classification.data.imagefile import IMAGE_SUFFIXES, OTHER_SUFFIXES, is_image
 
-_NUM_THREADS = 16  # the work waits for the file system, network ones above all
+_NUM_THREADS = 16  # listing waits for the file system, above all network ones
 
 
 class FileEntry(NamedTuple):
-    """A file of a listing: POSIX path relative to the listed root, bytes and modification time."""
+    """A file of a listing: POSIX path relative to the listed root, size in bytes and modification time."""
 
     path: str
     num_bytes: int
@@ -29,14 +29,14 @@ def list_images(
     left_out: Counter[str] | None = None,
     suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
 ) -> list[FileEntry]:
-    """The images under `root/folder`, subfolders and symbolic links included, sorted by path.
+    """List the images under `root/folder`, including subfolders and symbolic links, sorted by path.
 
     Args:
         root: Directory that paths are relative to.
-        folder: Where to look.
-        directories: Gets the modification time, in nanoseconds, of every directory that was looked into, by path.
-        left_out: Counts, by suffix, images of formats that not every backend decodes, such as GIF.
-        suffixes: Which files are images, by their names.
+        folder: Folder to search.
+        directories: Receives the modification time, in nanoseconds, of every directory visited, by path.
+        left_out: Receives counts, by suffix, of images in formats that not every backend decodes, such as GIF.
+        suffixes: Suffixes of image files.
     """
     seen: dict[str, int] = {} if directories is None else directories
     taken = []
@@ -49,7 +49,7 @@ def list_images(
 
 
 def stat_images(root: Path, paths: Sequence[str], *, listed_in: str) -> list[FileEntry]:
-    """The entries of image files that a list names.
+    """Return the entries of image files named in a list.
 
     Args:
         root: Directory that the paths are relative to.
@@ -67,16 +67,17 @@ def stat_images(root: Path, paths: Sequence[str], *, listed_in: str) -> list[Fil
             raise FileNotFoundError(f"{root / path} is missing, but {listed_in} lists it") from None
         return FileEntry(path, status.st_size, status.st_mtime_ns)
 
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:  # network file systems answer slowly, but many at a time
+    # Network file systems are slow, but handle many requests at a time.
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
         return list(pool.map(entry, paths))
 
 
 def _walk(
     directory: Path, relative: str, above: frozenset[tuple[int, int]], directories: dict[str, int]
 ) -> Iterable[FileEntry]:
-    """All image files below a directory, of any format.
+    """Yield all image files below a directory, of any format.
 
-    `above` are the directories on the way here, to end link cycles.
+    `above` holds the directories above this one, to break link cycles.
     """
     status = os.stat(directory)
     directories[relative] = status.st_mtime_ns
@@ -93,5 +94,5 @@ def _walk(
                 try:
                     status = entry.stat()
                     yield FileEntry(path, status.st_size, status.st_mtime_ns)
-                except OSError:  # a dangling link stays a sample: the loader's policy decides about it
+                except OSError:  # a dangling link stays a sample; the loader's policy handles it
                     yield FileEntry(path, 0, 0)

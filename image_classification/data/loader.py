@@ -1,9 +1,9 @@
-"""What a loader is: the protocol, its batch, and the cursor that all backends share.
+"""The loader protocol, its batch, and the cursor shared by all backends.
 
-A cursor is (epoch, step) of the *consumer*: while batch k is being processed it says k + 1, however far the backend
-has read ahead. Training goes on from the cursor, so that leaving the loop in the middle of an epoch and entering it
-again, or loading a state into a new process, continues with the next sample. Evaluation always starts
-from the beginning. A saved cursor counts samples, so that more or fewer processes go on from it.
+A cursor is (epoch, step) of the *consumer*: while batch k is being processed it is k + 1, however far the backend has
+prefetched. Training continues from the cursor, so that leaving the loop in the middle of an epoch and re-entering it,
+or loading a state into a new process, continues with the next sample. Evaluation always starts from the beginning. A
+saved cursor counts samples, so that more or fewer processes can continue from it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ class Batch:
         images: (N, 3, H, W) float32, normalised. N may be less than the batch size, or 0, in evaluation.
         targets: (N,) int64 class indices, or (N, L) float32 multi-hot or soft.
         sample_ids: (N,) int64 on the host, rows of the manifest.
-        boxes: Per sample (k, 4) and (k,) classes in crop pixels, on the host, if the loader was made with them.
-        masks: (N, H, W) uint8 on the host, if the loader was made with them.
+        boxes: Per sample (k, 4) and (k,) classes in crop pixels, on the host, if the loader was created with them.
+
+    masks: (N, H, W) uint8 on the host, if the loader was made with them.
     """
 
     images: Tensor
@@ -59,10 +60,10 @@ class Loader(Protocol):
     """Yields batches of one split to one rank.
 
     Attributes:
-        num_samples: Of the split, over all ranks.
+        num_samples: Number of samples of the split, over all ranks.
         num_classes: Number of classes.
-        batch_size: Per rank.
-        num_substituted: Samples so far that another one stood in for.
+        batch_size: Batch size per rank.
+        num_substituted: Number of samples replaced by substitutes so far.
     """
 
     num_samples: int
@@ -72,36 +73,36 @@ class Loader(Protocol):
 
     @property
     def manifest(self) -> Manifest | None:
-        """What is loaded; None for synthetic data."""
+        """The manifest of the split; None for synthetic data."""
         ...
 
     def __len__(self) -> int:
-        """Steps of an epoch, equal on all ranks."""
+        """Return the number of steps per epoch, equal on all ranks."""
         ...
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch. The one that the cursor is already in keeps its step."""
+        """Choose the epoch. If the cursor is already in this epoch, it keeps its step."""
         ...
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches to the epoch's end: in training from the cursor, else from the start."""
+        """Yield batches to the epoch's end: in training from the cursor, else from the start."""
         ...
 
     def state_dict(self) -> Plain:
-        """The cursor, and what it is only valid for."""
+        """Return the cursor, and the properties of the data that it is valid for."""
         ...
 
     def load_state_dict(self, state: Plain) -> None:
-        """Continue where a state says; ValueError if the data are not the same or a batch would begin elsewhere."""
+        """Restore a state; ValueError if the data differ or no batch begins at its position."""
         ...
 
     def close(self) -> None:
-        """End processes and threads, free buffers. The loader can be iterated again."""
+        """Stop processes and threads and free buffers. The loader can be iterated again."""
         ...
 
 
 class CursorLoader(ABC):
-    """Cursor, state and resources of a loader, independent of where its batches come from."""
+    """Cursor, state and resources of a loader, independent of the source of its batches."""
 
     def __init__(
         self,
@@ -131,7 +132,7 @@ class CursorLoader(ABC):
 
     @abstractmethod
     def _batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
-        """Batches from a position on: to the epoch's end, or, in training, on through all later epochs."""
+        """Yield batches from a position on: to the epoch's end, or, in training, on through all later epochs."""
 
     def __len__(self) -> int:
         return self._num_steps
@@ -152,7 +153,7 @@ class CursorLoader(ABC):
         for step in range(self._step, self._num_steps):
             try:
                 batch = next(self._stream_from(epoch, step))
-            except BaseException:  # a stream that raised cannot go on, whatever the reason
+            except BaseException:  # a stream that raised cannot continue, whatever the reason
                 self._end_stream()
                 raise
             self._step = step + 1
@@ -170,7 +171,7 @@ class CursorLoader(ABC):
             self._end_stream()
 
     def _stream_from(self, epoch: int, step: int) -> Generator[Batch, None, None]:
-        """The running stream if it is there already, else a new one."""
+        """Return the running stream if it is at this position, else a new one."""
         if self._stream is None or self._stream_at != (epoch, step):
             self._end_stream()
             self._stream = self._batches(epoch, step)
@@ -190,8 +191,8 @@ class CursorLoader(ABC):
         """See `Loader.load_state_dict`.
 
         Raises:
-            ValueError: Other data, augmentation or seed than the state's, or a place within one of this loader's
-                batches.
+            ValueError: Data, augmentation or seed differ from the state's, or its position lies within one of this
+                loader's batches.
         """
         hints = {
             "seed": "give the same `seed`",
@@ -232,14 +233,14 @@ class CursorLoader(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderOptions:
-    """How a plan is executed; what it shows is the planner's.
+    """Options for executing a plan; its content is up to the planner.
 
     Attributes:
-        on_bad_sample: What happens when an image cannot be read.
+        on_bad_sample: Policy for unreadable images.
         mixup: Mixing of batches, or None.
-        with_boxes, with_masks: Whether batches carry them.
-        prefetch: Batches to be ready ahead of the consumer.
-        workers: Processes or threads that decode; 0 for none besides this one.
+        with_boxes, with_masks: Whether batches include them.
+        prefetch: Number of batches prefetched.
+        workers: Number of decoding processes or threads; 0 to decode in this process.
     """
 
     on_bad_sample: BadSamplePolicy = "stop"
@@ -260,10 +261,10 @@ class PlannedLoader(CursorLoader):
         options: Mixing, annotations, workers.
 
     Attributes:
-        samples: Which samples are known to be unreadable, and what happens then.
+        samples: The samples known to be unreadable, and their policy.
 
     Raises:
-        SettingError: Boxes or masks together with automatic augmentation or mixing, which they do not follow.
+        SettingError: Boxes or masks are combined with automatic augmentation or mixing, which they do not follow.
     """
 
     def __init__(
@@ -302,10 +303,10 @@ class PlannedLoader(CursorLoader):
 
     @abstractmethod
     def decoded(self, plans: Iterator[BatchPlan]) -> Generator[Decoded, None, None]:
-        """Execute plans, none of which is empty, in order: one `Decoded` for each."""
+        """Execute non-empty plans in order: one `Decoded` for each."""
 
     def plans(self, epoch: int, step: int) -> Iterator[BatchPlan]:
-        """The rank's plans from a position on, known bad samples replaced, empty ones left out."""
+        """Yield the rank's plans from a position on, with known bad samples replaced and empty plans left out."""
         for at_epoch, at_step in self.planner.positions(epoch, step):
             ids = self.samples.resolve(self.planner.ids(at_epoch, at_step))
             if ids.size:
@@ -319,7 +320,7 @@ class PlannedLoader(CursorLoader):
         return _on_side_stream(on_host, self.stage.device)
 
     def _on_host(self, epoch: int, step: int) -> Generator[Batch, None, None]:
-        """Batches in order; a rank without samples in a step gets an empty one."""
+        """Yield batches in order; a rank without samples in a step gets an empty batch."""
         decoded = self.decoded(self.plans(epoch, step))
         try:
             for at_epoch, at_step in self.planner.positions(epoch, step):
@@ -336,7 +337,7 @@ class PlannedLoader(CursorLoader):
             decoded.close()
 
     def _finish(self, decoded: Decoded) -> Batch:
-        """Device stage, targets, mixing."""
+        """Apply the device stage, targets and mixing."""
         plan = decoded.plan
         table = self.manifest.targets
         images = self.stage(decoded.images, plan.operations)
@@ -356,9 +357,9 @@ class PlannedLoader(CursorLoader):
 def _on_side_stream(
     batches: Generator[Batch, None, None], device: torch.device
 ) -> Generator[Batch, None, None]:
-    """Copy and finish batches on a stream of their own: the next one overlaps with the consumer's computation."""
+    """Copy and finish batches on a side stream, so that the next batch overlaps with the consumer's computation."""
     side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))  # constants and resident images were made there
+    side.wait_stream(torch.cuda.current_stream(device))  # constants and resident images were created there
     try:
         while True:
             with torch.cuda.stream(side):

@@ -1,8 +1,8 @@
 """The manifest of a split: path, raw size, quick identity and target of every sample, nothing decoded.
 
-It is what makes the data plan possible: crop windows are computed on the host from the raw sizes, and a sample id
-(the row in the manifest) is all that a loader has to move. Files are listed and their headers read once; `scan.py`
-keeps what was found and brings it up to date.
+It makes the data plan possible: crop windows are computed on the host from the raw sizes, and a loader only has to
+transport sample ids (rows of the manifest). Files are listed and their headers read once; `scan.py` caches the result
+and keeps it up to date.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from image_classification.data.paths import Paths
 from image_classification.data.scan import scan_list
 from image_classification.data.targets import TargetTable
 
-_FORMATS = (1, 2)  # 1 has paths as an array of strings
+_FORMATS = (1, 2)  # version 1 stores paths as an array of strings
+#: Errors raised when arrays are missing or of another type.
+_NO_MANIFEST = (KeyError, ValueError, TypeError, IndexError, AttributeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +34,12 @@ class Manifest:
         root: Directory that `paths` are relative to.
         split: "train", "val" or "calibration".
         paths: N POSIX paths, kept as `Paths`.
-        heights, widths: (N,) int32 raw pixels as stored: EXIF orientation is ignored, as every backend does. 0 × 0
-            for a file whose header cannot be read; what happens to it is the loader's policy.
+        heights, widths: (N,) int32 raw pixels as stored: EXIF orientation is ignored, as in every backend. 0 × 0 for a
+            file whose header cannot be read; the loader's policy handles it.
         digests: (N,) uint64 quick identity of each file, from its length and first KiB.
         targets: Labels, boxes and masks by sample id.
         class_names: Names by class index.
-        intact: (N,) bool, see `imagefile.Header`; None where no one has looked.
+        intact: (N,) bool, see `imagefile.Header`; None if unknown.
     """
 
     root: Path
@@ -60,12 +62,14 @@ class Manifest:
         return len(self.paths)
 
     def path(self, sample_id: int) -> Path:
-        """Where the file of a sample lies."""
+        """Return the path of a sample's file."""
         return self.root / self.paths[sample_id]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal digest of what is learned from: paths, targets, sizes, file identities; not of the root."""
+        """Return a hexadecimal digest of everything learned from: paths, targets, sizes, file identities; not of the
+        root.
+        """
         state = hashlib.blake2b(digest_size=16)
         for names in (self.paths, self.class_names):
             state.update(Paths.of(names).joined[:-1].tobytes())
@@ -79,7 +83,7 @@ class Manifest:
         return state.hexdigest()
 
     def subset(self, sample_ids: np.ndarray | Sequence[int], split: str | None = None) -> Manifest:
-        """Some samples, in the given order, as a manifest with ids of its own."""
+        """Return some samples, in the given order, as a manifest with new ids."""
         ids = np.asarray(sample_ids, dtype=np.int64)
         return Manifest(
             root=self.root,
@@ -94,12 +98,12 @@ class Manifest:
         )
 
     def in_classes(self, class_names: Sequence[str], places: Sequence[int]) -> Manifest:
-        """The same samples with labels in other classes: class i of this manifest is class `places[i]` there."""
+        """Return the same samples with labels in other classes: class i of this manifest becomes class `places[i]`."""
         targets = self.targets.renumbered(places, len(class_names))
         return dataclasses.replace(self, targets=targets, class_names=tuple(class_names))
 
     def save(self, path: Path) -> None:
-        """Write an npz file that holds no pickle, atomically."""
+        """Write an npz file without pickles, atomically."""
         arrays: dict[str, np.ndarray] = {
             "format": np.array(_FORMATS[-1]),
             "root": np.array(str(self.root)),
@@ -117,17 +121,24 @@ class Manifest:
 
     @classmethod
     def load(cls, path: Path, root: Path | None = None) -> Manifest:
-        """Read what `save` wrote; `root` replaces the stored one where the files have moved.
+        """Read a file written by `save`; `root` replaces the stored root if the files have moved.
 
         Raises:
             ValueError: The file is not a manifest, or is damaged.
-            FileNotFoundError: There is no such file.
+            FileNotFoundError: The file does not exist.
         """
         arrays = read_npz(path)
-        if arrays is None or int(arrays.get("format", np.array(0))) not in _FORMATS:
-            raise ValueError(
-                f"{path} is not a manifest of this version or is damaged: delete it to have it made again"
-            )
+        try:
+            if arrays is not None and int(arrays["format"]) in _FORMATS:
+                return cls._from_arrays(arrays, root)
+        except _NO_MANIFEST:
+            pass
+        raise ValueError(
+            f"{path} is not a manifest of this version or is damaged: delete it to have it made again"
+        )
+
+    @classmethod
+    def _from_arrays(cls, arrays: dict[str, np.ndarray], root: Path | None) -> Manifest:
         prefix = "targets."
         targets = {
             name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)
@@ -156,16 +167,16 @@ def scan_manifest(
     rescan: bool = False,
     progress: bool = True,
 ) -> Manifest:
-    """The manifest of a split whose files and targets are known: what a layout with a list of its own needs.
+    """Build the manifest of a split whose files and targets are known, for layouts with file lists.
 
     Args:
         root: Directory that the paths are relative to.
         split: "train" or "val".
         paths: N POSIX paths.
-        targets: Of the N files, in their order.
+        targets: Targets of the N files, in their order.
         class_names: Names by class index.
-        cache_dir: Where the scan of the headers is kept.
-        rescan: Look at every file, although no directory says that it was changed.
+        cache_dir: Directory for the header scan.
+        rescan: Check every file, even if no directory's modification time has changed.
         progress: Show a progress bar for large sets.
 
     Raises:

@@ -3,8 +3,8 @@
 Zhang et al., mixup: Beyond Empirical Risk Minimization (ICLR 2018); Yun et al., CutMix (ICCV 2019), equations 1–3.
 
 Neighbours in the shuffled batch (0 and 1, 2 and 3, …) are partners; each pair has its own λ ~ Beta(α, α), drawn from
-(seed, epoch, id of its first sample). With an even batch size the result is thus the same for any number of ranks
-and accumulation steps and after every resume. An odd last image stays as it is.
+(seed, epoch, id of its first sample). With an even batch size the result is thus the same for any number of ranks and
+accumulation steps and after every resume. An odd last image is not mixed.
 
 Note: The papers draw one λ for the whole batch and partners from a permutation of it. The marginal distribution of a
 mixed sample is the same.
@@ -27,10 +27,10 @@ _TABLE_SIZE = 8192
 
 
 def beta_quantile(alpha: float, numbers: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Values of Beta(α, α) at (N,) probabilities in [0, 1), by integrating the density up to 1/2.
+    """Return quantiles of Beta(α, α) at (N,) probabilities in [0, 1), by integrating the density up to 1/2.
 
-    The integral runs over s = x^p with p = min(α, 1): the density there, x^(α − p) (1 − x)^(α − 1), is bounded also
-    where that of α < 1 has a pole.
+    The integral runs over s = x^p with p = min(α, 1): the density there, x^(α − p) (1 − x)^(α − 1), is bounded even for
+    α < 1, where the original has a pole.
     """
     power = min(alpha, 1.0)
     s = np.linspace(0.0, 0.5**power, _TABLE_SIZE)
@@ -46,9 +46,9 @@ class Mixup:
     """Mixes the images and targets of a batch in pairs.
 
     Args:
-        mixup, cutmix: α of each, 0 for off; where both are on, every pair takes one of them by the toss of a coin.
+        mixup, cutmix: α of each, 0 for off; if both are on, every pair takes one of them by a coin toss.
         num_classes: Length of the soft target that a class index becomes.
-        seed: Of λ, boxes and coin.
+        seed: Seed of λ, boxes and coin.
 
     Raises:
         SettingError: An α is negative, or both are 0.
@@ -66,18 +66,18 @@ class Mixup:
         self.seed = seed
 
     def weights(self, plan: BatchPlan) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """What the plan's pairs are mixed with.
+        """Return the mixing weights and boxes of a plan's pairs.
 
         Returns:
-            (N,) weight of the image itself, and (N, 4) top, left, bottom, right of the box that comes from the
-            partner in whole output pixels (empty where the pair is blended).
+            (N,) weight of the image itself, and (N, 4) top, left, bottom, right of the box taken from the partner, in
+                whole output pixels (empty if the pair is blended).
         """
         num_pairs = len(plan) // 2
         weights = np.ones(len(plan))
         boxes = np.zeros((len(plan), 4), dtype=np.int64)
         if num_pairs == 0:
             return weights, boxes
-        # Four uniform numbers a pair: the coin, λ, and the centre of the box (vertical, horizontal).
+        # Four uniform numbers per pair: the coin, λ, and the centre of the box (vertical, horizontal).
         numbers = uniforms(self.seed, Stream.MIXUP, plan.epoch, plan.sample_ids[0 : 2 * num_pairs : 2], 4)
         cuts = numbers[:, 0] < self._share_of_cutmix()
         pair_weights = np.ones(num_pairs)
@@ -88,7 +88,7 @@ class Mixup:
             boxes_drawn = self._boxes(beta_quantile(self.cutmix, numbers[:, 1]), numbers[:, 2:], plan.size)
             pair_boxes = np.where(cuts[:, None], boxes_drawn, 0)
             top, left, bottom, right = pair_boxes.T
-            # A box that is cut off at the border is smaller than 1 − λ: the weight is what is really left.
+            # A box clipped at the border is smaller than 1 − λ, so the weight is computed from the actual area.
             share = 1.0 - (bottom - top) * (right - left) / (plan.size[0] * plan.size[1])
             pair_weights = np.where(cuts, share, pair_weights)
         weights[: 2 * num_pairs] = np.repeat(pair_weights, 2)
@@ -96,7 +96,7 @@ class Mixup:
         return weights, boxes
 
     def _share_of_cutmix(self) -> float:
-        """Probability that a pair takes CutMix."""
+        """Probability that a pair uses CutMix."""
         if self.mixup and self.cutmix:
             return 0.5
         return 1.0 if self.cutmix else 0.0
@@ -104,7 +104,7 @@ class Mixup:
     def _boxes(
         self, kept: NDArray[np.float64], centres: NDArray[np.float64], size: tuple[int, int]
     ) -> NDArray[np.int64]:
-        """Boxes of area 1 − λ about uniform centres, cut off at the border."""
+        """Return boxes of area 1 − λ about uniform centres, clipped at the border."""
         extent = np.array(size)
         half = np.sqrt(1.0 - kept)[:, None] * extent / 2
         centre = np.floor(centres * extent)
@@ -119,7 +119,7 @@ class Mixup:
         Args:
             images: (N, 3, H, W) float.
             targets: (N,) class indices, or (N, L) multi-hot or soft.
-            plan: Of this batch; its sample ids and epoch decide what is drawn.
+            plan: Plan of this batch; its sample ids and epoch determine the random numbers.
 
         Returns:
             Images of the same shape and (N, L) soft targets.
@@ -141,7 +141,9 @@ class Mixup:
 
     @staticmethod
     def _own_share(weight: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """(N, 1, H, W) weight of the image itself: 0 inside and 1 outside a box, λ everywhere without one."""
+        """Return the weight of the image itself, (N, 1, H, W): 0 inside and 1 outside a box, λ everywhere without a
+        box.
+        """
         top, left, bottom, right = (edge.view(-1, 1, 1, 1) for edge in boxes.unbind(1))
         row = torch.arange(size[0], device=boxes.device).view(1, 1, -1, 1)
         column = torch.arange(size[1], device=boxes.device).view(1, 1, 1, -1)

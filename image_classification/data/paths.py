@@ -1,4 +1,4 @@
-"""Many paths in little memory: one string of bytes, as a Python string each would take a hundred."""
+"""Compact storage of many paths: a single byte string, since a Python string takes about a hundred bytes per path."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def _decoded(path: bytes) -> str:
 
 
 class Paths(Sequence[str]):
-    """A sequence of N paths that is never changed.
+    """An immutable sequence of N paths.
 
     Attributes:
         joined: Bytes of all paths, in UTF-8 (surrogates for other bytes), each followed by a NUL.
-        ends: (N,) int64 place after each path's NUL.
+        ends: (N,) int64 position after each path's NUL.
     """
 
     def __init__(self, joined: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
@@ -33,7 +33,7 @@ class Paths(Sequence[str]):
 
     @classmethod
     def of(cls, paths: Iterable[str]) -> Paths:
-        """Pack paths; packed ones are returned as they are."""
+        """Pack paths; packed ones are returned unchanged."""
         if isinstance(paths, Paths):
             return paths
         encoded = [_encoded(path) for path in paths]
@@ -42,7 +42,7 @@ class Paths(Sequence[str]):
 
     @classmethod
     def concatenated(cls, parts: Sequence[Paths]) -> Paths:
-        """All parts one after the other."""
+        """Concatenate several sequences."""
         offsets = np.cumsum([0, *(len(part.joined) for part in parts)])
         ends = [part.ends + offset for part, offset in zip(parts, offsets, strict=False)]
         empty = np.zeros(0, np.uint8)
@@ -53,11 +53,11 @@ class Paths(Sequence[str]):
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], name: str) -> Paths:
-        """What `to_arrays` gave."""
+        """Build a sequence from the output of `to_arrays`."""
         return cls(arrays[name], arrays[f"{name}.ends"])
 
     def to_arrays(self, name: str) -> dict[str, np.ndarray]:
-        """For a file of arrays."""
+        """Return the sequence as named arrays, for a file."""
         return {name: self.joined, f"{name}.ends": self.ends}
 
     def __len__(self) -> int:
@@ -87,20 +87,20 @@ class Paths(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]
 
     def rows(self, start: int, stop: int) -> Paths:
-        """Paths start to stop, without a copy of their bytes."""
+        """Return paths start to stop, without copying their bytes."""
         begin = int(self.ends[start - 1]) if start else 0
         ends = self.ends[start:stop]
         return Paths(self.joined[begin : int(ends[-1]) if len(ends) else begin], ends - begin)
 
     def subset(self, ids: NDArray[np.int64]) -> Paths:
-        """Some paths, in the given order."""
+        """Return some paths, in the given order."""
         starts = np.concatenate([np.zeros(1, np.int64), self.ends[:-1]]) if len(self) else self.ends
         parts = []
         for begin in range(0, len(ids), _CHUNK):
             chosen = ids[begin : begin + _CHUNK]
             lengths = self.ends[chosen] - starts[chosen]
             ends = np.cumsum(lengths)
-            # the place of every byte: where its path starts here, moved to where it starts there
+            # Source position of every byte: its path's start in the source, plus its offset within the path.
             places = np.arange(int(ends[-1])) + np.repeat(starts[chosen] - (ends - lengths), lengths)
             parts.append(Paths(self.joined[places], ends))
         return Paths.concatenated(parts)

@@ -1,8 +1,8 @@
 """Counter-based random numbers: Philox4x32-10 in vectorised numpy.
 
-Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011), table 2 and section 3.3. A draw is
-a function of its coordinates (seed, stream, epoch, sample id), with no state to carry: what a sample looks like in
-an epoch does not depend on batch, rank, worker or on how often the job was restarted.
+Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011), table 2 and section 3.3. A draw is a
+function of its coordinates (seed, stream, epoch, sample id), with no state to carry: a sample's augmentation in an
+epoch does not depend on batch, rank, worker or restarts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CHUNK = 1 << 14
 
 
 class Stream(IntEnum):
-    """Purposes that draw independently of each other for the same seed, epoch and sample."""
+    """Purposes with independent random numbers for the same seed, epoch and sample."""
 
     ORDER = 0
     WINDOW = 1
@@ -58,11 +58,11 @@ def philox4x32(counters: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np
 
 
 def words64(seed: int, stream: int, epoch: int, sample_ids: ArrayLike, count: int) -> NDArray[np.uint64]:
-    """Independent 64-bit words, a pure function of the arguments and of each sample id alone.
+    """Return independent 64-bit words, a pure function of the arguments and of each sample id alone.
 
     Args:
         seed: Any integer; its low 64 bits are the key.
-        stream: What the numbers are for; below 2^16.
+        stream: Purpose of the numbers; below 2^16.
         epoch: Below 2^32.
         sample_ids: (N,) integers below 2^32.
         count: Words per sample, at most 2^17.
@@ -84,17 +84,17 @@ def words64(seed: int, stream: int, epoch: int, sample_ids: ArrayLike, count: in
 
 
 def uniforms(seed: int, stream: int, epoch: int, sample_ids: ArrayLike, count: int) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1) with 53 random bits: (N, count) float64. Arguments as `words64`."""
+    """Return uniform numbers in [0, 1) with 53 random bits: (N, count) float64. Arguments as for `words64`."""
     words = words64(seed, stream, epoch, sample_ids, count)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(seed: int, epoch: int, num_samples: int) -> NDArray[np.int64]:
-    """The order of an epoch: samples sorted by a random 64-bit key each (ties, practically none, by id)."""
+    """Return the order of an epoch: samples sorted by a random 64-bit key each (ties, practically none, by id)."""
     keys = np.empty(num_samples, np.uint64)
     for start in range(
         0, num_samples, _CHUNK
-    ):  # a chunk's intermediate results stay in the processor's cache
+    ):  # a chunk's intermediate results fit into the processor's cache
         ids = np.arange(start, min(start + _CHUNK, num_samples))
         keys[start : start + len(ids)] = words64(seed, Stream.ORDER, epoch, ids, 1)[:, 0]
     return np.argsort(keys, kind="stable")

@@ -1,8 +1,8 @@
-"""The data plan: which samples make a batch and what is cut out of each, as a pure function of its coordinates.
+"""The data plan: the samples of a batch and the crop of each, as a pure function of their coordinates.
 
-Order is a function of (seed, epoch); window, flip and automatic augmentation of (seed, epoch, sample id). Backends
-only execute the plan, so the pixels of a sample depend neither on the backend nor on batch size, rank, number of
-workers or restarts: two ranks of B samples see what one rank of 2B sees, or one rank of B that accumulates twice.
+Order is a function of (seed, epoch); window, flip and automatic augmentation of (seed, epoch, sample id). Backends only
+execute the plan, so the pixels of a sample depend neither on the backend nor on batch size, rank, number of workers or
+restarts: two ranks of B samples see what one rank of 2B sees, or one rank of B that accumulates twice.
 
 Windows are (top, left, height, width) in raw pixels and may leave the image, which is black there. Geometry of
 training: Szegedy et al., Going Deeper with Convolutions (CVPR 2015), with torchvision's ten tries; He et al., Deep
@@ -24,21 +24,21 @@ from image_classification.data.augment import Operations, Policy
 from image_classification.data.philox import Stream, permutation, uniforms
 
 Floats = NDArray[np.float64]
-_ORDERING = threading.Lock()  # threads that read ahead share a planner with the consumer
+_ORDERING = threading.Lock()  # prefetching threads share a planner with the consumer
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What a rank's batch is made of.
+    """The content of a rank's batch.
 
     Attributes:
-        epoch, step: Place of the batch; the step counts global batches.
+        epoch, step: Position of the batch; the step counts global batches.
         sample_ids: (N,) int64 rows of the manifest.
         windows: (N, 4) float64 top, left, height, width in raw pixels.
         flips: (N,) bool, mirrored left to right after the resize.
         size: Output height and width.
-        crop_first: True: the window (of whole pixels) is cut out and then resized, so that the filter sees nothing
-            beyond it. False: the image is resized and then cropped; the filter sees what lies around the window.
+        crop_first: True: the window (of whole pixels) is cropped and then resized, so the filter sees nothing beyond
+            it. False: the image is resized and then cropped; the filter sees the surroundings of the window.
         operations: Automatic augmentation, or None.
     """
 
@@ -55,7 +55,7 @@ class BatchPlan:
         return len(self.sample_ids)
 
     def rows(self, start: int, stop: int, step: int) -> BatchPlan:
-        """Rows start to stop as a plan of their own, for another step."""
+        """Return rows start to stop as a separate plan, for another step."""
         index = slice(start, stop)
         operations = None if self.operations is None else self.operations.rows(index)
         return replace(
@@ -69,7 +69,7 @@ class BatchPlan:
 
 
 class Geometry(Protocol):
-    """Turns raw sizes and uniform numbers into windows."""
+    """Maps raw sizes and uniform random numbers to windows."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -78,7 +78,7 @@ class Geometry(Protocol):
 
     @property
     def num_uniforms(self) -> int:
-        """Uniform numbers that a window needs."""
+        """Number of uniform random numbers per window."""
         ...
 
     @property
@@ -97,7 +97,7 @@ class Geometry(Protocol):
         ...
 
     def windows(self, heights: Floats, widths: Floats, numbers: Floats) -> Floats:
-        """(N, 4) windows for (N,) raw sizes and (N, num_uniforms) numbers in [0, 1)."""
+        """Return windows (N, 4) for raw sizes (N,) and (N, num_uniforms) numbers in [0, 1)."""
         ...
 
 
@@ -105,7 +105,7 @@ class Geometry(Protocol):
 class RandomResizedCrop:
     """A window of random area and aspect ratio, the training geometry of ImageNet.
 
-    As torchvision: ten tries for a window that fits; else the largest central one whose ratio is within bounds.
+    As in torchvision: ten tries for a window that fits; else the largest central window with an allowed ratio.
     """
 
     size: tuple[int, int]
@@ -129,7 +129,7 @@ class RandomResizedCrop:
         fits_across = (tried_width > 0) & (tried_width <= widths[:, None])
         fits_down = (tried_height > 0) & (tried_height <= heights[:, None])
         fits = fits_across & fits_down
-        # Each row takes its first window that fits, at a random place; the central one where none of ten fits.
+        # Each row takes its first window that fits, at a random position; the central one if none of the ten fits.
         first = fits.argmax(axis=1)
         rows = np.arange(len(heights))
         central_height, central_width = self._central(heights, widths)
@@ -143,7 +143,7 @@ class RandomResizedCrop:
         return np.stack([top, left, height, width], axis=1)
 
     def _central(self, heights: Floats, widths: Floats) -> tuple[Floats, Floats]:
-        """Size of the largest central window within the bounds of the aspect ratio, at least one pixel each way."""
+        """Return the size of the largest central window with an allowed aspect ratio, at least one pixel each way."""
         low, high = self.ratio
         too_narrow, too_wide = widths / heights < low, widths / heights > high
         height = np.where(too_narrow, np.minimum(np.rint(widths / low), heights), heights)
@@ -153,7 +153,7 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True)
 class PadCrop:
-    """The image shifted by up to `pad` output pixels, black where it ends: the training geometry of CIFAR.
+    """The image shifted by up to `pad` output pixels, black outside: the training geometry of CIFAR.
 
     An image of another size than the output is shifted by the corresponding whole number of raw pixels.
     """
@@ -175,7 +175,7 @@ class PadCrop:
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """The short side resized to `resize`, the centre cut out: evaluation as torchvision's Resize and CenterCrop.
+    """Short side resized to `resize`, centre cropped: evaluation as with torchvision's Resize and CenterCrop.
 
     The window reproduces torchvision's rounding of the resized size and of the crop's offset.
     """
@@ -194,14 +194,14 @@ class CentreCrop:
     def windows(self, heights: Floats, widths: Floats, numbers: Floats) -> Floats:
         """See `Geometry.windows`."""
         tall = widths <= heights
-        # torchvision truncates the long side: int(size * long / short)
+        # torchvision truncates the long side: int(size * long / short).
         resized_height = np.where(tall, np.floor(self.resize * heights / widths), self.resize)
         resized_width = np.where(tall, self.resize, np.floor(self.resize * widths / heights))
         top = np.rint((resized_height - self.size[0]) / 2)
         left = np.rint((resized_width - self.size[1]) / 2)
         per_row, per_column = heights / resized_height, widths / resized_width
         height, width = self.size[0] * per_row, self.size[1] * per_column
-        # rounding must not carry the window a hair out of the image
+        # Rounding must not move the window slightly out of the image.
         top = np.clip(top * per_row, 0, np.maximum(heights - height, 0))
         left = np.clip(left * per_column, 0, np.maximum(widths - width, 0))
         return np.stack([top, left, height, width], axis=1)
@@ -209,7 +209,7 @@ class CentreCrop:
 
 @dataclass(frozen=True)
 class WholeImage:
-    """Everything, stretched to the output's size."""
+    """The whole image, stretched to the output's size."""
 
     size: tuple[int, int]
     flip: bool = False
@@ -226,17 +226,17 @@ class WholeImage:
 class Planner:
     """The plan of one split on one rank.
 
-    Global batch g of an epoch is `order[g·B·W : (g+1)·B·W]`, of which rank r has the contiguous slice r. Training
-    drops the last, incomplete global batch. Otherwise every sample comes exactly once over all ranks: the last
-    batches may be short or empty.
+    Global batch g of an epoch is `order[g·B·W : (g+1)·B·W]`, of which rank r has the contiguous slice r. Training drops
+    the last, incomplete global batch. Otherwise every sample occurs exactly once over all ranks: the last batches may
+    be short or empty.
 
     Args:
         heights, widths: (N,) raw sizes; 0 where unknown.
-        geometry: Where windows come from.
+        geometry: Source of windows.
         batch_size: B, per rank.
-        seed: Of order, windows, flips and operations.
-        training: Shuffled again every epoch, the incomplete batch dropped, epochs following each other without end.
-        shuffle: Order by seed and epoch although it is not training.
+        seed: Seed of order, windows, flips and operations.
+        training: Shuffle every epoch, drop the incomplete batch, and continue from epoch to epoch without end.
+        shuffle: Shuffle by seed and epoch even outside training.
         policy: Automatic augmentation.
         rank, world_size: r and W.
 
@@ -283,7 +283,7 @@ class Planner:
         check_setting(full > 0 or not training, "batch_size", batch_size, problem)
 
     def positions(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
-        """(epoch, step) from there on: to the epoch's end, or, in training, on through all later epochs."""
+        """Yield (epoch, step) from a position on: to the epoch's end, or, in training, through all later epochs."""
         while True:
             for current in range(step, self.num_steps):
                 yield epoch, current
@@ -292,7 +292,7 @@ class Planner:
             epoch, step = epoch + 1, 0
 
     def ids(self, epoch: int, step: int) -> NDArray[np.int64]:
-        """The sample ids of this rank's batch: (N,), N ≤ B."""
+        """Return the sample ids of this rank's batch: (N,), N ≤ B."""
         start = step * self.global_batch + self.rank * self.batch_size
         stop = min(start + self.batch_size, self.num_samples)
         if not self.shuffle:
@@ -300,7 +300,9 @@ class Planner:
         return self._order(epoch)[start:stop]
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        """The samples of an epoch in order. Two epochs are kept: a reader that is ahead is in the next one already."""
+        """Return the samples of an epoch in order. Two epochs are cached, since a prefetching reader may be in the next
+        one.
+        """
         with _ORDERING:
             if epoch not in self._orders:
                 self._orders = {other: self._orders[other] for other in sorted(self._orders)[-1:]}
@@ -308,13 +310,13 @@ class Planner:
             return self._orders[epoch]
 
     def batch(self, epoch: int, step: int) -> BatchPlan:
-        """The plan of this rank's batch."""
+        """Return the plan of this rank's batch."""
         return self.plan(epoch, step, self.ids(epoch, step))
 
     def plan(self, epoch: int, step: int, sample_ids: NDArray[np.int64]) -> BatchPlan:
-        """A plan for given samples; each row is a function of (seed, epoch, sample id) alone."""
+        """Return a plan for given samples; each row is a function of (seed, epoch, sample id) alone."""
         geometry = self.geometry
-        # a sample of unknown size is never decoded, but its window must be computable
+        # A sample of unknown size is never decoded, but its window must be computable.
         heights = np.maximum(self.heights[sample_ids], 1).astype(np.float64)
         widths = np.maximum(self.widths[sample_ids], 1).astype(np.float64)
         windows = geometry.windows(
@@ -338,5 +340,5 @@ class Planner:
         return uniforms(self.seed, stream, epoch, sample_ids, count)
 
     def __getstate__(self) -> dict[str, object]:
-        """Workers get plans with their sample ids, not the order of a whole epoch."""
+        """Leave out the order of whole epochs: workers get plans with their sample ids."""
         return {**self.__dict__, "_orders": {}}

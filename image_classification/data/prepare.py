@@ -1,16 +1,18 @@
-"""`prepare`: a copy of a data set with images resized once to a short side, which makes every later epoch cheaper.
+"""`prepare`: writes a copy of a data set with images resized to a given short side, which makes every later epoch
+cheaper.
 
-Random-resized crops rarely need more than 256 pixels, while most of the decoding time of a full-size photograph goes
-into pixels that are thrown away. The copy keeps splits, class folders and file names.
+Random-resized crops rarely need more than 256 pixels, while most of the decoding time of a full-size photograph is
+spent on pixels that are discarded. The copy keeps splits, class folders and file names.
 
-Only plain folders of images are prepared: boxes and masks are given in pixels of the original images and would
-no longer fit, so a set that has them is refused.
+Only plain folders of images can be prepared: boxes and masks refer to pixels of the original images and would no longer
+fit, so sets that have them are refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import warnings
 from collections import Counter
@@ -26,22 +28,23 @@ from image_classification.data.decode import FORMATS
 from image_classification.data.progress import progress_bar
 from image_classification.data.verify import Broken, declare_common, find_images, print_broken
 from image_classification.data.workers import map_in_processes
-from image_classification.file_writing import atomic_path, output_path, write_text
+from image_classification.file_writing import atomic_path, output_path, resolved, write_text
+from image_classification.small_files import read_json
 from image_classification.verbs import declared
 
 _SETTINGS_FILE = "prepare.json"
 _JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
-_ORIENTATION = 274  # EXIF's number of it
+_ORIENTATION = 274  # EXIF tag number
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """How images are written.
+    """Settings of the written images.
 
     Attributes:
         short_side: Pixels of the shorter side.
         quality: JPEG quality, 1 to 100.
-        upright: Turn and mirror images as their EXIF orientation says; otherwise they stay as they are stored.
+        upright: Rotate and mirror images by their EXIF orientation; otherwise they stay as stored.
     """
 
     short_side: int = 256
@@ -56,13 +59,13 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What was done.
+    """The result of `prepare`.
 
     Attributes:
-        num_resized: Written smaller than they were.
-        num_converted: Written as RGB at their own size: other modes and formats, and what had to be turned upright.
-        num_copied: Already small, copied byte by byte.
-        num_kept: Outputs of an earlier run.
+        num_resized: Number of images written smaller.
+        num_converted: Number written as RGB at their own size: other modes and formats, and images rotated upright.
+        num_copied: Number already small, copied byte by byte.
+        num_kept: Number of outputs kept from an earlier run.
         broken: Sources that cannot be decoded; they have no output.
     """
 
@@ -74,12 +77,12 @@ class PrepareReport:
 
     @property
     def exit_code(self) -> int:
-        """0 if all is well, 1 if anything is broken."""
+        """0 on success, 1 if any image is broken."""
         return 1 if self.broken else 0
 
 
 class Task(NamedTuple):
-    """One image: source and target directory, relative path, how to write it, name if it has to become a JPEG."""
+    """One image: source and target directory, relative path, settings, and its name if it has to become a JPEG."""
 
     source: str
     target: str
@@ -89,7 +92,7 @@ class Task(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of an image: "resized", "converted", "copied", "kept" or "broken", and why it is broken."""
+    """Result for an image: "resized", "converted", "copied", "kept" or "broken", and why it is broken."""
 
     path: str
     action: str
@@ -106,24 +109,25 @@ def prepare(
 ) -> PrepareReport:
     """Write a resized copy of every image of a directory.
 
-    A run that was interrupted goes on where it stopped: outputs appear under their name only when they are whole.
+    An interrupted run continues where it stopped: outputs appear under their names only once complete.
 
     Args:
-        source: Directory of images, with any folders in it.
+        source: Directory of images, with any folder structure.
         target: Directory of the copy; created if needed.
         config: Size and quality.
-        num_workers: Processes; one per available core by default, 0 for none besides this one.
-        progress: Show a bar.
+        num_workers: Number of processes; one per available core by default, 0 to work in this process.
+        progress: Show a progress bar.
 
     Raises:
-        FileNotFoundError: There is no such source.
-        ValueError: No images, a set with boxes or masks, a target inside the source (or the reverse), or a
-            target that was prepared with other settings.
+        FileNotFoundError: The source does not exist.
+        ValueError: There are no images, the set has boxes or masks, the target is inside the source (or the reverse),
+            or the target was prepared with other settings.
     """
     config = config or PrepareConfig()
     paths = find_images(source)
     _check_plain(source)
-    if source.resolve().is_relative_to(target.resolve()) or target.resolve().is_relative_to(source.resolve()):
+    places = resolved(source), resolved(target)
+    if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
         raise ValueError(f"{source} and {target} lie within each other: choose a separate output directory")
     _check_settings(target, config)
     tasks = [
@@ -141,9 +145,9 @@ def prepare(
 
 
 def jpeg_names(paths: list[str]) -> list[str]:
-    """The name that each image has if it is written as JPEG.
+    """Return the name of each image if it is written as JPEG.
 
-    JPEG files keep theirs; `x.png` becomes `x.jpg`, or `x.png.jpg` where the folder has another image called `x`.
+    JPEG files keep their names; `x.png` becomes `x.jpg`, or `x.png.jpg` if the folder has another image called `x`.
     """
     stems = Counter(str(PurePosixPath(path).with_suffix("")).lower() for path in paths)
     names = []
@@ -159,21 +163,21 @@ def jpeg_names(paths: list[str]) -> list[str]:
 
 
 def prepare_one(task: Task) -> Outcome:
-    """Write the copy of one image, unless it is there."""
+    """Write the copy of one image, unless it exists."""
     source = Path(task.source, task.path)
-    if not source.is_file() and source.exists():  # a named pipe would be waited for
+    if not source.is_file() and source.exists():  # opening a named pipe would block
         return Outcome(task.path, "broken", "no regular file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks about odd metadata
+            warnings.simplefilter("ignore")  # warnings about odd metadata
             with Image.open(source) as image:
                 action = _action(image, task.config)
                 output = Path(task.target, task.path if action == "copied" else task.jpeg_path)
                 if output.is_file():
                     return Outcome(task.path, "kept", "")
-                image.load()  # a small image is copied only if it is whole, too
+                image.load()  # a small image, too, is copied only if it is complete
                 rgb = None if action == "copied" else _written(image, task.config)
-    except Exception as error:  # Pillow's decoders raise many kinds; each of them is the answer here
+    except Exception as error:  # Pillow's decoders raise many kinds of errors; any of them means broken
         return Outcome(task.path, "broken", str(error) or type(error).__name__)
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(output) as unfinished:
@@ -185,7 +189,7 @@ def prepare_one(task: Task) -> Outcome:
 
 
 def _action(image: Image.Image, config: PrepareConfig) -> str:
-    """What has to be done with an image, by its header."""
+    """Return what has to be done with an image, judged by its header."""
     if min(image.size) > config.short_side:
         return "resized"
     turned = config.upright and image.getexif().get(_ORIENTATION, 1) != 1
@@ -199,10 +203,10 @@ def _written(image: Image.Image, config: PrepareConfig) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any decoded image as 8-bit RGB. 16-bit grey keeps its upper byte; an alpha channel is dropped.
+    """Convert any decoded image to 8-bit RGB. 16-bit grey keeps its upper byte; an alpha channel is dropped.
 
     Raises:
-        ValueError: Its pixels are in floating point, which have no agreed black and white.
+        ValueError: Its pixels are floating point, for which black and white are not defined.
     """
     if image.mode == "F":
         raise ValueError("its pixels are in floating point: write it with 8 or 16 bits first")
@@ -213,7 +217,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize(image: Image.Image, short_side: int) -> Image.Image:
-    """Shrink to a short side, antialiased; smaller images stay as they are."""
+    """Shrink to a short side, antialiased; smaller images are unchanged."""
     width, height = image.size
     if min(width, height) <= short_side:
         return image
@@ -235,21 +239,24 @@ def _check_plain(source: Path) -> None:
 
 
 def _check_settings(target: Path, config: PrepareConfig) -> None:
-    """Store the settings next to the images, and refuse to mix two."""
+    """Store the settings next to the images, and refuse to mix different ones."""
     path = target / _SETTINGS_FILE
     settings = asdict(config)
-    if path.is_file():
-        earlier = {**asdict(PrepareConfig()), **json.loads(path.read_text())}
+    if os.path.lexists(path):
+        noted = read_json(path, "the settings of an earlier run,")
+        if not isinstance(noted, dict):
+            raise ValueError(f"{path} does not hold the settings of an earlier run: choose another directory")
+        earlier = {**asdict(PrepareConfig()), **noted}
         if earlier != settings:
             raise ValueError(
-                f"{target} was prepared with {earlier}, now {settings} is asked for: choose another directory"
+                f"{target} was prepared with {earlier} ({path.name}), now {settings} is asked for: choose another one"
             )
         return
     write_text(path, json.dumps(settings) + "\n")
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """Declare the verb's arguments."""
     declare_common(parser)
     parser.add_argument("output", type=output_path, help="directory of the copy")
     parser.add_argument(
@@ -273,7 +280,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the verb; the exit status is 1 if images are broken."""
+    """Run the verb and return the exit status: 1 if images are broken."""
     report = prepare(
         arguments.directory,
         arguments.output,

@@ -1,4 +1,4 @@
-"""Progress of long file work: a live bar on a terminal, a plain line now and then in a log file."""
+"""Progress of long file work: a live bar on a terminal, an occasional plain line in a log file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def progress_bar(description: str, total: int, enabled: bool = True) -> Iterator
 
 
 def _plain_lines(description: str, total: int) -> Advance:
-    """Progress without a terminal: a line every ten seconds, so that quick work says nothing."""
+    """Report progress without a terminal: a line every ten seconds, so that quick work prints nothing."""
     done = 0
     last = time.monotonic()
 

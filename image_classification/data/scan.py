@@ -1,10 +1,10 @@
-"""What is known of the image files of a split: which there are, and what they say of themselves in their headers.
+"""Scan of the image files of a split: their list and the content of their headers, cached.
 
-The first start lists every folder and reads every header (about 50 µs each). What was read is kept every half minute,
-so that a job that is stopped while it scans goes on there. Later starts ask each directory when it was changed, which
-says whether files came, went or took another's place: changed directories are listed again, and files of another size
-or time read again. A file that is overwritten in place changes no directory; so the first file of each folder is looked
-at too, as are all that could not be read, and `rescan` looks at all.
+The first start lists every folder and reads every header (about 50 µs each). Results are saved every half minute, so
+that a job stopped during the scan continues there. Later starts check the modification time of each directory, which
+tells whether files were added, removed or replaced: changed directories are listed again, and files with another size
+or time are read again. A file overwritten in place changes no directory, so the first file of each folder is checked
+too, as are all files that could not be read; `rescan` checks every file.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from image_classification.data.progress import progress_bar
 logger = logging.getLogger(__name__)
 
 _SHOW_PROGRESS_FROM = 20_000
-CHUNK = 256  # files that a thread reads before it reports
-NUM_THREADS = 16  # the work waits for the file system, network ones above all
-SECONDS_BETWEEN_PARTS = 30.0  # between two saves of what has been read so far
-_FRESH_NS = 2 * 10**9  # a directory that was changed just now may be changed again without another time
+CHUNK = 256  # number of files that a thread reads before it reports
+NUM_THREADS = 16  # scanning waits for the file system, above all network ones
+SECONDS_BETWEEN_PARTS = 30.0  # between two saves of the results so far
+_FRESH_NS = 2 * 10**9  # a directory changed just now may change again without another modification time
 _NEVER = -1
 
-#: One row per file: bytes and time of the file whose header was read, and what it said.
+#: One row per file: size and time of the file when its header was read, and the header's content.
 _ROW = np.dtype(
     [
         ("num_bytes", np.int64),
@@ -53,7 +53,7 @@ _ROW = np.dtype(
 )
 
 
-#: What `_read` gives of each file.
+#: Columns that `_read` returns for each file.
 _READ = ("heights", "widths", "digests", "intact", "turned")
 
 
@@ -70,10 +70,10 @@ class Files(NamedTuple):
     """The files of a folder or of a list.
 
     Attributes:
-        directories: Path → modification time in nanoseconds, of every directory that was looked into.
+        directories: Path → modification time in nanoseconds, of every directory visited.
         paths: N POSIX paths.
         rows: (N,) of `_ROW`.
-        left_out: Suffix → files of it that are images, but not for every backend.
+        left_out: Suffix → number of image files in formats that not every backend decodes.
     """
 
     directories: dict[str, int]
@@ -91,18 +91,18 @@ def scan_folders(
     rescan: bool = False,
     progress: bool = True,
 ) -> tuple[Paths, Headers, list[int]]:
-    """The images of several folders, subfolders and symbolic links included, sorted by path.
+    """List the images of several folders, including subfolders and symbolic links, sorted by path, with headers.
 
     Args:
         root: Directory that the paths are relative to.
         folders: POSIX paths.
-        cache_dir: Where the scan is kept, by the absolute path of `root` and `label`.
+        cache_dir: Directory of the scan, which is identified by the absolute path of `root` and by `label`.
         label: The split's name.
-        rescan: Look at every file, whatever directories say.
+        rescan: Check every file, whatever the directories' times.
         progress: Show a progress bar for large sets.
 
     Returns:
-        Paths and headers of all, folder after folder, and how many each folder has.
+        Paths and headers of all images, folder after folder, and the number of images per folder.
     """
 
     def look(folder: str, known: Files | None) -> Files:
@@ -135,7 +135,7 @@ def scan_list(
     rescan: bool = False,
     progress: bool = True,
 ) -> Headers:
-    """What the headers of listed files say. Arguments as `scan_folders` and `listing.stat_images`.
+    """Read the headers of listed files. Arguments as for `scan_folders` and `listing.stat_images`.
 
     Raises:
         FileNotFoundError: One of the files is missing.
@@ -172,7 +172,7 @@ def _changed_at(directory: Path) -> int:
 
 
 def _noted(entries: Sequence[FileEntry], directories: dict[str, int], known: Files | None) -> Files:
-    """Rows for a listing; what is known of files that have kept size and time is taken over."""
+    """Build rows for a listing; known rows of files with unchanged size and time are reused."""
     now = time.time_ns()
     times = {path: then if then < now - _FRESH_NS else _NEVER for path, then in directories.items()}
     rows = np.zeros(len(entries), _ROW)
@@ -192,7 +192,7 @@ def _noted(entries: Sequence[FileEntry], directories: dict[str, int], known: Fil
 
 
 class _Table(NamedTuple):
-    """The files of all folders, one table whose consecutive pieces they are."""
+    """The files of all folders as one table, and each folder as a slice of it."""
 
     folders: dict[str, Files]
     paths: Paths
@@ -207,7 +207,7 @@ def _scan(
     label: str,
     progress: bool,
 ) -> _Table:
-    """Look at each folder, read the headers that are not known, and keep what was found."""
+    """Check each folder, read unknown headers, and save the result."""
     cached = cache_dir / "scans" / f"{cache_key(str(root.resolve()), label)}.npz"
     with locked(cached), ThreadPoolExecutor(NUM_THREADS) as pool:
         known = _load(cached)
@@ -259,7 +259,7 @@ def _cut(
     paths: Paths,
     rows: np.ndarray,
 ) -> _Table:
-    """A table whose pieces have so many files, and such directories and counts of what is left out."""
+    """Build a table whose slices have these numbers of files, directories and counts of skipped files."""
     pieces = {}
     start = 0
     for folder, (directories, left_out), count in zip(folders, notes, counts, strict=True):
@@ -287,10 +287,17 @@ def _save(cached: Path, table: _Table) -> None:
 
 
 def _load(cached: Path) -> _Table:
-    """What an earlier scan has left; an empty table without one, or where it is damaged."""
+    """Load an earlier scan; an empty table if there is none or it is damaged."""
     arrays = read_npz(cached) if cached.is_file() else None
     if arrays is None or arrays.get("rows", np.zeros(0)).dtype != _ROW or "num_left_out" not in arrays:
         return _joined((), ())
+    try:
+        return _table_of(arrays)
+    except (KeyError, ValueError, IndexError, TypeError):
+        return _joined((), ())
+
+
+def _table_of(arrays: Mapping[str, np.ndarray]) -> _Table:
     directories = _dicts(arrays, "directories", "times", "num_directories")
     left_out = _dicts(arrays, "suffixes", "counts", "num_left_out")
     folders, paths = Paths.from_arrays(arrays, "folders"), Paths.from_arrays(arrays, "paths")
@@ -299,7 +306,7 @@ def _load(cached: Path) -> _Table:
 
 
 def _dicts(arrays: Mapping[str, np.ndarray], keys: str, values: str, lengths: str) -> list[dict[str, int]]:
-    """One table for each folder, of such lengths, from what all of them hold one after the other."""
+    """Split concatenated keys and values into one mapping per folder, with the given lengths."""
     entries = iter(zip(Paths.from_arrays(arrays, keys), arrays[values].tolist(), strict=True))
     return [dict(itertools.islice(entries, length)) for length in arrays[lengths].tolist()]
 

@@ -1,4 +1,4 @@
-"""From the host to the device without the host waiting: out of memory that the GPU can read by itself."""
+"""Transfers from host to device without blocking the host, from memory that the GPU can read directly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; what goes to a GPU is pinned before, or `non_blocking` would be in vain."""
+    """Return a tensor on a device; for a GPU it is pinned first, without which `non_blocking` would have no effect."""
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""One image file as a network wants it, outside any data set."""
+"""A single image file as a network's input, outside any data set."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from image_classification.network_input import NetworkInput
 
 
 def pixels_of(path: Path, wanted: NetworkInput) -> Tensor:
-    """(3, S, S) float32, normalised, cropped or stretched as in evaluation.
+    """Read an image as (3, S, S) float32, normalised, cropped or stretched as in evaluation.
 
     Raises:
-        UnreadableError: With the reason.
+        UnreadableError: The image cannot be read; the message says why.
     """
     image = open_image(path)
     side = (wanted.image_size, wanted.image_size)

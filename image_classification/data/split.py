@@ -1,8 +1,8 @@
-"""`split`: class folders become `train/` and `val/`, a share of every class held out.
+"""`split`: divides class folders into `train/` and `val/`, holding out a share of every class.
 
 The new directory holds links to the files, not copies (symbolic ones; `--copy` for file systems without them), so it
-costs no space and the original stays as it is. Which images are held out depends on their names and the seed alone:
-images that come later move none of the others from one side to the other.
+costs no space and the original is unchanged. Which images are held out depends only on their names and the seed: images
+added later do not move others from one side to the other.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from pathlib import Path, PurePosixPath
 from image_classification.config import check_setting
 from image_classification.data.layouts.folders import class_folders
 from image_classification.data.listing import list_images
-from image_classification.file_writing import atomic_path, output_path
+from image_classification.file_writing import atomic_path, output_path, resolved
 from image_classification.verbs import declared
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitReport:
-    """What was done.
+    """The result of a split.
 
     Attributes:
-        num_train, num_val: Class → images in that part.
+        num_train, num_val: Class → number of images in that part.
     """
 
     num_train: dict[str, int]
     num_val: dict[str, int]
 
     def describe(self) -> str:
-        """A one-line summary."""
+        """Return a one-line summary."""
         train, val = sum(self.num_train.values()), sum(self.num_val.values())
         return f"{len(self.num_train)} classes: {train:,} images in train/, {val:,} in val/"
 
@@ -46,21 +46,22 @@ def split(
     Args:
         source: Directory with one folder of images per class.
         target: Directory to create; must not exist, or be empty.
-        share: Part of every class that goes into `val/`, rounded; at least one image of each.
-        seed: Another number holds out other images.
+        share: Share of every class that goes into `val/`, rounded; at least one image of each.
+        seed: Seed of the choice.
         copy: Copy the files instead of linking to them.
 
     Raises:
-        FileNotFoundError: There is no such source.
-        SettingError: A share outside 0 … 1.
-        ValueError: No class folders, a class with fewer than two images, or a target in use or within the source.
+        FileNotFoundError: The source does not exist.
+        SettingError: The share is outside 0 … 1.
+        ValueError: There are no class folders, a class has fewer than two images, or the target is in use or within the
+            source.
     """
     check_setting(0 < share < 1, "share", share, "give a share between 0 and 1")
     if not source.is_dir():
         raise FileNotFoundError(f"there is no directory {source}")
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty: choose another output directory")
-    if target.resolve().is_relative_to(source.resolve()):
+    if resolved(target).is_relative_to(resolved(source)):
         raise ValueError(f"{target} lies within {source}: choose a separate output directory")
     parts = {name: _divided(_images(source, name), share, seed) for name in class_folders(source)}
     if not parts:
@@ -76,7 +77,7 @@ def split(
 
 
 def _images(source: Path, name: str) -> list[str]:
-    """Images of a class, relative to the source, sorted."""
+    """Return the images of a class, relative to the source, sorted."""
     paths = [entry.path for entry in list_images(source, name)]
     odd = next((path for path in paths if not (source / path).is_file()), None)
     if odd is not None:
@@ -87,7 +88,7 @@ def _images(source: Path, name: str) -> list[str]:
 
 
 def _divided(paths: list[str], share: float, seed: int) -> tuple[list[str], list[str]]:
-    """Those that stay and those held out: the images with the smallest digests of their names."""
+    """Return the images that stay and those held out, which have the smallest digests of their names."""
     count = min(max(round(share * len(paths)), 1), len(paths) - 1)
     shuffled = sorted(
         paths, key=lambda path: hashlib.sha256(f"{seed}/{PurePosixPath(path)}".encode()).hexdigest()
@@ -106,7 +107,7 @@ def _place(source: Path, target: Path, *, copy: bool) -> None:
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """Declare the verb's arguments."""
     parser.add_argument("directory", type=Path, help="one folder of images per class")
     parser.add_argument("output", type=output_path, help="directory to create, with train/ and val/")
     parser.add_argument(

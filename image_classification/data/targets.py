@@ -1,12 +1,12 @@
 """Targets by sample id: class index, multi-hot, soft labels, boxes and pixel masks, through one mechanism.
 
-A loader transports nothing but sample ids (the row in the manifest); whatever belongs to a sample is looked up here
-once its crop window and flip are known. So every backend has every kind of target, and boxes and masks follow the
-crop exactly, because they use the window that the image was cut with.
+A loader transports nothing but sample ids (the row in the manifest); everything that belongs to a sample is looked up
+here once its crop window and flip are known. So every backend supports every kind of target, and boxes and masks follow
+the crop exactly, because they use the image's own window.
 
 Geometry. Pixel (column i, row j) covers the square [i, i+1) × [j, j+1); its centre lies at i + 0.5. A window (top,
-left, height, width) in raw pixels is stretched to the output of H × W pixels, then mirrored if the sample is
-flipped; this is the convention of half-pixel centres that the image's own resize uses.
+left, height, width) in raw pixels is stretched to the output of H × W pixels, then mirrored if the sample is flipped;
+this is the convention of half-pixel centres that the image's own resize uses.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from image_classification.data.imagefile import DECODING_ERRORS
 
 VOID = 255
 """Mask value of pixels whose class is unknown or undecided."""
@@ -33,7 +35,7 @@ class TargetTable:
         boxes: Per sample (k, 4) float32 `x0, y0, x1, y1` in raw pixels, ends exclusive; None if the set has none.
         box_classes: Per sample (k,) int64 class index of each box.
         mask_paths: Per sample the path, relative to the manifest's root, of a PNG that holds class index + 1, 0 for
-            background and 255 for void; "" where a sample has no mask; None if the set has none.
+            background and 255 for void; "" if a sample has no mask; None if the set has none.
         multi_label: Whether the columns of (N, L) labels are independent (multi-hot) rather than a distribution.
     """
 
@@ -65,7 +67,7 @@ class TargetTable:
         return len(self.labels)
 
     def subset(self, sample_ids: np.ndarray | Sequence[int]) -> TargetTable:
-        """The targets of some samples, in the given order."""
+        """Return the targets of some samples, in the given order."""
         ids = np.asarray(sample_ids, dtype=np.int64)
         return TargetTable(
             labels=self.labels[ids],
@@ -76,7 +78,7 @@ class TargetTable:
         )
 
     def renumbered(self, places: Sequence[int], num_classes: int) -> TargetTable:
-        """The same targets with class i called `places[i]`, of `num_classes` classes.
+        """Return the same targets with class i renumbered to `places[i]`, of `num_classes` classes.
 
         Raises:
             ValueError: There are pixel masks, whose files hold the class indices.
@@ -97,7 +99,7 @@ class TargetTable:
         return TargetTable(labels, self.boxes, classes, None, self.multi_label)
 
     def as_multi_label(self, num_classes: int) -> TargetTable:
-        """Class indices as multi-hot rows with a single one; what is multi-label already stays as it is.
+        """Convert class indices to multi-hot rows with a single one; multi-label targets are returned unchanged.
 
         Raises:
             ValueError: The labels are soft: a distribution has no multi-hot form.
@@ -111,7 +113,7 @@ class TargetTable:
         return TargetTable(rows, self.boxes, self.box_classes, self.mask_paths, multi_label=True)
 
     def lookup(self, sample_ids: np.ndarray | Sequence[int]) -> Tensor:
-        """Labels of a batch: (n,) int64, or (n, L) float32."""
+        """Return the labels of a batch: (n,) int64, or (n, L) float32."""
         return torch.from_numpy(self.labels[np.asarray(sample_ids, dtype=np.int64)])
 
     def boxes_in(
@@ -123,15 +125,15 @@ class TargetTable:
         *,
         clip: bool = False,
     ) -> list[tuple[Tensor, Tensor]]:
-        """Boxes of a batch in the pixels of the output crop.
+        """Return the boxes of a batch in pixels of the output crop.
 
         Args:
             sample_ids: (n,) rows of the table.
             windows: (n, 4) float top, left, height, width in raw pixels.
             flips: (n,) bool.
             size: Output height and width.
-            clip: Cut the boxes at the crop's border. A box outside the crop then has no area; it is kept, so that
-                the rows of both forms correspond. Figures that divide by the whole area need the uncut form.
+            clip: Clip the boxes at the crop's border. A box outside the crop then has no area; it is kept, so that the
+                rows of both forms correspond. Figures that divide by the whole area need unclipped boxes.
 
         Returns:
             Per sample (k, 4) float32 `x0, y0, x1, y1` and (k,) int64 classes.
@@ -163,11 +165,11 @@ class TargetTable:
         flips: np.ndarray,
         size: tuple[int, int],
     ) -> Tensor:
-        """Masks of a batch in the pixels of the output crop, by nearest neighbour (arguments as in `boxes_in`).
+        """Return the masks of a batch in pixels of the output crop, by nearest neighbour (arguments as for `boxes_in`).
 
         Returns:
-            (n, H, W) uint8: class index + 1, 0 background (also where the window leaves the image), 255 void; a
-            sample without a mask is void throughout, since nothing is known about its pixels.
+            (n, H, W) uint8: class index + 1, 0 background (also where the window leaves the image), 255 void; a sample
+                without a mask is void everywhere, since its pixels are unknown.
 
         Raises:
             ValueError: The set has no masks, or a file is not a mask; the message names it.
@@ -182,7 +184,7 @@ class TargetTable:
         return torch.from_numpy(batch)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Plain arrays for an npz file without pickle; ragged columns as one array and its row lengths."""
+        """Return plain arrays for an npz file without pickles; ragged columns as one array and its row lengths."""
         arrays = {"labels": self.labels, "multi_label": np.array(self.multi_label)}
         if self.boxes is not None and self.box_classes is not None:
             arrays["box_counts"] = np.array([len(boxes) for boxes in self.boxes], np.int64)
@@ -194,7 +196,7 @@ class TargetTable:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> TargetTable:
-        """The inverse of `to_arrays`."""
+        """Build a table from the output of `to_arrays`."""
         boxes = box_classes = None
         if "box_counts" in arrays:
             cuts = np.cumsum(arrays["box_counts"])[:-1]
@@ -206,29 +208,30 @@ class TargetTable:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """The stored indices of a mask PNG: (H, W) uint8, palette or grey, never through its colours.
+    """Read the stored indices of a mask PNG: (H, W) uint8, palette or grey, never through its colours.
 
     Raises:
         ValueError: The file is not an image with one 8-bit channel.
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
     """
+    if path.exists() and not path.is_file():  # reading a named pipe would block
+        raise ValueError(f"{path}: the mask is no regular file")
     try:
         with Image.open(path) as image:
-            if image.mode not in ("P", "L"):
-                raise ValueError(
-                    f"{path}: a mask has one 8-bit channel (palette or grey), not mode {image.mode!r}"
-                )
-            return np.array(image)
+            mode, mask = image.mode, np.array(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"the mask {path} is missing") from None
-    except (OSError, SyntaxError) as error:
+    except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: the mask cannot be decoded ({error})") from error
+    if mode not in ("P", "L"):
+        raise ValueError(f"{path}: a mask has one 8-bit channel (palette or grey), not mode {mode!r}")
+    return mask
 
 
 def crop_mask(mask: np.ndarray, window: np.ndarray, flip: bool, size: tuple[int, int]) -> np.ndarray:
-    """Cut a window (top, left, height, width) out of an (H, W) mask at output `size` by nearest neighbour.
+    """Crop a window (top, left, height, width) of an (H, W) mask at output `size` by nearest neighbour.
 
-    Output pixel j takes the raw pixel that holds its centre, `floor(left + (j + 0.5)·width/W)`; outside is 0.
+    Output pixel j takes the raw pixel that holds its centre, `floor(left + (j + 0.5)·width/W)`; pixels outside are 0.
     """
     top, left, rows, columns = (float(value) for value in window)
     y = np.floor(top + (np.arange(size[0]) + 0.5) * (rows / size[0])).astype(np.int64)

@@ -1,4 +1,4 @@
-"""`verify`: decode every image of a directory once, in parallel, and name what is broken before training finds it."""
+"""`verify`: decodes every image of a directory once, in parallel, and lists broken files before training finds them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SHOWN = 50
 
 
 class Finding(NamedTuple):
-    """What decoding one file gave: its format and mode, or why it failed."""
+    """Result of decoding one file: its format and mode, or why it failed."""
 
     path: str
     kind: str
@@ -47,9 +47,9 @@ class VerifyReport:
 
     Attributes:
         root: The verified directory.
-        num_images: Files decoded.
-        kinds: How many of each format and colour mode, such as "JPEG RGB".
-        broken: What cannot be decoded, by path.
+        num_images: Number of files decoded.
+        kinds: Number of files by format and colour mode, such as "JPEG RGB".
+        broken: Files that cannot be decoded, by path.
     """
 
     root: str
@@ -59,7 +59,7 @@ class VerifyReport:
 
     @property
     def exit_code(self) -> int:
-        """0 if all is well, 1 if anything is broken."""
+        """0 on success, 1 if any image is broken."""
         return 1 if self.broken else 0
 
     def save(self, path: Path) -> None:
@@ -68,16 +68,16 @@ class VerifyReport:
 
 
 def verify(root: Path, *, num_workers: int | None = None, progress: bool = True) -> VerifyReport:
-    """Decode every image below a directory, whatever its layout (masks, being PNG files, too).
+    """Decode every image below a directory, in any layout (including masks, which are PNG files).
 
     Args:
         root: The directory.
-        num_workers: Processes; one per available core by default, 0 for none besides this one.
-        progress: Show a bar.
+        num_workers: Number of processes; one per available core by default, 0 to work in this process.
+        progress: Show a progress bar.
 
     Raises:
-        FileNotFoundError: There is no such directory.
-        ValueError: It has no images.
+        FileNotFoundError: The directory does not exist.
+        ValueError: The directory has no images.
     """
     paths = find_images(root)
     findings: list[Finding] = []
@@ -96,11 +96,11 @@ def verify(root: Path, *, num_workers: int | None = None, progress: bool = True)
 
 
 def find_images(root: Path) -> list[str]:
-    """Paths of all images below a directory, relative to it, sorted.
+    """Return the paths of all images below a directory, relative to it, sorted.
 
     Raises:
-        FileNotFoundError: There is no such directory.
-        ValueError: It has no images.
+        FileNotFoundError: The directory does not exist.
+        ValueError: The directory has no images.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"there is no directory {root}")
@@ -115,7 +115,7 @@ def decode_fully(item: tuple[str, str]) -> Finding:
     root, path = item
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a remark about odd metadata does not make a file broken
+            warnings.simplefilter("ignore")  # odd metadata does not make a file broken
             place = os.path.join(root, path)
             if os.path.exists(place) and not os.path.isfile(place):
                 return Finding(path, "", "no regular file")
@@ -131,7 +131,7 @@ def decode_fully(item: tuple[str, str]) -> Finding:
                 image.load()
     except FileNotFoundError:
         return Finding(path, "", "dangling link or vanished file")
-    except Exception as error:  # Pillow's decoders raise many kinds; each of them is the answer here
+    except Exception as error:  # Pillow's decoders raise many kinds of errors; any of them means broken
         reason = "no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
         if os.path.getsize(os.path.join(root, path)) == 0:
             reason = "empty file"
@@ -140,7 +140,7 @@ def decode_fully(item: tuple[str, str]) -> Finding:
 
 
 def declare_common(parser: argparse.ArgumentParser) -> None:
-    """Arguments of every verb that goes through a directory of images."""
+    """Declare the arguments of all verbs that process a directory of images."""
     parser.add_argument("directory", type=Path, help="directory of images, any folders in it included")
     parser.add_argument(
         "--workers",
@@ -152,7 +152,7 @@ def declare_common(parser: argparse.ArgumentParser) -> None:
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """Declare the verb's arguments."""
     declare_common(parser)
     parser.add_argument(
         "--json", type=output_path, default=None, metavar="FILE", help="write the report there as well"
@@ -160,7 +160,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the verb; the exit status is 1 if images are broken."""
+    """Run the verb and return the exit status: 1 if images are broken."""
     report = verify(arguments.directory, num_workers=arguments.workers, progress=not arguments.quiet)
     if arguments.json is not None:
         report.save(arguments.json)
@@ -171,7 +171,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def print_broken(broken: Sequence[Broken]) -> None:
-    """The first broken files and why, one a line."""
+    """Print the first broken files and why, one per line."""
     for entry in broken[:_SHOWN]:
         print(f"  {entry.path}: {entry.reason}")
     if len(broken) > _SHOWN:

@@ -1,4 +1,4 @@
-"""Applying a function to many files in several processes."""
+"""Parallel application of a function to many files, in several processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHUNK = 16
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -29,8 +29,8 @@ def map_in_processes(
     Args:
         function: A module's function; its module is imported in each worker and should be light.
         items: Arguments that can be pickled.
-        num_workers: Processes; one per core by default, 0 to work in this process. No more are started than have
-            something to do.
+        num_workers: Number of processes; one per core by default, 0 to work in this process. No more are started than
+            needed.
 
     Raises:
         SettingError: `num_workers` is negative.
@@ -41,7 +41,7 @@ def map_in_processes(
     if workers == 0 or len(items) <= _CHUNK:
         yield from map(function, items)
         return
-    # spawned, not forked: the caller may hold threads, and a fork would copy their locks
+    # Spawned, not forked: the caller may have threads, and a fork would copy their locks.
     with ProcessPoolExecutor(min(workers, -(-len(items) // _CHUNK)), mp_context=get_context("spawn")) as pool:
         try:
             yield from pool.map(function, items, chunksize=_CHUNK)

@@ -1,5 +1,6 @@
-"""Networks: our own by name, torchvision's and timm's by prefix; structure as data; weights from files."""
+"""Networks: LucidPrune's own by name, torchvision's and timm's by prefix; structure as data; weights from files."""
 
+from image_classification.models.building_for_weights import model_for_weights
 from image_classification.models.external import main_and_auxiliary_logits
 from image_classification.models.factory import (
     ModelIdentity,
@@ -13,24 +14,14 @@ from image_classification.models.factory import (
     remember_input,
     unwrap,
 )
+from image_classification.models.fitting_weights import apply_weights, head_tensors
 from image_classification.models.model_config import ModelConfig, build_model
 from image_classification.models.modes import allow_tf32, evaluating, exact_float32, inference
 from image_classification.models.registry import ArchInfo, ModelError, register
-from image_classification.models.structure import (
-    Structure,
-    StructureError,
-    build_from_structure,
-    capture_structure,
-)
-from image_classification.models.weights import (
-    LoadedWeights,
-    apply_weights,
-    head_tensors,
-    load_weights,
-    model_for_weights,
-    read_safely,
-    saved_input,
-)
+from image_classification.models.structure import Structure, StructureError
+from image_classification.models.structure_build import build_from_structure
+from image_classification.models.structure_capture import capture_structure
+from image_classification.models.weights import LoadedWeights, load_weights, read_safely, saved_input
 from image_classification.models.weights_reading import WeightsError
 
 __all__ = [

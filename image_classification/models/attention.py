@@ -1,8 +1,8 @@
 """PyTorch's own attention at widths that its class does not allow.
 
-`nn.MultiheadAttention` insists on heads × width of a head = width of the embedding. A network that was cut has fewer
-heads, or a narrower embedding, or both. `fit_attention` gives such modules another class; they stay the same objects
-with the same tensors under the same names.
+`nn.MultiheadAttention` insists on heads × width of a head = width of the embedding. A pruned network has fewer heads,
+or a narrower embedding, or both. `fit_attention` changes the class of such modules; they stay the same objects with the
+same tensors under the same names.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from image_classification.models.module_tree import named_modules
 
 
 class CutAttention(nn.MultiheadAttention):
-    """`nn.MultiheadAttention` whose heads and embedding have widths of their own.
+    """`nn.MultiheadAttention` whose heads and embedding have independent widths.
 
-    The width of a head, `head_dim`, is what it was; the number of heads and all other widths are those of the tensors.
+    The width of a head, `head_dim`, is unchanged; the number of heads and all other widths follow from the tensors.
     """
 
-    # PyTorch's encoders have a fast path that reads the attention's tensors; this closes it.
+    # Disables the fast path of PyTorch's encoders, which reads the attention's tensors directly.
     _qkv_same_embed_dim = property(lambda self: False)
 
     def forward(
@@ -37,7 +37,7 @@ class CutAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Arguments and results are those of `nn.MultiheadAttention`, nested tensors aside."""
+        """See `nn.MultiheadAttention`; same arguments and results, except for nested tensors."""
         batched = query.dim() == 3
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
@@ -46,7 +46,7 @@ class CutAttention(nn.MultiheadAttention):
             k, v = self._lengthened(k, self.bias_k), self._lengthened(v, self.bias_v)
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        # As in PyTorch, the hint replaces the mask where nothing else needs one.
+        # As in PyTorch, the hint replaces the mask if nothing else needs one.
         is_causal = is_causal and key_padding_mask is None and not need_weights
         mask = self._mask(q, k, None if is_causal else attn_mask, key_padding_mask)
         dropout = self.dropout if self.training else 0.0
@@ -64,7 +64,7 @@ class CutAttention(nn.MultiheadAttention):
         return result if self.batch_first else result.transpose(0, 1), weights
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values, heads × head_dim wide."""
+        """Return queries, keys and values, heads × head_dim wide."""
         if self.in_proj_weight is not None and query is key and key is value:
             return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         if self.in_proj_weight is not None:
@@ -77,7 +77,7 @@ class CutAttention(nn.MultiheadAttention):
         return q, k, v
 
     def _with_heads(self, x: Tensor, batched: bool) -> Tensor:
-        """(N, L, E), or (L, N, E) or (L, E) → (N, heads, L, head_dim)."""
+        """Reshape (N, L, E), or (L, N, E) or (L, E), to (N, heads, L, head_dim)."""
         if not batched:
             x = x[None]
         elif not self.batch_first:
@@ -86,7 +86,7 @@ class CutAttention(nn.MultiheadAttention):
         return heads.transpose(1, 2)
 
     def _lengthened(self, x: Tensor, bias: Tensor) -> Tensor:
-        """(N, heads, S, head_dim) with one more position, the same for all images."""
+        """Append one position, the same for all images, to (N, heads, S, head_dim)."""
         return torch.cat(
             [x, bias.view(1, 1, -1, self.head_dim).transpose(1, 2).expand(len(x), -1, -1, -1)], 2
         )
@@ -94,7 +94,7 @@ class CutAttention(nn.MultiheadAttention):
     def _mask(
         self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None
     ) -> Tensor | None:
-        """Both masks as one that is added to the scores (N, heads, L, S)."""
+        """Combine both masks into one that is added to the scores (N, heads, L, S)."""
         total = None
         if attn_mask is not None:
             total = _added(attn_mask, q)
@@ -107,7 +107,7 @@ class CutAttention(nn.MultiheadAttention):
 
 
 def _added(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask as numbers to add: minus infinity where a boolean one is true."""
+    """Convert a mask to an additive one: minus infinity where a boolean mask is true."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
@@ -124,14 +124,15 @@ def _is_native(attention: nn.MultiheadAttention) -> bool:
 
 
 def fit_attention(model: nn.Module, everywhere: bool = False) -> list[tuple[nn.Module, str, object]]:
-    """Attentions that PyTorch's class does not allow become `CutAttention`, and encoders around them stay plain.
+    """Change attentions that PyTorch's class does not support to `CutAttention`, and keep their encoders off the fast
+    path.
 
     Args:
         model: The network, in place.
-        everywhere: Do so with all attentions of PyTorch's own class.
+        everywhere: Change all attentions of PyTorch's own class.
 
     Returns:
-        What was changed: (module, attribute, value before), for `restore`.
+        The changes as (module, attribute, value before), for `restore`.
     """
     changed: list[tuple[nn.Module, str, object]] = []
 
@@ -150,14 +151,14 @@ def fit_attention(model: nn.Module, everywhere: bool = False) -> list[tuple[nn.M
 
 
 def restore(changed: list[tuple[nn.Module, str, object]]) -> None:
-    """Undo what `fit_attention` did."""
+    """Undo the changes of `fit_attention`."""
     for module, attribute, value in reversed(changed):
         setattr(module, attribute, value)
 
 
 @contextlib.contextmanager
 def attention_of_any_width(model: nn.Module) -> Iterator[None]:
-    """Inside, all attentions of PyTorch's own class run as `CutAttention` does."""
+    """Run all attentions of PyTorch's own class as `CutAttention` inside the block."""
     changed = fit_attention(model, everywhere=True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Momentum and epsilon of all batch norms of a network, as options that every architecture has."""
+"""Momentum and epsilon of all batch norms of a network, as options of every architecture."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import nn
 from image_classification.models.registry import ModelSettingError
 from image_classification.plain_data import Plain, PlainMapping
 
-#: Option → attribute of the batch norms. The smallest values are not included.
+#: Option → attribute of the batch norms; values must be above 0.
 OPTIONS = {"bn_momentum": "momentum", "bn_eps": "eps"}
 
 
 def architecture_options(options: PlainMapping) -> Plain:
-    """The options that are left to an architecture's constructor."""
+    """Return the options that are passed on to an architecture's constructor."""
     return {name: value for name, value in options.items() if name not in OPTIONS}
 
 
 def set_batch_norms(model: nn.Module, options: PlainMapping) -> None:
-    """Give all batch norms of a network the momentum and the epsilon that `options` name.
+    """Set the momentum and the epsilon of all batch norms of a network, as given in `options`.
 
     Raises:
         ModelSettingError: A value is not above 0 (a momentum not at most 1), or there is no batch norm.

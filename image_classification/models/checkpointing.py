@@ -1,7 +1,7 @@
-"""Activation checkpointing, passed through for a while.
+"""Temporary disabling of activation checkpointing.
 
-A checkpointed block runs its forward pass again in the backward pass. Hooks that gate its modules would act on one of
-the two runs only, and the gates of the first would get no derivative. Inside `checkpoints_passed_through` such a block
+A checkpointed block runs its forward pass again in the backward pass. Hooks that gate its modules would act on only one
+of the two runs, and the gates of the first would get no derivative. Inside `checkpoints_passed_through` such a block
 runs as if it were not checkpointed: once, with all its activations kept.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from torch.utils import checkpoint
 
-#: Names in `torch.utils.checkpoint` of what wraps a call without reentrant autograd; they differ between versions.
+#: Names in `torch.utils.checkpoint` of the wrappers of a call without reentrant autograd; they differ between versions.
 _GENERATORS = (
     "_checkpoint_without_reentrant_generator",
     "_checkpoint_without_reentrant_generator_impl",
@@ -20,7 +20,7 @@ _GENERATORS = (
 
 
 class _PlainFunction:
-    """Stands in for the autograd function of reentrant checkpoints."""
+    """Replacement of the autograd function of reentrant checkpoints."""
 
     @staticmethod
     def apply(function: Callable[..., object], _preserve_rng_state: bool, *args: object) -> object:
@@ -28,13 +28,13 @@ class _PlainFunction:
 
 
 def _plain_generator(*_args: object, **_kwargs: object) -> Iterator[None]:
-    """Stands in for what runs before and after the call of a checkpointed function."""
+    """Replacement of the code that runs before and after a checkpointed function."""
     yield
 
 
 @contextlib.contextmanager
 def checkpoints_passed_through() -> Iterator[None]:
-    """`torch.utils.checkpoint` calls what it is given, and nothing else, in either of its variants."""
+    """Make `torch.utils.checkpoint` just call its function inside the block, in both of its variants."""
     plain: dict[str, object] = {"CheckpointFunction": _PlainFunction}
     plain |= {name: _plain_generator for name in _GENERATORS if hasattr(checkpoint, name)}
     before = {name: getattr(checkpoint, name) for name in plain}

@@ -1,7 +1,7 @@
 """Classifiers of torchvision (`torchvision/NAME`) and timm (`timm/NAME`), always without pretrained weights.
 
-Nothing is downloaded here: `published_weights` has the weights that they go by. GoogLeNet and Inception keep their
-auxiliary heads and torchvision's own input transform, which its published weights expect after the usual
+Nothing is downloaded here: `published_weights` handles the weights that the libraries publish. GoogLeNet and Inception
+keep their auxiliary heads and torchvision's own input transform, which the published weights expect after the usual
 normalisation.
 """
 
@@ -20,7 +20,7 @@ from image_classification.extras import MissingPackageError, optional_import
 from image_classification.models.registry import ArchInfo, ModelError, ModelSettingError
 from image_classification.published_name import LIBRARIES
 
-# Options of the libraries' builders that would read files, reach for the network or build no classifier.
+# Options of the libraries' builders that would read files, access the network or build no classifier.
 _REFUSED_OPTIONS = (
     *("weights", "weights_backbone", "pretrained", "progress", "checkpoint_path", "pretrained_cfg"),
     *("pretrained_cfg_overlay", "pretrained_strict", "cache_dir", "features_only", "num_classes"),
@@ -30,16 +30,16 @@ _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
 
 def main_and_auxiliary_logits(output: object) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Split what a classifier returns into its logits and those of its auxiliary heads.
+    """Split a classifier's output into its logits and those of its auxiliary heads.
 
-    GoogLeNet and Inception return a named tuple while training (torchvision weights their auxiliary losses
-    0.3 and 0.4); every other network, and these two in evaluation mode, returns one tensor.
+    GoogLeNet and Inception return a named tuple while training (torchvision weights their auxiliary losses 0.3 and
+    0.4); every other network, and these two in evaluation mode, returns one tensor.
 
     Args:
         output: A tensor (N, num_classes), or a tuple whose first member is the main one; members may be None.
 
     Returns:
-        Main logits (N, num_classes), and a tuple of auxiliary logits, empty where there are none.
+        Main logits (N, num_classes), and a tuple of auxiliary logits, possibly empty.
     """
     if isinstance(output, Tensor):
         return output, ()
@@ -49,16 +49,16 @@ def main_and_auxiliary_logits(output: object) -> tuple[Tensor, tuple[Tensor, ...
 
 
 def split_name(arch: str) -> tuple[str, str] | None:
-    """`("timm", "resnet50d")` of `timm/resnet50d`; None when there is no such prefix."""
+    """Split `timm/resnet50d` into `("timm", "resnet50d")`; None if there is no such prefix."""
     library, _, name = arch.partition("/")
     return (library, name) if library in LIBRARIES and name else None
 
 
 def import_library(library: str) -> ModuleType:
-    """torchvision's `models` module, or the timm package.
+    """Import torchvision's `models` module or the timm package.
 
     Raises:
-        ModelError: It is not installed.
+        ModelError: The library is not installed.
     """
     try:
         with optional_import():
@@ -68,28 +68,28 @@ def import_library(library: str) -> ModuleType:
 
 
 def library_names(library: str) -> list[str]:
-    """Names of all classifiers of a library, without prefix."""
+    """Return the names of all classifiers of a library, without prefix."""
     models = import_library(library)
     return list(models.list_models(module=models) if library == "torchvision" else models.list_models())
 
 
 def libraries_with(name: str) -> list[str]:
-    """Prefixed names under which the installed libraries know `name`."""
+    """Return the prefixed names under which the installed libraries know `name`."""
     found = []
     for library in LIBRARIES:
         try:
             if name in library_names(library):
                 found.append(f"{library}/{name}")
-        except ModelError:  # the library is not installed: nothing to suggest from it
+        except ModelError:  # the library is not installed, so it has no suggestions
             continue
     return found
 
 
 def check_known(library: str, name: str) -> None:
-    """Make sure that a library has a classifier of this name.
+    """Check that a library has a classifier of this name.
 
     Raises:
-        ModelError: It has none; the most similar name is suggested.
+        ModelError: There is no such classifier; the most similar name is suggested.
     """
     known = (
         name in library_names(library) if library == "torchvision" else import_library("timm").is_model(name)
@@ -100,7 +100,7 @@ def check_known(library: str, name: str) -> None:
 
 
 def is_no_classifier(library: str, name: str) -> bool:
-    """Whether torchvision has a network of this name for something else: detection, segmentation, video."""
+    """Whether torchvision has a network of this name for another task: detection, segmentation, video."""
     if library != "torchvision" or name in library_names(library):
         return False
     return name in import_library(library).list_models()
@@ -118,12 +118,14 @@ def build_no_classifier(name: str, num_classes: int, options: Mapping[str, objec
 
 
 def external_info(library: str, name: str) -> ArchInfo:
-    """The images that a library's network expects, from its metadata; nothing is built or downloaded."""
+    """Return the images that a library's network expects, from its metadata, without building or downloading
+    anything.
+    """
     check_known(library, name)
     if library == "timm":
         try:
             cfg = import_library("timm").get_pretrained_cfg(name)
-        except RuntimeError as error:  # an unknown tag behind the dot
+        except RuntimeError as error:  # an unknown tag after the dot
             raise ModelSettingError("arch", f"timm/{name}", str(error)) from error
         size = int(cfg.input_size[-1])
         return ArchInfo(
@@ -140,7 +142,7 @@ def external_info(library: str, name: str) -> ArchInfo:
 
 
 def _torchvision_size_option(name: str) -> str | None:
-    """The keyword by which a torchvision network is told its image size; None for networks that take any."""
+    """Return the keyword for the image size of a torchvision network; None for networks that accept any size."""
     if name.startswith("vit_"):
         return "image_size"
     return "input_size" if name.startswith("maxvit") else None
@@ -152,7 +154,7 @@ def build_external(
     """Build a library's classifier with fresh weights.
 
     Raises:
-        ModelError: Unknown name or option, or an image size that the network is not made for.
+        ModelError: The name or an option is unknown, or the network is not made for this image size.
     """
     info = external_info(library, name)
     for option in options:
@@ -184,7 +186,7 @@ def build_external(
         network: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **arguments)
         return network
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        # The constructors say little and differently; add what was asked for to their words.
+        # The constructors' messages are terse and inconsistent, so the requested arguments are added.
         asked = f"num_classes={num_classes}, image_size={image_size}, options={dict(options)}"
         hint = ""
         if image_size not in (None, info.image_size):
@@ -195,11 +197,11 @@ def build_external(
 
 
 def build_pretrained(library: str, name: str, weights: object = None) -> nn.Module:
-    """Build a library's classifier with weights that it publishes, as `build_external` builds it otherwise.
+    """Build a library's classifier as `build_external` does, with weights published by the library.
 
     Args:
-        library, name: Of the network; timm's name says which weights.
-        weights: torchvision's own.
+        library, name: Library and name of the network; timm's names include the weights.
+        weights: torchvision's weights object.
     """
     if library == "timm":
         timm_network: nn.Module = import_library("timm").create_model(name, pretrained=True)
@@ -210,7 +212,7 @@ def build_pretrained(library: str, name: str, weights: object = None) -> nn.Modu
 
 
 def _raised_in(error: BaseException) -> str:
-    """Name of the function that raised `error`."""
+    """Return the name of the function that raised `error`."""
     return (
         inspect.getinnerframes(error.__traceback__)[-1].function if error.__traceback__ else "its constructor"
     )

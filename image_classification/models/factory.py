@@ -1,4 +1,4 @@
-"""Networks by name: `create_model`, `model_names`, `arch_info`, and what a network remembers."""
+"""Networks by name: `create_model`, `model_names`, `arch_info`, and the records attached to a network."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from image_classification.trusted_code import is_own_code, trust
 _ATTRIBUTE = "lucidprune_identity"
 _INPUT_ATTRIBUTE = "lucidprune_input"
 _CLASS_NAMES = "lucidprune_class_names"
-# The families of our own networks; importing them has registered their members.
+# The families of LucidPrune's own networks, which register their members on import.
 FAMILIES = (resnet, resnet_cifar, vgg, mobilenetv2, mobilenetv2_isp)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelIdentity:
-    """What `create_model` was called with: enough to build the same architecture again."""
+    """The arguments of `create_model`: enough to build the same architecture again."""
 
     arch: str
     model_config: str | None = None
@@ -43,7 +43,7 @@ class ModelIdentity:
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def build(self) -> nn.Module:
-        """The architecture, unpruned, with fresh weights. Unlike `create_model` it need not be a classifier."""
+        """Build the unpruned architecture with fresh weights. Unlike in `create_model`, it need not be a classifier."""
         check_trusted(self.arch)
         named = external.split_name(self.arch)
         if named is not None and external.is_no_classifier(*named):
@@ -73,20 +73,20 @@ def create_model(
     """Build a classifier with fresh weights.
 
     Args:
-        arch: One of our own (`model_names()`), `torchvision/NAME`, `timm/NAME`, or `package.module:Callable`.
+        arch: One of LucidPrune's own (`model_names()`), `torchvision/NAME`, `timm/NAME`, or `package.module:Callable`.
         num_classes: Number of logits.
-        model_config: Initialisation of our own networks: classic (default), fanin, grp-fanin, grp-fanout.
-        image_size: Side of the input in pixels; only networks of a fixed size need it. None: the architecture's.
-        kwargs: Options of the architecture. Our own have `widths` (module name to number of output channels);
+        model_config: Initialisation of LucidPrune's own networks: classic (default), fanin, grp-fanin, grp-fanout.
+        image_size: Side of the input in pixels; needed only by networks of a fixed size. None for the architecture's.
+        kwargs: Options of the architecture. LucidPrune's own have `widths` (module name to number of output channels);
             CIFAR ResNets have `shortcut` ("A", "B" or "pooled"). Others go to the library's constructor. All networks
             with batch norms have `bn_momentum` and `bn_eps`.
 
     Returns:
-        The network, in training mode. It remembers these arguments (`identity_of`), also in copies; the
-        state dict does not change by it.
+        The network, in training mode. It records these arguments (`identity_of`), also in copies; the state dict is not
+            affected.
 
     Raises:
-        ModelError: Unknown architecture or option, or a combination that cannot be built.
+        ModelError: The architecture or an option is unknown, or the combination cannot be built.
     """
     _check_count("num_classes", num_classes)
     if image_size is not None:
@@ -100,17 +100,17 @@ def create_model(
 
 
 def remember_identity(model: nn.Module, identity: ModelIdentity) -> None:
-    """Record on a network what builds it; copies keep the record, and the state dict does not change."""
+    """Record on a network how to build it; copies keep the record, and the state dict is not affected."""
     setattr(model, _ATTRIBUTE, identity)
 
 
 def remember_class_names(model: nn.Module, names: Sequence[str] | None) -> None:
-    """Record on a network what its logits stand for, by class index; copies and files keep the record."""
+    """Record on a network the class names of its logits, by class index; copies and files keep the record."""
     setattr(unwrap(model), _CLASS_NAMES, None if names is None else tuple(names))
 
 
 def class_names_of(model: nn.Module) -> tuple[str, ...] | None:
-    """Names of a network's classes by class index (through any wrapper); None where they are not known."""
+    """Return a network's class names by class index (through any wrapper); None if unknown."""
     return getattr(unwrap(model), _CLASS_NAMES, None)
 
 
@@ -153,12 +153,12 @@ def _unknown(arch: str) -> ModelSettingError:
 
 
 def model_names() -> list[str]:
-    """Names of our own architectures, sorted. torchvision's and timm's are available by prefix besides."""
+    """Return the names of LucidPrune's own architectures, sorted. torchvision's and timm's are available by prefix."""
     return own_names()
 
 
 def arch_info(arch: str) -> ArchInfo:
-    """Image size, resize, mean and standard deviation that `arch` expects; builds and downloads nothing.
+    """Return the image size, resize, mean and standard deviation that `arch` expects, without building anything.
 
     Raises:
         ModelError: The architecture is unknown.
@@ -175,7 +175,7 @@ def arch_info(arch: str) -> ArchInfo:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside DataParallel, DistributedDataParallel, AveragedModel, `torch.compile`."""
+    """Return the network inside DataParallel, DistributedDataParallel, AveragedModel or `torch.compile`."""
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)):
             model = model.module
@@ -186,15 +186,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def identity_of(model: nn.Module) -> ModelIdentity | None:
-    """What a network was built with (through any wrapper); None when `create_model` did not build it."""
+    """Return the record of how a network was built (through any wrapper); None if `create_model` did not build it."""
     return getattr(unwrap(model), _ATTRIBUTE, None)
 
 
 def remember_input(model: nn.Module, images: NetworkInput | None) -> None:
-    """Record on a network what images it was trained for; copies and files keep the record."""
+    """Record on a network the images that it was trained for; copies and files keep the record."""
     setattr(unwrap(model), _INPUT_ATTRIBUTE, images)
 
 
 def input_of(model: nn.Module) -> NetworkInput | None:
-    """What images a network was trained for (through any wrapper); None where that is not known."""
+    """Return the images that a network was trained for (through any wrapper); None if unknown."""
     return getattr(unwrap(model), _INPUT_ATTRIBUTE, None)

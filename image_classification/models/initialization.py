@@ -1,13 +1,13 @@
-"""Model configurations: how the weights of our own networks start (`-c/--model-config`).
+"""Model configurations: initialisation of LucidPrune's own networks (`-c/--model-config`).
 
-`classic` and `grp-fanout` draw convolutions from N(0, 2 / fan_out), `fanin` and `grp-fanin` from
-N(0, 2 / fan_in) (He et al. 2015); batch norms start at scale 1, shift 0. The names are those of NVIDIA
-DeepLearningExamples (PyTorch/Classification/ConvNets, `resnet_configs`).
+`classic` and `grp-fanout` draw convolutions from N(0, 2 / fan_out), `fanin` and `grp-fanin` from N(0, 2 / fan_in) (He
+et al. 2015); batch norms start at scale 1, shift 0. The names are those of NVIDIA DeepLearningExamples
+(PyTorch/Classification/ConvNets, `resnet_configs`).
 
 Note:
-    There, `grp-…` is meant to start the last batch norm of each residual block at zero (Goyal et al. 2017,
+    There, `grp-…` is meant to initialise the last batch norm of each residual block to zero (Goyal et al. 2017,
     section 5.1), but the published table has `last_bn_0_init: False` in all four entries, so that
-    `grp-fanin` equals `fanin`. Here `grp-…` does what it stands for.
+    `grp-fanin` equals `fanin`. Here `grp-…` does as intended.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from image_classification.models.registry import ModelSettingError
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """How weights start."""
+    """Settings of an initialisation."""
 
     fan: Literal["fan_in", "fan_out"]
     zero_last_bn: bool
@@ -42,7 +42,7 @@ DEFAULT_MODEL_CONFIG = "classic"
 
 
 def init_config(model_config: str | None) -> InitConfig:
-    """The configuration called `model_config` (None: classic)."""
+    """Return the configuration called `model_config` (None: classic)."""
     name = DEFAULT_MODEL_CONFIG if model_config is None else model_config
     if name not in MODEL_CONFIGS:
         problem = f"choose from {', '.join(MODEL_CONFIGS)}{nearest(name, MODEL_CONFIGS)}"
@@ -57,17 +57,17 @@ def initialise(
     last_bns: Iterable[nn.Module] = (),
     linear_std: float | None = None,
 ) -> None:
-    """Draw all weights of `model` again.
+    """Reinitialise all weights of `model`.
 
     Args:
-        model: Network made of convolutions, batch norms and linear layers.
+        model: Network of convolutions, batch norms and linear layers.
         model_config: One of `MODEL_CONFIGS`.
         last_bns: The last batch norm of each residual branch.
-        linear_std: Standard deviation of linear layers, their biases then start at zero; None keeps
-        PyTorch's own.
+        linear_std: Standard deviation of linear layers, whose biases then start at zero; None keeps
+        PyTorch's initialisation.
 
     Raises:
-        ModelError: An unknown configuration, or `grp-…` for a network without residual blocks.
+        ModelError: The configuration is unknown, or `grp-…` is given for a network without residual blocks.
     """
     config = init_config(model_config)
     last_bns = list(last_bns)

@@ -1,8 +1,7 @@
-"""Building blocks that our own networks share: the residual sum, the zero-padded shortcuts, and free widths.
+"""Building blocks shared by LucidPrune's own networks: residual sum, zero-padded shortcuts, and free widths.
 
-Every operation of our networks is a module, so that hooks, attribution rules and the pruning engine see it;
-no module serves two places, and nothing works in place, so that a feature map caught by a hook stays as it
-was.
+Every operation of these networks is a module, so that hooks, attribution rules and the pruning engine see it. No module
+is used twice, and nothing works in place, so that a feature map captured by a hook is not overwritten.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ class Add(nn.Module):
     """The sum of a residual branch and its shortcut."""
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        """Element-wise sum; both (N, C, H, W)."""
+        """Return the element-wise sum; both are (N, C, H, W)."""
         return torch.add(branch, shortcut)
 
 
 class ZeroPadShortcut(nn.Module):
     """Parameter-free shortcut between stages (option A of He et al. 2015, section 4.2).
 
-    Takes every `stride`-th pixel and adds `pad_front` channels of zeros before the input's channels and
-    `pad_back` behind them. The paper leaves open where the zeros go; half on each side is the custom of
-    CIFAR ResNets. Differentiable; the zeros carry no gradient.
+    Takes every `stride`-th pixel and adds `pad_front` channels of zeros before the input's channels and `pad_back`
+    after them. The paper does not specify where the zeros go; half on each side is customary for CIFAR ResNets.
+    Differentiable; the zeros carry no gradient.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -40,7 +39,7 @@ class ZeroPadShortcut(nn.Module):
         self.pad_back = out_channels - in_channels - self.pad_front
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, pad_front + C + pad_back, ⌈H/stride⌉, ⌈W/stride⌉)."""
+        """Map (N, C, H, W) to (N, pad_front + C + pad_back, ⌈H/stride⌉, ⌈W/stride⌉)."""
         thinned = images[:, :, :: self.stride, :: self.stride]
         return F.pad(thinned, (0, 0, 0, 0, self.pad_front, self.pad_back))
 
@@ -49,9 +48,9 @@ class ZeroPadShortcut(nn.Module):
 
 
 class PooledShortcut(nn.Module):
-    """Parameter-free shortcut between stages as the ISP program has it (Ganjdanesh et al. 2022).
+    """Parameter-free shortcut between stages, as in the ISP program (Ganjdanesh et al. 2022).
 
-    Averages 2 × 2 pixels (fewer at the end of an odd side), then adds `pad_back` channels of zeros behind the input's.
+    Averages 2 × 2 pixels (fewer at the end of an odd side), then adds `pad_back` channels of zeros after the input's.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -60,7 +59,7 @@ class PooledShortcut(nn.Module):
         self.pad_back = out_channels - in_channels
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C + pad_back, ⌈H/2⌉, ⌈W/2⌉)."""
+        """Map (N, C, H, W) to (N, C + pad_back, ⌈H/2⌉, ⌈W/2⌉)."""
         return F.pad(self.pool(images), (0, 0, 0, 0, 0, self.pad_back))
 
     def extra_repr(self) -> str:
@@ -68,10 +67,10 @@ class PooledShortcut(nn.Module):
 
 
 class Widths:
-    """Numbers of output channels by module name, asked for while a network is built.
+    """Numbers of output channels by module name, looked up while a network is built.
 
-    A layer that is not named follows its default, or the layer that it is coupled with; a given width that
-    contradicts a coupling is an error that names the module.
+    A layer that is not named follows its default, or the layer that it is coupled with; a given width that contradicts
+    a coupling is an error that names the module.
     """
 
     def __init__(self, widths: Mapping[str, int] | None) -> None:
@@ -82,7 +81,7 @@ class Widths:
                 raise ModelError(f"widths: {name!r} needs a whole number of channels ≥ 1, not {width!r}")
 
     def free(self, name: str, default: int, multiple_of: int = 1) -> int:
-        """Width of a layer that nothing else ties."""
+        """Return the width of a layer that is not coupled with any other."""
         self._known.add(name)
         width = self._given.get(name, default)
         if width % multiple_of:
@@ -93,7 +92,7 @@ class Widths:
         return width
 
     def tied(self, name: str, width: int, to: str) -> int:
-        """Width of a layer that must have `width` channels because it is coupled with the layer `to`."""
+        """Return the width of a layer that must have `width` channels because it is coupled with the layer `to`."""
         self._known.add(name)
         given = self._given.get(name, width)
         if given != width:
@@ -104,12 +103,12 @@ class Widths:
         return width
 
     def given(self, name: str) -> int | None:
-        """The width that was asked for by name, if any."""
+        """Return the requested width of a layer, or None."""
         self._known.add(name)
         return self._given.get(name)
 
     def check_all_used(self) -> None:
-        """Raise `ModelError` for a name that is not a layer of free width."""
+        """Raise `ModelError` for a name that is not a layer with a free width."""
         for name in self._given:
             if name not in self._known:
                 raise ModelError(
@@ -121,10 +120,10 @@ class Widths:
 def residual_width(
     widths: Widths, last_conv: str, shortcut_conv: str | None, default: int, stream: int, stream_name: str
 ) -> int:
-    """Width of a residual block's output, from whichever of its coupled layers was given.
+    """Return the width of a residual block's output, from whichever of its coupled layers was given.
 
     Args:
-        widths: The widths asked for.
+        widths: The requested widths.
         last_conv: Name of the branch's last convolution.
         shortcut_conv: Name of the shortcut's convolution, or None when the shortcut is the block's input.
         default: Width of the architecture.

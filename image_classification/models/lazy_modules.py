@@ -1,4 +1,4 @@
-"""Lazy modules (`nn.LazyConv2d` and the like) given their shapes without a first batch."""
+"""Materialisation of lazy modules (`nn.LazyConv2d` and the like) from known shapes, without a first batch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.nn.parameter import is_lazy
 
 
 def settle(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
-    """Let the lazy modules of a fresh network become what they are after their first batch.
+    """Materialise the lazy modules of a fresh network, as their first batch would.
 
     Args:
         model: The network; changed in place.
-        shapes: Qualified name → shape of its tensors; a lazy module whose tensors are not all there stays lazy.
+        shapes: Qualified name → shape of its tensors; a lazy module with missing shapes stays lazy.
 
     Returns:
-        The same network. What it allocates has no values yet.
+        The same network. Allocated tensors are uninitialised.
     """
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
@@ -32,7 +32,7 @@ def settle(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
 
 
 def _become(module: Any) -> None:
-    """What `LazyModuleMixin` does after its first batch, with the counts read off the tensors."""
+    """Do what `LazyModuleMixin` does after its first batch, with the counts taken from the tensors' shapes."""
     module._initialize_hook.remove()
     module._load_hook.remove()
     del module._initialize_hook, module._load_hook

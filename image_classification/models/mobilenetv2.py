@@ -1,7 +1,7 @@
 """MobileNetV2 (Sandler et al. 2018) for ImageNet and for 32×32 images. Parameter names are torchvision's.
 
-The CIFAR variant keeps the channels and drops two strides (stem and second stage), so that 32×32 images
-end in a 4×4 map. The ISP program has another one, `mobilenetv2_isp.py`.
+The CIFAR variant keeps the channels and drops two strides (stem and second stage), so that 32×32 images end in a 4×4
+map. The ISP program uses a different variant, `mobilenetv2_isp.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from image_classification.models.initialization import initialise
 from image_classification.models.layers import Add, Widths
 from image_classification.models.registry import CIFAR, IMAGENET, register
 
-# Expansion, output channels, number of blocks, stride of the first (table 2 of the paper).
+# Expansion, output channels, number of blocks, stride of the first block (table 2 of the paper).
 STAGES = (
     (1, 16, 1, 1),
     (6, 24, 2, 2),
@@ -30,7 +30,7 @@ STAGES = (
 def conv_bn_relu6(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
 ) -> nn.Sequential:
-    """Convolution without bias, batch norm, ReLU6."""
+    """Build a convolution without bias, batch norm and ReLU6."""
     padding = (kernel_size - 1) // 2
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False),
@@ -61,7 +61,7 @@ class InvertedResidual(nn.Module):
         return self.conv[-1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C', H/stride, W/stride)."""
+        """Map (N, C, H, W) to (N, C', H/stride, W/stride)."""
         branch: Tensor = self.conv(x)
         return branch if self.add is None else self.add(branch, x)
 
@@ -96,20 +96,20 @@ class MobileNetV2(nn.Module):
         self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(head, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (N, 3, H, W) float, normalised. Returns logits: (N, num_classes)."""
+        """Compute logits (N, num_classes) for images (N, 3, H, W) float, normalised."""
         logits: Tensor = self.classifier(self.flatten(self.avgpool(self.features(images))))
         return logits
 
 
 def planes_in(stage: int, index: int) -> int:
-    """Input channels of a block in the unaltered architecture; its expansion is measured by them."""
+    """Return the input channels of a block in the unpruned architecture, to which its expansion refers."""
     if index > 0:
         return STAGES[stage][1]
     return STAGES[stage - 1][1] if stage > 0 else 32
 
 
 def _hidden_width(name: str, expansion: int, planes_in: int, widths: Widths) -> int | None:
-    """Width between expansion and projection; None for a block without expansion."""
+    """Return the width between expansion and projection; None for a block without expansion."""
     if expansion == 1:
         return None
     hidden = widths.free(f"{name}.0.0", planes_in * expansion)

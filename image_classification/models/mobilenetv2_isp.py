@@ -1,8 +1,8 @@
-"""MobileNetV2 for 32×32 images as the ISP program has it (Ganjdanesh et al. 2022), with its parameter names.
+"""MobileNetV2 for 32×32 images as in the ISP program (Ganjdanesh et al. 2022), with its parameter names.
 
-It differs from `mobilenet_v2_cifar` in what 32×32 images end in (an 8×8 map: stem and the first three stages keep the
-size), in ReLU for ReLU6, in an expansion of factor 1 in the first block, and in a projected shortcut (1×1 convolution
-and batch norm) wherever the size stays and the width changes.
+It differs from `mobilenet_v2_cifar` in the size of the final map (8×8 for 32×32 images: stem and the first three stages
+keep the size), in ReLU instead of ReLU6, in an expansion of factor 1 in the first block, and in a projected shortcut
+(1×1 convolution and batch norm) wherever the size stays and the width changes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class IspInvertedResidual(nn.Module):
         self.add = Add() if stride == 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C', H/stride, W/stride)."""
+        """Map (N, C, H, W) to (N, C', H/stride, W/stride)."""
         branch: Tensor = self.relu1(self.bn1(self.conv1(x)))
         branch = self.relu2(self.bn2(self.conv2(branch)))
         branch = self.bn3(self.conv3(branch))
@@ -94,7 +94,7 @@ class IspMobileNetV2(nn.Module):
         return IspInvertedResidual(in_channels, hidden, out_channels, stride, shortcut)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (N, 3, H, W) float, normalised. Returns logits: (N, num_classes)."""
+        """Compute logits (N, num_classes) for images (N, 3, H, W) float, normalised."""
         x = self.layers(self.relu1(self.bn1(self.conv1(images))))
         x = self.relu2(self.bn2(self.conv2(x)))
         logits: Tensor = self.linear(self.flatten(self.avgpool(x)))

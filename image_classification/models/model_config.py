@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from image_classification.config import ConfigError, check, check_choice, flag
+from image_classification.models.building_for_weights import model_for_weights
 from image_classification.models.factory import create_model
 from image_classification.models.initialization import ModelConfigName
-from image_classification.models.structure import building_on
-from image_classification.models.weights import model_for_weights
+from image_classification.models.meta_device import building_on
 from image_classification.plain_data import Plain
 
 
@@ -101,10 +101,10 @@ class ModelConfig:
 
     @property
     def options(self) -> Plain:
-        """Keyword arguments of the architecture.
+        """Return the keyword arguments of the architecture.
 
         Raises:
-            ConfigError: A word of `--arch-option` cannot be read, or names what a flag names too.
+            ConfigError: A word of `--arch-option` cannot be parsed, or names an option that has its own flag.
         """
         options = parse_options(self.arch_option)
         for name, value in (("bn_momentum", self.bn_momentum), ("bn_eps", self.bn_eps)):
@@ -117,10 +117,10 @@ class ModelConfig:
 
 
 def parse_options(words: list[str]) -> Plain:
-    """`["shortcut=B", "drop_rate=0.1"]` as a dict; values are read as YAML.
+    """Parse `["shortcut=B", "drop_rate=0.1"]` to a dict; values are read as YAML.
 
     Raises:
-        ConfigError: A word is not KEY=VALUE, or a key stands twice.
+        ConfigError: A word is not KEY=VALUE, or a key occurs twice.
     """
     options: Plain = {}
     if not words:
@@ -145,17 +145,17 @@ def build_model(
     image_size: int | None = None,
     device: torch.device | str | None = None,
 ) -> nn.Module:
-    """The network that a configuration describes, with its starting weights.
+    """Build the network that a configuration describes, with its initial weights.
 
     Args:
         config: Network and weights.
         num_classes: Number of classes of the data; a `num_classes` of the configuration must not be smaller.
-        image_size: Side of the input in pixels; None: the architecture's own.
-        device: Where to build it.
+        image_size: Side of the input in pixels; None for the architecture's own.
+        device: Device to build it on.
 
     Raises:
         ConfigError: `--num-classes` is smaller than the data's number.
-        ModelError, FileNotFoundError: What cannot be built or loaded.
+        ModelError, FileNotFoundError: The network cannot be built, or its weights cannot be loaded.
     """
     check(
         config.num_classes is None or config.num_classes >= num_classes,

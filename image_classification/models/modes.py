@@ -1,8 +1,8 @@
-"""States of a network and of PyTorch that are changed for a while and then put back.
+"""Context managers that temporarily change states of a network or of PyTorch.
 
-`evaluating` and `modes_restored` are the only places that switch a network's modes back. They go through every
-module's own `train()`, because modules override it: a LoRA layer merges its update when it starts to evaluate and
-takes it out again when it trains, an attention layer drops a cached table. Setting `module.training` would skip that.
+`evaluating` and `modes_restored` are the only places that restore a network's modes. They call every module's own
+`train()`, because modules override it: a LoRA layer merges its update in evaluation mode and removes it again in
+training mode, an attention layer drops a cached table. Setting `module.training` would skip that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def modes_restored(*models: nn.Module) -> Iterator[None]:
-    """Whatever happens to the modes of networks inside, every module has its own again afterwards."""
+    """Restore every module's mode afterwards, whatever happens to the networks' modes inside the block."""
     modes = {module: module.training for model in models for module in model.modules()}
     try:
         yield
@@ -29,7 +29,7 @@ def modes_restored(*models: nn.Module) -> Iterator[None]:
 
 
 def _restore(module: nn.Module, modes: Mapping[nn.Module, bool]) -> None:
-    """Parents first: `train()` of a parent sets the modes of its children too."""
+    """Restore parents first, since `train()` of a parent also sets the modes of its children."""
     if module.training != modes.get(module, module.training):
         module.train(modes[module])
     for child in module.children():
@@ -38,11 +38,11 @@ def _restore(module: nn.Module, modes: Mapping[nn.Module, bool]) -> None:
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module, keep_random_state: bool = False) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module has its own mode again.
+    """Set evaluation mode inside the block, and restore every module's mode afterwards.
 
     Args:
         models: Networks, bare or wrapped.
-        keep_random_state: Draws inside leave the random generators of the CPU and the networks' GPUs as they were.
+        keep_random_state: Also restore the random generators of the CPU and of the networks' GPUs.
     """
     with contextlib.ExitStack() as stack:
         if keep_random_state:
@@ -54,14 +54,14 @@ def evaluating(*models: nn.Module, keep_random_state: bool = False) -> Iterator[
 
 
 def quieten(modules: Iterable[nn.Module], also: Collection[str] = (), *, extended: bool = True) -> None:
-    """PyTorch's batch norms and dropouts evaluate, whatever mode the network around them is in.
+    """Set PyTorch's batch norms and dropouts to evaluation mode, whatever the mode of the network around them.
 
-    Their mode is set past `train()`, which none of them overrides.
+    Their mode is set without `train()`, which none of them overrides.
 
     Args:
-        modules: Of a network in training mode.
-        also: Further classes that evaluate, by name.
-        extended: Classes that extend these layers, with a forward pass of their own, evaluate too.
+        modules: Modules of a network in training mode.
+        also: Names of further classes to set to evaluation mode.
+        extended: Include subclasses of these layers that have their own forward pass.
     """
     quiet = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     for module in modules:
@@ -73,48 +73,48 @@ def quieten(modules: Iterable[nn.Module], also: Collection[str] = (), *, extende
 
 
 def uncompiled() -> contextlib.AbstractContextManager[object]:
-    """What `torch.compile` has compiled, the whole network or parts of it, runs as plain code inside.
+    """Run everything compiled by `torch.compile`, whole networks or parts, as plain code inside the block.
 
-    Otherwise hooks and recordings would be compiled too, once more for each of them.
+    Otherwise hooks and recordings would be compiled too, again for each of them.
     """
     stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return stance
 
 
 def random_state_kept(*models: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Draws inside leave the random generators of the CPU and of the networks' GPUs as they were."""
+    """Restore the random generators of the CPU and of the networks' GPUs after the block."""
     return torch.random.fork_rng(devices=_gpus(*models))
 
 
 @contextlib.contextmanager
 def inference(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module has its own mode again afterwards."""
+    """Set evaluation mode without gradients inside the block, and restore every module's mode afterwards."""
     with evaluating(*models), torch.no_grad():
         yield
 
 
 class _Products(Protocol):
-    """The switches of one kind of product."""
+    """The precision switches of one kind of product."""
 
     fp32_precision: str
 
 
 def _float32_products() -> tuple[_Products, ...]:
-    """The switches of products of float32 on CUDA: the newer of two sets, which must not be mixed."""
+    """Return the switches of float32 products on CUDA, from the newer of two APIs, which must not be mixed."""
     cuda: ModuleType = torch.backends.cuda
     cudnn: ModuleType = torch.backends.cudnn
     return (cuda.matmul, cudnn.conv)
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether products of float32 may round their factors to TensorFloat-32, on GPUs that have it."""
+    """Set whether float32 products may round their factors to TensorFloat-32, on GPUs that have it."""
     for product in _float32_products():
         product.fp32_precision = "tf32" if allowed else "ieee"
 
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """Products of float32 in full float32, and no autocast, whatever the switches of the job say."""
+    """Compute float32 products in full float32 and without autocast inside the block, whatever the job's switches."""
     products = _float32_products()
     before = [product.fp32_precision for product in products]
     try:
@@ -128,16 +128,16 @@ def exact_float32() -> Iterator[None]:
 
 
 def _gpus(*models: nn.Module) -> list[torch.device]:
-    """The GPUs that hold the networks' parameters."""
+    """Return the GPUs that hold the networks' parameters."""
     devices = {parameter.device for model in models for parameter in model.parameters()}
     return [device for device in devices if device.type == "cuda"]
 
 
 def drop_graphs(model: nn.Module) -> None:
-    """Release the graphs of earlier passes that modules hold by tensors in plain attributes.
+    """Release the graphs of earlier passes that modules keep alive through tensors in plain attributes.
 
-    Weights that hooks compute (weight and spectral norm of the old kind) are such tensors, and features that a network
-    keeps to look at. Their values stay.
+    Such tensors are weights computed by hooks (the old weight and spectral norm), and features that a network stores
+    for inspection. Their values are kept.
     """
     for module in model.modules():
         for name, value in vars(module).items():

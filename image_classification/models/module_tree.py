@@ -1,7 +1,7 @@
 """The modules of a network as a flat list, and their modes.
 
-A rewrite is tried dozens of times, and each try walks through all modules several times. PyTorch's own walk asks every
-module for its children each time. While nothing can change the tree, it is walked once:
+A rewrite is tried dozens of times, and each try traverses all modules several times. PyTorch's own traversal asks every
+module for its children each time. While nothing can change the tree, it is traversed only once:
 
     with walked_once(model):
         for name, module in named_modules(model):
@@ -22,7 +22,7 @@ _walked: dict[int, NamedModules] = {}
 
 @contextlib.contextmanager
 def walked_once(model: nn.Module) -> Iterator[None]:
-    """No module comes or goes inside: `named_modules` remembers what it found. Within itself it does nothing."""
+    """Cache `named_modules` inside the block, in which no module may be added or removed. A nested use is a no-op."""
     if id(model) in _walked:
         yield
         return
@@ -34,13 +34,13 @@ def walked_once(model: nn.Module) -> Iterator[None]:
 
 
 def named_modules(model: nn.Module) -> NamedModules:
-    """As the method of `nn.Module`: every module once, under its first name, parents first."""
+    """Like the method of `nn.Module`: every module once, under its first name, parents first."""
     known = _walked.get(id(model))
     return tuple(model.named_modules()) if known is None else known
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter once, by its first qualified name."""
+    """Return every parameter once, by its first qualified name."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for prefix, module in named_modules(model):
         for name, parameter in module._parameters.items():
@@ -50,7 +50,7 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def buffers(model: nn.Module) -> list[Tensor]:
-    """Every buffer once."""
+    """Return every buffer once."""
     found: dict[int, Tensor] = {}
     for _, module in named_modules(model):
         for buffer in module._buffers.values():
@@ -60,7 +60,7 @@ def buffers(model: nn.Module) -> list[Tensor]:
 
 
 def set_mode(model: nn.Module, training: bool) -> None:
-    """As `model.train(training)`, without the walk where no module does anything of its own on the way."""
+    """Like `model.train(training)`, without the recursion if no module overrides `train`."""
     modules = named_modules(model)
     ordinary = all(type(one).train is nn.Module.train and "training" in vars(one) for _, one in modules)
     if not ordinary:
@@ -68,3 +68,14 @@ def set_mode(model: nn.Module, training: bool) -> None:
         return
     for _, module in modules:
         vars(module)["training"] = training
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module does its work itself; parametrizations of its tensors don't count as parts."""
+    return all(name == "parametrizations" for name, _ in module.named_children())
+
+
+def tensors_by_all_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield all parameters and buffers under each of their names; shared ones occur repeatedly."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)

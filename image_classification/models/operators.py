@@ -1,8 +1,8 @@
-"""Facts about ATen operators: what kind each is, for all that follow networks operator by operator.
+"""Facts about ATen operators, such as their kinds, for all code that follows networks operator by operator.
 
-The pruning engine and the attribution methods both read networks as lists of ATen operators. What they need to know
-of an operator beside their own rules stands here, once. Operators of other libraries are entered with `declare`, or
-together with the engine's rules by `pruning.register_operator`.
+The pruning engine and the attribution methods both read networks as lists of ATen operators. Facts that both need,
+other than their own rules, are defined here once. Operators of other libraries are added with `declare`, or together
+with the engine's rules by `pruning.register_operator`.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from image_classification.config import check_choice
 
 
 class OperatorKind(enum.Enum):
-    """What an operator does to a signal."""
+    """Kinds of operators, by their effect on a signal."""
 
     LINEAR = "linear"  # sums, averages, resampling, maxima: homogeneous of degree 1 in its inputs
     POINTWISE = "pointwise"  # activations: element by element, the same shape
-    NORMALISATION = "normalisation"  # with statistics of the signal itself: layer, group norm
-    BATCH_NORM = "batch_norm"  # with stored statistics
+    NORMALISATION = "normalisation"  # by statistics of the signal itself: layer norm, group norm
+    BATCH_NORM = "batch_norm"  # by stored statistics
     MOVEMENT = "movement"  # rearranges, repeats, drops or pads elements
     ARITHMETIC = (
         "arithmetic"  # sums, differences, products and quotients of two tensors, or of one and a number
     )
-    LAYOUT = "layout"  # changes how a tensor lies in memory, never what it holds
-    OTHER = "other"  # nothing is known of it
+    LAYOUT = "layout"  # changes a tensor's memory layout, never its content
+    OTHER = "other"  # nothing is known
 
 
 @dataclasses.dataclass(frozen=True)
 class OperatorFacts:
-    """What is known of an operator.
+    """Facts about an operator.
 
     Attributes:
         kind: See `OperatorKind`.
-        nonnegative: Its results are never negative, whatever goes in.
-        bounded: Its results lie in a fixed interval, as those of a gate do.
-        pools: "average" or "maximum" of those over pixels, else "".
+        nonnegative: Whether its results are never negative, whatever the inputs.
+        bounded: Whether its results lie in a fixed interval, like those of a gate.
+        pools: "average" or "maximum" for operators that reduce over pixels, else "".
     """
 
     kind: OperatorKind = OperatorKind.OTHER
@@ -51,12 +51,12 @@ _FACTS: dict[str, OperatorFacts] = {}
 
 
 def facts_of(name: str) -> OperatorFacts:
-    """Facts about an operator by its schema name, such as `aten::relu`; `UNKNOWN` where there are none."""
+    """Return the facts about an operator by its schema name, such as `aten::relu`; `UNKNOWN` if there are none."""
     return _FACTS.get(name, UNKNOWN)
 
 
 def declare(name: str, kind: str, *, nonnegative: bool = False, bounded: bool = False) -> None:
-    """State facts about an operator.
+    """Declare the facts about an operator.
 
     Args:
         name: Its schema name, such as `mylib::scale`.

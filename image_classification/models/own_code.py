@@ -1,8 +1,8 @@
-"""Networks that a user's own code builds, by name: `package.module:Callable`.
+"""Networks built by a user's own code, by name: `package.module:Callable`.
 
-The module is imported as Python does it, from the working directory too. A name in a file is not a reason to import
-anything: a checkpoint of such a network is built only where the same name has been given, on the command line, in a
-recipe or to `create_model`.
+The module is imported in the usual way, also from the working directory. A name in a file is not a reason to import
+anything: a checkpoint of such a network is built only if the same name was given on the command line, in a recipe or to
+`create_model`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from image_classification.trusted_code import is_own_code, is_trusted
 
 
 def check_trusted(arch: str) -> None:
-    """Refuse to run code because a file names it.
+    """Refuse to run code merely because a file names it.
 
     Raises:
-        ModelSettingError: The user has not named it.
+        ModelSettingError: The user has not named the code.
     """
     if is_own_code(arch) and not is_trusted(arch):
         module = arch.partition(":")[0]
@@ -37,10 +37,10 @@ def check_trusted(arch: str) -> None:
 def build_own(
     arch: str, num_classes: int, image_size: int | None, options: Mapping[str, object]
 ) -> nn.Module:
-    """Call the user's function or class; it gets `num_classes` and `image_size` if it takes them, and the options.
+    """Call the user's function or class with the options, and with `num_classes` and `image_size` if it takes them.
 
     Raises:
-        ModelSettingError: There is no such module or callable, it fails, or it builds no network.
+        ModelSettingError: There is no such module or callable, it fails, or it does not build a network.
     """
     builder = _find(arch)
     taken = inspect.signature(builder).parameters
@@ -49,7 +49,7 @@ def build_own(
     arguments = {name: value for name, value in offered.items() if anything or name in taken} | dict(options)
     try:
         model = builder(**arguments)
-    except Exception as error:  # whatever a user's code raises
+    except Exception as error:  # a user's code may raise anything
         given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         problem = f"it cannot be built with {given or 'no arguments'}: {type(error).__name__}: {error}"
         raise ModelSettingError("arch", arch, problem) from error
@@ -59,7 +59,7 @@ def build_own(
 
 
 def own_info(arch: str) -> ArchInfo:
-    """The images that it expects: those of ImageNet, at the side that an attribute `image_size` of it says."""
+    """Return the images that the network expects: ImageNet's, at the side given by its attribute `image_size`."""
     size = getattr(_find(arch), "image_size", None) if is_trusted(arch) else None
     return ArchInfo(size, round(size / 0.875)) if isinstance(size, int) else IMAGENET
 
@@ -68,10 +68,10 @@ def _find(arch: str) -> Builder:
     module, _, name = arch.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.append(here)  # last: nothing of ours is hidden by it
+        sys.path.append(here)  # last, so that it shadows no installed module
     try:
         builder = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever a user's module raises while it is imported
+    except Exception as error:  # a user's module may raise anything on import
         raise ModelSettingError("arch", arch, f"{type(error).__name__}: {error}") from error
     if not callable(builder):
         raise ModelSettingError(

@@ -1,9 +1,9 @@
-"""Weights that libraries publish, by name: `torchvision/resnet50:IMAGENET1K_V2`, `timm/resnet50.a1_in1k`.
+"""Weights published by libraries, by name: `torchvision/resnet50:IMAGENET1K_V2`, `timm/resnet50.a1_in1k`.
 
-A name becomes a LucidPrune checkpoint in the cache, once: from the library's own cache or, where there is a network,
-from where the library fetches them. It holds what the library says of them: names of the classes, and size and
-normalisation of the images. Without a tag (`torchvision/resnet50`, `timm/resnet50`) it is the one that the library
-prefers.
+Published weights are converted once to a LucidPrune checkpoint in the cache. They come from the library's own cache or,
+with a network connection, from the library's source. The checkpoint includes the library's metadata: class names, and
+size and normalisation of the images. Without a tag (`torchvision/resnet50`, `timm/resnet50`) the library's default
+weights are used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from image_classification.checkpoint_format import FORMAT
 from image_classification.config import nearest
 from image_classification.models.external import build_pretrained, check_known, import_library
 from image_classification.models.factory import arch_info, create_model, remember_input
-from image_classification.models.structure import capture_structure
+from image_classification.models.structure_capture import capture_structure
 from image_classification.models.weights_reading import WeightsError, read_file
 from image_classification.network_input import NetworkInput
 from image_classification.plain_data import Plain
@@ -31,14 +31,14 @@ from image_classification.published_name import is_published
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """Weights as a library has them.
+    """Weights as published by a library.
 
     Attributes:
-        arch: The architecture's name here.
+        arch: Name of the architecture in LucidPrune.
         state: Its tensors.
         num_classes: Number of logits.
-        class_names: By class index, where the library knows them.
-        images: What they were trained for.
+        class_names: Names by class index, if the library knows them.
+        images: The network input that they were trained for.
     """
 
     arch: str
@@ -49,11 +49,11 @@ class Published:
 
 
 def weights_file(path: str | Path) -> Path:
-    """`path` itself, or the file in the cache that the name of published weights stands for.
+    """Return `path` itself, or the cached file for the name of published weights.
 
     Raises:
-        WeightsError: The library has no such weights, or they cannot be fetched.
-        ModelError: It has no such network, or is not installed.
+        WeightsError: The library has no such weights, or they cannot be downloaded.
+        ModelError: The library has no such network, or is not installed.
     """
     if not is_published(path):
         return Path(path)
@@ -62,13 +62,13 @@ def weights_file(path: str | Path) -> Path:
     file = default_cache_dir() / "weights" / f"{library}-{full_name}.pth.tar"
     if not file.is_file():
         with locked(file):
-            if not file.is_file():  # otherwise another process made it meanwhile
+            if not file.is_file():  # otherwise another process has created it in the meantime
                 save_atomically(_payload(fetch()), file)
     return file
 
 
 def _payload(published: Published) -> Plain:
-    """The checkpoint of these weights."""
+    """Return the checkpoint of these weights."""
     info = arch_info(published.arch)
     size = published.images.image_size if info.fixed_size else None
     model = create_model(published.arch, num_classes=published.num_classes, image_size=size)
@@ -84,7 +84,9 @@ def _payload(published: Published) -> Plain:
 
 
 def _torchvisions(name: str) -> tuple[str, Callable[[], Published]]:
-    """The weights' full name, and what gets them: `resnet50:IMAGENET1K_V2`, or `resnet50` for the preferred ones."""
+    """Return the weights' full name and their loader: `resnet50:IMAGENET1K_V2`, or `resnet50` for the default
+    weights.
+    """
     name, _, tag = name.partition(":")
     check_known("torchvision", name)
     choices = import_library("torchvision").get_model_weights(name)
@@ -99,7 +101,7 @@ def _torchvisions(name: str) -> tuple[str, Callable[[], Published]]:
     def fetch() -> Published:
         read_file(
             _downloaded(f"torchvision/{name}:{entry.name}", entry.url)
-        )  # which runs no code, unlike what follows
+        )  # which runs no code, unlike the next step
         preset = entry.transforms()
         images = NetworkInput(
             preset.crop_size[0], preset.resize_size[0], tuple(preset.mean), tuple(preset.std)
@@ -112,10 +114,10 @@ def _torchvisions(name: str) -> tuple[str, Callable[[], Published]]:
 
 
 def _downloaded(name: str, url: str) -> Path:
-    """The file in torch.hub's cache, fetched where it is missing.
+    """Return the file in torch.hub's cache, downloading it if it is missing.
 
     Raises:
-        WeightsError: There is no network, or the file that came is not the one that was asked for.
+        WeightsError: There is no network connection, or the downloaded file is not the requested one.
     """
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if file.is_file():
@@ -133,7 +135,7 @@ def _downloaded(name: str, url: str) -> Path:
 
 
 def _timms(name: str) -> tuple[str, Callable[[], Published]]:
-    """The weights' full name, and what gets them: `resnet50.a1_in1k`, or `resnet50` for the preferred ones."""
+    """Return the weights' full name and their loader: `resnet50.a1_in1k`, or `resnet50` for the default weights."""
     timm = import_library("timm")
     info = arch_info(f"timm/{name}")
     config = timm.get_pretrained_cfg(name)
@@ -144,7 +146,7 @@ def _timms(name: str) -> tuple[str, Callable[[], Published]]:
     def fetch() -> Published:
         try:
             network = build_pretrained("timm", full_name)
-        except Exception as error:  # of the network, the hub or the file: each library has its own
+        except Exception as error:  # from the network, the hub or the file: each library raises its own
             raise WeightsError(
                 f"timm/{full_name} is not in the cache of the Hugging Face Hub, and cannot be fetched "
                 f"({' '.join(str(error).split())[:300]}): build it once where there is a network, and bring the cache "

@@ -1,7 +1,7 @@
-"""Which builder of torchvision or timm made a network, and with which arguments: by building it again and comparing.
+"""Recognition of the torchvision or timm builder of a network, with its arguments, by rebuilding and comparing.
 
-A network that is recognised remembers its builder as those of `create_model` do, so that it is saved and loaded by
-name. Nothing is assumed: what the builder makes has the same modules, shapes and settings, or it is another network.
+A recognised network records its builder like networks of `create_model`, so that it can be saved and loaded by name.
+Nothing is assumed: the builder's result must have the same modules, shapes and settings.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from image_classification.config import SettingError
 from image_classification.models.external import import_library
 from image_classification.models.factory import ModelIdentity, identity_of, remember_identity
+from image_classification.models.meta_device import on_meta
 from image_classification.models.registry import IMAGENET_CLASSES, Builder, ModelError
 from image_classification.models.running import Args
-from image_classification.models.structure import on_meta
 from image_classification.plain_data import Plain
 
 _PLAIN = (bool, int, float, str, type(None))
 
 
 def recognise(model: nn.Module) -> bool:
-    """Let an unpruned network of torchvision or timm remember what it was built with, if that can be found out.
+    """Record on an unpruned network of torchvision or timm how it was built, if that can be determined.
 
     Returns:
-        Whether the network knows its builder, from this look or from before.
+        Whether the builder is recorded now, or was already.
     """
     if identity_of(model) is not None:
         return True
     for identity in _candidates(model):
         try:
             same = is_same_network(model, on_meta(identity.build))
-        except Exception:  # builders raise what they like at arguments that are not theirs
+        except Exception:  # builders raise anything for arguments that do not suit them
             continue
         if same:
             remember_identity(model, identity)
@@ -46,13 +46,13 @@ def recognise(model: nn.Module) -> bool:
 
 
 def identity_of_builder(builder: Builder) -> ModelIdentity | None:
-    """What a builder of torchvision or timm makes, as a name with options; None for one of the user's own.
+    """Return the identity (name and options) of a torchvision or timm builder; None for a user-defined builder.
 
     Args:
-        builder: Such as `functools.partial(torchvision.models.resnet50, num_classes=10)`.
+        builder: Builder such as `functools.partial(torchvision.models.resnet50, num_classes=10)`.
 
     Raises:
-        SettingError: Arguments that cannot be given by name.
+        SettingError: Some arguments cannot be given by name.
     """
     function: Builder = builder
     options: Plain = {}
@@ -73,13 +73,13 @@ def identity_of_builder(builder: Builder) -> ModelIdentity | None:
     if name in ("create_model", "get_model"):
         name = options.pop("model_name", options.pop("name", ""))
     for setting in ("weights", "weights_backbone", "pretrained", "progress"):
-        options.pop(setting, None)  # of the values, which come from the file
+        options.pop(setting, None)  # these concern values, which come from the file
     num_classes = options.pop("num_classes", _default_classes(function))
     return ModelIdentity(f"{library}/{name}", None, num_classes, options.pop("image_size", None), options)
 
 
 def _candidates(model: nn.Module) -> Iterator[ModelIdentity]:
-    """Builders with arguments that might have made a network, read off it."""
+    """Yield builders and arguments that might have built a network, derived from the network."""
     library = type(model).__module__.partition(".")[0]
     if library == "timm":
         config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
@@ -99,20 +99,20 @@ def _candidates(model: nn.Module) -> Iterator[ModelIdentity]:
 
 
 def _by_likeness(model: nn.Module, models: ModuleType) -> list[str]:
-    """Builders of a network's class whose published networks are about as large, the nearest one first."""
+    """Return builders of a network's class whose published networks have a similar size, the closest first."""
     count = sum(parameter.numel() for parameter in model.parameters())
     found = []
     for name in models.list_models():
         if inspect.signature(models.get_model_builder(name)).return_annotation is type(model):
             published = [weights.meta.get("num_params", count) for weights in models.get_model_weights(name)]
             ratio = count / (published[0] if published else count)
-            if 0.2 < ratio < 3:  # another number of classes may matter much in a small network
+            if 0.2 < ratio < 3:  # the number of classes may matter much in a small network
                 found.append((abs(math.log(ratio)), name))
     return [name for _, name in sorted(found)]
 
 
 def _with_sizes(model: nn.Module, arch: str, default_classes: int) -> Iterator[ModelIdentity]:
-    """A builder with the number of classes, the image size and the options that a network shows."""
+    """Yield a builder with the number of classes, the image size and the options found in a network."""
     plain = ModelIdentity(arch, None, default_classes)
     try:
         fresh = on_meta(plain.build)
@@ -130,7 +130,9 @@ def _with_sizes(model: nn.Module, arch: str, default_classes: int) -> Iterator[M
 
 
 def _root_options(model: nn.Module, fresh: nn.Module) -> Plain:
-    """Plain arguments of the network's class that it keeps under their names, where they are not the default ones."""
+    """Return the plain constructor arguments that the network stores under their names and that are not the
+    defaults.
+    """
     parameters = inspect.signature(type(model).__init__).parameters
     found: Plain = {}
     for name, value in vars(fresh).items():
@@ -141,7 +143,7 @@ def _root_options(model: nn.Module, fresh: nn.Module) -> Plain:
 
 
 def _num_classes(model: nn.Module, fresh: nn.Module, default: int) -> int:
-    """The number of classes, from the first tensor that is not as large as it is by default."""
+    """Return the number of classes, from the first tensor whose size is not the default."""
     named = getattr(model, "num_classes", None)
     if isinstance(named, int) and not isinstance(named, bool) and named > 0:
         return named

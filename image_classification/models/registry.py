@@ -1,4 +1,4 @@
-"""The register of our own architectures: a decorator, a table and the errors that go with names."""
+"""Registry of LucidPrune's own architectures: a decorator, a table and the errors for names."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from image_classification.channel_statistics import Triple
 from image_classification.config import SettingError, nearest
 from image_classification.network_input import EvaluationGeometry, NetworkInput
 
-#: Classes of ImageNet: those of a network where nothing else is said.
+#: Default number of classes: ImageNet's.
 IMAGENET_CLASSES = 1000
-#: What makes a network.
+#: Function that builds a network.
 Builder = Callable[..., nn.Module]
 
 
 class ModelError(ValueError):
-    """A network that cannot be built as asked. The message says what is wrong and what to do."""
+    """A network cannot be built as requested. The message says what is wrong and what to do."""
 
 
 class ModelSettingError(SettingError, ModelError):
-    """An argument that no network can be built with, such as an unknown `arch`."""
+    """An argument with which no network can be built, such as an unknown `arch`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,8 @@ class ArchInfo:
         resize: Length of the shorter side before the centre crop, in pixels.
         mean: Per-channel mean of RGB in [0, 1].
         std: Per-channel standard deviation of RGB in [0, 1].
-        fixed_size: The network is built for one image size and takes no other afterwards.
-        geometry: "crop", or "whole" where the whole image is stretched to the square.
+        fixed_size: Whether the network is built for one image size and accepts no other afterwards.
+        geometry: "crop", or "whole" if the whole image is stretched to the square.
     """
 
     image_size: int
@@ -48,7 +48,7 @@ class ArchInfo:
 
     @property
     def network_input(self) -> NetworkInput:
-        """The same as a network carries it with it."""
+        """The same as the input description carried by a network."""
         return NetworkInput(self.image_size, self.resize, self.mean, self.std, self.geometry)
 
 
@@ -58,7 +58,7 @@ CIFAR = ArchInfo(32, 32, *channel_statistics.CIFAR10)
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """One entry of the register: how to build it, and for which images.
+    """One entry of the registry: how to build the architecture, and its images.
 
     `build` takes `num_classes`, `model_config`, `widths` (module name to number of channels, or None) and the
     architecture's own keyword arguments, whose names `options` lists.
@@ -80,7 +80,7 @@ def register(
     """Decorator that registers a building function under `name`.
 
     Args:
-        name: For `create_model`; lower case with underscores.
+        name: Name for `create_model`, in lower case with underscores.
         info: The images that the architecture expects.
         options: Keyword arguments of the function besides `num_classes`, `model_config` and `widths`.
         min_image_size: Smallest side of the input in pixels.
@@ -95,12 +95,12 @@ def register(
 
 
 def own_names() -> list[str]:
-    """Names of our own architectures, sorted."""
+    """Return the names of LucidPrune's own architectures, sorted."""
     return sorted(ARCHITECTURES)
 
 
 def find_own(name: str) -> Architecture | None:
-    """The entry called `name`, or None. A hyphen stands for an underscore (`resnext101-32x4d`)."""
+    """Return the entry called `name`, or None. A hyphen is treated as an underscore (`resnext101-32x4d`)."""
     return ARCHITECTURES.get(name.replace("-", "_"))
 
 

@@ -43,14 +43,14 @@ SPECS = {
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    """1×1 convolution and batch norm on the shortcut of a block that changes the shape."""
+    """Build the 1×1 convolution and batch norm on the shortcut of a block that changes the shape."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
     )
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions around a shortcut; `downsample` is None where the shape stays."""
+    """Two 3×3 convolutions around a shortcut; `downsample` is None if the shape stays."""
 
     def __init__(
         self, in_channels: int, inner: int, out_channels: int, stride: int, downsample: nn.Module | None
@@ -71,7 +71,7 @@ class BasicBlock(nn.Module):
         return self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C', ⌈H/stride⌉, ⌈W/stride⌉)."""
+        """Map (N, C, H, W) to (N, C', ⌈H/stride⌉, ⌈W/stride⌉)."""
         branch = self.relu1(self.bn1(self.conv1(x)))
         branch = self.bn2(self.conv2(branch))
         kept = x if self.downsample is None else self.downsample(x)
@@ -110,7 +110,7 @@ class Bottleneck(nn.Module):
         return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C', H/stride, W/stride)."""
+        """Map (N, C, H, W) to (N, C', H/stride, W/stride)."""
         branch = self.relu1(self.bn1(self.conv1(x)))
         branch = self.relu2(self.bn2(self.conv2(branch)))
         branch = self.bn3(self.conv3(branch))
@@ -174,7 +174,7 @@ class ResNet(nn.Module):
         return Bottleneck(in_channels, (inner1, inner2), out_channels, stride, spec.groups, project)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (N, 3, H, W) float, normalised. Returns logits: (N, num_classes)."""
+        """Compute logits (N, num_classes) for images (N, 3, H, W) float, normalised."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits: Tensor = self.fc(self.flatten(self.avgpool(x)))

@@ -1,8 +1,8 @@
 """ResNet-20 … 110 for 32×32 images (He et al. 2015, section 4.2).
 
-Three stages of 16, 32 and 64 channels. Shortcut "A" is the paper's: subsampled, zero-padded, without
-parameters (`resnet56`); "B" is a 1×1 convolution with batch norm (`resnet56_b`). "pooled" is the shortcut of the
-ISP program (Ganjdanesh et al. 2022; `resnet56_isp`), which averages 2 × 2 pixels and puts all zeros behind.
+Three stages of 16, 32 and 64 channels. Shortcut "A" is the paper's: subsampled, zero-padded, without parameters
+(`resnet56`); "B" is a 1×1 convolution with batch norm (`resnet56_b`). "pooled" is the shortcut of the ISP program
+(Ganjdanesh et al. 2022; `resnet56_isp`), which averages 2 × 2 pixels and appends all zeros at the end.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class CifarResNet(nn.Module):
         return BasicBlock(in_channels, inner, out_channels, 1 if shortcut is None else 2, downsample)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (N, 3, H, W) float, normalised. Returns logits: (N, num_classes)."""
+        """Compute logits (N, num_classes) for images (N, 3, H, W) float, normalised."""
         x = self.relu(self.bn1(self.conv1(images)))
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.fc(self.flatten(self.avgpool(x)))

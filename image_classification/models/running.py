@@ -1,10 +1,10 @@
-"""Which modules of a network are running, and which call of each.
+"""Tracking of the running modules of a network, and of the number of each call.
 
     with following(model, entering=look) as running:
         model(images)
 
-Hooks that need more than a tensor (the module they are in, the second call of a shared layer, the module that
-raised) all follow the network this way. The hooks are gone when the block is left, also after an exception.
+Hooks that need more than a tensor (the module they are in, the second call of a shared layer, the module that raised)
+all follow the network this way. The hooks are removed at the end of the block, also after an exception.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ class ModuleCall:
 
     Attributes:
         name: The module's qualified name; "" is the network itself.
-        number: Which call of that module within the forward pass, from 0.
+        number: Index of the call of that module within the forward pass, from 0.
     """
 
     name: str
     number: int
 
 
-#: Positional and keyword arguments of a call: whatever the called takes.
+#: Positional and keyword arguments of a call, of any kind.
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-#: What a network or a module of it returns: a tensor, or tensors within whatever its author chose.
+#: Output of a network or module: a tensor, or tensors nested in any structure.
 Outputs = Any
-#: (call, module, positional arguments, keyword arguments) → both kinds of arguments to take their place, or None to
-#: leave them.
+#: (call, module, positional arguments, keyword arguments) → replacements of both kinds of arguments, or None to keep
+#: them.
 Entering = Callable[[ModuleCall, nn.Module, Args, Kwargs], tuple[Args, Kwargs] | None]
-#: (call, module, output) → what takes the output's place, or None to leave it.
+#: (call, module, output) → replacement of the output, or None to keep it.
 Leaving = Callable[[ModuleCall, nn.Module, Outputs], object]
 
 
 class Running:
-    """State of a network that is being followed; made by `following`.
+    """State of a network being followed; created by `following`.
 
     Attributes:
-        stack: Calls that have begun and not ended, outermost first.
-        passing: A forward pass of the network is on. A module that runs outside one is run again by a checkpoint, in
-            the backward pass.
-        failed: Name of the innermost module in which an exception arose that no module around it has dealt with.
+        stack: Calls in progress, outermost first.
+        passing: Whether a forward pass of the network is in progress. A module that runs outside one is being
+            recomputed by a checkpoint in the backward pass.
+        failed: Name of the innermost module that raised an exception which no enclosing module has handled.
     """
 
     def __init__(self) -> None:
@@ -64,29 +64,29 @@ class Running:
 
     @property
     def innermost(self) -> str:
-        """Name of the innermost module that is running, "" outside all."""
+        """Name of the innermost running module, "" outside all."""
         return self.stack[-1].name if self.stack else ""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all modules that are running, outermost first."""
+        """Names of all running modules, outermost first."""
         return tuple(call.name for call in self.stack)
 
     def num_calls(self, name: str) -> int:
-        """How often a module has been entered in this forward pass."""
+        """Return how often a module has been entered in this forward pass."""
         return self._num_calls.get(name, 0)
 
     def restart(self) -> None:
-        """Begin another forward pass."""
+        """Start another forward pass."""
         self.stack.clear()
         self.failed = None
         self._num_calls.clear()
         self._handled.clear()
 
     def enter(self, name: str) -> ModuleCall:
-        """A module begins."""
+        """Record the start of a module call."""
         number = self.num_calls(name)
-        if not self.passing and number == 1:  # the only call of the pass, once more
+        if not self.passing and number == 1:  # recomputation of the only call of the pass
             number = 0
         call = ModuleCall(name, number)
         self._num_calls[name] = number + 1
@@ -96,12 +96,12 @@ class Running:
         return call
 
     def leave(self, name: str) -> ModuleCall | None:
-        """A module ends; None if it ends by an exception."""
-        if self.innermost != name or not self.stack:  # another hook refused its arguments before it began
+        """Record the end of a module call; returns None if it ended by an exception."""
+        if self.innermost != name or not self.stack:  # another hook refused its arguments before it started
             return None
         call, handled = self.stack.pop(), self._handled.pop()
-        # Hooks that are always called run while the module's exception is being handled. One that was being handled
-        # before the module began says nothing about it.
+        # Hooks that are always called run while the module's exception is being handled. An exception that was already
+        # being handled before the module started does not count.
         if sys.exception() is handled:
             self.failed = None
             return call
@@ -123,16 +123,16 @@ def following(
 
     Args:
         model: The bare network. Stack and counts start over with each of its forward passes.
-        names: Modules to follow, by qualified name ("" is the network itself); all by default.
+        names: Qualified names of the modules to follow ("" is the network itself); all by default.
         entering: Called before a module runs.
         leaving: Called after it, unless it raised.
-        around: Makes a context that each forward pass of the network runs in.
+        around: Creates a context for each forward pass of the network.
 
     Yields:
-        What is running.
+        The state of the running modules.
 
     Raises:
-        ValueError: There is no module of such a name.
+        ValueError: There is no module of that name.
     """
     modules = dict(named_modules(model))
     chosen = list(modules if names is None else dict.fromkeys(names))
@@ -143,7 +143,7 @@ def following(
     context = contextlib.ExitStack()
 
     def start(_module: nn.Module, _args: object) -> None:
-        context.close()  # of a pass that was broken off
+        context.close()  # of an aborted pass
         running.restart()
         running.passing = True
         if around is not None:
@@ -188,7 +188,7 @@ def _after(
 
 
 def with_first_argument(args: Args, kwargs: Kwargs, change: Callable[[Any], object]) -> tuple[Args, Kwargs]:
-    """A module's arguments with another first one, whether it is given by position or by name."""
+    """Return a module's arguments with the first one changed, whether given by position or by name."""
     if args:
         return (change(args[0]), *args[1:]), kwargs
     first = next(iter(kwargs))

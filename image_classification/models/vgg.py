@@ -5,7 +5,7 @@
   preservation experiments on Pascal VOC (seed paper: Park et al. 2020), whose files it reads.
 - `vgg16_bn_cifar`: 32×32 images, global pooling and one linear layer.
 
-`_x2`, `_x4`, `_x8` behind any of them divide all widths: the students of distillation.
+The suffixes `_x2`, `_x4` and `_x8` divide all widths, for the students of distillation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ INFOS = {"imagenet": IMAGENET, "voc": VOC, "cifar": CIFAR}
 
 
 def make_features(depth: int, divisor: int, widths: Widths) -> tuple[nn.Sequential, int]:
-    """The convolutional part (convolution, batch norm, ReLU; a pool after each stage), its output width."""
+    """Build the convolutional part (convolution, batch norm, ReLU; a pool after each stage); return it and its
+    width.
+    """
     features = nn.Sequential()
     channels = 3
     for stage, planes in zip(STAGES[depth], PLANES, strict=True):
@@ -43,7 +45,7 @@ def make_features(depth: int, divisor: int, widths: Widths) -> tuple[nn.Sequenti
 
 
 def make_classifier(layout: str, channels: int, divisor: int, num_classes: int, widths: Widths) -> nn.Module:
-    """The classifier of a layout, for `channels` feature maps."""
+    """Build the classifier of a layout, for `channels` feature maps."""
     if layout == "cifar":
         return nn.Linear(channels, num_classes)
     if layout == "voc":
@@ -62,7 +64,7 @@ def make_classifier(layout: str, channels: int, divisor: int, num_classes: int, 
 
 
 class VGG(nn.Module):
-    """Plain stack of 3×3 convolutions. Any image size from 32 pixels on."""
+    """Plain stack of 3×3 convolutions. Any image size of at least 32 pixels."""
 
     def __init__(self, depth: int, layout: str, divisor: int, num_classes: int, widths: Widths) -> None:
         super().__init__()
@@ -72,7 +74,7 @@ class VGG(nn.Module):
         self.classifier = make_classifier(layout, channels, divisor, num_classes, widths)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (N, 3, H, W) float, normalised. Returns logits: (N, num_classes)."""
+        """Compute logits (N, num_classes) for images (N, 3, H, W) float, normalised."""
         logits: Tensor = self.classifier(self.flatten(self.avgpool(self.features(images))))
         return logits
 

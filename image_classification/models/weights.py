@@ -1,37 +1,25 @@
-"""Weights from files: our checkpoints, plain state dicts, torchvision's and DataParallel-prefixed ones.
+"""Loading of weights: LucidPrune checkpoints, plain state dicts, torchvision's and DataParallel-prefixed ones.
 
-What does not fit a network is an error that names the first module.
+`weights_reading` reads the files, `fitting_weights` puts their tensors into a network.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from image_classification.checkpoint_format import is_ours
-from image_classification.models.factory import create_model, identity_of, remember_class_names, unwrap
-from image_classification.models.own_code import check_trusted
 from image_classification.models.published_weights import weights_file
-from image_classification.models.registry import IMAGENET_CLASSES, ModelError
-from image_classification.models.structure import (
-    Factory,
-    Structure,
-    StructureError,
-    build_from_structure,
-    building_on,
-    named_tensors,
-    on_meta,
-)
+from image_classification.models.structure import Structure, StructureError
 from image_classification.models.weights_reading import WeightsError, read_file
 from image_classification.network_input import NetworkInput
-from image_classification.plain_data import PlainMapping, PlainValue
+from image_classification.plain_data import PlainValue
+from image_classification.small_files import problem_of
 
 _STATE_KEYS = ("state_dict", "model", "model_state_dict", "net")
 _EMA_KEYS = ("ema", "ema_state_dict", "state_dict_ema", "model_ema")
@@ -39,15 +27,15 @@ _EMA_KEYS = ("ema", "ema_state_dict", "state_dict_ema", "model_ema")
 
 @dataclasses.dataclass(frozen=True)
 class LoadedWeights:
-    """What a weights file holds.
+    """The content of a weights file.
 
     Attributes:
         state: Tensor by name, on the CPU, without wrapper prefixes.
-        path: Where it was read.
+        path: File that it was read from.
         arch: The architecture that the file names, if any.
-        structure: Present in our own checkpoints; says the widths of a pruned network.
-        averaged: These are the averaged weights.
-        class_names: Names by class index, where the file knows them.
+        structure: Structure in LucidPrune checkpoints, with the widths of a pruned network.
+        averaged: Whether these are the averaged weights.
+        class_names: Names by class index, if the file has them.
     """
 
     state: dict[str, Tensor]
@@ -59,12 +47,12 @@ class LoadedWeights:
 
 
 def takes_average(content: object, ema: bool | None) -> bool:
-    """Whether the averaged weights of a file are the ones to take.
+    """Whether to load the averaged weights of a file.
 
     Args:
-        content: Of the file.
-        ema: What was asked for; None: the average wherever a LucidPrune checkpoint carries one, for it is what
-            validation judged and what made the file the best.
+        content: Content of the file.
+        ema: The request; None for the average if a LucidPrune checkpoint has one, since validation evaluated the
+            average and selected the file by it.
     """
     if ema is not None:
         return ema
@@ -75,14 +63,14 @@ def load_weights(path: str | Path, *, ema: bool | None = None) -> LoadedWeights:
     """Read a weights file of any of the usual kinds.
 
     Args:
-        path: A LucidPrune checkpoint, a plain state dict, or a dict with one under `state_dict`, `model` and the
-            like; prefixes of DataParallel, DDP (`module.`) and `torch.compile` (`_orig_mod.`) are taken off.
-        ema: Whether to take the averaged weights (exponential moving average) or the last ones; None: see
+        path: A LucidPrune checkpoint, a plain state dict, or a dict with one under `state_dict`, `model` or similar;
+            prefixes of DataParallel, DDP (`module.`) and `torch.compile` (`_orig_mod.`) are removed.
+        ema: Whether to load the averaged weights (exponential moving average) or the last ones; None: see
             `takes_average`.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        WeightsError: The file is damaged, foreign, holds code, or lacks what was asked for.
+        FileNotFoundError: The file does not exist.
+        WeightsError: The file is damaged, foreign, holds code, or lacks the requested weights.
     """
     path = Path(path)
     content = read_safely(path)
@@ -109,10 +97,10 @@ def load_weights(path: str | Path, *, ema: bool | None = None) -> LoadedWeights:
 
 
 def structure_in(payload: Mapping[Any, Any], path: Path) -> Structure:
-    """The structure of the network that a file of ours holds.
+    """Return the structure of the network in a LucidPrune checkpoint.
 
     Raises:
-        WeightsError: It has none, or it contradicts itself.
+        WeightsError: The file has no structure, or an inconsistent one.
     """
     try:
         return Structure.from_plain(payload.get("structure"))
@@ -121,56 +109,35 @@ def structure_in(payload: Mapping[Any, Any], path: Path) -> Structure:
 
 
 def saved_input(path: str | Path) -> NetworkInput | None:
-    """The images that the network in a file was trained for; None where the file does not say, or cannot be read.
+    """Return the images that a file's network was trained for; None if they are not recorded or the file is unreadable.
 
     Reads no tensors; errors in a file are reported when its weights are loaded.
     """
     try:
-        content = torch.load(weights_file(path), map_location="cpu", weights_only=True, mmap=True)
+        file = weights_file(path)
+        if problem_of(file) is not None:  # a pipe, for instance, that nothing would be written to
+            return None
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         return Structure.from_plain(content["structure"]).input if is_ours(content) else None
-    except Exception:  # the unpickler meets arbitrary bytes here and raises nearly anything
+    except Exception:  # the unpickler meets arbitrary bytes here and may raise almost anything
         return None
 
 
 def read_safely(path: str | Path) -> PlainValue:
-    """What `torch.save` put into a file (`weights_reading.read_file`), or what weights that a library publishes are.
+    """Read a file written by `torch.save` (`weights_reading.read_file`), or weights published by a library.
 
     Args:
         path: A file, or a name such as `torchvision/resnet50:DEFAULT` (`published_weights`).
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         WeightsError: As `read_file`, or the weights cannot be fetched.
     """
     return read_file(weights_file(path))
 
 
-def load_exactly(model: nn.Module, state: Mapping[str, Tensor], path: Path, what: str = "network") -> None:
-    """`load_state_dict`, which alone would turn whole or complex numbers into weights silently.
-
-    Args:
-        model: Takes the tensors.
-        state: Of the same names, shapes and kinds of numbers.
-        path: Where they come from, for the message.
-        what: They belong to, for the message.
-
-    Raises:
-        WeightsError: Something is missing, has another shape or kind, or is unexpected.
-    """
-    for name, target in model.state_dict().items():
-        value = state.get(name)
-        if value is not None and isinstance(target, Tensor) and not _same_kind(value, target):
-            raise WeightsError(f"{path}: its {what} holds {name!r} as {value.dtype}, not {target.dtype}")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise WeightsError(
-            f"{path}: its {what} contradicts itself: {' '.join(str(error).split())}"
-        ) from error
-
-
 def _find_state(content: Mapping[object, object], path: Path, ema: bool) -> dict[str, Tensor]:
-    """The state dict within a file's content."""
+    """Find the state dict within a file's content."""
     state: PlainValue = None
     if ema:
         state = next((content[key] for key in _EMA_KEYS if isinstance(content.get(key), Mapping)), None)
@@ -191,281 +158,11 @@ def _find_state(content: Mapping[object, object], path: Path, ema: bool) -> dict
 
 
 def _clean_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take off what wrappers add to names: `_orig_mod.` anywhere, `module.` where all names begin with it."""
+    """Remove wrapper prefixes from names: `_orig_mod.` anywhere, `module.` if all names begin with it."""
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     while True:
-        # Averaged models count their updates next to the network they wrap.
+        # Averaged models store their number of updates next to the network they wrap.
         names = [name for name in state if name != "n_averaged"]
         if not names or not all(name.startswith("module.") for name in names):
             return state
         state = {name.removeprefix("module."): state[name] for name in names}
-
-
-def head_tensors(model: nn.Module) -> set[str]:
-    """Names of the tensors of `model` that hold something per class (its classifier, and auxiliary ones).
-
-    Found by building the architecture for two numbers of classes and comparing shapes.
-
-    Raises:
-        ModelError: The network was not built by `create_model`.
-    """
-    identity = identity_of(model)
-    if identity is None:
-        raise ModelError(
-            "`new_head` works for networks that create_model built; load yours with its own head instead"
-        )
-    other = dataclasses.replace(identity, num_classes=identity.num_classes + 1)
-    pairs = zip(named_tensors(on_meta(identity.build)), named_tensors(on_meta(other.build)), strict=True)
-    return {name for (name, tensor), (_, changed) in pairs if tensor.shape != changed.shape}
-
-
-def apply_weights(
-    model: nn.Module, weights: LoadedWeights | Mapping[str, Tensor], *, new_head: bool = False
-) -> list[str]:
-    """Copy weights into a network, in place. All or nothing: a misfit changes no tensor.
-
-    Args:
-        model: Network, bare or wrapped.
-        weights: From `load_weights`, or a state dict.
-        new_head: The classifier keeps its fresh weights; within it, names and shapes may differ.
-
-    Returns:
-        Names of the tensors that kept their fresh values.
-
-    Raises:
-        WeightsError: Something is missing, has another shape or is unexpected; names the first such module.
-    """
-    model = unwrap(model)
-    if isinstance(weights, Mapping):
-        weights = LoadedWeights(dict(weights), Path("the given state dict"))
-    targets = model.state_dict(keep_vars=True)
-    per_class = head_tensors(model) if new_head else set()
-    state = _without_wrapper(weights.state, targets)
-    if any(name not in targets for name in state):
-        state = _translated(model, {name: value for name, value in state.items() if name not in per_class})
-    given = dataclasses.replace(weights, state=state)
-    head_parts = {name.partition(".")[0] for name in per_class}
-    copies, fresh = [], []
-    for name, target in targets.items():
-        value = given.state.get(name)
-        if name in per_class:
-            fresh.append(name)
-        elif value is not None and _fits(value, target):
-            copies.append((target, value))
-        elif name.partition(".")[0] in head_parts or _optional(name, value):
-            fresh.append(name)
-        else:
-            raise WeightsError(_misfit(model, given, name, target, value))
-    for name in given.state:
-        if name not in targets and name.partition(".")[0] not in head_parts:
-            raise WeightsError(
-                f"{given.path} has {name!r}, and the network has no such tensor in a module "
-                f"{name.rpartition('.')[0]!r}{_arch_hint(model, given)}"
-            )
-    with torch.no_grad():
-        for target, value in copies:
-            target.copy_(value)
-    return fresh
-
-
-def _optional(name: str, value: Tensor | None) -> bool:
-    """Files from before PyTorch 0.4.1 lack the batch norms' counters."""
-    return value is None and name.endswith("num_batches_tracked")
-
-
-def _translated(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of older files as the network has them today.
-
-    Classes that were renamed inside since translate their old names themselves while a state dict is loaded
-    (the MLPs of torchvision's vision transformers); a copy without memory takes the tensors over to show the
-    outcome. DenseNet's old names (`norm.1`) are otherwise translated by torchvision's download function only.
-    """
-    state = {
-        re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name): tensor
-        for name, tensor in state.items()
-    }
-    no_memory: dict[int, Tensor] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-        no_memory[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-    probe = copy.deepcopy(model, no_memory)
-    try:
-        outcome = probe.load_state_dict(state, strict=False, assign=True)
-        rest = outcome.unexpected_keys
-    except (RuntimeError, ValueError):  # other shapes: the comparison will say which
-        rest = list(probe.state_dict())
-    taken = {name: tensor for name, tensor in probe.state_dict().items() if not tensor.is_meta}
-    return {**{name: state[name] for name in rest if name in state}, **taken}
-
-
-def _fits(value: Tensor, target: Tensor) -> bool:
-    return value.shape == target.shape and _same_kind(value, target)
-
-
-def _same_kind(value: Tensor, target: Tensor) -> bool:
-    """Real numbers of any precision are one kind; anything else is of its own."""
-    return value.dtype == target.dtype or (value.is_floating_point() and target.is_floating_point())
-
-
-def _without_wrapper(state: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take off a first part that all names share and the network lacks (`model.` of a wrapping class)."""
-    first_parts = {name.partition(".")[0] for name in state}
-    if len(first_parts) != 1 or first_parts & {name.partition(".")[0] for name in targets}:
-        return dict(state)
-    return {name.partition(".")[2]: tensor for name, tensor in state.items()}
-
-
-def _misfit(model: nn.Module, given: LoadedWeights, name: str, target: Tensor, value: Tensor | None) -> str:
-    """Why the weights do not fit, beginning with the module, and what to do."""
-    module = f"{given.path} does not fit the network at module {name.rpartition('.')[0]!r}"
-    if value is None:
-        return f"{module}: it has no {name!r}{_arch_hint(model, given)}"
-    if not _same_kind(value, target):
-        return f"{module}: {name!r} is {value.dtype} there and {target.dtype} in the network"
-    shapes = f"{module}: {name!r} has shape {list(value.shape)} there and {list(target.shape)} in the network"
-    per_class = identity_of(model) is not None and name in head_tensors(model)
-    if per_class and not _other_arch(model, given) and value.dim() == target.dim():
-        return (
-            f"{shapes}: other classes. Give `num_classes` {value.shape[0]} to keep its classifier, or `new_head` to "
-            "start a new one"
-        )
-    return f"{shapes}: a network of other widths{_arch_hint(model, given)}"
-
-
-def _other_arch(model: nn.Module, given: LoadedWeights) -> bool:
-    """The file says that it holds another architecture; libraries' prefixes do not count."""
-    identity = identity_of(model)
-    if given.arch is None or identity is None:
-        return False
-    return given.arch.rpartition("/")[2] != identity.arch.rpartition("/")[2]
-
-
-def _arch_hint(model: nn.Module, given: LoadedWeights) -> str:
-    if _other_arch(model, given):
-        return f". The file says that it holds {given.arch}: give `arch` {given.arch}"
-    if given.structure is not None:
-        return ". The file describes a pruned network: build it by model_for_weights"
-    return ". Give the `arch` that the weights were trained with"
-
-
-def model_for_weights(
-    arch: str | None,
-    path: str | Path,
-    *,
-    num_classes: int | None = None,
-    model_config: str | None = None,
-    image_size: int | None = None,
-    ema: bool | None = None,
-    new_head: bool = False,
-    factory: Factory | None = None,
-    device: torch.device | str | None = None,
-    **kwargs: PlainValue,
-) -> nn.Module:
-    """Build the network that a weights file belongs to, pruned or not, and load it.
-
-    Args:
-        arch: Architecture; None takes the one that a LucidPrune checkpoint names.
-        path: Weights file, see `load_weights`.
-        num_classes: Number of classes; None takes the file's (ImageNet's where it does not say).
-        model_config: As in `create_model`; by default a checkpoint's own.
-        image_size: As in `create_model`; by default a checkpoint's own.
-        kwargs: As in `create_model`; by default a checkpoint's own.
-        ema: Whether to take the averaged weights; None: wherever a LucidPrune checkpoint carries them.
-        new_head: Start a new classifier, for other classes.
-        factory: Builds the unpruned network of a class of the user's own (with arch None).
-        device: Where to build it.
-
-    Raises:
-        FileNotFoundError, WeightsError, ModelError: The file, or what does not fit.
-    """
-    weights = load_weights(path, ema=ema)
-    if weights.structure is None:
-        with building_on(device):
-            model = _built_unpruned(weights, arch, factory, num_classes, model_config, image_size, kwargs)
-    else:
-        structure = _asked_structure(weights.structure, weights.path, arch, num_classes, new_head, kwargs)
-        if model_config is not None and structure.arch is not None:
-            structure = dataclasses.replace(structure, model_config=model_config)
-        if image_size is not None and structure.arch is not None:
-            structure = dataclasses.replace(structure, image_size=image_size)
-        _check_large_enough(weights.state, structure, weights.path, new_head)
-        model = build_from_structure(structure, factory=factory, device=device)
-    apply_weights(model, weights, new_head=new_head)
-    if not new_head:
-        remember_class_names(model, weights.class_names)
-    return model
-
-
-def _built_unpruned(
-    weights: LoadedWeights,
-    arch: str | None,
-    factory: Factory | None,
-    num_classes: int | None,
-    model_config: str | None,
-    image_size: int | None,
-    options: PlainMapping,
-) -> nn.Module:
-    """The network of a file without a structure, by the architecture that the caller or the file names."""
-    if factory is None and arch is None and weights.arch is None:
-        raise WeightsError(f"{weights.path} does not say its architecture: give `arch`")
-    if arch is None and weights.arch is not None:
-        check_trusted(weights.arch)
-    if factory is not None:
-        return factory()
-    if num_classes is None:
-        num_classes = _held_classes(weights, arch, options)
-    return create_model(
-        arch or str(weights.arch),
-        num_classes=num_classes,
-        model_config=model_config,
-        image_size=image_size,
-        **options,
-    )
-
-
-def _held_classes(weights: LoadedWeights, arch: str | None, options: PlainMapping) -> int:
-    """Number of classes of a plain state dict, by the shapes of its classifier; ImageNet's where they do not say."""
-    model = on_meta(lambda: create_model(arch or str(weights.arch), num_classes=IMAGENET_CLASSES, **options))
-    state = _without_wrapper(weights.state, model.state_dict())
-    sizes = {state[name].shape[0] for name in head_tensors(model) if name in state and state[name].dim()}
-    return sizes.pop() if len(sizes) == 1 else IMAGENET_CLASSES
-
-
-def _asked_structure(
-    structure: Structure,
-    path: Path,
-    arch: str | None,
-    num_classes: int | None,
-    new_head: bool,
-    options: PlainMapping,
-) -> Structure:
-    """The file's structure, if it is what was asked for; with a new head, for other classes."""
-    if arch is not None and structure.arch != arch:
-        held = structure.arch or "a class of your own (give its factory)"
-        raise WeightsError(f"{path} holds {held}, not `arch` {arch}: give `arch` {structure.arch}")
-    for name, value in options.items():
-        if structure.options.get(name) != value:
-            raise WeightsError(
-                f"{path} was built with {name}={structure.options.get(name)!r}, not {value!r}: leave the "
-                "option out"
-            )
-    if num_classes is None or structure.num_classes in (None, num_classes):
-        return structure
-    if not new_head:
-        raise WeightsError(
-            f"{path} was trained for {structure.num_classes} classes, not {num_classes}: give `num_classes` "
-            f"{structure.num_classes} to keep its classifier, or `new_head` to start a new one"
-        )
-    return structure.with_num_classes(num_classes)
-
-
-def _check_large_enough(
-    state: Mapping[str, Tensor], structure: Structure, path: Path, new_head: bool
-) -> None:
-    """Structure and tensors of one file agree, before anything is allocated by the structure's word."""
-    for name, tensor in state.items():
-        if not new_head and structure.shapes.get(name) != list(tensor.shape):
-            raise WeightsError(
-                f"{path} contradicts itself at module {name.rpartition('.')[0]!r}: its structure gives {name!r} "
-                f"shape {structure.shapes.get(name)}, its tensors {list(tensor.shape)}"
-            )

@@ -1,7 +1,8 @@
-"""Files of `torch.save`, read as what they are: tensors and plain values, never code.
+"""Files of weights, read without running code from them and with their checksums verified.
 
-PyTorch switches off the zip check sums when it reads, so that a flipped bit would load as a wrong number; here they are
-verified first. (Files of the format before PyTorch 1.6 have none.)
+Files are read with `weights_only=True`: tensors and plain values, never code. PyTorch ignores the zip checksums when
+reading, so that a flipped bit would load as a wrong number; here they are verified first. (Files in the format before
+PyTorch 1.6 have none.)
 """
 
 from __future__ import annotations
@@ -9,37 +10,52 @@ from __future__ import annotations
 import argparse
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from image_classification.checkpoint_format import FormatError, check_payload, is_ours
+from image_classification.checkpoint_format import FormatError, check_extent, check_payload, is_ours
 from image_classification.models.registry import ModelError
 from image_classification.plain_data import PlainValue
+from image_classification.small_files import problem_of
 
 _ZIP_START = b"PK\x03\x04"
 _CHUNK = 1 << 20
 
 
+#: The offer of an error that a new classifier would avoid.
+NEW_HEAD = {"new_head": ", or `new_head` to start a new one"}
+
+
 class WeightsError(ModelError):
-    """A weights file that cannot be used. The message names the file, what is wrong and the way out."""
+    """A weights file cannot be used. The message names the file, the problem and a remedy.
+
+    Args:
+        message: The whole message.
+        offers: Argument → the part of the message that offers it, left out by commands without such a flag.
+    """
+
+    def __init__(self, message: str, offers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.offers = dict(offers or {})
 
 
 def read_file(path: str | Path) -> PlainValue:
-    """What `torch.save` put into a file: tensors (on the CPU) and plain values.
+    """Read a file of `torch.save`: tensors (on the CPU) and plain values.
 
-    Verifies the check sums of every record, runs no code from the file, and holds a LucidPrune checkpoint against its
+    Verifies the checksums of every record, runs no code from the file, and checks a LucidPrune checkpoint against its
     schema (`checkpoint_format`).
 
     Raises:
-        FileNotFoundError: There is no such file.
-        WeightsError: Truncated, altered, not written by `torch.save`, not only tensors and plain values, or one of ours
-            that breaks its schema.
+        FileNotFoundError: The file does not exist.
+        WeightsError: The file is truncated, altered, not written by `torch.save`, holds more than tensors and plain
+            values, or is a LucidPrune checkpoint that violates its schema.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"weights file {path} {what}: check the path")
+    problem = problem_of(path)
+    if problem is not None:
+        raise FileNotFoundError(f"weights file {path} {problem}: check the path")
     with path.open("rb") as file:
         start = file.read(len(_ZIP_START))
     if not start:
@@ -47,16 +63,17 @@ def read_file(path: str | Path) -> PlainValue:
     if start == _ZIP_START:
         _verify_records(path)
     try:
-        # An argparse namespace is a bag of values; many training programs of the field save theirs.
+        # An argparse namespace is a container of values; many published training programs save theirs.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler meets arbitrary bytes here and raises nearly anything
+    except Exception as error:  # the unpickler meets arbitrary bytes here and may raise almost anything
         raise WeightsError(_unreadable(path, error)) from error
-    if is_ours(content):
-        try:
+    try:
+        check_extent(content, path.stat().st_size)
+        if is_ours(content):
             check_payload(content)
-        except FormatError as error:
-            raise WeightsError(f"{path}: {error}") from error
+    except FormatError as error:
+        raise WeightsError(f"{path}: {error}") from error
     return content
 
 
@@ -67,7 +84,7 @@ def _verify_records(path: Path) -> None:
             for record in archive.infolist():
                 if record.compress_type != zipfile.ZIP_STORED:
                     raise WeightsError(f"{path} is a compressed zip file, which torch.save does not write")
-                if record.CRC == 0:  # written without check sums (torch's save.compute_crc32 = False)
+                if record.CRC == 0:  # written without checksums (torch's save.compute_crc32 = False)
                     continue
                 with archive.open(record) as file:
                     while file.read(_CHUNK):

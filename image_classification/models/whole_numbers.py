@@ -1,4 +1,4 @@
-"""Whole numbers that stand deeper in a module's attribute: in a dict, or in tuples within a tuple.
+"""Integers nested in a module's attribute: in a dict, or in tuples within a tuple.
 
 `{"heads": 4, "bias": True}` and `(("heads", 4),)` hold one such number each, at the paths ("heads",) and (0, 1).
 """
@@ -16,24 +16,24 @@ _MOST_NUMBERS = 64
 
 
 def is_nested(value: object) -> bool:
-    """Whether a value is a container of plain values, itself no flat list, with whole numbers in it."""
+    """Whether a value is a container of plain values, not itself a flat list, with integers in it."""
     if type(value) not in (dict, list, tuple) or not value:
         return False
     if type(value) is not dict and all(type(item) is int for item in value):  # type: ignore[attr-defined]
         return False
-    return _is_plain(value) and 0 < len(list(numbers_in(value))) <= _MOST_NUMBERS
+    return is_plain(value) and 0 < len(list(numbers_in(value))) <= _MOST_NUMBERS
 
 
-def _is_plain(value: object) -> bool:
+def is_plain(value: object) -> bool:
     if type(value) is dict:
-        return all(isinstance(key, (str, int)) and _is_plain(item) for key, item in value.items())
+        return all(isinstance(key, (str, int)) and is_plain(item) for key, item in value.items())
     if type(value) in (list, tuple):
-        return all(_is_plain(item) for item in value)  # type: ignore[attr-defined]
+        return all(is_plain(item) for item in value)  # type: ignore[attr-defined]
     return type(value) is int or isinstance(value, _LEAVES)
 
 
 def numbers_in(value: object, path: Path = ()) -> Iterator[tuple[Path, int]]:
-    """Every whole number within containers, with the way to it, in order."""
+    """Yield every integer within containers, with the path to it, in order."""
     if type(value) is int:
         yield path, value
     elif type(value) is dict:
@@ -45,7 +45,7 @@ def numbers_in(value: object, path: Path = ()) -> Iterator[tuple[Path, int]]:
 
 
 def replaced(value: Any, numbers: Mapping[Path, int], path: Path = ()) -> Any:
-    """A copy of the containers with other whole numbers at some paths."""
+    """Return a copy of the containers with other integers at some paths."""
     if type(value) is dict:
         return {key: replaced(item, numbers, (*path, key)) for key, item in value.items()}
     if type(value) in (list, tuple):

@@ -1,1 +1,1 @@
-"""What a run shows and records: console, report, TensorBoard, resources, provenance."""
+"""Output and records of a run: console, report, TensorBoard, resources, provenance."""

@@ -1,7 +1,7 @@
-"""What one sees on rank 0: a live progress display on a terminal, plain lines everywhere else.
+"""Console output of rank 0: a live progress display on a terminal, plain lines everywhere else.
 
-The display is up only within `Console.progress`, and is taken down before an exception leaves it, so that a
-traceback is printed on a clean screen.
+The display exists only within `Console.progress`, and is removed before an exception propagates, so that a traceback is
+printed on a clean screen.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ Detail = Literal["quiet", "normal", "verbose"]
 
 
 class Console:
-    """Prints messages, figures of epochs, and progress.
+    """Prints messages, figures of epochs and progress.
 
     Args:
         print_freq: Iterations from one plain line to the next.
-        live: Whether to draw the live display; by default where the output is a terminal.
-        detail: "quiet" shows messages and the summary alone, "verbose" every figure of an epoch.
-        rich_console: Where to print; standard output by default.
+        live: Whether to draw the live display; by default if the output is a terminal.
+        detail: "quiet" shows only messages and the summary, "verbose" every figure of an epoch.
+        rich_console: Console to print to; standard output by default.
 
-    Where `multiproc.py` has left the terminal to this process, and so cannot write its log itself, every plain line
-    goes to the file in the variable RANK_LOG too.
+    If `multiproc.py` has left the terminal to this process and so cannot write the log itself, every plain line also
+    goes to the file in the variable RANK_LOG.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Console:
         rich_console: RichConsole | None = None,
         detail: Detail = "normal",
     ) -> None:
-        # Only a terminal has a width: a figure must not be broken over lines.
+        # Only a terminal has a width; elsewhere, lines must not be wrapped.
         self._rich = rich_console or RichConsole(highlight=False, soft_wrap=True)
         self.live = self._rich.is_terminal if live is None else live
         self.print_freq = print_freq
@@ -68,12 +68,12 @@ class Console:
     def log(
         self, step: Sequence[int] | str, data: Mapping[str, object], iteration: int | None = None
     ) -> None:
-        """Print the figures of an epoch or of the run; those of an iteration belong to the progress."""
+        """Print the figures of an epoch or of the run; figures of an iteration belong to the progress display."""
         if step == _PARAMETERS or len(step) > 1:
             return
         head = "Summary"
         shown = data
-        if step:  # the other figures of an epoch are in the report
+        if step:  # the other figures of an epoch are only in the report
             head = f"Epoch {step[0]}"
             shown = data if self._detail == "verbose" else steering(data)
         line = "  ".join([f"{head}:", *(self.format(key, value) for key, value in shown.items())])
@@ -83,7 +83,7 @@ class Console:
             self.message(line)
 
     def format(self, key: str, value: object) -> str:
-        """A figure with its name and unit, as it was registered."""
+        """Format a figure with its name and unit, as registered."""
         figure = FIGURES.get(key, Figure())
         text = str(value)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -98,11 +98,11 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, total: int, description: str) -> Iterator[ProgressTask]:
-        """Show how far a loop is; contexts may nest (validation within an epoch).
+        """Show the progress of a loop; contexts may nest (validation within an epoch).
 
         Args:
             total: Number of iterations.
-            description: What runs, such as "Train 3/90".
+            description: Name of the loop, such as "Train 3/90".
         """
         if self._detail == "quiet":
             yield SilentTask(self, total, description)
@@ -137,16 +137,16 @@ class Console:
         return Progress(*columns, console=self._rich, refresh_per_second=4)
 
     def to_log(self, text: str) -> None:
-        """Write a line to the log file, if there is one, and not to the screen."""
+        """Write a line to the log file, if there is one, but not to the screen."""
         if self._log is not None:
             print(text, file=self._log, flush=True)
 
     def flush(self) -> None:
-        """Print what is buffered."""
+        """Print buffered output."""
         self._rich.file.flush()
 
     def close(self) -> None:
-        """Take the display down and close the log file."""
+        """Remove the display and close the log file."""
         if self._display is not None:
             self._display.stop()
             self._display = None
@@ -156,7 +156,7 @@ class Console:
 
 
 class ProgressTask:
-    """How far one loop is. Fields are remembered, so that figures read now and then stay in sight."""
+    """Progress of one loop. Fields are remembered, so that figures that are read only now and then stay visible."""
 
     def __init__(self, console: Console, total: int, description: str) -> None:
         self._console = console
@@ -167,11 +167,11 @@ class ProgressTask:
         self._start = time.monotonic()
 
     def update(self, fields: Mapping[str, object] | None = None, advance: int = 1) -> None:
-        """Count iterations and show figures.
+        """Advance the progress and show figures.
 
         Args:
-            fields: Name → value on the host, such as {"loss": 1.2, "img/s": 950.0}; only what is new.
-            advance: Iterations done since the last call; 0 just shows the fields.
+            fields: Name → value on the host, such as {"loss": 1.2, "img/s": 950.0}; only new values.
+            advance: Number of iterations since the last call; 0 only shows the fields.
         """
         for key, value in (fields or {}).items():
             self._fields[key] = self._console.format(key, value)
@@ -182,7 +182,7 @@ class ProgressTask:
         raise NotImplementedError
 
     def line(self) -> str:
-        """The state as plain text."""
+        """Return the state as plain text."""
         seconds = time.monotonic() - self._start
         left = seconds / self._done * (self._total - self._done) if self._done else 0.0
         parts = [f"{self._description} [{self._done}/{self._total}]", *self._fields.values()]
@@ -205,7 +205,7 @@ class PlainTask(ProgressTask):
 
 
 class SilentTask(ProgressTask):
-    """Keeps the screen free; the log file gets the plain lines."""
+    """Prints nothing on the screen; the log file gets the plain lines."""
 
     def _show(self, before: int) -> None:
         if self.due(before):

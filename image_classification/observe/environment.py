@@ -1,4 +1,4 @@
-"""What a figure was measured on: processor, accelerator, versions. Every result that is published carries this."""
+"""Environment of a measurement: processor, accelerator, versions. Every published result includes it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda120", "nvidia-dali
 
 
 def processor_name() -> str:
-    """The processor's own name for itself, or the architecture where it has none."""
+    """Return the processor's model name, or the architecture if it has none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -24,10 +24,10 @@ def processor_name() -> str:
 
 
 def describe_environment(device: torch.device | None = None) -> dict[str, str | int | float | None]:
-    """Hardware and versions as plain data.
+    """Return hardware and versions as plain data.
 
     Args:
-        device: Where the measurement computed; its GPU is named.
+        device: Device of the measurement, whose GPU is named.
     """
     versions = {name: _version(name) for name in _PACKAGES}
     gpu = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else None

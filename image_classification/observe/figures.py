@@ -1,6 +1,6 @@
-"""The register of figures: who logs a figure says here what its unit is and how it is shown.
+"""Registry of figures: code that logs a figure registers its unit and format here.
 
-Keys are those of the field (`train.loss`, `val.top1`, …); docs/report-keys.md says what they mean.
+Keys follow common usage (`train.loss`, `val.top1`, …); docs/report-keys.md explains them.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-#: Prefixes of the figures of a validation: of the network, and of its averaged weights.
+#: Prefixes of validation figures: of the network, and of its averaged weights.
 VALIDATIONS = ("val", "val_ema")
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """How a figure is shown.
+    """Display settings of a figure.
 
     Attributes:
         format: Python's format specification, such as ".2f"; None for the console's own.
-        unit: Such as "%" or "img/s".
+        unit: Unit, such as "%" or "img/s".
         steers: Whether the screen shows it at epochs and logging steps; all figures are in the report.
     """
 
@@ -28,7 +28,7 @@ class Figure:
     steers: bool = False
 
 
-#: Key → figure, of all modules that have been imported.
+#: Key → figure, of all modules imported so far.
 FIGURES: dict[str, Figure] = {}
 
 
@@ -36,8 +36,9 @@ def register_figures(prefixes: str | Iterable[str], figures: Mapping[str, Figure
     """Register figures.
 
     Args:
-        prefixes: What stands before the dot, such as "train"; several where the same figures have several.
-        figures: Name behind the dot → how it is shown.
+        prefixes: Part of the key before the dot, such as "train"; several if the same figures occur under several
+            prefixes.
+        figures: Part of the key after the dot → display settings.
     """
     for prefix in (prefixes,) if isinstance(prefixes, str) else prefixes:
         for name, figure in figures.items():
@@ -45,12 +46,12 @@ def register_figures(prefixes: str | Iterable[str], figures: Mapping[str, Figure
 
 
 def steering(figures: Mapping[str, object]) -> dict[str, object]:
-    """Those figures that the screen shows at epochs and logging steps."""
+    """Return those figures that the screen shows at epochs and logging steps."""
     return {key: value for key, value in figures.items() if FIGURES.get(key, Figure()).steers}
 
 
 def curves(step: Sequence[int] | str, data: Mapping[str, object]) -> dict[str, float]:
-    """The numbers of a step, `train.loss` as `train/loss`; those of whole epochs and runs by names of their own."""
+    """Return the numbers of a step, `train.loss` as `train/loss`; figures of epochs and runs get separate names."""
     figures: dict[str, float] = {}
     for key, value in data.items():
         if isinstance(value, (int, float)) and math.isfinite(value):

@@ -1,11 +1,11 @@
-"""Tables for notebooks: what `_repr_html_` of our objects returns."""
+"""HTML tables for notebooks, returned by the `_repr_html_` of LucidPrune's objects."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
 
-#: Rows that are shown; a notebook is no place for hundreds.
+#: Largest number of rows shown, since a notebook is no place for hundreds.
 MAX_ROWS = 40
 _CELL = "padding:2px 10px 2px 0;vertical-align:top;text-align:"
 
@@ -13,13 +13,13 @@ _CELL = "padding:2px 10px 2px 0;vertical-align:top;text-align:"
 def html_table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], notes: Sequence[str] = ()
 ) -> str:
-    """A table as HTML that takes the colours of its page. All text is escaped.
+    """Build an HTML table in the colours of its page. All text is escaped.
 
     Args:
-        title: Stands above.
-        columns: Their names; none for a table without rows.
-        rows: Cells. Numbers stand to the right; None is a dash.
-        notes: Lines below.
+        title: Title above the table.
+        columns: Names of the columns; none for a table without rows.
+        rows: Cells. Numbers are right-aligned; None is shown as a dash.
+        notes: Lines below the table.
     """
     listed = [list(row) for row in rows]
     below = list(notes)
@@ -41,5 +41,5 @@ def _cell(value: object) -> str:
 
 
 def share_words(part: float, whole: float) -> str:
-    """A share in per cent."""
+    """Format a share as a percentage."""
     return f"{100 * part / whole:.1f} %"

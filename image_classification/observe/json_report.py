@@ -21,17 +21,18 @@ from image_classification.config import SettingError
 from image_classification.file_writing import unused_path, write_text
 from image_classification.observe.figures import Figure
 from image_classification.plain_data import Plain
+from image_classification.small_files import parse_json
 
 _PREFIX = "DLLL "
+_LONGEST_LINE = 1 << 24
 
 
 class Report:
     """Writes the report. Failing to open it stops the run at its start; a failing write later only warns.
 
     Args:
-        path: The file; its folder is made.
-        append: Go on with an existing file (a resumed run). Otherwise an existing one is kept under a
-            numbered name.
+        path: The file; its folder is created if needed.
+        append: Continue an existing file (a resumed run). Otherwise an existing file is kept under a numbered name.
 
     Raises:
         SettingError: The file cannot be opened for writing.
@@ -53,11 +54,11 @@ class Report:
         except OSError as error:
             problem = f"cannot be written ({error.strerror}): choose another file or `workspace`, or '' for no report"
             raise SettingError("raport_file", str(path), problem) from error
-        if torn:  # the run was killed within a line: end it, so that the next one is whole
+        if torn:  # the run was killed within a line: end it, so that the next line is intact
             self._write_text("\n")
 
     def describe(self, key: str, figure: Figure) -> None:
-        """Write a figure's unit and format, where it has them, as `{"unit": …, "format": …}`."""
+        """Write a figure's unit and format, if it has them, as `{"unit": …, "format": …}`."""
         metadata = {}
         if figure.unit is not None:
             metadata["unit"] = figure.unit
@@ -81,7 +82,7 @@ class Report:
         self._write({"type": "LOG", "step": step if isinstance(step, str) else list(step), "data": values})
 
     def flush(self) -> None:
-        """Hand what was written to the operating system. Every line already is."""
+        """Flush to the operating system. Every line already is."""
 
     def close(self) -> None:
         """Close the file."""
@@ -103,7 +104,7 @@ class Report:
         try:
             if os.fstat(self._file.fileno()).st_nlink == 0:
                 self._write_again()
-            # A failed write may have left part of a line: begin a new one.
+            # A failed write may have left part of a line, so start a new one.
             self._file.write("\n" + text if self._failed else text)
             self._file.flush()
         except OSError as error:
@@ -112,7 +113,7 @@ class Report:
             self._failed = False
 
     def _write_again(self) -> None:
-        """The file was removed while it was open, with its folder perhaps: put back what it held."""
+        """Restore the content after the file was removed while open, possibly with its folder."""
         self._file.seek(0)
         held = self._file.read()
         write_text(self.path, held)
@@ -129,19 +130,21 @@ class Report:
 
 
 def read_report(path: Path) -> list[Plain]:
-    """Read a report, ours or DLLogger's; lines torn by a crash or a full disk are left out.
+    """Read a report, LucidPrune's or DLLogger's; lines torn by a crash or a full disk are left out.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
     """
     entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line.removeprefix(_PREFIX))
-        except json.JSONDecodeError:
-            continue
-        if isinstance(entry, dict):
-            entries.append(entry)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        # Content without line ends is not a report, and may be endless.
+        while 0 < len(line := file.readline(_LONGEST_LINE)) < _LONGEST_LINE:
+            try:
+                entry = parse_json(line.removeprefix(_PREFIX))
+            except ValueError:
+                continue
+            if isinstance(entry, dict):
+                entries.append(entry)
     return entries
 
 
@@ -152,7 +155,7 @@ def _is_torn(path: Path) -> bool:
 
 
 def _as_json(value: object) -> object:
-    """Plain JSON for numbers of NumPy and PyTorch too; None for what JSON cannot say."""
+    """Convert numbers of NumPy and PyTorch to plain JSON; None for values that JSON cannot represent."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, float):

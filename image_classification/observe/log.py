@@ -1,7 +1,7 @@
-"""One logger for a run: hands figures to the console, the JSON-lines report and TensorBoard, on rank 0 only.
+"""The logger of a run: passes figures to the console, the JSON-lines report and TensorBoard, on rank 0 only.
 
-The other ranks have the same object without outputs, so that the training loop need not ask for its rank. Keys and
-units of the figures: `observe.figures`.
+The other ranks have the same object without outputs, so that the training loop need not check its rank. For keys and
+units of the figures see `observe.figures`.
 """
 
 from __future__ import annotations
@@ -78,39 +78,38 @@ class LogConfig:
 
     @property
     def detail(self) -> Detail:
-        """How much of it the screen shows."""
+        """Level of detail on the screen."""
         if self.quiet:
             return "quiet"
         return "verbose" if self.verbose else "normal"
 
 
 class Output(Protocol):
-    """A place where figures go."""
+    """A destination of figures."""
 
     def log(
         self, step: Sequence[int] | str, data: Mapping[str, object], iteration: int | None = None
     ) -> None:
-        """Take the figures of a step."""
+        """Write the figures of a step."""
 
     def flush(self) -> None:
-        """Write what is buffered."""
+        """Write buffered output."""
 
     def close(self) -> None:
-        """Write what is buffered and close."""
+        """Write buffered output and close."""
 
 
 class Logger:
-    """Hands every figure and message of a run to its outputs.
+    """Passes every figure and message of a run to its outputs.
 
     Args:
-        config: What is shown and written.
-        workspace: Folder that relative paths start from.
+        config: The flags.
+        workspace: Folder that relative paths refer to.
         is_main: Whether this is rank 0; elsewhere nothing is shown or written.
-        append: Go on with an existing report, for a resumed run.
+        append: Continue an existing report, for a resumed run.
 
     Raises:
-        ConfigError: An output cannot be opened. This is where a full or read-only disk is noticed, before
-            training.
+        ConfigError: An output cannot be opened. So a full or read-only disk is noticed before training.
     """
 
     def __init__(
@@ -153,8 +152,8 @@ class Logger:
 
         Args:
             step: (epoch, iteration within the epoch), (epoch,) for a whole epoch, () for the run.
-            data: Key → value on the host. Figures that live on a device are read before, all together.
-            iteration: Number of optimizer steps of the run, TensorBoard's axis; the last one given when None.
+            data: Key → value on the host. Figures on a device must be read beforehand, all at once.
+            iteration: Number of optimizer steps of the run, TensorBoard's axis; None for the last one given.
         """
         for output in self._outputs:
             output.log(tuple(step), data, iteration)
@@ -183,7 +182,7 @@ class Logger:
             self._tensorboard.histogram(tag, values, iteration)
 
     def graph(self, model: nn.Module, images: torch.Tensor) -> None:
-        """Show the network's graph in TensorBoard; one that cannot be traced is a message, not an error."""
+        """Show the network's graph in TensorBoard; a network that cannot be traced causes a message, not an error."""
         if self._tensorboard is None:
             return
         try:
@@ -198,7 +197,7 @@ class Logger:
 
     @contextlib.contextmanager
     def progress(self, total: int, description: str) -> Iterator[ProgressTask | NoTask]:
-        """Show the progress of a loop; `update(fields, advance=1)` of what this yields moves it on."""
+        """Show the progress of a loop; call `update(fields, advance=1)` of the yielded object to advance it."""
         if self._console is None:
             yield NoTask()
             return
@@ -206,12 +205,12 @@ class Logger:
             yield task
 
     def flush(self) -> None:
-        """Write what the outputs have buffered."""
+        """Write the outputs' buffered data."""
         for output in self._outputs:
             output.flush()
 
     def close(self) -> None:
-        """Write what is buffered and close the outputs; the logger is silent afterwards."""
+        """Write buffered data and close the outputs; the logger is silent afterwards."""
         for output in self._outputs:
             output.close()
         self._outputs = []
@@ -220,7 +219,7 @@ class Logger:
 
 
 class NoTask:
-    """The progress of a rank that shows none."""
+    """Progress on a rank that shows none."""
 
     def update(self, fields: Mapping[str, object] | None = None, advance: int = 1) -> None:
         """Do nothing."""

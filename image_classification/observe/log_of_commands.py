@@ -1,4 +1,4 @@
-"""What the library logs, as users of a command line read it: flags in place of the names of arguments."""
+"""Library log messages for command-line users: flags instead of argument names."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class _WithFlags(logging.Formatter):
 
 @contextlib.contextmanager
 def log_names_flags(flags: Callable[[], Mapping[str, str]] = dict) -> Iterator[None]:
-    """Inside, warnings that no other handler takes are printed with flags in place of `arguments`.
+    """Print warnings that no other handler takes with flags in place of `arguments`, inside the block.
 
     Args:
-        flags: Gives argument → flag of the command at hand; see `config.told`.
+        flags: Returns argument → flag of the current command; see `config.told`.
     """
     handler = logging.lastResort
     if handler is None:

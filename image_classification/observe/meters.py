@@ -1,7 +1,7 @@
 """Clocks of training: images per second, time spent waiting for data, percentiles of latencies.
 
-Nothing here waits for the GPU: figures of a window are right when the device was waited for at its end, which
-reading the window's sums (`metrics.TrainingSums`) does.
+Nothing here waits for the GPU: figures of a window are correct if the device was synced at its end, which reading the
+window's sums (`metrics.TrainingSums`) does.
 """
 
 from __future__ import annotations
@@ -34,14 +34,13 @@ register_figures(
 class StepClock:
     """Images per second, time spent waiting for data and time spent computing, over windows of iterations.
 
-    GPU work is asynchronous, so the time of one iteration means little; that of a window does when the device
-    was waited for at its end. `read` is therefore called right after `TrainingSums.flush`.
+    GPU work is asynchronous, so the time of a single iteration means little; that of a window is meaningful if the
+    device was synced at its end. `read` is therefore called right after `TrainingSums.flush`.
 
     Args:
-        world_size: Images per second count all ranks.
-        num_warmup: First iterations of the run that no figure of an epoch includes (compilation, cuDNN's
-            search).
-        clock: Seconds; for tests.
+        world_size: Number of ranks; images per second count all of them.
+        num_warmup: Number of first iterations of the run that epoch figures leave out (compilation, cuDNN's search).
+        clock: Returns seconds; replaceable for tests.
 
     Example:
         for images, targets in loader:
@@ -60,18 +59,18 @@ class StepClock:
         self.start()
 
     def start(self) -> None:
-        """Begin a window now; to call after something else took time (validation, a checkpoint)."""
+        """Start a window now; call after something else took time (validation, a checkpoint)."""
         self._window = _Window()
         self._window_start = self._mark = self._clock()
 
     def data_ready(self) -> None:
-        """The batch is here: what passed since the last step was waiting for data."""
+        """Record that the batch has arrived: the time since the last step was spent waiting for data."""
         now = self._clock()
         self._window.data_seconds += now - self._mark
         self._mark = now
 
     def step_done(self, num_images: int) -> None:
-        """The iteration's work has been handed to the device."""
+        """Record that the iteration's work has been submitted to the device."""
         self._mark = self._clock()
         self._window.num_images += num_images
         self._window.num_steps += 1
@@ -81,7 +80,7 @@ class StepClock:
                 self.start()
 
     def read(self, prefix: str = "train") -> dict[str, float]:
-        """`{prefix}.total_ips`, `compute_ips`, `data_time`, `compute_time`; begins a new window."""
+        """Return `{prefix}.total_ips`, `compute_ips`, `data_time`, `compute_time`, and start a new window."""
         window = self._window
         window.seconds = self._clock() - self._window_start
         if self._warmup_left == 0:
@@ -90,7 +89,7 @@ class StepClock:
         return window.figures(prefix, self.world_size)
 
     def read_epoch(self, prefix: str = "train") -> dict[str, float]:
-        """The same figures over all windows of the epoch; begins a new epoch."""
+        """Return the same figures over all windows of the epoch, and start a new epoch."""
         self.read(prefix)
         figures = self._epoch.figures(prefix, self.world_size)
         self._epoch = _Window()
@@ -123,9 +122,9 @@ class _Window:
 
 
 def latency_figures(seconds: Sequence[float], prefix: str = "val") -> dict[str, float]:
-    """Mean and percentiles of latencies: `{prefix}.compute_latency`, `…_at50`, `…_at95`, `…_at99`, `…_at100`.
+    """Return mean and percentiles of latencies: `{prefix}.compute_latency`, `…_at50`, `…_at95`, `…_at99`, `…_at100`.
 
-    A percentile is a latency that was measured: the smallest that at least p % of the batches do not exceed.
+    A percentile is a measured latency: the smallest that at least p % of the batches do not exceed.
     """
     if not seconds:
         return {}

@@ -1,7 +1,7 @@
-"""What a run takes from the machine: the GPU's utilisation, memory, power and energy (NVML); CPU and memory.
+"""Resources used by a run: the GPU's utilisation, memory, power and energy (NVML); CPU and memory.
 
-A thread samples the process's own GPU about once a second, and keeps sums; the training loop reads their
-means on logging steps. Without a GPU, a driver or the module `pynvml` the GPU's figures are silently absent.
+A thread samples the process's own GPU about once a second, and keeps sums; the training loop reads the means at logging
+steps. Without a GPU, a driver or the module `pynvml` the GPU's figures are silently absent.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ register_figures(
 
 
 class Monitor:
-    """Figures of this process and its GPU since the last reading.
+    """Measures this process and its GPU.
 
     Args:
-        device: Where the process computes; only a CUDA device has GPU figures.
+        device: Device of the process; only a CUDA device has GPU figures.
         interval: Seconds between two samples.
 
     Example:
@@ -81,18 +81,18 @@ class Monitor:
             self._stop.wait(self._interval)
 
     def restart(self) -> None:
-        """Begin another phase: what came before, such as a validation, belongs to no later reading."""
+        """Start another phase: earlier samples, such as those of a validation, are left out of later readings."""
         self.read()
 
     def read(self, num_images: int = 0) -> dict[str, float]:
-        """Means since the last reading.
+        """Return means since the last call.
 
         Args:
-            num_images: Images that this process handled in that time; with them energy is given per image.
+            num_images: Number of images that this process handled in that time, for the energy per image.
 
         Returns:
             `process.cpu_cores` (CPU seconds of this process and its ended children per second) and
-            `process.memory_gib` (resident now); with a GPU `gpu.util` (%), `gpu.memory_gib`, `gpu.power_w`,
+            `process.memory_gib` (currently resident); with a GPU `gpu.util` (%), `gpu.memory_gib`, `gpu.power_w`,
             `gpu.temperature_c`, and `train.joules_per_image` of this process's GPU.
         """
         now = time.monotonic()
@@ -116,7 +116,7 @@ class Monitor:
         return figures
 
     def _joules(self, seconds: float, power: float | None) -> float | None:
-        """Energy since the last reading: by the GPU's counter, or power × time where it has none."""
+        """Return the energy since the last reading: from the GPU's counter, or power × time if it has none."""
         assert self._gpu is not None
         before, self._energy = self._energy, self._gpu.energy()
         if before is not None and self._energy is not None:
@@ -135,7 +135,7 @@ class Monitor:
 
 
 class _Gpu:
-    """One GPU through NVML. A figure that this GPU does not have is left out of the samples."""
+    """A GPU, accessed through NVML. Figures that this GPU lacks are left out of the samples."""
 
     def __init__(self, nvml: ModuleType, handle: object) -> None:
         self._nvml = nvml
@@ -158,7 +158,7 @@ class _Gpu:
         return sample
 
     def energy(self) -> float | None:
-        """Joules since the driver was loaded; None where the GPU does not count them."""
+        """Return the joules since the driver was loaded; None if the GPU does not count them."""
         try:
             millijoules: int = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
         except self._nvml.NVMLError:
@@ -170,13 +170,13 @@ class _Gpu:
 
 
 def _cpu_seconds() -> float:
-    """CPU time of this process and of its children that have ended, in seconds."""
+    """Return the CPU time of this process and its ended children, in seconds."""
     usages = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def _resident_bytes() -> int:
-    """Memory that this process holds now; its peak where there is no /proc."""
+    """Return the memory that this process holds now; its peak if there is no /proc."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

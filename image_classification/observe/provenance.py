@@ -1,7 +1,7 @@
-"""How a run was started: command, hardware and versions, one JSON object per start in `invocations.jsonl`.
+"""Provenance of a run: command, hardware and versions, one JSON object per start in `invocations.jsonl`.
 
-`config.yaml` says what a run is; this says who asked for it and on what it ran. A resumed run adds a line, so that the
-file tells its whole history.
+`config.yaml` describes the run; this file records how it was started and on what it ran. A resumed run adds a line, so
+that the file contains the whole history.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from image_classification.observe.environment import describe_environment
+from image_classification.observe.json_report import read_report
 from image_classification.plain_data import Plain
 
 FILENAME = "invocations.jsonl"
@@ -27,11 +28,11 @@ def record_invocation(
     """Add this start of a run to its workspace.
 
     Args:
-        workspace: Folder of the run; it exists.
-        device: Where rank 0 computes.
+        workspace: Existing folder of the run.
+        device: Device of rank 0.
         world_size: Number of processes.
-        append: Whether the run continues an earlier one; otherwise what an earlier run left is replaced.
-        argv: Program and its words; `sys.argv` when None.
+        append: Whether the run continues an earlier one; otherwise an earlier run's record is replaced.
+        argv: Program and its arguments; `sys.argv` if None.
     """
     entry = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -44,10 +45,10 @@ def record_invocation(
 
 
 def command_line(argv: Sequence[str] | None = None) -> str:
-    """What was typed to start this process, as a shell takes it.
+    """Return the command that started this process, quoted for a shell.
 
     Args:
-        argv: Program and its words; `sys.argv` when None.
+        argv: Program and its arguments; `sys.argv` if None.
     """
     program, *words = sys.argv if argv is None else argv
     if Path(program).name == "__main__.py":
@@ -58,14 +59,6 @@ def command_line(argv: Sequence[str] | None = None) -> str:
 
 
 def read_invocations(workspace: Path) -> list[Plain]:
-    """All starts of a run, oldest first; none where the file is missing. A torn line is left out."""
+    """Read all starts of a run, oldest first; none if the file is missing. A torn line is left out."""
     path = workspace / FILENAME
-    if not path.is_file():
-        return []
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return entries
+    return read_report(path) if path.is_file() else []

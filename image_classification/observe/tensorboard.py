@@ -18,13 +18,13 @@ from image_classification.observe.figures import curves
 
 
 class TensorBoard:
-    """Writes event files for `tensorboard --logdir`. The package is imported only here, when it is asked for.
+    """Writes event files for `tensorboard --logdir`. The package is imported only here, on demand.
 
     Args:
-        directory: Where the event files go; a resumed run adds a file and continues its curves.
+        directory: Folder of the event files; a resumed run adds a file and continues its curves.
 
     Raises:
-        SettingError: TensorBoard is not installed, or the folder cannot be written.
+        SettingError: TensorBoard is not installed, or the folder cannot be written to.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -43,7 +43,7 @@ class TensorBoard:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Around every use of the writer: a full disk loses the rest of the curves, not the training."""
+        """Guard every use of the writer: a full disk loses the rest of the curves, but does not stop the training."""
         try:
             yield
         except OSError as error:
@@ -61,8 +61,8 @@ class TensorBoard:
 
         Args:
             step: As in the report.
-            data: Metric → value; what is not a finite number is left out.
-            iteration: Number of optimizer steps so far, the horizontal axis; the last one given when None.
+            data: Metric → value; values that are not finite numbers are left out.
+            iteration: Number of optimizer steps so far, the horizontal axis; None for the last one given.
         """
         self._iteration = self._iteration if iteration is None else iteration
         if self._failed:
@@ -96,7 +96,7 @@ class TensorBoard:
                 self._writer.add_histogram(tag, values[values.isfinite()], iteration)
 
     def graph(self, model: nn.Module, images: torch.Tensor) -> None:
-        """Write the network's graph, traced in evaluation mode; model and random state stay as they are.
+        """Write the network's graph, traced in evaluation mode; model and random state are not affected.
 
         Raises:
             RuntimeError: The network cannot be traced.
@@ -106,13 +106,13 @@ class TensorBoard:
                 self._writer.add_graph(model, images)
 
     def flush(self) -> None:
-        """Write what is buffered."""
+        """Write buffered data."""
         if not self._failed:
             with self._writing():
                 self._writer.flush()
 
     def close(self) -> None:
-        """Write what is buffered, and the run's line in the table of hyperparameters, and close the file."""
+        """Write buffered data and the run's row in the table of hyperparameters, and close the file."""
         if not self._failed:
             with self._writing():
                 self._compare()

@@ -1,9 +1,9 @@
 """Experiment trackers: the figures of a run in MLflow or Weights & Biases, through their own libraries.
 
-Both get the resolved configuration once and every finite figure over the number of optimizer steps. A run that is
-resumed goes on in the tracker's run, whose id lies in the workspace. What fails at the start stops the job. A tracker
-that cannot be reached later is warned of once and left alone for some minutes at a time: its libraries wait long for an
-answer, and training must not.
+Both get the resolved configuration once and every finite figure over the number of optimizer steps. A resumed run
+continues the tracker's run, whose id is stored in the workspace. A failure at the start stops the job. If a tracker
+cannot be reached later, a warning is logged once, and the tracker is left alone for some minutes at a time, since its
+libraries wait long for an answer and training must not.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from image_classification.file_writing import write_text
 from image_classification.observe.figures import curves
 
 _EXPERIMENT = "lucidprune"
-_MOST_PARAMETERS = 100  # the most that MLflow accepts at a time
+_MOST_PARAMETERS = 100  # largest number that MLflow accepts at a time
 _LONGEST_PARAMETER = 500
-_PAUSE = 300.0  # seconds in which a tracker that has failed is not asked again
+_PAUSE = 300.0  # seconds before a failed tracker is tried again
 
 
 class _Tracker:
-    """What both have in common: the axis, and what becomes of failures."""
+    """Base of both trackers: the axis, and the handling of failures."""
 
     setting = ""
 
@@ -41,7 +41,7 @@ class _Tracker:
     def log(
         self, step: Sequence[int] | str, data: Mapping[str, object], iteration: int | None = None
     ) -> None:
-        """See `Output`. Nothing is tried for a while after a failure."""
+        """See `Output`. After a failure, nothing is sent for a while."""
         self._iteration = self._iteration if iteration is None else iteration
         if time.monotonic() < self._resting_until:
             return
@@ -62,7 +62,7 @@ class _Tracker:
     def _opening(self, value: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever the library and its network raise
+        except Exception as error:  # the library and its network code may raise anything
             problem = (
                 f"cannot be opened: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             )
@@ -83,12 +83,12 @@ class _Tracker:
 
 
 class MlflowTracker(_Tracker):
-    """A run in MLflow, in the experiment that MLFLOW_EXPERIMENT_NAME names, or "lucidprune".
+    """A run in MLflow, in the experiment named by MLFLOW_EXPERIMENT_NAME, or "lucidprune".
 
     Args:
-        uri: Tracking server or `sqlite:///FILE`; a folder holds a database of that kind.
-        workspace: Where the run's id is kept.
-        append: Go on with that run.
+        uri: Tracking server or `sqlite:///FILE`; a folder contains such a database.
+        workspace: Folder that stores the run's id.
+        append: Continue that run.
 
     Raises:
         SettingError: MLflow is not installed, or cannot be reached.
@@ -120,7 +120,7 @@ class MlflowTracker(_Tracker):
         self._client.log_batch(self._run, metrics=metrics)
 
     def _log_parameters(self, data: Mapping[str, object]) -> None:
-        known = set(self._client.get_run(self._run).data.params)  # those of a resumed run cannot change
+        known = set(self._client.get_run(self._run).data.params)  # parameters of a resumed run cannot change
         parameters = [
             self._entities.Param(key, str(value)[:_LONGEST_PARAMETER])
             for key, value in data.items()
@@ -139,7 +139,7 @@ class MlflowTracker(_Tracker):
 
 
 def _database(uri: str) -> str:
-    """A folder as the database in it; MLflow keeps no runs in plain files any more."""
+    """Return the database in a folder, since MLflow no longer keeps runs in plain files."""
     if "://" in uri or uri.startswith("sqlite:"):
         return uri
     Path(uri).mkdir(parents=True, exist_ok=True)
@@ -150,9 +150,9 @@ class WandbTracker(_Tracker):
     """A run in Weights & Biases; WANDB_MODE=offline keeps it in the workspace.
 
     Args:
-        project: Its project.
-        workspace: Where its files and the run's id are kept.
-        append: Go on with that run.
+        project: Name of the project.
+        workspace: Folder of its files and the run's id.
+        append: Continue that run.
 
     Raises:
         SettingError: The package is not installed, or the service cannot be reached.
@@ -181,7 +181,7 @@ class WandbTracker(_Tracker):
         self._run.log({**figures, "iteration": self._iteration})
 
     def flush(self) -> None:
-        """See `Output`; the library writes alongside training."""
+        """See `Output`; the library writes in the background."""
 
     def close(self) -> None:
         """See `Output`."""

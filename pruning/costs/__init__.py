@@ -1,7 +1,6 @@
-"""What a network costs at any widths, and budgets. Importing this package registers the built-in costs.
+"""Costs of a network at any widths, and budgets. Importing this package registers the built-in costs.
 
-costs = CostModel(graph, model, images, metrics=("macs", "params"))
-costs.cost("macs", mask)
+costs = CostModel(graph, model, images, metrics=("macs", "params")) costs.cost("macs", mask)
 """
 
 from pruning.costs import built_in

@@ -1,8 +1,8 @@
-"""A network's activations: how large each is as a function of the widths, when it is alive, what reads it.
+"""A network's activations: their sizes as functions of the widths, their lifetimes, and the operators that read them.
 
-The network runs twice on the example images: once recorded with channel labels (as for the channel graph), once
-with every storage's life observed. Both runs execute the same operators, so the n-th operator of one is the n-th
-of the other. The labels' atoms are translated to the graph's units through the parameters that both know.
+The network runs twice on the example images: once recorded with channel labels (as for the channel graph), once with
+the lifetime of every storage observed. Both runs execute the same operators, so the n-th operator of one is the n-th of
+the other. The labels' atoms are translated to the graph's units through the parameters that both know.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.labeller import Labeller, LayerUse, operation_name
 from pruning.engine.labels import Slot, Value, compress, support
 from pruning.engine.operators import arguments
-from pruning.engine.tracing import Operation, Ref, Trace, record, set_trace_mode, undisturbed
+from pruning.engine.traces import Operation, Ref, Trace
+from pruning.engine.tracing import record
+from pruning.engine.undisturbed import set_trace_mode, undisturbed
 
-#: Shapes, strides and the like of a layer as plain data.
+#: Shapes, strides and similar settings of a layer, as plain data.
 Geometry = dict[str, Any]
 
 
@@ -39,13 +41,13 @@ class Extent:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A convolution or linear layer as it is called, for measuring it alone.
+    """One call of a convolution or linear layer, for measuring it in isolation.
 
     Attributes:
         name: Module and number of the contraction within it; the same before and after a rewrite.
         out_units, in_units: Units along the two dimensions its cost depends on; `in_units` is empty for layers
-            that lose whole groups (depthwise convolutions), where one follows from the other.
-        geometry: Everything else that matters, as plain data: kind, shapes as traced, stride and so on.
+            that lose whole groups (depthwise convolutions), where one dimension follows from the other.
+        geometry: All other settings that matter, as plain data: kind, traced shapes, stride and so on.
         rows: First dimension of its input, per image.
     """
 
@@ -58,12 +60,12 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """What `trace_activations` finds; all sizes are per image.
+    """The result of `trace_activations`; all sizes are per image.
 
     Attributes:
-        allocations: Bytes of every storage that follows from the images (the images themselves included).
-        moments: (moments, allocations) bool: sets of storages that are alive together. Sets that lie within
-            another are left out: they are never larger.
+        allocations: Bytes of every storage derived from the images (including the images themselves).
+        moments: (moments, allocations) bool: sets of storages that are alive together. Subsets of another set are left
+            out, since they are never larger.
         kernels: Convolutions and linear layers, in order of execution.
         traffic: Elements read and written by each of the other operators; views are free.
     """
@@ -78,9 +80,9 @@ def trace_activations(model: nn.Module, images: tuple[object, ...], graph: Chann
     """Run the network on the images, in evaluation mode, and describe its activations.
 
     Args:
-        model: The network that the graph belongs to; left as it was.
+        model: The network that the graph belongs to; not modified.
         images: Its positional arguments, one or two images.
-        graph: Its channel graph, at the present widths.
+        graph: Its channel graph, at the current widths.
     """
     with undisturbed(model):
         trace = record(model, images)
@@ -108,11 +110,11 @@ class _Sizes:
         self._unit_of_atom = _units_of_atoms(labeller, graph)
 
     def units(self, slot: Slot) -> np.ndarray:
-        """Labels as unit ids, extent 1 along every dimension that they do not depend on."""
+        """Return a value's labels as unit ids, with extent 1 along every dimension they do not depend on."""
         return compress(np.where(slot < 0, -1, self._unit_of_atom[np.maximum(slot, 0)]))
 
     def along(self, number: int, dim: int) -> np.ndarray:
-        """Units along one dimension of a value."""
+        """Return the units along one dimension of a value."""
         shape = self._trace.tensors[number].shape
         value = self._labeller.values[0][number] or Value(shape)
         slot = value.slot_at(dim)
@@ -121,10 +123,10 @@ class _Sizes:
         return np.broadcast_to(vector, (shape[dim],))
 
     def elements(self, number: int) -> Extent:
-        """Elements of a value per image.
+        """Return the number of elements of a value per image.
 
-        Where the labels depend on two dimensions at once (never in a rectangular tensor of a graph that was
-        verified), the value counts as fixed.
+        If the labels depend on two dimensions at once (never in a rectangular tensor of a verified graph), the value
+        counts as fixed.
         """
         shape = self._trace.tensors[number].shape
         value = self._labeller.values[0][number] or Value(shape)
@@ -141,7 +143,7 @@ class _Sizes:
 
 
 def _units_of_atoms(labeller: Labeller, graph: ChannelGraph) -> np.ndarray:
-    """Unit of every atom, (num_atoms,), -1 for those of no unit."""
+    """Return the unit of every atom, (num_atoms,), -1 for atoms without a unit."""
     num_atoms = labeller.table.num_atoms
     unit_of_atom = np.full(num_atoms, -1, dtype=np.int64)
     of_parameter = np.zeros(num_atoms, dtype=bool)
@@ -151,8 +153,8 @@ def _units_of_atoms(labeller: Labeller, graph: ChannelGraph) -> np.ndarray:
         if (axis.tensor, axis.dim) in labeller.parameter_atoms:
             unit_of_atom[labeller.parameter_atoms[axis.tensor, axis.dim]] = axis.units
 
-    # Atoms of parameters have their unit from the graph. Others (of padding, say) belong to the unit of any atom in
-    # the same component; -1 is the smallest value, so the maximum finds it.
+    # Atoms of parameters get their unit from the graph. Others (of padding, say) belong to the unit of any atom in the
+    # same component; -1 is the smallest value, so the maximum finds it.
     root = labeller.table.components()
     of_component = np.full(num_atoms, -1, dtype=np.int64)
     np.maximum.at(of_component, root, unit_of_atom)
@@ -164,10 +166,10 @@ def _units_of_atoms(labeller: Labeller, graph: ChannelGraph) -> np.ndarray:
 
 @dataclasses.dataclass
 class _Lives:
-    """What became of every storage during a pass; storages go by number.
+    """Lifetimes of all storages during a pass; storages are numbered.
 
     Attributes:
-        born: (operator that made it, position among its outputs, bytes); operator -1 for inputs.
+        born: (operator that allocated the storage, position among its outputs, bytes); operator -1 for inputs.
         alive: For every operator, the storages that are alive while it runs.
     """
 
@@ -176,7 +178,7 @@ class _Lives:
 
 
 class _Observer(TorchDispatchMode):
-    """Follows every storage from the operator that makes it until it is released."""
+    """Follows every storage from the operator that allocates it until it is released."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
@@ -187,7 +189,7 @@ class _Observer(TorchDispatchMode):
         self._own = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in tensors}
 
     def adopt(self, tensor: Tensor, operation: int, position: int) -> None:
-        """Number the tensor's storage unless it is known, or belongs to the network."""
+        """Number the tensor's storage, unless it is already known or belongs to the network."""
         storage = tensor.untyped_storage()
         reference = StorageWeakRef(storage)
         if reference.cdata not in self._alive and reference.cdata not in self._own:
@@ -218,7 +220,7 @@ def _observe(model: nn.Module, images: tuple[object, ...]) -> _Lives:
 
 
 def _allocations(trace: Trace, lives: _Lives, sizes: _Sizes, batch: int) -> tuple[list[Extent], np.ndarray]:
-    """Storages that follow from the images, and the largest sets of them that are alive together."""
+    """Return the storages derived from the images, and the largest sets of them that are alive together."""
     operations = [operation for operation in trace.operations if not operation.replayed]
     if len(lives.alive) != len(operations):
         raise SettingError(
@@ -228,8 +230,8 @@ def _allocations(trace: Trace, lives: _Lives, sizes: _Sizes, batch: int) -> tupl
             f"{len(operations)} and {len(lives.alive)}. Use macs or params",
         )
 
-    # Which traced value fills each storage, and so on which widths its size depends. The storage may be larger than
-    # the value (padding, a buffer): its bytes at the present widths are spread over the value's elements.
+    # Find the traced value that fills each storage, and thus the widths its size depends on. The storage may be larger
+    # than the value (padding, a buffer): its bytes at the current widths are spread over the value's elements.
     extents: list[Extent] = []
     column: dict[int, int] = {}  # number of a storage → its column below
     for number, (operation, position, num_bytes) in enumerate(lives.born):
@@ -250,9 +252,9 @@ def _allocations(trace: Trace, lives: _Lives, sizes: _Sizes, batch: int) -> tupl
 
 
 def _maximal(alive: np.ndarray) -> np.ndarray:
-    """Rows (sets, as 0 and 1) that lie within no other row."""
+    """Return the rows (sets, as 0 and 1) that are not subsets of another row."""
     alive = np.unique(alive, axis=0)
-    common = alive @ alive.T  # (i, j): members that sets i and j share
+    common = alive @ alive.T  # (i, j): number of members shared by sets i and j
     size = alive.sum(axis=1)
     within = (common == size[:, None]) & ~np.eye(len(alive), dtype=bool)
     largest: np.ndarray = alive[~within.any(axis=1)].astype(bool)
@@ -263,7 +265,7 @@ def _maximal(alive: np.ndarray) -> np.ndarray:
 
 
 def _kernels(trace: Trace, labeller: Labeller, sizes: _Sizes) -> list[tuple[int, Kernel]]:
-    """(number of the operator, kernel) of the layers that can be measured alone."""
+    """Return (number of the operator, kernel) for the layers that can be measured in isolation."""
     found = []
     seen: dict[str, int] = {}
     for use in labeller.layers:

@@ -1,8 +1,8 @@
-"""Resource budgets: what share of which cost may remain, and the schedule of targets that leads there.
+"""Resource budgets: the share of each cost that may remain, and the schedule of targets that leads there.
 
-A rewrite removes about δ (`delta`) of the baseline cost, as in Kung & Hou (2020, Commun. Inf. Syst. 20(3)). The
-targets are laid out beforehand: rewrite i of n ends at `1 − (1 − share)·i/n`. So n is known before training, and what
-one rewrite removes in excess the next one need not remove.
+A rewrite removes about δ (`delta`) of the baseline cost, as in Kung & Hou (2020, Commun. Inf. Syst. 20(3)). The targets
+are fixed in advance: rewrite i of n ends at `1 − (1 − share)·i/n`. So n is known before training, and if one rewrite
+removes more than its share, the next one removes less.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from image_classification.config import SettingError, check_setting
 from pruning.costs.cost_model import CostModel
 from pruning.costs.cost_registry import cost_named
 
-#: Share of the MACs that remains where no budget is given, and share of the baseline that one rewrite removes.
+#: Default share of the MACs that remains, and share of the baseline that one rewrite removes.
 DEFAULT_SHARE = 0.5
 DEFAULT_DELTA = 5e-3
 
@@ -25,7 +25,7 @@ class Budget:
     """Metric → share of the baseline that may remain, each in (0, 1).
 
     Raises:
-        SettingError: An unknown metric or a share out of range.
+        SettingError: A metric is unknown or a share out of range.
     """
 
     shares: Mapping[str, float]
@@ -40,7 +40,7 @@ class Budget:
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> Budget:
-        """Read `["macs=0.5", "latency=0.6"]`.
+        """Parse words such as `["macs=0.5", "latency=0.6"]`.
 
         Raises:
             SettingError: A word is not METRIC=SHARE, or a metric comes twice.
@@ -61,9 +61,9 @@ class BudgetCourse:
     """The targets of a run's rewrites.
 
     Args:
-        budget: Where the schedule ends.
-        costs: Baseline and present cost.
-        delta: Share of the baseline cost that one rewrite removes; 1 does everything in one.
+        budget: The budget at the end of the schedule.
+        costs: Model of the baseline and current costs.
+        delta: Share of the baseline cost that one rewrite removes; 1 removes everything in a single rewrite.
 
     Attributes:
         num_rewrites: Rewrites from the baseline to the budget.
@@ -74,11 +74,11 @@ class BudgetCourse:
         self.budget = budget
         self.costs = costs
         self.delta = delta
-        # Without the small tolerance 0.5/0.005 would be 100.00000000000001 rewrites in floating point.
+        # Without this tolerance, 0.5/0.005 would be 100.00000000000001 rewrites in floating point.
         self.num_rewrites = max(math.ceil((1 - share) / delta - 1e-9) for share in budget.shares.values())
 
     def targets(self, rewrite: int) -> dict[str, float]:
-        """Metric → largest cost allowed after the `rewrite`-th rewrite, counted from 1."""
+        """Return metric → largest cost allowed after the `rewrite`-th rewrite, counted from 1."""
         progress = min(rewrite / self.num_rewrites, 1.0)
         return {
             metric: self.costs.baseline(metric) * (1 - (1 - share) * progress)
@@ -86,14 +86,14 @@ class BudgetCourse:
         }
 
     def certainly_missed(self, rewrites: int, together: bool = False) -> bool:
-        """Whether so many rewrites from the baseline end above the budget, by counting alone.
+        """Whether this number of rewrites from the baseline is certain to end above the budget.
 
-        A search that takes step after step ends a step below its targets at most: this much is granted for the
-        metric that it went by last, whichever that was.
+        A stepwise search ends at most one step below its targets. That much is allowed for the metric it last followed,
+        whichever that was.
 
         Args:
-            rewrites: Their number.
-            together: The search takes a step of all groups at a time.
+            rewrites: Number of rewrites.
+            together: The search narrows all groups at each step.
         """
         targets = self.targets(rewrites)
         for metric, share in self.budget.shares.items():
@@ -103,20 +103,21 @@ class BudgetCourse:
         return True
 
     def check_reachable(self) -> None:
-        """Make sure that the budget can be met at all.
+        """Check that the budget can be met at all.
 
         Raises:
-            SettingError: Naming the metric, the lowest share that can be reached, and what holds it up.
+            SettingError: The budget cannot be met; the message names the metric, the lowest reachable share and the
+                limiting factor.
         """
         for metric, share in self.budget.shares.items():
             self.costs.check_budget(metric, share)
 
 
 def as_budget(value: Budget | Mapping[str, float] | float) -> Budget:
-    """A budget from what users write in Python: a mapping, or one number for MACs.
+    """Convert a mapping, or one number for MACs, to a budget.
 
     Raises:
-        TypeError: Neither of them.
+        TypeError: The value is neither.
     """
     if isinstance(value, Budget):
         return value

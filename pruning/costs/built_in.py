@@ -11,13 +11,13 @@ from pruning.costs.product_costs import macs_of, parameters_of
 
 @register_cost("macs", title="Multiply-accumulates", short="MACs", unit="MMACs", divisor=1e6)
 def macs(network: CostInputs) -> Metric:
-    """Multiply-accumulates per image of the contractions, as PyTorch's flop counter has them (÷ 2)."""
+    """Multiply-accumulates per image of the contractions, as counted by PyTorch's flop counter (÷ 2)."""
     return macs_of(network.graph, network.table)
 
 
 @register_cost("params", title="Parameters", short="parameters", unit="M", divisor=1e6)
 def params(network: CostInputs) -> Metric:
-    """Parameters, shared ones counted once."""
+    """Number of parameters, with shared ones counted once."""
     return parameters_of(network.graph, network.model, network.table)
 
 
@@ -29,7 +29,7 @@ def params(network: CostInputs) -> Metric:
     divisor=2**20,
 )
 def memory(network: CostInputs) -> Metric:
-    """Peak activation bytes per image of an inference pass; `memory.py` says what is counted."""
+    """Peak activation bytes per image of an inference pass; `memory.py` defines what is counted."""
     return PeakMemory(network.activations, network.table)
 
 

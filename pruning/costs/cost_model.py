@@ -1,12 +1,12 @@
-"""What a network costs at any widths, without running it.
+"""Costs of a network at any widths, computed without running it.
 
     costs = CostModel(graph, model, images, metrics=("macs", "latency"))
     costs.cost("macs", mask)                      # of a keep vector; differentiable for a tensor of gates
     costs.cost_curve("macs", group)               # at every width 0 … w of one group
 
-`built_in.py` lists the costs, `register_cost` adds others. A mask over thousands of units shrinks to a few dozen
-counts (`counts.py`). Every cost is a closed form of these, so an evaluation takes well under a millisecond, and all
-widths of a group are evaluated at once.
+`built_in.py` lists the costs, `register_cost` adds others. A mask over thousands of units shrinks to a few dozen counts
+(`counts.py`). Every cost is a closed form of these, so an evaluation takes well under a millisecond, and all widths of
+a group are evaluated at once.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from pruning.costs.latency_table import LatencyError, LatencySettings, LatencyTa
 from pruning.costs.product_costs import Products
 from pruning.engine.channel_graph import ChannelGraph, GroupKey
 
-#: Relative tolerance of comparisons between costs.
+#: Relative tolerance in comparisons of costs.
 _TINY = 1e-9
 
 
 class CostState(TypedDict):
-    """What a checkpoint holds of a cost model: plain data.
+    """State of a cost model in a checkpoint: plain data.
 
     Attributes:
         baseline: Metric → cost before any rewrite.
@@ -50,17 +50,17 @@ class CostModel:
     """Costs of a network as functions of a keep vector over its graph's units.
 
     Args:
-        graph: The network's channel graph; it may shrink along with rewrites (`refresh`).
+        graph: The network's channel graph; it may shrink as the network is rewritten (`refresh`).
         model: The bare network. It is run once or twice on the images for "memory" and "latency".
-        example_images: (N, 3, H, W) float, or a tuple of the network's arguments. Costs are those of this size.
+        example_images: (N, 3, H, W) float, or a tuple of the network's arguments. Costs refer to this size.
         metrics: Some of `cost_names()`.
-        latency: How to measure; the batch size is that of the images unless it is set here.
-        latency_table: A table to use in place of measuring (rank 0's; `LatencyTable.from_plain`).
-        state: An earlier `state_dict()`: baseline and table come from there, nothing is measured.
-        announce: Gets a line of text as measuring goes on; by default the log does.
+        latency: How to measure; the batch size defaults to that of the images.
+        latency_table: A table to use instead of measuring (rank 0's; `LatencyTable.from_plain`).
+        state: An earlier `state_dict()`: baseline and table are taken from it, and nothing is measured.
+        announce: Called with lines of text on the progress of measuring; by default they are logged.
 
     Raises:
-        ValueError: An unknown metric, or a table that does not fit the network.
+        ValueError: A metric is unknown, or the table does not fit the network.
     """
 
     def __init__(
@@ -92,10 +92,10 @@ class CostModel:
         if state is not None:
             self.load_state_dict(state)
 
-    # -- making --------------------------------------------------------------------------------------------
+    # -- construction --------------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        """Everything that depends on the graph's units."""
+        """Build everything that depends on the graph's units."""
         self._table = CountTable()
         network = CostInputs(self.graph, self._model, self._images, self._table, self._known_latencies)
         costs = [cost_named(name) for name in self.metrics]
@@ -105,7 +105,7 @@ class CostModel:
         self._allowed: dict[int, np.ndarray] = {}
 
     def _known_latencies(self, activations: Activations) -> LatencyTable:
-        """The latency table, measured unless it is known."""
+        """Return the latency table, measuring it if it is unknown."""
         if self.latency_table is None:
             self.latency_table = measure_latency(
                 self._model, self.graph, self._images, activations, self._settings, self._announce
@@ -113,24 +113,24 @@ class CostModel:
         return self.latency_table
 
     def refresh(self) -> None:
-        """Follow a rewrite of the network (`prune_channels`). The baseline stays."""
+        """Update the costs after a rewrite of the network (`prune_channels`). The baseline stays."""
         if self._table.follow(self.graph):
             self._allowed.clear()
         else:
             self._build()
 
-    # -- asking --------------------------------------------------------------------------------------------
+    # -- queries ------------------------------------------------------------------------------------------
 
     @overload
     def cost(self, metric: str, mask: Tensor) -> Tensor: ...
     @overload
     def cost(self, metric: str, mask: np.ndarray | None = None) -> float: ...
     def cost(self, metric: str, mask: np.ndarray | Tensor | None = None) -> float | Tensor:
-        """Cost of the network under a mask.
+        """Return the cost of the network under a mask.
 
         Args:
             metric: One of the model's metrics.
-            mask: (num_units,) bool or float in [0, 1]; None keeps everything that is there now.
+            mask: (num_units,) bool or float in [0, 1]; None keeps everything present now.
 
         Returns:
             A float; for a tensor a scalar float64 tensor on its device, differentiable in the mask.
@@ -145,24 +145,24 @@ class CostModel:
         return value if isinstance(mask, Tensor) else float(value)
 
     def current(self, metric: str) -> float:
-        """Cost at the present widths."""
+        """Return the cost at the current widths."""
         return self.cost(metric)
 
     def baseline(self, metric: str) -> float:
-        """Cost when the model was made (or as the loaded state says)."""
+        """Return the cost when the model was created (or the baseline of the loaded state)."""
         self._metric(metric)
         return self._baseline[metric]
 
     def share(self, metric: str) -> float:
-        """What is left of a cost, as a share of the baseline."""
+        """Return the remaining share of the baseline cost."""
         return self.current(metric) / self.baseline(metric)
 
     def report(self) -> dict[str, float]:
-        """Every metric at the present widths."""
+        """Return every metric at the current widths."""
         return {name: self.current(name) for name in self.metrics}
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: every metric now, at first, and their ratio."""
+        """Return a notebook's view: every metric now, its baseline, and their ratio."""
         rows = [
             (
                 name,
@@ -175,21 +175,23 @@ class CostModel:
         return html_table("Costs", ("metric", "now", "at first", "share"), rows)
 
     def minimum(self, metric: str) -> float:
-        """Cost with every group at its smallest allowed width (of groups whose units differ, the first ones stay)."""
+        """Return the cost with every group at its smallest allowed width (if units differ, a group's first ones
+        stay).
+        """
         mask = np.ones(self.graph.num_units, dtype=bool)
         for group in self.graph.prunable:
             mask[group.units[int(self._allowed_widths(group.index)[0]) :]] = False
         return self.cost(metric, mask)
 
     def largest_step(self, metric: str, together: bool = False) -> float | None:
-        """What is saved at most where a group goes from one of its allowed widths to the next, now and later.
+        """Return the most that a group can save by going from one allowed width to the next, now or later.
 
         Args:
             metric: One of the model's metrics.
-            together: All groups take a step at a time, in place of one of them.
+            together: All groups take a step at once, instead of one group.
 
         Returns:
-            None where it cannot be known: the cost is not a sum of products of counts, and may fall faster later.
+            None if unknown: the cost is not a sum of products of counts, and may fall faster later.
         """
         if not isinstance(self._metric(metric), Products):
             return None
@@ -197,7 +199,9 @@ class CostModel:
         return sum(steps) if together else max(steps)
 
     def _step_saves(self, metric: str, index: int) -> float:
-        """What one group's widest step saves at most: a narrower network saves less by a unit, never more."""
+        """Return the most that one group's widest step can save. In a narrower network a unit saves less, never
+        more.
+        """
         num_gone = int(np.diff(self._allowed_widths(index)).max(initial=0))
         _, left = self._less_one_unit(metric, index, None)
         return num_gone * float(self.current(metric) - left.min())
@@ -209,27 +213,27 @@ class CostModel:
         mask: np.ndarray | None = None,
         order: Sequence[int] | np.ndarray | None = None,
     ) -> np.ndarray:
-        """Cost at every width of one group, everything else as in the mask.
+        """Return the cost at every width of one group, with everything else as in the mask.
 
         Args:
             metric: One of the model's metrics.
             group: The group.
             mask: (num_units,) bool; None for the present network.
-            order: Positions of the group's kept units in the order they leave. It only matters where units
-                cost unlike amounts; there the default takes first what saves least, so that the curve holds or
-                overestimates the cost whichever units go.
+            order: Positions of the group's kept units in the order they are removed. It only matters if units have
+                different costs; then the default removes the units that save least first, so that the curve never
+                underestimates the cost, whichever units go.
 
         Returns:
-            (w + 1,) float64 for the w units kept now; entry k is the cost with k of them left. Entry 0 is a limit:
-            no group may be emptied.
+            (w + 1,) float64 for the w units kept now; entry k is the cost with k units left. Entry 0 is only a limit:
+                no group may be emptied.
         """
         function = self._metric(metric)
         index = self.graph.group(group).index
         leaving = self._leaving_classes(metric, index, mask, order)
         width = len(leaving)
 
-        # Row k of `table` holds the kept units per class with k units of the group left. The first width − k entries
-        # of `leaving` have gone by then, and each takes one off its own class.
+        # Row k of `table` holds the number of kept units per class with k units of the group left. By then the first
+        # width − k entries of `leaving` are gone, each reducing its own class by one.
         kept = self._table.kept_per_class(mask)
         table = kept.expand(width + 1, -1).clone()
         num_gone = width - torch.arange(width + 1)
@@ -237,8 +241,8 @@ class CostModel:
             of_class = np.concatenate([[0], np.cumsum(leaving == name)])
             table[:, name] -= torch.from_numpy(of_class).to(torch.float64)[num_gone]
 
-        # Where the cost is a sum, only the summands that the group has a part in are evaluated at every width; the
-        # others are what the total has beyond them.
+        # If the cost is a sum, only the summands that involve the group are evaluated at every width; the others are
+        # constant.
         part = self._part(metric, index)
         if part is None:
             return function.evaluate(self._table.counts(table)).numpy()
@@ -247,10 +251,10 @@ class CostModel:
         return (own + (total - own[-1])).numpy()
 
     def check_budget(self, metric: str, share: float) -> None:
-        """Make sure that a budget can be met.
+        """Check that a budget can be met.
 
         Raises:
-            SettingError: The metric is unknown, cannot change at all, or cannot get down to this share.
+            SettingError: The metric is unknown, cannot change at all, or cannot be reduced to this share.
         """
         self._metric(metric)
         lowest = self.minimum(metric)
@@ -277,7 +281,7 @@ class CostModel:
     # -- state ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> CostState:
-        """Baseline and latency table as plain data (JSON-able)."""
+        """Return baseline and latency table as plain data (JSON-able)."""
         table = self.latency_table
         return {
             "baseline": dict(self._baseline),
@@ -286,7 +290,7 @@ class CostModel:
         }
 
     def load_state_dict(self, state: CostState) -> None:
-        """Take over an earlier run's baseline and latency table.
+        """Restore an earlier run's baseline and latency table.
 
         Raises:
             SettingError: The state lacks a metric of this model.
@@ -313,7 +317,7 @@ class CostModel:
             self.latency_table = table
             self._build()
 
-    # -- inside --------------------------------------------------------------------------------------------
+    # -- internals ----------------------------------------------------------------------------------------
 
     def _metric(self, name: str) -> Metric:
         cost_named(name, "metric")
@@ -336,7 +340,7 @@ class CostModel:
     def _leaving_classes(
         self, metric: str, index: int, mask: np.ndarray | None, order: Sequence[int] | np.ndarray | None
     ) -> np.ndarray:
-        """Class of each kept unit of a group, in the order in which the units leave; see `cost_curve`."""
+        """Return the class of each kept unit of a group, in the order of removal; see `cost_curve`."""
         classes = self._table.classes_of(index)
         inside = np.ones(len(classes), dtype=bool)
         if mask is not None:
@@ -349,7 +353,7 @@ class CostModel:
         if len(np.unique(classes)) <= 1:
             return classes[inside]
 
-        # The class that leaves the highest cost saves least and comes first.
+        # The class whose removal leaves the highest cost saves least and comes first.
         distinct, left = self._less_one_unit(metric, index, mask)
         least_saving_first = distinct[np.argsort(-left, kind="stable")]
         rank = {name: position for position, name in enumerate(least_saving_first)}
@@ -358,7 +362,7 @@ class CostModel:
     def _less_one_unit(
         self, metric: str, index: int, mask: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The classes of a group's units, and the cost of the network less one unit of each."""
+        """Return the classes of a group's units, and the network's cost with one unit of each class removed."""
         distinct = np.unique(self._table.classes_of(index))
         kept = self._table.kept_per_class(mask)
         fewer = kept.expand(len(distinct), -1).clone()

@@ -1,10 +1,10 @@
-"""Costs by name, and what each is built from. A new cost is one function with a decorator.
+"""Registry of costs, and the inputs each is built from. A new cost is one function with a decorator.
 
     @register_cost("energy", title="Energy per image", unit="mJ", divisor=1e-3)
     def energy(network: CostInputs) -> Metric:
         return Products(…)                       # a closed form of the counts in `network.table`
 
-Once its module is imported, budgets, records and reports take it like the built-in ones.
+Once its module is imported, budgets, records and reports treat it like the built-in ones.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class CostInputs:
     """The network that a cost is built for.
 
     Attributes:
-        graph: Its channel graph, at the present widths.
+        graph: Its channel graph, at the current widths.
         model: The bare network.
-        images: Its positional arguments, of the size that costs are counted at.
-        table: Where a cost asks for the counts that it is a function of (`row`, `rows`).
-        measure: Activations → the latency table of this device, measured where it is not known yet.
+        images: Its positional arguments, of the size for which costs are counted.
+        table: Table that a cost requests its counts from (`row`, `rows`).
+        measure: Maps activations to the latency table of this device, measuring it if it is unknown.
     """
 
     graph: ChannelGraph
@@ -42,7 +42,7 @@ class CostInputs:
 
     @functools.cached_property
     def activations(self) -> Activations:
-        """Sizes and lifetimes of the network's activations; two images are enough to find them."""
+        """Return sizes and lifetimes of the network's activations; two images suffice to find them."""
         few = tuple(a[:2] if isinstance(a, Tensor) and a.dim() > 1 else a for a in self.images)
         return trace_activations(self.model, few, self.graph)
 
@@ -52,13 +52,14 @@ class Cost:
     """A registered cost.
 
     Attributes:
-        name: As in budgets: `macs`.
-        build: Makes the function of the counts.
-        title: For tables: "Multiply-accumulates".
-        short: Within a sentence: "MACs".
-        unit: Of the number divided by `divisor`.
-        divisor: Makes the number readable.
-        measured: It holds for one device only, so the report, which may run on another one, leaves it out.
+        name: Name in budgets: `macs`.
+        build: Builds the cost as a function of the counts.
+        title: Name in tables: "Multiply-accumulates".
+        short: Name within a sentence: "MACs".
+        unit: Unit of the number divided by `divisor`.
+        divisor: Scales the number to a readable unit.
+        measured: Whether it is measured, so that it holds for one device only; reports, which may run on another
+            device, omit it.
     """
 
     name: str
@@ -82,10 +83,10 @@ def register_cost(
     divisor: float = 1.0,
     measured: bool = False,
 ) -> Callable[[Callable[[CostInputs], Metric]], Callable[[CostInputs], Metric]]:
-    """Decorator: make a cost known by name to budgets, `CostModel` and the report.
+    """Decorator that registers a cost by name for budgets, `CostModel` and the report.
 
     Args:
-        name: Its name, without "=", which ends it in `METRIC=SHARE`.
+        name: Its name. It must not contain "=", the separator in `METRIC=SHARE`.
         title: See `Cost`; the name by default.
         short: See `Cost`; the name by default.
         unit: See `Cost`.
@@ -93,7 +94,7 @@ def register_cost(
         measured: See `Cost`.
 
     Raises:
-        ValueError: The name is taken by another function, or holds "=".
+        ValueError: The name is taken by another function or contains "=".
     """
     if not name or "=" in name:
         raise ValueError(f"cost name {name!r}: give a name without '='")
@@ -109,16 +110,16 @@ def register_cost(
 
 
 def cost_names() -> list[str]:
-    """Names of all registered costs, the built-in ones first."""
+    """Return the names of all registered costs, the built-in ones first."""
     return list(_REGISTRY)
 
 
 def cost_named(name: str, setting: str = "metrics") -> Cost:
-    """The cost that is registered under a name.
+    """Return the cost registered under a name.
 
     Args:
         name: Its name.
-        setting: The argument that it was given by, for the message.
+        setting: Argument that the name was passed to, for the message.
 
     Raises:
         SettingError: There is no such cost; the nearest name is suggested.

@@ -1,9 +1,9 @@
-"""Counts of kept positions: what every cost is made of.
+"""Counts of kept positions, the quantities that every cost is computed from.
 
-A dimension of a tensor is a vector of unit ids (-1 for positions that always stay). The number of its positions
-that are kept is linear in the mask, and units of a group that occur equally often in every vector are
-interchangeable: only how many of them are kept matters. Such units form a *class*; nearly always a group is one
-class, so a mask over thousands of units shrinks to a vector over a few dozen classes
+A dimension of a tensor is a vector of unit ids (-1 for positions that always stay). The number of kept positions is
+linear in the mask, and units of a group that occur equally often in every vector are interchangeable: only the number
+kept matters. Such units form a *class*; nearly always a group is a single class, so a mask over thousands of units
+shrinks to a vector over a few dozen classes
 
     count[row] = fixed[row] + Σ_class multiplicity[row, class] · kept[class]
 
@@ -22,27 +22,27 @@ from torch import Tensor
 from pruning.engine.channel_graph import ChannelGraph
 
 ONE = 0
-"""Row whose count is always 1: fills up products with fewer factors than others."""
+"""Row whose count is always 1; pads products that have fewer factors than others."""
 
 
 class Metric(Protocol):
     """A cost as a function of the counts."""
 
     def evaluate(self, counts: Tensor) -> Tensor:
-        """Cost, (...,), of the counts of all rows, (..., rows) float64; differentiable."""
+        """Return the cost, (...,), for counts of all rows, (..., rows) float64; differentiable."""
 
     def part(self, rows: Tensor) -> Metric | None:
-        """The summands that depend on any of these rows, (rows,) bool; None where the cost is not a sum."""
+        """Return the summands that depend on any of these rows, (rows,) bool; None if the cost is not a sum."""
 
 
 class OnDevices:
-    """Constant float64 and index tensors, copied once to every device that asks for them."""
+    """Constant float64 and index tensors, copied once to every device that requests them."""
 
     def __init__(self, **tensors: Tensor) -> None:
         self._copies = {torch.device("cpu"): tensors}
 
     def at(self, device: torch.device) -> dict[str, Tensor]:
-        """All tensors on `device`, by name."""
+        """Return all tensors on `device`, by name."""
         if device not in self._copies:
             origin = self._copies[torch.device("cpu")]
             self._copies[device] = {name: tensor.to(device) for name, tensor in origin.items()}
@@ -50,7 +50,7 @@ class OnDevices:
 
 
 class CountTable:
-    """Collects vectors of unit ids (`row`), then counts what is kept of each (`settle` first).
+    """Collects vectors of unit ids (`row`), then, after `settle`, counts the kept positions of each.
 
     Attributes:
         num_classes: Number of classes of interchangeable units; class i < number of groups belongs to group i.
@@ -63,7 +63,7 @@ class CountTable:
         assert self.row(np.array([-1])) == ONE
 
     def row(self, units: np.ndarray) -> int:
-        """The row of a vector of unit ids, -1 for positions that always stay. Equal vectors share one."""
+        """Return the row of a vector of unit ids, -1 for positions that always stay. Equal vectors share a row."""
         vector = np.ascontiguousarray(units, dtype=np.int64).reshape(-1)
         number = self._numbers.setdefault(vector.tobytes(), len(self._vectors))
         if number == len(self._vectors):
@@ -71,11 +71,11 @@ class CountTable:
         return number
 
     def rows(self, vectors: Sequence[np.ndarray]) -> tuple[int, ...]:
-        """Rows of several vectors."""
+        """Return the rows of several vectors."""
         return tuple(self.row(vector) for vector in vectors)
 
     def settle(self, graph: ChannelGraph) -> None:
-        """Sort the units into classes. Rows asked for later would not be counted."""
+        """Sort the units into classes. Rows requested later would not be counted."""
         per_unit = [np.bincount(v[v >= 0], minlength=graph.num_units) for v in self._vectors]
         self._classes: dict[int, np.ndarray] = {}
         columns: list[list[tuple[int, float]]] = [[] for _ in graph.groups]
@@ -98,11 +98,11 @@ class CountTable:
         self._number_units(graph)
 
     def follow(self, graph: ChannelGraph) -> bool:
-        """Take over the widths after a rewrite.
+        """Update the widths after a rewrite.
 
         Returns:
-            Whether that was possible. Where a group whose units differ has lost some, it is not known which
-            kinds they were: the table has to be made again.
+            Whether that was possible. If a group with differing units has lost some, it is unknown which classes they
+                belonged to, and the table has to be rebuilt.
         """
         for group in graph.groups:
             classes = self._classes[group.index]
@@ -120,15 +120,15 @@ class CountTable:
         self._unit_index = OnDevices(classes=torch.from_numpy(self.class_of_unit))
 
     def classes_of(self, group: int) -> np.ndarray:
-        """Class of every unit of a group, (width,), in the order of the group's units."""
+        """Return the class of every unit of a group, (width,), in the order of the group's units."""
         return self._classes[group]
 
     def rows_touching(self, classes: np.ndarray) -> Tensor:
-        """(rows,) bool: which counts depend on any of these classes."""
+        """Return which counts depend on any of these classes, (rows,) bool."""
         return (self.multiplicity[:, torch.from_numpy(classes)] != 0).any(dim=1)
 
     def kept_per_class(self, mask: np.ndarray | Tensor | None) -> Tensor:
-        """How many units of every class a mask keeps, (classes,) float64; differentiable for a tensor.
+        """Return how many units of every class a mask keeps, (classes,) float64; differentiable for a tensor.
 
         Args:
             mask: (num_units,) bool or float in [0, 1]; None keeps all.
@@ -142,6 +142,6 @@ class CountTable:
         return torch.from_numpy(kept.astype(np.float64, copy=False))
 
     def counts(self, kept: Tensor) -> Tensor:
-        """Counts of all rows, (..., rows), from numbers of kept units per class, (..., classes)."""
+        """Compute the counts of all rows, (..., rows), from numbers of kept units per class, (..., classes)."""
         constants = self._constants.at(kept.device)
         return kept @ constants["matrix"] + constants["fixed"]

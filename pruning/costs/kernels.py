@@ -1,7 +1,8 @@
-"""One convolution or linear layer on its own, at any widths: what the latency table measures.
+"""Isolated calls of a convolution or linear layer at any widths, for measuring the latency table.
 
-Inputs and weights are views of two shared pools of numbers, so a table of hundreds of entries needs no more memory
-than its largest one; weights come from another part of the pool each time, as a network's do.
+Inputs and weights are views of two shared pools of numbers, so a table of hundreds of entries needs no more memory than
+its largest entry. Each call takes its weights from another part of the pool, since a network's weights are not in the
+cache either.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ _SMALLEST_WEIGHT_POOL = 1 << 22
 def kernel_shapes(
     geometry: Geometry, rows: int, num_out: int, num_in: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """Input shape, weight shape and number of groups at other widths.
+    """Return input shape, weight shape and number of groups at other widths.
 
     Args:
-        geometry: Of a `Kernel`.
+        geometry: Geometry of a `Kernel`.
         rows: First dimension of the input.
         num_out: Length of the kernel's `out_units`.
-        num_in: Length of its `in_units`; 0 where whole groups go.
+        num_in: Length of its `in_units`; 0 if whole groups are removed.
     """
     if geometry["kind"] == "linear":
         return (rows, num_in), (num_out, num_in), 1
@@ -36,18 +37,18 @@ def kernel_shapes(
     groups, (_, *space) = geometry["groups"], geometry["input"]
     if geometry["transposed"]:
         return (rows, num_in, *space), (num_in, num_out, *window), 1
-    if num_in == 0:  # whole groups go
+    if num_in == 0:  # whole groups are removed
         groups = num_out * groups // first
         return (rows, groups * second, *space), (num_out, second, *window), groups
     return (rows, groups * num_in, *space), (num_out, num_in, *window), groups
 
 
 class KernelBench:
-    """Makes calls of kernels for the stopwatch.
+    """Prepares calls of kernels for the stopwatch.
 
     Args:
         batch_size: Images per call.
-        device, dtype: Where and in which precision.
+        device, dtype: Device and precision to compute on.
         channels_last: Memory format of inputs and weights.
     """
 
@@ -63,7 +64,7 @@ class KernelBench:
         self._offset = 0
 
     def prepare(self, entries: Sequence[tuple[Kernel, int, int]]) -> list[Callable[[], Tensor]]:
-        """Calls of these (kernel, out width, in width); valid until the next `prepare`."""
+        """Return calls of these (kernel, out width, in width); valid until the next `prepare`."""
         shapes = [
             kernel_shapes(kernel.geometry, round(kernel.rows * self._batch_size), num_out, num_in)
             for kernel, num_out, num_in in entries
@@ -110,13 +111,13 @@ class KernelBench:
 
 
 def grid_widths(units: np.ndarray, points: int, step: int) -> list[int]:
-    """Widths to measure along one dimension: from an eighth to all of it.
+    """Return the widths to measure along one dimension, from an eighth of it to all of it.
 
     Args:
-        units: Its units; without any it never changes and has one width.
-        points: How many.
-        step: Widths stay multiples of this. At 1 the inner ones are made odd, because that is what most widths
-            of a network are that was pruned without rounding, and kernels are slower at them.
+        units: Units along the dimension; without units it never changes and has a single width.
+        points: Number of widths.
+        step: Widths are multiples of this. At 1 the inner widths are made odd, because pruning without rounding mostly
+            produces uneven widths, at which kernels are slower.
     """
     size = len(units)
     if size == 0 or units.max() < 0:

@@ -2,10 +2,10 @@
 
     latency = fixed + scale · Σ_layers T_layer(out width, in width) + per_element · elements moved by the rest
 
-Convolutions and linear layers are measured alone on a grid of widths, each distinct shape once, and interpolated
-bilinearly; T is made monotone, since noise must not reward wider layers. Everything else (normalisation,
-activations, pooling, additions, launching) is what the whole network takes beyond them: it has a fixed part and a
-part in proportion to the elements read and written. `latency_measure` makes the tables.
+Convolutions and linear layers are measured in isolation on a grid of widths, each distinct shape once, and interpolated
+bilinearly; T is made monotone, since noise must not reward wider layers. Everything else (normalisation, activations,
+pooling, additions, launches) is the time the whole network takes beyond these layers: a fixed part and a part
+proportional to the elements read and written. `latency_measure` makes the tables.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Latency:
 
 
 def in_units_of(kernel: Kernel) -> np.ndarray:
-    """Units of a kernel's second dimension; layers that lose whole groups have none: it counts as 1."""
+    """Return the units of a kernel's second dimension; layers that lose whole groups have none, which counts as 1."""
     return kernel.in_units if kernel.in_units.size else np.array([-1])
 
 
@@ -96,7 +96,7 @@ class _Sum:
         return _Sum(layers, self._rest.part(rows), 0.0, self._scale)
 
     def layers(self, counts: Tensor) -> Tensor:
-        """Seconds of each layer alone, (..., layers), bilinear in its two widths."""
+        """Return the isolated time of each layer in seconds, (..., layers), bilinear in its two widths."""
         c = self._constants.at(counts.device)
         i, u = _locate(counts[..., c["out_rows"]], c["out_widths"])
         j, v = _locate(counts[..., c["in_rows"]], c["in_widths"])
@@ -108,7 +108,7 @@ class _Sum:
 
 
 def _locate(widths: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
-    """Interval of each width, (..., layers), and where in it (0 … 1; less than 0 below the grid)."""
+    """Return each width's grid interval, (..., layers), and its position within (0 … 1; below 0 below the grid)."""
     inner = grid[:, 1:-1]
     index = (widths.detach().unsqueeze(-1) >= inner).sum(-1)
     layer = torch.arange(grid.shape[0], device=grid.device)
@@ -117,7 +117,7 @@ def _locate(widths: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _padded(grid: Grid, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The grid at a common size, monotone: beyond its last width it stays level."""
+    """Pad a grid to a common size and make it monotone; it is constant beyond its last width."""
     seconds = monotone(np.array(grid.seconds, dtype=np.float64))
     fill = [(0, depth - size) for size in seconds.shape]
     widths = []
@@ -127,7 +127,7 @@ def _padded(grid: Grid, depth: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def monotone(seconds: np.ndarray) -> np.ndarray:
-    """The mean of the smallest table above and the largest table below that never fall along any axis."""
+    """Return the mean of the smallest table above and the largest table below that never fall along any axis."""
     above, below = seconds, seconds
     for axis in range(seconds.ndim):
         above = np.maximum.accumulate(above, axis=axis)

@@ -1,7 +1,7 @@
-"""Measuring what `latency` predicts from: layers alone on a grid of widths, and the whole network at a few widths.
+"""Measurements behind `latency`: isolated layers on a grid of widths, and the whole network at a few widths.
 
-The whole network gives the fixed part, the price per element of everything that is not a layer, and the scale of the
-layers (caches are colder inside a network than for a layer on its own).
+The whole network gives the fixed part, the time per element of everything that is not a layer, and the scale of the
+layers (caches are colder inside a network than for an isolated layer).
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def measure_latency(
     settings: LatencySettings,
     announce: Callable[[str], None] | None = None,
 ) -> LatencyTable:
-    """Make the table for a network on this device, from the cache as far as that has it.
+    """Measure the table for a network on this device, reusing cached measurements.
 
     Args:
-        model, graph, images: The network, its graph, and its positional arguments at the size that counts.
-        activations: Of the network at its present widths.
+        model, graph, images: The network, its graph, and its positional arguments at the size of interest.
+        activations: Activations of the network at its current widths.
         settings: How to measure.
-        announce: Gets a line of text as measuring goes on; by default the log does.
+        announce: Called with lines of text on the progress of measuring; by default they are logged.
     """
     say = announce or logger.info
     batch_size = settings.batch_size or int(images[0].shape[0])
@@ -110,7 +110,7 @@ def _is_channels_last(model: nn.Module) -> bool:
 
 
 def _kernel_key(kernel: Kernel, step: int) -> str:
-    """Name of a shape: layers with equal names cost the same at equal widths."""
+    """Return a name for a kernel's shape: layers with equal names cost the same at equal widths."""
     changes = [bool(units.size and units.max() >= 0) for units in (kernel.out_units, in_units_of(kernel))]
     return json.dumps(
         {**kernel.geometry, "rows": kernel.rows, "changes": changes, "step": step}, sort_keys=True
@@ -148,7 +148,7 @@ def _measure_grids(
 
 
 def _as_grids(axes: Mapping[str, tuple[list[int], list[int]]], medians: Sequence[float]) -> dict[str, Grid]:
-    """Seconds of all entries, one grid after the other and row by row, as a grid per kernel."""
+    """Arrange the seconds of all entries, grid after grid and row by row, as a grid per kernel."""
     grids = {}
     start = 0
     for key, (outs, ins) in axes.items():
@@ -156,13 +156,13 @@ def _as_grids(axes: Mapping[str, tuple[list[int], list[int]]], medians: Sequence
         for _ in outs:
             rows.append(tuple(medians[start : start + len(ins)]))
             start += len(ins)
-        in_widths = tuple(width or 1 for width in ins)  # 0: the layer has no second width, which counts as 1
+        in_widths = tuple(width or 1 for width in ins)  # 0: the layer has no second width; counts as 1
         grids[key] = Grid(tuple(outs), in_widths, tuple(rows))
     return grids
 
 
 def _axes(kernel: Kernel, points: int, step: int) -> tuple[list[int], list[int]]:
-    """Widths to measure; those of grouped layers stay such that all groups are equally wide."""
+    """Return the widths to measure; those of grouped layers keep all groups equally wide."""
     groups = kernel.geometry.get("groups", 1)
     if kernel.in_units.size:
         out_widths = grid_widths(kernel.out_units, points, math.lcm(step, groups))
@@ -174,7 +174,7 @@ def _axes(kernel: Kernel, points: int, step: int) -> tuple[list[int], list[int]]
 def _points_that_fit(
     estimate: Sequence[float], kernels: Sequence[Kernel], settings: LatencySettings, step: int
 ) -> int:
-    """The most points per dimension at which three rounds fit into the time."""
+    """Return the largest number of points per dimension for which three rounds fit into the time."""
     for points in range(settings.points, FEWEST_POINTS, -1):
         total = 0.0
         for seconds, kernel in zip(estimate, kernels, strict=True):
@@ -187,7 +187,7 @@ def _points_that_fit(
 
 
 def pruned_copy(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> nn.Module:
-    """A copy of the network, really smaller; the network and its graph stay as they are.
+    """Return a pruned copy of the network; the network and its graph are not modified.
 
     Raises:
         LatencyError: The network cannot be copied.
@@ -215,7 +215,7 @@ def measure_networks(
     settings: LatencySettings,
     seconds: float | None = None,
 ) -> list[float]:
-    """Median seconds per batch of whole networks, taking turns.
+    """Return median seconds per batch of whole networks, measured in turns.
 
     Args:
         models: Networks for the same input.
@@ -244,7 +244,7 @@ def _autocast(settings: LatencySettings, device: torch.device) -> AbstractContex
 
 
 def autocast_type(autocast: Callable[[], AbstractContextManager[object]], device: torch.device) -> str | None:
-    """The type that a job's autocast context computes in, for `LatencySettings`; None where it is off."""
+    """Return the dtype of a job's autocast context, for `LatencySettings`; None if autocast is off."""
     with autocast():
         if not torch.is_autocast_enabled(device.type):
             return None
@@ -267,11 +267,11 @@ def _fit(
     settings: LatencySettings,
     say: Callable[[str], None],
 ) -> FittedParts:
-    """Fixed part, scale and price per element from the whole network at a few widths.
+    """Fit fixed part, scale and time per element to the whole network at a few widths.
 
     Args:
         model, graph, images, activations, settings, say: As for `measure_latency`.
-        bare: The table of its layers alone.
+        bare: The table of its isolated layers.
     """
     masks = [_first_share(graph, share) for share in _SHARES]
     networks = [model, *(pruned_copy(model, graph, mask) for mask in masks[1:])]
@@ -293,7 +293,7 @@ def _fit(
 
 
 def _first_share(graph: ChannelGraph, share: float) -> np.ndarray:
-    """Every group keeps about this share of its units; odd numbers where widths are not rounded (as in the grids)."""
+    """Keep about this share of every group's units; odd numbers if widths are not rounded (as in the grids)."""
     mask = np.ones(graph.num_units, dtype=bool)
     for group in graph.prunable if share < 1 else ():
         widths = np.array(graph.allowed_widths(group))
@@ -304,18 +304,18 @@ def _first_share(graph: ChannelGraph, share: float) -> np.ndarray:
 
 
 def fit_parts(measured: np.ndarray, alone: np.ndarray, moved: np.ndarray) -> tuple[float, float, float]:
-    """Non-negative (fixed, scale, per_element) with measured ≈ fixed + scale · alone + per_element · moved.
+    """Fit non-negative (fixed, scale, per_element) with measured ≈ fixed + scale · alone + per_element · moved.
 
-    Least squares of relative errors, with a weak pull of the scale towards 1: with three or fewer measurements that
-    nearly lie on a line the parts could not be told apart otherwise. All sets of parts that are not zero are tried.
+    Least squares of relative errors, with a weak pull of the scale towards 1: otherwise, three or fewer nearly
+    collinear measurements could not separate the parts. All choices of non-zero parts are tried.
 
     Args:
         measured: (n,) seconds of the whole network.
-        alone: (n,) seconds of its layers alone.
+        alone: (n,) seconds of its isolated layers.
         moved: (n,) elements that the other operators move.
     """
-    # One equation per measurement, divided by what was measured, in units in which the three parts are of like size;
-    # and one more that pulls the scale towards 1.
+    # One equation per measurement, divided by the measured value, in units that give the three parts similar
+    # magnitudes; and one more equation that pulls the scale towards 1.
     unit = max(float(moved.max(initial=0.0)), 1e-30) / float(measured.max())
     parts = np.stack([np.ones_like(measured) * measured.max(), alone, moved / unit], axis=1)
     matrix = np.vstack([parts / measured[:, None], [0.0, _PRIOR_OF_SCALE, 0.0]])

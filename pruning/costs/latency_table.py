@@ -1,7 +1,7 @@
 """Tables of measured latencies as plain data, and the cache that keeps them.
 
-Tables are files in the cache, one per device, PyTorch version, precision, memory format, number of threads and
-batch size. A table is plain data: rank 0 measures, the others get `to_plain()`.
+Tables are files in the cache, one per device, PyTorch version, precision, memory format, number of threads and batch
+size. A table is plain data: rank 0 measures and sends `to_plain()` to the others.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 from image_classification.cache import cache_key, default_cache_dir, ensure_directory
 from image_classification.config import check_choice, check_setting
 from image_classification.file_writing import write_text
+from image_classification.small_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -27,21 +28,22 @@ _FORMAT = 1
 
 
 class LatencyError(ValueError):
-    """A latency table that does not fit, or cannot be made."""
+    """A latency table does not fit, or cannot be made."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LatencySettings:
-    """How to measure.
+    """Settings of latency measurements.
 
     Attributes:
-        batch_size: Images per batch; None takes that of the example images.
-        seconds: About how long measuring may take; the grid gets coarser and the repeats fewer to fit.
+        batch_size: Images per batch; None for that of the example images.
+        seconds: Approximate time for measuring; the grid is coarsened and the repeats are reduced to fit.
         points: Widths per dimension.
-        repeats: Readings per entry, of which the median counts.
-        cache_dir: Where tables are kept; None takes the cache directory.
-        reuse: Take what the cache has; otherwise everything is measured again (and replaces it).
-        autocast: Type of a job under autocast, "float16" or "bfloat16": layers are timed in it, networks under it.
+        repeats: Readings per entry; the median is used.
+        cache_dir: Directory for tables; None for the default cache directory.
+        reuse: Reuse cached measurements; otherwise everything is measured again and replaces them.
+        autocast: Autocast dtype of the job, "float16" or "bfloat16": layers are timed in this dtype, networks under
+            autocast.
     """
 
     batch_size: int | None = None
@@ -87,15 +89,15 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class LatencyTable:
-    """Everything that a prediction needs.
+    """All data needed for a prediction.
 
     Attributes:
-        identity: Device, versions and settings it holds for.
+        identity: Device, versions and settings the table is valid for.
         grids: Kernel shape → measured grid.
         layers: Name of a contraction in the network → kernel shape.
-        fixed: Seconds that no width changes.
-        scale: Seconds in the network per second measured alone.
-        per_element: Seconds per element that the other operators move.
+        fixed: Seconds that do not depend on the widths.
+        scale: Seconds in the network per second measured in isolation.
+        per_element: Seconds per element moved by the other operators.
         anchors: Readings of the whole network.
     """
 
@@ -108,16 +110,16 @@ class LatencyTable:
     anchors: tuple[Anchor, ...]
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON-able data."""
+        """Return the table as JSON-able data."""
         plain = dataclasses.asdict(self)
         return {"format": _FORMAT, **json.loads(json.dumps(plain))}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> LatencyTable:
-        """The table that `to_plain` described.
+        """Build a table from the output of `to_plain`.
 
         Raises:
-            LatencyError: It is no such description, or one of another version.
+            LatencyError: `plain` does not have that form, or has another version.
         """
         try:
             if plain["format"] != _FORMAT:
@@ -136,7 +138,7 @@ class LatencyTable:
 
     @property
     def digest(self) -> str:
-        """Hash of the table's contents, equal on all ranks that predict alike."""
+        """Return a hash of the table's contents, equal on all ranks that predict alike."""
         return hashlib.sha256(json.dumps(self.to_plain(), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -146,7 +148,7 @@ def _grid_from(plain: Mapping[str, Any]) -> Grid:
 
 
 class TableCache:
-    """What was measured on this device before: one JSON file per identity."""
+    """Cache of earlier measurements on this device: one JSON file per identity."""
 
     def __init__(self, settings: LatencySettings, identity: Mapping[str, Any]) -> None:
         directory = (settings.cache_dir or default_cache_dir()) / "latency"
@@ -160,7 +162,7 @@ class TableCache:
 
     def _load(self) -> None:
         try:
-            plain = json.loads(self._path.read_text())
+            plain = read_json(self._path, "the latency table")
             if plain["format"] == _FORMAT:
                 self.grids = {key: _grid_from(grid) for key, grid in plain["grids"].items()}
                 self.networks = {key: _parts_from(parts) for key, parts in plain["networks"].items()}
@@ -170,12 +172,12 @@ class TableCache:
             self.networks = {}
 
     def add_grids(self, grids: Mapping[str, Grid]) -> None:
-        """Keep what was measured of kernels."""
+        """Store measured grids of kernels."""
         self.grids.update(grids)
         self._save()
 
     def add_network(self, key: str, parts: FittedParts) -> None:
-        """Keep what was fitted for a network."""
+        """Store the fitted parts of a network."""
         self.networks[key] = parts
         self._save()
 

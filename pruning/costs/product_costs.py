@@ -18,11 +18,11 @@ from pruning.engine.channel_graph import ChannelGraph
 
 
 class Products:
-    """Terms `coefficient · Π count[row]`, and their sum.
+    """A sum of terms `coefficient · Π count[row]`.
 
     Args:
-        terms: (coefficient, rows of the factors); terms with the same rows are added up if `merge`.
-        merge: Whether only the sum matters.
+        terms: (coefficient, rows of the factors); terms with the same rows are merged if `merge` is set.
+        merge: Set if only the sum matters.
     """
 
     def __init__(self, terms: Iterable[tuple[float, Sequence[int]]], merge: bool = True) -> None:
@@ -41,7 +41,7 @@ class Products:
         self._constants = OnDevices(coefficients=coefficients, index=index)
 
     def values(self, counts: Tensor) -> Tensor:
-        """Every term, (..., terms)."""
+        """Return the value of every term, (..., terms)."""
         constants = self._constants.at(counts.device)
         values = constants["coefficients"]
         for factor in constants["index"].unbind(1):
@@ -59,13 +59,13 @@ class Products:
 
 
 def macs_of(graph: ChannelGraph, table: CountTable) -> Products:
-    """MACs per image in evaluation mode; contractions only, as PyTorch's flop counter has them (÷ 2)."""
+    """Return MACs per image in evaluation mode; contractions only, as counted by PyTorch's flop counter (÷ 2)."""
     layers = [layer for layer in graph.layers if not layer.training_only]
     return Products((layer.constant, table.rows(layer.axes)) for layer in layers)
 
 
 def parameters_of(graph: ChannelGraph, model: nn.Module, table: CountTable) -> Products:
-    """Number of parameters, shared ones counted once; buffers do not count."""
+    """Return the number of parameters, shared ones counted once; buffers do not count."""
     axes: dict[str, dict[int, np.ndarray]] = {}
     for axis in graph.axes:
         axes.setdefault(axis.tensor, {})[axis.dim] = axis.units

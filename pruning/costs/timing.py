@@ -1,7 +1,7 @@
-"""Timing on a busy machine: calls take turns, and each one's median counts.
+"""Timing on a busy machine: calls take turns, and each call's median is used.
 
-Turns keep a slow spell of the machine (other jobs, clocks) from hitting one candidate only, and leave caches about
-as cold for each as they are inside a network.
+Turns keep a slow spell of the machine (other jobs, clocks) from hitting one candidate only, and leave caches about as
+cold for each as they are inside a network.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _CALLS_PER_READING_CUDA = 10
 
 
 class Stopwatch:
-    """Seconds that one call takes on a device: CUDA events on a GPU, the monotonic clock elsewhere.
+    """Measures the seconds of one call on a device, by CUDA events on a GPU and the monotonic clock elsewhere.
 
     Args:
-        device: Where the call computes.
-        many: Read the clock once for several calls on a GPU, so that launching does not hide the kernel's time.
+        device: Device that the call computes on.
+        many: Read the clock once for several calls on a GPU, so that launch overhead does not hide the kernel's time.
     """
 
     def __init__(self, device: torch.device, many: bool = False) -> None:
@@ -32,7 +32,7 @@ class Stopwatch:
                 self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def read(self, call: Call) -> float:
-        """Seconds of one call."""
+        """Return the seconds of one call."""
         if not self._cuda:
             start = time.perf_counter()
             call()
@@ -51,14 +51,14 @@ class Stopwatch:
 def interleaved_medians(
     calls: Sequence[Call], stopwatch: Stopwatch, repeats: int, seconds: float, warm_up: int = 1
 ) -> list[float]:
-    """Median seconds of each call over rounds in which every call has its turn.
+    """Return the median seconds of each call over rounds in which every call takes its turn.
 
     Args:
         calls: What to time.
         stopwatch: Reads the clock.
-        repeats: Rounds, fewer if the time runs out, but never less than 3.
+        repeats: Number of rounds; fewer if the time runs out, but at least 3.
         seconds: Time to spend.
-        warm_up: Rounds before, which do not count (but their time does).
+        warm_up: Number of warm-up rounds, whose readings are discarded but whose time counts.
     """
     for _ in range(warm_up):
         for call in calls:

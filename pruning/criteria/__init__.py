@@ -1,7 +1,7 @@
-"""Criteria: which channels matter. Importing this package registers all of them.
+"""Criteria of channel importance. Importing this package registers all of them.
 
-criterion = create_criterion("discriminant", features="post")
-scores = score_groups(model, graph, batches, criterion)          # pruning/criteria/scoring.py
+criterion = create_criterion("discriminant", features="post") scores = score_groups(model, graph, batches, criterion)
+# pruning/criteria/scoring.py
 """
 
 from pruning.criteria.bn_scale import BNScale

@@ -15,10 +15,10 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 @register_criterion("bn-scale")
 class BNScale(WeightCriterion):
-    """|γ| of the normalisation layers that a unit passes."""
+    """|γ| of the normalisation layers that a unit passes through."""
 
     def score_group(self, group: GroupWeights) -> Tensor | None:
-        """Scores, (width,); None where units pass no normalisation with a scale."""
+        """Return scores, (width,); None if units pass through no normalisation with a scale."""
         scales = [m for m in group.members if isinstance(m.module, _NORMS) and m.name.endswith(".weight")]
         if not scales:
             return None

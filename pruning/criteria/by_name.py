@@ -1,4 +1,4 @@
-"""Criteria by name, with the settings that they have: what `Pruner(criterion=…)` takes."""
+"""Creation of criteria by name and settings, as in `Pruner(criterion=…)`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pruning.task import Loss
 from pruning.task.explained import Explained
 
 DEFAULT_CRITERION = "discriminant"
-#: What another criterion can be combined with.
+#: Criteria that can be combined with another one.
 SECOND_CRITERIA = ("saliency", "reconstruction")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CriterionSettings:
-    """Settings of all criteria; each takes those that it has.
+    """Settings of all criteria; each criterion uses those that apply to it.
 
     Attributes:
-        features: Feature maps to look at, for criteria that look at any.
+        features: Feature maps to use, for criteria that use any.
         ridge, precision: See `Discriminant`.
         saliency_passes, saliency_target: See `Saliency`.
         saliency_weight: β of a combination, the share of the second criterion.
@@ -46,17 +46,17 @@ def make_criterion(
     loss: Loss | None = None,
     originals: Explained | None = None,
 ) -> Criterion:
-    """A criterion by name.
+    """Create a criterion by name.
 
     Args:
         name: One of `criterion_names()`, or two of them with a "+", the second one of `SECOND_CRITERIA`.
-        settings: Of the criteria.
-        loss: (outputs, batch) → losses, for criteria by the loss's derivatives (taylor, fisher); by default they
-            take the task's that they are run with.
-        originals: The explanation that the saliency criterion is about.
+        settings: Settings of the criteria.
+        loss: (outputs, batch) → losses, for criteria that use derivatives of the loss (taylor, fisher); defaults to the
+            loss of the task they run with.
+        originals: The explanation used by the saliency criterion.
 
     Raises:
-        SettingError: There is no such criterion, or saliency without an explanation.
+        SettingError: There is no such criterion, or saliency is requested without an explanation.
     """
     settings = settings or CriterionSettings()
     first, plus, second = name.partition("+")

@@ -1,14 +1,13 @@
-"""Two criteria as one, and scores of different groups on one scale.
+"""Combination of two criteria, and normalisation of scores across groups.
 
-Combination, per group:      score = (1 − β) · a/‖a‖₂ + β · b/‖b‖₂
-Normalisation, per group:    score ÷ scale, scale = mean, sum, max, L2 norm of the group's scores, or the MACs that one
-of its units saves.
+Combination, per group:      score = (1 − β) · a/‖a‖₂ + β · b/‖b‖₂ Normalisation, per group:    score ÷ scale, scale =
+mean, sum, max, L2 norm of the group's scores, or the MACs saved by one of its units.
 
-Why `mean` is the default for one ranking over all groups: it makes "as good as the average of its group" equal to 1
-whatever the width, so wide and narrow groups shrink in proportion unless their scores are uneven. `sum` and `l2` give
-wide groups small scores and empty them first. `max` depends on a single channel. `none` compares numbers of different
-units (DI, ranks and norms grow with the size of the map or filter). `macs` is the loss per MAC and fits scores that
-estimate a change of the loss (fisher, taylor).
+`mean` is the default for a ranking over all groups, because it maps a group's average to 1 whatever the width, so wide
+and narrow groups shrink in proportion unless their scores are uneven. `sum` and `l2` give wide groups small scores and
+empty them first. `max` depends on a single channel. `none` compares numbers on different scales (DI, ranks and norms
+grow with the size of the map or filter). `macs` is the loss per MAC and fits scores that estimate a change of the loss
+(fisher, taylor).
 """
 
 from __future__ import annotations
@@ -38,15 +37,15 @@ _SCALES: dict[str, Callable[[Tensor], Tensor]] = {
 def combine_scores(
     first: Mapping[int, Tensor], second: Mapping[int, Tensor], weight: float
 ) -> dict[int, Tensor]:
-    """Scores by both criteria together.
+    """Combine the scores of two criteria.
 
     Args:
         first: Group index → (width,), a.
-        second: The same of the other criterion, b.
-        weight: β in [0, 1], the share of the second.
+        second: The same for the other criterion, b.
+        weight: β in [0, 1], the weight of the second criterion.
 
     Returns:
-        The groups that both have scored. All-zero scores stay zero.
+        Scores of the groups that both criteria have scored. All-zero scores stay zero.
 
     Raises:
         SettingError: β is not a share.
@@ -65,20 +64,20 @@ def normalise_scores(
     normalisation: Normalisation = DEFAULT_NORMALISATION,
     macs_per_unit: Mapping[int, float] | None = None,
 ) -> dict[int, Tensor]:
-    """Scores of all groups on one scale, so that one ranking can go over all of them.
+    """Bring the scores of all groups onto one scale, for a ranking over all of them.
 
     Args:
-        scores: Group index → (width,). Scales are made of absolute values, since scores may be negative where a
-            removal would improve matters (saliency after a rewrite).
+        scores: Group index → (width,). Scales are computed from absolute values, since scores are negative if a removal
+            would be an improvement (saliency after a rewrite).
         normalisation: One of `NORMALISATIONS`.
-        macs_per_unit: For "macs": what removing one unit of a group saves. Units that save nothing get infinite
-            scores, so that they stay.
+        macs_per_unit: For "macs": MACs saved by removing one unit of a group. Units that save nothing get infinite
+            scores, so that they are kept.
 
     Returns:
         New tensors. All-zero scores stay zero.
 
     Raises:
-        SettingError: An unknown method, or "macs" without the savings.
+        SettingError: The method is unknown, or "macs" is given without the savings.
     """
     check_choice("normalisation", normalisation, NORMALISATIONS)
     if normalisation == "none":
@@ -99,12 +98,12 @@ def _divided(values: Tensor, scale: Tensor) -> Tensor:
 
 
 class Combined(Criterion):
-    """Two criteria with a weight; `score_groups` takes it like any other.
+    """Weighted combination of two criteria; `score_groups` takes it like any other criterion.
 
     Args:
-        first: a.
-        second: b.
-        weight: β in [0, 1], the share of the second.
+        first: The criterion of the scores a.
+        second: The criterion of the scores b.
+        weight: β in [0, 1], the weight of the second criterion.
 
     Raises:
         SettingError: β is not a share.
@@ -117,5 +116,5 @@ class Combined(Criterion):
         self.weight = weight
 
     def combine(self, first: dict[int, Tensor], second: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Scores of both as one: group index → (width,), the groups that both have scored."""
+        """Combine the scores of both: group index → (width,), for the groups that both have scored."""
         return combine_scores(first, second, self.weight)

@@ -1,15 +1,15 @@
-"""What a criterion is: four small base classes, one per kind of evidence, and the registry of names.
+"""Base classes of criteria, one for each of four kinds of evidence, and the registry of names.
 
-A criterion gives every unit of every coupled group a number: how much would be lost without it. It is a pure
-function (tested against its formula) inside a thin class:
+A criterion gives every unit of every coupled group a number: its importance. It is a pure function (tested against its
+formula) inside a thin class:
 
-    WeightCriterion     looks at the parameters only:          score_group(group) -> (width,)
-    FeatureCriterion    looks at feature maps of a batch:      score(features, targets) -> (C,)
-    GradientCriterion   looks at derivatives by channel gates: reduce(gate_gradients) -> (U,)
-    NetworkCriterion    looks as it likes:                     score_network(model, graph, …) -> {group: (width,)}
+    WeightCriterion     uses the parameters only:          score_group(group) -> (width,)
+    FeatureCriterion    uses feature maps of a batch:      score(features, targets) -> (C,)
+    GradientCriterion   uses derivatives by channel gates: reduce(gate_gradients) -> (U,)
+    NetworkCriterion    free to use anything:                     score_network(model, graph, …) -> {group: (width,)}
 
 `scoring.py` collects the evidence for all groups in one pass, adds scores up over batches, members of a group and
-ranks, and divides by what `average` names. A new criterion is a subclass and one decorator.
+ranks, and averages as its `average` says. A new criterion is a subclass and one decorator.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ from pruning.task.explained import FeatureGate
 
 Features = Literal["pre", "post"]
 FEATURE_CHOICES: tuple[Features, ...] = get_args(Features)
-"""Which feature map shows a unit: `pre`, the output of the layer that makes it (before batch norm, as published);
-`post`, the input of the layer that reads it (after batch norm, activation and residual addition)."""
+"""Choices of the feature map that represents a unit.
+
+`pre` is the output of the layer that produces it (before batch norm, as published); `post` is the input of the layer
+that reads it (after batch norm, activation and residual addition).
+"""
 DEFAULT_FEATURES: Features = "post"
 
 Average = Literal["none", "batches", "samples"]
@@ -48,8 +51,9 @@ class WeightMember:
         module: The module that holds it.
         values: The parameter, detached.
         dim: The dimension.
-        role: "out" (the layer makes the units), "in" (the layer reads them), "along" (vectors that follow).
-        positions: (size of `dim`,) int64, on the CPU: unit 0 … width−1 of every slice, -1 for those of no unit.
+        role: "out" (the layer produces the units), "in" (the layer reads them), "along" (vectors that follow the
+            units).
+        positions: (size of `dim`,) int64, on the CPU: unit 0 … width−1 of every slice, -1 for slices without a unit.
     """
 
     name: str
@@ -60,7 +64,7 @@ class WeightMember:
     positions: Tensor
 
     def slices(self) -> Tensor:
-        """The parameter as (size of `dim`, everything else): one row per slice."""
+        """Return the parameter as (size of `dim`, everything else): one row per slice."""
         return self.values.movedim(self.dim, 0).reshape(self.values.shape[self.dim], -1)
 
     def add_to_units(self, per_slice: Tensor, width: int) -> Tensor:
@@ -74,28 +78,28 @@ class WeightMember:
 
 @dataclasses.dataclass(frozen=True)
 class GroupWeights:
-    """A group as a weight criterion sees it."""
+    """The weights of a group, as seen by a weight criterion."""
 
     name: str
     width: int
     members: tuple[WeightMember, ...]
 
     def with_role(self, role: str) -> Iterator[WeightMember]:
-        """The members of one role."""
+        """Iterate over the members with one role."""
         return (member for member in self.members if member.role == role)
 
 
-#: What a feature criterion remembers of a feature map; an object with `nbytes`.
+#: A feature criterion's summary of a feature map; an object with `nbytes`.
 Summary = Any
 
 
 class Criterion:
-    """What all criteria share.
+    """Base class of all criteria.
 
     Attributes:
         name: The name it is registered under.
-        average: What the summed scores are divided by in the end: "none", "batches" or "samples".
-        announces_unscored: Whether a warning names the groups that it cannot score.
+        average: Divisor of the summed scores: "none", "batches" or "samples".
+        announces_unscored: Whether groups that cannot be scored are named in a warning.
     """
 
     name: ClassVar[str] = ""
@@ -103,36 +107,36 @@ class Criterion:
     announces_unscored: ClassVar[bool] = True
 
     def check_targets(self, targets: Targets) -> None:
-        """Refuse targets of a batch that the criterion cannot use; by default it looks at none.
+        """Refuse targets of a batch that the criterion cannot use; by default targets are ignored.
 
         Args:
-            targets: What the batch has for targets, of any kind; None where it has none.
+            targets: The targets of the batch, of any kind; None if it has none.
 
         Raises:
-            SettingError: Saying which targets it accepts.
+            SettingError: The targets are unusable; the message says which ones are accepted.
         """
 
     def warnings(self) -> list[str]:
-        """What a user should know about the scores just made; asked for once per pass."""
+        """Return warnings about the latest scores for the user; called once per pass."""
         return []
 
 
 class WeightCriterion(Criterion, abc.ABC):
-    """Scores from the parameters alone; calibration batches are not read."""
+    """Base class of scores computed from the parameters alone; calibration batches are not read."""
 
     @abc.abstractmethod
     def score_group(self, group: GroupWeights) -> Tensor | None:
-        """Scores of one group, (width,), the smallest the least important; None if the group cannot be scored."""
+        """Return scores of one group, (width,), the smallest the least important; None if it cannot be scored."""
 
 
 class FeatureCriterion(Criterion, abc.ABC):
-    """Scores from feature maps of one forward pass without gradients.
+    """Base class of scores computed from feature maps of one forward pass without gradients.
 
     Args:
         features: One of `FEATURE_CHOICES`.
 
     Attributes:
-        pending_bytes: How many bytes of summaries may wait before `finish` is called.
+        pending_bytes: Number of bytes of summaries that may accumulate before `finish` is called.
     """
 
     pending_bytes: ClassVar[int] = 0
@@ -143,42 +147,41 @@ class FeatureCriterion(Criterion, abc.ABC):
 
     @abc.abstractmethod
     def score(self, features: Tensor, targets: Targets) -> Tensor:
-        """Scores of the channels of one feature map.
+        """Compute the scores of the channels of one feature map.
 
         Args:
-            features: (N, C, …) any floating type and memory layout; must not be kept or changed.
-            targets: What the batch has for targets and `check_targets` lets pass: of a classifier (N,) int64 class
-                indices or (N, L) soft or multi-hot.
+            features: (N, C, …) any floating type and memory layout; must not be stored or modified.
+            targets: The targets of the batch, accepted by `check_targets`: for a classifier (N,) int64 class indices or
+                (N, L) soft or multi-hot.
 
         Returns:
-            (C,) a sum over the batch.
+            Scores (C,), summed over the batch.
         """
 
     def summarise(self, features: Tensor, targets: Targets) -> Summary:
-        """What to remember of a feature map until `finish`; an object with `nbytes`. By default its scores."""
+        """Summarise a feature map for `finish`, as an object with `nbytes`. By default its scores."""
         return self.score(features, targets)
 
     def finish(self, summaries: Sequence[Summary], targets: Targets) -> list[Tensor]:
-        """Scores, (C,) each, of several feature maps of one batch from their summaries."""
+        """Compute scores, (C,) each, of several feature maps of one batch from their summaries."""
         return list(summaries)
 
     def must_repeat(self) -> bool:
-        """Asked after every batch: whether its scores are unsound and the batch has to be passed once more."""
+        """Whether a batch's scores are unsound and it has to be passed again; called after every batch."""
         return False
 
 
 class GradientCriterion(Criterion, abc.ABC):
-    """Scores from derivatives of one or more numbers per sample by gates m = 1 on the units.
+    """Base class of scores computed from derivatives of one or more numbers per sample by gates m = 1 on the units.
 
-    A gate multiplies the unit wherever a layer reads it, so m = 0 is the network without the unit, and the
-    derivatives of coupled members are summed before any square or absolute value, as the chain rule has it.
+    A gate multiplies the unit wherever a layer reads it, so m = 0 is the network without the unit. Derivatives of
+    coupled members are summed before any square or absolute value, as the chain rule demands.
 
     Args:
-        loss: (outputs, batch) → losses as in `Task`, which by default has one.
+        loss: (outputs, batch) → losses, as in `Task`, whose own loss is the default.
 
     Attributes:
-        pieces: A batch is passed in so many parts, one after the other, to save memory; exact where scores are sums
-            over images.
+        pieces: Number of parts in which a batch is passed, to save memory; exact if scores are sums over images.
     """
 
     average: ClassVar[Average] = "samples"
@@ -188,39 +191,39 @@ class GradientCriterion(Criterion, abc.ABC):
         self.loss = loss
 
     def losses(self, model: nn.Module, batch: Batch, task: Task) -> Tensor:
-        """Run the network: losses of the batch's samples, (N,)."""
+        """Run the network and return the losses of the batch's samples, (N,)."""
         if self.loss is not None:
             task = dataclasses.replace(task, loss=self.loss)
         return task.losses(task.outputs(model, batch), batch)
 
     def objectives(self, model: nn.Module, batch: Batch, task: Task) -> tuple[Tensor, ...]:
-        """Run the network; scalars, each a sum over the samples, to be differentiated one by one."""
+        """Run the network and return scalars, each a sum over the samples, to be differentiated one by one."""
         return (self.losses(model, batch, task).sum(),)
 
     def watched(self) -> tuple[str, ...]:
-        """Modules whose outputs the objectives read on their own, beside the layers of the network."""
+        """Names of modules whose outputs the objectives read directly, in addition to the network's own layers."""
         return ()
 
     def gated_objectives(
         self, model: nn.Module, batch: Batch, task: Task, gate: FeatureGate
     ) -> tuple[Tensor, ...]:
-        """As `objectives`; every output that is `watched` is passed through `gate(module, output)` where it is read."""
+        """As `objectives`; every `watched` output is passed through `gate(module, output)` where it is read."""
         return self.objectives(model, batch, task)
 
     @abc.abstractmethod
     def reduce(self, gate_gradients: Tensor) -> Tensor:
-        """Scores of a batch.
+        """Reduce gate gradients to the scores of a batch.
 
         Args:
             gate_gradients: (K, N, U) float64: derivative of objective k of sample n by the gate of unit u.
 
         Returns:
-            (U,) a sum over the batch (or over batches, as `average` says).
+            Scores (U,), summed over the batch (or for the whole batch if `average` is "batches").
         """
 
 
 class NetworkCriterion(Criterion, abc.ABC):
-    """Scores from passes of its own over the calibration batches, all groups together."""
+    """Base class of scores computed by the criterion's own passes over the calibration batches, all groups together."""
 
     @abc.abstractmethod
     def score_network(
@@ -232,14 +235,14 @@ class NetworkCriterion(Criterion, abc.ABC):
         task: Task,
         distributed: Distributed,
     ) -> dict[int, Tensor]:
-        """Group index → (width,) scores, equal on all ranks; groups that cannot be scored are left out. Collective.
+        """Return group index → (width,) scores, equal on all ranks, without groups that cannot be scored. Collective.
 
         Args:
-            model: The network; to be left as it is.
+            model: The network; must not be modified.
             graph: Its channel graph.
-            groups: What to score.
+            groups: The groups to score.
             batches: This rank's batches on the network's device.
-            task: How the network is run on a batch and judged.
+            task: How the network is run on a batch and evaluated.
             distributed: The ranks.
         """
 
@@ -249,10 +252,10 @@ _REGISTRY: dict[str, type[Criterion]] = {}
 
 
 def register_criterion(name: str) -> Callable[[C], C]:
-    """Class decorator: make a criterion known by a name to `create_criterion`, pruners and the command line.
+    """Class decorator that registers a criterion by name for `create_criterion`, pruners and the command line.
 
     Raises:
-        ValueError: The name is taken by another class, or holds a "+"; or `average` is none of the three.
+        ValueError: The name is taken by another class or contains a "+", or `average` is not one of the three values.
     """
     if not name or "+" in name:
         raise ValueError(f"criterion name {name!r}: give a name without '+', which combines criteria")
@@ -271,12 +274,12 @@ def register_criterion(name: str) -> Callable[[C], C]:
 
 
 def criterion_names() -> list[str]:
-    """Names of all registered criteria, sorted."""
+    """Return the names of all registered criteria, sorted."""
     return sorted(_REGISTRY)
 
 
 def criterion_class(name: str) -> type[Criterion]:
-    """The class that is registered under a name.
+    """Return the class registered under a name.
 
     Raises:
         SettingError: There is no such criterion; the nearest name is suggested.
@@ -286,7 +289,7 @@ def criterion_class(name: str) -> type[Criterion]:
 
 
 def create_criterion(name: str, **options: object) -> Criterion:
-    """A criterion by its name.
+    """Create a criterion by its name.
 
     Args:
         name: One of `criterion_names()`.

@@ -1,7 +1,7 @@
-"""Filters near the geometric median of their layer can be replaced by the others.
+"""Distance to the geometric median: filters near it can be replaced by the others of their layer.
 
-He et al., "Filter pruning via geometric median for deep convolutional neural networks acceleration" (CVPR 2019),
-eq. 8: score_c = Σ_k ‖w_c − w_k‖₂ over the filters of the layer, summed over coupled layers.
+He et al., "Filter pruning via geometric median for deep convolutional neural networks acceleration" (CVPR 2019), eq. 8:
+score_c = Σ_k ‖w_c − w_k‖₂ over the filters of the layer, summed over coupled layers.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from pruning.criteria.criterion import GroupWeights, WeightCriterion, register_criterion
 
-_BLOCK_COLUMNS = 4096  # of large fully connected layers only a part is widened to float64 at a time
+_BLOCK_COLUMNS = 4096  # only part of a large fully connected layer is widened to float64 at a time
 
 
 def total_distances(filters: Tensor) -> Tensor:
-    """Sum of Euclidean distances of every row of (C, D), real or complex, to all rows: (C,) float64."""
+    """Sum the Euclidean distances of every row of (C, D), real or complex, to all rows: (C,) float64."""
     filters = torch.view_as_real(filters).flatten(1) if filters.is_complex() else filters
     products = filters.new_zeros(len(filters), len(filters), dtype=torch.float64)
     for columns in filters.split(_BLOCK_COLUMNS, dim=1):
@@ -30,7 +30,7 @@ class FPGM(WeightCriterion):
     """Distance to the other filters of the layer."""
 
     def score_group(self, group: GroupWeights) -> Tensor | None:
-        """Scores, (width,); None if the group has no filters."""
+        """Return scores, (width,); None if the group has no filters."""
         filters = [m for m in group.with_role("out") if m.values.dim() > 1]
         if not filters:
             return None

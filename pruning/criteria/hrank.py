@@ -1,8 +1,8 @@
 """Rank of feature maps: Lin et al., "HRank: filter pruning using high-rank feature map" (CVPR 2020).
 
-score_c = mean over images of rank(X_c), X_c the H × W map of channel c (the paper's eq. 8). The paper observes
-that the mean hardly depends on the images, so a few per batch are enough: that bounds the cost, which is one
-singular value decomposition per channel and image.
+score_c = mean over images of rank(X_c), X_c the H × W map of channel c (the paper's eq. 8). The paper observes that the
+mean hardly depends on the images, so a few per batch suffice, which bounds the cost: one singular value decomposition
+per channel and image.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _BLOCK_ELEMENTS = 1 << 22
 
 
 def mean_ranks(features: Tensor) -> Tensor:
-    """Mean rank of each channel's maps.
+    """Compute the mean rank of each channel's maps.
 
     Args:
-        features: (N, C, H, W); other layouts (N, C, …) are taken as one row per image, so rank 0 or 1.
+        features: (N, C, H, W); other layouts (N, C, …) are treated as one row per image, so rank 0 or 1.
 
     Returns:
         (C,) float64.
@@ -41,7 +41,7 @@ class HRank(FeatureCriterion):
     """Mean rank over the first images of every batch.
 
     Args:
-        features: Published: "pre", though after batch norm and ReLU for some of the networks.
+        features: "pre" as published, though the paper uses maps after batch norm and ReLU for some networks.
         num_images: Images per batch.
     """
 
@@ -53,5 +53,5 @@ class HRank(FeatureCriterion):
         self.num_images = num_images
 
     def score(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Mean ranks, (C,)."""
+        """Return mean ranks, (C,)."""
         return mean_ranks(features[: self.num_images])

@@ -1,7 +1,7 @@
-"""Filter norms: a channel whose filter is small does little.
+"""Filter norms: a channel with a small filter contributes little.
 
-Li et al., "Pruning filters for efficient ConvNets" (ICLR 2017): score = ‖w_c‖₁ over the filter. L2 in the same
-way; over all members of a coupled group as in DepGraph (Fang et al., CVPR 2023) when `members` is "all".
+Li et al., "Pruning filters for efficient ConvNets" (ICLR 2017): score = ‖w_c‖₁ over the filter. L2 likewise; over all
+members of a coupled group, as in DepGraph (Fang et al., CVPR 2023) when `members` is "all".
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DEFAULT_MEMBERS: Members = "out"
 
 
 def powered_norms(rows: Tensor, power: int) -> Tensor:
-    """Σ|w|^power over every row of (C, D), real or complex: (C,) float64."""
+    """Compute Σ|w|^power over every row of (C, D), real or complex: (C,) float64."""
     rows = rows.abs() if rows.is_complex() else rows
     norms: Tensor = torch.linalg.vector_norm(rows, ord=power, dim=1, dtype=torch.float64)
     return norms**power
@@ -28,11 +28,11 @@ def powered_norms(rows: Tensor, power: int) -> Tensor:
 
 @register_criterion("magnitude")
 class Magnitude(WeightCriterion):
-    """L_p norm of all weights that a unit owns, those of coupled layers together: (Σ|w|^p)^(1/p).
+    """L_p norm of all weights of a unit, including coupled layers: (Σ|w|^p)^(1/p).
 
     Args:
         power: p, 1 or 2.
-        members: "out": weights that make the unit (filters), as published. "all": also those that read it.
+        members: "out": weights that produce the unit (filters), as published. "all": also weights that read it.
     """
 
     def __init__(self, power: int = 1, members: Members = DEFAULT_MEMBERS) -> None:
@@ -42,10 +42,10 @@ class Magnitude(WeightCriterion):
         self.members = members
 
     def score_group(self, group: GroupWeights) -> Tensor | None:
-        """Norms, (width,); of whatever carries the units where no weight of the kind asked for does."""
+        """Return norms, (width,); if no weight has the requested role, of any weights that carry the units."""
         roles = ("out",) if self.members == "out" else ("out", "in")
         chosen = [m for m in group.members if m.role in roles and m.values.dim() > 1]
-        # Weights that are computed from parameters may have none that makes the units, only some that carry them.
+        # Computed weights may have no parameter that produces the units, only parameters that carry them.
         chosen = chosen or [m for m in group.members if m.values.dim() > 1] or list(group.members)
         if not chosen:
             return None

@@ -1,9 +1,9 @@
-"""Feature maps with a class per position (segmentation) as samples with one class each.
+"""Per-position classes (segmentation): feature maps are sampled into vectors with one class each.
 
-The discriminant is a sum over positions of what a channel says of the class of a whole image. Where every position has
-a class of its own, positions take the place of images: some are drawn from the batch, each with its vector of channels
-and its class. Targets are taken to the size of the feature map by nearest neighbour. A map without positions (after
-global pooling) is compared with the shares of the classes in its image.
+The discriminant sums over positions how informative a channel is about the class of a whole image. If every position
+has its own class, positions take the place of images: some are sampled from the batch, each with its channel vector and
+its class. Targets are resized to the feature map by nearest neighbour. A map without positions (after global pooling)
+is compared with the shares of the classes in its image.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Positions of a batch that are looked at, and the void class of PASCAL VOC and the like.
+#: Number of positions sampled per batch, and the void class of PASCAL VOC and similar data sets.
 DEFAULT_POSITIONS = 512
 VOID = 255
 
@@ -23,15 +23,16 @@ VOID = 255
 def drawn_positions(
     features: Tensor, classes: Tensor, num_positions: int = DEFAULT_POSITIONS
 ) -> tuple[Tensor, Tensor]:
-    """Vectors of channels with their classes.
+    """Sample channel vectors with their classes.
 
     Args:
-        features: (N, C, …) of one feature map; tokens are positions in one row, (N, C, T).
-        classes: (N, …) int64 class indices; negative ones and 255 are left out.
-        num_positions: How many are drawn at most, the same ones from maps of the same size.
+        features: One feature map (N, C, …); tokens are positions in a single row, (N, C, T).
+        classes: (N, …) int64 class indices; negative indices and 255 are left out.
+        num_positions: Largest number of sampled positions; maps of the same size use the same ones.
 
     Returns:
-        (M, C) vectors and (M,) classes; or (N, C) and (N, L) shares of classes where the map has no positions that fit.
+        (M, C) vectors and (M,) classes; or (N, C) and (N, L) class shares if the map's positions do not correspond to
+            the targets'.
     """
     size = _fitting_size(features.shape[2:], classes.shape[1:])
     if size is None:
@@ -48,7 +49,7 @@ def drawn_positions(
 
 
 def class_shares(classes: Tensor) -> Tensor:
-    """(N, …) class indices → (N, L) shares of the positions of every sample."""
+    """Convert class indices (N, …) to each sample's class shares, (N, L)."""
     flat = classes.flatten(1)
     void = (flat < 0) | (flat == VOID)
     num_classes = int(flat.masked_fill(void, 0).max()) + 1
@@ -57,14 +58,14 @@ def class_shares(classes: Tensor) -> Tensor:
 
 
 def _fitting_size(positions: Sequence[int], target: Sequence[int]) -> tuple[int, ...] | None:
-    """The size at which a feature map's positions are those of the targets; None where they are not."""
+    """Return the size at which a feature map's positions match those of the targets; None if they do not match."""
     if math.prod(positions) <= 1:
         return None
     if len(positions) == len(target):
         return tuple(positions)
     if len(positions) != 1 or len(target) != 2:
         return None
-    # Tokens of an image, row by row; there may be a few more in front, such as a class token.
+    # Image tokens, row by row; a few extra tokens, such as a class token, may precede them.
     for num_tokens in range(positions[0], max(positions[0] - 6, 1), -1):
         height = round(math.sqrt(num_tokens * target[0] / target[1]))
         if height and num_tokens % height == 0 and height * target[1] == num_tokens // height * target[0]:
@@ -73,7 +74,7 @@ def _fitting_size(positions: Sequence[int], target: Sequence[int]) -> tuple[int,
 
 
 def _resized(classes: Tensor, size: Sequence[int]) -> Tensor:
-    """(N, …) class indices at another size, by nearest neighbour."""
+    """Resize class indices (N, …) by nearest neighbour."""
     for dim, (new, old) in enumerate(zip(size, classes.shape[1:], strict=True), start=1):
         index = ((torch.arange(new, device=classes.device) + 0.5) * old / new).long()
         classes = classes.index_select(dim, index.clamp(max=old - 1))

@@ -1,8 +1,8 @@
-"""Reconstruction: what least squares cannot make up for when a channel goes.
+"""Reconstruction: the error that least squares cannot compensate when a channel is removed.
 
-The units of a group are eliminated one after the other, each time the one whose loss the others make up for best; the
-score of a unit is what has been lost for the layers that read the group when it goes, as a share of their outputs'
-variance. So scores say how a repair will end, and not how large a weight or a derivative is.
+The units of a group are eliminated one by one, each time the unit whose loss the others compensate best. A unit's score
+is the error accumulated in the layers that read the group by the time the unit is eliminated, as a share of their
+outputs' variance. So scores predict the error left after a repair, rather than the size of a weight or derivative.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pruning.task import Batch, Task
 
 @register_criterion("reconstruction")
 class Reconstruction(NetworkCriterion):
-    """What least squares cannot make up for; see `pruning/repair/elimination.py` for the formula.
+    """Scores by residual error after least squares; see `pruning/repair/elimination.py` for the formula.
 
     Args:
         ridge: λ relative to the mean square of a layer's inputs.
@@ -43,7 +43,7 @@ class Reconstruction(NetworkCriterion):
         task: Task,
         distributed: Distributed,
     ) -> dict[int, Tensor]:
-        """See `NetworkCriterion`. A group that no contraction reads is left out."""
+        """See `NetworkCriterion`. Groups that no contraction reads are left out."""
         inputs = unit_inputs(model, graph, batches, reading_units(graph), task=task, distributed=distributed)
         found = {}
         for group in groups:

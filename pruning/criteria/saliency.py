@@ -1,21 +1,21 @@
-"""Saliency: how far the network's explanation moves when a unit goes.
+"""Saliency: how far the network's explanation moves when a unit is removed.
 
-φ(x; m) are the numbers that explain the network's decision on image x (the centre and width of a selector's mask, a
-Grad-CAM map, …) with gates m on the units, φ° those of the original network. Saliency-matching pruning (Ganjdanesh et
-al., ECCV 2022) asks that ‖φ(x; m) − φ°(x)‖² stay small. With r = φ(x; 1) − φ° and J_c = ∂φ/∂m_c at m = 1, its
-Gauss–Newton model says what removing unit c alone does to it:
+φ(x; m) is the vector that explains the network's decision on image x (the centre and width of a selector's mask, a
+Grad-CAM map, …) with gates m on the units, φ° that of the original network. Saliency-matching pruning (Ganjdanesh et
+al., ECCV 2022) demands that ‖φ(x; m) − φ°(x)‖² stay small. With r = φ(x; 1) − φ° and J_c = ∂φ/∂m_c at m = 1, the
+Gauss–Newton model of its change when unit c alone is removed is
 
     E‖r − J_c‖² − E‖r‖²  =  E‖J_c‖² − 2·E[r·J_c]  =  score_c
 
 Before the first rewrite r = 0, so the loss has no gradient and the score is the curvature E‖J_c‖². Afterwards the
-network has moved, and the second term prefers units whose removal brings the explanation back; such units may
-score below zero. `target="present"` leaves it out: how far φ moves from where it is now.
+network has moved, and the second term favours removing units whose removal brings the explanation back; such units may
+score below zero. `target="present"` omits this term and measures how far φ moves from its current value.
 
-φ of K numbers takes K backward passes, which give every unit of every layer at once and exactly. Where K is more than
+φ with K values takes K backward passes, which score all units of all layers at once and exactly. Where K is more than
 `max_passes` (maps, masks), ‖J_c‖² = E_v (v·J_c)² with P random vectors v of ±1 (Hutchinson 1990): unbiased, with a
-standard deviation of at most √(2/P) of an image's value, so √(2/(P·N)) of a mean over N alike images: 4 % for P = 4
-and 320 images. r·J_c then takes one more pass and is exact. The signs are a function of the image, so ranks,
-batches and resumed runs draw alike.
+standard deviation of at most √(2/P) of an image's value, so √(2/(P·N)) of a mean over N similar images: 4 % for P = 4
+and 320 images. r·J_c then takes one more pass and is exact. The signs are a function of the image, so ranks, batches
+and resumed runs draw alike.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class Saliency(GradientCriterion):
     """Gauss–Newton change of the saliency-matching loss.
 
     Args:
-        originals: φ with what it was in the original network; asked to `remember` before the first scoring (a
-            `Pruner` that is given it does so).
-        max_passes: Backward passes per batch at most (one more for the pull of the original in the case of probes).
+        originals: φ with its values in the original network; call `remember` before the first scoring (a `Pruner` given
+            this object does so).
+        max_passes: Largest number of backward passes per batch (random probes take one more, for r·φ).
         target: One of `TARGETS`.
 
     Raises:
-        ValueError: No pass at all, or an unknown target.
+        ValueError: `max_passes` is less than 1, or the target is unknown.
     """
 
-    # A decoder's activations come on top of the network's: half a batch at a time needs less than a training step.
+    # A decoder's activations add to the network's; half a batch at a time needs less memory than a training step.
     pieces: ClassVar[int] = 2
 
     def __init__(
@@ -67,13 +67,13 @@ class Saliency(GradientCriterion):
         self._num_probes: int | None = None
 
     def watched(self) -> tuple[str, ...]:
-        """The feature maps that the explanation reads."""
+        """Names of the modules whose feature maps the explanation reads."""
         return self.originals.taps
 
     def gated_objectives(
         self, model: nn.Module, batch: Batch, task: Task, gate: FeatureGate
     ) -> tuple[Tensor, ...]:
-        """Sums over the images of φ's numbers, or of random projections of them; then of r·φ where it is needed."""
+        """Return sums over the images of φ's values, or of random projections of them; then of r·φ if it is needed."""
         images = inputs_of(batch)
         classes, original = self.originals.lookup(images)
         phi = self.originals.gated(model, images, classes, gate).float()
@@ -87,7 +87,7 @@ class Saliency(GradientCriterion):
         return objectives if self._residual is None else (*objectives, (self._residual * phi).sum())
 
     def reduce(self, gate_gradients: Tensor) -> Tensor:
-        """(K, N, U) → (U,), summed over images."""
+        """Reduce (K, N, U) to (U,), summed over images."""
         curvatures = gate_gradients[: self._num_probes].square().sum((0, 1)) / (self._num_probes or 1)
         if self._residual is None:
             return curvatures
@@ -99,7 +99,7 @@ class Saliency(GradientCriterion):
 
 
 def random_signs(keys: list[int], num_probes: int, size: int) -> Tensor:
-    """(P, N, K) float32 of ±1, drawn for each image from its own number."""
+    """Draw (P, N, K) float32 values of ±1, seeded for each image by its own key."""
     drawn = []
     for key in keys:
         generator = np.random.Generator(np.random.Philox(key=key % 2**64))

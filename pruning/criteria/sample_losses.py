@@ -1,4 +1,4 @@
-"""Losses of classifiers, of every sample, that criteria and searches differentiate or compare."""
+"""Per-sample losses of classifiers, which criteria differentiate and searches compare."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pruning.task import SampleLoss
 
 
 def sample_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of every sample, in float32.
+    """Compute the cross-entropy of every sample, in float32.
 
     Args:
         logits: (N, L).
         targets: (N,) class indices or (N, L) probabilities.
 
     Returns:
-        (N,).
+        Losses (N,).
     """
     targets = targets if targets.dim() == 1 else targets.float()
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def multi_label_sample_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean binary cross-entropy over the classes of every sample; `targets` (N, L) multi-hot. Returns (N,)."""
+    """Compute the mean binary cross-entropy over classes of every sample: `targets` (N, L) multi-hot → (N,)."""
     losses = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none")
     return losses.mean(dim=1)
 
 
 def losses_of(multi_label: bool) -> SampleLoss:
-    """The per-sample loss of a job."""
+    """Return the per-sample loss of a job."""
     return multi_label_sample_losses if multi_label else sample_losses

@@ -1,26 +1,22 @@
 """Scores of all channel groups by one or several criteria, from one pass over the calibration batches.
 
-    for batch:   forward without gradients        feature maps are summed up in the hook and freed at once
+    for batch:   forward without gradients        feature maps are summed in the hook and freed at once
                  forward, then K backward passes  derivatives by gates of ones where layers read their input
     at the end   sums of all ranks in one all-reduce; score of a unit = sum over its places
 
-The network comes out as it went in: modes, random state, batch-norm statistics, `.grad`. Nothing waits for the
-device before the end, but where a criterion looks at numbers (float32 discriminant scores, saliency).
+Modes, random state, batch-norm statistics and `.grad` of the network are restored. There is no host sync before the
+end, except where a criterion looks at values (float32 discriminant scores, saliency).
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from image_classification.config import SettingError
 from image_classification.distributed import Distributed
@@ -33,75 +29,33 @@ from pruning.criteria.criterion import (
     GradientCriterion,
     GroupWeights,
     NetworkCriterion,
-    Summary,
     WeightCriterion,
     WeightMember,
 )
+from pruning.criteria.feature_sums import Collector
+from pruning.criteria.gate_derivatives import Gate, differentiate
+from pruning.criteria.sites import Graph, Site, Sites
 from pruning.criteria.taps import Tap, tapped
 from pruning.engine.channel_graph import ChannelGraph
-from pruning.engine.groups import Group, Member, Place
-from pruning.engine.tap_channels import output_place
-from pruning.task import Batch, Targets, Task, num_samples, pieces_of, targets_of, to_device
+from pruning.engine.groups import Group
+from pruning.task import Batch, Task, num_samples, pieces_of, targets_of, to_device
 from pruning.task.explained import Autocast
 
 log = logging.getLogger(__name__)
 
 Scores = dict[int, Tensor]
 
-# Products g·a are formed in blocks of samples, so that they need little memory.
-_GATE_BLOCK_ELEMENTS = 1 << 22
-
 _FLOAT16_SCALE = 128.0  # derivatives of one sample's loss underflow in float16 without
 
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Log a warning the first time only: scores are made many times in a run. `cache_clear` forgets what was said."""
+    """Log a warning only once per process, since scores are computed many times in a run. `cache_clear` resets it."""
     log.warning(message)
 
 
-class Graph(Protocol):
-    """What scoring needs of a `ChannelGraph`."""
-
-    num_units: int
-    places: list[Place]
-    ungated: np.ndarray  # units that are also read outside modules, where no gate can be put
-
-    @property
-    def prunable(self) -> list[Group]:
-        """Groups to score."""
-
-    def members(self, group: Group) -> list[Member]:
-        """Tensor slices of a group."""
-
-    def places_of(self, group: Group, kind: str | None = None, consumer: bool | None = None) -> list[Place]:
-        """Module inputs and outputs that show a group's units."""
-
-
-@dataclasses.dataclass(eq=False)
-class _Site:
-    """A tensor in the forward pass and the unit of each of its channels (the last index collects the rest)."""
-
-    place: Place
-    units: Tensor
-
-    def channels_first(self, tensor: Tensor, num_samples: int) -> Tensor:
-        """The tensor as (N, C, …), whatever dimension the channels are; windows of a sample become positions."""
-        if tensor.shape[0] == num_samples:
-            return tensor.movedim(self.place.dim, 1)
-        if tensor.shape[0] % num_samples or self.place.dim == 0:
-            raise SettingError(
-                "ignored",
-                self.place.module,
-                f"give this: the {self.place.kind} of the module has shape {tuple(tensor.shape)}, whose first "
-                f"dimension is not the {num_samples} samples of the batch, so it cannot be scored",
-            )
-        windows: Tensor = tensor.unflatten(0, (num_samples, -1))
-        return windows.movedim(self.place.dim + 1, 1)
-
-
 def parts_of(criterion: Criterion) -> list[Criterion]:
-    """The criteria that one is combined of, or itself."""
+    """Return the parts of a combined criterion, or the criterion itself."""
     return [criterion.first, criterion.second] if isinstance(criterion, Combined) else [criterion]
 
 
@@ -214,6 +168,7 @@ class _Scorer:
         self.distributed = distributed
         self.autocast = autocast or contextlib.nullcontext
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.sites = Sites(graph, groups, self.device)
         self.features = [(n, c) for n, c in enumerate(criteria) if isinstance(c, FeatureCriterion)]
         self.gradients = [(n, c) for n, c in enumerate(criteria) if isinstance(c, GradientCriterion)]
         self.networks = [(n, c) for n, c in enumerate(criteria) if isinstance(c, NetworkCriterion)]
@@ -231,8 +186,8 @@ class _Scorer:
 
     def run(self, batches: Iterable[Batch]) -> None:
         """Take all batches of this rank, then add up the ranks."""
-        sites = {kind: self._sites(kind) for kind in {c.features for _, c in self.features}}
-        read = self._sites("post", fall_back=False) if self.gradients else []
+        sites = {kind: self.sites.showing(kind) for kind in {c.features for _, c in self.features}}
+        read = self.sites.showing("post", fall_back=False) if self.gradients else []
         for batch in batches:
             count = num_samples(batch)
             if count == 0:
@@ -263,42 +218,10 @@ class _Scorer:
                 self.model, self.graph, self.groups, batches, self.task, self.distributed
             )
 
-    def _sites(self, kind: str, fall_back: bool = True) -> list[_Site]:
-        """The tensors that show the groups' units, each once, all groups of a tensor together."""
-        places: dict[int, Place] = {}
-        for group in self.groups:
-            chosen = self._producers(group) if kind == "pre" else self._consumers(group)
-            if not chosen and fall_back:
-                chosen = self._consumers(group) or self.graph.places_of(group, kind="output")[:1]
-            places.update((id(place), place) for place in chosen)
-        return [self._site(place) for place in places.values()]
-
-    def _site(self, place: Place) -> _Site:
-        """A place with the units of the groups that are scored."""
-        wanted = (
-            np.concatenate([group.units for group in self.groups]) if self.groups else np.empty(0, np.int64)
-        )
-        units = np.where(np.isin(place.units, wanted), place.units, self.graph.num_units)
-        return _Site(place, torch.from_numpy(units.astype(np.int64)).to(self.device))
-
-    def _producers(self, group: Group) -> list[Place]:
-        """Outputs of the layers that make the group's units."""
-        makers = {
-            alias.rpartition(".")[0]
-            for m in self.graph.members(group)
-            if m.role == "out"
-            for alias in m.aliases
-        }
-        return [place for place in self.graph.places_of(group, kind="output") if place.module in makers]
-
-    def _consumers(self, group: Group) -> list[Place]:
-        """Inputs of the layers that read the group's units."""
-        return self.graph.places_of(group, kind="input", consumer=True)
-
     # -- feature maps --------------------------------------------------------------------------------------
 
-    def _feature_pass(self, batch: Batch, sites: Mapping[Features, list[_Site]]) -> None:
-        """A forward pass for all criteria that look at feature maps, and another for those that ask for it."""
+    def _feature_pass(self, batch: Batch, sites: Mapping[Features, list[Site]]) -> None:
+        """Run one forward pass for all criteria that read feature maps, and another for those that ask for one."""
         targets = targets_of(batch)
         count = num_samples(batch)
         for _, criterion in self.features:
@@ -306,7 +229,7 @@ class _Scorer:
         waiting = self.features
         while waiting:
             collectors = [
-                _Collector(number, criterion, targets, count, self.sums) for number, criterion in waiting
+                Collector(number, criterion, targets, count, self.sums) for number, criterion in waiting
             ]
             taps = [
                 Tap(
@@ -333,14 +256,14 @@ class _Scorer:
     # -- derivatives by gates ------------------------------------------------------------------------------
 
     def _gradient_pass(
-        self, number: int, criterion: GradientCriterion, batch: Batch, sites: list[_Site]
+        self, number: int, criterion: GradientCriterion, batch: Batch, sites: list[Site]
     ) -> None:
-        """One forward pass and a backward pass per objective."""
-        gates: list[tuple[_Site, Tensor]] = []
+        """Run one forward pass, and a backward pass per objective."""
+        gates: list[tuple[Site, Tensor]] = []
         in_float16: list[bool] = []
-        watched = self._watched(criterion.watched())
+        watched = self.sites.watched(criterion.watched())
 
-        def install(site: _Site, tensor: Tensor) -> Tensor:
+        def install(site: Site, tensor: Tensor) -> Tensor:
             if not torch.is_grad_enabled():  # no derivative comes from here, though the units matter
                 self.hidden[site.units] = 1
                 return tensor
@@ -349,7 +272,7 @@ class _Scorer:
             )
             gates.append((site, gate))
             in_float16.append(tensor.dtype == torch.float16)
-            gated: Tensor = _Gate.apply(tensor, gate, site.place.dim)
+            gated: Tensor = Gate.apply(tensor, gate, site.place.dim)
             return gated
 
         taps = [
@@ -368,48 +291,15 @@ class _Scorer:
                 return
             scale = _FLOAT16_SCALE if any(in_float16) else 1.0
             scaled = [objective * scale for objective in objectives]
-            derivatives, reached = self._differentiate(scaled, gates, num_samples(batch))
+            derivatives, reached = differentiate(scaled, gates, num_samples(batch), self.graph.num_units + 1)
         self.sums[number] += criterion.reduce((derivatives / scale).double()).double()
         for site in reached:
             self.shown[number].index_add_(0, site.units, torch.ones_like(site.units, dtype=torch.float64))
 
-    def _watched(self, modules: Iterable[str]) -> dict[str, _Site]:
-        """Outputs of modules that carry units of the groups, by module."""
-        sites = {}
-        for module in modules:
-            place = output_place(self.graph, module)
-            if place is not None:
-                sites[module] = self._site(place)
-        return sites
-
-    def _differentiate(
-        self, objectives: Sequence[Tensor], gates: list[tuple[_Site, Tensor]], count: int
-    ) -> tuple[Tensor, list[_Site]]:
-        """(K, N, units + 1) float32: derivative of every objective of every sample by every unit's gate.
-
-        Beside them the sites that the objectives depend on. The others say nothing of their units.
-        """
-        result = torch.zeros(len(objectives), count, self.graph.num_units + 1, device=self.device)
-        reached: dict[int, _Site] = {}
-        for k, objective in enumerate(objectives):
-            if not objective.requires_grad:
-                continue
-            found = torch.autograd.grad(
-                objective,
-                [gate for _, gate in gates],
-                retain_graph=k + 1 < len(objectives),
-                allow_unused=True,
-            )
-            for (site, _), gradient in zip(gates, found, strict=True):
-                if gradient is not None and len(gradient):
-                    result[k].index_add_(1, site.units, _per_sample(gradient, count))
-                    reached[id(site)] = site
-        return result, list(reached.values())
-
     # -- results -------------------------------------------------------------------------------------------
 
     def result(self, number: int, criterion: Criterion) -> Scores:
-        """Scores of one criterion by group index, on the CPU."""
+        """Return the scores of one criterion by group index, on the CPU."""
         if isinstance(criterion, WeightCriterion):
             found = [criterion.score_group(self._weights(group)) for group in self.groups]
         elif isinstance(criterion, NetworkCriterion):
@@ -448,7 +338,7 @@ class _Scorer:
         }
 
     def _averaged(self, number: int, criterion: Criterion) -> list[Tensor | None]:
-        """Scores from the sums, on the CPU; None for a group that the pass has not, or not fully, shown."""
+        """Return the scores from the sums, on the CPU; None for a group that the pass showed partly or not at all."""
         num_batches, num_samples = self.counts.tolist()
         divisor = {"none": 1.0, "batches": num_batches, "samples": num_samples}[criterion.average]
         values, shown = (self.sums[number] / divisor).cpu(), self.shown[number].cpu()
@@ -482,104 +372,3 @@ class _Scorer:
                 "feature maps hold NaN or infinity (a diverged network?)"
             )
         return scores
-
-
-def _per_sample(gradient: Tensor, count: int) -> Tensor:
-    """Derivatives of rows, (R, C), as those of samples, (N, C).
-
-    Where rows are not a fixed number per sample (regions, anchors), each sample gets an equal part of their sum: what
-    is linear in the derivatives stays exact.
-    """
-    if len(gradient) % count == 0:
-        found: Tensor = gradient.unflatten(0, (count, -1)).sum(1)
-        return found
-    return (gradient.sum(0, keepdim=True) / count).expand(count, -1)
-
-
-class _Collector:
-    """What one criterion makes of one forward pass."""
-
-    def __init__(
-        self, number: int, criterion: FeatureCriterion, targets: Targets, num_samples: int, sums: Tensor
-    ) -> None:
-        self.number = number
-        self.criterion = criterion
-        self.targets = targets
-        self.num_samples = num_samples
-        self.sums = torch.zeros_like(sums[number])
-        self.shown = torch.zeros_like(self.sums)
-        self.sites: list[_Site] = []
-        self.summaries: list[Summary] = []
-        self.num_bytes = 0
-        self.seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-    def take(self, site: _Site, tensor: Tensor) -> None:
-        """Look at a tensor; one that several layers read counts once."""
-        if self.seen.get(tensor) == tensor._version:
-            return
-        self.seen[tensor] = tensor._version
-        with torch.autocast(tensor.device.type, enabled=False):
-            maps = site.channels_first(tensor.detach(), self.num_samples)
-            summary = self.criterion.summarise(maps, self.targets)
-        self.sites.append(site)
-        self.summaries.append(summary)
-        self.num_bytes += summary.nbytes
-        if self.num_bytes > self.criterion.pending_bytes:
-            self.flush()
-
-    def flush(self) -> None:
-        """Add up the scores of what was summarised."""
-        with torch.autocast(self.sums.device.type, enabled=False):
-            found = self.criterion.finish(self.summaries, self.targets)
-        for site, scores in zip(self.sites, found, strict=True):
-            self.sums.index_add_(0, site.units, scores.double())
-            self.shown.index_add_(0, site.units, torch.ones_like(scores, dtype=torch.float64))
-        self.sites = []
-        self.summaries = []
-        self.num_bytes = 0
-
-
-class _GateContext(Protocol):
-    """What `_Gate` keeps for its backward pass: tensor, gate, and the dimension of the units."""
-
-    saved_tensors: tuple[Tensor, Tensor]
-    dim: int
-
-    def save_for_backward(self, tensor: Tensor, gate: Tensor) -> None:
-        """Keep them."""
-
-
-def _real_product(tensor: Tensor, gradient: Tensor) -> Tensor:
-    """What a real factor of each number would change, float32."""
-    if tensor.is_complex():
-        return (tensor * gradient.conj()).real.float()
-    return tensor.float() * gradient.float()
-
-
-class _Gate(torch.autograd.Function):
-    """Multiply by a gate of ones without doing so: the tensor goes through, the gate gets its derivative Σ g·a.
-
-    In a backward pass that is itself differentiated (a Grad-CAM map) the gate takes part as the factor that it is.
-    """
-
-    @staticmethod
-    def forward(ctx: _GateContext, tensor: Tensor, gate: Tensor, dim: int) -> Tensor:
-        ctx.save_for_backward(tensor, gate)
-        ctx.dim = dim
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: _GateContext, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        (tensor, gate), gradient = ctx.saved_tensors, gradients[0]
-        others = [d for d in range(1, tensor.dim()) if d != ctx.dim]
-        if torch.is_grad_enabled():
-            product = _real_product(tensor, gradient)
-            shape = [s if d in (0, ctx.dim) else 1 for d, s in enumerate(tensor.shape)]
-            factor = gate.to(gradient.dtype).reshape(shape)
-            return gradient * factor, product.sum(others) if others else product, None
-        per_block = max(1, _GATE_BLOCK_ELEMENTS * len(tensor) // max(1, tensor.numel()))
-        sums = []
-        for a, g in zip(tensor.split(per_block), gradient.split(per_block), strict=True):
-            product = _real_product(a, g)
-            sums.append(product.sum(others) if others else product)
-        return gradient, torch.cat(sums), None

@@ -1,6 +1,6 @@
-"""Taps on the inputs and outputs of modules that cannot be left behind.
+"""Taps on the inputs and outputs of modules, with hooks that cannot be left behind.
 
-Hooks live in a context manager: they are removed when it is left, also by an exception in the forward pass.
+A context manager removes the hooks on exit, also after an exception in the forward pass.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Action = Callable[[Tensor], Tensor | None]
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """A place to look at, and what to do there.
+    """A tapped input or output, and the action on it.
 
     Attributes:
         module: Qualified name.
         kind: "input" (the module's first argument) or "output".
         call: Which call of the module within a forward pass, from 0.
-        action: Gets the tensor; what it returns, if anything, takes the tensor's place.
+        action: Called with the tensor; its result, unless None, replaces the tensor.
     """
 
     module: str
@@ -42,11 +42,11 @@ class Tap:
 
 @contextlib.contextmanager
 def tapped(model: nn.Module, taps: Iterable[Tap]) -> Iterator[None]:
-    """Tap a network for as long as the context is open.
+    """Tap a network while the context is open.
 
     Args:
         model: The bare network (no DDP or compiled wrapper).
-        taps: What to look at; several taps of one place act in their order.
+        taps: The taps; several taps on the same tensor act in order.
 
     Raises:
         ValueError: The network has no module of a tap's name.
@@ -56,7 +56,7 @@ def tapped(model: nn.Module, taps: Iterable[Tap]) -> Iterator[None]:
         actions.setdefault((tap.kind, ModuleCall(tap.module, tap.call)), []).append(tap.action)
 
     def act(kind: str, call: ModuleCall, tensor: Outputs) -> Outputs:
-        """What takes the tensor's place; the tensor itself if nothing does."""
+        """Return the tensor's replacement, or the tensor itself if there is none."""
         for action in actions.get((kind, call), ()):
             result = action(tensor)
             if result is not None:

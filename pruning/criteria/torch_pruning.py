@@ -1,14 +1,14 @@
 """Importance functions written for Torch-Pruning (checked against 1.6.1) as criteria.
 
-Torch-Pruning hands an importance a group: a sequence of items (`dep`, `idxs`) with `root_idxs`, where `dep.layer` is
-a module, `dep.pruning_fn` says which of its dimensions, `idxs` are the channels of that dimension and
-`root_idxs` the positions in the root layer; the importance returns one number per root position. This file
-presents our groups in that form, with Torch-Pruning's own function objects, because importances compare them.
+Torch-Pruning passes a group to an importance: a sequence of items (`dep`, `idxs`) with `root_idxs`, where `dep.layer`
+is a module, `dep.pruning_fn` says which of its dimensions, `idxs` are the channels of that dimension and `root_idxs`
+the positions in the root layer; the importance returns one number per root position. This file presents LucidPrune's
+groups in that form, with Torch-Pruning's own function objects, because importances compare them.
 
     criterion = TorchPruningImportance(tp.importance.GroupMagnitudeImportance(p=2))
 
-Torch-Pruning's own graph is not involved, so importances also work on networks it cannot trace. Importances that
-read gradients (GroupTaylorImportance) see what lies in `.grad`, as with Torch-Pruning itself.
+Torch-Pruning's own graph is not involved, so importances also work on networks that it cannot trace. Importances that
+read gradients (GroupTaylorImportance) read `.grad`, as in Torch-Pruning itself.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Dependency:
-    """Which dimension of which module; the names are Torch-Pruning's."""
+    """A dimension of a module; attribute names are Torch-Pruning's."""
 
     target: Node
     handler: Callable[..., object]
@@ -76,8 +76,8 @@ class TorchPruningImportance(WeightCriterion):
     """An `Importance` object of Torch-Pruning, or any callable that takes its groups.
 
     Args:
-        importance: Called with one group; returns (width,) numbers, or None if it has nothing to say.
-        functions: Where `prune_conv_out_channels` and the like are; by default Torch-Pruning's own module.
+        importance: Called with one group; returns (width,) numbers, or None if it cannot score the group.
+        functions: Module with `prune_conv_out_channels` and the like; by default Torch-Pruning's own module.
 
     Raises:
         ValueError: Torch-Pruning is not installed and no functions are given.
@@ -90,15 +90,15 @@ class TorchPruningImportance(WeightCriterion):
         self.functions = functions if functions is not None else _torch_pruning_functions()
 
     def score_group(self, group: GroupWeights) -> Tensor | None:
-        """What the importance says, (width,) or None.
+        """Return the importance's scores, (width,) or None.
 
         Raises:
-            ValueError: It returns something else.
+            ValueError: The importance returns something else.
         """
         items = [item for item in map(self._item, _one_per_side(group)) if item is not None]
         items.sort(
             key=lambda item: len(item.idxs) != group.width
-        )  # the root, whose channels are the units, first
+        )  # the root, whose channels are the units, comes first
         scores = self.importance(items)
         if scores is not None and (not isinstance(scores, Tensor) or scores.shape != (group.width,)):
             shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
@@ -109,7 +109,7 @@ class TorchPruningImportance(WeightCriterion):
         return scores
 
     def _item(self, member: WeightMember) -> Item | None:
-        """A member in Torch-Pruning's form; None for modules that Torch-Pruning does not know."""
+        """Return a member in Torch-Pruning's form; None for modules unknown to Torch-Pruning."""
         kind = next((name for types, name in _KINDS if isinstance(member.module, types)), None)
         if kind is None:
             return None
@@ -123,7 +123,7 @@ class TorchPruningImportance(WeightCriterion):
 
 
 def _one_per_side(group: GroupWeights) -> Iterator[WeightMember]:
-    """Members without the vectors that follow a weight of the same module (biases)."""
+    """Iterate over members, without vectors that follow a weight of the same module (biases)."""
     seen: set[tuple[int, bool]] = set()
     for member in sorted(group.members, key=lambda m: not m.name.endswith("weight")):
         key = (id(member.module), member.role == "in")

@@ -1,1 +1,1 @@
-"""What is cut together, and the cut: trace, labels, groups, proof, rewrite. Knows no data, loss or flag."""
+"""Coupled channel groups and their removal: trace, labels, groups, proof, rewrite. Knows no data, loss or flag."""

@@ -1,4 +1,4 @@
-"""From recorded passes to a channel graph: labels, units, groups and what carries them. Nothing is tried out."""
+"""Builds a channel graph from recorded passes: labels, units, groups and their tensors. Runs no trials."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pruning.engine.labels import Slot, Value, compress, support
 from pruning.engine.native_layers import tie_recurrent
 from pruning.engine.operators import RULES
 from pruning.engine.pairs import paired_attributes, tie_pairs
-from pruning.engine.tracing import Trace, TracedCall
+from pruning.engine.traces import Trace, TracedCall
 
 _MOST_LABELLED = 4
 
@@ -33,9 +33,9 @@ def label(traces: Sequence[Trace], policy: Policy | None = None) -> Labeller:
 
 
 def label_case(case: Case, policy: Policy | None = None) -> Labeller:
-    """Propagate labels through all traces of a network; submodules that are cut alike share theirs.
+    """Propagate labels through all traces of a network; submodules that are cut alike share labels.
 
-    The labels of the latest policies are kept, since most graphs of a network differ by what is tied afterwards.
+    The labels of the latest policies are cached, since most graphs of a network differ only by later ties.
     """
     key = frozenset((policy or {}).items())
     if key not in case.labelled:
@@ -49,7 +49,7 @@ def label_case(case: Case, policy: Policy | None = None) -> Labeller:
 
 
 def build_graph(case: Case, labeller: Labeller | None = None) -> ChannelGraph:
-    """Group what label propagation united; nothing is tried out.
+    """Build the groups that label propagation united, without trials.
 
     Args:
         case: The network.
@@ -80,7 +80,7 @@ def build_graph(case: Case, labeller: Labeller | None = None) -> ChannelGraph:
 
 
 def _layers(trace: Trace, labeller: Labeller, coupling: Coupling) -> list[Layer]:
-    """Contractions with their costs per image; those of a second trace run in training only."""
+    """Return the contractions with their costs per image; those of a second trace run in training only."""
     batch = trace.tensors[trace.inputs[0]].shape[0] if trace.inputs else 1
     layers = []
     for use in labeller.layers:
@@ -91,7 +91,7 @@ def _layers(trace: Trace, labeller: Labeller, coupling: Coupling) -> list[Layer]
 
 
 def _axes(case: Case, labeller: Labeller, coupling: Coupling) -> list[Axis]:
-    """Every dimension of every tensor that carries units, in the network's own order of tensors."""
+    """Return every dimension of every tensor that carries units, in the network's own order of tensors."""
     names = case.tensor_names
     weights = {use.weight for use in labeller.layers} & {name for name, _ in case.model.named_parameters()}
     axes = []
@@ -107,7 +107,7 @@ def _axes(case: Case, labeller: Labeller, coupling: Coupling) -> list[Axis]:
 
 
 def _role(dim: int, transposed: bool) -> str:
-    """What a dimension of a layer's weight is: (out, in, …), or (in, out, …) of a transposed convolution."""
+    """Return the role of a dimension of a weight (out, in, …), or (in, out, …) for a transposed convolution."""
     if dim > 1:
         return "along"
     return "out" if (dim == 1) == transposed else "in"
@@ -116,7 +116,7 @@ def _role(dim: int, transposed: bool) -> str:
 def _group_counts(
     modules: Mapping[str, nn.Module], labeller: Labeller, coupling: Coupling
 ) -> list[AttributeAxis]:
-    """`groups` and `num_groups` of the modules that hold them."""
+    """Return `groups` and `num_groups` of the modules that hold them."""
     found: dict[tuple[str, str], AttributeAxis] = {}
     for module, attribute, atoms in labeller.group_counts:
         units = as_units(coupling.unit_of_atom, atoms)
@@ -126,7 +126,7 @@ def _group_counts(
 
 
 def _bare_norms(modules: Mapping[str, nn.Module], places: list[Place]) -> list[AttributeAxis]:
-    """Widths of normalisations without tensors, which tensors cannot tell: `num_features`, `normalized_shape`."""
+    """Return `num_features` and `normalized_shape` of normalisations without tensors, whose widths no tensor shows."""
     found: dict[tuple[str, int | None], AttributeAxis] = {}
     for place in places:
         module = modules[place.module]
@@ -151,7 +151,7 @@ def _bare_norms(modules: Mapping[str, nn.Module], places: list[Place]) -> list[A
 
 
 def _places(traces: list[Trace], labeller: Labeller, coupling: Coupling) -> list[Place]:
-    """First inputs and outputs of module calls that carry units; those of the training pass where they are new."""
+    """Return the first inputs and outputs of module calls that carry units; of the training pass only new ones."""
     places: list[Place] = []
     consumers = {(use.trace, use.module) for use in labeller.layers if use.consumed is not None}
     for number, trace in enumerate(traces):
@@ -216,7 +216,7 @@ def _statistics(traces: list[Trace], labeller: Labeller, coupling: Coupling) -> 
 
 
 def _ordinals(trace: Trace) -> dict[int, int]:
-    """Index of every operator that takes statistics to its position within its family."""
+    """Map the index of every operator that takes statistics to its position within its family."""
     counts: Counter[str] = Counter()
     found = {}
     for operation in trace.operations:
@@ -228,15 +228,15 @@ def _ordinals(trace: Trace) -> dict[int, int]:
 
 
 def _ungated(labeller: Labeller, coupling: Coupling, places: list[Place]) -> np.ndarray:
-    """Units that an operator of the evaluation pass reads elsewhere than at a layer's input, where gates would be.
+    """Find the units that an operator of the evaluation pass reads other than at a layer's input, where the gates are.
 
-    Statistics over channels count where no layer reads the channels as well.
+    Statistics over channels count only if no layer reads the channels too.
     """
     count = int(coupling.unit_of_atom.max(initial=-1)) + 1
     nothing = np.zeros(count + 1, dtype=bool)
 
     def members(units: np.ndarray) -> np.ndarray:
-        """(units + 1,) bool: which unit ids occur. Positions without one, -1, mark the last entry."""
+        """Return which unit ids occur, (units + 1,) bool. Positions without a unit, -1, set the last entry."""
         mask = nothing.copy()
         mask[units.reshape(-1)] = True
         return mask
@@ -262,7 +262,7 @@ def _ungated(labeller: Labeller, coupling: Coupling, places: list[Place]) -> np.
 
 
 def _annotate(modules: Mapping[str, nn.Module], graph: ChannelGraph) -> None:
-    """Kinds of layers, channels per unit, notes on statistics, and single units that cannot leave."""
+    """Add kinds of layers, channels per unit and notes on statistics; freeze single units that cannot go."""
     notes: dict[int, set[str]] = {}
     for use in graph.statistics:
         for index in graph.groups_in(use.units):
@@ -287,7 +287,7 @@ def _annotate(modules: Mapping[str, nn.Module], graph: ChannelGraph) -> None:
 
 
 def _apply_names(graph: ChannelGraph) -> None:
-    """Freeze what is to be ignored, and make sure that every pattern names something."""
+    """Freeze the ignored modules' groups, and check that every pattern matches something."""
     for pattern in graph.constraints.ignored:
         groups = graph.matching(pattern)
         check_setting(bool(groups), "ignored", pattern, "no prunable layer has such a name")

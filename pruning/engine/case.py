@@ -1,4 +1,4 @@
-"""A network under analysis, with what the analysis goes by."""
+"""A network under analysis, with its recorded passes and constraints."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from torch.nn.parameter import is_lazy
 
 from image_classification.config import SettingError
 from image_classification.models.module_tree import named_modules
-from pruning.engine.channel_graph import Constraints
+from pruning.engine.constraints import Constraints
 from pruning.engine.examples import Example, OutputError, Pass
 from pruning.engine.labeller import Labeller
+from pruning.engine.named_tensors import tensor_names
 from pruning.engine.pairs import untouched_twins
-from pruning.engine.tracing import Trace, record, tensor_names
+from pruning.engine.traces import Trace
+from pruning.engine.tracing import record
 
 logger = logging.getLogger(__name__)
 _MOST_NAMES = 6
@@ -33,7 +35,7 @@ class Case:
         traces: The recorded passes that differ from each other; the first is the first example in evaluation.
         constraints: The user's demands.
         pairs: Submodules that are cut alike, by name.
-        labelled: Labels as they were last propagated, by the policy that they follow.
+        labelled: The latest propagated labels, by policy.
     """
 
     model: nn.Module
@@ -50,7 +52,7 @@ class Case:
 
     @functools.cached_property
     def tensor_names(self) -> dict[str, tuple[str, ...]]:
-        """See `tracing.tensor_names`."""
+        """See `named_tensors.tensor_names`."""
         return tensor_names(self.model)
 
 
@@ -65,8 +67,8 @@ def open_case(
 
     Args:
         model: The network.
-        examples: What it is given in evaluation.
-        training_examples: What it is given in training; the examples, where there are none.
+        examples: Its inputs in evaluation mode.
+        training_examples: Its inputs in training mode; `examples` if empty.
         constraints: The user's demands.
         pairs: Submodules that are cut alike, by name.
 
@@ -110,12 +112,14 @@ def _enter(passes: list[Pass], traces: list[Trace], example: Example, trace: Tra
             divisors=trace.divisors,
             unsteady=trace.unsteady,
             own_gradients=trace.own_gradients,
+            decides=trace.decides,
         )
     )
 
 
 def _recorded(model: nn.Module, example: Example, setting: str, training: bool) -> tuple[Example, Trace]:
-    """The pass on two images of the example; on all of it where the network does not run on fewer (graph networks).
+    """Record the pass on two images of the example, or on all of it if the network does not run on fewer (graph
+    networks).
 
     Raises:
         SettingError: The network does not run on it.
@@ -183,7 +187,7 @@ def refuse_unready(model: nn.Module) -> None:
 
 
 def untouched_parameters(case: Case) -> tuple[str, ...]:
-    """Names of the parameters that no pass has touched and that are not cut like others."""
+    """Return the names of the parameters that no pass has touched and that are not cut like others."""
     used = {name for trace in case.traces for name in trace.used_names}
     followers = tuple(f"{second}." for _, second in case.pairs)
     names = (name for name, _ in case.model.named_parameters() if not name.startswith(followers))
@@ -191,7 +195,7 @@ def untouched_parameters(case: Case) -> tuple[str, ...]:
 
 
 def warn_of_untouched(names: Sequence[str]) -> None:
-    """Warn of parameters that stay as they are though what they read may become narrower."""
+    """Warn of parameters that keep their shapes though their inputs may become narrower."""
     if not names:
         return
     shown = ", ".join(names[:_MOST_NAMES])

@@ -1,23 +1,21 @@
-"""The channel graph as data: groups, what carries their units, and how it follows a rewrite.
+"""The channel graph as data: groups, the tensors that carry their units, and its update after a rewrite.
 
 `trace_groups` makes it from a network; `surgery.py` cuts by it; criteria and cost models read it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import functools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from image_classification.config import SettingError, check_setting
+from pruning.engine.constraints import UNCONSTRAINED, Constraints
 from pruning.engine.examples import Pass
+from pruning.engine.graph_state import PARTS, as_arrays, differ, plain, row_of
 from pruning.engine.group_rows import group_row, groups_html
 from pruning.engine.groups import FROZEN, AttributeAxis, Axis, Group, Layer, Member, Place
 from pruning.engine.kept_statistics import Statistics
@@ -26,58 +24,8 @@ GroupKey = Group | str | int
 Keep = Mapping[Any, Sequence[int] | Tensor | np.ndarray]
 
 
-#: Least share of its channels that a group keeps, as in Kung & Hou (2020, Commun. Inf. Syst. 20(3)).
-DEFAULT_MIN_WIDTH = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class Constraints:
-    """What a user demands of the widths.
-
-    Attributes:
-        round_to: Pruned widths are multiples of this many channels (hardware likes 8). A group may also keep its
-            original width, whatever that is.
-        min_width: Units that every group keeps: a count, or a share if below 1.
-        ignored: Name patterns (`layer4.*`) of modules whose own channels stay (what they read may shrink).
-        limits: Name pattern of groups or modules (as `ignored`) to the units, count or share, that their groups
-            keep at least.
-        pairs: Names of two submodules that are cut alike, such as a network and its momentum teacher. A copy that takes
-            no gradients is recognised without.
-    """
-
-    round_to: int = 1
-    min_width: float = DEFAULT_MIN_WIDTH
-    ignored: tuple[str, ...] = ()
-    limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    pairs: tuple[tuple[str, str], ...] = ()
-
-    def __post_init__(self) -> None:
-        whole = self.round_to >= 1 and self.round_to == int(self.round_to)
-        check_setting(whole, "round_to", self.round_to, "give a whole number ≥ 1")
-        for name in ("ignored", "limits"):
-            if isinstance(getattr(self, name), str):
-                raise SettingError(name, getattr(self, name), "give a sequence of patterns, not one string")
-        _check_least("min_width", self.min_width, str(self.min_width))
-        for pattern, least in self.limits.items():
-            _check_least("limits", least, f"{pattern}={least}")
-
-
-def _check_least(setting: str, least: float, given: str) -> None:
-    """Refuse what is neither a share nor a count.
-
-    Raises:
-        SettingError: `given` is what the user wrote.
-    """
-    possible = 0 < least < math.inf and (least <= 1 or least == int(least))
-    check_setting(possible, setting, given, "give a share in (0, 1) or a whole number ≥ 1")
-
-
-#: No demands: groups may shrink to one unit.
-UNCONSTRAINED = Constraints(min_width=1)
-
-
 class ChannelGraph:
-    """Groups of coupled channels with everything that carries them.
+    """Groups of coupled channels with everything that carries their units.
 
     Attributes:
         groups: All groups, prunable or not, in order of execution.
@@ -87,8 +35,8 @@ class ChannelGraph:
         layers: Contractions with their costs.
         constraints: The user's demands.
         statistics: Normalisations whose statistics run over units.
-        choices: How couplings that could go several ways were chosen.
-        ungated: Units that some operator outside any layer reads, so that gates at layers' inputs miss it.
+        choices: The choices made where an operator could couple in several ways.
+        ungated: Units that some operator outside any layer reads, so that gates at layers' inputs miss that read.
         unit_of_atom: Unit of every atom of the label propagation (before any rewrite).
         passes: The ways in which the network is run when a cut is tried before it is made; a graph from a checkpoint
             has none until `give_examples` gives it some.
@@ -140,15 +88,15 @@ class ChannelGraph:
             self._touching[kind] = table
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: a table of the groups."""
+        """The HTML view in a notebook: a table of the groups."""
         return groups_html(self.rows())
 
     def rows(self) -> list[dict[str, Any]]:
-        """Every group as plain data: name, widths, modules, tensors, and why it stays as it is."""
+        """Return every group as plain data: name, widths, modules, tensors, and why it cannot be pruned."""
         return [group_row(group, self.allowed_widths(group)[0], self.members(group)) for group in self.groups]
 
     def groups_in(self, units: np.ndarray) -> list[int]:
-        """Indices of the groups that some of these unit ids belong to."""
+        """Return the indices of the groups that contain any of these unit ids."""
         return np.unique(self.group_of_unit[units[units >= 0]]).tolist() if units.size else []
 
     # -- looking at groups ---------------------------------------------------------------------------------
@@ -160,11 +108,11 @@ class ChannelGraph:
 
     @property
     def frozen(self) -> dict[str, str]:
-        """Group name to the reason why it stays as it is."""
+        """Group name to the reason why the group cannot be pruned."""
         return {group.name: group.reason for group in self.groups if not group.prunable}
 
     def group(self, key: GroupKey) -> Group:
-        """A group by itself, its index, or its name.
+        """Look up a group by itself, its index, or its name.
 
         Raises:
             ValueError: There is no such group.
@@ -184,7 +132,7 @@ class ChannelGraph:
         raise ValueError(f"no channel group {key!r}: `python -m pruning groups` lists them")
 
     def members(self, group: GroupKey) -> list[Member]:
-        """Dimensions of tensors that lose slices with this group."""
+        """Return the dimensions of tensors that lose slices with this group."""
         index = self.group(group).index
         found = []
         for number in self._touching["axes"].get(index, []):
@@ -197,7 +145,7 @@ class ChannelGraph:
     def places_of(
         self, group: GroupKey, kind: str | None = None, consumer: bool | None = None
     ) -> list[Place]:
-        """Module inputs and outputs that carry this group's units, in order of execution.
+        """Return the module inputs and outputs that carry this group's units, in order of execution.
 
         Args:
             group: The group.
@@ -209,26 +157,26 @@ class ChannelGraph:
         return [place for place in places if consumer is None or place.consumer == consumer]
 
     def layers_of(self, group: GroupKey) -> list[Layer]:
-        """Layers whose cost depends on this group's width."""
+        """Return the layers whose cost depends on this group's width."""
         index = self.group(group).index
         return [layer for layer in self.layers if any(index in self.groups_in(axis) for axis in layer.axes)]
 
     def local(self, group: GroupKey, units: np.ndarray) -> np.ndarray:
-        """Unit ids to positions within one group; -1 for everything else."""
+        """Map unit ids to positions within one group; -1 for everything else."""
         index = self.group(group).index
         valid = np.maximum(units, 0)
         inside = (units >= 0) & (self.group_of_unit[valid] == index)
         return np.where(inside, self.position_of_unit[valid], FROZEN)
 
     def min_width_of(self, group: GroupKey) -> int:
-        """Units that must stay, all constraints taken together."""
+        """Return the number of units that must stay under all constraints."""
         group = self.group(group)
         demands = [self.constraints.min_width, *self._limits_of.get(group.index, ())]
         counts = [int(np.ceil(d * group.original_width - 1e-9)) if d < 1 else int(d) for d in demands]
         return min(group.width, max(1, *counts)) if group.prunable else group.width
 
     def matching(self, pattern: str) -> list[Group]:
-        """Groups that a pattern names: by their own name, or by a module whose channels they are."""
+        """Return the groups that a pattern matches: by their own name, or by a module that produces their channels."""
         found = []
         for group in self.groups:
             own = [member for member in self.members(group) if member.role != "in"]
@@ -239,7 +187,7 @@ class ChannelGraph:
 
     @functools.cached_property
     def _limits_of(self) -> dict[int, list[float]]:
-        """Group index → what `limits` demand; no rewrite changes that."""
+        """Group index → the bounds that `limits` sets for it; rewrites do not change them."""
         found: dict[int, list[float]] = {}
         for pattern, least in self.constraints.limits.items():
             for group in self.matching(pattern):
@@ -247,7 +195,7 @@ class ChannelGraph:
         return found
 
     def allowed_widths(self, group: GroupKey) -> list[int]:
-        """All widths that the constraints allow, the present one included, ascending."""
+        """Return all widths that the constraints allow, the current one included, ascending."""
         group = self.group(group)
         if not group.prunable:
             return [group.width]
@@ -259,7 +207,7 @@ class ChannelGraph:
     # -- choosing ------------------------------------------------------------------------------------------
 
     def keep_mask(self, keep: Keep) -> np.ndarray:
-        """Boolean vector over unit ids: True for what stays.
+        """Return a boolean vector over unit ids: True for units that stay.
 
         Args:
             keep: Group (or name, or index) to the positions of the units that stay.
@@ -297,11 +245,11 @@ class ChannelGraph:
     # -- following a rewrite -------------------------------------------------------------------------------
 
     def shrink(self, mask: np.ndarray) -> None:
-        """Follow a rewrite: drop the units that `mask` says are gone and renumber the others."""
+        """Follow a rewrite: drop the units that are False in `mask` and renumber the others."""
         new_id = np.where(mask, np.cumsum(mask) - 1, FROZEN)
 
         def kept(units: np.ndarray) -> np.ndarray:
-            """The ids that stay, in their new numbering; positions without a unit (-1) always stay."""
+            """Return the ids that stay, in their new numbering; positions without a unit (-1) always stay."""
             valid = np.maximum(units, 0)
             stays = (units < 0) | mask[valid]
             renumbered: np.ndarray = np.where(units < 0, FROZEN, new_id[valid])[stays]
@@ -325,26 +273,26 @@ class ChannelGraph:
         self._index()
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole graph as lists, strings, numbers and int32 tensors, for a checkpoint.
+        """Return the whole graph as lists, strings, numbers and int32 tensors, for a checkpoint.
 
-        A resumed run takes its graph from here instead of tracing the pruned network again: a network with a
-        single head or group left looks like another wiring.
+        A resumed run loads its graph from this state instead of tracing the pruned network again, because a network
+        with a single head or group left would look wired differently.
         """
         state: dict[str, Any] = {
             "choices": dict(self.choices),
-            "ungated": _plain(self.ungated),
+            "ungated": plain(self.ungated),
             "ignored": list(self.constraints.ignored),
         }
-        for name in _PARTS:
-            state[name] = [_row(part) for part in getattr(self, name)]
+        for name in PARTS:
+            state[name] = [row_of(part) for part in getattr(self, name)]
         return state
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], constraints: Constraints | None = None) -> ChannelGraph:
-        """The graph that `state_dict` described.
+        """Rebuild the graph from the output of `state_dict`.
 
         Args:
-            state: From `state_dict`, through a file or not.
+            state: From `state_dict`, directly or from a file.
             constraints: The user's demands (they belong to the run, not to the state).
 
         Raises:
@@ -352,21 +300,21 @@ class ChannelGraph:
         """
         try:
             parts: dict[str, list[Any]] = {}
-            for name, kind in _PARTS.items():
-                rows = [{key: _arrays(value) for key, value in row.items()} for row in state[name]]
+            for name, kind in PARTS.items():
+                rows = [{key: as_arrays(value) for key, value in row.items()} for row in state[name]]
                 parts[name] = [kind(**row) for row in rows]
             return cls(
                 **parts,
                 constraints=constraints or UNCONSTRAINED,
                 unit_of_atom=np.zeros(0, dtype=np.int64),
                 choices=state["choices"],
-                ungated=_arrays(state["ungated"]),
+                ungated=as_arrays(state["ungated"]),
             )
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"this is not the state of a channel graph: {error!r}") from error
 
     def signature(self) -> list[tuple[Any, ...]]:
-        """The groups as comparable data: two graphs of the same network have equal signatures."""
+        """Return the groups as comparable data: two graphs of the same network have equal signatures."""
         rows = []
         for group in self.groups:
             members = tuple((m.tensor, m.dim, tuple(m.positions.tolist())) for m in self.members(group))
@@ -374,15 +322,15 @@ class ChannelGraph:
         return rows
 
     def cuts_like(self, other: ChannelGraph) -> bool:
-        """Whether every cut of the same units changes the same in the network, and is judged at the same places."""
-        for name in _PARTS:
+        """Whether every cut of the same units changes the network alike and is verified at the same places."""
+        for name in PARTS:
             mine, its = getattr(self, name), getattr(other, name)
-            if len(mine) != len(its) or any(map(_differ, mine, its)):
+            if len(mine) != len(its) or any(map(differ, mine, its)):
                 return False
         return True
 
     def freeze(self, groups: Iterable[GroupKey], reason: str) -> None:
-        """Declare groups not prunable."""
+        """Mark groups as not prunable, with the reason."""
         for key in groups:
             group = self.group(key)
             if group.prunable:
@@ -391,54 +339,8 @@ class ChannelGraph:
 
     @property
     def macs(self) -> float:
-        """MACs per image of all layers in evaluation mode, at the present widths."""
+        """Return the MACs per image of all layers in evaluation mode, at the current widths."""
         return sum(layer.macs for layer in self.layers if not layer.training_only)
-
-
-_PARTS: dict[str, Any] = {
-    "groups": Group,
-    "axes": Axis,
-    "attributes": AttributeAxis,
-    "places": Place,
-    "layers": Layer,
-    "statistics": Statistics,
-}
-
-
-def _row(part: Any) -> dict[str, Any]:
-    """The fields of one part of a graph, as a checkpoint can hold them."""
-    return {field.name: _plain(getattr(part, field.name)) for field in dataclasses.fields(part)}
-
-
-def _differ(one: Any, other: Any) -> bool:
-    """Whether two parts of graphs say different things; the words for why a group stays aside."""
-    for name, mine in vars(one).items():
-        its = getattr(other, name)
-        if name in ("reason", "notes"):
-            continue
-        if isinstance(mine, np.ndarray) or isinstance(its, np.ndarray):
-            if not np.array_equal(mine, its):
-                return True
-        elif isinstance(mine, tuple) and mine and isinstance(mine[0], np.ndarray):
-            if len(mine) != len(its) or not all(map(np.array_equal, mine, its)):
-                return True
-        elif mine != its:
-            return True
-    return False
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.astype(np.int32))
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _arrays(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.numpy().astype(np.int64)
-    return tuple(_arrays(item) for item in value) if isinstance(value, list) else value
 
 
 def _as_indices(positions: Sequence[int] | Tensor | np.ndarray, group: Group) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which line of a network's own code an operator or an exception comes from: what people look up first."""
+"""Finds the line of the network's own code behind an operator or an exception, for error messages."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _INSTALLED = os.path.join(_LIBRARY, "site-packages") + os.sep
 
 
 def line_running(outermost: CodeType) -> str:
-    """`model.py:57`, the innermost line that is neither PyTorch's nor the engine's; "" if there is none.
+    """Return the innermost line that is neither PyTorch's nor the engine's, as `model.py:57`; "" if there is none.
 
     Args:
-        outermost: Code of the function that has called the network: what is around that is not the network's.
+        outermost: Code of the function that called the network; the frames outside it are not the network's.
     """
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not outermost:
@@ -30,7 +30,7 @@ def line_running(outermost: CodeType) -> str:
 
 
 def line_raising(error: BaseException) -> str:
-    """As `line_running`, for where an exception arose."""
+    """Return the line where an exception arose, in the form of `line_running`."""
     found, trace = "", error.__traceback__
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
@@ -41,7 +41,7 @@ def line_raising(error: BaseException) -> str:
 
 
 def _is_its_own(file: str) -> bool:
-    """Whether a file is a network's, or of a library of networks: not PyTorch's, Python's or the engine's."""
+    """Whether a file belongs to the network or a library of networks, rather than to PyTorch, Python or the engine."""
     if file.startswith(_NOT_ITS_OWN):
         return False
     return not file.startswith(("<frozen", _LIBRARY)) or file.startswith(_INSTALLED)

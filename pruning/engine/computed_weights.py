@@ -1,10 +1,10 @@
 """Weights that a layer computes from other tensors: weight norms and spectral norms, either generation.
 
-What such a layer divides by depends on slices that a cut removes. After the cut, gains (weight norm) and vectors
-(spectral norm) are such that the weight in evaluation is the slice of what it was:
+The divisor of such a layer depends on slices that a cut removes. After the cut, gains (weight norm) and vectors
+(spectral norm) are set so that the weight in evaluation is the slice of the old weight:
 
-    weight norm     w = g · v / ‖v‖      g becomes the norm of what stays of w
-    spectral norm   w = W / (uᵀ W v)     u, v become singular vectors of what stays of W, v scaled so that uᵀWv stays
+    weight norm     w = g · v / ‖v‖      g becomes the norm of the kept part of w
+    spectral norm   w = W / (uᵀ W v)     u, v become singular vectors of the kept part of W, v scaled to keep uᵀWv
 
 In training mode a spectral norm makes the largest singular value 1 again, as is its purpose.
 """
@@ -37,12 +37,12 @@ class SpectralNorm:
 def renormalised(
     model: nn.Module, tensors: Mapping[str, Tensor], cuts: Mapping[str, Cuts]
 ) -> dict[str, Tensor]:
-    """Smaller gains and vectors, so that the weights that stay keep their values.
+    """Compute smaller gains and vectors so that the kept weights do not change.
 
     Args:
-        model: Tells which layers compute their weights.
-        tensors: The values to go by, by qualified name; the model's own or those of an average.
-        cuts: What stays of which tensors.
+        model: The network whose layers compute their weights.
+        tensors: The current values by qualified name; the model's own or those of an average.
+        cuts: The indices that stay, by tensor.
     """
     found = weight_norm_gains(model, tensors, cuts)
     for norm in spectral_norms(model):
@@ -64,7 +64,7 @@ def renormalised(
 def weight_norm_gains(
     model: nn.Module, tensors: Mapping[str, Tensor], cuts: Mapping[str, Cuts]
 ) -> dict[str, Tensor]:
-    """New gains for weight-normalised layers, so that the weights that stay keep their values.
+    """Compute new gains for weight-normalised layers so that the kept weights do not change.
 
     w = g·v/‖v‖ has ‖w‖ = |g|. With fewer columns ‖v‖ shrinks, and g must become the norm of the kept part of w.
     """
@@ -83,7 +83,7 @@ def weight_norm_gains(
 
 
 def weight_norm_pairs(model: nn.Module) -> list[tuple[str, str, int | None]]:
-    """(gain, direction, dimension that is not normalised) of every weight normalisation, by qualified names."""
+    """Return (gain, direction, dimension that is not normalised) of every weight normalisation, by qualified names."""
     pairs = []
     for name, module in named_modules(model):
         for gain, direction, dim in _weight_norms(module):
@@ -99,7 +99,7 @@ def computes_weights(model: nn.Module) -> bool:
 
 
 def spectral_norms(model: nn.Module) -> list[SpectralNorm]:
-    """Every spectral norm of a network."""
+    """Return every spectral norm of a network."""
     found = []
     for name, module in named_modules(model):
         prefix = f"{name}." if name else ""
@@ -119,11 +119,11 @@ def spectral_norms(model: nn.Module) -> list[SpectralNorm]:
 def singular_vectors(
     weight: Tensor, u: Tensor, v: Tensor, dim: int, quotient: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Leading singular vectors of a weight, found from `u` on by power iteration.
+    """Compute the leading singular vectors of a weight by power iteration from `u`.
 
     Args:
         weight: Of any shape; its matrix has the rows of `dim`.
-        u: (rows,) where to start.
+        u: (rows,) initial vector.
         v: (columns,); its slices at zero columns stay zero.
         dim: See `weight`.
         quotient: The value of uᵀ W v; `v` is scaled for that. By default both vectors have length 1.
@@ -141,7 +141,7 @@ def singular_vectors(
 
 
 def _quotient(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
-    """uᵀ W v, by which the layer divides its weight in evaluation."""
+    """Return uᵀ W v, by which the layer divides its weight in evaluation."""
     return u @ _matrix(weight, dim).to(u.dtype) @ v
 
 
@@ -150,12 +150,12 @@ def _matrix(weight: Tensor, dim: int) -> Tensor:
 
 
 def spectral_quotient(tensors: Mapping[str, Tensor], norm: SpectralNorm) -> Tensor:
-    """What a spectral norm divides its weight by in evaluation."""
+    """Return the divisor of a spectral norm's weight in evaluation."""
     return _quotient(tensors[norm.weight].data, tensors[norm.u].data, tensors[norm.v].data, norm.dim)
 
 
 def parametrised_originals(module: nn.Module) -> dict[str, str]:
-    """Computed tensor → name of the parameter of the same shape that it is computed from, for one module."""
+    """Map each computed tensor of one module to the parameter of the same shape that it is computed from."""
     found = {}
     for tensor, chain in _parametrizations(module).items():
         weight_normed = any(type(part).__name__ == "_WeightNorm" for part in chain)
@@ -169,13 +169,13 @@ def parametrised_originals(module: nn.Module) -> dict[str, str]:
 
 
 def _parametrizations(module: nn.Module) -> Mapping[str, Any]:
-    """Tensor → the chain that computes it, for one module."""
+    """Map each computed tensor of one module to the chain of parametrizations that computes it."""
     found: Any = module._modules.get("parametrizations")
     return found or {}
 
 
 def _weight_norms(module: nn.Module) -> list[tuple[str, str, Any]]:
-    """(gain, direction, dimension) of the weight normalisations of one module, either generation."""
+    """Return (gain, direction, dimension) of the weight normalisations of one module, old or new API."""
     found: list[tuple[str, str, Any]] = []
     for tensor, chain in _parametrizations(module).items():
         for parametrization in chain:

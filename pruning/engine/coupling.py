@@ -1,4 +1,4 @@
-"""Which labels are removed together: united labels become coupled units, units become groups."""
+"""Turns united labels into coupled units, and units into groups."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pruning.engine.labels import Slot, compress, support
 
 @dataclasses.dataclass
 class Coupling:
-    """Units and groups, before `building.py` makes a `ChannelGraph` of them.
+    """Units and groups, from which `building.py` makes a `ChannelGraph`.
 
     Attributes:
         unit_of_atom: Unit id of every atom, -1 for atoms that belong to no group.
@@ -25,7 +25,7 @@ class Coupling:
 
 
 def settle(labeller: Labeller) -> np.ndarray:
-    """Components of atoms after every tensor has been made to stay rectangular.
+    """Compute the components of atoms such that every tensor stays rectangular.
 
     A dimension that was split in two, (C) → (g, C/g), must lose whole rows or whole columns. Where the labels still
     depend on both, those of the shorter dimension are united (or as the policy says).
@@ -59,7 +59,7 @@ def settle(labeller: Labeller) -> np.ndarray:
 
 
 def _distinct(slots: list[tuple[Slot, str]]) -> list[tuple[Slot, str]]:
-    """Each array once, with the key of the operator that made it first."""
+    """Return each array once, with the key of the operator that produced it first."""
     seen: dict[int, tuple[Slot, str]] = {}
     for slot, key in slots:
         seen.setdefault(id(slot), (slot, key))
@@ -103,11 +103,11 @@ def couple(labeller: Labeller) -> Coupling:
 
 
 def _partition(kinds: np.ndarray, produced: np.ndarray, fates: list[str]) -> np.ndarray:
-    """Number of the group of every component.
+    """Return the number of each component's group.
 
     Args:
-        kinds: (components,) what each takes part in (see `_signatures`).
-        produced: (components,) number of the first layer that produces it.
+        kinds: (components,) signature of the axes and counts that each takes part in (see `_signatures`).
+        produced: (components,) number of the first layer that produces each.
         fates: Why each is frozen, "" if it is not.
     """
     numbers = {"": 0}
@@ -122,7 +122,7 @@ def _partition(kinds: np.ndarray, produced: np.ndarray, fates: list[str]) -> np.
 
 
 def _reasons(labeller: Labeller, root: np.ndarray) -> dict[int, str]:
-    """Why components are frozen: the first reason that was met."""
+    """Return why components are frozen: the first reason recorded for each."""
     found: dict[int, str] = {}
     for atoms, reason in labeller.table.freezes:
         for component in np.unique(root[atoms]).tolist():
@@ -131,7 +131,7 @@ def _reasons(labeller: Labeller, root: np.ndarray) -> dict[int, str]:
 
 
 def _first_producers(producers: list[LayerUse], root: np.ndarray) -> np.ndarray:
-    """Number of the first layer, in order of execution, whose output carries a component; -1 if none does."""
+    """Return the number of the first executed layer whose output carries each component; -1 if none does."""
     produced = np.full(root.size, -1, dtype=np.int64)
     for number in reversed(range(len(producers))):
         atoms = producers[number].produced
@@ -141,7 +141,7 @@ def _first_producers(producers: list[LayerUse], root: np.ndarray) -> np.ndarray:
 
 
 def _signatures(labeller: Labeller, root: np.ndarray) -> np.ndarray:
-    """A 64-bit number per component: the sum of random numbers of all axes and counts that it takes part in."""
+    """Return a 64-bit number per component: the sum of random numbers of all axes and counts that it takes part in."""
     generator = np.random.Generator(np.random.Philox(0))
     signatures = np.zeros(root.size, dtype=np.uint64)
     vectors = list(labeller.parameter_atoms.values())
@@ -154,7 +154,7 @@ def _signatures(labeller: Labeller, root: np.ndarray) -> np.ndarray:
 
 
 def _in_slice_order(layer: LayerUse, root: np.ndarray, components: np.ndarray) -> np.ndarray:
-    """Components in the order in which the producing layer's output carries them."""
+    """Return the components in the order in which the producing layer's output carries them."""
     assert layer.produced is not None
     labels = root[layer.produced[layer.produced >= 0]]
     labels = labels[np.isin(labels, components)]
@@ -163,7 +163,7 @@ def _in_slice_order(layer: LayerUse, root: np.ndarray, components: np.ndarray) -
 
 
 def as_units(unit_of_atom: np.ndarray, atoms: np.ndarray) -> np.ndarray:
-    """Atoms (any shape, negative = always stays) to unit ids."""
+    """Convert atoms (any shape, negative = always stays) to unit ids."""
     return np.where(atoms < 0, FROZEN, unit_of_atom[np.maximum(atoms, 0)])
 
 
@@ -178,7 +178,7 @@ def vector_of(unit_of_atom: np.ndarray, use: SizeUse) -> np.ndarray | None:
 
 
 def as_layer(unit_of_atom: np.ndarray, use: LayerUse, batch: int) -> Layer:
-    """A layer's cost in units, per image."""
+    """Return a layer's cost in units, per image."""
 
     def convert(atoms: np.ndarray | None) -> np.ndarray | None:
         return None if atoms is None else as_units(unit_of_atom, atoms)

@@ -1,7 +1,7 @@
-"""What a rewrite is going to do to the tensors and attributes of one network, planned first and undone if need be.
+"""The planned changes of a rewrite to the tensors and attributes of one network, with rollback.
 
-Modules and `Parameter` objects stay the same objects; only their data gets smaller (`param.data = sliced`).
-Memory format, dtype, device, `requires_grad`, hooks and Python attributes are kept.
+Modules and `Parameter` objects stay the same objects; only their data gets smaller (`param.data = sliced`). Memory
+format, dtype, device, `requires_grad`, hooks and Python attributes are kept.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from image_classification.models.module_tree import named_modules
 from image_classification.models.whole_numbers import replaced
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.computed_weights import parametrised_originals, renormalised
+from pruning.engine.named_tensors import named_tensors
 from pruning.engine.native_layers import known_attributes
 from pruning.engine.slices import Cuts, sliced_like
-from pruning.engine.tracing import named_tensors
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -31,9 +31,9 @@ class RewriteError(ValueError):
 
 
 class Changes:
-    """What a rewrite is going to do: a list of assignments with their undoing.
+    """The planned assignments of a rewrite, with their rollback.
 
-    `cuts` tells, by the tensor's identity, which indices stay along which dimension.
+    `cuts` maps a tensor's `id` to the indices that stay along each dimension.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class Changes:
         self._assignments.append((do, undo))
 
     def apply(self) -> None:
-        """Do everything; if a step fails, undo what was done and raise."""
+        """Apply all changes; if a step fails, roll back and raise."""
         done: list[Callable[[], None]] = []
         try:
             for do, undo in self._assignments:
@@ -96,10 +96,12 @@ class Changes:
             raise
 
     def leave_graphs(self) -> None:
-        """Renew what autograd keeps with the parameters: a graph that is still alive holds that of the old shape.
+        """Renew autograd's gradient accumulators of the parameters: a graph that is still alive holds those of the old
+        shape.
 
-        A loop that holds on to its loss needs no more. PyTorch does so when the type of the data changes. Not under
-        `torch.distributed`: a wrapper that still listens to the old notes would silently miss gradients.
+        This suffices for a loop that keeps a reference to its loss. PyTorch renews an accumulator when the dtype of the
+        data changes. It is not done under `torch.distributed`, where a wrapper that still hooks the old accumulators
+        would silently miss gradients.
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return
@@ -110,7 +112,7 @@ class Changes:
             tensor.data = data
 
     def revert(self) -> None:
-        """Undo everything."""
+        """Roll back all changes."""
         for _, undo in reversed(self._assignments):
             undo()
 
@@ -133,7 +135,7 @@ def plan_network(model: nn.Module, graph: ChannelGraph, mask: np.ndarray, change
 
 
 def tensor_cuts(graph: ChannelGraph, mask: np.ndarray) -> dict[str, Cuts]:
-    """Tensor name to dimension to the indices that stay; tensors that stay whole are left out."""
+    """Map tensor name to dimension to the indices that stay; tensors that stay whole are left out."""
     cuts: dict[str, Cuts] = {}
     for axis in graph.axes:
         stays = (axis.units < 0) | mask[np.maximum(axis.units, 0)]
@@ -183,7 +185,7 @@ def _cut_shape(tensor: Tensor, cuts: Cuts) -> tuple[int, ...]:
 
 
 def _computed_shapes(name: str, module: nn.Module, cuts: Mapping[str, Cuts]) -> dict[str, tuple[int, ...]]:
-    """Shapes of weights that are computed from others (weight and spectral norms, parametrizations)."""
+    """Return the shapes of weights that are computed from others (weight and spectral norms, parametrizations)."""
     shapes = {}
     for key, original in parametrised_originals(module).items():
         tensor = module.get_parameter(original)
@@ -192,7 +194,7 @@ def _computed_shapes(name: str, module: nn.Module, cuts: Mapping[str, Cuts]) -> 
 
 
 def _plan_computed(name: str, module: nn.Module, cuts: Mapping[str, Cuts], changes: Changes) -> None:
-    """Cut the weight that a norm of the older kind left in the module when it last ran."""
+    """Cut the weight that an old-style norm left in the module when it last ran."""
     for key, original in parametrised_originals(module).items():
         weight = vars(module).get(key)
         own_cuts = cuts.get(f"{name}.{original}" if name else original, {})

@@ -1,4 +1,4 @@
-"""What a network is given and what it gives back: arguments of any form, and every tensor in its outputs."""
+"""Inputs and outputs of a network: arguments of any form, and every tensor in the outputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PLAIN_OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format,
 
 
 class OutputError(ValueError):
-    """An output that may hold tensors where nothing can look."""
+    """An output that may hold tensors in a place that cannot be searched."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Example:
         return model(*self.args, **self.kwargs)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Example:
-        """The same arguments with every tensor in them changed."""
+        """Return the same arguments with `change` applied to every tensor."""
 
         def changed(leaf: object) -> object:
             return change(leaf) if isinstance(leaf, Tensor) else leaf
@@ -51,12 +51,12 @@ class Example:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Every tensor among the arguments."""
+        """Return every tensor among the arguments."""
         leaves = tree_leaves((self.args, self.kwargs))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def few(self) -> Example:
-        """The first two images of the batch, which is the first dimension of the first tensor.
+        """Return the first two images of the batch, which is the first dimension of the first tensor.
 
         Tensors of another length, and those inside lists, are left alone.
         """
@@ -76,18 +76,19 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """One way in which a network is run: an example in one of the modes.
+    """One run of a network: an example in training or evaluation mode.
 
     Attributes:
-        example: What it is given.
-        training: Whether it takes the training paths (see `tracing.set_trace_mode`).
-        trace: Number of the recorded pass that it is, or that it repeats operator by operator.
-        steps: (module, function) of everything that the network's code asked of PyTorch.
-        called: Names of the modules that it called.
+        example: Its input.
+        training: Whether it takes the training paths (see `undisturbed.set_trace_mode`).
+        trace: Number of the recorded pass that this pass is, or repeats operator by operator.
+        steps: (module, function) of every PyTorch function that the network's code called.
+        called: Names of the called modules.
         written: Names of the parameters that it writes into.
-        divisors: Names of the vectors that cannot be zero (see `tracing.Trace.divisors`).
+        divisors: Names of the vectors that cannot be zero (see `traces.Trace.divisors`).
         unsteady: It draws random numbers or computes in half precision (see `steady.py`).
         own_gradients: The network has a say in its gradients (see `own_gradients.py`).
+        decides: Values of the images decide over something (see `traces.Trace.decides`).
     """
 
     example: Example
@@ -99,17 +100,18 @@ class Pass:
     divisors: frozenset[str] = frozenset()
     unsteady: bool = True
     own_gradients: bool = False
+    decides: bool = True
 
 
 def as_examples(given: Examples, setting: str = "example") -> list[Example]:
-    """Read what a user gives as example.
+    """Convert the user's example to a list of `Example`.
 
     Args:
-        given: A tensor, a tuple of positional arguments, a dict of keyword arguments, or a list of such.
+        given: A tensor, a tuple of positional arguments, a dict of keyword arguments, or a list of these.
         setting: Name of the argument, for messages.
 
     Raises:
-        SettingError: It is none of these, or empty.
+        SettingError: `given` is none of these, or empty.
     """
     found = []
     for one in given if isinstance(given, list) else [given]:
@@ -131,21 +133,21 @@ def as_examples(given: Examples, setting: str = "example") -> list[Example]:
 
 
 def output_tensors(result: object) -> list[Tensor]:
-    """Every tensor in what a network returns: in containers, dataclasses and other objects.
+    """Return every tensor in a network's output, within containers, dataclasses and other objects.
 
     Raises:
-        OutputError: Something in it is neither a tensor, nor a plain value, nor anything that can be looked into.
+        OutputError: Some part is neither a tensor, nor a plain value, nor an object that can be searched.
     """
     return [tensor for _, tensor in _walk(result, "output", set())]
 
 
 def tensors_in(tree: object) -> list[Tensor]:
-    """As `output_tensors`, for what a module takes or returns; what cannot be looked into is passed over."""
+    """Return every tensor in a module's input or output, as `output_tensors`, but skip unsearchable parts."""
     return [tensor for _, tensor in _walk(tree, "", set(), strict=False)]
 
 
 def _walk(value: object, path: str, seen: set[int], strict: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """(path, tensor) of everything within a value, each object once."""
+    """Yield (path, tensor) for every tensor within a value, each object once."""
     if isinstance(value, Tensor):
         if strict and value.layout != torch.strided:
             raise OutputError(
@@ -169,7 +171,7 @@ def _walk(value: object, path: str, seen: set[int], strict: bool = True) -> Iter
 
 
 def _parts(value: object) -> list[tuple[str, object]] | None:
-    """What a value holds, with the way to each; None if that cannot be told."""
+    """Return the parts of a value, each with its path; None if they cannot be determined."""
     if isinstance(value, Mapping):
         return [(f"[{key!r}]", part) for key, part in value.items()]
     if type(value) in SUPPORTED_NODES:

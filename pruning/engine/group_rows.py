@@ -12,12 +12,12 @@ _NUM_MODULES = 3
 
 
 def group_row(group: Group, least_width: int, members: Sequence[Member]) -> Plain:
-    """One group as plain data.
+    """Return one group as plain data.
 
     Args:
         group: The group.
-        least_width: How narrow it may become.
-        members: The dimensions of tensors that carry it.
+        least_width: Its smallest allowed width.
+        members: The dimensions of tensors that carry its units.
     """
     return {
         "group": group.name,
@@ -33,13 +33,13 @@ def group_row(group: Group, least_width: int, members: Sequence[Member]) -> Plai
 
 
 def width_words(row: Plain) -> str:
-    """The width of a group's row, with the channels of a unit where they are several."""
+    """Format the width of a group's row, with the channels per unit if more than one."""
     unit = f" × {row['channels_per_unit']}" if row["channels_per_unit"] > 1 else ""
     return f"{row['width']}{unit}"
 
 
 def module_words(row: Plain, everything: bool = False) -> str:
-    """The modules of a group's row, the first ones where they are many."""
+    """Format the modules of a group's row; only the first ones if there are many."""
     modules = row["modules"]
     if not everything and len(modules) > _NUM_MODULES + 1:
         modules = [*modules[:_NUM_MODULES], "…"]
@@ -47,12 +47,12 @@ def module_words(row: Plain, everything: bool = False) -> str:
 
 
 def reason_words(row: Plain) -> str:
-    """Why a group cannot be pruned, and what to know of it."""
+    """Format why a group cannot be pruned, and its notes."""
     return "; ".join(filter(None, [row["reason"], *row["notes"]]))
 
 
 def groups_html(rows: Sequence[Plain]) -> str:
-    """The table that a notebook shows of the rows of all groups."""
+    """Return the HTML table of all groups for a notebook."""
     num_prunable = sum(row["prunable"] for row in rows)
     return html_table(
         f"{num_prunable} of {len(rows)} channel groups can be pruned",

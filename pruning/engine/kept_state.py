@@ -1,7 +1,7 @@
-"""What forward passes change beside their outputs, and how it is put back: buffers, caches, parameters.
+"""Saves and restores the state that forward passes change: buffers, caches, parameters.
 
-A forward pass may write into a buffer, put another tensor in its place (`self.mean = …`), keep what it computed in
-an attribute, or update a momentum teacher. Passes that only look at a network leave none of that behind.
+A forward pass may write into a buffer, put another tensor in its place (`self.mean = …`), keep what it computed in an
+attribute, or update a momentum teacher. Passes that only inspect a network must leave no trace.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _NOT_KEPT = frozenset({"training", *(name for name in vars(nn.Module()) if "_hoo
 
 @contextlib.contextmanager
 def state_kept(model: nn.Module, written: Iterable[str] = ()) -> Iterator[None]:
-    """Whatever is run inside, tensors and attributes of the network's modules are as before afterwards.
+    """Restore tensors and attributes of the network's modules on exit, whatever runs inside.
 
-    Tensors are the same objects with the same storage again. The modes must be the same at the end as at the start:
+    Tensors are again the same objects with the same storage. The modes must be the same at the end as at the start:
     modules may change their attributes when they are put into another mode.
 
     Args:
         model: The network.
-        written: Names of parameters that a pass writes into; of others only the storage is looked after.
+        written: Names of parameters that a pass writes into; for other parameters only the storage is restored.
     """
     parameters = named_parameters(model)
     buffers = buffers_of(model)
@@ -53,7 +53,7 @@ def state_kept(model: nn.Module, written: Iterable[str] = ()) -> Iterator[None]:
 
 @contextlib.contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """As `state_kept` for attributes alone: what is written into a buffer stays there."""
+    """Restore attributes as `state_kept` does, but keep the values written into buffers."""
     attributes = [(vars(module), _remembered(vars(module))) for _, module in named_modules(model)]
     try:
         yield
@@ -63,12 +63,12 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether several positions share one number (`expand`): nothing can write into that."""
+    """Whether several positions share one element (`expand`), so that nothing can write to the tensor."""
     return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _remembered(table: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
-    """A module's attributes, and every container among them with a shallow copy of it."""
+    """Return a module's attributes, and every container among them with a shallow copy of it."""
     kept = table.copy()
     containers = [
         (value, value.copy())

@@ -44,7 +44,7 @@ class Statistics:
 
 
 def family_of(operator: str) -> str | None:
-    """The family that an operator counts in, by its name (`native_layer_norm`); None if it takes no statistics."""
+    """Return the family of an operator name (`native_layer_norm`); None if the operator takes no statistics."""
     known = operator_named(operator)
     return None if known is None or known.statistics is None else known.statistics.family
 
@@ -70,12 +70,12 @@ class StatisticsOverKept(TorchDispatchMode):
                 self._kept[key] = self._kept.get(key, True) & kept
 
     def restart(self) -> None:
-        """Begin another pass."""
+        """Reset the counters for another pass."""
         self._counts.clear()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """PyTorch would load its compiler, which takes seconds, only to leave this mode uncompiled."""
+        """Skip Dynamo: importing it takes seconds, and it would leave this mode uncompiled anyway."""
         return False
 
     def __torch_dispatch__(
@@ -96,9 +96,9 @@ class StatisticsOverKept(TorchDispatchMode):
 
 
 def _for_shape(kept: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    """What stays of a tensor of another size than on the example; None where that cannot be told.
+    """Adapt the kept elements to a tensor of another size than in the example; None if that cannot be determined.
 
-    Channels that were flattened with their positions are as many positions each as the images have now.
+    Channels that were flattened with their positions get as many positions each as the current images have.
     """
     for dim, extent in enumerate(kept.shape):
         if extent in (1, shape[dim]):

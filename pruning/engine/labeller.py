@@ -1,8 +1,8 @@
 """Runs a recorded forward pass on channel labels instead of numbers.
 
-The rules for the single operators are in `operators/`; this file holds what they share: the label of every
-value, the atoms of every parameter, and the lists of what was met on the way (layers and what they cost,
-statistics over channels, whole numbers that stand for widths).
+The rules for the single operators are in `operators/`; this file holds what they share: the label of every value, the
+atoms of every parameter, and the records made along the way (layers with their costs, statistics over channels,
+integers that are widths).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from pruning.engine.labels import AtomTable, Slot, Value, join_slots, make_value, support
-from pruning.engine.tracing import Operation, Ref, TensorInfo, Trace
+from pruning.engine.traces import Operation, Ref, TensorInfo, Trace
 
 Rule = Callable[["Labeller", Operation], "Value | list[Value]"]
 Policy = dict[str, str]
@@ -29,7 +29,7 @@ class Rules:
 
     Attributes:
         of: The rule of an operator.
-        unknown: The rule for what no rule covers: everything it touches stays.
+        unknown: The rule for operators without one: everything they touch stays.
         write: The rule for a tensor after a part of it was written through a view.
     """
 
@@ -48,7 +48,7 @@ _MOST_CHANNELS = 1 << 16  # a longer dimension is a flattened tensor, not channe
 
 
 def policy_key(trace: int, operation: int, kind: str) -> str:
-    """Name of a choice: which operator of which pass, and what is chosen."""
+    """Return the key of a choice: which operator of which pass, and what kind of choice."""
     return f"{trace}:{operation}:{kind}"
 
 
@@ -103,7 +103,7 @@ class StatisticsUse:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A way of coupling that was chosen among several, and for which labels of which module."""
+    """A way of coupling chosen among several, with the labels and module it concerns."""
 
     chosen: str
     atoms: np.ndarray
@@ -132,7 +132,7 @@ class Labeller:
         self._read: set[int] = set()
 
     def copy(self) -> Labeller:
-        """The same labels, to be tied and frozen further on their own."""
+        """Return a copy of the labels that can be tied and frozen independently."""
         other = copy.copy(self)
         other.table = self.table.copy()
         other.parameter_atoms = dict(self.parameter_atoms)
@@ -158,7 +158,7 @@ class Labeller:
                 self.table.freeze(slot, "the network's output")
 
     def _keep_width(self, query: int, module: str) -> None:
-        """Attention that scales by the width of its heads: heads may go, but not become narrower."""
+        """Handle attention that scales by the width of its heads: heads may be removed, but not become narrower."""
         value = self.at(query)
         last = len(value.shape) - 1
         for slot in value.slots:
@@ -211,11 +211,11 @@ class Labeller:
         return self._trace
 
     def info(self, value: int) -> TensorInfo:
-        """What the trace knows of a value."""
+        """Return the trace's record of a value."""
         return self.trace.tensors[value]
 
     def at(self, value: int | Ref) -> Value:
-        """Labels of a value (or of the value a `Ref` points at)."""
+        """Return the labels of a value (or of the value a `Ref` points at)."""
         number = value.value if isinstance(value, Ref) else value
         known = self.values[-1][number]
         if known is None:
@@ -233,14 +233,14 @@ class Labeller:
         return Value(info.shape, tuple(slots))
 
     def atoms_of(self, name: str, dim: int, extent: int) -> np.ndarray:
-        """Atoms of one dimension of a parameter or buffer."""
+        """Return the atoms of one dimension of a parameter or buffer."""
         key = (name, dim)
         if key not in self.parameter_atoms:
             self.parameter_atoms[key] = self.table.new(extent)
         return self.parameter_atoms[key]
 
     def out_shape(self, operation: Operation, position: int = 0) -> tuple[int, ...]:
-        """Shape of one of an operator's outputs."""
+        """Return the shape of one of an operator's outputs."""
         number = operation.outputs[position]
         return () if number is None else self.info(number).shape
 
@@ -249,13 +249,13 @@ class Labeller:
         return operation.outputs[0] in self._read
 
     def describe(self, operation: Operation) -> str:
-        """`view in 'layer1.0.conv2' (model.py:57)`, for messages."""
+        """Format an operator for messages: `view in 'layer1.0.conv2' (model.py:57)`."""
         where = repr(operation.module) if operation.module else "the network itself"
         line = f" ({operation.line})" if operation.line else ""
         return f"{operation_name(operation.func)} in {where}{line}"
 
     def choice(self, operation: Operation, atoms: np.ndarray, preferred: str) -> str:
-        """Which of two ways of coupling an operator takes: by policy, else the preferred one."""
+        """Choose between two ways of coupling for an operator: as the policy says, else the preferred one."""
         key = policy_key(len(self.values) - 1, operation.index, "couple")
         chosen = self.policy.get(key, preferred)
         self.choices[key] = Choice(chosen, atoms, operation.module)
@@ -271,7 +271,7 @@ class Labeller:
         weight: str | None,
         spatial: int,
     ) -> None:
-        """Remember a contraction and its cost (see `LayerUse`)."""
+        """Record a contraction and its cost (see `LayerUse`)."""
         out = operation.outputs[0]
         self.layers.append(
             LayerUse(
@@ -290,13 +290,13 @@ class Labeller:
         )
 
     def note_statistics(self, operation: Operation, slot: Slot) -> None:
-        """Remember that statistics are taken over these labels (see `StatisticsUse`)."""
+        """Record that statistics are taken over these labels (see `StatisticsUse`)."""
         trace = len(self.values) - 1
         name = operation_name(operation.func)
         self.statistics.append(StatisticsUse(trace, operation.index, operation.module, name, slot))
 
     def note_consumed(self, operation: Operation, atoms: np.ndarray) -> None:
-        """Remember that these labels end at an operator."""
+        """Record that these labels end at an operator."""
         self.consumptions.append((len(self.values) - 1, operation.module, atoms.reshape(-1)))
 
     # -- making --------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ class Labeller:
         slots: list[Slot],
         free: frozenset[int] = frozenset(),
     ) -> Value:
-        """A value with these labels."""
+        """Make a value with these labels."""
         return make_value(self.table, shape, slots, free, f"of {self.describe(operation)}")
 
     def freeze_value(self, value: Value, reason: str, dims: tuple[int, ...] | None = None) -> None:
@@ -318,7 +318,7 @@ class Labeller:
                 self.table.freeze(slot, reason)
 
     def collapse(self, value: Value, dim: int) -> np.ndarray:
-        """One label per position along `dim` (a vector); what else the slot depends on is united."""
+        """Return one label per position along `dim` (a vector), united over the slot's other dimensions."""
         slot = value.slot_at(dim)
         if slot is None:
             return np.full(value.shape[dim], -1, dtype=np.int64)
@@ -326,7 +326,7 @@ class Labeller:
         return self.table.unite_along(slot, others).reshape(-1)
 
     def combine(self, operation: Operation, values: list[Value], shape: tuple[int, ...]) -> Value:
-        """Element-wise combination with broadcasting: labels that meet are united."""
+        """Combine values element by element with broadcasting: labels that meet are united."""
         values = [aligned(value, len(shape)) for value in values]
         where = self.describe(operation)
         # Slots that vary along a common dimension meet element by element and become one.
@@ -361,10 +361,11 @@ class Labeller:
     def _meeting(
         self, operation: Operation, one: Slot, two: Slot, common: tuple[int, ...]
     ) -> tuple[list[Slot], Slot]:
-        """Two slots that vary along common dimensions: those that stay apart, and the one for both.
+        """Merge two slots that vary along common dimensions. Returns the slots that stay separate, and the merged one.
 
-        Where channels of heads (h, d) meet what is the same for all heads (d), either it stays and whole heads go, or
-        the same positions of all heads go. Where (h, d) meets (h, e), heads go, or the same positions of all heads.
+        Where channels of heads (h, d) meet labels that all heads share (d), either the latter stay and whole heads are
+        removed, or the same positions of all heads are removed. Where (h, d) meets (h, e), either heads or the same
+        positions of all heads are removed.
         """
         small, large = sorted((one, two), key=lambda slot: len(support(slot)))
         if len(support(large)) == len(common):  # along the same dimensions
@@ -380,7 +381,7 @@ class Labeller:
 
 
 def read_values(trace: Trace) -> set[int]:
-    """Values whose numbers matter: of `torch.ones_like(x[:, :1])` those of the part of x do not."""
+    """Return the values whose elements matter. In `torch.ones_like(x[:, :1])` those of the slice of x do not."""
     read = set(trace.outputs)
     for operation in reversed(trace.operations):
         name = operation_name(operation.func)
@@ -392,7 +393,7 @@ def read_values(trace: Trace) -> set[int]:
 
 
 def origins(trace: Trace, value: int) -> Iterator[str]:
-    """Names of the parameters that a value is, or was made of without the images' help."""
+    """Yield the names of the parameters that a value is, or was computed from independently of the images."""
     info = trace.tensors[value]
     if info.name is not None:
         yield info.name
@@ -404,7 +405,7 @@ def origins(trace: Trace, value: int) -> Iterator[str]:
 
 
 def kernel_names(trace: Trace) -> set[str]:
-    """Parameters that convolutions use: their dimensions from the third on are the kernel's, not channels."""
+    """Return the parameters of convolutions: their dimensions from the third on are the kernel's, not channels."""
     found: set[str] = set()
     for operation in trace.operations:
         if "convolution" in str(operation.func) and isinstance(operation.args[1], Ref):
@@ -413,12 +414,12 @@ def kernel_names(trace: Trace) -> set[str]:
 
 
 def along(atoms: np.ndarray, dim: int, rank: int) -> Slot:
-    """A vector of atoms as a slot of a tensor of `rank` dimensions."""
+    """Return a vector of atoms as a slot of a tensor of `rank` dimensions."""
     return atoms.reshape([-1 if d == dim else 1 for d in range(rank)])
 
 
 def aligned(value: Value, rank: int) -> Value:
-    """The value with leading dimensions of extent 1, as broadcasting sees it."""
+    """Return the value with leading dimensions of extent 1, as in broadcasting."""
     extra = rank - len(value.shape)
     if extra == 0:
         return value
@@ -427,7 +428,7 @@ def aligned(value: Value, rank: int) -> Value:
 
 
 def is_pointwise(func: OpOverload) -> bool:
-    """Whether PyTorch declares the operator element-wise; one that works in place counts as its plain form does."""
+    """Whether PyTorch declares the operator element-wise; an in-place operator counts as its out-of-place form."""
     if torch.Tag.pointwise in func.tags:
         return True
     name = operation_name(func)

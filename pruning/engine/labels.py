@@ -21,7 +21,7 @@ _DEDUPLICATE_FROM = 4096
 
 
 class AtomTable:
-    """Hands out atoms, collects what must go together (`unite`) and what must stay (`freeze`)."""
+    """Issues atoms, and collects which atoms must be removed together (`unite`) and which must stay (`freeze`)."""
 
     def __init__(self) -> None:
         self.num_atoms = 0
@@ -30,7 +30,7 @@ class AtomTable:
         self._right: list[np.ndarray] = []
 
     def copy(self) -> AtomTable:
-        """The same atoms with what is known of them so far."""
+        """Return a copy of the atoms with all that was recorded about them."""
         other = AtomTable()
         other.num_atoms = self.num_atoms
         other.freezes = list(self.freezes)
@@ -39,7 +39,7 @@ class AtomTable:
         return other
 
     def new(self, count: int) -> np.ndarray:
-        """`count` fresh atoms, as a vector."""
+        """Return `count` new atoms, as a vector."""
         atoms = np.arange(self.num_atoms, self.num_atoms + count, dtype=np.int64)
         self.num_atoms += count
         return atoms
@@ -54,7 +54,7 @@ class AtomTable:
     def unite(self, left: np.ndarray, right: np.ndarray, reason: str) -> None:
         """Couple the labels of two arrays element by element, after broadcasting.
 
-        A negative entry is an element that nothing can remove, so its partner is frozen, for `reason`.
+        A negative entry is an element that cannot be removed, so its partner is frozen, with `reason`.
         """
         if left is right:
             return
@@ -92,7 +92,7 @@ class AtomTable:
         return found
 
     def components(self) -> np.ndarray:
-        """The smallest atom of each atom's component, as a vector over all atoms."""
+        """Return the smallest atom of each atom's component, as a vector over all atoms."""
         root = np.arange(self.num_atoms, dtype=np.int64)
         if not self._left:
             return root
@@ -122,7 +122,7 @@ class Value:
     Attributes:
         shape: The tensor's shape.
         slots: Label arrays of the tensor's rank, extent 1 where they do not vary; disjoint supports.
-        free: Dimensions along which the tensor repeats one value, so that any extent would do.
+        free: Dimensions along which the tensor repeats one value, so that any extent is valid.
     """
 
     shape: tuple[int, ...]
@@ -130,19 +130,19 @@ class Value:
     free: frozenset[int] = frozenset()
 
     def slot_at(self, dim: int) -> Slot | None:
-        """The slot that varies along `dim`, if there is one."""
+        """Return the slot that varies along `dim`; None if there is none."""
         for slot in self.slots:
             if slot.shape[dim] > 1:
                 return slot
         return None
 
     def is_solid(self, dim: int) -> bool:
-        """Whether the tensor's extent along `dim` matters: more than 1 and not a mere repetition."""
+        """Whether the tensor's extent along `dim` matters: it is more than 1 and not a mere repetition."""
         return self.shape[dim] > 1 and dim not in self.free
 
 
 def support(slot: Slot) -> tuple[int, ...]:
-    """Dimensions that a slot varies along."""
+    """Return the dimensions that a slot varies along."""
     return tuple(dim for dim, extent in enumerate(slot.shape) if extent > 1)
 
 
@@ -156,9 +156,10 @@ def compress(slot: Slot) -> Slot:
 
 
 def join_slots(table: AtomTable, first: Slot, second: Slot) -> Slot:
-    """Couple two slots that vary along a common dimension and return the one that serves for both.
+    """Couple two slots that vary along a common dimension and return one that replaces both.
 
-    Of two that vary alike the older atoms serve, so that what is coupled with the same channels is labelled the same.
+    If both vary along the same dimensions, the older atoms are used, so that everything coupled with the same channels
+    has the same labels.
     """
     table.unite(first, second, "combined with channels that cannot be removed")
     one, two = set(support(first)), set(support(second))
@@ -179,9 +180,9 @@ def make_value(
     free: frozenset[int] = frozenset(),
     where: str = "",
 ) -> Value:
-    """A `Value` with the invariants kept: disjoint supports, no slot without labels or without extent.
+    """Make a `Value` that keeps the invariants: disjoint supports, no slot without labels or without extent.
 
-    A label that covers a whole tensor (a single channel that was picked out) cannot go: it is frozen.
+    A label that covers a whole tensor (a single selected channel) cannot be removed: it is frozen.
     """
     kept: list[Slot] = []
     for slot in slots:
@@ -203,7 +204,7 @@ def make_value(
 
 
 def reshape_slot(slot: Slot, old: tuple[int, ...], new: tuple[int, ...]) -> Slot:
-    """Labels of `tensor.reshape(new)`, given those of a tensor of shape `old`.
+    """Return the labels of `tensor.reshape(new)`, given those of a tensor of shape `old`.
 
     Only the dimensions that take part in a change and carry labels are written out in full.
     """

@@ -1,4 +1,4 @@
-"""What PyTorch's own layers hold beside their tensors: numbers that follow from shapes, and widths that must agree."""
+"""Attributes of PyTorch's own layers: numbers that follow from shapes, and widths that must agree."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _GATES = {"LSTM": 4, "GRU": 3}
 
 
 def is_native(module: nn.Module) -> bool:
-    """Whether a module is one of PyTorch's own: what its numbers mean is known, and others stay."""
+    """Whether a module is one of PyTorch's own, whose attributes have known meanings; others stay unchanged."""
     return type(module).__module__.startswith("torch.nn") or isinstance(module, CutAttention)
 
 
 def known_attributes(
     module: nn.Module, shapes: Mapping[str, tuple[int, ...]], groups: int
 ) -> Mapping[str, object]:
-    """Attributes of PyTorch's own layers that follow from the shapes of their tensors."""
+    """Return the attributes of one of PyTorch's own layers that follow from the shapes of its tensors."""
     if isinstance(module, nn.MultiheadAttention):
         return _of_attention(module, shapes)
     if isinstance(module, nn.RNNBase):
@@ -69,9 +69,9 @@ def _of_attention(module: nn.MultiheadAttention, shapes: Mapping[str, tuple[int,
 
 
 def tie_recurrent(model: nn.Module, labeller: Labeller) -> None:
-    """One number of a recurrent layer counts the hidden channels of all its levels and both directions.
+    """Tie the hidden channels of all levels and both directions of a recurrent layer, since one number counts them.
 
-    Where these are projected they stay: PyTorch tells a projection by its being narrower.
+    Projected channels stay, because PyTorch recognises a projection by its smaller width.
     """
     for name, module in named_modules(model):
         if isinstance(module, nn.RNNBase):

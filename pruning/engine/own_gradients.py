@@ -1,7 +1,7 @@
-"""Networks with a say in their gradients: hooks on them, and functions whose backward pass is written by hand.
+"""Networks that customise their gradients: by hooks, or by functions with a handwritten backward pass.
 
-A forward pass shows nothing of these, and what they hold of an old width (a mask of channels that learn, say) raises in
-the first backward pass after a cut. So the gradients of such networks are compared too.
+A forward pass does not show these, and state of the old width in them (a mask of trainable channels, say) raises an
+error in the first backward pass after a cut. So the gradients of such networks are compared too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook"})
 
 
 def has_gradient_hooks(model: nn.Module) -> bool:
-    """Whether some code looks at gradients: of parameters, of modules, or of what a method makes."""
+    """Whether any code hooks gradients: of parameters, of modules, or of tensors made in a method."""
     for parameter in model.parameters():
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             return True
@@ -30,7 +30,7 @@ def has_gradient_hooks(model: nn.Module) -> bool:
 
 
 def _names(kind: type) -> set[str]:
-    """Every attribute that the methods of a class of the network's own ask for."""
+    """Return every attribute that the methods of one of the network's own classes access."""
     if kind.__module__.startswith("torch."):
         return set()
     codes = (getattr(method, "__code__", None) for method in vars(kind).values())
@@ -39,7 +39,7 @@ def _names(kind: type) -> set[str]:
 
 @contextlib.contextmanager
 def own_functions_noted() -> Iterator[set[str]]:
-    """The names of the autograd functions, other than PyTorch's, that run inside."""
+    """Collect the names of the autograd functions, other than PyTorch's, that run inside."""
     apply = torch.autograd.Function.__dict__["apply"]
     found: set[str] = set()
 
@@ -56,7 +56,7 @@ def own_functions_noted() -> Iterator[set[str]]:
 
 
 def gradients(model: nn.Module, outputs: Collection[Tensor]) -> dict[str, Tensor]:
-    """Name → gradient of every parameter that has one, of all outputs at once. The parameters hold none afterwards."""
+    """Return name → gradient of every parameter that has one, of all outputs at once. `.grad` is empty afterwards."""
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(())
     for output in outputs:
@@ -76,7 +76,7 @@ def gradients(model: nn.Module, outputs: Collection[Tensor]) -> dict[str, Tensor
 def differing(
     whole: dict[str, Tensor], cut: dict[str, Tensor], cuts: dict[str, Cuts], tolerance: float
 ) -> str | None:
-    """The first parameter whose gradient is not that of the whole network at what stays; None if there is none."""
+    """Return the first parameter whose gradient differs from the whole network's at the kept slices, or None."""
     for name, expected in whole.items():
         for dim, index in cuts.get(name, {}).items():
             expected = expected.index_select(dim, index.to(expected.device))

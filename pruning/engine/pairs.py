@@ -87,9 +87,9 @@ def _teacher_last(first: str, student: nn.Module, second: str, teacher: nn.Modul
 
 
 def untouched_twins(model: nn.Module, used: Set[str]) -> list[tuple[str, str]]:
-    """Entries of a list of which no pass has run any part, each with an equal one of the list that ran whole.
+    """Pair entries of a module list that no pass has run with equal entries of the list that ran completely.
 
-    An expert that got no token is cut as another one is: what it reads and gives may become narrower.
+    An expert that received no token is cut like another one, since its input and output may become narrower.
 
     Args:
         model: The network.
@@ -134,7 +134,7 @@ def tie_pairs(model: nn.Module, labeller: Labeller, pairs: Sequence[tuple[str, s
 def paired_attributes(
     attributes: Sequence[AttributeAxis], pairs: Sequence[tuple[str, str]]
 ) -> list[AttributeAxis]:
-    """The numbers of first modules, for the second ones that have none: no pass may have run these."""
+    """Return attributes of first modules for second modules that lack them: no pass may have run the latter."""
     known = {(axis.module, axis.attribute, axis.item) for axis in attributes}
     found = []
     for first, second in pairs:

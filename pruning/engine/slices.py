@@ -12,7 +12,7 @@ Cuts = dict[int, Tensor]
 
 
 def sliced_like(tensor: Tensor, cuts: Cuts) -> Tensor:
-    """A smaller copy with the given indices kept along each dimension, in the same memory format."""
+    """Return a smaller copy with the given indices kept along each dimension, in the same memory format."""
     result = tensor.detach()
     for dim, index in cuts.items():
         result = result.index_select(dim, index.to(result.device))

@@ -1,4 +1,4 @@
-"""Passes that can be compared: no chance, and float32 throughout.
+"""Makes passes comparable: deterministic, and float32 throughout.
 
 The cut network draws other random numbers than the whole one, since it draws fewer. And half precision, which a
 `forward` may ask for by `torch.autocast`, rounds sums differently when they have fewer terms.
@@ -38,7 +38,7 @@ _BY_MODE = frozenset(
 
 
 def as_in_evaluation(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-    """Arguments with which batch norms and dropouts work as in evaluation, though a network trains."""
+    """Return arguments that make batch norms and dropouts work as in evaluation while the network trains."""
     if func not in _BY_MODE or kwargs.get("training") is False:
         return args, kwargs
     call = inspect.signature(func).bind(*args, **kwargs)
@@ -66,7 +66,7 @@ class Steady(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """PyTorch would load its compiler, which takes seconds, only to leave this mode uncompiled."""
+        """Skip Dynamo: importing it takes seconds, and it would leave this mode uncompiled anyway."""
         return False
 
     def __torch_dispatch__(

@@ -21,14 +21,15 @@ from image_classification.observe.html_table import html_table
 from pruning.engine.channel_graph import ChannelGraph, Keep
 from pruning.engine.computed_weights import renormalised
 from pruning.engine.cutting import Changes, RewriteError, plan_network, tensor_cuts
+from pruning.engine.named_tensors import named_tensors
 from pruning.engine.proof.trial import failure_of_cut
 from pruning.engine.slices import Cuts, sliced_like
-from pruning.engine.tracing import forget_cached, named_tensors
+from pruning.engine.undisturbed import forget_cached
 
 
 @dataclasses.dataclass(frozen=True)
 class RewriteReport:
-    """What a rewrite did.
+    """The result of a rewrite.
 
     Attributes:
         widths: Group name to (width before, width after), changed groups only.
@@ -45,7 +46,7 @@ class RewriteReport:
     dropped_states: tuple[str, ...]
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the widths before and after, and what the network has left."""
+        """The HTML view in a notebook: the widths before and after, and the parameters and MACs."""
         rows = [(name, before, after) for name, (before, after) in self.widths.items()]
         (before, after), (macs_before, macs_after) = self.num_parameters, self.macs
         note = f"{before:,} → {after:,} parameters; {macs_before:,.0f} → {macs_after:,.0f} MACs"

@@ -18,13 +18,13 @@ from pruning.engine.groups import FROZEN, Place
 
 
 class HasPlaces(Protocol):
-    """What is needed of a `ChannelGraph`."""
+    """The part of `ChannelGraph` needed here."""
 
     places: list[Place]
 
 
 def output_place(graph: HasPlaces, module: str) -> Place | None:
-    """The feature map that a module gives in its last call, with the units of its channels.
+    """Return the place of a module's output in its last call, with the units of its channels.
 
     Args:
         graph: Channel graph of the network as it is now.
@@ -51,7 +51,7 @@ def output_place(graph: HasPlaces, module: str) -> Place | None:
 def staying_channels(
     graph: HasPlaces, mask: np.ndarray, modules: Iterable[str]
 ) -> dict[str, tuple[int, Tensor]]:
-    """Which channels of some outputs a rewrite keeps.
+    """Find the channels of module outputs that a rewrite keeps.
 
     Args:
         graph: The channel graph before the rewrite.

@@ -1,4 +1,5 @@
-"""The coupled channel groups of any network: what can be removed, what leaves with it, what must stay and why.
+"""The coupled channel groups of any network: which channels can be removed, together with which others, and which must
+stay and why.
 
     graph = trace_groups(model, example_images)
     for group in graph.groups:
@@ -17,12 +18,13 @@ from torch import nn
 
 from pruning.engine.building import build_graph, label_case
 from pruning.engine.case import open_case, refuse_unready, warn_of_untouched
-from pruning.engine.channel_graph import UNCONSTRAINED, ChannelGraph, Constraints, GroupKey
+from pruning.engine.channel_graph import ChannelGraph, GroupKey
+from pruning.engine.constraints import UNCONSTRAINED, Constraints
 from pruning.engine.examples import Examples, as_examples
 from pruning.engine.groups import Group, Layer, Member, Place
 from pruning.engine.pairs import all_pairs
 from pruning.engine.proof.verification import verified_graph
-from pruning.engine.tracing import undisturbed
+from pruning.engine.undisturbed import undisturbed
 
 __all__ = [
     "ChannelGraph",
@@ -89,11 +91,11 @@ def give_examples(
     example: Examples,
     training_example: Examples | None = None,
 ) -> None:
-    """Let a graph from a checkpoint try every cut before it is made, as one that was traced does.
+    """Let a graph from a checkpoint try every cut before it is made, as a traced graph does.
 
     Args:
         graph: From `ChannelGraph.from_state`.
-        model: The network that it belongs to, at its present widths.
+        model: The network that the graph belongs to, at its current widths.
         example: See `trace_groups`.
         training_example: See `trace_groups`.
 

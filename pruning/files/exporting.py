@@ -1,7 +1,7 @@
-"""Pruned networks for other tools: ONNX, `torch.export`, and a state dict that needs nothing but torch.
+"""Export of pruned networks: ONNX, `torch.export`, and a state dict that needs only torch.
 
-Every file is read back, run on images and compared with the network before it is called finished. The batch size
-stays free; the size of the images is fixed.
+Every file is read back, run on images and compared with the network before it counts as finished. The batch size is
+dynamic; the image size is fixed.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from image_classification.models import (
     unwrap,
 )
 from image_classification.models.external import import_library
+from image_classification.models.meta_device import on_meta
+from image_classification.models.module_tree import tensors_by_all_names
 from image_classification.models.registry import ModelError
-from image_classification.models.structure import named_tensors, on_meta
 
 Format = Literal["onnx", "torch-export", "state-dict"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 DEFAULT_FORMAT: Format = "onnx"
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "state-dict": ".pt"}
 TOLERANCE = 1e-4
-#: Where a file keeps the names of the classes, a JSON list: metadata of ONNX, extra file of torch.export, entry of a
-#: state dict.
+#: Key of the class names, a JSON list: metadata in ONNX, an extra file in torch.export, an entry in a state dict.
 CLASS_NAMES = "class_names"
-#: Where files of torch.export and state dicts keep what else is known: an extra file, an entry. ONNX has it by name.
+#: Key of all other metadata in torch.export (an extra file) and state dicts (an entry). ONNX stores it by name.
 METADATA = "metadata"
 
 LOADER = """\
@@ -59,11 +59,13 @@ for name, values in saved["attributes"].items():
 for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
     tensor.data = saved["state_dict"].get(name, tensor.data)
 """
-"""Builds the network from a `state-dict` file: the unpruned architecture first, then its widths and tensors."""
+"""Code that builds the network from a `state-dict` file: the unpruned architecture first, then its widths and
+tensors.
+"""
 
 
 class ExportError(ValueError):
-    """A network that a format cannot hold, or a file that computes something else."""
+    """A format cannot represent the network, or a file computes something else."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +73,12 @@ class Exported:
     """A finished file.
 
     Attributes:
-        path: Where it is.
+        path: Path of the file.
         format: One of `FORMATS`.
         difference: Largest absolute difference of a logit, file against network.
-        num_images: Images that it was compared on.
-        loader: Python that loads it.
-        metadata: What the file says of the network: see `description`.
+        num_images: Number of images used for the comparison.
+        loader: Python code that loads it.
+        metadata: Metadata of the network in the file; see `description`.
     """
 
     path: Path
@@ -89,12 +91,12 @@ class Exported:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """How a file is written.
+    """Settings of an export.
 
     Attributes:
         tolerance: Largest difference of a logit.
-        opset: Of ONNX; None: what PyTorch writes by default.
-        notes: Further entries of the metadata, such as `license` and `command`.
+        opset: Opset of ONNX; None for PyTorch's default.
+        notes: Additional entries of the metadata, such as `license` and `command`.
     """
 
     tolerance: float = TOLERANCE
@@ -116,19 +118,19 @@ class _Logits(nn.Module):
 def export_network(
     model: nn.Module, path: str | Path, format: Format, images: Tensor, settings: ExportSettings | None = None
 ) -> Exported:
-    """Write a network in a format and make sure that the file computes the same.
+    """Write a network in a format and check that the file computes the same.
 
     Args:
-        model: Any classifier, pruned or not; it is not touched.
+        model: Any classifier, pruned or not; it is not modified.
         path: The file.
         format: One of `FORMATS`.
-        images: (N, 3, H, W) float, at least 3 images of the final size, that the file is compared on: all at once,
-            and one by itself.
+        images: (N, 3, H, W) float, at least 3 images of the final size for the comparison: all at once, and one alone.
         settings: Tolerance, opset, metadata.
 
     Raises:
-        ConfigError: An unknown format, an opset for another one, or a package that is not installed.
-        ExportError: The format cannot hold the network, or the file computes something else.
+        ConfigError: The format is unknown, an opset is given for a format other than ONNX, or a package is not
+            installed.
+        ExportError: The format cannot represent the network, or the file computes something else.
     """
     check_choice("format", format, FORMATS)
     check(
@@ -164,11 +166,11 @@ def export_network(
 
 
 def description(model: nn.Module) -> dict[str, str]:
-    """What anyone who serves the network needs to know, as far as it is known: a line of text or of JSON each.
+    """Return the known metadata needed to serve the network, each entry one line of text or JSON.
 
     Returns:
-        `class_names`, and of the images `image_size` and `resize` (pixels), `mean` and `std` (of RGB in [0, 1]) and
-        `geometry`.
+        `class_names`, and for the images `image_size` and `resize` (pixels), `mean` and `std` (of RGB in [0, 1]) and
+            `geometry`.
     """
     names = class_names_of(model)
     images = input_of(model)
@@ -180,7 +182,9 @@ def description(model: nn.Module) -> dict[str, str]:
 
 
 def openvino_difference(exported: Exported, model: nn.Module, images: Tensor) -> float | None:
-    """Largest absolute difference of a logit, an ONNX file in OpenVINO against the network; None without OpenVINO.
+    """Return the largest absolute logit difference between an ONNX file in OpenVINO and the network.
+
+    Returns None if OpenVINO is not installed.
 
     Args:
         exported: The file.
@@ -190,7 +194,7 @@ def openvino_difference(exported: Exported, model: nn.Module, images: Tensor) ->
     if importlib.util.find_spec("openvino") is None:
         return None
     openvino: Any = importlib.import_module("openvino")
-    # By default a CPU may compute in bfloat16.
+    # A CPU may compute in bfloat16 by default.
     compiled = openvino.compile_model(str(exported.path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return _largest_difference(
         _Logits(model), lambda batch: torch.from_numpy(compiled(batch.numpy())[0]), images
@@ -199,7 +203,7 @@ def openvino_difference(exported: Exported, model: nn.Module, images: Tensor) ->
 
 @torch.no_grad()
 def _largest_difference(network: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor) -> float:
-    """Over all images at once, and over the first by itself: a file with a fixed batch size fails one of them."""
+    """Compare all images at once and the first alone, so that a file with a fixed batch size fails."""
     differences = []
     for batch in (images, images[:1]):
         expected = network(batch)
@@ -209,14 +213,12 @@ def _largest_difference(network: nn.Module, run: Callable[[Tensor], Tensor], ima
                 f"the file returns logits of shape {tuple(found.shape)}, not {tuple(expected.shape)}"
             )
         differences.append((expected - found).abs().max())
-    return float(
-        torch.stack(differences).max()
-    )  # NaN is not agreement, and Python's max() would pass over it
+    return float(torch.stack(differences).max())  # NaN is a disagreement, but Python's max() would skip it
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Exporters print progress and warn about their own insides."""
+    """Silence exporters' progress output and warnings about their internals."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -302,11 +304,11 @@ def _write_state_dict(
     imports, build = _architecture(model)
     code = LOADER.format(imports=imports, path=path, build=build)
     names: dict[str, Any] = {}
-    exec(compile(code, "loader", "exec"), names)  # what is printed is what was tried
+    exec(compile(code, "loader", "exec"), names)  # the printed code is the code that was run
     return _Logits(names["model"].eval()), code
 
 
-#: Format → writes the file; returns what computes logits by it, and Python that loads it.
+#: Format → function that writes the file and returns its inference function and the Python code that loads it.
 WRITERS: dict[Format, Callable[[_Logits, Path, Tensor, Mapping[str, str], int | None], Written]] = {
     "onnx": _write_onnx,
     "torch-export": _write_torch_export,
@@ -315,7 +317,7 @@ WRITERS: dict[Format, Callable[[_Logits, Path, Tensor, Mapping[str, str], int | 
 
 
 def _architecture(model: nn.Module) -> tuple[str, str]:
-    """What to import and call for the unpruned architecture; torchvision's wherever it has the same network."""
+    """Return the import and the call for the unpruned architecture; torchvision's if it has the same network."""
     structure = capture_structure(model)
     arch = str(structure.arch)
     count = structure.num_classes
@@ -345,12 +347,14 @@ def _same_in_torchvision(name: str, fresh: Callable[[], nn.Module], num_classes:
     """Whether torchvision builds a network with the same tensors under this name."""
     try:
         models = import_library("torchvision")
-    except ModelError:  # it is not installed: the network is named as ours
+    except ModelError:  # torchvision is not installed, so LucidPrune's name is used
         return False
     if name not in models.list_models(module=models):
         return False
     theirs = on_meta(lambda: models.get_model(name, weights=None, num_classes=num_classes))
-    shapes = [{key: tensor.shape for key, tensor in named_tensors(net)} for net in (on_meta(fresh), theirs)]
+    shapes = [
+        {key: tensor.shape for key, tensor in tensors_by_all_names(net)} for net in (on_meta(fresh), theirs)
+    ]
     return shapes[0] == shapes[1]
 
 

@@ -1,7 +1,8 @@
-"""INT8 from an ONNX file, by ONNX Runtime's static quantisation, and what the file does beside the one it came from.
+"""INT8 quantisation of an ONNX file by ONNX Runtime's static quantisation, and a comparison with the original file.
 
-Weights per output channel and activations per tensor, as pairs of QuantizeLinear and DequantizeLinear (QDQ), which ONNX
-Runtime, TensorRT and OpenVINO read. Ranges of activations are the extremes over the calibration images.
+Weights are quantised per output channel and activations per tensor, as pairs of QuantizeLinear and DequantizeLinear
+(QDQ), which ONNX Runtime, TensorRT and OpenVINO read. Ranges of activations are the extremes over the calibration
+images.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from image_classification.extras import need
 from image_classification.file_writing import atomic_path
 
-_SECONDS = 1.0  # of timing per file and batch size
+_SECONDS = 1.0  # timing budget per file and batch size
 _LEAST_RUNS = 5
 
 
@@ -26,7 +27,7 @@ def quantise_onnx(source: Path, target: Path, images: Iterable[Tensor]) -> None:
     """Write an INT8 version of an exported network.
 
     Args:
-        source: From `export_network`.
+        source: File written by `export_network`.
         target: The new file.
         images: Batches (N, 3, H, W), normalised, whose activations set the ranges.
 
@@ -61,7 +62,7 @@ def quantise_onnx(source: Path, target: Path, images: Iterable[Tensor]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ServedFigures:
-    """What an ONNX file does on this machine's CPU.
+    """Predictions and speed of an ONNX file on this machine's CPU.
 
     Attributes:
         num_bytes: Size of the file.
@@ -78,9 +79,9 @@ def served(path: Path, images: Tensor, batch_sizes: Iterable[int]) -> ServedFigu
     """Run a file in ONNX Runtime.
 
     Args:
-        path: From `export_network` or `quantise_onnx`.
+        path: File written by `export_network` or `quantise_onnx`.
         images: (N, 3, H, W) normalised.
-        batch_sizes: Images at a time, for timing; those beyond N are left out.
+        batch_sizes: Batch sizes to time; those beyond N are left out.
     """
     import onnxruntime
 

@@ -1,9 +1,8 @@
 """Pruned networks as files: architecture by name, widths as plain data, tensors. No pickled modules.
 
-The structure itself (what differs from the architecture as its name builds it) belongs to
-`image_classification.models.structure`, so that a pruned network loads without this package. Attributes that
-differ are whole numbers: `out_channels`, `groups`, `normalized_shape`, and the hidden widths that the engine
-proved.
+The structure itself (the differences from the architecture built by name) is handled by
+`image_classification.models.structure`, so that a pruned network loads without this package. Differing attributes are
+integers: `out_channels`, `groups`, `normalized_shape`, and the hidden widths found by the engine.
 """
 
 from __future__ import annotations
@@ -24,10 +23,12 @@ from image_classification.models.factory import (
     remember_identity,
     unwrap,
 )
+from image_classification.models.fitting_weights import load_exactly
 from image_classification.models.modes import modes_restored
 from image_classification.models.recognising import identity_of_builder
-from image_classification.models.structure import build_from_structure, capture_structure
-from image_classification.models.weights import load_exactly, read_safely, structure_in, takes_average
+from image_classification.models.structure_build import build_from_structure
+from image_classification.models.structure_capture import capture_structure
+from image_classification.models.weights import read_safely, structure_in, takes_average
 from image_classification.plain_data import Plain, PlainValue
 
 
@@ -38,18 +39,18 @@ def pruned_state(
     builder: Callable[..., nn.Module] | None = None,
     **extra: PlainValue,
 ) -> Plain:
-    """What `save_pruned` writes: plain data and tensors only.
+    """Return the content that `save_pruned` writes: only plain data and tensors.
 
     Args:
         model: The network, bare or wrapped.
-        factory: Builds the unpruned network, for a class of the user's own; it is needed to load, too.
+        factory: Builds the unpruned network, for a user-defined class; it is also needed to load.
         builder: A function of torchvision or timm with its arguments, such as
-            `functools.partial(torchvision.models.resnet50, num_classes=10)`: the file names it, and needs no factory.
-            Only for a network whose builder was not recognised.
-        extra: Further entries of plain data or tensors.
+            `functools.partial(torchvision.models.resnet50, num_classes=10)`: the file records it and needs no factory.
+                Only for a network whose builder was not recognised.
+        extra: Additional entries of plain data or tensors.
 
     Raises:
-        SettingError: The builder is none of torchvision's or timm's.
+        SettingError: The builder is not one of torchvision's or timm's.
     """
     if builder is not None:
         identity = identity_of_builder(builder)
@@ -75,9 +76,9 @@ def pruned_state(
 
 
 def _tensors_in_training(model: nn.Module) -> OrderedDict[str, torch.Tensor]:
-    """The state dict as it is in training mode, in which a loaded network is when it takes the tensors in.
+    """Return the state dict of training mode, the mode that a loaded network is in when it receives the tensors.
 
-    A layer that merges a low-rank update into its weight when it is to evaluate would merge it a second time.
+    A layer that merges a low-rank update into its weight in evaluation mode would otherwise merge it a second time.
     """
     if all(type(module).train is nn.Module.train for module in model.modules()):
         saved = model.state_dict()
@@ -99,7 +100,7 @@ def save_pruned(
     builder: Callable[..., nn.Module] | None = None,
     **extra: PlainValue,
 ) -> None:
-    """Write a pruned network to a file, at once or not at all.
+    """Write a pruned network to a file, atomically.
 
     Args:
         path: The file.
@@ -125,16 +126,18 @@ def load_pruned(
 
     Args:
         path: Written by `save_pruned`, or any LucidPrune checkpoint.
-        factory: Builds the unpruned network, for a class of the user's own.
-        ema: Whether to take the averaged weights; None: wherever the file carries them, for they are what was judged.
-        device: Where the network goes; the CPU by default.
+        factory: Builds the unpruned network, for a user-defined class.
+        ema: Whether to load the averaged weights; None loads them if the file has them, since they were the ones
+            evaluated.
+        device: Device to load onto; the CPU by default.
 
     Returns:
-        The network with its weights, in training mode as any new network.
+        The network with its weights, in training mode, like any new network.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It holds no LucidPrune network, one that does not fit the architecture, or what breaks the schema.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file holds no LucidPrune network, or one that does not fit the architecture or violates the
+            schema.
     """
     path = Path(path)
     content = read_safely(path)

@@ -1,4 +1,4 @@
-"""A network's modules without memory for their weights: what one of a user's own class was before it was pruned."""
+"""Skeletons: a network's modules without memory for their weights, to record a user-defined network before pruning."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor, nn
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
-    """The network's modules, with parameters and buffers on PyTorch's meta device.
+    """Copy a network's modules, with parameters and buffers on PyTorch's meta device.
 
-    Other attributes are shared with the network, but lists and mappings, which it may change, are copied, and tensors
-    without names (weights that are computed) stand on the meta device too, so that no graph is kept alive. Buffers that
-    no state dict keeps have their values, on the CPU, for they cannot be made from a file.
+    Other attributes are shared with the network, except that lists and mappings, which it may modify, are copied.
+    Unnamed tensors (computed weights) are on the meta device too, so that no autograd graph is kept alive.
+    Non-persistent buffers keep their values, on the CPU, since they cannot be restored from a file.
 
     Args:
-        model: The network; unchanged.
+        model: The network; not modified.
     """
     return _without_memory(model, {})
 
 
 def _without_memory(module: nn.Module, known: dict[int, nn.Module | Tensor | None]) -> nn.Module:
-    """A module's skeleton; what occurs twice is one thing in it too."""
+    """Return a module's skeleton; shared objects stay shared in it."""
     twin = known.get(id(module))
     if isinstance(twin, nn.Module):
         return twin

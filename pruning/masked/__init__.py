@@ -1,1 +1,1 @@
-"""Shrinking networks that were masked elsewhere."""
+"""Shrinking of networks that were masked by other tools."""

@@ -1,13 +1,13 @@
-"""What in a network does not depend on the image: one run in which "unknown" is NaN.
+"""Finds the values in a network that do not depend on the image, in a single run in which "unknown" is NaN.
 
-The images are NaN. Every operator carries NaN on, except where a zero makes its operand irrelevant: a zero weight
-in a contraction, a zero factor of a product, a batch norm's channel whose scale is zero (each operator says what
-comes of unknown inputs, in `engine/operators/`). Whatever is a number in the end is the same for all
-images, whatever the other weights are: this is a proof, not a sample. What looks at values in ways that NaN could
-not show (comparisons, sorting) is refused.
+The images are NaN. Every operator propagates NaN, except where a zero makes its operand irrelevant: a zero weight in a
+contraction, a zero factor of a product, a batch-norm channel whose scale is zero (each operator defines its result for
+unknown inputs, in `engine/operators/`). Anything that is a number in the end is the same for all images, whatever the
+other weights are: this is a proof, not a sample. Operators that read values in ways that NaN would not reveal
+(comparisons, sorting) are refused.
 
-Zero padding makes a constant map uneven at its border. Where padding meets a constant other than zero, the outcome
-counts as unknown, so that what is called constant is so at every image size.
+Zero padding makes a constant map uneven at its border. If padding meets a constant other than zero, the result counts
+as unknown, so that anything reported as constant is constant at every image size.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ from pruning.engine.groups import Place
 from pruning.engine.labeller import is_pointwise
 from pruning.engine.operators import OPERATORS
 from pruning.engine.operators.unknowns import carried, elementwise
-from pruning.engine.tracing import set_trace_mode, undisturbed
+from pruning.engine.undisturbed import set_trace_mode, undisturbed
 
 _NAN = float("nan")
 
 
 def observed_constants(model: nn.Module, images: Args, places: Iterable[Place]) -> dict[int, np.ndarray]:
-    """What consumers read that is the same for every image and at every pixel.
+    """Find the inputs of consumers that are the same for every image and at every pixel.
 
     Args:
-        model: The network; it is left as it was.
+        model: The network; it is not modified.
         images: Its positional arguments; only their shapes matter.
-        places: Inputs of modules. Of those whose module does not run in evaluation nothing is reported.
+        places: Inputs of modules. Modules that do not run in evaluation mode are not reported.
 
     Returns:
-        Number of the place to (positions along its dimension,) float64: the constant, NaN where there is none.
+        Number of the place to (positions along its dimension,) float64: the constant, NaN where the input is not
+            constant.
 
     Raises:
-        NotFollowedError: The network looks at values.
+        NotFollowedError: The network's computation depends on values.
     """
     wanted: dict[ModuleCall, list[tuple[int, Place]]] = {}
     for number, place in enumerate(places):
@@ -72,7 +73,7 @@ def _unknown(leaf: object) -> object:
 
 
 def _per_position(x: Tensor, dim: int) -> np.ndarray:
-    """(positions,) the common value along everything else, or NaN."""
+    """Return each position's common value along all other dimensions, or NaN: (positions,)."""
     values = x.detach().movedim(dim, 0).flatten(1)
     even = (values == values[:, :1]).all(dim=1)
     return torch.where(even, values[:, 0].double(), _NAN).cpu().numpy()
@@ -87,7 +88,7 @@ class ConstantPropagation(TorchDispatchMode):
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Operators inside are the plain ones."""
+        """Run the operators inside the block unmodified."""
         self._paused = True
         try:
             yield

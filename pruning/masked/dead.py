@@ -1,8 +1,8 @@
-"""Provably dead channels: nothing that reads them notices when they go.
+"""Finds provably dead channels: those whose removal leaves the outputs of all their consumers unchanged.
 
-A consumer does not notice a channel that is zero for every image (`constants.py` proves it), one that it gives
-zero weights (in all rows that matter themselves), or a constant whose share can be moved elsewhere exactly
-(`folding.py`). A unit, that is, a coupled group's channel, goes when this holds for every consumer of it.
+A consumer is unaffected by a channel that is zero for every image (proved by `constants.py`), a channel that it
+multiplies by zero weights (in all rows that matter themselves), or a constant whose contribution can be moved elsewhere
+exactly (`folding.py`). A unit, that is, a coupled group's channel, is dead if this holds for all its consumers.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import Tensor, nn
 from image_classification.models.running import Args
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.groups import Place
+from pruning.engine.named_tensors import named_tensors
 from pruning.engine.operators.unknowns import NotFollowedError
-from pruning.engine.tracing import named_tensors
 from pruning.masked.constants import observed_constants
 from pruning.masked.folding import Folding, is_plain, offset_of
 
 
 @dataclasses.dataclass
 class _Reading:
-    """What one consumer reads, once in a forward pass.
+    """The input of one consumer, at one call in a forward pass.
 
     Attributes:
-        place: Where.
+        place: The consumer's input.
         constants: (positions,) the constant at every position, NaN if it depends on the image.
-        used: (positions, outputs) whether a weight is not zero; None where the weights are not known.
-        outputs: (outputs,) unit of every output, -1 for none.
+        used: (positions, outputs) whether a weight is not zero; None if the weights are unknown.
+        outputs: (outputs,) unit of every output, -1 for outputs without a unit.
     """
 
     place: Place
@@ -40,7 +40,7 @@ class _Reading:
     outputs: np.ndarray
 
     def noticed(self, dead: np.ndarray) -> np.ndarray:
-        """(positions,) bool: some weight of an output that matters is not zero."""
+        """Return which positions have a non-zero weight to an output that matters, (positions,) bool."""
         if self.used is None:
             return np.ones(len(self.constants), dtype=bool)
         matters = (self.outputs < 0) | ~dead[np.maximum(self.outputs, 0)]
@@ -49,13 +49,13 @@ class _Reading:
 
 @dataclasses.dataclass(frozen=True)
 class KeptChannels:
-    """Masked channels that stay.
+    """Masked channels that could not be removed.
 
     Attributes:
         group: Name of the channel group.
-        layers: Layers that make its units and whose weights for them are all zero.
+        layers: Layers that produce its units and whose weights for them are all zero.
         count: Number of these units.
-        reason: Why they stay.
+        reason: Why they are kept.
     """
 
     group: str
@@ -65,19 +65,19 @@ class KeptChannels:
 
     @property
     def masked_layers(self) -> str:
-        """The layers in words, three of them at most."""
+        """Return the layers in words, at most three of them."""
         more = f" and {len(self.layers) - 3} more" if len(self.layers) > 3 else ""
         return ", ".join(self.layers[:3]) + more
 
 
 @dataclasses.dataclass
 class Verdict:
-    """Which units are dead.
+    """The result of the search for dead units.
 
     Attributes:
         dead: (num_units,) bool.
-        offsets: Layer to what its outputs lose with the dead constants it reads: (outputs,) float64.
-        reasons: Unit to why it stays, for those that something was held against.
+        offsets: Layer to what the removal of dead constants takes from its outputs: (outputs,) float64.
+        reasons: Unit to why it is kept, for units with an objection against removal.
     """
 
     dead: np.ndarray
@@ -92,14 +92,14 @@ def find_dead(
     folding: Folding,
     vetoed: Mapping[int, str] | None = None,
 ) -> Verdict:
-    """Judge every unit of a network.
+    """Decide for every unit of a network whether it is dead.
 
     Args:
-        model: The network; it is left as it was.
+        model: The network; it is not modified.
         graph: Its channel graph.
         images: Its positional arguments, for their shapes.
-        folding: Of this network in its present state.
-        vetoed: Indices of groups that stay whole, with the reason.
+        folding: Folding of this network in its current state.
+        vetoed: Indices of groups that must not shrink, with the reason.
     """
     readings = _readings(model, graph, images)
     reasons = _untouchable(graph, readings, vetoed or {})
@@ -140,7 +140,7 @@ def _readings(model: nn.Module, graph: ChannelGraph, images: Args) -> list[_Read
 
 
 def _used_weights(module: nn.Module, place: Place) -> tuple[np.ndarray | None, np.ndarray]:
-    """(positions, outputs) whether a weight is not zero, and (outputs,) -1."""
+    """Return which weights are not zero, (positions, outputs) bool, and -1 for every output, (outputs,)."""
     if not is_plain(module):
         return None, np.empty(0, dtype=np.int64)
     weight = module.get_parameter("weight").detach()
@@ -157,7 +157,7 @@ def _used_weights(module: nn.Module, place: Place) -> tuple[np.ndarray | None, n
 
 
 def _untouchable(graph: ChannelGraph, readings: list[_Reading], vetoed: Mapping[int, str]) -> dict[int, str]:
-    """Units that stay whatever their values are."""
+    """Return the units that must stay whatever their values are, with the reason."""
     reasons: dict[int, str] = {}
     for group in graph.groups:
         if not group.prunable or group.index in vetoed:
@@ -180,7 +180,7 @@ def _untouchable(graph: ChannelGraph, readings: list[_Reading], vetoed: Mapping[
 def _object(
     reading: _Reading, dead: np.ndarray, graph: ChannelGraph, folding: Folding, blocked: dict[int, str]
 ) -> None:
-    """Hold against units what this consumer would notice."""
+    """Record objections against units whose removal this consumer would notice."""
     constants = reading.constants
     layer = reading.place.module
     noticed = reading.noticed(dead) & (reading.place.units >= 0) & (constants != 0)
@@ -195,9 +195,9 @@ def _object(
 def _spare_last(
     graph: ChannelGraph, found: np.ndarray, dead: np.ndarray, blocked: dict[int, str]
 ) -> np.ndarray:
-    """No layer may become empty: one unit of every group stays, of those that lived so far.
+    """Keep one unit of every group, chosen among those alive so far, so that no layer becomes empty.
 
-    Reviving a unit that was dead already could bring back what its death made dead, round after round.
+    Reviving an already dead unit could revive the units that died because of it, round after round.
     """
     for group in graph.groups:
         if group.width and found[group.units].all():
@@ -222,7 +222,9 @@ def _offsets(model: nn.Module, readings: list[_Reading], dead: np.ndarray) -> di
 
 
 def masked_units(model: nn.Module, graph: ChannelGraph) -> dict[int, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Units of which some producing layer's weights are all zero: these layers, and those where they are not."""
+    """Return the units with some producing layer whose weights are all zero: these layers, and the layers with non-zero
+    ones.
+    """
     tensors = named_tensors(model)
     zero: dict[int, list[str]] = {}
     live: dict[int, list[str]] = {}
@@ -244,7 +246,7 @@ def masked_units(model: nn.Module, graph: ChannelGraph) -> dict[int, tuple[tuple
 
 
 def kept_channels(model: nn.Module, graph: ChannelGraph, verdict: Verdict) -> tuple[KeptChannels, ...]:
-    """What of the masked channels stays, and why: one entry per group, masked layers and reason."""
+    """Return the masked channels that are kept, and why: one entry per group, masked layers and reason."""
     counts: dict[tuple[str, tuple[str, ...], str], int] = {}
     for unit, (masked, others) in masked_units(model, graph).items():
         if verdict.dead[unit]:

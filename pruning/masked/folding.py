@@ -1,8 +1,8 @@
-"""Where a constant that a layer no longer reads goes: into its bias, or into the batch norms behind it.
+"""Folding of constants that a layer no longer reads into its bias, or into the batch norms after it.
 
-A consumer that loses a constant input c loses W·c from all its outputs. Its own bias takes that up. Without a bias
-it is followed through what passes an offset on unchanged (pooling, concatenation) to batch norms, whose running
-means take it up: BN(x + δ; μ) = BN(x; μ − δ).
+A consumer that loses a constant input c loses W·c from all its outputs. This is added to its own bias. If it has no
+bias, the offset is followed through operators that pass it on unchanged (pooling, concatenation) to batch norms, whose
+running means absorb it: BN(x + δ; μ) = BN(x; μ − δ).
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from image_classification.models.running import Args
+from pruning.engine.named_tensors import named_tensors, tensor_names
 from pruning.engine.operators import keeps_offset
-from pruning.engine.tracing import Operation, Ref, Trace, named_tensors, record, tensor_names, undisturbed
+from pruning.engine.traces import Operation, Ref, Trace
+from pruning.engine.tracing import record
+from pruning.engine.undisturbed import undisturbed
 
 _PLAIN_FORWARDS = tuple(layer.forward for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sink:
-    """A vector that takes up an offset: `tensor[start : start + n] += sign · offset`."""
+    """A vector that absorbs an offset: `tensor[start : start + n] += sign · offset`."""
 
     tensor: str
     start: int
@@ -31,7 +34,7 @@ class Sink:
 
 
 class NoSinkError(Exception):
-    """An offset cannot be taken up; says why."""
+    """An offset cannot be absorbed; the message says why."""
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -39,7 +42,7 @@ def is_plain(module: nn.Module) -> bool:
     known = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
     if not known or type(module).forward not in _PLAIN_FORWARDS or hasattr(module, "parametrizations"):
         return False
-    return isinstance(module.weight, nn.Parameter)  # weight_norm of old computes it in a hook
+    return isinstance(module.weight, nn.Parameter)  # the old weight_norm computes it in a hook
 
 
 class Folding:
@@ -60,7 +63,7 @@ class Folding:
         self._sinks: dict[str, tuple[Sink, ...] | str] = {}
 
     def sinks(self, layer: str) -> tuple[Sink, ...] | str:
-        """Where an offset of a layer's outputs goes, or why it cannot."""
+        """Return the sinks for an offset of a layer's outputs, or the reason why there are none."""
         if layer not in self._sinks:
             try:
                 self._sinks[layer] = self._find(layer)
@@ -69,7 +72,7 @@ class Folding:
         return self._sinks[layer]
 
     def add(self, layer: str, offset: Tensor) -> None:
-        """Give the layer's outputs a constant: (outputs,) float64."""
+        """Add a constant to the layer's outputs: (outputs,) float64."""
         tensors = named_tensors(self._model)
         sinks = self.sinks(layer)
         assert not isinstance(sinks, str)
@@ -161,12 +164,12 @@ def _readers(trace: Trace) -> dict[int, list[Operation]]:
 
 
 def offset_of(module: nn.Module, columns: Tensor, constants: Tensor) -> Tensor:
-    """What a layer's outputs lose with constant inputs: (outputs,) float64.
+    """Compute what the removal of constant inputs takes from a layer's outputs: (outputs,) float64.
 
     Args:
         module: A plain convolution or linear layer.
         columns: (k,) positions among its inputs.
-        constants: (k,) float64, what it reads there.
+        constants: (k,) float64, the constants that it reads there.
     """
     weight = module.get_parameter("weight").detach().double()
     weight = weight.flatten(2).sum(2) if weight.dim() > 2 else weight

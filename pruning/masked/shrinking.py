@@ -1,15 +1,15 @@
-"""Makes a masked network really smaller: what contributes nothing is cut away, the outputs stay.
+"""Shrinks a masked network: channels that contribute nothing are removed, and the outputs stay the same.
 
     report = shrink(model, torch.randn(2, 3, 224, 224))
     print(report.describe())
 
-People prune by masks: zeros in the weights of a network that is as large and as slow as before. `dead.py` finds the
-channels that are provably dead; constants they leave behind are folded into biases and batch norms; the rewrite
-is `surgery.prune_channels`, and the outputs on example images are compared before and after.
+Pruning by masks puts zeros into the weights of a network that stays as large and as slow as before. `dead.py` finds the
+channels that are provably dead, constants they leave behind are folded into biases and batch norms,
+`surgery.prune_channels` does the rewrite, and the outputs on example images are compared before and after.
 
 Note:
-    Equality is that of evaluation. In training a batch norm takes its own statistics, so that a folded constant
-    (unlike a channel of zeros) changes what the network would learn from there on.
+    Equality refers to evaluation mode. In training, a batch norm uses batch statistics, so a folded constant (unlike a
+        channel of zeros) changes what the network learns afterwards.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ TOLERANCE = 1e-5
 
 
 class ShrinkError(RuntimeError):
-    """The smaller network would not be equal."""
+    """The smaller network would not be equivalent."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ShrinkReport:
-    """What shrinking did.
+    """The result of shrinking.
 
     Attributes:
-        widths: Group name to its channels before and after, where they differ.
+        widths: Group name to its number of channels before and after, if they differ.
         num_parameters: Before and after.
         macs: Multiply-accumulates per image at the size of the example images, before and after.
         max_difference: Largest difference between outputs before and after, relative to the largest output (or to 1).
-        num_folded: Layers of which a constant input was moved into a bias or a batch norm.
-        kept: Masked channels that could not be cut, with the reasons.
+        num_folded: Number of layers of which a constant input was moved into a bias or a batch norm.
+        kept: Masked channels that could not be removed, with the reasons.
     """
 
     widths: dict[str, tuple[int, int]]
@@ -63,16 +63,16 @@ class ShrinkReport:
 
     @property
     def changed(self) -> bool:
-        """Whether anything was cut."""
+        """Whether anything was removed."""
         return bool(self.widths)
 
     @property
     def num_removed(self) -> int:
-        """Units that were removed, over all groups."""
+        """Number of units removed, over all groups."""
         return sum(before - after for before, after in self.widths.values())
 
     def describe(self) -> str:
-        """A summary of a few lines."""
+        """Return a summary of a few lines."""
         if self.changed:
             lines = [
                 f"{self.num_removed:,} dead channels of {len(self.widths)} groups were cut away",
@@ -96,22 +96,22 @@ def _gain(what: str, before: float, after: float) -> str:
 
 
 def shrink(model: nn.Module, example_images: Tensor | Args, *, tolerance: float = TOLERANCE) -> ShrinkReport:
-    """Cut away all channels that are provably dead, in place.
+    """Remove all channels that are provably dead, in place.
 
     Masks of `torch.nn.utils.prune` are made permanent first.
 
     Args:
-        model: Any network that `trace_groups` takes, bare or wrapped; in any mode, which is kept.
+        model: Any network that `trace_groups` accepts, bare or wrapped; in any mode, which is restored.
         example_images: (N, 3, H, W) float, or a tuple of the network's arguments: for tracing and comparison.
-        tolerance: Largest difference of outputs, relative to the largest output where that is above 1; a network
-            that amplifies float32's rounding beyond it is compared in float64.
+        tolerance: Largest difference of outputs, relative to the largest output if that is above 1. A network that
+            amplifies float32 rounding beyond it is compared in float64.
 
     Returns:
-        What was gained, and what could not be cut and why.
+        What was removed, what could not be removed, and why.
 
     Raises:
-        ValueError: The network does not run on the images, or what it says of them is not finite.
-        ShrinkError: The cut changes the outputs, though none of its parts does.
+        ValueError: The network does not run on the images, or its outputs are not finite.
+        ShrinkError: The cut changes the outputs, though none of its parts alone does.
     """
     model = unwrap(model)
     make_masks_permanent(model)
@@ -147,7 +147,9 @@ def shrink(model: nn.Module, example_images: Tensor | Args, *, tolerance: float 
 
 
 def make_masks_permanent(model: nn.Module) -> int:
-    """Replace `weight_orig` and `weight_mask` of torch.nn.utils.prune by their product; counts the tensors."""
+    """Replace `weight_orig` and `weight_mask` of torch.nn.utils.prune by their product and return the number of such
+    tensors.
+    """
     count = 0
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):
@@ -164,7 +166,7 @@ def _cut_if_equal(
     verdict: Verdict,
     expected: tuple[list[Tensor], float],
 ) -> dict[int, str]:
-    """Cut what is dead; if that changes the outputs, cut nothing and return the groups to blame."""
+    """Remove dead units; if that changes the outputs, remove nothing and return the groups responsible."""
     reference, tolerance = expected
     trial = copy.deepcopy(model)
     _cut(trial, copy.deepcopy(graph), images, verdict)
@@ -199,7 +201,7 @@ def _guilty_groups(
     verdict: Verdict,
     expected: tuple[list[Tensor], float],
 ) -> dict[int, str]:
-    """Groups whose cut alone changes the outputs, with the reason to report."""
+    """Return the groups whose cut alone changes the outputs, with the reason to report."""
     reference, tolerance = expected
     found: dict[int, str] = {}
     for group in graph.groups:
@@ -216,13 +218,13 @@ def _guilty_groups(
 
 
 def _outputs(model: nn.Module, images: Args) -> list[Tensor]:
-    """Tensors that the network returns in evaluation mode."""
+    """Return the tensors that the network outputs in evaluation mode."""
     with inference(model):
         return output_tensors(model(*images))
 
 
 def largest_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Largest difference of outputs, relative to the largest of `before` where that is above 1; NaN counts as ∞."""
+    """Return the largest output difference, relative to the largest of `before` if that is above 1; NaN counts as ∞."""
     worst = 0.0
     for a, b in zip(before, after, strict=True):
         scale = max(1.0, float(a.abs().max()))
@@ -232,7 +234,7 @@ def largest_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> flo
 
 
 def _precise_difference(before: nn.Module, after: nn.Module, images: Args) -> float:
-    """`largest_difference` in float64: what is left of it is not rounding."""
+    """Return `largest_difference` in float64, where a remaining difference is not rounding."""
     outputs = []
     for model in (before, after):
         doubled = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in images)

@@ -1,1 +1,3 @@
-"""Making up for a cut: layers that read removed channels reproduce their outputs from the rest."""
+"""Repair after a cut: layers that read removed channels are refitted to reproduce their outputs from the remaining
+ones.
+"""

@@ -1,16 +1,16 @@
-"""The contractions of a network with its own parameters, as matrix products, while the network runs.
+"""Captures a network's contractions with its parameters as matrix products, while the network runs.
 
 Every convolution (any rank, stride, dilation, grouping, transposed) and every matrix product is brought to one form:
 
     Y[g] = U[g] · W[g]        U (G, R, K) rows of input, W (G, K, M) weights, Y (G, R, M) outputs without a bias
 
 A row is one output position of one image; K runs over the channels of the group and the taps of the kernel. Padding by
-other values than zero happens before the operator, so its rows are what the layer really read.
+values other than zero happens before the operator, so the rows are what the layer actually read.
 
-Operators are watched below autograd, so it does not matter which Python code asked for them. A weight is found again
-behind views of it (transposed, reshaped, expanded, sliced) by running the same views on the positions of its elements:
-`Contraction.positions` says which element of the parameter stands where in W. Weights that are computed from others
-(normalised, standardised) have no such positions and are left alone.
+Operators are observed below autograd, so it does not matter which Python code called them. A weight is recognised
+behind views (transposed, reshaped, expanded, sliced) by applying the same views to the indices of its elements:
+`Contraction.positions` gives the element of the parameter at each entry of W. Weights computed from others (normalised,
+standardised) have no such positions and are left alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from image_classification.models.running import Args, Kwargs, Outputs
 
 aten = torch.ops.aten
 
-#: Operators that only move elements: the positions of a weight's elements move alike.
+#: Operators that only move elements; the element indices of a weight move in the same way.
 _MOVES = {
     aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default, aten._unsafe_view.default,
     aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default,
@@ -40,16 +40,16 @@ _MOVES = {
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """One contraction with a parameter.
+    """A contraction with a parameter.
 
     Attributes:
         parameter: Its qualified name.
-        bias: Name of the bias that the operator adds, if it does.
-        positions: (G, K, M) element of the flattened parameter that stands there.
-        rows: Makes U (G, R, K) of every `step`-th position along each dimension.
-        outputs: Turns the operator's output into (G, R, M), of the same positions; a bias that the operator adds is
-            still in it.
-        num_dims: Dimensions that positions lie along: a step leaves about 1 in `step ** num_dims`.
+        bias: Name of the bias that the operator adds, if any.
+        positions: (G, K, M) index of the element of the flattened parameter at each entry of W.
+        rows: Returns U (G, R, K) for every `step`-th position along each dimension.
+        outputs: Converts the operator's output to (G, R, M) for the same positions, including any bias that the
+            operator adds.
+        num_dims: Number of dimensions that positions lie along: a step keeps about 1 in `step ** num_dims`.
     """
 
     parameter: str
@@ -60,19 +60,19 @@ class Contraction:
     num_dims: int
 
 
-#: Called with a contraction and its operator; returns what the network goes on with.
+#: Called with a contraction and its operator; returns the output with which the network continues.
 Visit = Callable[[Contraction, Callable[[], Tensor]], Tensor]
 
 
 class ContractionMode(TorchDispatchMode):
-    """Shows contractions with a network's parameters to `visit` while the network runs.
+    """Calls `visit` for contractions with a network's parameters while the network runs.
 
     Args:
         model: The network.
-        visit: Runs the operator and returns its output (or another).
-        parameters: Names of those whose contractions are shown; by default all.
-        numbers: Parameter → numbers of its elements in its shape; filled as they are needed, and shared by passes of
-            one network, since they are as large as its weights.
+        visit: Runs the operator and returns its output (or a replacement).
+        parameters: Names of the parameters whose contractions are visited; by default all.
+        numbers: Parameter → indices of its elements, in its shape. Filled on demand and shared by all passes of a
+            network, since they take as much memory as its weights.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class ContractionMode(TorchDispatchMode):
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._shown = frozenset(self._names.values() if parameters is None else parameters)
         self._numbers = {} if numbers is None else numbers
-        # A moved tensor is kept with its positions, so that its identity stays its own.
+        # A moved tensor is kept with its positions, so that its id is not reused.
         self._moved: dict[int, tuple[Tensor, str, Tensor]] = {}
         self._expanded: set[int] = set()
 
@@ -117,11 +117,11 @@ class ContractionMode(TorchDispatchMode):
         return result
 
     def repeats(self, tensor: Tensor) -> bool:
-        """Whether some elements of the parameter may stand in an operand more than once."""
+        """Whether some elements of the parameter may occur more than once in an operand."""
         return id(tensor) in self._expanded
 
     def find(self, tensor: Tensor) -> tuple[str, Tensor] | None:
-        """The shown parameter behind an operand, and which of its elements stand where; None for anything else."""
+        """Return the visited parameter behind an operand and the index of each element; None for anything else."""
         name = self.name_of(tensor)
         if name in self._shown:
             if name not in self._numbers:
@@ -131,7 +131,7 @@ class ContractionMode(TorchDispatchMode):
         return None if moved is None else (moved[1], moved[2])
 
     def name_of(self, tensor: object) -> str | None:
-        """The parameter that an operand is, without any view between."""
+        """Return the name of the parameter that an operand is, without any view in between."""
         return self._names.get(id(tensor)) if isinstance(tensor, Tensor) else None
 
 
@@ -145,7 +145,7 @@ def _product(mode: ContractionMode, args: Args, kwargs: Kwargs) -> Contraction |
 
 
 def _product_with_term(mode: ContractionMode, args: Args, kwargs: Kwargs) -> Contraction | None:
-    """addmm, baddbmm: the term is a bias where it is a parameter."""
+    """addmm, baddbmm: the added term is a bias if it is a parameter."""
     if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
         return None
     term, left, right = args[:3]
@@ -158,7 +158,7 @@ def _product_with_term(mode: ContractionMode, args: Args, kwargs: Kwargs) -> Con
 def _matrices(mode: ContractionMode, left: Tensor, right: Tensor, bias: str | None) -> Contraction | None:
     on_right, on_left = mode.find(right), mode.find(left)
     if (on_right is None) == (on_left is None):
-        return None  # no weights, or weights only
+        return None  # no weights, or only weights
     known = on_right or on_left
     assert known is not None
     name, positions = known
@@ -182,13 +182,13 @@ def _matrices(mode: ContractionMode, left: Tensor, right: Tensor, bias: str | No
 
 
 def _oriented(matrix: Tensor, transposed: bool) -> Tensor:
-    """As a batch of matrices, transposed where the weights are on the left."""
+    """Return a batch of matrices, transposed if the weights are on the left."""
     batched = matrix if matrix.dim() == 3 else matrix[None]
     return batched.transpose(1, 2) if transposed else batched
 
 
 def _num_unlike(positions: Tensor) -> int:
-    """How many groups there are, if the others only repeat them in the same order, as weights that are expanded do."""
+    """Return the number of distinct groups if the others repeat them in the same order, as in expanded weights."""
     first = len(positions[:, 0, 0].unique())
     if len(positions) % first:
         return len(positions)
@@ -197,12 +197,14 @@ def _num_unlike(positions: Tensor) -> int:
 
 
 def _distinct(positions: Tensor) -> bool:
-    """Whether every element of the parameter stands there once at most; others cannot be solved for one by one."""
+    """Whether every element of the parameter occurs at most once; otherwise entries cannot be solved for
+    independently.
+    """
     return len(positions.unique()) == positions.numel()
 
 
 def _folded(matrices: Tensor, groups: int) -> Tensor:
-    """(N · G, R, K) → (G, N · R, K): what the repetitions of a group read are more of its rows."""
+    """Reshape (N · G, R, K) to (G, N · R, K): repetitions of a group count as more rows."""
     if len(matrices) == groups:
         return matrices
     return matrices.reshape(-1, groups, *matrices.shape[1:]).transpose(0, 1).flatten(1, 2)
@@ -246,12 +248,12 @@ def _each(values: Sequence[int], rank: int) -> tuple[int, ...]:
 
 
 def _table(positions: Tensor, groups: int) -> Tensor:
-    """(O, I/G, k…) → (G, I/G · k, O/G)."""
+    """Reshape (O, I/G, k…) to (G, I/G · k, O/G)."""
     return positions.reshape(groups, positions.shape[0] // groups, -1).transpose(1, 2)
 
 
 def _transposed_table(positions: Tensor, groups: int) -> Tensor:
-    """(I, O/G, k…) → (G, I/G · k, O/G), kernels turned round as the stuffed input meets them."""
+    """Reshape (I, O/G, k…) to (G, I/G · k, O/G), with kernels flipped to match the zero-stuffed input."""
     flipped = positions.flip(tuple(range(2, positions.dim())))
     by_group = flipped.reshape(groups, positions.shape[0] // groups, positions.shape[1], -1)
     return by_group.permute(0, 1, 3, 2).flatten(1, 2)
@@ -265,7 +267,7 @@ def _stuffed(
     dilation: Sequence[int],
     output_padding: Sequence[int],
 ) -> Tensor:
-    """The input of a transposed convolution with zeros between its positions and around them: a plain one reads it."""
+    """Insert zeros between and around the positions of a transposed convolution's input, for a plain convolution."""
     sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], stride, strict=True)]
     stuffed = x.new_zeros(*x.shape[:2], *sizes)
     stuffed[(slice(None), slice(None), *(slice(None, None, step) for step in stride))] = x
@@ -285,7 +287,7 @@ def unfolded(
     groups: int = 1,
     step: int = 1,
 ) -> Tensor:
-    """What a convolution reads at every `step`-th position: (N, C, …) → (G, N · positions, C/G · taps)."""
+    """Return what a convolution reads at every `step`-th position: (N, C, …) → (G, N · positions, C/G · taps)."""
     rank = len(kernel)
     if any(padding):
         x = F.pad(x, [pad for pad in reversed(padding) for _ in range(2)])

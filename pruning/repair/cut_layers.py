@@ -1,4 +1,4 @@
-"""Which layers a cut concerns: parameters that lost inputs, and where their elements went."""
+"""The layers affected by a cut: parameters that lost inputs, and the elements they keep."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.cutting import tensor_cuts
-from pruning.engine.tracing import named_tensors
+from pruning.engine.named_tensors import named_tensors
 
 
 def kept_elements(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> dict[str, Tensor]:
-    """Parameter → which elements of the flattened original stand in the flattened cut one; cut parameters only."""
+    """Return parameter → indices of the flattened original's elements kept in the flattened cut one; cut parameters
+    only.
+    """
     found = {}
     tensors = named_tensors(model)
     for name, cuts in tensor_cuts(graph, mask).items():
@@ -24,7 +26,7 @@ def kept_elements(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> di
 
 
 def reading_parameters(graph: ChannelGraph, mask: np.ndarray) -> set[str]:
-    """Parameters of contractions that lose some of the channels they read."""
+    """Return the parameters of contractions that lose some of the channels they read."""
     found: set[str] = set()
     for axis in graph.axes:
         stays = (axis.units < 0) | mask[np.maximum(axis.units, 0)]

@@ -1,15 +1,15 @@
-"""In which order units can be done without, if least squares solves for the others' weights again after each.
+"""The order in which units can be removed if least squares refits the weights of the others after each removal.
 
-For a layer that reads U with weights W, the sum of squares that no weights of the other inputs can make up for, when
-the columns B of a unit go, is
+For a layer that reads U with weights W, the sum of squares that no weights of the other inputs can compensate when the
+columns B of a unit are removed is
 
     tr( W_Bᵀ [(H⁻¹)_BB]⁻¹ W_B )          H = UᵀU + λ·I
 
 (for one column ‖w‖² / [H⁻¹]_jj). The unit with the smallest sum over all layers that read it, each relative to the
-variance of its outputs, goes first; weights and inverse follow by a rank-|B| downdate, and so on.
+variance of its outputs, is removed first; weights and inverse are updated by a rank-|B| downdate, and so on.
 
-Source: Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon" (NIPS 1992), there for
-single weights and the Hessian of the loss; here for the units that whole groups of layers read.
+Source: Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon" (NIPS 1992), which
+treats single weights and the Hessian of the loss; here it is applied to units read by whole groups of layers.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from torch import Tensor
 from pruning.repair.unit_inputs import UnitInputs
 
 DEFAULT_RIDGE = 1e-2
-#: Removals after which the inverse is brought up to date.
+#: Number of removals after which the inverse is updated in full.
 _BLOCK = 32
 
 
 def elimination(
     inputs: Sequence[UnitInputs], units: Tensor, ridge: float = DEFAULT_RIDGE
 ) -> tuple[Tensor, Tensor]:
-    """Order of elimination of a group's units, and what has been lost by then.
+    """Return the order of elimination of a group's units, and the accumulated loss at each.
 
     Args:
-        inputs: Of the layers; those that read none of the units do not count.
+        inputs: Inputs of the layers; layers that read none of the units are ignored.
         units: (width,) ids.
         ridge: λ relative to the mean of UᵀU's diagonal.
 
     Returns:
-        (width,) positions, the first to go first; (width,) float64: sum of squares lost when all up to there are
-        gone, as a share of the outputs' variance, summed over layers. The last unit cannot go, and loses all.
+        (width,) positions, in order of removal; and (width,) float64, the sum of squares lost once all units up to this
+            one are removed, as a share of the outputs' variance, summed over layers. The last unit cannot be removed
+            and counts as losing everything.
     """
     place = {int(unit): position for position, unit in enumerate(units.tolist())}
     readers = [reader for reader in (_Reader.of(one, place, ridge) for one in inputs) if reader is not None]
@@ -67,13 +68,13 @@ def elimination(
 class _Reader:
     """One layer's part of an elimination.
 
-    The inverse is downdated in blocks: what the last removals take from it waits in two thin matrices, and only the
-    entries that are asked for are made up to date. So nearly all work is products of matrices.
+    The inverse is downdated in blocks: the effect of the latest removals is kept in two thin matrices, and only
+    requested entries are brought up to date. So nearly all work is matrix products.
 
     Args:
-        inputs: Of the layer.
+        inputs: Inputs of the layer.
         position: (K,) unit of every column as a position in the group; −1 for columns that always stay.
-        width: Of the group.
+        width: Width of the group.
         ridge: λ relative to the mean of UᵀU's diagonal.
     """
 
@@ -81,8 +82,9 @@ class _Reader:
         self._inverse = loaded_inverse(inputs.gram.cpu(), ridge)
         self._weights = inputs.weights.cpu().clone()
         self._scale = float(inputs.variance)
-        self._pending: list[tuple[Tensor, Tensor]] = []  # (K, |B|) each: the inverse less Σ share · acrossᵀ
-        # Columns of every unit, as (units, taps); units with fewer columns repeat none, they form classes of their own.
+        # Pairs (share, across), (K, |B|) each: the current inverse is the stored one − Σ share · acrossᵀ.
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        # Columns of every unit, as (units, taps). Units with different numbers of columns form classes of their own.
         self._columns = {unit: (position == unit).nonzero().flatten() for unit in range(width)}
         self._classes: list[tuple[Tensor, Tensor]] = []
         taps = torch.tensor([len(self._columns[unit]) for unit in range(width)])
@@ -95,14 +97,14 @@ class _Reader:
 
     @classmethod
     def of(cls, inputs: UnitInputs, place: dict[int, int], ridge: float) -> _Reader | None:
-        """None if the layer reads none of the units."""
+        """Build a layer's part; None if the layer reads none of the units."""
         position = torch.tensor([place.get(unit, -1) for unit in inputs.units.tolist()])
         if not (position >= 0).any() or not float(inputs.variance) > 0:
             return None
         return cls(inputs, position, len(place), ridge)
 
     def add_damage(self, damage: Tensor) -> None:
-        """Add what the loss of each unit alone would cost now; of those that have gone it is of no meaning."""
+        """Add the cost of removing each unit alone now; entries of removed units are meaningless."""
         for (units, blocks), own in zip(self._classes, self._own, strict=True):
             weights = self._weights[blocks]
             if blocks.shape[1] == 1:
@@ -112,7 +114,7 @@ class _Reader:
             damage[units] += cost / self._scale
 
     def remove(self, unit: int) -> None:
-        """The others take up what they can of a unit."""
+        """Remove a unit, compensating by the others as far as possible."""
         block = self._columns[unit]
         if not len(block):
             return
@@ -133,16 +135,33 @@ class _Reader:
 
 
 def loaded_inverse(gram: Tensor, ridge: float) -> Tensor:
-    """(UᵀU + λ·I)⁻¹; a λ that roundings swallow is raised.
+    """Compute (UᵀU + λ·I)⁻¹, raising a λ that is lost to rounding.
 
     Args:
         gram: (K, K) UᵀU, finite.
         ridge: λ relative to the mean of its diagonal.
     """
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    load = (ridge * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny)
-    factor, info = torch.linalg.cholesky_ex(gram + load * identity)
-    while int(info):
-        load = 10 * load
-        factor, info = torch.linalg.cholesky_ex(gram + load * identity)
-    return torch.cholesky_inverse(factor)
+    return loaded_inverses([gram], ridge)[0]
+
+
+def loaded_inverses(grams: Sequence[Tensor], ridge: float) -> list[Tensor]:
+    """Compute `loaded_inverse` of several products with one host sync, and one more per retry.
+
+    Args:
+        grams: (K, K) each, on one device.
+        ridge: See `loaded_inverse`.
+    """
+    loads = [(ridge * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny) for gram in grams]
+    factors: list[Tensor] = [torch.empty(0)] * len(grams)
+    waiting = list(range(len(grams)))
+    while waiting:
+        infos = []
+        for index in waiting:
+            identity = torch.eye(len(grams[index]), dtype=grams[index].dtype, device=grams[index].device)
+            factors[index], info = torch.linalg.cholesky_ex(grams[index] + loads[index] * identity)
+            infos.append(info)
+        failed = torch.stack(infos).tolist()
+        waiting = [index for index, code in zip(waiting, failed, strict=True) if code]
+        for index in waiting:
+            loads[index] = 10 * loads[index]
+    return [torch.cholesky_inverse(factor) for factor in factors]

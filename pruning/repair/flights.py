@@ -1,9 +1,9 @@
-"""Forward passes that stop at every contraction that is to be repaired, and resume when told to.
+"""Forward passes that stop at every contraction to be repaired, and resume on demand.
 
-A repaired layer sees what all repairs before it have changed, so layers are solved in the order in which they run, each
-from all calibration images. Running the network once per layer would cost as many passes as it has layers. Instead the
-passes over all batches are under way at the same time, each in a thread of its own that sleeps at the layer in
-question: one pass per batch in all, and what is held in memory is what a network holds between two layers.
+A repaired layer sees the effect of all repairs before it, so layers are solved in the order in which they run, each
+from all calibration images. Running the network once per layer would cost as many passes as there are layers. Instead,
+the passes over all batches are in flight at the same time, each in its own thread that sleeps at the layer in question.
+This takes one pass per batch in total, and memory only for what a network holds between two layers.
 
 Only one thread runs at any time, and always when `advance` waits for it, so nothing here is concurrent.
 """
@@ -22,15 +22,15 @@ from pruning.repair.contractions import Contraction, ContractionMode
 
 
 class _AbandonedError(BaseException):
-    """Unwinds the forward pass of a flight that is not needed any more."""
+    """Unwinds the forward pass of a flight that is no longer needed."""
 
 
 class Stop:
-    """A pass that sleeps at a contraction.
+    """A pass stopped at a contraction.
 
     Attributes:
-        contraction: Which one.
-        output: What it gives with the weights as they are, its bias included.
+        contraction: The contraction.
+        output: Its output with the current weights, including its bias.
     """
 
     def __init__(self, contraction: Contraction, compute: Callable[[], Tensor]) -> None:
@@ -38,7 +38,7 @@ class Stop:
         self.compute = compute
 
     def outputs(self, step: int) -> Tensor:
-        """(G, R, M) with the weights as they are, of every `step`-th position."""
+        """Return the outputs (G, R, M) with the current weights, at every `step`-th position."""
         return self.contraction.outputs(self.compute(), step)
 
 
@@ -46,7 +46,7 @@ class Flight:
     """One forward pass of a network on one batch.
 
     Args:
-        model: The network, in the mode that it is to run in.
+        model: The network, in the mode to run it in.
         forward: Runs it on the batch.
         stops: Names of the parameters at whose contractions the pass stops.
         numbers: See `ContractionMode`.
@@ -74,7 +74,7 @@ class Flight:
         """Run to the next stop; None when the pass has ended.
 
         Raises:
-            Exception: What the network raised.
+            Exception: Any exception raised by the network.
         """
         self._stop = None
         if not self._finished:
@@ -85,7 +85,7 @@ class Flight:
         return self._stop
 
     def finish(self) -> Outputs:
-        """Run to the end without a stop; what the network gives."""
+        """Run to the end without stopping, and return the network's outputs."""
         while self.advance() is not None:
             pass
         return self._result
@@ -114,7 +114,7 @@ class Flight:
                     self._result = self._forward()
         except _AbandonedError:
             pass
-        except BaseException as error:  # it belongs to whoever waits
+        except BaseException as error:  # raised again in the waiting thread
             self._error = error
         finally:
             self._finished = True

@@ -1,4 +1,4 @@
-"""Calibration batches, a few images at a time: most are fitted, some are held out and judge."""
+"""Calibration batches in chunks of a few images: most are fitted, some are held out for evaluation."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Chunk:
     """A few images of a batch.
 
     Attributes:
-        batch: As the batch, with the first dimension of its tensors cut.
-        num_images: In it.
-        held_out: They judge, and are not fitted.
+        batch: The batch, with the first dimension of its tensors cut.
+        num_images: Number of images in it.
+        held_out: Whether the images are held out from fitting.
     """
 
     batch: Batch
@@ -32,12 +32,12 @@ class Chunk:
 
 
 def parted(batches: Sequence[Batch], share: float, task: Task) -> list[Chunk]:
-    """Every batch as those of its images that are fitted, and those that are held out.
+    """Divide every batch into images to fit and images to hold out.
 
     Args:
-        batches: Of calibration images. One that cannot be divided is held out as it is, or fitted.
-        share: Of the images that are held out.
-        task: Knows what can be divided.
+        batches: Calibration batches. A batch that cannot be divided is held out or fitted as a whole.
+        share: Share of the images to hold out.
+        task: Determines which batches can be divided.
     """
     parts: list[Chunk] = []
     for number, batch in enumerate(batches):
@@ -56,13 +56,13 @@ def parted(batches: Sequence[Batch], share: float, task: Task) -> list[Chunk]:
 def chunks_of(
     batches: Sequence[Batch], share: float, size: int, task: Task, distributed: Distributed
 ) -> list[Chunk]:
-    """Chunks of at most `size` images; every batch gives its share to those held out. Collective.
+    """Divide batches into chunks of at most `size` images, holding out a share of every batch. Collective.
 
-    Where no batch is large enough to spare an image, all images both fit and judge. Batches that cannot be divided are
-    chunks as they are, of which about a share is held out.
+    If no batch is large enough to spare an image, all images are used for both fitting and evaluation. Batches that
+    cannot be divided become whole chunks, of which about this share is held out.
 
     Raises:
-        SettingError: There are no images on some rank, or all images are alike.
+        SettingError: There are no images on some rank, or all images are identical.
     """
     chunks: list[Chunk] = []
     for part in parted(batches, share, task):
@@ -94,17 +94,17 @@ def chunks_of(
 
 
 def few_of(chunk: Chunk, task: Task) -> Chunk:
-    """The first images of a chunk, enough to see what a network does with them; all where it cannot be divided."""
+    """Return the first images of a chunk, enough to see what a network does with them; all if it cannot be divided."""
     if chunk.num_images <= _FEW or not task.divides(chunk.batch):
         return chunk
     return Chunk(_part(chunk.batch, chunk.num_images, 0, _FEW), _FEW, chunk.held_out)
 
 
 def check_differ(chunks: Sequence[Chunk], distributed: Distributed) -> None:
-    """Refuse images that are all alike: whatever is fitted to them says nothing of others. Collective.
+    """Refuse images that are all identical, since a fit to them does not generalise. Collective.
 
     Raises:
-        SettingError: They are.
+        SettingError: All images are identical.
     """
     first: list[Tensor] | None = None
     found: list[Tensor] = []
@@ -112,7 +112,7 @@ def check_differ(chunks: Sequence[Chunk], distributed: Distributed) -> None:
         leaves = [leaf for leaf in tree_leaves(inputs_of(chunk.batch)) if _is_images(leaf, chunk.num_images)]
         first = first or [leaf[:1] for leaf in leaves]
         found += [(leaf != one).any().double() for leaf, one in zip(leaves, first, strict=True)]
-    differ = torch.stack(found).sum() if found else torch.ones(())  # nothing is known of other values
+    differ = torch.stack(found).sum() if found else torch.ones(())  # other values cannot be compared
     here = sum(chunk.num_images for chunk in chunks)
     counts = differ.new_tensor([here, here > 1])
     differing, count, several = torch.cat(distributed.all_reduce_sum(differ[None], counts)).tolist()
@@ -130,7 +130,7 @@ def _is_images(leaf: object, count: int) -> bool:
 
 
 def _part(batch: Batch, count: int, start: int, stop: int) -> Batch:
-    """Some images of a batch: the tensors that have one entry for each are cut."""
+    """Return some images of a batch by cutting the tensors that have one entry per image."""
 
     def cut(leaf: object) -> object:
         if not isinstance(leaf, Tensor) or not leaf.dim() or len(leaf) != count:

@@ -1,4 +1,4 @@
-"""Batch-norm statistics measured again on calibration images: means and variances of the network as it is now."""
+"""Re-estimation of batch-norm statistics on calibration images: means and variances of the current network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Norm = nn.modules.batchnorm._BatchNorm
 
 
 def norms_of(model: nn.Module) -> list[_Norm]:
-    """The batch norms that keep running statistics."""
+    """Return the batch norms that keep running statistics."""
     return [
         module for module in model.modules() if isinstance(module, _Norm) and module.running_mean is not None
     ]
@@ -30,13 +30,13 @@ def remeasure(
     """Replace running statistics by their averages over some forward passes. Collective.
 
     Every batch norm normalises by the statistics of its batch, as in training; dropout and everything else evaluates.
-    Norms that the passes do not reach keep what they have. No norm takes part in a collective of its own, so ranks may
-    have unlike numbers of batches.
+    Norms that the passes do not reach keep their statistics. There is no collective per norm, so ranks may have
+    different numbers of batches.
 
     Args:
-        model: The network; its modes are as before afterwards.
-        passes: Run the network on a batch each.
-        distributed: Averages are over all ranks' batches.
+        model: The network; its modes are restored afterwards.
+        passes: Functions that each run the network on a batch.
+        distributed: Ranks whose batches are averaged over.
     """
     distributed = distributed or Distributed()
     norms = norms_of(model)
@@ -47,7 +47,7 @@ def remeasure(
     before = [(_mean(norm).clone(), _variance(norm).clone()) for norm in norms]
 
     def look(total: Tensor, norm: _Norm, args: Args) -> None:
-        """Normalise by this batch, and add its statistics up."""
+        """Normalise by this batch, and accumulate its statistics."""
         images = args[0]
         count = images.numel() / images.shape[1]
         variance, mean = torch.var_mean(images.float(), (0, *range(2, images.dim())), correction=0)

@@ -1,4 +1,4 @@
-"""What a forward pass holds in memory, counted while it runs, on any device."""
+"""Memory held by a forward pass, counted while it runs, on any device."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from image_classification.models.running import Args, Kwargs, Outputs
 
 @dataclasses.dataclass
 class _Made:
-    """A piece of memory that an operator has filled.
+    """A piece of memory allocated by an operator.
 
     Attributes:
         num_bytes: Its size.
-        born, last: Number of the operator that made it, and of the last one that read it.
+        born, last: Index of the operator that allocated it, and of the last one that read it.
     """
 
     num_bytes: int
@@ -28,10 +28,10 @@ class _Made:
 
 
 class PassMemory(TorchDispatchMode):
-    """Counts the memory of what operators make while they run.
+    """Counts the memory of operators' outputs.
 
-    What is kept elsewhere (weights, inputs) does not count, nor do views. A piece lives from the operator that makes it
-    to the last one that reads it.
+    Memory held elsewhere (weights, inputs) does not count, nor do views. A piece lives from the operator that allocates
+    it to the last one that reads it.
     """
 
     def __init__(self) -> None:
@@ -57,12 +57,12 @@ class PassMemory(TorchDispatchMode):
 
     @property
     def total(self) -> int:
-        """Bytes that all operators have made: about what a pass with gradients keeps."""
+        """Total bytes allocated by operators: about what a pass with gradients keeps."""
         return sum(piece.num_bytes for piece in self._made)
 
     @property
     def peak(self) -> int:
-        """Most bytes that live at once: what a pass without gradients needs."""
+        """Largest number of bytes alive at once: what a pass without gradients needs."""
         changes = [0] * (self._clock + 2)
         for piece in self._made:
             changes[piece.born] += piece.num_bytes
@@ -80,5 +80,5 @@ def _dense(values: Outputs) -> list[Tensor]:
 
 
 def _memory(tensor: Tensor) -> int:
-    """Where a tensor's data lies; its views lie there too. Memory that is freed may be used again by another one."""
+    """Identify the memory of a tensor, shared with its views. Freed memory may be reused by another tensor."""
     return tensor.untyped_storage().data_ptr()

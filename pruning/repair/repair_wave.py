@@ -1,8 +1,9 @@
-"""The wave of repairs: layer after layer, in the order in which they run, each from all calibration images.
+"""The wave of repairs: layers are repaired in the order in which they run, each from all calibration images.
 
-Original and rewritten network run side by side. Where a layer to be solved for is reached, all passes sleep; what it
-reads now and what it gave before become sums; the sums become weights; and the passes go on with them. A layer that is
-called several times is solved for once, at its last call, from the rows of all its calls.
+The original and the rewritten network run side by side. At each layer to solve for, all passes sleep. The layer's
+inputs in the rewritten network and its outputs in the original are accumulated into sums, the weights are solved for,
+and the passes continue with them. A layer that is called several times is solved for once, at its last call, from the
+rows of all its calls.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from image_classification.distributed import Distributed
 from image_classification.models.running import Outputs
-from pruning.engine.tracing import named_tensors
+from pruning.engine.named_tensors import named_tensors
 from pruning.repair.contractions import Contraction
 from pruning.repair.flights import Flight, Stop
 from pruning.repair.solution import RIDGES, Solution, solve
@@ -28,14 +29,14 @@ from pruning.repair.survey import Reader
 
 @dataclasses.dataclass(frozen=True)
 class RepairedLayer:
-    """What a repair did to one layer.
+    """The result of repairing one layer.
 
     Attributes:
-        parameter: The weights.
+        parameter: Name of the weights.
         before, after: Held-out error of the layer's outputs as a share of their variance.
-        ridge: λ; 0 where only the constant, or nothing, changed, and where weights are held at zero.
-        num_inputs: Inputs of the layer: what has to be found per output.
-        num_rows: Rows that were fitted.
+        ridge: λ; 0 if only the constant or nothing changed, and if weights are held at zero.
+        num_inputs: Number of inputs of the layer, the unknowns per output.
+        num_rows: Number of rows fitted.
     """
 
     parameter: str
@@ -48,11 +49,11 @@ class RepairedLayer:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One batch in both networks.
+    """One batch run through both networks.
 
     Attributes:
         original, rewritten: Run the network on the batch.
-        held_out: The batch judges, it does not fit.
+        held_out: Whether the batch is held out from fitting.
     """
 
     original: Callable[[], Outputs]
@@ -62,9 +63,9 @@ class Pair:
 
 @contextlib.contextmanager
 def failing_together(distributed: Distributed) -> Iterator[None]:
-    """What fails on one rank, memory among others, fails on all, so that none waits for it. Collective.
+    """Make a failure on one rank (such as out of memory) a failure on all, so that no rank is left waiting. Collective.
 
-    What stands within must not be collective itself.
+    The block itself must not contain collectives.
     """
     error: RuntimeError | None = None
     try:
@@ -83,9 +84,9 @@ class _Problem:
     """The least-squares problem of one layer.
 
     Attributes:
-        contraction: In the rewritten network.
-        step: Between the positions whose rows are used.
-        fit, judge: The images to fit and those held out.
+        contraction: Its contraction in the rewritten network.
+        step: Step between the positions whose rows are used.
+        fit, judge: Sums over the images to fit and those held out.
     """
 
     contraction: Contraction
@@ -100,12 +101,12 @@ class Wave:
     Args:
         original: The network before the cut.
         rewritten: The network after it; its weights change in place.
-        elements: Parameter → which elements of the original stand in the cut one (`kept_elements`).
-        layers: Parameter to be solved for → how the network reads through it.
-        num_images: Images to fit, of all ranks together.
+        elements: Parameter → indices of the original's elements kept in the cut one (`kept_elements`).
+        layers: Parameter to solve for → its `Reader`.
+        num_images: Number of images to fit, over all ranks.
         ridges: λ to choose from.
-        supports: Parameter → bool mask of the weights that are left; the others stay zero.
-        distributed: Sums are added up over ranks, and rank 0's solution is everyone's.
+        supports: Parameter → bool mask of the remaining weights; the others stay zero.
+        distributed: Ranks to sum over; all ranks use rank 0's solution.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class Wave:
         self._tensors = named_tensors(rewritten)
         self._problems: dict[str, _Problem] = {}
         self._figures: dict[str, Tensor] = {}
-        # Of the original and the rewritten network, shared by all passes (see `ContractionMode`).
+        # Caches for the original and the rewritten network, shared by all passes (see `ContractionMode`).
         self._numbers: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
     def run(
@@ -141,10 +142,10 @@ class Wave:
 
         Args:
             pairs: The batches.
-            in_flight: How many may be under way together; where there are more, they are run again for every layer.
+            in_flight: Largest number of pairs in flight at once; if there are more, they are run again for every layer.
 
         Returns:
-            The layers, and what both networks give for every held-out batch in the end.
+            The layers, and both networks' final outputs for every held-out batch.
         """
         size = len(pairs) if in_flight is None else min(in_flight, len(pairs))
         squads = [pairs[begin : begin + size] for begin in range(0, len(pairs), size)]
@@ -165,9 +166,9 @@ class Wave:
         return self._report(), results
 
     def _segments(self, *, one_by_one: bool) -> list[list[str]]:
-        """The layers in order, divided into those that one pass solves for.
+        """Divide the layers, in order, into segments that are solved for in one pass.
 
-        What has passed a layer that is called again went through its old weights, so it stands alone.
+        A layer that is called again stands alone, since data after its earlier calls went through its old weights.
         """
         segments: list[list[str]] = []
         joins = False
@@ -186,7 +187,7 @@ class Wave:
         """Solve for some layers in one pass of each network over all batches.
 
         Returns:
-            If the passes run on to the end, what the networks give for the batches held out.
+            The networks' outputs for the held-out batches, if the passes run to the end.
         """
         calls = Counter[str]()
         held_out = [pair.held_out for pair in pairs]
@@ -208,7 +209,7 @@ class Wave:
                 ]
 
     def _visit(self, name: str, pairs: Sequence[Pair]) -> None:
-        """Add the rows of all calls of one layer in some batches."""
+        """Add the rows of all calls of one layer for some batches."""
         with contextlib.ExitStack() as stack:
             flights = self._take_off(pairs, [name], stack)
             for _ in range(self.layers[name].calls):
@@ -217,7 +218,7 @@ class Wave:
     def _take_off(
         self, pairs: Sequence[Pair], stops: Collection[str], stack: contextlib.ExitStack
     ) -> list[tuple[Flight, Flight]]:
-        """Passes of both networks over each batch, that stop at these layers; the stack ends them."""
+        """Start passes of both networks over each batch that stop at these layers; the stack ends them."""
         one, two = self._numbers
         return [
             (
@@ -228,7 +229,7 @@ class Wave:
         ]
 
     def _next(self, flights: Sequence[tuple[Flight, Flight]]) -> list[tuple[Stop, Stop]]:
-        """All passes at their next stop."""
+        """Advance all passes to their next stop."""
         stops = [(before.advance(), after.advance()) for before, after in flights]
         found = [(one, two) for one, two in stops if one is not None and two is not None]
         names = {stop.contraction.parameter for pair in found for stop in pair}
@@ -241,7 +242,7 @@ class Wave:
     # -- the sums ------------------------------------------------------------------------------------------
 
     def _add(self, stops: Sequence[tuple[Stop, Stop]], held_out: Sequence[bool]) -> str:
-        """Add the rows of one call of a layer, whose name it is."""
+        """Add the rows of one call of a layer and return the layer's name."""
         name = stops[0][1].contraction.parameter
         problem = self._problems.setdefault(name, self._new_problem(stops[0][1].contraction))
         for (before, after), judges in zip(stops, held_out, strict=True):
@@ -253,7 +254,7 @@ class Wave:
         return name
 
     def _new_problem(self, contraction: Contraction) -> _Problem:
-        """A layer's problem without rows."""
+        """Create a layer's problem without rows."""
         groups, inputs, outputs = contraction.positions.shape
         reader = self.layers[contraction.parameter]
         num_rows = reader.calls * reader.rows_per_image * self.num_images
@@ -263,16 +264,16 @@ class Wave:
         return _Problem(contraction, step, fit, fit.empty_like())
 
     def _bias(self, contraction: Contraction) -> Tensor:
-        """(G, 1, M) what the operator adds in the rewritten network."""
+        """Return what the operator adds in the rewritten network, (G, 1, M)."""
         groups, _, outputs = contraction.positions.shape
         if contraction.bias is None:
             return torch.zeros(1, device=self._tensors[contraction.parameter].device)
         return self._tensors[contraction.bias].detach().reshape(groups, 1, outputs)
 
     def _columns(self, before: Contraction, after: Contraction) -> tuple[Tensor, Tensor]:
-        """(G, 1) group and (G, M) column of the original's outputs that each output of the cut layer was."""
+        """Return the original's group (G, 1) and column (G, M) of each output of the cut layer."""
         element = self.elements.get(after.parameter)
-        if element is None:  # nothing of it was cut
+        if element is None:  # the parameter was not cut
             element = torch.arange(self._tensors[after.parameter].numel())
         place = torch.full((int(before.positions.max()) + 1,), -1)
         groups, inputs, outputs = before.positions.shape
@@ -305,9 +306,9 @@ class Wave:
         self._figures[name] = torch.cat([solution.figures, problem.fit.num_rows[None]])
 
     def _write(self, contraction: Contraction, positions: Tensor, solution: Solution) -> None:
-        """Put a solution into the parameter, and its constant where it can be taken up; rank 0's, everywhere."""
+        """Write a solution into the parameter, and its constant if something can absorb it; rank 0's on all ranks."""
         parameter = self._tensors[contraction.parameter].data
-        flat = parameter.flatten().clone()  # flatten may be a view
+        flat = parameter.flatten().clone()  # flatten may return a view
         flat[positions.flatten()] = self._shared(solution.weights).to(parameter.dtype).flatten()
         parameter.copy_(flat.view_as(parameter))
         taker = self.layers[contraction.parameter].constant
@@ -316,14 +317,14 @@ class Wave:
             tensor += (self._shared(solution.bias).flatten() * taker.sign).to(tensor.dtype)
 
     def _shared(self, values: Tensor) -> Tensor:
-        """Rank 0's values: solutions of equal sums may differ in the last bit between machines."""
+        """Broadcast rank 0's values: solutions of equal sums may differ in the last bit between machines."""
         values = values.contiguous()
         if self.distributed.is_distributed:
             torch.distributed.broadcast(values, src=0)
         return values
 
     def _report(self) -> list[RepairedLayer]:
-        """The figures of all layers, read from the device at once."""
+        """Return the figures of all layers, read from the device at once."""
         if not self._figures:
             return []
         rows = torch.stack(list(self._figures.values())).tolist()

@@ -1,12 +1,13 @@
-"""Repairs a rewritten network: what stays makes up for what left, without labels, gradients or training.
+"""Repairs a rewritten network: the remaining channels compensate for removed ones, without labels, gradients or
+training.
 
     plan = plan_repair(model, graph, mask)                        # before the cut: keeps a copy of the network
     prune_channels(model, graph, keep)
     report = plan.repair(model, batches)                          # weights of the cut layers change in place
 
-A quarter of the calibration images is held out: it chooses the ridge of every layer, decides whether a layer's solution
-is kept, and in the end whether the repaired network's outputs are nearer to the original's than those of the cut one
-(and, where there are targets, whether its loss is not larger). If not, the network is left as the cut left it.
+A quarter of the calibration images is held out. It determines the ridge of every layer, whether a layer's solution is
+kept, and finally whether the repaired network's outputs are closer to the original's than those of the cut network
+(and, if there are targets, whether its loss has not increased). If not, the network is left as the cut left it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from image_classification.distributed import Distributed
 from image_classification.models.modes import exact_float32
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.examples import tensors_in
-from pruning.engine.tracing import named_tensors
+from pruning.engine.named_tensors import named_tensors
 from pruning.repair.cut_layers import kept_elements, reading_parameters
 from pruning.repair.image_chunks import Chunk, check_differ, chunks_of, few_of
 from pruning.repair.norm_statistics import norms_of, remeasure
@@ -44,25 +45,26 @@ Method = Literal["none", "statistics", "least-squares"]
 REPAIR_METHODS: tuple[Method, ...] = get_args(Method)
 Scope = Literal["cut", "behind"]
 REPAIR_SCOPES: tuple[Scope, ...] = get_args(Scope)
-_LITTLE_TO_MEND = 0.1  # of the outputs' variance: below, measuring statistics again is not worth its passes
-_ALWAYS_IN_FLIGHT = 256  # running again for every layer costs much more than these need
+# Share of the outputs' variance below which re-estimating statistics is not worth its passes.
+_LITTLE_TO_MEND = 0.1
+_ALWAYS_IN_FLIGHT = 256  # running again for every layer costs much more than holding these
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RepairSettings:
-    """How a rewrite is repaired.
+    """Settings of a repair.
 
     Attributes:
-        method: `least-squares` solves for the weights of layers; `statistics` only measures batch norms again; `none`
-            leaves the cut as it is.
+        method: `least-squares` solves for the weights of layers; `statistics` only re-estimates batch-norm statistics;
+            `none` does no repair.
         scope: Which layers are solved for: those that lost inputs (`cut`), or all from the first of these on
-            (`behind`), which also takes up what the layers before could not.
-        held_out: Share of the images that judge and do not fit.
+            (`behind`), which also compensates what earlier layers could not.
+        held_out: Share of the images held out from fitting.
         ridges: Ridges to choose from, relative to the mean square of a layer's inputs.
-        chunk: Images that run at a time.
-        in_flight: Images whose passes are under way together, so that one pass of each network solves for all layers;
-            more are run again for every layer. By default as many as need no more memory than training on the largest
-            of the batches does, and at least 256.
+        chunk: Number of images per forward pass.
+        in_flight: Number of images whose passes are in flight together, so that one pass of each network solves for all
+            layers; beyond that, passes are run again for every layer. By default as many as need no more memory than
+            training on the largest batch, but at least 256.
     """
 
     method: Method = "least-squares"
@@ -85,16 +87,16 @@ class RepairSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RepairReport:
-    """What a repair did.
+    """The result of a repair.
 
     Attributes:
-        layers: The layers that were solved for, in the order in which they run; empty where the solution was not kept.
-        statistics: Batch norms were measured again, and the outputs are nearer for it.
+        layers: The layers solved for, in the order in which they run; empty if the solution was not kept.
+        statistics: Whether batch-norm statistics were re-estimated and brought the outputs closer.
         distance: Held-out mean squared difference of the outputs from the original's, as a share of their variance:
             after the cut, and after the repair.
-        kept: The repair was kept.
-        seconds: It took.
-        problem: Why there is no least-squares solution, where the network cannot be solved for or memory ran out.
+        kept: Whether the repair was kept.
+        seconds: Duration.
+        problem: Why there is no least-squares solution, if the network cannot be solved for or memory ran out.
     """
 
     layers: tuple[RepairedLayer, ...]
@@ -105,7 +107,7 @@ class RepairReport:
     problem: str = ""
 
     def describe(self) -> str:
-        """A one-line summary."""
+        """Return a one-line summary."""
         before, after = self.distance
         problem = f" ({self.problem})" if self.problem else ""
         if not self.kept:
@@ -127,18 +129,18 @@ class RepairReport:
 
 @dataclasses.dataclass(frozen=True)
 class _Judgement:
-    """How far a network is from the original on held-out images; `loss` is 0 where there is none."""
+    """Distance of a network from the original on held-out images; `loss` is 0 if there is none."""
 
     distance: float
     loss: float
 
     def better_than(self, other: _Judgement) -> bool:
-        """Nearer, and with no larger a loss."""
+        """Whether the outputs are closer and the loss is no larger."""
         return self.distance < other.distance and self.loss <= other.loss
 
 
 class RepairPlan:
-    """What a repair needs to know of the network before it is cut; made by `plan_repair` or `plan_weight_repair`."""
+    """State of the network from before the cut that a repair needs; made by `plan_repair` or `plan_weight_repair`."""
 
     def __init__(
         self,
@@ -167,14 +169,14 @@ class RepairPlan:
         """Repair the rewritten network, in place. Collective.
 
         Args:
-            model: The network after the cut; its modes and the random state are as before afterwards.
-            batches: Calibration batches, as the task takes them.
-            task: How a network is run on a batch and judged; by default it is a classifier.
-            judged: The task's loss must not rise on the held-out images either; needs targets.
-            distributed: Sums are added up over ranks, and all ranks end with the same weights.
+            model: The network after the cut; its modes and the random state are restored afterwards.
+            batches: Calibration batches, as the task accepts them.
+            task: How a network is run on a batch and evaluated; by default as a classifier.
+            judged: Whether the task's loss must not rise on the held-out images either; needs targets.
+            distributed: Ranks to sum over; all end with the same weights.
 
         Raises:
-            SettingError: There are no calibration images, they are all alike, or the original network's outputs for
+            SettingError: There are no calibration images, they are all identical, or the original network's outputs for
                 them are not finite.
         """
         begin = time.perf_counter()
@@ -215,7 +217,7 @@ class _Repair:
         self.expected: list[Any] = []
 
     def run(self, begin: float) -> RepairReport:
-        """Least squares, then the statistics; each is kept only if it gains."""
+        """Try least squares, then the statistics; each is kept only if it helps."""
         at_first = self._outputs()
         before = {name: tensor.detach().clone() for name, tensor in named_tensors(self.model).items()}
         layers: list[RepairedLayer] = []
@@ -224,7 +226,7 @@ class _Repair:
         if self.settings.method == "least-squares":
             try:
                 layers, results = self._least_squares()
-            except RuntimeError as error:  # memory among others; the cut network trains on as it is
+            except RuntimeError as error:  # such as out of memory; the cut network trains on unrepaired
                 _restore(self.model, before)
                 problem = str(error).splitlines()[0]
                 log.warning("the rewrite is not repaired by least squares: %s", problem)
@@ -258,7 +260,7 @@ class _Repair:
         """Compare the network's outputs on the held-out images with the original's. Collective.
 
         Raises:
-            SettingError: The original's are not finite.
+            SettingError: The original's outputs are not finite.
         """
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         total = torch.zeros(6, dtype=torch.float64, device=device)
@@ -288,7 +290,7 @@ class _Repair:
         )
 
     def _statistics(self, best: _Judgement) -> tuple[bool, _Judgement]:
-        """Measure batch norms again; whether that gained, and how far the network is now."""
+        """Re-estimate batch-norm statistics; return whether that helped, and the resulting distance."""
         buffers = {name: tensor.detach().clone() for name, tensor in self.model.named_buffers()}
         passes = [functools.partial(self.task.outputs, self.model, chunk.batch) for chunk in self.fitting]
         remeasure(self.model, passes, self.distributed)
@@ -299,7 +301,7 @@ class _Repair:
         return False, best
 
     def _least_squares(self) -> tuple[list[RepairedLayer], list[Any]]:
-        """Solve for the layers; and what the network gives for the held-out images then."""
+        """Solve for the layers; return them and the network's outputs for the held-out images."""
         first = few_of(self.chunks[0], self.task)
         run = functools.partial(self.task.outputs, self.model, first.batch)
         with failing_together(self.distributed), PassMemory() as memory:
@@ -332,7 +334,7 @@ class _Repair:
         return layers, [after for _, after in results]
 
     def _in_flight(self, memory: PassMemory) -> int:
-        """Pairs of passes that may be under way together."""
+        """Return how many pairs of passes may be in flight at once."""
         images = self.settings.in_flight
         if images is None:
             as_in_training = self.largest * memory.total // max(2 * memory.peak, 1)
@@ -346,12 +348,12 @@ def plan_repair(
     mask: np.ndarray,
     settings: RepairSettings | None = None,
 ) -> RepairPlan:
-    """Remember what a repair needs, before the cut.
+    """Record what a repair needs, before the cut.
 
     Args:
-        model: The network that is going to be cut.
+        model: The network to be cut.
         graph: Its channel graph, before it shrinks.
-        mask: What stays, from `graph.keep_mask`.
+        mask: Units to keep, from `graph.keep_mask`.
         settings: How to repair.
 
     Raises:
@@ -367,11 +369,11 @@ def plan_repair(
 def plan_weight_repair(
     model: nn.Module, masks: Mapping[str, Tensor], settings: RepairSettings | None = None
 ) -> RepairPlan:
-    """Remember what a repair needs, before single weights become zero; they stay zero in the repair.
+    """Record what a repair needs, before single weights are set to zero; the repair keeps them at zero.
 
     Args:
-        model: The network with the weights that are going to be zero.
-        masks: Name of a parameter → bool mask of its shape: the weights that are left.
+        model: The network before its weights are set to zero.
+        masks: Name of a parameter → bool mask of its shape: the remaining weights.
         settings: How to repair; layers without a mask are left alone.
 
     Raises:
@@ -382,10 +384,10 @@ def plan_weight_repair(
 
 
 def copied(model: nn.Module, method: Method) -> nn.Module:
-    """A copy of a network.
+    """Copy a network.
 
     Raises:
-        SettingError: It cannot be copied.
+        SettingError: The network cannot be copied.
     """
     try:
         return copy.deepcopy(model).requires_grad_(False)
@@ -399,7 +401,7 @@ def copied(model: nn.Module, method: Method) -> nn.Module:
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    """The numbers among a network's outputs."""
+    """Return the numeric tensors among a network's outputs."""
     return [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
 
 

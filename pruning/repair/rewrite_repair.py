@@ -1,7 +1,7 @@
-"""The repair of a rewrite within a pruner: which method, of which networks.
+"""The repair of a pruner's rewrite: choice of method, for the network and its averages.
 
-An average of the weights is repaired by its own activations: its weights are others than the network's, and so is what
-the cut takes from them.
+An average of the weights is repaired by its own activations, since its weights differ from the network's and so does
+the effect of the cut.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ def settled(
     at_once: bool,
     distributed: Distributed,
 ) -> RepairSettings:
-    """How a rewrite is repaired; what is left open is least squares wherever it can be. Collective.
+    """Return the settings of a rewrite's repair; by default least squares where possible. Collective.
 
     Args:
-        repair: A method, settings, or None to leave it open.
+        repair: A method, settings, or None for the default.
         batches: This rank's calibration batches.
         task: How the network is run on them.
-        at_once: One rewrite meets the whole budget: then all layers behind the first cut are solved for. Else
-            training goes on after each of many small ones, and only the layers that lost inputs are.
+        at_once: A single rewrite meets the whole budget, so all layers from the first cut on are solved for. Otherwise
+            training continues after each of many small rewrites, and only layers that lost inputs are solved for.
         distributed: The ranks.
 
     Raises:
-        SettingError: A method was asked for, and there are no images for it, or only the network itself can be run.
+        SettingError: A method was requested, but there are no images, or only the network itself can be run.
     """
     if isinstance(repair, RepairSettings):
         settings = repair
@@ -60,7 +60,7 @@ def settled(
 
 
 def _problem(batches: Sequence[Batch], task: Task, distributed: Distributed) -> str | None:
-    """Why there can be no repair."""
+    """Return why no repair is possible, or None."""
     if distributed.sum_on_hosts(not any(num_samples(batch) for batch in batches)):
         on_ranks = " on some ranks" if distributed.is_distributed else ""
         return (
@@ -75,15 +75,15 @@ def _problem(batches: Sequence[Batch], task: Task, distributed: Distributed) -> 
 
 
 class RewriteRepair:
-    """Made before a rewrite, from network and averages as they are; used after it.
+    """The repair of a rewrite; created before the rewrite from network and averages, called after it.
 
     Args:
         model: The network.
-        averages: Of the network: copies, or state dicts.
-        plan: Remembers of one of them what its repair needs; None if there is nothing to repair.
-        method: How to repair; an error names it.
-        lenient: A network that cannot be copied, and images that cannot repair, are warned of, and the cut stays as it
-            is; otherwise they are refused.
+        averages: Averages of the network: copies, or state dicts.
+        plan: Records what a network's repair needs; None if there is nothing to repair.
+        method: Method of repair, for messages.
+        lenient: Warn about a network that cannot be copied or images that cannot be used, and leave the cut unrepaired;
+            otherwise refuse them.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class RewriteRepair:
         *,
         lenient: bool,
     ) -> RewriteRepair:
-        """The repair of a cut of channels: `graph` is that before it shrinks, `mask` what stays."""
+        """Create the repair of a cut of channels: `graph` is the graph before it shrinks, `mask` the units to keep."""
         plan = (
             None if mask.all() else functools.partial(plan_repair, graph=graph, mask=mask, settings=settings)
         )
@@ -124,7 +124,7 @@ class RewriteRepair:
     def __call__(
         self, batches: Sequence[Batch], task: Task, *, judged: bool, distributed: Distributed
     ) -> RepairReport | None:
-        """Repair network and averages; the report on the network, if it could be repaired. Collective."""
+        """Repair network and averages; return the network's report, if it could be repaired. Collective."""
         report = None
         for network, plan in self._plans:
             with self._tolerated():
@@ -139,7 +139,7 @@ class RewriteRepair:
 
     @contextlib.contextmanager
     def _tolerated(self) -> Iterator[None]:
-        """A network or images that cannot be repaired are warned of where nobody asked for a repair."""
+        """Turn errors of an unrequested repair into warnings."""
         try:
             yield
         except SettingError as error:
@@ -148,7 +148,7 @@ class RewriteRepair:
             log.warning("a rewrite is not repaired: %s", error)
 
     def _as_module(self, network: nn.Module | MutableMapping[str, Tensor]) -> nn.Module:
-        """A state dict in a copy of the network as it is now."""
+        """Load a state dict into a copy of the current network."""
         if isinstance(network, AveragedModel):
             return network.module
         if isinstance(network, nn.Module):

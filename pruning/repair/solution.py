@@ -1,19 +1,19 @@
 """Weights that reproduce a layer's outputs from fewer inputs: ridge regression, checked on held-out images.
 
-    W* = W + (UᵀU + λ·I)⁻¹ Uᵀ(Y − U·W)          U, Y centred where a bias can take up the means
+    W* = W + (UᵀU + λ·I)⁻¹ Uᵀ(Y − U·W)          U, Y centred if a bias can absorb the means
     b* = mean(Y) − mean(U)·W*
 
 W are the weights as the cut left them: with a large λ nothing changes, with a small one the fit is free. λ is relative
-to the mean of UᵀU's diagonal, so it has no unit; it is chosen on the held-out images, then all images solve with it,
-unless rounding makes that worse: inputs behind a layer norm add up to zero, and only the last bits of their UᵀU say
-whether it has an inverse. Where a layer has more inputs than there are rows, every fit is exact on them; there λ alone
-decides what is learned.
+to the mean of UᵀU's diagonal, so it has no unit; it is chosen on the held-out images, then the system is solved again
+for all images, unless rounding makes that worse: inputs after a layer norm add up to zero, and only the last bits of
+their UᵀU decide whether it is invertible. If a layer has more inputs than there are rows, every fit is exact on them,
+and λ alone determines what is learned.
 
-Everything stays on the device: the choice between the ridges is made by a tensor, and no number is read.
+Everything stays on the device: the ridge is chosen by a tensor, without a host sync.
 
 Source: He et al., "Channel pruning for accelerating very deep neural networks" (ICCV 2017) reconstruct a layer's output
 by least squares. Note: they fit freely, layer by layer with the original inputs; here the inputs are those of the
-rewritten network, and the ridge pulls towards the present weights instead of zero.
+rewritten network, and the ridge pulls towards the current weights instead of zero.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from torch import Tensor
 
 from pruning.repair.sums import Evidence
 
-#: Ridges that are tried, from a free fit to one that hardly changes anything.
+#: Ridges to try, from a free fit to one that hardly changes anything.
 RIDGES = (1e-9, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
-#: Held-out error, as a share of Σ Y², that rounding makes of nothing: products are added up in float32.
+#: Held-out error, as a share of Σ Y², that rounding alone can produce: products are summed in float32.
 _ROUNDING = 4e-7
 
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """New weights of a layer, and what they are worth.
+    """New weights of a layer, with their errors.
 
     Attributes:
-        weights: (G, K, M) float64; the present ones where nothing is better.
-        bias: (G, M) float64 to be added to the layer's outputs; zeros where nothing is better.
-        figures: (3,) float64: held-out error as a share of the outputs' variance, before and after, and λ (0 where only
+        weights: (G, K, M) float64; the current ones if nothing is better.
+        bias: (G, M) float64 to be added to the layer's outputs; zeros if nothing is better.
+        figures: (3,) float64: held-out error as a share of the outputs' variance, before and after, and λ (0 if only
             the bias or nothing changes).
     """
 
@@ -56,22 +56,22 @@ def solve(
     has_bias: bool,
     ridges: Sequence[float] = RIDGES,
 ) -> Solution:
-    """The best weights for a layer.
+    """Find the best weights for a layer.
 
     Args:
-        fit: The images to fit.
-        held_out: The images to judge by.
-        present: (G, K, M) weights as the cut left them.
-        has_bias: The layer can take up a change of its mean output.
+        fit: Sums over the images to fit.
+        held_out: Sums over the held-out images.
+        present: (G, K, M) weights after the cut.
+        has_bias: The layer can absorb a change of its mean output.
         ridges: λ to choose from.
 
     Returns:
-        A solution whose held-out error is below that of the present weights, or one that changes nothing.
+        A solution whose held-out error is below that of the current weights, or one that changes nothing.
     """
     present = present.double()
     constant = torch.zeros_like(present[:, 0])
 
-    # Candidates: nothing, the bias alone, and one per ridge. The best of these is kept.
+    # Candidates: no change, only the bias, and one solution per ridge. The best of these is kept.
     errors = [held_out.error(present, constant), held_out.error(present, fit.best_bias(present))]
     fitted = present
     least = errors[0].new_tensor(float("inf"))
@@ -95,7 +95,7 @@ def solve(
 
 
 def _better(evidence: Evidence, first: Tensor, second: Tensor, has_bias: bool) -> Tensor:
-    """The first weights, or the second where they have the smaller error or the first are not finite."""
+    """Return the first weights, or the second if their error is smaller or the first are not finite."""
 
     def error(weights: Tensor) -> Tensor:
         bias = evidence.best_bias(weights) if has_bias else torch.zeros_like(weights[:, 0])
@@ -105,16 +105,16 @@ def _better(evidence: Evidence, first: Tensor, second: Tensor, has_bias: bool) -
 
 
 def picked(values: Tensor, number: Tensor) -> Tensor:
-    """`values[number]` of a scalar tensor, which would wait for the device to read the number."""
+    """Return `values[number]` for a scalar tensor, which indexing would sync with the host to read."""
     return values.index_select(0, number[None])[0]
 
 
 def chosen(errors: Tensor, power: Tensor, has_bias: bool) -> Tensor:
-    """Number of the best candidate; 0 where the cut has changed nothing but roundings, or nothing is finite.
+    """Return the index of the best candidate; 0 if the cut changed only rounding, or no error is finite.
 
     Args:
-        errors: (number of candidates,) held-out errors: of the present weights, of a change of the bias alone, and of
-            the solutions. Those that are not finite become infinite, in place.
+        errors: (number of candidates,) held-out errors: of the current weights, of a change of the bias alone, and of
+            the solutions. Non-finite errors become infinite, in place.
         power: Σ Y² of the held-out outputs.
         has_bias: The bias can change.
     """

@@ -1,12 +1,12 @@
 """Weights that reproduce a layer's outputs with some of them held at zero.
 
-Every output of the layer has a support of its own (the weights that are left), so no inverse serves all of them. Each
-column w of W is led from the present weights towards
+Every output of the layer has its own support (the remaining weights), so no single inverse serves all of them. Each
+column w of W moves from the current weights towards
 
     min ‖y − U·w‖²        w zero outside its support
 
 by conjugate gradients within the support, all columns at once. A few steps move only along the strongest directions of
-the inputs, many fit freely: the number of steps, chosen on the held-out images, does what the ridge does for whole
+the inputs, many fit freely: the number of steps, chosen on the held-out images, plays the role of the ridge for whole
 channels.
 
 Source: Hestenes & Stiefel, "Methods of conjugate gradients for solving linear systems" (1952), scaled by the diagonal;
@@ -23,7 +23,7 @@ from torch import Tensor
 from pruning.repair.solution import Solution, chosen, picked
 from pruning.repair.sums import Evidence, NormalEquations
 
-#: Numbers of steps that are tried.
+#: Numbers of steps to try.
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -36,24 +36,24 @@ def solve_on_support(
     has_bias: bool,
     steps: Sequence[int] = STEPS,
 ) -> Solution:
-    """The best weights for a layer, zero outside the support.
+    """Find the best weights for a layer, zero outside the support.
 
     Args:
-        fit: The images to fit.
-        held_out: The images to judge by.
+        fit: Sums over the images to fit.
+        held_out: Sums over the held-out images.
         present: (G, K, M) weights, zero outside the support.
-        support: (G, K, M) bool: the weights that are left.
-        has_bias: The layer can take up a change of its mean output.
+        support: (G, K, M) bool: the remaining weights.
+        has_bias: The layer can absorb a change of its mean output.
         steps: Numbers of steps to choose from, ascending.
 
     Returns:
-        A solution whose held-out error is below that of the present weights, or one that changes nothing. No ridge is
-        named among its figures.
+        A solution whose held-out error is below that of the current weights, or one that changes nothing. Its figures
+            contain no ridge.
     """
     present = present.double()
     constant = torch.zeros_like(present[:, 0])
 
-    # Candidates: nothing, the bias alone, and one per number of steps.
+    # Candidates: no change, only the bias, and one solution per number of steps.
     errors = [held_out.error(present, constant), held_out.error(present, fit.best_bias(present))]
     for number, trial in enumerate(descent(fit.normal(has_bias), present, support, steps[-1]), start=1):
         if number in steps:
@@ -61,7 +61,7 @@ def solve_on_support(
     error = torch.stack(errors)
     choice = chosen(error, held_out.power(), has_bias)
 
-    # As many steps with all images; which ones is decided on the device.
+    # Repeat the same number of steps with all images; the choice is made on the device.
     whole = fit.joined(held_out)
     count = picked(torch.tensor([0, 0, *steps], device=choice.device), choice)
     solved = present
@@ -74,7 +74,7 @@ def solve_on_support(
 
 
 def descent(equations: NormalEquations, present: Tensor, support: Tensor, steps: int) -> Iterator[Tensor]:
-    """The weights after each step of conjugate gradients from the present ones, (G, K, M)."""
+    """Yield the weights (G, K, M) after each step of conjugate gradients from the current ones."""
     inverse = _quotient(torch.ones_like(equations.diagonal), equations.diagonal)[:, :, None]
     weights = present
     slope = (equations.right - equations.multiply(present)) * support
@@ -93,6 +93,6 @@ def descent(equations: NormalEquations, present: Tensor, support: Tensor, steps:
 
 
 def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Zero where the denominator is not positive: a column that has arrived stays where it is."""
+    """Divide, giving zero where the denominator is not positive: a converged column stays where it is."""
     positive = denominator > torch.finfo(denominator.dtype).tiny
     return torch.where(positive, numerator / denominator.where(positive, torch.ones_like(denominator)), 0.0)

@@ -1,10 +1,10 @@
-"""What a least-squares problem needs of the images, added up over batches and ranks.
+"""Sufficient statistics of a least-squares problem, summed over batches and ranks.
 
-Two forms with the same questions. `Sums` keeps sums over rows U (R, K) and targets Y (R, M): n, ΣU, ΣY, ΣUᵀU, ΣUᵀY,
-ΣY². They do not grow with the number of images. Where a layer reads more inputs than there are rows (the first linear
-layer behind a flattened map), UᵀU would be larger than the rows themselves: `Rows` keeps those.
+There are two forms with the same interface. `Sums` keeps sums over rows U (R, K) and targets Y (R, M): n, ΣU, ΣY, ΣUᵀU,
+ΣUᵀY, ΣY². They do not grow with the number of images. If a layer has more inputs than there are rows (the first linear
+layer after a flattened map), UᵀU would be larger than the rows themselves, so `Rows` keeps the rows.
 
-Products are taken in float32 a block of rows at a time (float64 where the rows are float64) and added up in float64.
+Products are computed in float32, a block of rows at a time (float64 if the rows are float64), and summed in float64.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from torch import Tensor
 from image_classification.distributed import Distributed
 from image_classification.models import exact_float32
 
-#: Rows that are multiplied at a time before their products are added in float64.
+#: Number of rows multiplied at a time before their products are added in float64.
 _BLOCK = 8192
-#: Inputs of a layer from which on it is asked whether its rows are fewer.
+#: Number of inputs from which on a layer may have fewer rows than inputs.
 WIDE = 2048
-#: Rows that are kept of a wide layer; more are thinned out evenly.
+#: Largest number of rows kept for a wide layer; more are thinned out evenly.
 MOST_ROWS = 8192
-#: Rows that are enough: so many for each input of the layer, and at least so many.
+#: Number of rows that suffice: this many per input of the layer, and at least this many in total.
 ENOUGH_PER_INPUT = 64
 ENOUGH = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
 class NormalEquations:
-    """UᵀU·W = UᵀY, U and Y centred where a bias takes up the means.
+    """UᵀU·W = UᵀY, with U and Y centred if a bias absorbs the means.
 
     Attributes:
         multiply: (G, K, M) D → UᵀU·D.
         right: (G, K, M) UᵀY.
-        diagonal: (G, K) of UᵀU.
+        diagonal: (G, K) diagonal of UᵀU.
     """
 
     multiply: Callable[[Tensor], Tensor]
@@ -54,47 +54,47 @@ class Evidence(Protocol):
         """Add rows: inputs (G, R, K), outputs (G, R, M)."""
 
     def empty_like(self) -> Evidence:
-        """The same form without rows."""
+        """Return the same form without rows."""
 
     def reduce(self, distributed: Distributed) -> None:
-        """Add up the ranks. Collective."""
+        """Sum over ranks. Collective."""
 
     def joined(self, other: Evidence) -> Evidence:
-        """That of both."""
+        """Return the evidence of both."""
 
     def power(self) -> Tensor:
-        """Σ Y² over rows and outputs."""
+        """Return Σ Y² over rows and outputs."""
 
     def variance(self) -> Tensor:
-        """Σ (Y − mean(Y))² over rows and outputs."""
+        """Return Σ (Y − mean(Y))² over rows and outputs."""
 
     def error(self, weights: Tensor, bias: Tensor) -> Tensor:
-        """Σ (Y − U·W − b)² over rows and outputs, for weights (G, K, M) and a bias (G, M)."""
+        """Return Σ (Y − U·W − b)² over rows and outputs, for weights (G, K, M) and a bias (G, M)."""
 
     def best_bias(self, weights: Tensor) -> Tensor:
-        """(G, M) mean of Y − U·W."""
+        """Return the mean of Y − U·W, (G, M)."""
 
     def ridge(self, present: Tensor, ridge: Tensor | float, has_bias: bool) -> Tensor:
-        """(G, K, M) solution of the ridge towards the present weights; not finite where there is none."""
+        """Solve the ridge regression towards the current weights, (G, K, M); not finite if there is no solution."""
 
     def normal(self, has_bias: bool) -> NormalEquations:
-        """What the solution without a ridge satisfies."""
+        """Return the equations of the solution without a ridge."""
 
 
 def evidence_for(groups: int, inputs: int, outputs: int, num_rows: int, device: torch.device) -> Evidence:
-    """The smaller form for a layer of this size with about so many rows, all ranks together."""
+    """Return the smaller form for a layer of this size with about this many rows over all ranks."""
     if inputs > WIDE and min(num_rows, MOST_ROWS) < inputs:
         return Rows.empty(groups, inputs, outputs, device, thinned=-(-num_rows // MOST_ROWS))
     return Sums.zeros(groups, inputs, outputs, device)
 
 
 def step_for(num_rows: float, inputs: int, num_dims: int) -> int:
-    """Step between the positions of a layer's output that are used, an odd number: neighbours say nearly the same.
+    """Return the step between the used positions of a layer's output, an odd number: neighbours are nearly redundant.
 
     Args:
-        num_rows: Positions of all images.
+        num_rows: Number of positions of all images.
         inputs: K.
-        num_dims: Dimensions that positions lie along.
+        num_dims: Number of dimensions that positions lie along.
     """
     enough = max(ENOUGH, ENOUGH_PER_INPUT * inputs)
     step = int((max(num_rows, 1.0) / enough) ** (1 / num_dims))
@@ -123,7 +123,7 @@ class Sums:
 
     @classmethod
     def zeros(cls, groups: int, inputs: int, outputs: int, device: torch.device) -> Sums:
-        """Nothing added up yet."""
+        """Create empty sums."""
 
         def zero(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
@@ -154,7 +154,7 @@ class Sums:
         return Sums(*(torch.zeros_like(part) for part in self.parts()))
 
     def parts(self) -> list[Tensor]:
-        """The tensors."""
+        """Return the tensors."""
         return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
     def reduce(self, distributed: Distributed) -> None:
@@ -169,7 +169,7 @@ class Sums:
         return Sums(*(one + two for one, two in zip(self.parts(), other.parts(), strict=True)))
 
     def centred(self) -> tuple[Tensor, Tensor]:
-        """Gram (G, K, K) and cross products (G, K, M) of what differs from the means."""
+        """Return the centred Gram matrix (G, K, K) and cross products (G, K, M)."""
         mean = self.inputs / self.num_rows
         gram = self.gram - mean[:, :, None] * self.inputs[:, None, :]
         return gram, self.cross - mean[:, :, None] * self.outputs[:, None, :]
@@ -194,7 +194,7 @@ class Sums:
         return (self.outputs - (weights * self.inputs[:, :, None]).sum(1)) / self.num_rows
 
     def ridge(self, present: Tensor, ridge: Tensor | float, has_bias: bool) -> Tensor:
-        """See `Evidence`. W + (UᵀU + λ·I)⁻¹ Uᵀ(Y − U·W)."""
+        """See `Evidence`: W + (UᵀU + λ·I)⁻¹ Uᵀ(Y − U·W)."""
         gram, cross = self.centred() if has_bias else (self.gram, self.cross)
         load = ridge * gram.diagonal(dim1=1, dim2=2).mean(1)
         return present + _solved(gram, load, cross - gram @ present)
@@ -213,7 +213,7 @@ class Rows:
         num_rows: n.
         inputs: (G, R, K) U.
         outputs: (G, R, M) Y.
-        thinned: Every so many rows one is kept.
+        thinned: One in this many rows is kept.
     """
 
     num_rows: Tensor
@@ -223,7 +223,7 @@ class Rows:
 
     @classmethod
     def empty(cls, groups: int, inputs: int, outputs: int, device: torch.device, thinned: int = 1) -> Rows:
-        """No rows yet."""
+        """Create an empty set of rows."""
         return cls(
             torch.zeros((), dtype=torch.float64, device=device),
             torch.zeros(groups, 0, inputs, device=device),
@@ -300,13 +300,13 @@ class Rows:
         )
 
     def _residual(self, weights: Tensor) -> Tensor:
-        """(G, R, M) Y − U·W."""
+        """Return Y − U·W, (G, R, M)."""
         with exact_float32():
             return self.outputs.double() - (self.inputs @ weights.to(self.inputs.dtype)).double()
 
 
 def _solved(matrix: Tensor, load: Tensor, right: Tensor) -> Tensor:
-    """(matrix + load·I)⁻¹ right for each group; NaN where the matrix is not positive definite."""
+    """Return (matrix + load·I)⁻¹ right for each group; NaN if the matrix is not positive definite."""
     loaded = matrix + load[:, None, None] * torch.eye(
         matrix.shape[1], dtype=matrix.dtype, device=matrix.device
     )

@@ -1,7 +1,7 @@
-"""What reads through which parameter, in the order in which the layers run, and what can absorb a constant.
+"""Survey of a network's contractions: their parameters, in order of execution, and what can absorb a constant.
 
 One pass over a few images finds both. A constant that is added to a layer's outputs can go into its bias, or into the
-running mean of a batch norm that alone reads those outputs.
+running mean of a batch norm that is the only reader of those outputs.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _ADDITIONS = {aten.add.Tensor, aten.add_.Tensor}
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """What absorbs a constant that is added to a layer's outputs.
+    """The tensor that absorbs a constant added to a layer's outputs.
 
     Attributes:
-        tensor: A bias, or the running mean of the batch norm that reads the layer and nothing else does.
-        sign: What the constant is multiplied by: −1 for a running mean.
+        tensor: A bias, or the running mean of the batch norm that is the layer's only reader.
+        sign: Factor of the constant: −1 for a running mean.
     """
 
     tensor: str
@@ -51,10 +51,10 @@ class Reader:
     """A parameter that a network multiplies by.
 
     Attributes:
-        calls: How often in a forward pass.
-        num_inputs: K, what one output of it reads.
-        rows_per_image: Rows that an image gives in one call.
-        constant: What absorbs a constant; None if nothing can.
+        calls: Number of uses in a forward pass.
+        num_inputs: K, the number of inputs of one output.
+        rows_per_image: Number of rows per image in one call.
+        constant: The tensor that absorbs a constant; None if nothing can.
     """
 
     calls: int
@@ -64,12 +64,12 @@ class Reader:
 
 
 def survey(model: nn.Module, forward: Callable[[], Outputs], num_images: int) -> dict[str, Reader]:
-    """All contractions with a parameter, in order of their first call.
+    """Find all contractions with a parameter, in order of their first call.
 
     Args:
-        model: The network, in the mode that it is to run in.
+        model: The network, in the mode to run it in.
         forward: Runs it on a batch.
-        num_images: Images of that batch.
+        num_images: Number of images in that batch.
     """
     mode = _Survey(model, num_images)
     with torch.no_grad(), mode:
@@ -78,7 +78,7 @@ def survey(model: nn.Module, forward: Callable[[], Outputs], num_images: int) ->
 
 
 def layers_behind(readers: dict[str, Reader], cut: set[str]) -> dict[str, Reader]:
-    """The readers from the first of `cut` on, in the order in which they run."""
+    """Return the readers from the first of `cut` on, in order of execution."""
     found: dict[str, Reader] = {}
     for name, reader in readers.items():
         if found or name in cut:
@@ -87,7 +87,7 @@ def layers_behind(readers: dict[str, Reader], cut: set[str]) -> dict[str, Reader
 
 
 class _Survey(ContractionMode):
-    """Watches what reads the outputs of contractions."""
+    """Observes which operators read the outputs of contractions."""
 
     def __init__(self, model: nn.Module, num_images: int) -> None:
         super().__init__(model, self._look)
@@ -95,7 +95,7 @@ class _Survey(ContractionMode):
         self._buffers = {id(buffer): name for name, buffer in model.named_buffers()}
         self._readers: dict[str, Reader] = {}
         self._last: tuple[str, str | None] | None = None
-        # Output of a contraction → its parameter; kept alive, so that its identity stays its own.
+        # Output of a contraction → its parameter; the output is kept alive, so that its id is not reused.
         self._made: dict[int, tuple[Tensor, str]] = {}
         self._uses: dict[str, list[Constant | None]] = {}
         self._takers: Counter[str] = Counter()
@@ -125,7 +125,7 @@ class _Survey(ContractionMode):
         return output
 
     def _note(self, func: OpOverload, args: Args, kwargs: Kwargs) -> None:
-        """An operator that reads outputs of contractions."""
+        """Record an operator that reads outputs of contractions."""
         taker = self._taker(func, args, kwargs)
         if taker is not None:
             self._takers[taker.tensor] += 1
@@ -135,7 +135,7 @@ class _Survey(ContractionMode):
                 self._uses.setdefault(made[1], []).append(taker)
 
     def _taker(self, func: OpOverload, args: Args, kwargs: Kwargs) -> Constant | None:
-        """What absorbs a constant in what this operator reads."""
+        """Return what absorbs a constant in this operator's input, or None."""
         if func in _NORMS and len(args) > 3:
             mean = self._buffers.get(id(args[3]))
             return None if mean is None else Constant(mean, -1.0)
@@ -145,7 +145,7 @@ class _Survey(ContractionMode):
         return None
 
     def found(self, result: Outputs) -> dict[str, Reader]:
-        """The readers with what absorbs their constants."""
+        """Return the readers with what absorbs their constants."""
         for leaf in tensors_in(result):
             made = self._made.get(id(leaf))
             if made is not None:
@@ -156,12 +156,12 @@ class _Survey(ContractionMode):
         }
 
     def _constant(self, name: str, reader: Reader) -> Constant | None:
-        """What absorbs the constants of all calls of a layer, if it is a single one and no other layer's."""
+        """Return what absorbs the constants of all calls of a layer, if it is one tensor that serves no other layer."""
         uses = self._uses.get(name, [])
         first = uses[0] if uses else None
         if first is None or self._takers[first.tensor] != reader.calls:
             return None
         own = [use for use in uses if use is not None and use.sign > 0]
-        if own:  # the operator's own bias, or one added at once: whoever reads the sum reads the constant too
+        if own:  # the operator's own bias, or one added at once: readers of the sum read the constant too
             return own[0] if len({use.tensor for use in own}) == 1 and len(own) == reader.calls else None
         return first if uses == [first] * reader.calls else None

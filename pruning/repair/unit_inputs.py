@@ -1,8 +1,8 @@
-"""What the layers read of each unit: for every contraction that reads units, the products of its inputs.
+"""Input statistics of every contraction that reads units: the products of its inputs.
 
-One pass over calibration batches gives, per contraction, the means and the centred UᵀU of its rows, and which unit each
-of its columns belongs to (a 3 × 3 kernel has nine columns for a unit). With the present weights that says how well the
-other units could stand in for some of them (`elimination.py`), and the weights with which they do (`local_repair.py`).
+One pass over calibration batches yields, per contraction, the means and the centred UᵀU of its rows, and the unit of
+each column (a 3 × 3 kernel has nine columns per unit). With the current weights, this tells how well the other units
+can replace some of them (`elimination.py`), and with which weights (`local_repair.py`).
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from pruning.repair.contractions import Contraction, ContractionMode
 from pruning.repair.sums import WIDE, Sums, step_for
 from pruning.task import Batch, Task, num_samples
 
-#: Columns of a contraction up to which its products are kept; wider ones are left as the cut leaves them.
+#: Largest number of columns of a contraction for which products are kept; wider ones are left as the cut leaves them.
 WIDEST = 4 * WIDE
 
 
 @dataclasses.dataclass(frozen=True)
 class UnitInputs:
-    """What one group of one contraction reads.
+    """Input statistics of one group of one contraction.
 
     Attributes:
-        parameter: The weights.
+        parameter: Name of the weights.
         positions: (K, M) elements of the flattened parameter.
-        units: (K,) unit of every column; −1 for columns of none.
+        units: (K,) unit of every column; −1 for columns without a unit.
         gram: (K, K) float64 mean of centred UᵀU over rows.
         mean: (K,) float64.
-        weights: (K, M) float64 as they are now.
-        variance: Of the outputs, summed over them; of all groups of the contraction.
+        weights: (K, M) float64, the current weights.
+        variance: Variance of the outputs, summed over all outputs of all groups of the contraction.
     """
 
     parameter: str
@@ -50,7 +50,7 @@ class UnitInputs:
 
 
 def reading_units(graph: ChannelGraph, units: np.ndarray | None = None) -> set[str]:
-    """Parameters that read some of these units; by default of those that may leave."""
+    """Return the parameters that read some of these units; by default of those that may be removed."""
     if units is None:
         units = np.concatenate([np.zeros(0, dtype=np.int64), *(group.units for group in graph.prunable)])
     found: set[str] = set()
@@ -74,17 +74,17 @@ def unit_inputs(
     """Collect the inputs of some contractions in one pass over the batches. Collective.
 
     Args:
-        model: The network; it evaluates, and is unchanged.
+        model: The network; run in evaluation mode and not modified.
         graph: Its channel graph.
         batches: This rank's calibration batches on the network's device.
-        parameters: Whose contractions.
+        parameters: Names of the parameters whose contractions are collected.
         task: How the network is run on a batch.
-        distributed: Sums are added up over ranks.
-        strict: Refuse inputs that are not finite; otherwise their contraction is left out, and all are where a rank has
-            no images.
+        distributed: Ranks to sum over.
+        strict: Refuse inputs that are not finite; otherwise their contraction is left out, and so are all contractions
+            if a rank has no images.
 
     Raises:
-        SettingError: Inputs are not finite, or a rank has no images: it would not know what to add up.
+        SettingError: Inputs are not finite, or a rank has no images and so does not know what to sum.
     """
     distributed = distributed or Distributed()
     without = distributed.sum_on_hosts(not any(num_samples(batch) for batch in batches))
@@ -121,7 +121,7 @@ def unit_inputs(
 def _rows_read(
     model: nn.Module, batches: Sequence[Batch], parameters: Collection[str], task: Task, world_size: int
 ) -> dict[str, tuple[Contraction, Sums]]:
-    """Parameter → its contraction, and the sums over the rows that it reads of this rank's batches."""
+    """Return parameter → its contraction, and the sums over the rows it reads in this rank's batches."""
     read: dict[str, tuple[Contraction, Sums]] = {}
 
     def visit(contraction: Contraction, compute: Callable[[], Tensor]) -> Tensor:
@@ -146,7 +146,7 @@ def _rows_read(
 def _of_contraction(
     graph: ChannelGraph, contraction: Contraction, sums: Sums, weight: Tensor
 ) -> list[UnitInputs]:
-    """One entry per group of the contraction."""
+    """Return one entry per group of the contraction."""
     name = contraction.parameter
     positions = contraction.positions
     units = _units_of_elements(graph, name, weight)[positions[:, :, 0].long()]
@@ -161,7 +161,7 @@ def _of_contraction(
 
 
 def _units_of_elements(graph: ChannelGraph, name: str, weight: Tensor) -> Tensor:
-    """(numel,) the unit that every element of a weight reads; −1 for none."""
+    """Return the unit read by every element of a weight, (numel,); −1 for none."""
     found = torch.full(weight.shape, -1)
     for axis in graph.axes:
         if axis.role == "in" and name in axis.aliases:

@@ -1,9 +1,9 @@
-"""The report of a run: one HTML file with everything inside, and the same figures as JSON.
+"""The report of a run: a self-contained HTML file, and the same figures as JSON.
 
     python -m pruning report runs/demo
 
-Collected from what the run left (`lineage`, `trajectory`), measured where that is silent (`networks`, `measure`,
-`speed`), drawn (`charts`) and laid out (`page`).
+Figures are collected from the run's files (`lineage`, `trajectory`), measured if the files lack them (`networks`,
+`measure`, `speed`), plotted (`charts`) and rendered (`page`).
 """
 
 from image_classification.extras import need

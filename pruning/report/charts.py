@@ -1,6 +1,6 @@
 """Charts of the report as inline SVG whose colours follow the page (light or dark), each in a wide and a narrow form.
 
-matplotlib draws with a palette of stand-in colours that are then replaced by the page's CSS variables; text stays text.
+matplotlib draws with placeholder colours that are then replaced by the page's CSS variables; text stays text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from image_classification.plain_data import Plain
 from pruning.report.trajectory import Trajectory
 from pruning.report.wording import number
 
-#: Stand-in colour → CSS variable of the page.
+#: Placeholder colour → CSS variable of the page.
 _PALETTE = {
     "#0a0b0c": "--ink",
     "#0a0b0d": "--muted",
@@ -33,7 +33,7 @@ _PALETTE = {
 }
 INK, MUTED, GRID, BLUE, ORANGE, PALE, GREEN = _PALETTE
 WIDE, NARROW = 9.2, 3.9
-"""Widths in inches at 100 px: the text has its natural size on a desktop and on a phone."""
+"""Widths in inches at 100 px per inch: text has its natural size on a desktop and on a phone."""
 _STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "text.color": INK,
     "axes.edgecolor": GRID,
@@ -45,11 +45,11 @@ _STYLE: Any = {
     "savefig.facecolor": "none", "legend.frameon": False, "lines.linewidth": 1.6, "grid.linewidth": 0.8,
 }  # fmt: skip
 _COLOURS = "viridis"
-_COLOURED = 1e-4  # of the largest loss: what the colours tell apart
+_COLOURED = 1e-4  # share of the largest loss: the range that colours distinguish
 
 
 def both(name: str, draw: Callable[[float], Figure]) -> dict[str, str]:
-    """A chart at both widths, as SVG elements whose ids begin with `name`."""
+    """Draw a chart at both widths, as SVG elements whose ids begin with `name`."""
     with mpl.rc_context(_STYLE):
         return {
             form: _svg(f"{name}-{form}", draw(width)) for form, width in (("wide", WIDE), ("narrow", NARROW))
@@ -68,12 +68,12 @@ def _svg(prefix: str, figure: Figure) -> str:
     text = re.sub(r'xlink:href="#([^"]+)"', rf'xlink:href="#{prefix}-\1"', text)
     for colour, variable in _PALETTE.items():
         text = text.replace(colour, f"var({variable})")
-    # The viewBox is in points; shown at its natural width, and never wider than the page.
+    # The viewBox is in points; it is shown at its natural width, but never wider than the page.
     return text.replace("<svg ", f'<svg class="{prefix.rpartition("-")[2]}" role="img" ', 1)
 
 
 def trajectory(course: Trajectory, targets: Mapping[str, float]) -> dict[str, str] | None:
-    """Accuracy, costs and calibration losses over iterations; each rewrite is a tick, each stage a band."""
+    """Plot accuracy, costs and calibration losses over iterations; each rewrite is a tick, each stage a band."""
     parts = [
         part
         for part, there in (
@@ -170,7 +170,7 @@ def _legend(axes: Axes) -> None:
 
 
 def widths(rows: Sequence[Plain]) -> dict[str, str] | None:
-    """Channels of every layer: pale what was there, dark what is left."""
+    """Plot the channels of every layer: original in a pale colour, remaining in a dark one."""
     if not rows:
         return None
 
@@ -209,7 +209,7 @@ def _shortened(name: str, length: int) -> str:
 
 
 def rewrites(shares: np.ndarray, groups: Sequence[str], numbers: Sequence[int]) -> dict[str, str] | None:
-    """Share of its channels that each group has left after each rewrite.
+    """Plot the remaining share of each group's channels after each rewrite.
 
     Args:
         shares: (groups, rewrites) in [0, 1].
@@ -225,7 +225,9 @@ def rewrites(shares: np.ndarray, groups: Sequence[str], numbers: Sequence[int]) 
 def _bars(
     name: str, values: np.ndarray, groups: Sequence[str], label: str, limits: tuple[float, float]
 ) -> dict[str, str] | None:
-    """A bar per group, for a run of a single rewrite: (groups,) values; logarithmic from a positive limit on."""
+    """Plot one bar per group, for a run with a single rewrite: (groups,) values; logarithmic if the lower limit is
+    positive.
+    """
     if values.size == 0:
         return None
 
@@ -251,7 +253,7 @@ def _bars(
 
 
 def scores(values: np.ndarray, groups: Sequence[str], numbers: Sequence[int]) -> dict[str, str] | None:
-    """Median channel score of each group at each rewrite, (groups, rewrites); NaN where it was not scored."""
+    """Plot the median channel score of each group at each rewrite, (groups, rewrites); NaN where it was not scored."""
     sound = values[np.isfinite(values) & (values > 0)]
     if not len(sound):
         return None
@@ -265,17 +267,17 @@ def scores(values: np.ndarray, groups: Sequence[str], numbers: Sequence[int]) ->
 
 
 def sensitivity(measured: Plain) -> dict[str, str] | None:
-    """How far the outputs move: a row per group, a column per share that it loses. None without a loss above 0.
+    """Plot how far the outputs move: a row per group, a column per removed share. None without a loss above 0.
 
     Args:
-        measured: What `python -m pruning sensitivity` writes: `groups` with their `losses`, and the shares `removed`.
+        measured: Output of `python -m pruning sensitivity`: `groups` with their `losses`, and the shares `removed`.
     """
     rows = measured["groups"]
     losses = np.array([row["losses"] for row in rows], dtype=float)
     sound = losses[np.isfinite(losses) & (losses > 0)]
     if not len(sound):
         return None
-    # What is far below the largest loss differs by rounding only: it has the lowest colour.
+    # Values far below the largest loss differ only by rounding, so they get the lowest colour.
     high = float(sound.max())
     low = max(float(sound.min()), _COLOURED * high)
     coloured = np.where(np.isfinite(losses), losses.clip(min=low), np.nan)
@@ -304,7 +306,9 @@ def _table_chart(
     axis: str = "rewrite",
     logarithmic: bool = False,
 ) -> dict[str, str] | None:
-    """Values as colours, (groups, columns); logarithmic ones are positive, or NaN, which stays empty."""
+    """Plot values as colours, (groups, columns); on a logarithmic scale they are positive, or NaN, which stays
+    empty.
+    """
     if values.size == 0:
         return None
     if logarithmic:

@@ -1,4 +1,4 @@
-"""The page of `pruning compress`: the networks side by side, and the curve that they lie on."""
+"""The page of `pruning compress`: the networks side by side, and their trade-off curve."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pruning.report.charts import BLUE, MUTED, both
 
 
 def render(plain: Plain) -> str:
-    """The page as one HTML file.
+    """Render the page as one HTML file.
 
     Args:
-        plain: What the verb writes as JSON.
+        plain: The verb's JSON output.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pruning.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -37,13 +37,13 @@ def render(plain: Plain) -> str:
 
 
 def _share(row: Plain, metric: str) -> float:
-    """What is left of a cost."""
+    """Return the remaining share of a cost."""
     before, now = row["costs"][metric] if "costs" in row else (1.0, 1.0)
     return float(now / before)
 
 
 def _curve(plain: Plain) -> dict[str, str]:
-    """Accuracy, or agreement with the original, over the cost of the budgets."""
+    """Plot accuracy, or agreement with the original, over the cost of the budgets."""
     rows = plain["networks"]
     (metric,) = rows[-1]["budget"]
     key = "top1" if "top1" in rows[0] else "agreement"

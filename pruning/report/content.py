@@ -1,12 +1,11 @@
-"""The report's content as plain data: collected from a run's files, measured where they are silent.
+"""The report's content as plain data: collected from a run's files, or measured if they lack it.
 
-What a run does not tell and cannot be measured is listed under `missing` with the reason; nothing is filled in.
+Data that is neither in the files nor measurable is listed under `missing` with the reason; nothing is made up.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +17,7 @@ from image_classification.config import check
 from image_classification.models import arch_info, identity_of, input_of
 from image_classification.observe.environment import describe_environment
 from image_classification.plain_data import Plain
+from image_classification.small_files import read_json
 from pruning.report.lineage import Lineage, Stage, find_lineage
 from pruning.report.measure import EvaluationImages, accuracy_of, answers_of, explain, open_images
 from pruning.report.networks import (
@@ -34,23 +34,23 @@ from pruning.report.speed import compare_speed
 from pruning.report.trajectory import Trajectory, last_accuracy, trajectory_of
 from pruning.report.wording import counted
 
-#: In a run's folder, or a stage's: from `python -m pruning sensitivity --output`.
+#: Written by `python -m pruning sensitivity --output` to a run's or a stage's folder.
 SENSITIVITY_FILE = "sensitivity.json"
 PARTS = ("accuracy", "explanations", "speed")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured, and with what.
+    """Settings of the measurements.
 
     Attributes:
-        original: Network to compare with; None: the one that pruning started from.
-        data: Takes the place of the run's data.
-        skip: Some of `PARTS`, which then are not measured.
+        original: Network to compare with; None for the one that pruning started from.
+        data: Replaces the run's data.
+        skip: Those of `PARTS` that are not measured.
         methods: Attribution methods.
-        num_images: Images that explanations are compared on.
-        batch_sizes, num_batches: Of the speed measurement.
-        device: Where to compute.
+        num_images: Number of images on which explanations are compared.
+        batch_sizes, num_batches: Batch sizes and number of batches of the speed measurement.
+        device: Device to compute on.
     """
 
     original: Path | None = None
@@ -65,12 +65,12 @@ class Settings:
 
 @dataclasses.dataclass
 class Content:
-    """What `page.render` shows.
+    """The content shown by `page.render`.
 
     Attributes:
         plain: JSON-able data.
         course: Figures over iterations.
-        gallery: Images as data URIs, which the JSON leaves out.
+        gallery: Images as data URIs, omitted from the JSON.
     """
 
     plain: Plain
@@ -86,7 +86,7 @@ def collect(run: Path, settings: Settings) -> Content:
         settings: What to measure.
 
     Raises:
-        FileNotFoundError, ConfigError: There is no such run, or it has no checkpoint.
+        FileNotFoundError, ConfigError: The run does not exist or has no checkpoint.
     """
     lineage = find_lineage(run)
     final = lineage.last
@@ -132,18 +132,18 @@ def collect(run: Path, settings: Settings) -> Content:
 
 
 def read_sensitivity(folders: Iterable[Path], missing: list[str]) -> Plain | None:
-    """What `python -m pruning sensitivity` measured, where its file lies with the run.
+    """Read the results of `python -m pruning sensitivity`, if its file is among the run's files.
 
     Args:
-        folders: Where it may lie; the first one counts.
-        missing: Gets the reason where it cannot be read.
+        folders: Folders to look in; the first match is used.
+        missing: Receives the reason if the file cannot be read.
     """
     files = [folder / SENSITIVITY_FILE for folder in folders if (folder / SENSITIVITY_FILE).is_file()]
     if not files:
         return None
     path = files[0]
     try:
-        content: Plain = json.loads(path.read_text(encoding="utf-8"))
+        content: Plain = read_json(path, "sensitivity of the groups:")
         if all(len(row["losses"]) == len(content["removed"]) for row in content["groups"]):
             return {key: content[key] for key in ("groups", "removed", "repair", "num_images")}
     except (ValueError, TypeError, KeyError):
@@ -199,7 +199,7 @@ def _stage(stage: Stage) -> Plain:
 
 
 def _seconds(stage: Stage) -> float | None:
-    """Seconds of training, validation left out: what the epochs logged."""
+    """Return the seconds of training without validation, as logged per epoch."""
     seconds = dict[int, float]()
     for entry in stage.entries:
         if entry.get("type") == "LOG" and "train.epoch_seconds" in entry.get("data", {}):
@@ -214,7 +214,7 @@ def _images(final: Stage, settings: Settings, pruned: Network, missing: list[str
     try:
         return open_images(final.config, settings.device, settings.data, input_of(pruned.model))
     except (OSError, ValueError) as error:
-        if settings.data is not None:  # which was asked for, where the run's own may have gone
+        if settings.data is not None:  # requested explicitly; the run's own data may be gone
             raise
         missing.append(f"explanations, and accuracy that was not logged: the data cannot be opened ({error})")
         return None
@@ -251,7 +251,7 @@ def _accuracy(
     settings: Settings,
     missing: list[str],
 ) -> list[Plain]:
-    """Figures before pruning, after it and after fine-tuning, from the logs or measured now."""
+    """Return figures before pruning, after it and after fine-tuning, from the logs or measured now."""
     first = lineage.first_pruning()
     wanted: list[tuple[str, Stage | None, Path | None]] = []
     for index, stage in enumerate(lineage.stages):
@@ -286,7 +286,9 @@ def _accuracy(
 
 
 def _no_control(before: object, after: object) -> str:
-    """What the first and the last accuracy cannot tell: what the unpruned network would have learned meanwhile."""
+    """Explain that without a control the accuracies do not show what the unpruned network would have learned
+    meanwhile.
+    """
     trained = "longer"
     if isinstance(before, int) and isinstance(after, int):
         trained = f"{counted(after - before, 'epoch')} longer"
@@ -297,7 +299,7 @@ def _no_control(before: object, after: object) -> str:
 
 
 def _logged(stage: Stage | None, path: Path | None, final: Stage) -> dict[str, float] | None:
-    """The accuracy of a stage's last checkpoint, if its run logged it on the data of the last stage."""
+    """Return the accuracy of a stage's last checkpoint, if its run logged it on the data of the last stage."""
     if (
         stage is None
         or path is None
@@ -312,7 +314,7 @@ def _logged(stage: Stage | None, path: Path | None, final: Stage) -> dict[str, f
 def _predictions(
     original: Network | None, pruned: Network, images: EvaluationImages | None, settings: Settings
 ) -> Plain | None:
-    """How far both networks answer alike, where there are two trained ones and images of one class each."""
+    """Compare the two networks' predictions, if both are trained and images have one class each."""
     asked = "accuracy" not in settings.skip
     if not asked or images is None or original is None or original.weights is None:
         return None

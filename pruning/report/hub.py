@@ -1,4 +1,4 @@
-"""Networks on the Hugging Face Hub: the file, a card that says what it is, and the report where there is one."""
+"""Networks on the Hugging Face Hub: the file, a model card, and the report if there is one."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from pruning.report.verdict import HEADLINES, headline_of, verdict
 from pruning.report.wording import change
 
 NETWORK_FILE = "network.pth.tar"
-_MOST_NAMES = 20  # classes that the card lists
+_MOST_NAMES = 20  # number of classes listed on the card
 
 
 def check_repository(name: str) -> None:
-    """Refuse what is not the name of a repository on the Hub.
+    """Refuse a name that is not a valid Hub repository name.
 
     Raises:
-        SettingError: Saying what is wrong with it.
+        SettingError: The name is invalid; the message says why.
     """
     need("huggingface_hub")
     utils: Any = importlib.import_module("huggingface_hub.utils")
@@ -47,21 +47,21 @@ def prepare(
     license: str | None = None,
     report: tuple[Plain, Path] | None = None,
 ) -> list[str]:
-    """Write everything that is uploaded: the network alone, without the training that it comes from, and its card.
+    """Write everything to upload: the network alone, without its training state, and its card.
 
     Args:
-        folder: For the files; made if need be.
+        folder: Folder for the files; created if needed.
         model: The network.
         repository: OWNER/NAME.
         image_size: Side of its images, in pixels.
-        license: Of the weights, such as apache-2.0.
-        report: Content and page of `python -m pruning report`, whose figures the card then has.
+        license: License of the weights, such as apache-2.0.
+        report: Content and page of `python -m pruning report`, whose figures go onto the card.
 
     Returns:
         Names of the files.
 
     Raises:
-        ConfigError: The network has no name that others could build it by.
+        ConfigError: The network has no name by which others could build it.
     """
     check(
         identity_of(model) is not None,
@@ -78,18 +78,18 @@ def prepare(
 
 
 def upload(folder: Path, repository: str, *, private: bool = False) -> str:
-    """Make the repository if it is not there, and put a folder's files into it as one commit.
+    """Create the repository if it does not exist, and commit a folder's files to it.
 
     Args:
         folder: From `prepare`.
         repository: OWNER/NAME.
-        private: Of a repository that is made.
+        private: Visibility of a newly created repository.
 
     Returns:
         The repository's address.
 
     Raises:
-        ConfigError: The Hub refuses, or cannot be reached.
+        ConfigError: The Hub refuses the upload or cannot be reached.
     """
     need("huggingface_hub")
     from huggingface_hub import HfApi
@@ -111,13 +111,13 @@ def upload(folder: Path, repository: str, *, private: bool = False) -> str:
 def card(
     model: nn.Module, repository: str, image_size: int, license: str | None, report: Plain | None
 ) -> str:
-    """The card in Markdown, with what the Hub reads of it at its head.
+    """Return the card in Markdown, with the Hub's metadata at its head.
 
     Args:
         model: The network.
         repository: OWNER/NAME.
         image_size: Side of its images, in pixels.
-        license: Of the weights.
+        license: License of the weights.
         report: Content of the run's report.
     """
     from huggingface_hub import ModelCardData
@@ -147,7 +147,7 @@ def card(
 
 
 def _results(report: Plain) -> list[Any] | None:
-    """The last accuracy, as the Hub lists it."""
+    """Return the last accuracy in the Hub's format for results."""
     from huggingface_hub import EvalResult
 
     key = headline_of(report["accuracy"])
@@ -173,7 +173,7 @@ def _figures(report: Plain) -> list[str]:
 
 
 def _costs(model: nn.Module, image_size: int) -> list[tuple[str, str, str, str]]:
-    """Rows of the table: what the network takes, beside its architecture as it is built."""
+    """Return rows of the cost table: the network beside its unpruned architecture."""
     now = Network("pruned", model, None)
     before, after = unpruned(now), costs_of(model, image_size)
     assert before is not None, "it has a name"
@@ -197,7 +197,7 @@ def _snippet(repository: str) -> str:
 
 
 def _images(model: nn.Module, image_size: int) -> str:
-    """What the network takes, and what its outputs mean."""
+    """Describe the network's inputs and outputs."""
     wanted = input_of(model)
     names = class_names_of(model)
     text = f"It takes (N, 3, {image_size}, {image_size}) float images"

@@ -1,7 +1,7 @@
-"""The runs behind a result: pretraining, pruning, fine-tuning – stages, each with a workspace of its own.
+"""The runs behind a result: pretraining, pruning, fine-tuning – stages, each with its own workspace.
 
-A stage names the weights that it started from (`--pretrained-weights`); following them backwards finds the stages
-before it, and at the end the file that everything began with.
+A stage records the weights it started from (`--pretrained-weights`); following them backwards leads to the stages
+before it, and finally to the file that everything began with.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Stage:
         workspace: Its folder.
         kind: `training`, `pruning` or `fine-tuning`.
         config: The resolved configuration.
-        entries: Lines of its report; empty where it wrote none.
-        invocations: How it was started, and on what.
+        entries: Lines of its report; empty if it wrote none.
+        invocations: Commands and environments it was started with.
         checkpoint: Its latest checkpoint, None if there is none.
         progress: `epoch`, `iteration`, `steps_per_epoch` of that checkpoint.
-        rewrites: Records of its rewrites, as `pruning.rewrites.rewrite_record.RewriteRecord`, oldest first.
+        rewrites: Records of its rewrites (`pruning.rewrites.rewrite_record.RewriteRecord`), oldest first.
     """
 
     workspace: Path
@@ -50,7 +50,7 @@ class Stage:
 
     @property
     def start(self) -> str | None:
-        """The weights that it started from."""
+        """The weights that the stage started from."""
         return self.config.get("pretrained_weights")
 
 
@@ -62,15 +62,15 @@ class Lineage:
 
     @property
     def last(self) -> Stage:
-        """The stage that is reported."""
+        """The reported stage."""
         return self.stages[-1]
 
     def first_pruning(self) -> int | None:
-        """Position of the first stage that rewrote the network."""
+        """Index of the first stage that rewrote the network."""
         return next((index for index, stage in enumerate(self.stages) if stage.rewrites), None)
 
     def original_weights(self) -> Path | None:
-        """The network before anything was removed; None where the first pruning stage started from scratch."""
+        """The network before any pruning; None if the first pruning stage started from scratch."""
         index = self.first_pruning()
         start = None if index is None else self.stages[index].start
         if index is None or start is None:
@@ -79,14 +79,14 @@ class Lineage:
 
 
 def find_lineage(run: Path) -> Lineage:
-    """The stages that led to a run.
+    """Find the stages that led to a run.
 
     Args:
-        run: A workspace, or a folder of workspaces of which one continues the other.
+        run: A workspace, or a folder of workspaces that continue each other.
 
     Raises:
-        FileNotFoundError: There is no run.
-        ConfigError: A folder holds several results; they are named.
+        FileNotFoundError: The run does not exist.
+        ConfigError: A folder holds several results; the message names them.
     """
     workspace = run if (run / CONFIG).is_file() else _last_of(run)
     stages = [read_stage(workspace)]
@@ -107,7 +107,7 @@ def _kind(stages: Sequence[Stage], index: int) -> str:
 
 
 def _last_of(folder: Path) -> Path:
-    """The workspace in a folder that no other one of it continues."""
+    """Return the workspace in a folder that no other workspace in it continues."""
     if not folder.is_dir():
         raise FileNotFoundError(f"RUN {folder}: there is no such folder; give the --workspace of a run")
     inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
@@ -122,7 +122,7 @@ def _last_of(folder: Path) -> Path:
 
 
 def read_stage(workspace: Path) -> Stage:
-    """What a workspace holds. Its kind is settled by `find_lineage`, which knows the stages before it."""
+    """Read a workspace. Its kind is set by `find_lineage`, which knows the stages before it."""
     config: Plain = {str(key): value for key, value in read_yaml_mapping(workspace / CONFIG, "RUN").items()}
     check(
         isinstance(config.get("data"), str) and isinstance(config.get("arch"), str),
@@ -155,7 +155,7 @@ def read_stage(workspace: Path) -> Stage:
 
 
 def rewrites_of(callbacks: Plain) -> list[Plain]:
-    """Records of rewrites in a checkpoint's `callbacks`, whichever of them made them, as plain JSON data."""
+    """Return the records of rewrites in a checkpoint's `callbacks`, from whichever callback, as plain JSON data."""
     records: list[Plain] = []
     for state in callbacks.values():
         if not isinstance(state, Mapping):
@@ -168,7 +168,7 @@ def rewrites_of(callbacks: Plain) -> list[Plain]:
 
 
 def _of_learned_gates(record: PlainMapping) -> Plain:
-    """The one rewrite of learned gates, which happens before training and has no scores."""
+    """Convert the record of learned gates: a single rewrite, before training and without scores."""
     return {
         "iteration": 0,
         "widths": record["widths"],
@@ -180,7 +180,7 @@ def _of_learned_gates(record: PlainMapping) -> Plain:
 
 
 def find_weights(stage: Stage) -> Path | None:
-    """The file that a stage started from; its path was written relative to the folder that the run was started in."""
+    """Return the file that a stage started from; its path is relative to the folder that the run was started in."""
     if stage.start is None:
         return None
     given = Path(stage.start)

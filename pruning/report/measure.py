@@ -1,6 +1,6 @@
-"""What the report measures itself, on the run's own validation data: accuracy that no log holds, and explanations.
+"""The report's own measurements on the run's validation data: accuracy missing from the logs, and explanations.
 
-Nothing that is measured here has any influence on a network.
+These measurements have no influence on any network.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from image_classification.precision import Precision, PrecisionConfig
 from pruning.report.networks import Network
 
 _SIDE = 144
-_NUM_SHOWN = 8  # images in the gallery
+_NUM_SHOWN = 8  # number of images in the gallery
 _FIGURES = ("point", "auc", "energy")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationImages:
-    """The validation split of a run, as its networks get it.
+    """The validation split of a run, preprocessed as for its networks.
 
     Attributes:
         config: Backend, batch size, sizes.
-        dataset: What is read.
+        dataset: The data set.
         preset: Size and normalisation.
-        device: Where to compute.
+        device: Device to compute on.
     """
 
     config: DataConfig
@@ -58,16 +58,16 @@ class EvaluationImages:
     def loader(
         self, count: int | None = None, *, annotated: bool = False, training: bool = False
     ) -> PlannedLoader:
-        """The split, or `count` images that are drawn from it, the same ones every time.
+        """Create a loader of the split, or of `count` images sampled from it, the same ones every time.
 
         Args:
-            count: How many; None: all.
-            annotated: With masks, or else boxes, where there are any.
-            training: Of the training images, read as in evaluation.
+            count: Number of images; None for all.
+            annotated: Load masks, or else boxes, if there are any.
+            training: Use the training images, read as in evaluation.
         """
         manifest = self.dataset.train if training else self.dataset.val
         if count is not None and count < len(manifest):
-            # Not every n-th image: where classes take turns, those would all be of one class.
+            # Taking every n-th image could select a single class if classes alternate.
             chosen = np.random.default_rng(0).permutation(len(manifest))[:count]
             manifest = manifest.subset(np.sort(chosen))
         return evaluation_loader(
@@ -94,16 +94,16 @@ class EvaluationImages:
 def open_images(
     settings: Plain, device: torch.device, data: str | None = None, images: NetworkInput | None = None
 ) -> EvaluationImages:
-    """The validation data of a run.
+    """Open the validation data of a run.
 
     Args:
         settings: Its resolved configuration.
-        device: Where images go.
-        data: Takes the place of the run's data, which may have moved.
-        images: What its network was trained for, where no flag says otherwise.
+        device: Device of the images.
+        data: Replaces the run's data, which may have moved.
+        images: Input that the network was trained for, unless a flag overrides it.
 
     Raises:
-        ConfigError, OSError, ValueError: It cannot be opened.
+        ConfigError, OSError, ValueError: The data cannot be opened.
     """
     known = {field.name for field in dataclasses.fields(DataConfig)}
     values = {name: value for name, value in settings.items() if name in known}
@@ -120,7 +120,7 @@ def open_images(
 
 
 def accuracy_of(network: Network, images: EvaluationImages) -> dict[str, float]:
-    """Loss and figures in percent on the whole validation split, without the prefix."""
+    """Return loss and figures in percent on the whole validation split, without the prefix."""
     precision = Precision(PrecisionConfig(), images.device)
     with images.loader() as loader, Logger(LogConfig(), images.dataset.val.root, is_main=False) as quiet:
         evaluator = Evaluator(
@@ -136,16 +136,16 @@ def accuracy_of(network: Network, images: EvaluationImages) -> dict[str, float]:
 
 @torch.no_grad()
 def answers_of(original: Network, pruned: Network, images: EvaluationImages, num_images: int) -> Plain:
-    """How far two networks answer alike, on images of one class each.
+    """Compare the predictions of two networks, on images of one class each.
 
     Args:
         original, pruned: The networks.
-        images: Where from.
-        num_images: How many of them.
+        images: The data.
+        num_images: Number of images.
 
     Returns:
-        `num_images`; `agreement`, the share of images for which both name the same class; `classes`: rows of `name`,
-        `count`, and the shares `before` and `after` of its images that each network gets right.
+        `num_images`; `agreement`, the share of images for which both predict the same class; `classes`: rows of `name`,
+        `count`, and the shares `before` and `after` of its images that each network classifies correctly.
     """
     models = [network.model.to(images.device) for network in (original, pruned)]
     targets, answers = [], []
@@ -174,18 +174,18 @@ def explain(
     methods: Sequence[str],
     num_images: int,
 ) -> Plain:
-    """What both networks look at.
+    """Compare the explanations of both networks.
 
     Args:
         original, pruned: The networks.
-        images: Where from.
+        images: The data.
         methods: Attribution methods.
-        num_images: How many images the figures are of.
+        num_images: Number of images for the figures.
 
     Returns:
         `num_images`; `localization`: rows of point, AUC and energy by network and method (absent without masks or
         boxes); `drift`: per method the rank correlation and the SSIM of the two networks' maps for the labelled class,
-        `mean` and `p10` (a tenth of the images moved further); `gallery`: images as data URIs.
+        `mean` and `p10` (the maps of a tenth of the images moved further); `gallery`: images as data URIs.
     """
     example = torch.zeros(1, 3, images.preset.image_size, images.preset.image_size)
     example = example.to(images.device)
@@ -275,7 +275,7 @@ def _drift(moved: dict[str, dict[str, list[float]]]) -> list[Plain]:
 
 
 def _shown(batch: Batch, row: int, target: int, maps: Plain, images: EvaluationImages) -> Plain:
-    """One line of the gallery: the image, and per method both maps, as data URIs."""
+    """Return one row of the gallery: the image, and per method both maps, as data URIs."""
     preset = images.preset
     image = to_image(batch.images[row].float().cpu().numpy(), preset.mean, preset.std)
     pairs = []
@@ -288,7 +288,9 @@ def _shown(batch: Batch, row: int, target: int, maps: Plain, images: EvaluationI
 
 
 def _answer(logits: torch.Tensor, target: int, images: EvaluationImages) -> Plain:
-    """What a network says of an image: (classes,) logits → name, probability, and whether it is the label."""
+    """Convert a network's logits (classes,) to the predicted class's name, its probability, and whether it is the
+    label.
+    """
     said = int(logits.argmax())
     probabilities = logits.sigmoid() if images.dataset.multi_label else logits.softmax(0)
     return {
@@ -299,7 +301,7 @@ def _answer(logits: torch.Tensor, target: int, images: EvaluationImages) -> Plai
 
 
 def _uri(pixels: np.ndarray) -> str:
-    """An image (H, W, 3) in [0, 1] as a JPEG data URI, enlarged if it is small."""
+    """Encode an image (H, W, 3) in [0, 1] as a JPEG data URI, enlarged if it is small."""
     image = Image.fromarray((np.clip(pixels, 0, 1) * 255).round().astype(np.uint8))
     if image.width < _SIDE:
         image = image.resize((_SIDE, round(_SIDE * image.height / image.width)), Image.Resampling.BICUBIC)

@@ -18,7 +18,7 @@ from pruning.files.saved_network import pruned_state
 
 
 def cost_rows() -> dict[str, tuple[str, str, float]]:
-    """Metric → (display name, unit, divisor): the costs that hold on every machine, and the file's size."""
+    """Return metric → (display name, unit, divisor) for costs that hold on every machine, and for the file size."""
     costs = [cost_named(name) for name in cost_names()]
     rows = {cost.name: (cost.title, cost.unit, cost.divisor) for cost in costs if not cost.measured}
     return rows | {"file": ("Weights on disk", "MiB", 2**20)}
@@ -30,8 +30,8 @@ class Network:
 
     Attributes:
         name: `original` or `pruned`.
-        model: In evaluation mode.
-        weights: File that the weights come from; None: fresh ones, only the structure means anything.
+        model: The network, in evaluation mode.
+        weights: File that the weights come from; None for fresh weights, of which only the structure is meaningful.
     """
 
     name: str
@@ -40,13 +40,13 @@ class Network:
 
 
 def load_network(name: str, path: Path, arch: str | None = None) -> Network:
-    """A network from a checkpoint, on the CPU."""
+    """Load a network from a checkpoint, on the CPU."""
     model = model_for_weights(arch, path)
     return Network(name, model.eval().requires_grad_(False), path)
 
 
 def unpruned(network: Network) -> Network | None:
-    """The architecture of a network as its name builds it, with fresh weights; None if it has no such name."""
+    """Build a network's unpruned architecture by its name, with fresh weights; None if it has no such name."""
     identity = identity_of(network.model)
     if identity is None:
         return None
@@ -54,7 +54,7 @@ def unpruned(network: Network) -> Network | None:
 
 
 def costs_of(model: nn.Module, image_size: int) -> dict[str, float]:
-    """Metric → cost, for those of `cost_rows`."""
+    """Return metric → cost, for the metrics of `cost_rows`."""
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     graph = trace_groups(model, images)
     metrics = [name for name in cost_names() if not cost_named(name).measured]
@@ -63,14 +63,14 @@ def costs_of(model: nn.Module, image_size: int) -> dict[str, float]:
 
 
 def weights_size(model: nn.Module) -> int:
-    """Bytes of the network as a file of its own: structure and tensors, no optimizer."""
+    """Return the size in bytes of the network as a separate file: structure and tensors, no optimizer."""
     buffer = io.BytesIO()
     torch.save(pruned_state(model), buffer)
     return buffer.getbuffer().nbytes
 
 
 def layer_widths(before: nn.Module, after: nn.Module) -> list[Plain]:
-    """Output channels of every convolution and linear layer, in order of declaration.
+    """Return the output channels of every convolution and linear layer, in order of declaration.
 
     Returns:
         Rows `layer`, `kind`, `before`, `after`.
@@ -94,10 +94,10 @@ def layer_widths(before: nn.Module, after: nn.Module) -> list[Plain]:
 
 
 def widths_beside(models: Sequence[nn.Module]) -> list[Plain]:
-    """Output channels of every convolution and linear layer of networks of one architecture.
+    """Return the output channels of every convolution and linear layer for networks of the same architecture.
 
     Returns:
-        Rows `layer`, `kind`, `widths` (one for every network).
+        Rows `layer`, `kind`, `widths` (one per network).
     """
     rows: list[Plain] = []
     for others in zip(*(layer_widths(models[0], model) for model in models), strict=True):

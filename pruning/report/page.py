@@ -1,4 +1,4 @@
-"""The report as one HTML file: everything inside, nothing fetched."""
+"""Rendering of the report as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _POINT_NAMES = {
 
 
 def render(content: Content) -> str:
-    """The page."""
+    """Render the page."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pruning.report"),
         autoescape=True,
@@ -60,7 +60,7 @@ def render(content: Content) -> str:
 
 
 def _metric_names(content: Content) -> dict[str, str]:
-    """Metric → what it is called within a sentence; its own name where it is not registered here."""
+    """Return metric → its name within a sentence; the metric itself if it is not registered here."""
     budgets = [row["metric"] for row in content.plain["budget"]]
     recorded = [metric for record in content.plain["rewrites"] for metric in record["costs"]]
     known = {name: cost_named(name).short for name in cost_names()}
@@ -68,7 +68,7 @@ def _metric_names(content: Content) -> dict[str, str]:
 
 
 def _cards(plain: Plain) -> list[dict[str, str]]:
-    """The figures that readers look for first."""
+    """Return the figures that readers look for first."""
     cards = []
     costs = {row["metric"]: row for row in plain["costs"]}
     for metric in ("macs", "params"):
@@ -131,12 +131,12 @@ def _charts(content: Content) -> dict[str, dict[str, str] | None]:
 
 
 def _shown_widths(rows: list[Plain]) -> list[Plain]:
-    """All layers of a network of ordinary depth; of a very deep one those that changed."""
+    """Return all layers of a network of ordinary depth; for a very deep one, only those that changed."""
     return rows if len(rows) <= 80 else [row for row in rows if row["before"] != row["after"]]
 
 
 def _localization(plain: Plain) -> list[Plain]:
-    """Per method: figures of both networks side by side."""
+    """Return, per method, the figures of both networks side by side."""
     found = plain["explanations"]
     if not found or "localization" not in found:
         return []
@@ -157,7 +157,7 @@ def _localization(plain: Plain) -> list[Plain]:
 
 
 def _classes(plain: Plain) -> list[Plain]:
-    """Rows of classes with the difference in points, the largest first."""
+    """Return rows of classes with the difference in points, the largest first."""
     rows = plain["predictions"]["classes"] if plain["predictions"] else []
     changes = sorted(rows, key=lambda row: -abs(row["after"] - row["before"]))
     return [
@@ -167,7 +167,7 @@ def _classes(plain: Plain) -> list[Plain]:
 
 
 def _said(answer: Plain) -> str:
-    """A network's answer to an image, in a few words."""
+    """Format a network's prediction for an image."""
     sure = f"{100 * answer['probability']:.0f} %".replace(" ", NBSP)
     return f"{answer['name']} {sure}{NBSP}{'✓' if answer['right'] else '✗'}"
 
@@ -179,7 +179,7 @@ def _figure(key: str, value: float | None) -> str:
 
 
 def _speed(plain: Plain) -> list[Plain]:
-    """Per batch size: rows of both networks, and how much faster the second is."""
+    """Return, per batch size, the rows of both networks and the speed-up of the second."""
     tables = []
     for batch_size in dict.fromkeys(row["batch_size"] for row in plain["speed"]):
         rows = [row for row in plain["speed"] if row["batch_size"] == batch_size]

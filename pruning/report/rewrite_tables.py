@@ -13,11 +13,11 @@ from pruning.report.trajectory import Trajectory
 
 
 def budget_table(lineage: Lineage) -> list[Plain]:
-    """What the stages were to reach, and did.
+    """Compare requested and reached budgets.
 
     Returns:
-        Rows of `metric`, and of the shares of the original cost that were `asked` for and `reached`, over all stages
-        that pruned.
+        Rows of `metric` and the shares of the original cost that were `asked` for and `reached`, over all stages that
+            pruned.
     """
     records = [record for stage in lineage.stages for record in stage.rewrites]
     pruning = [stage for stage in lineage.stages if stage.rewrites]
@@ -26,7 +26,7 @@ def budget_table(lineage: Lineage) -> list[Plain]:
     asked: dict[str, float] = {}
     for stage in pruning:
         if stage.config.get("prune_rate"):
-            continue  # its rates say which channels go; no cost was asked for
+            continue  # its rates determine the channels; no cost was requested
         share = stage.config.get("one_shot_pruning")
         words = stage.config.get("budget") or [f"macs={DEFAULT_SHARE if share is None else 1 - share}"]
         for word in words:
@@ -43,7 +43,7 @@ def budget_table(lineage: Lineage) -> list[Plain]:
 
 
 def criteria_of(lineage: Lineage) -> str | None:
-    """What chose the channels in the stages that removed some; None where none did."""
+    """Return what chose the channels in the stages that removed some; None if there are none."""
     names = [
         "learned gates"
         if stage.config.get("pruning_method") == "learned"
@@ -55,7 +55,9 @@ def criteria_of(lineage: Lineage) -> str | None:
 
 
 def epochs_until(lineage: Lineage, stage: Stage | None) -> int | None:
-    """Epochs of training that a network has had when a stage ended, over all stages; None where one does not say."""
+    """Return a network's epochs of training by the end of a stage, over all stages; None if a stage does not record
+    them.
+    """
     if stage is None:
         return None
     stages = lineage.stages[: lineage.stages.index(stage) + 1]
@@ -64,7 +66,7 @@ def epochs_until(lineage: Lineage, stage: Stage | None) -> int | None:
 
 
 def rewrite_rows(lineage: Lineage, course: Trajectory) -> list[Plain]:
-    """Records of all stages with the iteration on the common axis."""
+    """Return the records of all stages, with the iteration on the common axis."""
     rows: list[Plain] = []
     for stage, (_, offset, _) in zip(lineage.stages, course.stages, strict=True):
         for record in stage.rewrites:
@@ -74,7 +76,9 @@ def rewrite_rows(lineage: Lineage, course: Trajectory) -> list[Plain]:
 
 
 def width_table(rewrites: Sequence[Plain]) -> tuple[list[str], np.ndarray]:
-    """Groups that lost channels, in order of first loss, and their shares (groups, rewrites) after each rewrite."""
+    """Return the groups that lost channels, in order of first loss, and their shares (groups, rewrites) after each
+    rewrite.
+    """
     groups = list(dict.fromkeys(name for record in rewrites for name in record["widths"]))
     shares = np.ones((len(groups), len(rewrites)))
     for row, group in enumerate(groups):
@@ -90,7 +94,7 @@ def width_table(rewrites: Sequence[Plain]) -> tuple[list[str], np.ndarray]:
 
 
 def score_table(rewrites: Sequence[Plain], course: Trajectory) -> tuple[list[str], np.ndarray]:
-    """All scored groups and their median scores (groups, rewrites)."""
+    """Return all scored groups and their median scores (groups, rewrites)."""
     groups = list(course.scores)
     column = {record["iteration"]: number for number, record in enumerate(rewrites)}
     values = np.full((len(groups), len(rewrites)), np.nan)

@@ -1,4 +1,4 @@
-"""Speed of two networks, measured side by side: they take turns, so that a busy machine slows both alike."""
+"""Speed of two networks, measured side by side: they take turns, so that a busy machine slows both equally."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pruning.report.networks import Network
 
 _ROUNDS = 5
 _WARMUP = 3
-#: Images over which energy is counted, at least: NVML's counter moves about ten times a second.
+#: Smallest number of images for counting energy: NVML's counter updates about ten times a second.
 _ENERGY_IMAGES = 4096
 
 
@@ -30,20 +30,20 @@ def compare_speed(
     num_batches: int,
     memory_format: MemoryFormat = PrecisionConfig.memory_format,
 ) -> list[Plain]:
-    """Latency and throughput.
+    """Measure latency and throughput.
 
     Args:
-        networks: What to measure.
+        networks: Networks to measure.
         image_size: Side of the images in pixels.
-        device: Where to compute, in float32.
-        batch_sizes: Images a batch.
-        num_batches: Batches that count, per network and batch size.
+        device: Device to compute on, in float32.
+        batch_sizes: Images per batch.
+        num_batches: Number of timed batches, per network and batch size.
         memory_format: `nchw` or `nhwc`.
 
     Returns:
-        A row per batch size and network: `network`, `num_batches`, `load` (processes that wanted to run meanwhile, per
-        core; None where the system does not say), the fields of `inference_speed.SpeedRow` (seconds a batch) and, where
-        NVML has it, `joules_per_image`.
+        A row per batch size and network: `network`, `num_batches`, `load` (runnable processes per core meanwhile; None
+            if the system does not report it), the fields of `inference_speed.SpeedRow` (seconds per batch) and, if NVML
+            reports it, `joules_per_image`.
     """
     precision = Precision(PrecisionConfig(memory_format=memory_format), device)
     placed = {network.name: precision.place(network.model).eval() for network in networks}
@@ -71,7 +71,7 @@ def compare_speed(
 
 
 def _load() -> float | None:
-    """Mean over the last minute of the processes that run or wait to, per core."""
+    """Return the number of processes running or waiting to run, per core, averaged over the last minute."""
     try:
         return os.getloadavg()[0] / (os.cpu_count() or 1)
     except OSError:
@@ -79,7 +79,7 @@ def _load() -> float | None:
 
 
 def _joules_per_image(model: nn.Module, images: torch.Tensor, precision: Precision) -> float | None:
-    """Energy of the GPU per image; None without a GPU or where NVML does not say."""
+    """Return the GPU's energy per image; None without a GPU or if NVML does not report it."""
     if precision.device.type != "cuda":
         return None
     num_batches = -(-_ENERGY_IMAGES // len(images))

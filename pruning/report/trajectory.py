@@ -1,4 +1,4 @@
-"""What a lineage's reports say about its history: figures over iterations, all stages on one axis."""
+"""The history of a lineage: figures over iterations, all stages on one axis."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Mapping, Sequence
 from image_classification.plain_data import Plain
 from pruning.report.lineage import Stage
 
-#: Figures that say how good a classifier is, the best one first: multi-label data has mAP, others top-1.
+#: Headline figures of a classifier, in order of preference: multi-label data has mAP, others top-1.
 HEADLINES = ("top1", "map", "map_images")
 
 
 @dataclasses.dataclass
 class Trajectory:
-    """Points (iteration over all stages, value).
+    """The history as points (iteration over all stages, value).
 
     Attributes:
         headline: one of `HEADLINES`; in percent.
         validation, training: The headline, after epochs and (top-1 only) within them.
-        costs: Metric → points (iteration, share of the original); two points per rewrite, before and after it. What a
-            second pruning stage leaves is a share of what the first one left.
+        costs: Metric → points (iteration, share of the original); two points per rewrite, before and after it. A second
+            pruning stage's shares are multiplied by the first one's.
         losses: (iteration, calibration loss before, after) of each rewrite.
         scores: Group → points (iteration, median score).
         stages: (kind, first iteration, last iteration).
@@ -36,7 +36,7 @@ class Trajectory:
 
 
 def trajectory_of(stages: Sequence[Stage]) -> Trajectory:
-    """Put the stages' figures one after the other."""
+    """Concatenate the stages' figures."""
     course = Trajectory()
     offset = 0
     entries = [entry for stage in stages for entry in figures(stage)]
@@ -54,14 +54,14 @@ def trajectory_of(stages: Sequence[Stage]) -> Trajectory:
 
 
 def figures(stage: Stage) -> list[Plain]:
-    """The lines of a stage's report that hold figures."""
+    """Return the lines of a stage's report that hold figures."""
     return [
         entry for entry in stage.entries if entry.get("type") == "LOG" and isinstance(entry.get("step"), list)
     ]
 
 
 def _add_figures(course: Trajectory, stage: Stage, steps: int, offset: int) -> None:
-    """Figures by iteration: where a resumed run wrote an iteration twice, the later line holds."""
+    """Add figures by iteration; if a resumed run wrote an iteration twice, the later line counts."""
     validation, training = dict[int, float](), dict[int, float]()
     scores: dict[str, dict[int, float]] = {}
     for entry in figures(stage):
@@ -86,7 +86,7 @@ def _add_rewrites(course: Trajectory, stage: Stage, offset: int, length: int) ->
     start = {metric: points[-1][1] for metric, points in course.costs.items()}
     for record in stage.rewrites:
         iteration = offset + max(record["iteration"], 0)
-        losses = record["loss"]  # before the cut, after it and, where one followed, after the repair
+        losses = record["loss"]  # before the cut, after it and, if there was one, after the repair
         before, after = losses[0], losses[-1]
         course.losses.append([iteration, before, after])
         for metric, (was, now, base) in record["costs"].items():
@@ -102,7 +102,7 @@ def _points(values: Mapping[int, float]) -> list[list[float]]:
 
 
 def last_accuracy(stage: Stage) -> dict[str, float] | None:
-    """The last validation that a stage logged: `loss` and figures in percent; None without one."""
+    """Return the last validation that a stage logged: `loss` and figures in percent; None without one."""
     for entry in reversed(figures(stage)):
         data = judged(entry["data"])
         found = {
@@ -114,6 +114,6 @@ def last_accuracy(stage: Stage) -> dict[str, float] | None:
 
 
 def judged(data: Plain) -> Plain:
-    """Figures of a validation without their prefix: of the averaged weights where there are any, for those are kept."""
+    """Return a validation's figures without their prefix; those of the averaged weights if there are any."""
     prefix = "val_ema." if any(key.startswith("val_ema.") for key in data) else "val."
     return {key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)}

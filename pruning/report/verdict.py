@@ -1,4 +1,4 @@
-"""The report's first words: what was asked for, what came out, what is not known, and which file to ship."""
+"""The report's summary: what was requested, what was reached, what is unknown, and which file to deploy."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ from image_classification.plain_data import Plain
 from pruning.costs import cost_named, cost_names
 from pruning.report.wording import change, counted, interval, number, percent
 
-#: Key of a figure → its name; the first that a run has is the headline.
+#: Key of a figure → its name; the first one present in a run is the headline.
 HEADLINES = {"map": "mAP", "map_images": "mAP over images", "top1": "top-1"}
-#: Load per core from which on something else was running: the measurement itself keeps no more than all cores busy.
+#: Load per core above which something else was running: the measurement alone keeps at most all cores busy.
 _BUSY = 1.5
 
 
 def headline_of(accuracy: list[Plain]) -> str:
-    """The figure that a run is judged by."""
+    """Return the figure by which a run is assessed."""
     present = {name for row in accuracy for name in row}
     return next((name for name in HEADLINES if name in present), "top1")
 
 
 def verdict(plain: Plain) -> Plain:
-    """The words.
+    """Compose the summary.
 
     Returns:
-        `lead`, a sentence; `lines`, pairs of a subject and what is to be said of it; `path` and `code` of the network
-        to ship.
+        `lead`, a sentence; `lines`, pairs of a subject and a statement; `path` and `code` of the network to deploy.
     """
     lines = [
         ("Accuracy", _accuracy(plain)),
@@ -58,7 +57,7 @@ def _lead(plain: Plain) -> str:
 
 
 def _accuracy(plain: Plain) -> str:
-    """The last figure with its interval, the one before pruning, and whether the two can be compared."""
+    """Describe the last figure with its interval, the one before pruning, and whether the two are comparable."""
     key = headline_of(plain["accuracy"])
     rows = [row for row in plain["accuracy"] if key in row]
     if not rows:
@@ -106,7 +105,7 @@ def _latency(plain: Plain) -> list[Plain]:
 
 
 def _other_work(plain: Plain) -> str:
-    """A word of warning where the machine was busy while latencies were measured."""
+    """Return a warning if the machine was busy while latencies were measured; otherwise an empty string."""
     load = max((row["load"] or 0.0 for row in plain["speed"]), default=0.0)
     if load < _BUSY:
         return ""

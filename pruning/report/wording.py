@@ -1,4 +1,4 @@
-"""How the report writes figures, dates and counts."""
+"""Formatting of figures, dates and counts in the report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MONTHS = "January February March April May June July August September October N
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A figure with so many significant digits, and thousands apart; – for none."""
+    """Format a figure with this many significant digits and thousands separators; – if it is None."""
     if value is None or math.isnan(value):
         return "–"
     if math.isinf(value):
@@ -22,12 +22,12 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share as a percentage with one decimal."""
+    """Format a share as a percentage with one decimal."""
     return "–" if share is None else f"{100 * share:.1f}{NBSP}%"
 
 
 def change(after: float | None, before: float | None) -> str:
-    """The difference in percent of what was before."""
+    """Format the difference as a percentage of the value before."""
     if after is None or not before:
         return "–"
     points = f"{100 * (after / before - 1):+.1f}".replace("-", "−")
@@ -35,7 +35,7 @@ def change(after: float | None, before: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds, minutes or hours, with the unit."""
+    """Format a duration in seconds, minutes or hours."""
     if seconds is None:
         return "–"
     if seconds < 90:
@@ -44,7 +44,7 @@ def duration(seconds: float | None) -> str:
 
 
 def date(stamp: str) -> str:
-    """An ISO date and time as people write it, in UTC where it says its zone."""
+    """Format an ISO date and time for readers, in UTC if it has a time zone."""
     moment = datetime.fromisoformat(stamp)
     zone = ""
     if moment.tzinfo is not None:
@@ -53,18 +53,18 @@ def date(stamp: str) -> str:
 
 
 def counted(count: int, noun: str, nouns: str | None = None) -> str:
-    """A count with its noun: "1 process", "2 processes".
+    """Format a count with its noun: "1 process", "2 processes".
 
     Args:
-        count: How many.
-        noun: For one.
-        nouns: For others; with an s by default.
+        count: The count.
+        noun: Singular.
+        nouns: Plural; by default the singular with an s.
     """
     return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share that was counted over so many images."""
+    """Return Wilson's 95 % interval of a share counted over this many images."""
     z = 1.96
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))

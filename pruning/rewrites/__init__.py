@@ -1,1 +1,1 @@
-"""A rewrite's starting point, what is cut along with the network (optimizers, averages), and the record."""
+"""Rewrites: their starting point, the optimizers and averages cut along with the network, and their records."""

@@ -1,4 +1,6 @@
-"""Averages of a network's weights, which are cut alike: found inside their wrappers, and compared with it."""
+"""Averages of a network's weights, which are cut like the network: found inside their wrappers and checked against
+it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ Average = nn.Module | MutableMapping[str, Tensor]
 
 
 def averages_in(given: object, model: nn.Module) -> list[Average]:
-    """The averages of a network in what a user gives, those inside wrappers included.
+    """Find the averages of a network in a user's argument, including those inside wrappers.
 
     Args:
         given: A copy of the network, a wrapper that holds one (`AveragedModel`, timm's `ModelEma`), a state dict, or a
@@ -21,7 +23,7 @@ def averages_in(given: object, model: nn.Module) -> list[Average]:
         model: The network.
 
     Raises:
-        SettingError: It is not an average of this network.
+        SettingError: `given` is not an average of this network.
     """
     if given is None:
         return []
@@ -38,7 +40,7 @@ def _average_in(given: object, model: nn.Module) -> Average:
         if problem is None:
             return candidate
         problems.append(problem)
-    # Of several candidates the nearest one: another shape says more than another name.
+    # Of several candidates, report the closest: a different shape is more telling than a different name.
     problems.sort(key=lambda problem: problem.startswith("it has no"))
     problems.append("give a copy of the network, a wrapper that holds one, or a state dict")
     raise SettingError("ema", type(given).__name__, f"it is not an average of this network: {problems[0]}")
@@ -58,7 +60,7 @@ def _candidates(given: object) -> Iterable[Average]:
 
 
 def _difference(average: Average, model: nn.Module) -> str | None:
-    """What keeps an average from being one of the network; None if it is."""
+    """Return why an average does not belong to the network; None if it does."""
     if isinstance(average, nn.Module):
         tensors: dict[str, Tensor] = {**dict(average.named_parameters(remove_duplicate=False))}
     else:

@@ -1,4 +1,4 @@
-"""Which networks can be rewritten: bare modules whose parameters are whole tensors of their own."""
+"""Checks that a network can be rewritten: a bare module whose parameters are whole, independent tensors."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import nn
 
 from image_classification.config import SettingError
 
-#: Classes whose parameters are shards or views of one buffer, by name: their packages need not be installed.
+#: Names of classes whose parameters are shards or views of one buffer; by name, since their packages may be missing.
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
 _FAKE_QUANTISERS = ("FakeQuantizeBase", "FakeQuantizerBase", "FakeQuantizedLinear")
 _QUANTISED = ("torch.ao.nn.quantized.", "torchao.")
 
 
 def check_bare(model: object) -> None:
-    """Refuse what is not a network, is wrapped, or holds parameters that cannot be cut.
+    """Refuse an object that is not a network, is wrapped, or holds parameters that cannot be cut.
 
     Raises:
-        SettingError: Saying what to give instead.
+        SettingError: The network is refused; the message says what to pass instead.
     """
     name = type(model).__name__
     if not isinstance(model, nn.Module):
@@ -42,7 +42,7 @@ def check_bare(model: object) -> None:
 
 
 def _problem_of_module(module: nn.Module) -> str | None:
-    """Why a module cannot be cut, and what to do; None where it can."""
+    """Return why a module cannot be cut and what to do, or None."""
     ancestors = {kind.__name__ for kind in type(module).__mro__}
     if not ancestors.isdisjoint(_SHARDED):
         return (
@@ -60,7 +60,7 @@ def _problem_of_module(module: nn.Module) -> str | None:
 
 
 def _problem_of_parameter(parameter: nn.Parameter) -> str | None:
-    """Why a parameter cannot be cut, and what to do; None where it can."""
+    """Return why a parameter cannot be cut and what to do, or None."""
     if hasattr(parameter, "placements") or hasattr(parameter, "ds_id"):  # DTensor, ZeRO
         return (
             "is sharded over the ranks, and shards cannot be cut: prune the plain network before it is sharded, or "

@@ -1,4 +1,4 @@
-"""An explanation that is followed through rewrites: remembered before the first, measured around each."""
+"""An explanation followed through rewrites: recorded before the first, measured before and after each."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pruning.engine.tap_channels import staying_channels
 from pruning.task import Batch
 from pruning.task.explained import Autocast, Explained
 
-#: Output → number of channels before a cut, and positions of those that stay.
+#: Output → (number of channels before a cut, positions of those that stay).
 Staying = dict[str, tuple[int, Tensor]]
 
 
 class Followed:
-    """An explanation and the network whose rewrites it follows; with None for the explanation nothing happens.
+    """An explanation and the network whose rewrites it follows; a no-op if the explanation is None.
 
     Args:
-        originals: The explanation, with what it was in the original network.
+        originals: The explanation, with its values in the original network.
         model: The network.
         distributed: The ranks; `remember` and `moved` are collective.
         autocast: Context factory of the forward passes.
@@ -38,29 +38,29 @@ class Followed:
 
     @property
     def is_new(self) -> bool:
-        """Whether there is an explanation of whose original nothing is known yet."""
+        """Whether there is an explanation without values of the original network yet."""
         return self.originals is not None and not self.originals.remembered
 
     def remember(self, batches: Sequence[Batch]) -> None:
-        """Treat the present network as the original one, unless one is known."""
+        """Treat the current network as the original, unless one is already recorded."""
         if self.originals is not None and self.is_new:
             self.originals.remember(self._model, batches, self._distributed, self._autocast)
 
     def moved(self, batches: Sequence[Batch]) -> list[float]:
-        """Mean squared distance from the original network's explanation; empty where none is followed."""
+        """Return the mean squared distance from the original network's explanation; empty if none is followed."""
         if self.originals is None:
             return []
         return [self.originals.moved(self._model, batches, self._distributed, self._autocast)]
 
     def staying(self, graph: ChannelGraph, mask: np.ndarray) -> Staying:
-        """What a cut leaves of the feature maps that the explanation reads, for `follow`; before the cut."""
+        """Return, before a cut, what it leaves of the feature maps that the explanation reads; for `follow`."""
         return staying_channels(graph, mask, () if self.originals is None else self.originals.taps)
 
     def follow(self, staying: Staying) -> None:
-        """Follow a cut that has been made."""
+        """Update the explanation after a cut."""
         if self.originals is not None:
             self.originals.follow(staying)
 
     def state_dict(self) -> Plain | None:
-        """What is known of the original, for a checkpoint; None where nothing is followed."""
+        """Return the original's values, for a checkpoint; None if nothing is followed."""
         return None if self.originals is None else self.originals.state_dict()

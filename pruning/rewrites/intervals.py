@@ -1,4 +1,4 @@
-"""When rewrites are due, and whether a training has room for as many as its budget needs: counted before it begins."""
+"""Schedule of rewrites, and a check before training that it is long enough for the rewrites that the budget needs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pruning.costs.budget import BudgetCourse
 
 @dataclasses.dataclass(frozen=True)
 class Intervals:
-    """Rewrites at fixed intervals, an interval apart at least, also where the first one came late.
+    """Rewrites at fixed intervals, at least an interval apart even if the first one came late.
 
     Attributes:
         start: Iteration from which intervals are counted.
         step: Iterations of an interval.
-        completed: Rewrites done.
-        last: Iteration after which the last of them was done; -1 if none was, or it is not known.
+        completed: Number of rewrites done.
+        last: Iteration after which the last rewrite was done; -1 if there was none or it is unknown.
     """
 
     start: int
@@ -28,12 +28,14 @@ class Intervals:
     last: int = -1
 
     def next(self) -> int:
-        """Iteration from which on the next rewrite is due."""
+        """Iteration from which the next rewrite is due."""
         planned = self.start + (self.completed + 1) * self.step
         return planned if self.last < 0 else max(planned, self.last + self.step)
 
     def coming(self, after: int) -> Iterator[int]:
-        """Iterations of the rewrites to come, without end, if training goes on after the iteration `after`."""
+        """Yield the iterations of coming rewrites, endlessly, for training that continues after the iteration
+        `after`.
+        """
         now = self
         while True:
             iteration = max(now.next(), after + 1)
@@ -41,10 +43,13 @@ class Intervals:
             now = dataclasses.replace(now, completed=now.completed + 1, last=iteration)
 
     def widest_step(self, count: int, after: int, end: int) -> int:
-        """The longest interval at which `count` further rewrites are done by the iteration `end`; 0 if none is."""
+        """Return the longest interval at which `count` more rewrites are done by the iteration `end`; 0 if there is
+        none.
+        """
         if after >= end:
             return 0
-        # The last one is due by the plan, by the last that was done, and by the first that can follow now.
+        # The last rewrite's iteration is limited by the plan, by the last rewrite done, and by the earliest possible
+        # next one.
         limits = [(end - self.start) // (self.completed + count)]
         if self.last >= 0:
             limits.append((end - self.last) // count)
@@ -58,12 +63,12 @@ class Shortfall:
     """A training that ends before its last rewrite.
 
     Attributes:
-        held: Rewrites that it holds.
-        needed: Rewrites that the budget needs from now on.
-        end: Its last iteration.
+        held: Number of rewrites possible in the training.
+        needed: Number of rewrites that the budget still needs.
+        end: Last iteration of the training.
         needed_end: The iteration of the last rewrite.
-        step: The longest interval that would do; 0 where none does.
-        delta: The least share per rewrite that would do; None where it is too late to choose one, or none does.
+        step: The longest interval that would suffice; 0 if none does.
+        delta: The smallest share per rewrite that would suffice; None if it is too late to choose one, or none does.
     """
 
     held: int
@@ -74,10 +79,10 @@ class Shortfall:
     delta: float | None
 
     def describe(self, steps_per_epoch: int | None) -> str:
-        """What is missing and what to change, with names of arguments in backquotes.
+        """Describe what is missing and what to change, with names of arguments in backquotes.
 
         Args:
-            steps_per_epoch: Iterations of an epoch, to tell the length in epochs too.
+            steps_per_epoch: Iterations per epoch, to give the length in epochs too.
         """
         epochs = (
             "" if steps_per_epoch is None else f" (`epochs` {math.ceil(self.needed_end / steps_per_epoch)})"
@@ -95,13 +100,13 @@ class Shortfall:
 
 
 def shortfall(course: BudgetCourse, intervals: Intervals, after: int, end: int) -> Shortfall | None:
-    """What a training lacks for the rewrites that are left; None where it has room for all.
+    """Return what a training lacks for the remaining rewrites; None if it has room for all.
 
     Args:
-        course: Of the budget.
-        intervals: When rewrites are due.
-        after: Iterations that are done.
-        end: Its last iteration.
+        course: Course of the budget.
+        intervals: Schedule of the rewrites.
+        after: Number of iterations already done.
+        end: Last iteration of the training.
     """
     needed = course.num_rewrites - intervals.completed
     due = list(itertools.islice(intervals.coming(after), needed))
@@ -128,15 +133,16 @@ def check_length(
 
     Args:
         course, intervals, after, end: See `shortfall`.
-        steps_per_epoch: Iterations of an epoch, for the message.
-        predictable: The search stops where its targets are met.
-        together: It takes a step of all groups at a time.
+        steps_per_epoch: Iterations per epoch, for the message.
+        predictable: Whether the search stops as soon as its targets are met.
+        together: Whether the search narrows all groups at each step.
 
     Returns:
-        The doubt, where the rewrites that there is room for may turn out to suffice; else None.
+        The doubt, if the possible rewrites might still suffice; else None.
 
     Raises:
-        SettingError: With the rewrites that there is room for and that are needed, and what to change.
+        SettingError: Training is too short; the message gives the possible and the required number of rewrites, and
+            what to change.
     """
     lack = shortfall(course, intervals, after, end)
     if lack is None or after >= end:
@@ -149,7 +155,7 @@ def check_length(
 
 
 def _rounded_up(total: float, parts: int) -> float:
-    """The least number of three digits with `parts` times it at least the total."""
+    """Return the smallest number with three digits that, times `parts`, is at least the total."""
     exact = total / parts
     scale = 10.0 ** (3 - min(math.floor(math.log10(exact)) + 1, 0))
     return min(math.ceil(exact * scale - 1e-9) / scale, 1.0)

@@ -1,4 +1,4 @@
-"""How long the parts of a rewrite take."""
+"""Timing of the parts of a rewrite."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import time
 
 
 class Laps:
-    """Seconds by part, from the moment it is made.
+    """Seconds per part, counted from construction.
 
     Attributes:
-        seconds: Part → seconds since the part before it ended.
+        seconds: Part → seconds since the previous part ended.
     """
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class Laps:
         self._last = time.perf_counter()
 
     def end(self, part: str) -> None:
-        """A part of the rewrite is done."""
+        """Record the end of a part."""
         now = time.perf_counter()
         self.seconds[part] = now - self._last
         self._last = now

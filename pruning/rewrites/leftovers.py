@@ -1,4 +1,4 @@
-"""What an earlier step left behind, which would make the training fail after a rewrite."""
+"""Detection of leftovers of an earlier step that would make training fail after a rewrite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def warn_of_leftovers(model: nn.Module, known: Sequence[Optimizer]) -> None:
-    """Warn of what would make training fail after a rewrite."""
+    """Warn of leftovers that would make training fail after a rewrite."""
     held = alive_graph(model)
     if held is not None:
         log.warning(
@@ -35,13 +35,13 @@ def warn_of_leftovers(model: nn.Module, known: Sequence[Optimizer]) -> None:
 
 
 def alive_graph(model: nn.Module) -> str | None:
-    """Name of a parameter that the graph of an earlier forward pass still refers to; None if there is none."""
+    """Return the name of a parameter still referenced by an earlier forward pass's graph, or None."""
     mark = "lucidprune"
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        # The node that collects the parameter's gradient lives as long as something refers to it. If nothing else
-        # does, it is gone with `notes`, and the second look meets a new one without the mark.
+        # The node that accumulates the parameter's gradient lives as long as something refers to it. If nothing else
+        # does, it is freed with `notes`, and the second iteration gets a new node without the mark.
         for _ in range(2):
             notes = _notes_of(parameter)
             if notes.pop(mark, False):
@@ -52,7 +52,7 @@ def alive_graph(model: nn.Module) -> str | None:
 
 
 def _notes_of(parameter: nn.Parameter) -> dict[str, object]:
-    """What may be noted on the node of the graph that collects a parameter's gradient."""
+    """Return the metadata of the graph node that accumulates a parameter's gradient."""
     with torch.enable_grad():
         made_by: Any = parameter.view_as(parameter).grad_fn
     notes: dict[str, object] = made_by.next_functions[0][0].metadata

@@ -1,4 +1,4 @@
-"""A network and its momentum teacher within one module: pairs that train together must be cut alike."""
+"""A network and its momentum teacher within one module: such pairs must be cut identically."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def warn_of_pairs(model: nn.Module, graph: ChannelGraph) -> None:
-    """Warn of submodules that look like a network and its momentum teacher, yet would be cut independently."""
+    """Warn of submodules that look like a network and its momentum teacher but would be cut independently."""
     for one, two in momentum_pairs(model):
         if not _cut_alike(graph, one, two):
             log.warning(
@@ -27,7 +27,9 @@ def warn_of_pairs(model: nn.Module, graph: ChannelGraph) -> None:
 
 
 def momentum_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Submodules that look like a network and its momentum teacher: alike, side by side, only one of them trains."""
+    """Return pairs of submodules that look like a network and its momentum teacher: alike, siblings, only one
+    trained.
+    """
     found = []
     for prefix, parent in model.named_modules():
         children = [(name, _shapes(child), child) for name, child in parent.named_children()]
@@ -48,7 +50,7 @@ def _trains(module: nn.Module) -> bool:
 
 
 def _cut_alike(graph: ChannelGraph, one: str, two: str) -> bool:
-    """Whether every slice of one submodule's parameters is removed together with that of the other's."""
+    """Whether every slice of one submodule's parameters is removed together with the other's."""
     prunable = {group.index for group in graph.prunable}
     units: dict[str, dict[tuple[str, int], np.ndarray]] = {one: {}, two: {}}
     for axis in graph.axes:

@@ -1,4 +1,4 @@
-"""One cut of a network with everything that trains along with it, and what it changed."""
+"""A single cut of a network and everything that trains along with it, and a record of the changes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cut(
 ) -> dict[str, list[int]]:
     """Cut a network down, in place, with its optimizers, averages and explanation. Collective.
 
-    The cut has been tried when it was chosen (`search.feasible`).
+    The cut was tried when it was chosen (`search.feasible`).
 
     Returns:
         Group name → width before and after.
@@ -48,7 +48,7 @@ def cut(
 
 
 def borders(subject: Subject, keep: Kept, scores: Scores) -> dict[str, list[float]]:
-    """Group name → lowest score kept and highest removed, of the groups that are going to be cut."""
+    """Return group name → lowest score kept and highest removed, for the groups about to be cut."""
     found = {}
     for index, kept in keep.items():
         values = scores[index].numpy()

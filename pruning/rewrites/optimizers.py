@@ -1,7 +1,7 @@
 """Optimizers that train a network: found inside their wrappers, and checked before their state is cut.
 
-One that was forgotten, or keeps tensors where nothing can slice them, would fail or mix parameters up long after; so it
-is refused when pruning starts, or before the rewrite that it would spoil.
+An optimizer that was forgotten, or that keeps tensors where they cannot be sliced, would fail or mix up parameters much
+later. It is refused when pruning starts, or before the rewrite that it would spoil.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from image_classification.config import SettingError
 
-#: Optimizers that keep parameters in vectors or shards of their own, by name.
+#: Names of optimizers that keep parameters in their own vectors or shards.
 _UNCUTTABLE = ("LBFGS", "ZeroRedundancyOptimizer", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")
 
 
 def optimizers_in(given: object) -> list[Optimizer]:
-    """Every optimizer in what a user gives, those inside wrappers included (SAM, Lookahead, Accelerate).
+    """Find every optimizer in a user's argument, including those inside wrappers (SAM, Lookahead, Accelerate).
 
     Raises:
-        SettingError: It is not an optimizer and holds none.
+        SettingError: `given` neither is nor contains an optimizer.
     """
     if given is None:
         return []
@@ -52,15 +52,15 @@ def _walk(holder: object, seen: set[int]) -> Iterator[Optimizer]:
 
 
 def check_wrappers(model: nn.Module, given: object) -> None:
-    """Refuse wrappers around optimizers that keep tensors of their own, such as the slow weights of a Lookahead.
+    """Refuse wrappers around optimizers that keep their own tensors, such as the slow weights of a Lookahead.
 
     Raises:
-        SettingError: Naming the wrapper and where it keeps them.
+        SettingError: There is such a wrapper; the message names it and where it keeps the tensors.
     """
     own = {id(parameter) for parameter in model.parameters()}
     for wrapper in given if isinstance(given, (list, tuple)) else [given]:
         if isinstance(wrapper, Optimizer) or not hasattr(wrapper, "__dict__"):
-            continue  # an optimizer is looked at as one
+            continue  # optimizers have a check of their own
         for name, value in vars(wrapper).items():
             if _has_tensors(value, own):
                 raise _kept_elsewhere(wrapper, repr(name))
@@ -79,7 +79,7 @@ def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Refuse optimizers whose state cannot follow the network's rewrites.
 
     Raises:
-        SettingError: One of another network, or with tensors outside its state.
+        SettingError: An optimizer belongs to another network or keeps tensors outside its state.
     """
     own = {id(parameter) for parameter in model.parameters()}
     for optimizer in optimizers:
@@ -104,7 +104,7 @@ def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
 
 
 def _tensors_elsewhere(optimizer: Optimizer, parameters: set[int]) -> str | None:
-    """Where an optimizer keeps tensors beside its state; None if nowhere."""
+    """Return where an optimizer keeps tensors other than its state, or None."""
     for name, value in vars(optimizer).items():
         if name not in ("state", "param_groups", "defaults") and _has_tensors(value, parameters):
             return repr(name)
@@ -124,7 +124,7 @@ def _has_tensors(value: object, parameters: set[int]) -> bool:
 
 
 class OptimizerWatch:
-    """Notes every optimizer that takes a step, until the owner is gone."""
+    """Records every optimizer that takes a step, for as long as the owner exists."""
 
     def __init__(self, owner: object) -> None:
         seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -133,10 +133,10 @@ class OptimizerWatch:
         weakref.finalize(owner, handle.remove)
 
     def check_none_forgotten(self, model: nn.Module, known: Sequence[Optimizer]) -> None:
-        """Refuse to cut parameters whose state lies in an optimizer that nobody gave.
+        """Refuse to cut parameters whose state is in an optimizer that was not passed.
 
         Raises:
-            SettingError: Naming the optimizer.
+            SettingError: There is such an optimizer; the message names it.
         """
         own = {id(parameter) for parameter in model.parameters()}
         states = {id(optimizer.state) for optimizer in known}

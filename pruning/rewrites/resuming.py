@@ -1,4 +1,4 @@
-"""What pruning starts from: channel graph, costs and explanation, new, or taken from an earlier run's state."""
+"""Starting point of pruning: channel graph, costs and explanation, new or restored from an earlier run's state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from pruning.costs.budget import Budget
 from pruning.costs.cost_model import CostModel, CostState
 from pruning.costs.latency_measure import autocast_type
 from pruning.costs.latency_table import LatencySettings
-from pruning.engine.channel_graph import ChannelGraph, Constraints
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.constraints import Constraints
 from pruning.engine.examples import Examples
 from pruning.engine.trace_groups import give_examples, trace_groups
 
@@ -27,20 +28,20 @@ _OR_START_OVER = "or start over from its weights"
 
 
 class ResumedState(TypedDict):
-    """What every pruning run keeps of its start: the channel graph, and costs with their baseline."""
+    """State that every pruning run keeps of its start: the channel graph, and costs with their baseline."""
 
     graph: Plain
     costs: CostState
 
 
 class PrunerState(ResumedState):
-    """State of a `Pruner`. Those of older versions lack some of it.
+    """State of a `Pruner`. States of older versions lack some entries.
 
     Attributes:
-        completed: Rewrites done.
+        completed: Number of rewrites done.
         delta, budget: The course of the budget.
         history: Fields of the `RewriteRecord` of every rewrite.
-        originals: What is known of the original network's explanation; None where none is followed.
+        originals: Values of the original network's explanation; None if none is followed.
     """
 
     completed: int
@@ -58,13 +59,13 @@ def graph_of(
     *,
     training_example: Examples | None = None,
 ) -> ChannelGraph:
-    """The network's channel graph: traced, or in a resumed run the one that the checkpoint holds.
+    """Return the network's channel graph: traced, or in a resumed run the one in the checkpoint.
 
-    A trace of the narrower network might couple it otherwise; with the stored graph a resumed run has the choices of
-    one that was never interrupted.
+    A trace of the narrower network might couple channels differently; with the stored graph, a resumed run makes the
+    same choices as an uninterrupted one.
 
     Raises:
-        ConfigError: Other modules were to be left alone when it was traced, or it is of another network.
+        ConfigError: The stored graph was traced with other modules left alone, or belongs to another network.
     """
     if state is None:
         return trace_groups(model, example, training_example=training_example, constraints=constraints)
@@ -98,13 +99,14 @@ def shared_costs(
     distributed: Distributed,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> CostModel:
-    """The cost model; a latency table is measured on rank 0 and shared, so that all ranks decide alike. Collective.
+    """Build the cost model; rank 0 measures the latency table and shares it, so that all ranks decide alike.
+    Collective.
 
     Args:
         graph, model, example_images, metrics: See `CostModel`.
-        state: Of an earlier run, with the costs under "costs".
+        state: State of an earlier run, with the costs under "costs".
         distributed: The ranks.
-        autocast: Context of the job's forward passes, which latency is measured in.
+        autocast: Context of the job's forward passes, under which latency is measured.
     """
     known = None if state is None else state["costs"]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -123,10 +125,11 @@ def shared_costs(
 
 
 def check_course(state: PrunerState, budget: Budget, delta: float) -> None:
-    """Rewrites are counted: with another step, or a looser budget, the count would mean another cost.
+    """Check that the course is unchanged: with another delta or a looser budget, the count of rewrites would mean
+    another cost.
 
     Raises:
-        SettingError: Naming what differs.
+        SettingError: The course differs; the message says how.
     """
     before = state.get("delta", delta)
     check_setting(
@@ -146,10 +149,10 @@ def check_course(state: PrunerState, budget: Budget, delta: float) -> None:
 
 
 def known_originals(state: PrunerState) -> Mapping[str, object]:
-    """What an earlier run knows of the original network's explanation.
+    """Return an earlier run's values of the original network's explanation.
 
     Raises:
-        SettingError: It followed none.
+        SettingError: The earlier run followed no explanation.
     """
     known = state.get("originals")
     if known is None:

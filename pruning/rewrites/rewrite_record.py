@@ -1,4 +1,4 @@
-"""What rewrites did: as plain data for checkpoints and reports, and in words."""
+"""Records of rewrites, as plain data for checkpoints and reports, and in words."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from pruning.engine.groups import Group
 
 @dataclasses.dataclass(frozen=True)
 class RewriteRecord:
-    """What one rewrite did, as plain data.
+    """The record of one rewrite, as plain data.
 
     Attributes:
         rewrite: Number of the rewrite, from 1.
-        iteration: Training iteration it happened after; -1 outside training.
+        iteration: Training iteration after which it happened; -1 outside training.
         widths: Group name → [before, after], changed groups only.
         costs: Metric → [before, after, baseline].
-        loss: Calibration loss [before, after], or [before, after the cut, after the repair]; all without any training.
+        loss: Calibration loss [before, after], or [before, after the cut, after the repair]; all without training in
+            between.
         scores: Group name → [lowest score kept, highest score removed].
-        candidates: The best candidates that were weighed.
+        candidates: The best candidates considered.
         seconds: `score`, `search`, `rewrite` and, if there was one, `repair`.
         explanation: Mean squared distance of the explanation from the original network's [before, after], if one is
             followed.
-        repair: What the repair did, in words; empty without one.
+        repair: Description of the repair; empty if there was none.
     """
 
     rewrite: int
@@ -44,7 +45,7 @@ class RewriteRecord:
     repair: str = ""
 
     def describe(self) -> str:
-        """One line of text."""
+        """Return a one-line description."""
         widths = ", ".join(f"{name} {before}→{after}" for name, (before, after) in self.widths.items())
         costs = ", ".join(
             f"{metric} {100 * after / base:.1f} %" for metric, (_, after, base) in self.costs.items()
@@ -61,7 +62,7 @@ class RewriteRecord:
         )
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the widths before and after, and a line of costs."""
+        """Return a notebook's view: the widths before and after, and a line of costs."""
         rows = [(name, before, after) for name, (before, after) in self.widths.items()]
         when = f" after iteration {self.iteration}" if self.iteration >= 0 else ""
         return html_table(
@@ -72,12 +73,12 @@ class RewriteRecord:
 def describe_group(
     graph: ChannelGraph, group: Group, scores: Tensor | None, history: Sequence[RewriteRecord]
 ) -> str:
-    """A group in words, a line per fact: what it couples, how far it may shrink, its scores and its rewrites.
+    """Describe a group, one line per fact: what it couples, how far it may shrink, its scores and its rewrites.
 
     Args:
-        graph: Its graph.
+        graph: The graph of the group.
         group: The group.
-        scores: (width,) scores of its present channels, if there are any.
+        scores: (width,) scores of its current channels, if there are any.
         history: The rewrites so far.
     """
     members = sorted({member.tensor.rpartition(".")[0] for member in graph.members(group)})

@@ -1,4 +1,4 @@
-"""A pruner as a notebook shows it: a table, and a plot of its progress."""
+"""Notebook views of a pruner: a table, and a plot of its progress."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _NAME_LENGTH = 28
 def course_html(
     title: str, costs: CostModel, budget: Mapping[str, float], history: Sequence[RewriteRecord]
 ) -> str:
-    """The table that a notebook shows of a pruner: costs beside the budget, then a row per rewrite.
+    """Return a pruner's table for notebooks: costs beside the budget, then a row per rewrite.
 
     Args:
-        title: What is pruned, and how far that is.
-        costs: Costs of the network as it is.
+        title: Title: the pruned network and the progress.
+        costs: Current costs of the network.
         budget: Metric → share that may remain.
         history: The rewrites so far.
     """
@@ -62,13 +62,13 @@ def plot_course(
     history: Sequence[RewriteRecord],
     axes: Sequence[Axes] | None,
 ) -> list[Axes]:
-    """Draw costs over rewrites, and the width of every group that may shrink, beside its first width.
+    """Plot costs over rewrites, and the width of every group that may shrink beside its original width.
 
     Args:
-        graph: The network's groups as they are.
-        budget: Metric → share that may remain: dotted lines.
+        graph: The network's current groups.
+        budget: Metric → share that may remain, drawn as dotted lines.
         history: The rewrites so far.
-        axes: Two of matplotlib's to draw on; None makes a figure.
+        axes: Two matplotlib axes to draw on; None creates a figure.
 
     Returns:
         The two axes.

@@ -1,4 +1,4 @@
-"""What a pruner works on."""
+"""The subject of a pruner: the network with its graph, course and task."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from pruning.task.explained import Autocast
 
 #: Group index → (width,) scores.
 Scores = dict[int, Tensor]
-#: Group index → positions that stay, ascending; only groups that change.
+#: Group index → positions that stay, ascending; only for groups that change.
 Kept = dict[int, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is pruned, what it is brought down to, and how it is run.
+    """The network to prune, its targets, and how it is run.
 
     Attributes:
         model: The bare network.
         graph: Its channel groups.
         course: The budget's targets, with the costs.
-        task: How the network is run on a batch and judged.
+        task: How the network is run on a batch and evaluated.
         distributed: The ranks.
         autocast: Context factory of forward passes on calibration data.
     """

@@ -1,7 +1,6 @@
-"""Searches: which channels a rewrite removes. Importing this package registers all of them.
+"""Searches choose which channels a rewrite removes. Importing this package registers all of them.
 
-search = build_search("greedy", SearchSettings(shortlist=8))
-decision = search.choose(situation)
+search = build_search("greedy", SearchSettings(shortlist=8)) decision = search.choose(situation)
 """
 
 from pruning.search.global_ranking import GlobalSearch
@@ -20,7 +19,7 @@ from pruning.search.search import (
 from pruning.search.sensitivity import SensitivitySearch
 from pruning.search.uniform import UniformSearch
 
-#: Searches that take one step after the other and stop where the targets are met.
+#: Searches that work step by step and stop once the targets are met.
 STEPWISE = (GlobalSearch, GreedySearch, SensitivitySearch, UniformSearch)
 
 __all__ = [

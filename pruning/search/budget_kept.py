@@ -1,4 +1,4 @@
-"""A budget is met or refused: what cannot be reached is said before anything is cut."""
+"""Checks that a budget is met: an unreachable one is refused before anything is cut."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _TINY = 1e-6
 
 
 def check_scored(situation: Situation, budget: Budget) -> None:
-    """Make sure that the groups that have scores suffice for the budget.
+    """Check that the groups with scores suffice for the budget.
 
     Raises:
-        SettingError: Naming the groups that have none.
+        SettingError: They do not; the message names the groups without scores.
     """
     graph, costs = situation.graph, situation.costs
     unscored = [group.name for group in graph.prunable if group.index not in situation.scores]
@@ -39,10 +39,10 @@ def check_scored(situation: Situation, budget: Budget) -> None:
 
 
 def check_met(situation: Situation, keep: Mapping[int, np.ndarray], budget: Budget) -> None:
-    """Make sure that a cut ends within the budget.
+    """Check that a cut ends within the budget.
 
     Raises:
-        SettingError: The search leaves more.
+        SettingError: The search leaves more than the budget.
     """
     mask = situation.graph.keep_mask(keep)
     costs = {metric: situation.costs.cost(metric, mask) for metric in budget.shares}
@@ -51,13 +51,13 @@ def check_met(situation: Situation, keep: Mapping[int, np.ndarray], budget: Budg
 
 
 def above_budget(model: CostModel, costs: Mapping[str, float], budget: Budget) -> dict[str, float]:
-    """Metric → share of the baseline, for the costs that are above the budget."""
+    """Return metric → share of the baseline, for costs above the budget."""
     left = {metric: cost / model.baseline(metric) for metric, cost in costs.items()}
     return {metric: share for metric, share in left.items() if share > budget.shares[metric] * (1 + _TINY)}
 
 
 def missed(metric: str, left: float, budget: Budget) -> SettingError:
-    """The error of a budget that the last rewrite does not meet."""
+    """Build the error for a budget that the last rewrite does not meet."""
     return SettingError(
         "budget",
         f"{metric}={budget.shares[metric]}",

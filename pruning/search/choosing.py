@@ -1,4 +1,6 @@
-"""What leaves at a rewrite: channels are scored, candidate cuts judged on calibration data, and one is chosen."""
+"""Choice of the channels that a rewrite removes: channels are scored, candidate cuts compared on calibration data, and
+one is chosen.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +32,16 @@ from pruning.task import num_samples
 
 log = logging.getLogger(__name__)
 _NUM_CANDIDATES_KEPT = 8
-_MOST_AT_ONCE = 0.5  # share of its channels that a group keeps at least, or greedy's choice is mentioned
+_MOST_AT_ONCE = 0.5  # warn if greedy's choice leaves a group less than this share of its channels
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Calibration batches of a rewrite, by use.
+    """Calibration batches of a rewrite, by purpose.
 
     Attributes:
-        judging: Judge candidates.
-        fitted: Least squares are fitted to them; None where nothing is fitted.
+        judging: Batches that candidates are compared on.
+        fitted: Batches for least-squares fits; None if nothing is fitted.
     """
 
     judging: Batches
@@ -47,19 +49,19 @@ class Parts:
 
 
 class Chooser:
-    """Decides what leaves, the same on all ranks. Its methods are collective.
+    """Decides which channels to remove, identically on all ranks. Its methods are collective.
 
     Args:
-        subject: What is pruned.
-        criterion: Scores channels within groups; None leaves it to what the calibration batches hold.
-        search: Chooses between groups; None leaves it open likewise.
-        repair: Of the rewrites; None leaves it open likewise.
-        judge_batches: How many batches candidates are judged by.
-        at_once: One rewrite goes all the way to the budget.
+        subject: The network to prune.
+        criterion: Scores channels within groups; None chooses one by the content of the calibration batches.
+        search: Chooses between groups; None likewise.
+        repair: Repair of the rewrites; None likewise.
+        judge_batches: Number of batches for comparing candidates.
+        at_once: Whether a single rewrite meets the whole budget.
 
     Attributes:
-        criterion, search: As given, and once batches have been seen what fits them.
-        judged: Whether a loss is known to judge by; None before batches have been seen.
+        criterion, search: As given, or, once batches have been seen, chosen to suit them.
+        judged: Whether a loss is known for comparing candidates; None before batches have been seen.
     """
 
     def __init__(
@@ -82,14 +84,15 @@ class Chooser:
 
     @property
     def judges(self) -> bool:
-        """Whether the search that was asked for needs a loss to judge by."""
+        """Whether the requested search needs a loss to compare candidates."""
         return isinstance(self.search, (GreedySearch, SensitivitySearch))
 
     def check_without_data(self, arguments: Args) -> None:
-        """Refuse what the first rewrite would, as far as it is known before calibration batches are.
+        """Refuse early what the first rewrite would refuse, as far as possible without calibration batches.
 
         Raises:
-            SettingError: A budget that scores of weights cannot meet, or outputs without a loss to judge by.
+            SettingError: Scores of weights cannot meet the budget, or the outputs have no loss for comparing
+                candidates.
         """
         subject = self._subject
         if self.criterion is not None and looks_at_weights_only(self.criterion):
@@ -98,7 +101,7 @@ class Chooser:
             subject.task.check_outputs(subject.model, arguments)
 
     def settle(self, batches: Batches) -> None:
-        """Choose criterion and search by what the batches hold, where they were left open, and log it."""
+        """Choose criterion and search by the content of the batches if they were left open, and log the choice."""
         if self.judged is not None:
             return
         subject = self._subject
@@ -120,7 +123,7 @@ class Chooser:
         self.judged = evidence.judged
 
     def score(self, batches: Batches) -> Scores:
-        """Scores of the present network's channels."""
+        """Score the current network's channels."""
         self.settle(batches)
         return self._scored(batches)
 
@@ -137,20 +140,20 @@ class Chooser:
             autocast=subject.autocast,
         )
 
-    # -- judging -------------------------------------------------------------------------------------------
+    # -- judging candidates --------------------------------------------------------------------------------
 
     def repair_settings(self, batches: Batches) -> RepairSettings:
-        """How a rewrite by these batches is repaired, what was left open included."""
+        """Return the settings for repairing a rewrite with these batches, with open choices resolved."""
         subject = self._subject
         return settled(
             self._repair, batches, subject.task, at_once=self._at_once, distributed=subject.distributed
         )
 
     def parts(self, batches: Batches, repair: RepairSettings) -> Parts:
-        """Which batches judge candidates, and which least squares are fitted to.
+        """Divide the batches into those for comparing candidates and those for least-squares fits.
 
-        What is fitted to few images suits them better than others: those that judge are not among them. They are as
-        many as `judge_batches` hold, or what the repair holds out where that is less.
+        A fit to few images suits them better than others, so the comparison uses different images: as many as in
+        `judge_batches` batches, or as many as the repair holds out if that is less.
         """
         whole = batches[: self._judge_batches]
         if repair.method != "least-squares":
@@ -163,7 +166,7 @@ class Chooser:
         return Parts(judging or whole, [chunk.batch for chunk in chunks if not chunk.held_out])
 
     def judge(self, parts: Parts) -> LossChange:
-        """What judges candidates: as they are, or as a repair from the fitted images would leave them."""
+        """Create the measure for candidates: as they are, or as repaired by a fit to the images for fitting."""
         subject = self._subject
         repair = None
         if parts.fitted is not None:
@@ -187,10 +190,10 @@ class Chooser:
     # -- choosing ------------------------------------------------------------------------------------------
 
     def choose(self, rewrite: int, scores: Scores, loss_change: LossChange) -> tuple[Kept, list[Plain]]:
-        """What stays at a rewrite, counted from 1, and the best candidates that the search weighed.
+        """Return the channels to keep at a rewrite (counted from 1), and the best candidates considered.
 
         Raises:
-            SettingError: The budget cannot be met by the groups that have scores, or a single rewrite does not meet it.
+            SettingError: The groups with scores cannot meet the budget, or a single rewrite does not meet it.
         """
         subject = self._subject
         search = self._settled_search()
@@ -206,7 +209,7 @@ class Chooser:
         ]
 
     def forecast(self, scores: Scores, judge: LossChange, completed: int) -> list[ForecastRow]:
-        """What would be chosen at the rewrites that are left, if the network did not change by training."""
+        """Forecast the choices at the remaining rewrites as if training did not change the network."""
         course = self._subject.course
         numbers = range(completed + 1, course.num_rewrites + 1)
         return forecast(self._settled_search(), self._situation({}, scores, judge), course, numbers)
@@ -225,13 +228,13 @@ class Chooser:
         return situation
 
     def _agreed(self, keep: Kept) -> Kept:
-        """Rank 0's choice, for all ranks. They computed the same one; this makes it certain."""
+        """Return rank 0's choice on all ranks. They computed the same one; this makes it certain."""
         plain = {str(index): kept.tolist() for index, kept in keep.items()}
         agreed = self._subject.distributed.broadcast_object(plain)
         return {int(index): np.array(kept, dtype=np.int64) for index, kept in agreed.items()}
 
     def _warn_of_one_sided(self, keep: Kept) -> None:
-        """Log the groups of which the greedy search takes most of the channels at once."""
+        """Log groups of which the greedy search removes most channels at once."""
         subject = self._subject
         if not isinstance(self.search, GreedySearch) or not subject.distributed.is_main:
             return

@@ -1,7 +1,8 @@
-"""A chosen cut, less what would make the network compute something else than without the channels.
+"""Trial of a chosen cut: groups whose cut would make the network compute something else than a gated network are cut
+less.
 
-A network whose code decides by a width (`if x.shape[1] == 7`) may be right at almost all widths. The very cut is tried
-before it is made; a group that breaks it keeps a little more, or stays whole this time.
+A network whose code depends on a width (`if x.shape[1] == 7`) may work at almost all widths. So the exact cut is tried
+before it is made; a group that breaks it keeps a few more channels, or all of them this time.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ log = logging.getLogger(__name__)
 def feasible(
     model: nn.Module, graph: ChannelGraph, keep: Mapping[int, np.ndarray], scores: Mapping[int, np.ndarray]
 ) -> dict[int, np.ndarray]:
-    """The cut, or the nearest to it that keeps the network what it is.
+    """Return the cut, or the closest one that leaves the network's function intact.
 
     Args:
         model: The network.
         graph: Its channel graph.
         keep: Group index → positions that stay.
-        scores: Group index → (width,) scores: the best of what would go stays first.
+        scores: Group index → (width,) scores: the best of the channels to remove are kept first.
     """
     failure = failure_of_cut(model, graph, graph.keep_mask(keep))
     if failure is None:
@@ -52,7 +53,7 @@ def feasible(
 
 
 def _wider(graph: ChannelGraph, index: int, kept: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """The positions that stay at the next allowed width."""
+    """Return the positions to keep at the next larger allowed width."""
     width = min(width for width in graph.allowed_widths(index) if width > len(kept))
     gone = np.setdiff1d(np.arange(len(scores)), kept)
     best = gone[np.argsort(-scores[gone], kind="stable")[: width - len(kept)]]

@@ -1,4 +1,4 @@
-"""Looking ahead: what a search would do at every rewrite that is left, if training changed nothing."""
+"""Forecast of a search: its choice at every remaining rewrite, if training changed nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from pruning.search.search import Search, Situation
 
 
 class ForecastRow(TypedDict):
-    """One rewrite: its number, the training iteration, share of every cost and width of every group after it."""
+    """A forecast rewrite: its number, the training iteration, and the share of every cost and width of every group
+    after it.
+    """
 
     rewrite: int
     iteration: int
@@ -23,16 +25,16 @@ class ForecastRow(TypedDict):
 def forecast(
     search: Search, situation: Situation, course: BudgetCourse, rewrites: Iterable[int]
 ) -> list[ForecastRow]:
-    """Meet one target of the schedule after the other, without rewriting.
+    """Meet the targets of the schedule one after the other, without rewriting.
 
     Args:
-        search: Chooses; a greedy one trusts its estimate, as nothing is measured.
-        situation: The network as it is. Its mask goes along.
+        search: The search; a greedy one trusts its estimate, since nothing is measured.
+        situation: Situation of the current network. Its mask is updated.
         course: The targets.
-        rewrites: Numbers of the rewrites that are left.
+        rewrites: Numbers of the remaining rewrites.
 
     Returns:
-        A row per rewrite; the iteration is left at 0, for the caller to fill in.
+        A row per rewrite; the iteration is 0 and must be set by the caller.
     """
     if isinstance(search, GreedySearch):
         search = dataclasses.replace(search, shortlist=1)

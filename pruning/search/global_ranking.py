@@ -1,4 +1,4 @@
-"""One ranking over all groups by normalised score; the lowest units leave until the target is met."""
+"""One ranking over all groups by normalised score; the lowest units are removed until the target is met."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pruning.search.search import Decision, Situation, register_search
 @register_search("global")
 @dataclasses.dataclass
 class GlobalSearch:
-    """One ranking over all groups; the lowest units leave until the target is met.
+    """One ranking over all groups; the lowest units are removed until the target is met.
 
     Args:
         normalisation: How scores of different groups are made comparable (`criteria.combine`); with `macs` the
@@ -34,7 +34,7 @@ class GlobalSearch:
         return Decision(situation.keep(situation.mask))
 
     def _ranking(self, situation: Situation, metric: str) -> list[np.ndarray]:
-        """Steps to the next smaller allowed width of some group, the least valuable first."""
+        """Return steps to the next smaller allowed width of some group, the least valuable first."""
         savings = {group.index: self._saving(situation, metric, group) for group in situation.groups}
         raw = {
             index: torch.from_numpy(scores) for index, scores in situation.scores.items() if index in savings
@@ -47,7 +47,7 @@ class GlobalSearch:
             for width in reversed(situation.widths_below(group)):
                 units = situation.lowest(group, width)
                 step = units[num_gone:]
-                # At least the worth of the step before, or a group would lose its better units first.
+                # At least the value of the previous step; otherwise a group would lose its better units first.
                 mean = float(values[group.index][situation.graph.position_of_unit[step]].mean())
                 worth = max(worth, mean)
                 num_gone = len(units)
@@ -57,7 +57,7 @@ class GlobalSearch:
 
     @staticmethod
     def _saving(situation: Situation, metric: str, group: Group) -> float:
-        """Cost that the group's lowest unit saves."""
+        """Return the cost saved by removing the group's lowest unit."""
         if situation.width(group) < 2:
             return 0.0
         without = situation.without(situation.lowest(group, situation.width(group) - 1))

@@ -1,11 +1,11 @@
-"""Kung and Hou's search (2020, Commun. Inf. Syst. 20(3)): one group at a time makes room for the whole target.
+"""Kung and Hou's search (2020, Commun. Inf. Syst. 20(3)): one group at a time is narrowed to meet the whole target.
 
-For every group there is one candidate: this group alone loses its lowest-scored units until the target is met. The
+For every group there is one candidate: only this group loses its lowest-scored units until the target is met. The
 candidates are sorted by the estimated change of the calibration loss, the first ones are measured, and the best is
 taken. The published rewrites are small, half a percent of the cost. A large one would take most of a single group, so
-the way to its target is divided into instalments, and each is taken from the group that is then the best. The first one
-measures all candidates; the later ones those that were the best when they were measured last (Minoux's lazy greedy,
-1978): the estimate knows nothing of repairs, and would offer the same groups again and again.
+the reduction is divided into instalments, each taken from the group that is best at that point. The first instalment
+measures all candidates; later ones measure those that were best when last measured (Minoux's lazy greedy, 1978),
+because the estimate does not know about repairs and would propose the same groups again and again.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ import torch
 from image_classification.config import check_setting
 from pruning.search.search import DEFAULT_SHORTLIST, Candidate, Decision, Situation, register_search
 
-#: Share of the original cost taken from a single group at once, where the number of instalments is left open.
+#: Largest share of the original cost taken from a single group at once if the number of instalments is not given.
 LARGEST_INSTALMENT = 0.02
 
 
 @register_search("greedy")
 @dataclasses.dataclass
 class GreedySearch:
-    """The group that can meet the target at the smallest rise of the calibration loss loses units.
+    """Narrows the group that can meet the target at the smallest rise of the calibration loss.
 
     Args:
-        shortlist: Candidates that are measured after the estimate has sorted them; 0 measures all, 1 trusts the
-            estimate.
-        instalments: Parts that the way to the target is divided into, each taken from one group; 1 as published. None:
-            as many as keep each of them at 2 % of the original cost.
+        shortlist: Number of candidates measured, in order of the estimate; 0 measures all, 1 trusts the estimate.
+        instalments: Number of parts that the reduction is divided into, each taken from one group; 1 as published. None
+            for as many as keep each part at 2 % of the original cost.
     """
 
     shortlist: int = DEFAULT_SHORTLIST
@@ -47,7 +46,7 @@ class GreedySearch:
     def choose(self, situation: Situation) -> Decision:
         """See `Search`.
 
-        Where no single group can meet the target, the best one shrinks as far as it may, then another.
+        If no single group can meet the target, the best one is narrowed as far as allowed, then another.
         """
         stages: list[list[Candidate]] = []
         ends = dict(situation.targets)
@@ -64,17 +63,19 @@ class GreedySearch:
 
     @staticmethod
     def _small_instalments(situation: Situation) -> int:
-        """As many as keep each at `LARGEST_INSTALMENT` of the original cost."""
+        """Return the number of instalments that keeps each at `LARGEST_INSTALMENT` of the original cost."""
         costs = situation.costs
         ways = [
             (costs.cost(metric, situation.mask) - target) / costs.baseline(metric)
             for metric, target in situation.targets.items()
         ]
-        # Without the small tolerance 0.1 / 0.02 might be a little more than 5.
+        # Without this tolerance, 0.1 / 0.02 might be slightly more than 5.
         return max(1, math.ceil(max(ways, default=0.0) / LARGEST_INSTALMENT - 1e-6))
 
     def _towards_targets(self, situation: Situation, rises: _Rises | None) -> list[list[Candidate]]:
-        """Close units of the situation's mask until the targets are met, or nothing is left; what was weighed."""
+        """Close units of the situation's mask until the targets are met or nothing is left; return the candidates
+        considered.
+        """
         stages: list[list[Candidate]] = []
         while (metric := situation.most_behind()) is not None:
             options = self._options(situation, metric)
@@ -91,10 +92,10 @@ class GreedySearch:
         return stages
 
     def _options(self, situation: Situation, metric: str) -> dict[int, np.ndarray]:
-        """Group index → units that it would lose to meet the target alone, or else to save as much as it can.
+        """Return group index → units it would lose to meet the target alone, or to save as much as it can.
 
-        It may be that no group saves anything by itself: memory is the largest of several moments, and two may be
-        equally large. Then every group that the cost depends on is offered with the share of units that is too much.
+        It is possible that no group saves anything by itself: memory is the largest of several moments, and two may be
+        equally large. Then every group that the cost depends on is offered, with the share of units that is in excess.
         """
         costs = situation.costs
         small = 1e-9 * costs.baseline(metric)
@@ -118,7 +119,7 @@ class GreedySearch:
 
     @staticmethod
     def _together(situation: Situation, metric: str, share: float) -> dict[int, np.ndarray]:
-        """Group index → units that go if it keeps this share, for groups that the cost depends on."""
+        """Return group index → units to remove to keep this share, for groups that the cost depends on."""
         gates = torch.from_numpy(situation.mask.astype(np.float64)).requires_grad_()
         situation.costs.cost(metric, gates).backward()
         assert gates.grad is not None
@@ -134,7 +135,7 @@ class GreedySearch:
     def _best_again(
         situation: Situation, options: Mapping[int, np.ndarray], indices: list[int]
     ) -> tuple[int, list[Candidate]]:
-        """Of these groups the one with the smallest loss, and all of them."""
+        """Return which of these groups has the smallest loss, and all their candidates."""
         judge = situation.loss_change
         assert judge is not None, "the greedy search judges by calibration data"
         cuts = [situation.keep(situation.without(options[index])) for index in indices]
@@ -148,15 +149,15 @@ class GreedySearch:
     def _best(
         self, situation: Situation, options: Mapping[int, np.ndarray], shortlist: int
     ) -> tuple[int, list[Candidate]]:
-        """The group of the option with the smallest loss, and all that were weighed.
+        """Return the group of the option with the smallest loss, and all candidates considered.
 
-        Options without an estimate are always measured, unless the estimate alone is trusted: then they come last.
+        Options without an estimate are always measured, unless only the estimate is used; then they come last.
         """
         judge = situation.loss_change
         assert judge is not None, "the greedy search judges by calibration data"
         indices = list(options)
         estimated = judge.estimate(list(options.values()), closed=np.flatnonzero(~situation.mask))
-        order = np.argsort(estimated, kind="stable")  # NaN goes last
+        order = np.argsort(estimated, kind="stable")  # NaN sorts last
         truth: dict[int, float] = {}
         if shortlist != 1:
             unknown = order[np.isnan(estimated[order])]
@@ -174,14 +175,14 @@ class GreedySearch:
 
 
 class _Rises:
-    """How much the loss rose by each group's candidate when that was measured last."""
+    """Rise of the loss by each group's candidate when last measured."""
 
     def __init__(self) -> None:
         self.known: dict[int, float] = {}
         self._present: float | None = None
 
     def learn(self, situation: Situation, candidates: list[Candidate], best: int) -> None:
-        """Remember what was measured, and what the loss is now that the best one has been taken."""
+        """Record the measurements, and the loss after taking the best candidate."""
         judge = situation.loss_change
         assert judge is not None, "it has measured"
         present = judge.loss_as_it_is() if self._present is None else self._present
@@ -191,10 +192,10 @@ class _Rises:
         self._present = losses[best]
 
     def least(self, options: Mapping[int, np.ndarray], count: int) -> list[int]:
-        """Indices of the groups with the smallest rises, those that were never measured first.
+        """Return the indices of the groups with the smallest rises; groups never measured come first.
 
         Args:
             options: Group index → units, of the groups to choose from.
-            count: How many; 0 for all.
+            count: Number of groups; 0 for all.
         """
         return sorted(options, key=lambda index: self.known.get(index, -np.inf))[: count or None]

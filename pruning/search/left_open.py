@@ -1,10 +1,8 @@
-"""What pruning goes by where the user leaves it open: criterion and search, by what calibration batches hold.
+"""Defaults for criterion and search, depending on the content of the calibration batches.
 
-no batches                                  magnitude, global
-classes of samples or of positions          discriminant
-other targets, and a loss                   taylor
-neither                                     magnitude
-a loss is known                             greedy, sensitivity for a single cut; else global
+no batches                                  magnitude, global classes of samples or of positions          discriminant
+other targets, and a loss                   taylor neither                                     magnitude a loss is known
+greedy, sensitivity for a single cut; else global
 """
 
 from __future__ import annotations
@@ -26,12 +24,12 @@ from pruning.task.explained import Autocast
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What the calibration batches of all ranks hold.
+    """The content of the calibration batches of all ranks.
 
     Attributes:
-        batches: There are any.
-        targets: What classes their targets are, of samples or of positions; None where they are not classes.
-        problem: Why the outputs cannot be judged; None where they can.
+        batches: Whether there are any.
+        targets: Kind of class targets, of samples or of positions; None if targets are not classes.
+        problem: Why the outputs have no loss; None if they have one.
     """
 
     batches: bool
@@ -44,7 +42,7 @@ class Evidence:
         return self.batches and self.problem is None
 
     def criterion(self) -> tuple[str, str]:
-        """Name of the criterion that fits, and why."""
+        """Return the name of a suitable criterion, and why."""
         if not self.batches:
             return "magnitude", "there are no calibration batches"
         if self.targets is not None:
@@ -55,10 +53,10 @@ class Evidence:
         return "magnitude", "the batches have neither class targets nor a loss"
 
     def search(self, at_once: bool) -> str:
-        """Name of the search that fits.
+        """Return the name of a suitable search.
 
         Args:
-            at_once: A single rewrite goes all the way to the budget.
+            at_once: Whether a single rewrite meets the whole budget.
         """
         if not self.judged:
             return "global"
@@ -72,14 +70,14 @@ def look(
     distributed: Distributed | None = None,
     autocast: Autocast = nullcontext,
 ) -> Evidence:
-    """Look at the first batch, and run the network on it once. Collective.
+    """Inspect the first batch, and run the network on it once. Collective.
 
     Args:
-        task: How the network is run and judged.
-        model: The network; unchanged.
+        task: How the network is run and evaluated.
+        model: The network; not modified.
         batches: This rank's calibration batches; a rank may have none.
-        distributed: The ranks, which come to one view.
-        autocast: Makes the context of the forward pass.
+        distributed: The ranks, which agree on the result.
+        autocast: Creates the context of the forward pass.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     batch = next((batch for batch in batches if num_samples(batch)), None)
@@ -101,7 +99,7 @@ def look(
 
 
 def _problem(task: Task, model: nn.Module, batch: Any, autocast: Autocast) -> SettingError | None:
-    """Why the network's outputs on a batch have no loss; None where they have one."""
+    """Return why the network's outputs on a batch have no loss; None if they have one."""
     with task.running(model), torch.no_grad(), autocast():
         outputs = task.outputs(model, batch)
         try:

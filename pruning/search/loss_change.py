@@ -1,13 +1,14 @@
-"""How much the calibration loss grows when channels go: a second-order estimate for any set of units, and the truth.
+"""Growth of the calibration loss when channels are removed: a second-order estimate for any set of units, and a
+measurement.
 
-The estimate needs one forward and one backward pass for all candidates together. With mask m on the units, sample
-loss ℓ_n and s_nu = ∂ℓ_n/∂m_u at m = 1, removing the set S changes the mean loss by about
+The estimate needs one forward and one backward pass for all candidates together. With mask m on the units, sample loss
+ℓ_n and s_nu = ∂ℓ_n/∂m_u at m = 1, removing the set S changes the mean loss by about
 
     Δ(S) = −mean_n Σ_{u∈S} s_nu + ½ mean_n (Σ_{u∈S} s_nu)²
 
 the first-order Taylor term (Molchanov et al. 2017, arXiv:1611.06440) and the empirical Fisher approximation of the
-curvature (Theis et al. 2018, arXiv:1801.05787), which here includes the interaction of units removed together.
-The truth is measured through gates, without a copy of the network.
+curvature (Theis et al. 2018, arXiv:1801.05787), which here includes the interaction of units removed together. The
+actual loss is measured through gates, without a copy of the network.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ class LossChange:
     """Loss changes of candidate cuts on a fixed set of calibration batches.
 
     Args:
-        model: The bare network; run in the task's mode and left as it was.
+        model: The bare network; run in the task's mode and not modified.
         graph: Its channel graph.
         batches: This rank's calibration batches; a rank may have none.
-        task: How the network is run on a batch and judged; by default it is a classifier.
+        task: How the network is run on a batch and evaluated; by default as a classifier.
         distributed: Sums are reduced over ranks, so all ranks see the same numbers.
         autocast: Context factory of the forward passes.
-        repair: Candidates are judged as it would repair them.
+        repair: Repair to apply to candidates before they are measured.
     """
 
     def __init__(
@@ -71,15 +72,15 @@ class LossChange:
         self._loss: float | None = None
 
     def estimate(self, removed: Sequence[np.ndarray], closed: np.ndarray | None = None) -> np.ndarray:
-        """Estimated change of the mean loss for each set of units.
+        """Estimate the change of the mean loss for each set of units.
 
         Args:
             removed: Arrays of unit ids.
-            closed: Units that are gone in each case; those of them without derivatives are overlooked.
+            closed: Units removed in each case; those without derivatives are ignored.
 
         Returns:
-            (len(removed),) float64, equal on all ranks; NaN for sets with units whose derivatives are not to be had:
-            no layer's input shows them (see `ChannelGraph.ungated`), or the loss has none by them.
+            (len(removed),) float64, equal on all ranks; NaN for sets with units that have no derivative: they appear in
+                no layer's input (see `ChannelGraph.ungated`), or the loss does not depend on them.
         """
         gradients = self._unit_gradients()
         sums = torch.zeros(len(removed), dtype=torch.float64, device=gradients.device)
@@ -94,13 +95,13 @@ class LossChange:
         return found
 
     def loss_as_it_is(self) -> float:
-        """Mean calibration loss of the network as it is; NaN without data. Remembered."""
+        """Return the mean calibration loss of the current network, cached; NaN without data."""
         if self._loss is None:
             self._loss = float(self.measure([{}])[0])
         return self._loss
 
     def _unit_gradients(self) -> Tensor:
-        """(number of this rank's samples, num_units) float32: s_nu, made in one pass and remembered."""
+        """Compute s_nu, (number of this rank's samples, num_units) float32, in one pass; cached."""
         if self._gradients is None:
             memory = _GradientMemory()
             scored = score_groups(
@@ -114,7 +115,7 @@ class LossChange:
             )
             unscored = [group.units for group in self.graph.prunable if group.index not in scored]
             self._unknown = np.concatenate([self.graph.ungated, *unscored])
-            # A rank may be without data.
+            # A rank may have no data.
             empty = torch.zeros(0, self.graph.num_units, device=self.device)
             self._gradients = torch.cat(memory.seen) if memory.seen else empty
             total, count = self.distributed.all_reduce_sum(
@@ -126,11 +127,11 @@ class LossChange:
 
     @torch.no_grad()
     def measure(self, candidates: Iterable[Keep], *, repaired: bool = True) -> np.ndarray:
-        """Mean calibration loss with each candidate's cut gated away.
+        """Measure the mean calibration loss with each candidate's cut gated away.
 
         Args:
-            candidates: Group → positions that stay; an empty mapping is the network as it is.
-            repaired: With the weights of `repair`, if there is one.
+            candidates: Group → positions that stay; an empty mapping is the unchanged network.
+            repaired: Use the weights of `repair`, if there is one.
 
         Returns:
             (number of candidates,) float64, equal on all ranks.
@@ -144,7 +145,7 @@ class LossChange:
             for number, mask in enumerate(masks):
                 gates.set_mask(mask)
                 with contextlib.ExitStack() as stack:
-                    # What a network samples is the same for every candidate.
+                    # Random sampling in the network is the same for every candidate.
                     stack.enter_context(random_state_kept(self.model))
                     if repair is not None:
                         stack.enter_context(repair.applied(mask))
@@ -155,7 +156,7 @@ class LossChange:
         return figures[:-1] / figures[-1] if figures[-1] else np.full(len(masks), np.nan)
 
     def _total(self) -> Tensor:
-        """Sum of this rank's losses, float64."""
+        """Return the sum of this rank's losses, float64."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in self.batches:
             with self.autocast():
@@ -165,9 +166,9 @@ class LossChange:
 
 
 class _GradientMemory(GradientCriterion):
-    """Keeps the derivative of every sample's loss by every unit's gate, instead of reducing it to a score."""
+    """Stores the derivative of every sample's loss by every unit's gate, instead of reducing it to a score."""
 
-    announces_unscored = False  # units without a gate have no derivative, and `estimate` says so
+    announces_unscored = False  # units without a gate have no derivative, which `estimate` reports
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,12 +176,12 @@ class _GradientMemory(GradientCriterion):
         self.totals: list[Tensor] = []
 
     def objectives(self, model: nn.Module, batch: Any, task: Task) -> tuple[Tensor, ...]:
-        """The sum of the batch's losses."""
+        """Return the sum of the batch's losses."""
         total = self.losses(model, batch, task).sum()
         self.totals.append(total.detach())
         return (total,)
 
     def reduce(self, gate_gradients: Tensor) -> Tensor:
-        """Remember (1, N, U) as (N, U); the score is of no use."""
+        """Store (1, N, U) as (N, U); the returned score is unused."""
         self.seen.append(gate_gradients[0])
         return gate_gradients.new_zeros(gate_gradients.shape[-1])

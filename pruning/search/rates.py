@@ -1,8 +1,8 @@
-"""Per-layer rates: which share of its channels each group loses, fixed beforehand.
+"""Per-layer rates: the share of its channels that each group loses, fixed in advance.
 
-Li et al., "Pruning filters for efficient ConvNets" (ICLR 2017, section 4): some layers bear more than others, so each
-gets a rate of its own. Park et al. (NeurIPS 2020) cut VGG-16 once by L1 norm, 30 % of the first and of the last six
-convolutions and nothing between.
+Li et al., "Pruning filters for efficient ConvNets" (ICLR 2017, section 4): some layers tolerate more than others, so
+each gets its own rate. Park et al. (NeurIPS 2020) cut VGG-16 once by L1 norm, 30 % of the first and of the last six
+convolutions and none in between.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.groups import Group
 from pruning.search.search import Decision, Situation
 
-#: Above the error of a product in double precision: 0.7 of 10 are 7.
+#: Exceeds the rounding error of a product in double precision: 0.7 of 10 is 7.
 _ROUNDING = 1e-9
 
 
 def parse_rates(words: Sequence[str], default: float | None) -> dict[str, float]:
-    """Read `["features.0=0.5", "layer4.*"]`.
+    """Parse words such as `["features.0=0.5", "layer4.*"]`.
 
     Args:
         words: PATTERN=SHARE or PATTERN.
-        default: The share of a pattern that names none.
+        default: Share for patterns without one.
 
     Raises:
-        SettingError: A word is neither, its share is not between 0 and 1, or a pattern comes twice.
+        SettingError: A word has neither form, its share is not between 0 and 1, or a pattern occurs twice.
     """
     rates: dict[str, float] = {}
     for word in words:
@@ -54,17 +54,18 @@ def parse_rates(words: Sequence[str], default: float | None) -> dict[str, float]
 
 @dataclasses.dataclass
 class RateSearch:
-    """Every group whose name matches a pattern loses that share of its channels, the lowest-scored ones; at once.
+    """Removes the pattern's share of channels, the lowest-scored ones, from every group whose name matches; all at
+    once.
 
     Args:
-        rates: Name pattern (`layer4.*`) → share to remove; of several matches the last one holds. Groups that no
-            pattern matches stay as they are.
+        rates: Name pattern (`layer4.*`) → share to remove; of several matches the last one counts. Groups that no
+            pattern matches are left alone.
     """
 
     rates: Mapping[str, float]
 
     def choose(self, situation: Situation) -> Decision:
-        """See `Search`; the targets are what the rates come to (`share_left`)."""
+        """See `Search`; the targets are the costs that the rates lead to (`share_left`)."""
         widths = self.widths(situation.graph)
         for group in situation.groups:
             if widths[group.index] < situation.width(group):
@@ -72,10 +73,11 @@ class RateSearch:
         return Decision(situation.keep(situation.mask))
 
     def widths(self, graph: ChannelGraph) -> dict[int, int]:
-        """Group index → width after the cut.
+        """Return group index → width after the cut.
 
         Raises:
-            SettingError: A pattern that matches no group that can be pruned, or a rate beyond the least widths.
+            SettingError: A pattern matches no group that can be pruned, or a rate exceeds what the smallest widths
+                allow.
         """
         names = [group.name for group in graph.prunable]
         for pattern in self.rates:
@@ -92,7 +94,7 @@ class RateSearch:
         matching = [share for pattern, share in self.rates.items() if fnmatch.fnmatch(group.name, pattern)]
         if not matching:
             return group.width
-        # The channels that stay are rounded down, as Park et al. have it: 44 of 64 at 0.3.
+        # The number of kept channels is rounded down, as in Park et al.: 44 of 64 at 0.3.
         wanted = math.floor((1 - matching[-1]) * group.width + _ROUNDING)
         allowed = graph.allowed_widths(group)
         check_setting(
@@ -102,14 +104,14 @@ class RateSearch:
             f"would leave {wanted} of {group.width} channels of {group.name}, but min_width and limits keep "
             f"{allowed[0]}: lower the rate or the limit",
         )
-        # Where widths are rounded, the nearest one that is allowed; of two, the larger.
+        # If widths are rounded, take the nearest allowed one; of two, the larger.
         return min(allowed, key=lambda width: (abs(width - wanted), -width))
 
     def share_left(self, graph: ChannelGraph, costs: CostModel) -> float:
-        """The share of the MACs that the cut leaves.
+        """Return the share of the MACs that the cut leaves.
 
         Raises:
-            SettingError: Nothing would be cut, or see `widths`.
+            SettingError: Nothing would be cut; or as for `widths`.
         """
         mask = np.ones(graph.num_units, dtype=bool)
         widths = self.widths(graph)

@@ -1,6 +1,7 @@
-"""What a search is: which channels leave at a rewrite, so that the next target of the budget's schedule is met.
+"""The interface of searches, which choose the channels to remove so that the next target of the budget's schedule is
+met.
 
-Calibration data decides; validation data is never seen. A new search is a class with one function and a decorator:
+Calibration data decides; validation data is never used. A new search is a class with one function and a decorator:
 
     @register_search("halve")
     class Halve:
@@ -24,7 +25,7 @@ from pruning.engine.groups import Group
 from pruning.search.loss_change import LossChange
 
 Scores = Mapping[int, np.ndarray]
-#: What takes a little at a time while a network trains, and what takes everything at once.
+#: Default for gradual pruning while a network trains, and for a single cut.
 DEFAULT_SEARCH, ONE_SHOT_SEARCH = "greedy", "sensitivity"
 DEFAULT_SHORTLIST = 4
 
@@ -34,10 +35,10 @@ class Candidate:
     """One way to meet a target: a group that loses units.
 
     Attributes:
-        group: Its name.
-        num_units: How many it would lose.
-        estimated: Estimated change of the calibration loss; None where there is no estimate.
-        measured: Calibration loss without them; None if that was not measured.
+        group: Name of the group.
+        num_units: Number of units it would lose.
+        estimated: Estimated change of the calibration loss; None if there is no estimate.
+        measured: Measured calibration loss without them; None if not measured.
     """
 
     group: str
@@ -48,11 +49,11 @@ class Candidate:
 
 @dataclasses.dataclass
 class Decision:
-    """What a search chose.
+    """The choice of a search.
 
     Attributes:
-        keep: Group index → positions that stay, ascending; only groups that change.
-        candidates: What was weighed first, best estimate first (greedy only).
+        keep: Group index → positions that stay, ascending; only for groups that change.
+        candidates: Candidates of the first instalment, best estimate first (greedy only).
     """
 
     keep: dict[int, np.ndarray]
@@ -61,14 +62,14 @@ class Decision:
 
 @dataclasses.dataclass
 class Situation:
-    """Everything a search may look at.
+    """Everything a search may use.
 
     Attributes:
         graph: Groups with their constraints.
         costs: Cost of any mask.
         scores: Group index → (width,) importance, larger is better; comparable within a group.
-        targets: Metric → cost to end at.
-        loss_change: Judges candidates on calibration data; None where no data is at hand (global and uniform).
+        targets: Metric → cost to reach.
+        loss_change: Compares candidates on calibration data; None without data (global and uniform).
     """
 
     graph: ChannelGraph
@@ -79,11 +80,11 @@ class Situation:
 
     def __post_init__(self) -> None:
         self.mask = np.ones(self.graph.num_units, dtype=bool)
-        # A group without scores stays as it is.
+        # Groups without scores are left alone.
         self.groups = [group for group in self.graph.prunable if group.index in self.scores]
 
     def most_behind(self) -> str | None:
-        """The metric that is furthest above its target, relative to the baseline; None when all are met."""
+        """Return the metric furthest above its target, relative to the baseline; None if all are met."""
         excess = {
             metric: (self.costs.cost(metric, self.mask) - target) / self.costs.baseline(metric)
             for metric, target in self.targets.items()
@@ -92,33 +93,33 @@ class Situation:
         return metric if excess[metric] > 1e-9 else None
 
     def width(self, group: Group) -> int:
-        """Units of a group that are still there."""
+        """Return the number of a group's remaining units."""
         return int(self.mask[group.units].sum())
 
     def widths_below(self, group: Group) -> list[int]:
-        """Allowed widths below the present one, ascending."""
+        """Return the allowed widths below the current one, ascending."""
         return [width for width in self.graph.allowed_widths(group) if width < self.width(group)]
 
     def leaving(self, group: Group) -> np.ndarray:
-        """Positions of the group's units that are still there, in the order they leave: the lowest-scored one first."""
+        """Return the positions of the group's remaining units in order of removal: the lowest-scored first."""
         kept = np.flatnonzero(self.mask[group.units])
-        # A stable order makes ties, and with them the choice, the same on every machine.
+        # A stable sort makes ties, and with them the choice, the same on every machine.
         leaving: np.ndarray = kept[np.argsort(self.scores[group.index][kept], kind="stable")]
         return leaving
 
     def lowest(self, group: Group, width: int) -> np.ndarray:
-        """Unit ids that leave when the group shrinks to `width`."""
+        """Return the ids of units removed when the group shrinks to `width`."""
         units: np.ndarray = group.units[self.leaving(group)[: self.width(group) - width]]
         return units
 
     def without(self, units: np.ndarray) -> np.ndarray:
-        """The present mask less these units."""
+        """Return the current mask without these units."""
         mask = self.mask.copy()
         mask[units] = False
         return mask
 
     def keep(self, mask: np.ndarray) -> dict[int, np.ndarray]:
-        """A mask as positions per changed group."""
+        """Convert a mask to positions per changed group."""
         kept = {group.index: np.flatnonzero(mask[group.units]) for group in self.groups}
         return {
             index: positions
@@ -128,15 +129,15 @@ class Situation:
 
 
 class Search(Protocol):
-    """Chooses what leaves, so that every metric ends at or below its target."""
+    """Chooses the channels to remove, so that every metric ends at or below its target."""
 
     def choose(self, situation: Situation) -> Decision:
-        """What leaves at this rewrite. A pure function of the situation, so that all ranks choose alike."""
+        """Choose what to remove at this rewrite. A pure function of the situation, so that all ranks choose alike."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """Settings of all searches; each takes those that its constructor has.
+    """Settings of all searches; each search uses those that its constructor accepts.
 
     Attributes:
         shortlist, instalments: See `GreedySearch`.
@@ -153,7 +154,7 @@ _REGISTRY: dict[str, type[Search]] = {}
 
 
 def register_search(name: str) -> Callable[[S], S]:
-    """Class decorator: make a search known to `build_search` under a name.
+    """Class decorator that registers a search for `build_search` under a name.
 
     Raises:
         ValueError: The name is taken by another class.
@@ -170,16 +171,16 @@ def register_search(name: str) -> Callable[[S], S]:
 
 
 def search_names() -> list[str]:
-    """Names of all registered searches, sorted."""
+    """Return the names of all registered searches, sorted."""
     return sorted(_REGISTRY)
 
 
 def build_search(name: str, settings: SearchSettings | None = None) -> Search:
-    """The search that is registered under a name.
+    """Build the search registered under a name.
 
     Args:
         name: One of `search_names()`.
-        settings: Of the searches.
+        settings: Settings of the searches.
 
     Raises:
         SettingError: There is no such search; the nearest name is suggested.

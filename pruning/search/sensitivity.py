@@ -1,9 +1,9 @@
-"""Widths by what each group alone would cost: how the loss rises along its widths, per cost that they save.
+"""Sensitivity search: widths are chosen by how the loss rises as each group is narrowed alone, per cost saved.
 
-Every group is narrowed on its own to some shares of its width, and the calibration loss is measured for each (as the
-repair would leave it, where there is one). Then steps along these curves are taken, always the one with the least rise
-of the loss per cost saved, until the target is met. The rises of different groups are added: an approximation, which
-keeps the number of measurements at groups × shares.
+Every group is narrowed on its own to some shares of its width, and the calibration loss is measured for each (after the
+repair, if there is one). Then steps along these curves are taken, always the one with the smallest rise of the loss per
+cost saved, until the target is met. The rises of different groups are added: an approximation, which keeps the number
+of measurements at groups × shares.
 
 A local error of each layer would be cheaper, but says little about what the network loses.
 """
@@ -24,11 +24,11 @@ SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """What narrowing each group alone does.
+    """The effect of narrowing each group alone.
 
     Attributes:
-        losses: Group index → width → loss, never falling as the width falls.
-        measured: All that was measured.
+        losses: Group index → width → loss, non-decreasing as the width falls.
+        measured: All measurements.
     """
 
     losses: dict[int, dict[int, float]]
@@ -38,11 +38,11 @@ class Curves:
 @register_search("sensitivity")
 @dataclasses.dataclass
 class SensitivitySearch:
-    """Steps along the groups' curves of loss over width.
+    """Takes steps along the groups' curves of loss over width.
 
     Args:
-        shares: Shares of its width that a group is narrowed to.
-        limit: A curve ends where the loss has risen by this much of what it was, or of 1 where that is more.
+        shares: Shares of its width to which a group is narrowed.
+        limit: A curve ends where the loss has risen by this fraction of its original value, or of 1 if that is larger.
     """
 
     shares: tuple[float, ...] = SHARES
@@ -61,11 +61,11 @@ class SensitivitySearch:
         return Decision(self.choose_along(situation, curves), candidates)
 
     def choose_along(self, situation: Situation, curves: Curves) -> dict[int, np.ndarray]:
-        """Group index → positions that stay, for the situation's targets.
+        """Return group index → positions that stay, for the situation's targets.
 
         Args:
-            situation: Its mask is used up.
-            curves: Of the same network, from `curves`.
+            situation: The situation; its mask is modified.
+            curves: Curves of the same network, from `curves`.
         """
         while (metric := situation.most_behind()) is not None:
             step = self._next(situation, metric, curves.losses)
@@ -99,7 +99,7 @@ class SensitivitySearch:
 
     @staticmethod
     def _width(situation: Situation, group: Group, share: float) -> int:
-        """The allowed width nearest to a share, below the present one; 0 if there is none."""
+        """Return the allowed width nearest to a share, below the current one; 0 if there is none."""
         widths = situation.widths_below(group)
         wanted = share * situation.width(group)
         return min(widths, key=lambda width: abs(width - wanted), default=0)
@@ -108,7 +108,7 @@ class SensitivitySearch:
     def _next(
         situation: Situation, metric: str, curves: dict[int, dict[int, float]]
     ) -> tuple[Group, int] | None:
-        """The group and width with the least rise of the loss per cost saved; None if nothing saves any."""
+        """Return the group and width with the smallest rise of the loss per cost saved; None if nothing saves any."""
         now = situation.costs.cost(metric, situation.mask)
         best: tuple[float, Group, int] | None = None
         for group in situation.groups:
@@ -125,7 +125,7 @@ class SensitivitySearch:
 
     @staticmethod
     def _narrow(situation: Situation, metric: str, group: Group, width: int) -> None:
-        """Narrow a group to a width, or less far where that meets the target."""
+        """Narrow a group to a width, or less if that already meets the target."""
         target = situation.targets[metric] + 1e-9 * situation.costs.baseline(metric)
         costs = situation.costs.cost_curve(metric, group, situation.mask, situation.leaving(group))
         enough = [one for one in situation.widths_below(group) if one >= width and costs[one] <= target]

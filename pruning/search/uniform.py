@@ -1,4 +1,4 @@
-"""The same share for all: every group keeps its highest-scored units."""
+"""Uniform search: every group keeps the same share of its units, those with the highest scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pruning.search.search import Decision, Situation, register_search
 @register_search("uniform")
 @dataclasses.dataclass
 class UniformSearch:
-    """Every group keeps the same share of its present units; the share is the largest that meets the targets."""
+    """Keeps the same share of every group's current units; the share is the largest that meets the targets."""
 
     def choose(self, situation: Situation) -> Decision:
         """See `Search`."""
@@ -32,7 +32,7 @@ class UniformSearch:
 
     @staticmethod
     def _mask(situation: Situation, start: np.ndarray, share: float) -> np.ndarray:
-        """The mask in which every group keeps at most `share` of its units, or its least width."""
+        """Return the mask in which every group keeps at most `share` of its units, or its smallest width."""
         situation.mask = start
         mask = start.copy()
         for group in situation.groups:

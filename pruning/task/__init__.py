@@ -1,4 +1,4 @@
-"""How a network is run on examples and calibration batches, and what its outputs are judged by."""
+"""Running networks on examples and calibration batches, and evaluating their outputs."""
 
 from pruning.task.batch_targets import (
     TargetKind,

@@ -1,4 +1,4 @@
-"""Targets of calibration batches, and what kind of classes they are."""
+"""Targets of calibration batches, and their kinds of classes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from image_classification.models.running import Outputs
 from pruning.task.batches import Batch
 
-#: What a batch holds to judge outputs by; None where it holds nothing.
+#: The targets in a batch; None if it has none.
 Targets = Any
 TargetKind = Literal["classes", "pixels"]
 
@@ -18,7 +18,9 @@ TARGET_NAMES = ("labels", "label", "targets", "target", "mask")
 
 
 def targets_of(batch: Batch) -> Outputs:
-    """Targets of a batch: the second item, or the entry called labels, targets or alike; None where there are none."""
+    """Return the targets of a batch: the second item, or the entry called labels, targets or similar; None without
+    targets.
+    """
     if isinstance(batch, Mapping):
         return next((batch[name] for name in TARGET_NAMES if name in batch), None)
     if isinstance(batch, Tensor):
@@ -28,7 +30,9 @@ def targets_of(batch: Batch) -> Outputs:
 
 
 def kind_of_targets(targets: Targets) -> TargetKind | None:
-    """What class targets are: of samples, (N,) whole numbers or (N, L) shares, or of positions; None: no classes."""
+    """Return the kind of class targets: of samples, (N,) integers or (N, L) shares, or of positions; None: no
+    classes.
+    """
     if not isinstance(targets, Tensor) or targets.dim() == 0:
         return None
     whole = not targets.is_floating_point() and not targets.is_complex()
@@ -41,10 +45,10 @@ def kind_of_targets(targets: Targets) -> TargetKind | None:
 
 
 def class_map(targets: Tensor) -> Tensor | None:
-    """Class indices of positions, (N, H, W) or of other dimensions; None where targets are not such a map.
+    """Return class indices of positions, (N, H, W) or with other dimensions; None if targets are not such a map.
 
     Args:
-        targets: (N, …) or (N, 1, …) whole numbers of any type, or (N, L, …) one-hot or soft.
+        targets: (N, …) or (N, 1, …) integers of any type, or (N, L, …) one-hot or soft.
     """
     if targets.dim() < 3:
         return None
@@ -61,7 +65,7 @@ def class_map(targets: Tensor) -> Tensor | None:
 
 
 def kind_of_shape(targets: Targets) -> TargetKind | None:
-    """As `kind_of_targets`, without a look at the values of (N, L)."""
+    """Like `kind_of_targets`, without looking at the values of (N, L)."""
     if isinstance(targets, Tensor) and targets.dim() == 2:
         return "classes"
     return kind_of_targets(targets)

@@ -1,4 +1,4 @@
-"""Calibration batches: what in them the network takes, how many samples they hold, and how they are moved and cut."""
+"""Calibration batches: the network's inputs in them, their number of samples, and moving and splitting them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.utils._pytree import tree_map
 from image_classification.config import SettingError
 from image_classification.models.running import Outputs
 
-#: What calibration yields: (inputs, targets), a mapping, a tensor, or whatever `forward` takes.
+#: An item of calibration: (inputs, targets), a mapping, a tensor, or anything that `forward` accepts.
 Batch = Any
 
 
 def check_batches(calibration: object) -> None:
-    """Refuse one batch, or something else, in place of an iterable of batches.
+    """Refuse a single batch, or anything else that is not an iterable of batches.
 
     Raises:
-        SettingError: Naming what was given and what to give.
+        SettingError: The message names what was passed and what to pass instead.
     """
     if isinstance(calibration, (Tensor, Mapping, nn.Module, str)) or not isinstance(calibration, Iterable):
         problem = "give an iterable of batches, such as a DataLoader or [(images, targets)]"
@@ -34,7 +34,7 @@ def check_batches(calibration: object) -> None:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch with its tensors on a device; objects of other kinds are moved by their own `to`."""
+    """Move a batch's tensors to a device; other objects are moved by their own `to`."""
 
     def move(leaf: object) -> object:
         if isinstance(leaf, Tensor):
@@ -52,7 +52,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def inputs_of(batch: Batch) -> Outputs:
-    """What the network gets of a batch by default: all of a tensor or mapping, else the first item."""
+    """Return the network's default input from a batch: all of a tensor or mapping, else the first item."""
     if isinstance(batch, (Tensor, Mapping)):
         return batch
     if isinstance(batch, (tuple, list)):
@@ -67,7 +67,9 @@ def inputs_of(batch: Batch) -> Outputs:
 
 
 def num_samples(batch: Batch) -> int:
-    """How many samples a batch has: the first dimension of its first tensor, or the length of a list of samples."""
+    """Return a batch's number of samples: the first dimension of its first tensor, or the length of a list of
+    samples.
+    """
     inputs = inputs_of(batch)
     if isinstance(inputs, Mapping):
         counts = [_count(value) for value in inputs.values()]
@@ -85,7 +87,7 @@ def _count(value: object) -> int | None:
 
 
 def pieces_of(batch: Batch, pieces: int) -> list[Batch]:
-    """A batch in parts, where it is a tuple or list of tensors of equal length; otherwise the whole."""
+    """Split a batch into parts, if it is a tuple or list of tensors of equal length; otherwise return it whole."""
     if pieces == 1 or not isinstance(batch, (tuple, list)):
         return [batch]
     if not all(isinstance(item, Tensor) and item.dim() and len(item) == len(batch[0]) for item in batch):

@@ -1,11 +1,11 @@
-"""What a network is run on and judged by: how an example and a batch become calls, and outputs become a loss.
+"""Running and evaluating a network: a batch becomes a call, and outputs become a loss.
 
     task = Task(forward=lambda batch: model(batch["image"]), loss=lambda outputs, batch: mse(outputs, batch["depth"]))
     with task.running(model):
         losses = task.losses(task.outputs(model, batch), batch)       # (N,)
 
 Without `forward` and `loss` a batch is (images, targets), a mapping of keyword arguments, or a tensor, and the loss is
-the one that the network returns, or else the cross-entropy of its logits.
+the one that the network returns, else the cross-entropy of its logits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pruning.task.known_losses import held_loss, logits_of, losses_by_default
 
 #: (batch) → outputs, or (network, batch) → outputs.
 Forward = Callable[..., Outputs]
-#: (outputs, batch) → loss of every sample, (N,), or one mean loss.
+#: (outputs, batch) → loss of every sample, (N,), or a mean loss.
 Loss = Callable[[Outputs, Batch], Tensor]
 #: (logits, targets) → (N,).
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
@@ -43,21 +43,20 @@ SampleLoss = Callable[[Tensor, Tensor], Tensor]
 Mode = Literal["eval", "train"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
-#: Layers whose noise is left out in mode "train": torchvision's and timm's beside torch's own dropouts.
+#: Layers whose noise is disabled in mode "train": torchvision's and timm's, in addition to torch's dropouts.
 _NOISY = ("DropPath", "StochasticDepth", "DropBlock2d", "DropBlock3d")
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """How a network is run on calibration batches, and what its outputs are judged by.
+    """The way to run a network on calibration batches and to evaluate its outputs.
 
     Attributes:
-        forward: (batch) → outputs, for the network being pruned; or (network, batch) → outputs. By default a tensor
-            is the network's only argument, a mapping its keyword arguments, and of a tuple or list the first item
-            counts.
+        forward: (batch) → outputs, for the network being pruned; or (network, batch) → outputs. By default a tensor is
+            passed as the only argument, a mapping as keyword arguments, and of a tuple or list only the first item.
         loss: (outputs, batch) → one loss per sample, (N,) or (N, …), or a scalar: the mean over the batch. By default
-            the loss that the outputs hold, or else cross-entropy with the batch's targets.
-        mode: "eval", or "train" for networks that return their losses only while they train. Batch norms and
+            the loss contained in the outputs, else cross-entropy with the batch's targets.
+        mode: "eval", or "train" for networks that return their losses only in training mode. Batch norms and
             dropouts are in evaluation mode either way.
     """
 
@@ -70,12 +69,12 @@ class Task:
 
     @property
     def runs_any_network(self) -> bool:
-        """Whether a copy of the network can be run: `forward`, if there is one, takes the network."""
+        """Whether a copy of the network can be run: `forward`, if given, takes the network as an argument."""
         return self.forward is None or _takes_network(self.forward)
 
     @contextlib.contextmanager
     def running(self, model: nn.Module) -> Iterator[None]:
-        """The mode that batches are run in; modes, buffers and the random state are as before afterwards."""
+        """Set the mode for running batches; modes, buffers and the random state are restored afterwards."""
         if self.mode == "eval":
             with uncompiled(), evaluating(model, keep_random_state=True):
                 yield
@@ -93,7 +92,7 @@ class Task:
         """Run a network on a batch.
 
         Raises:
-            SettingError: Without `forward` the batch is not an input of the network.
+            SettingError: There is no `forward`, and the batch is not an input of the network.
         """
         if self.forward is not None:
             return self.forward(model, batch) if _takes_network(self.forward) else self.forward(batch)
@@ -104,16 +103,16 @@ class Task:
         return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
     def check_outputs(self, model: nn.Module, arguments: Args) -> None:
-        """Refuse a network whose outputs have no loss whatever the targets are.
+        """Refuse a network whose outputs have no loss, whatever the targets are.
 
-        Nothing is known where `forward` or `loss` are the user's own, or where the network itself takes targets.
+        This cannot be checked if the user supplies `forward` or `loss`, or if the network itself takes targets.
 
         Args:
             model: The network.
             arguments: Its positional arguments.
 
         Raises:
-            SettingError: Saying what it returns.
+            SettingError: The outputs have no loss; the message says what the network returns.
         """
         own = self.forward is not None or self.loss is not None or self.mode != "eval"
         if own or _takes_targets(model):
@@ -124,10 +123,10 @@ class Task:
             logits_of(outputs)
 
     def divides(self, batch: Batch) -> bool:
-        """Whether a batch may be cut into parts along the first dimension of its tensors.
+        """Whether a batch may be split along the first dimension of its tensors.
 
-        Of a mapping for a `forward` of the user's own nothing is known (boxes are listed over all images), and a list
-        within a batch is one of samples.
+        A mapping for a user's own `forward` may not (boxes may be listed over all images); a list within a batch is a
+        list of samples.
         """
         if isinstance(batch, Mapping):
             leaves = list(batch.values()) if self.forward is None else []
@@ -138,10 +137,10 @@ class Task:
         return bool(sizes) and all(size == count for size in sizes)
 
     def losses(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Loss of every sample, (N,); a mean over the batch stands for each of them.
+        """Return the loss of every sample, (N,); a mean over the batch is repeated for each sample.
 
         Raises:
-            SettingError: There is no loss for such outputs and targets, or it is neither scalar nor per sample.
+            SettingError: There is no loss for such outputs and targets, or the loss is neither scalar nor per sample.
         """
         if self.loss is None:
             found = losses_by_default(outputs, batch)
@@ -168,7 +167,7 @@ class Task:
 
 
 def on_targets(loss: SampleLoss) -> Loss:
-    """A loss of (logits, targets) as one of (outputs, batch)."""
+    """Convert a loss of (logits, targets) to one of (outputs, batch)."""
 
     def of_batch(outputs: Outputs, batch: Batch) -> Tensor:
         return loss(logits_of(outputs), targets_of(batch))
@@ -177,13 +176,13 @@ def on_targets(loss: SampleLoss) -> Loss:
 
 
 def _enter_training(model: nn.Module) -> None:
-    """Training mode with normalisation and dropout as in evaluation."""
+    """Enter training mode, with normalisation and dropout as in evaluation."""
     model.train()
     quieten(model.modules(), also=_NOISY)
 
 
 def _takes_targets(model: nn.Module) -> bool:
-    """Whether a network can be given targets, and may return another thing then."""
+    """Whether a network accepts targets, and may then return something else."""
     parameters = inspect.signature(model.forward).parameters.values()
     return any(
         parameter.name in TARGET_NAMES or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters
@@ -191,7 +190,7 @@ def _takes_targets(model: nn.Module) -> bool:
 
 
 def _takes_network(forward: Forward) -> bool:
-    """Whether a function wants the network beside the batch."""
+    """Whether a function takes the network in addition to the batch."""
     try:
         parameters = inspect.signature(forward).parameters.values()
     except (TypeError, ValueError):

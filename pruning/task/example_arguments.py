@@ -1,4 +1,4 @@
-"""Examples: what a network takes, as positional arguments."""
+"""Example inputs of a network, converted to positional arguments."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Example = Tensor | Args | Mapping[str, object] | list[Any]
 
 
 def check_example(example: object) -> None:
-    """Refuse what cannot be an example.
+    """Refuse objects that cannot be an example.
 
     Raises:
-        SettingError: Naming what was given and what to give.
+        SettingError: The message names what was passed and what to pass instead.
     """
     several = example if isinstance(example, list) else [example]
     if not several:
@@ -42,7 +42,7 @@ def check_example(example: object) -> None:
 
 
 def first_arguments(model: nn.Module, example: Example) -> Args:
-    """Positional arguments of the network for the (first) example, the one that costs are counted on.
+    """Return the network's positional arguments for the (first) example, for which costs are counted.
 
     Raises:
         SettingError: The network does not take such keywords.
@@ -54,7 +54,7 @@ def first_arguments(model: nn.Module, example: Example) -> Args:
 
 
 def _by_position(model: nn.Module, keywords: Mapping[str, object]) -> Args:
-    """Keyword arguments in the order of the network's parameters, defaults between them."""
+    """Return keyword arguments in the order of the network's parameters, with defaults in between."""
     check_keywords(model, keywords, setting="example")
     bound = inspect.signature(model.forward).bind_partial(**keywords)
     bound.apply_defaults()
@@ -80,7 +80,7 @@ def check_keywords(model: nn.Module, keywords: Mapping[str, object], setting: st
     """Refuse keywords that a network does not take.
 
     Raises:
-        SettingError: Naming `setting`.
+        SettingError: There is such a keyword; the message names `setting`.
     """
     try:
         inspect.signature(model.forward).bind(**keywords)

@@ -1,4 +1,4 @@
-"""Losses that are known without being told: the one that outputs hold, or the cross-entropy of their logits."""
+"""Default losses: the loss contained in the outputs, or the cross-entropy of their logits."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pruning.task.batches import Batch
 
 
 def logits_of(outputs: Outputs) -> Tensor:
-    """The main tensor of what a network returns: itself, the first of several, `logits` or `out`.
+    """Return the main tensor of a network's outputs: the output itself, the first of several, `logits` or `out`.
 
     Raises:
-        SettingError: There is none.
+        SettingError: There is no such tensor.
     """
     if isinstance(outputs, Tensor):
         return outputs
@@ -38,7 +38,7 @@ def logits_of(outputs: Outputs) -> Tensor:
 
 
 def held_loss(outputs: Outputs) -> Tensor | None:
-    """The loss that a network returns, or the sum of several; None where it returns none."""
+    """Return the loss in a network's outputs, or the sum of several; None if there is none."""
     held = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if isinstance(held, Tensor):
         return held
@@ -48,7 +48,7 @@ def held_loss(outputs: Outputs) -> Tensor | None:
 
 
 def losses_by_default(outputs: Outputs, batch: Batch) -> Tensor:
-    """The loss that the outputs hold, or else the cross-entropy of their logits."""
+    """Return the loss contained in the outputs, else the cross-entropy of their logits."""
     held = held_loss(outputs)
     if held is not None:
         return held
@@ -66,7 +66,7 @@ def losses_by_default(outputs: Outputs, batch: Batch) -> Tensor:
     classes = class_map(targets)
     if classes is None or classes.shape != (len(logits), *logits.shape[2:]) or logits.shape[1] < 2:
         raise _no_loss(targets, logits)
-    # 255 is the void class of PASCAL VOC and the like.
+    # 255 is the void class of PASCAL VOC and similar data sets.
     return F.cross_entropy(logits.float(), classes, ignore_index=255, reduction="none")
 
 

@@ -1,1 +1,1 @@
-"""Pruning as a part of a training job: the only wing that knows the trainer, its callbacks and flags."""
+"""Pruning as part of a training job: the only subpackage that knows the trainer, its callbacks and flags."""

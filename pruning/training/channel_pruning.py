@@ -1,4 +1,4 @@
-"""What both ways to prune channels in a training job share: calibration images, explanation, budget, figures, state.
+"""Base of both methods of channel pruning in a training job: calibration images, explanation, budget, figures, state.
 
 `scored.PruningCallback` rewrites at intervals by a criterion, `learned.learned_pruning.LearnedPruning` once, by gates.
 """
@@ -28,25 +28,25 @@ from pruning.training.repair_flags import RepairConfig
 
 
 def calibration_batches(calibration: Loader) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and targets of this rank's calibration batches."""
+    """Yield images and targets of this rank's calibration batches."""
     for batch in calibration:
         if len(batch):
             yield batch.images, batch.targets
 
 
 class ChannelPruning(Callback, abc.ABC):
-    """Base of the callbacks that rewrite the network smaller.
+    """Base of the callbacks that prune the network's channels.
 
     Args:
         config: The flags.
-        calibration: Loader of the calibration split; its reading never moves the training cursor.
-        image_size: Side of the images, at which costs are counted.
-        multi_label: The task's targets are multi-hot.
+        calibration: Loader of the calibration split; reading it never moves the training cursor.
+        image_size: Side of the images, for which costs are counted.
+        multi_label: Whether the task's targets are multi-hot.
         repair: How rewrites are repaired.
 
     Attributes:
         loss: Per-sample loss of the task.
-        restored: State of the run that is resumed, kept until the network is traced; None for a fresh start.
+        restored: State of the resumed run, kept until the network is traced; None for a fresh start.
     """
 
     def __init__(
@@ -70,26 +70,26 @@ class ChannelPruning(Callback, abc.ABC):
         register_figures("pruning", whole)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Remembered until the network is traced."""
+        """Keep the state until the network is traced."""
         self.restored = dict(state) or None
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and targets of this rank's calibration batches."""
+        """Yield images and targets of this rank's calibration batches."""
         yield from calibration_batches(self.calibration)
 
     def example_images(self, trainer: TrainLoop) -> Tensor:
-        """(2, 3, S, S) noise on the network's device and in its memory format, the same every time."""
-        # A generator of its own: training must not notice that pruning is attached.
+        """Return noise (2, 3, S, S) on the network's device and in its memory format, the same every time."""
+        # A separate generator, so that attaching pruning does not affect training.
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(2, 3, self.image_size, self.image_size, generator=generator)
         return images.to(device=trainer.distributed.device, memory_format=trainer.precision.memory_format)
 
     def originals_of(self, trainer: TrainLoop, *, fresh: bool) -> OriginalExplanations | None:
-        """The explanation that is followed, with room for what it was in the original network.
+        """Build the explanation to follow, still without its values in the original network.
 
         Args:
             trainer: The loop.
-            fresh: The network is the original one still.
+            fresh: Whether the network is still the original one.
         """
         return build_originals(
             self.config,
@@ -100,12 +100,12 @@ class ChannelPruning(Callback, abc.ABC):
         )
 
     def budget(self) -> Budget:
-        """What may remain, by the flags."""
+        """Return the budget set by the flags."""
         return Budget.parse(self.config.budget_words())
 
     @staticmethod
     def check_groups(trainer: TrainLoop, graph: ChannelGraph) -> None:
-        """Make sure that all ranks traced the same groups. Collective."""
+        """Check that all ranks traced the same groups. Collective."""
         signature = [str(row) for row in graph.signature()]
         trainer.distributed.check_agreement("the channel groups", signature)
 
@@ -117,14 +117,14 @@ class ChannelPruning(Callback, abc.ABC):
         step: tuple[int, int],
         iteration: int,
     ) -> None:
-        """Log what a rewrite did.
+        """Log the result of a rewrite.
 
         Args:
             trainer: The loop.
             figures: Losses and shares, without the prefix `pruning.`.
-            groups: The groups whose widths are shown.
+            groups: The groups whose widths are logged.
             step: Epoch, and step within it.
-            iteration: Of the whole training.
+            iteration: Iteration of the whole training.
         """
         trainer.logger.scalars("pruning", figures, step, iteration)
         widths = {group.name: group.width for group in groups}
@@ -132,7 +132,7 @@ class ChannelPruning(Callback, abc.ABC):
 
     @abc.abstractmethod
     def explanation_moved(self, trainer: TrainLoop) -> float | None:
-        """Mean squared distance of the explanation from the original network's; None where none is followed."""
+        """Return the mean squared distance of the explanation from the original network's; None if none is followed."""
 
     @abc.abstractmethod
     def cost_model(self) -> CostModel:

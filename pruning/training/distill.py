@@ -1,4 +1,4 @@
-"""Training under a teacher: logit distillation and attribution matching beside the task loss.
+"""Training under a teacher: logit distillation and attribution matching in addition to the task loss.
 
     total = (1 − α)·task + α·distillation + w·matching
 
@@ -8,7 +8,7 @@ Distillation (Hinton et al. 2015; for several labels Park et al. 2020, section 4
     multi-label    KL( Bernoulli(σ(z_T/T)) ‖ Bernoulli(σ(z_S/T)) ) · T²    mean over images and classes, as the task
 
 Matching is `explainers.differentiable.matching`. Without distillation α = 0. The student may have any width and spatial
-size, and may be rewritten by channel pruning while it trains: layers are known by name.
+size, and may be rewritten by channel pruning while it trains: layers are identified by name.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ register_figures(
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, multi_label: bool) -> Tensor:
-    """Distance of the student's softened predictions from the teacher's, times T².
+    """Return the distance of the student's softened predictions from the teacher's, times T².
 
     Args:
         student, teacher: Logits (N, L).
@@ -62,17 +62,17 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, mult
 
 
 class DistillationObjective:
-    """The loss of a micro-batch under a teacher; see the module's text.
+    """The loss of a micro-batch under a teacher; see the module docstring.
 
     Args:
         config: Weights and temperature.
         task: The task's own loss.
         teacher: Frozen, in evaluation mode, on the device.
-        matcher: Matches attribution maps; None for distillation alone.
+        matcher: Matches attribution maps; None for distillation only.
         multi_label: Images may have several classes.
 
     Attributes:
-        step: Number of the optimizer step; stochastic matching draws by it. Kept by `Distillation`.
+        step: Number of the optimizer step, which seeds stochastic matching. Updated by `Distillation`.
         parts: Unweighted `task_loss`, `distill_loss`, `match_loss` of the last micro-batch, detached, on the device.
     """
 
@@ -126,11 +126,11 @@ class DistillationObjective:
 
 
 class Distillation(Callback):
-    """Takes part in the loop for a `DistillationObjective`: tells it the step, logs its parts, guards the teacher.
+    """Callback of a `DistillationObjective`: updates its step, logs its parts, checks the teacher on resume.
 
     Args:
         objective: The loss.
-        announcement: Said when training starts.
+        announcement: Logged when training starts.
     """
 
     name = "distill"
@@ -143,11 +143,11 @@ class Distillation(Callback):
         self._count = 0
 
     def on_fit_start(self, trainer: TrainLoop) -> None:
-        """Log what is learnt from which teacher."""
+        """Log what is learned from which teacher."""
         trainer.logger.message(self.announcement)
 
     def on_batch_start(self, trainer: TrainLoop, batch: Batch) -> None:
-        """Collect the figures of the micro-batch before, and number the step."""
+        """Collect the figures of the previous micro-batch, and update the step."""
         self._collect()
         self.objective.step = trainer.state.iteration
 
@@ -173,14 +173,14 @@ class Distillation(Callback):
         self._count = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """A digest of the teacher: a resumed run must have the same."""
+        """Return a digest of the teacher: a resumed run must have the same teacher."""
         return {"teacher": self._digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Compare the teacher with the one that the checkpoint was trained under.
 
         Raises:
-            ConfigError: It is another one.
+            ConfigError: The teachers differ.
         """
         check(
             state.get("teacher") == self._digest,

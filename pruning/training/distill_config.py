@@ -102,7 +102,7 @@ def check_combination(config: DistillConfig, train: TrainConfig, precision: Prec
     """Refuse flags that cannot be combined with a teacher, before anything is opened.
 
     Raises:
-        ConfigError: Naming both flags.
+        ConfigError: There is such a combination; the message names both flags.
     """
     if not config.active:
         return

@@ -1,4 +1,4 @@
-"""From flags to a teacher: loaded, compared with the student, and rehearsed on two images before training."""
+"""Setup of a teacher from flags: it is loaded, compared with the student, and tried on two images before training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from explainers.attribution.method import frozen_copy
 from explainers.attribution.record import UnsupportedOperatorError
 from explainers.differentiable.matching import AttributionMatcher
 from image_classification.config import ConfigError, check, told
-from image_classification.job import CommonConfig, Job
+from image_classification.job import Job
+from image_classification.job_config import CommonConfig
 from image_classification.losses import build_loss
 from image_classification.models import (
     class_names_of,
@@ -28,16 +29,16 @@ from pruning.training.distill_config import DistillConfig
 def build_distillation(
     job: Job[CommonConfig], student: nn.Module, config: DistillConfig
 ) -> Distillation | None:
-    """The objective under a teacher and its part in the loop, checked on two images; None without `--teacher`.
+    """Build the objective under a teacher and its callback, checked on two images; None without `--teacher`.
 
     Args:
-        job: The parts of the training.
-        student: On its device.
+        job: The parts of the training job.
+        student: The student, on its device.
         config: The flags.
 
     Raises:
-        ConfigError: A teacher of other classes, a layer that cannot be matched.
-        ModelError, WeightsError: A teacher that cannot be loaded.
+        ConfigError: The teacher has other classes, or a layer cannot be matched.
+        ModelError, WeightsError: The teacher cannot be loaded.
     """
     if not config.active:
         return None
@@ -62,7 +63,7 @@ def build_distillation(
 
 
 def _put_into_training(teacher: nn.Module) -> None:
-    """Training mode that leaves the teacher's running statistics as they are."""
+    """Set training mode but leave the teacher's running statistics unchanged."""
     teacher.train()
     for module in teacher.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -72,7 +73,7 @@ def _put_into_training(teacher: nn.Module) -> None:
 def _load_teacher(
     job: Job[CommonConfig], student: nn.Module, config: DistillConfig, image_size: int
 ) -> nn.Module:
-    """The teacher, frozen; of the same classes as the student."""
+    """Load the teacher, frozen, and check that it has the student's classes."""
     device = job.distributed.device
     assert config.teacher is not None
     student_identity = identity_of(student)
@@ -111,7 +112,7 @@ def _load_teacher(
 def _matched_layers(
     config: DistillConfig, student: nn.Module, teacher: nn.Module, example: Tensor
 ) -> tuple[tuple[str, str], ...]:
-    """(student's, teacher's) layer names: the flags', or found by structure."""
+    """Return (student's, teacher's) layer names, from the flags or found by structure."""
     if not config.match_layer:
         try:
             return ((find_layer(frozen_copy(student), example), find_layer(teacher, example)),)
@@ -128,7 +129,7 @@ def _rehearse(
     """Compute loss and gradient once on a copy, so that errors come before training.
 
     Raises:
-        ConfigError: A layer that does not exist or gives no feature map, or an operator without second derivative.
+        ConfigError: A layer does not exist or outputs no feature map, or an operator has no second derivative.
     """
     trial = copy.deepcopy(student).eval()
     try:
@@ -136,7 +137,7 @@ def _rehearse(
         with matcher.watch(trial) as features:
             logits, _ = main_and_auxiliary_logits(trial(example))
         matcher.loss(features, logits, view).backward()
-    except torch.OutOfMemoryError:  # no other layer would help
+    except torch.OutOfMemoryError:  # another layer would not help
         raise
     except (ValueError, RuntimeError) as error:
         flags = f"--match {kind}, --match-layer {', '.join('='.join(pair) for pair in matcher.layers)}"
@@ -144,7 +145,7 @@ def _rehearse(
 
 
 def _announcement(config: DistillConfig, matcher: AttributionMatcher | None) -> str:
-    """What is learnt from the teacher, in one line."""
+    """Describe in one line what is learned from the teacher."""
     parts = []
     if config.distill == "logit":
         parts.append(f"logits (T = {config.distill_temperature:g}, α = {config.distill_weight:g})")

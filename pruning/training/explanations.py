@@ -1,4 +1,4 @@
-"""The explanation that a pruning run follows, built from its flags and checked against its network."""
+"""Construction of the explanation that a pruning run follows, from its flags, checked against its network."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from pruning.training.pruning_config import PruningConfig
 def build_originals(
     config: PruningConfig, model: nn.Module, *, image_size: int, num_classes: int, fresh: bool
 ) -> OriginalExplanations | None:
-    """The explanation with room for what it is in the original network; None where none is followed.
+    """Build the explanation, still without its values in the original network; None if none is followed.
 
-    Random numbers that building it draws are given back: it is built again in a resumed run, after the random state of
-    training has been restored.
+    The random state is restored afterwards, because a resumed run builds the explanation again after the random state
+    of training has been restored.
 
     Args:
         config: The flags.
         model: The bare network on its device.
         image_size: Side of the images.
-        num_classes: Of the data.
-        fresh: The network is the original one; in a resumed run it has changed, and was checked before.
+        num_classes: Number of classes of the data.
+        fresh: Whether the network is the original one; in a resumed run it has changed, and was already checked.
 
     Raises:
-        ConfigError: A selector that is of another network, or no explanation is possible.
+        ConfigError: The selector belongs to another network, or no explanation is possible.
     """
     kind = config.explanation_kind(config.criteria(), config.learned)
     if kind is None:
@@ -70,13 +70,15 @@ def _built(
 
 
 def _source(name: str, trained: nn.Module, design: object) -> Source:
-    """Flag and file, with a digest of an explanation's weights and of what else it is built from (JSON-able)."""
+    """Return flag and file, with a digest of an explanation's weights and of everything else it is built from
+    (JSON-able).
+    """
     text = json.dumps([network_digest(trained), design], sort_keys=True)
     return Source(name, hashlib.sha256(text.encode()).hexdigest())
 
 
 def _casm(path: str, model: nn.Module, image_size: int, fresh: bool) -> Casm:
-    """The CASM of a file, checked against the network."""
+    """Load the CASM of a file and check it against the network."""
     casm = load_casm(path, device=next(model.parameters()).device)
     check(
         casm.image_size == image_size,

@@ -81,10 +81,10 @@ class GateFlags:
     )
 
     def gate_settings(self) -> GateSettings:
-        """What gates learn by.
+        """Return the settings that gates learn with.
 
         Raises:
-            SettingError: A value out of range.
+            SettingError: A value is out of range.
         """
         names = [field.name for field in dataclasses.fields(GateSettings)]
         return GateSettings(**{name: getattr(self, name) for name in names})

@@ -1,4 +1,4 @@
-"""Which single weights are left after each round: the smallest in magnitude go."""
+"""Masks of single weights after each round: the smallest in magnitude are removed."""
 
 from __future__ import annotations
 
@@ -19,30 +19,32 @@ _PRUNED: dict[Layers, tuple[type[nn.Module], ...]] = {
 
 
 def prunable_weights(model: nn.Module, layers: Layers = "all") -> dict[str, nn.Parameter]:
-    """The weights of convolutions (and linear layers) by name; one that several modules share comes once."""
+    """Return the weights of convolutions (and linear layers) by name; a weight shared by several modules occurs
+    once.
+    """
     weights = {id(module.weight) for module in model.modules() if isinstance(module, _PRUNED[layers])}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in weights}
 
 
 def num_removed_after(num_weights: int, share: float, rounds: int) -> int:
-    """Weights that are gone after so many rounds: 1 − (1 − share)^rounds of all, rounded."""
+    """Return the number of weights removed after this many rounds: 1 − (1 − share)^rounds of all, rounded."""
     return round(num_weights * (1 - (1 - share) ** rounds))
 
 
 def next_masks(
     weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], share: float, rounds: int, scope: Scope
 ) -> dict[str, Tensor]:
-    """The masks after a further round.
+    """Return the masks after one more round.
 
     Args:
         weights: Name → weight.
-        masks: Name → bool mask of its shape, what is left after `rounds − 1` rounds.
+        masks: Name → bool mask of its shape, the weights left after `rounds − 1` rounds.
         share: p.
         rounds: k, from 1.
         scope: `global` or `layer`.
 
     Returns:
-        Name → bool mask. What was removed stays removed; the smallest of the rest go until 1 − (1 − p)^k of the
+        Name → bool mask. Removed weights stay removed; the smallest of the rest are removed until 1 − (1 − p)^k of the
         weights (of each layer's weights) are gone.
     """
     if scope == "layer":
@@ -56,29 +58,31 @@ def next_masks(
 def _without_smallest(
     weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], share: float, rounds: int
 ) -> dict[str, Tensor]:
-    # All weights that are left in one vector, and how many of them go now.
-    total = sum(weight.numel() for weight in weights.values())
-    alive = torch.cat([weights[name].detach()[masks[name]].float() for name in weights])
-    count = num_removed_after(total, share, rounds) - (total - len(alive))
+    # Put all remaining weights into one vector and compute how many of them to remove now: two host syncs in all.
+    flat = torch.cat([weights[name].detach().flatten().float() for name in weights])
+    known = torch.cat([masks[name].flatten() for name in weights])
+    alive = flat[known]
+    count = num_removed_after(len(flat), share, rounds) - (len(flat) - len(alive))
     stays = torch.ones_like(alive)
     if count > 0:
         stays = L1Unstructured(amount=count).compute_mask(alive, default_mask=stays)
 
-    # The vector back into the masks, weight by weight.
-    found = {}
-    begin = 0
-    for name in weights:
-        mask = masks[name].clone()
-        end = begin + int(mask.sum())
-        mask[masks[name]] = stays[begin:end].bool()
-        found[name] = mask
-        begin = end
-    return found
+    # Split the vector back into masks, weight by weight.
+    known[known.clone()] = stays.bool()
+    parts = known.split([weight.numel() for weight in weights.values()])
+    return {
+        name: part.view(weight.shape).clone()
+        for (name, weight), part in zip(weights.items(), parts, strict=True)
+    }
 
 
 def mask_digests(masks: Mapping[str, Tensor]) -> dict[str, str]:
-    """A digest of every mask, by name: of which weights stay, not only of how many."""
+    """Return a digest of every mask, by name: of which weights stay, not only of how many."""
+    if not masks:
+        return {}
+    whole = torch.cat([mask.flatten() for mask in masks.values()]).cpu()
+    parts = whole.split([mask.numel() for mask in masks.values()])
     return {
-        name: hashlib.sha256(np.packbits(mask.cpu().numpy()).tobytes()).hexdigest()
-        for name, mask in masks.items()
+        name: hashlib.sha256(np.packbits(part.view(mask.shape).numpy()).tobytes()).hexdigest()
+        for (name, mask), part in zip(masks.items(), parts, strict=True)
     }

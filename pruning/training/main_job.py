@@ -1,6 +1,6 @@
 """The job of `main.py`: train, prune, fine-tune or evaluate a network.
 
-Composes the parts that `image_classification.job` builds; every decision lives beside the code that it concerns.
+It composes the parts built by `image_classification.job`; every decision is made in the code that it concerns.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from image_classification import job as jobs
 from image_classification.callbacks import Callback
 from image_classification.config import check, section
 from image_classification.distributed import Distributed
+from image_classification.job_config import JobConfig
+from image_classification.job_outcome import run_job
 from image_classification.verbs import configured
 from pruning.training import distill_config, unstructured_config
 from pruning.training.distill_config import DistillConfig
@@ -26,7 +28,7 @@ from pruning.training.unstructured_config import UnstructuredConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MainConfig(jobs.JobConfig):
+class MainConfig(JobConfig):
     """Configuration of a training job of this program."""
 
     pruning: PruningConfig = section(PruningConfig)
@@ -36,7 +38,7 @@ class MainConfig(jobs.JobConfig):
 
 
 def run(configs: MainConfig, distributed: Distributed) -> None:
-    """One process's share of the job."""
+    """Run one process's share of the job."""
     pruning, repair = configs.pruning, configs.repair
     pruning.check_evaluation(configs.train.evaluate)
     pruning.check_files()
@@ -79,12 +81,12 @@ def run(configs: MainConfig, distributed: Distributed) -> None:
 
 
 def run_main(configs: MainConfig) -> int:
-    """Run the job among the ranks; its exit code."""
-    return jobs.run_job(configs, run)
+    """Run the job on all ranks and return its exit code."""
+    return run_job(configs, run)
 
 
 def _prune(given: Mapping[str, object]) -> dict[str, object]:
-    """Iterative pruning, unless another way is given."""
+    """Default to iterative pruning, unless another method is given."""
     ways = ("iterative_pruning", "one_shot_pruning", "pruning_method", "unstructured_pruning")
     return {} if any(given.get(way) for way in ways) else {"iterative_pruning": True}
 

@@ -14,7 +14,7 @@ from pruning.criteria.by_name import DEFAULT_CRITERION, CriterionSettings
 from pruning.criteria.combine import DEFAULT_NORMALISATION, Normalisation
 from pruning.criteria.criterion import DEFAULT_FEATURES, FeatureCriterion, Features
 from pruning.criteria.discriminant import DEFAULT_PRECISION, PUBLISHED_RIDGE, Precision
-from pruning.engine.channel_graph import DEFAULT_MIN_WIDTH, Constraints
+from pruning.engine.constraints import DEFAULT_MIN_WIDTH, Constraints
 from pruning.rewrites.pruner_settings import DEFAULT_STEP, PrunerSettings
 from pruning.search import RateSearch, Search, SearchSettings, build_search, search_names
 from pruning.search.greedy import LARGEST_INSTALMENT
@@ -26,7 +26,7 @@ from pruning.training.unused_flags import refuse_unused
 
 _AS_MANY_AS_POSSIBLE = 1 << 20
 Method = Literal["scores", "learned"]
-#: Flags that say how scores prune; gates that learn have no use for them.
+#: Flags of score-based pruning, which learned gates do not use.
 _OF_SCORES = (
     "iterative_pruning",
     "one_shot_pruning",
@@ -213,7 +213,7 @@ class PruningConfig(SaliencyFlags, GateFlags):
         self._check_method()
 
     def _check_amount(self) -> None:
-        """Budget, share or rates: one of them says how much goes."""
+        """Check that exactly one of budget, share and rates sets the amount to remove."""
         both = self.iterative_pruning and self.one_shot_pruning is not None
         check(not both, "--iterative-pruning and --one-shot-pruning exclude each other: leave one out")
         share = self.one_shot_pruning
@@ -231,7 +231,7 @@ class PruningConfig(SaliencyFlags, GateFlags):
             parse_rates(self.prune_rate, share)
 
     def _check_intervals(self) -> None:
-        """When rewrites happen, how much each takes, and how training recovers."""
+        """Check the schedule of rewrites, their amounts, and the recovery in between."""
         check(self.pruning_step >= 1, f"--pruning-step {self.pruning_step}: must be at least 1 iteration")
         if self.rewrites_per_epoch is not None:
             check(
@@ -254,10 +254,10 @@ class PruningConfig(SaliencyFlags, GateFlags):
         )
 
     def _check_method(self) -> None:
-        """Flags of another way to prune are left out.
+        """Refuse flags of another pruning method.
 
         Raises:
-            ConfigError: Naming the flag.
+            ConfigError: Such a flag is given; the message names it.
         """
         if not self.active:
             needed = "--iterative-pruning, --one-shot-pruning or --pruning-method learned"
@@ -270,10 +270,10 @@ class PruningConfig(SaliencyFlags, GateFlags):
             self._check_scores()
 
     def _check_scores(self) -> None:
-        """The criteria exist, and flags of other criteria, searches and intervals are left out.
+        """Check that the criteria exist, and refuse flags of other criteria, searches and intervals.
 
         Raises:
-            ConfigError: Naming the flag.
+            ConfigError: A flag is refused; the message names it.
         """
         kinds = [criterion_class(name) for name in self.criteria()]
         if not self.iterative_pruning:
@@ -287,7 +287,7 @@ class PruningConfig(SaliencyFlags, GateFlags):
             refuse_unused(self, intervals, "--iterative-pruning")
         search = None if self.prune_rate else self.search_name()
         if search is not None:
-            self.search()  # refuses what it cannot take
+            self.search()  # refuses invalid settings
         if search != "greedy":
             refuse_unused(self, ["pruning_shortlist", "pruning_instalments"], "--pruning-search greedy")
         if search != "global":
@@ -299,16 +299,16 @@ class PruningConfig(SaliencyFlags, GateFlags):
             refuse_unused(self, ["score_features"], needed)
 
     def interval(self, steps_per_epoch: int) -> int:
-        """Iterations between two rewrites."""
+        """Return the number of iterations between two rewrites."""
         if self.rewrites_per_epoch is None:
             return self.pruning_step
         return max(steps_per_epoch // self.rewrites_per_epoch, 1)
 
     def check_evaluation(self, evaluate: bool) -> None:
-        """Refuse to leave pruning out silently where the network is only measured.
+        """Refuse pruning flags if the network is only evaluated, rather than ignoring them.
 
         Raises:
-            ConfigError: Pruning is asked for and so is `--evaluate`.
+            ConfigError: Pruning and `--evaluate` are both requested.
         """
         check(
             not (self.active and evaluate),
@@ -318,7 +318,7 @@ class PruningConfig(SaliencyFlags, GateFlags):
 
     @property
     def learned(self) -> bool:
-        """Whether gates learn what to remove."""
+        """Whether learned gates decide what to remove."""
         return self.pruning_method == "learned"
 
     @property
@@ -327,7 +327,9 @@ class PruningConfig(SaliencyFlags, GateFlags):
         return self.iterative_pruning or self.one_shot_pruning is not None or self.learned
 
     def wanted_batches(self) -> int:
-        """Calibration batches per process where `--calibration-size` leaves it open; gates learn on all they may."""
+        """Default number of calibration batches per process without `--calibration-size`; gates learn on all that are
+        allowed.
+        """
         if not self.active:
             return 0
         return _AS_MANY_AS_POSSIBLE if self.learned else self.calibration_batches
@@ -337,17 +339,17 @@ class PruningConfig(SaliencyFlags, GateFlags):
         return self.pruning_criterion.split("+")
 
     def budget_words(self) -> list[str]:
-        """The budget as METRIC=SHARE, the default one included."""
+        """The budget as METRIC=SHARE words, including the default."""
         if self.one_shot_pruning is not None:
             return [f"macs={1 - self.one_shot_pruning:.12g}"]
         return self.budget or [f"macs={DEFAULT_SHARE}"]
 
     def search_name(self) -> str:
-        """The search, default included."""
+        """Name of the search, including the default."""
         return self.pruning_search or (DEFAULT_SEARCH if self.iterative_pruning else ONE_SHOT_SEARCH)
 
     def search(self) -> Search:
-        """The search with its settings."""
+        """Build the search with its settings."""
         if self.prune_rate:
             return RateSearch(parse_rates(self.prune_rate, self.one_shot_pruning))
         settings = SearchSettings(
@@ -358,7 +360,7 @@ class PruningConfig(SaliencyFlags, GateFlags):
         return build_search(self.search_name(), settings)
 
     def criterion_settings(self) -> CriterionSettings:
-        """Settings of the criteria."""
+        """Return the settings of the criteria."""
         return CriterionSettings(
             features=self.score_features,
             ridge=self.di_ridge,
@@ -369,17 +371,17 @@ class PruningConfig(SaliencyFlags, GateFlags):
         )
 
     def constraints(self) -> Constraints:
-        """What the flags demand of the widths.
+        """Return the flags' constraints on the widths.
 
         Raises:
-            ConfigError, ValueError: A limit that cannot be read or is out of range.
+            ConfigError, ValueError: A limit cannot be parsed or is out of range.
         """
         limits = parse_limits(self.prune_limit)
         return Constraints(self.round_to, self.min_width, tuple(self.prune_ignore), limits)
 
 
 def parse_limits(words: Sequence[str]) -> dict[str, float]:
-    """Read `--prune-limit`: `["layer1.*=0.5"]`.
+    """Parse `--prune-limit`: `["layer1.*=0.5"]`.
 
     Raises:
         SettingError: A word is not PATTERN=LEAST.

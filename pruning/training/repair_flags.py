@@ -39,10 +39,10 @@ class RepairConfig:
         )
 
     def check_used(self, pruning: PruningConfig, *, unstructured: bool) -> None:
-        """Refuse flags that nothing reads.
+        """Refuse flags that would have no effect.
 
         Raises:
-            ConfigError: Naming the flag.
+            ConfigError: Such a flag is given; the message names it.
         """
         if pruning.active:
             return
@@ -53,11 +53,11 @@ class RepairConfig:
 
     @property
     def wants_images(self) -> bool:
-        """Whether images have to be set aside for it where nothing else needs them."""
+        """Whether images have to be held out for the repair even if nothing else needs them."""
         return self.repair not in (None, "none")
 
     def choice(self) -> Method | RepairSettings | None:
-        """What is asked for; None leaves it open (see `pruning.repair.rewrite_repair.settled`)."""
+        """Return the requested repair; None for the default (see `pruning.repair.rewrite_repair.settled`)."""
         if self.repair_scope is None:
             return self.repair
         return RepairSettings(method="least-squares", scope=self.repair_scope)

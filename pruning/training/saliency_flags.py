@@ -1,4 +1,4 @@
-"""The flags about the network's explanation: which one, and how it enters scores."""
+"""The flags for the network's explanation: which one to use, and how it enters scores."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ class SaliencyFlags:
 
         Args:
             criteria: Parts of `--pruning-criterion`.
-            learned: `--pruning-method learned`.
+            learned: Whether `--pruning-method learned` is set.
 
         Raises:
-            ConfigError: Naming the flag.
+            ConfigError: Such a flag is given; the message names it.
         """
         kind = self.explanation_kind(criteria, learned)
         for name, path in {"selector": self.selector, "casm": self.casm}.items():
@@ -118,10 +118,10 @@ class SaliencyFlags:
         )
 
     def check_files(self) -> None:
-        """Make sure that the files are there, before anything is opened or trained.
+        """Check that the files exist, before anything is opened or trained.
 
         Raises:
-            ConfigError: Naming the flag.
+            ConfigError: A file is missing; the message names the flag.
         """
         for name, path in {"selector": self.selector, "casm": self.casm}.items():
             check(
@@ -130,7 +130,7 @@ class SaliencyFlags:
             )
 
     def explanation_kind(self, criteria: list[str], learned: bool) -> str | None:
-        """Which explanation is followed; None if none."""
+        """Return the kind of explanation to follow; None for none."""
         if self.saliency_explanation is not None:
             return self.saliency_explanation
         if self.casm is not None and self.selector is None:

@@ -1,11 +1,11 @@
-"""Pruning by scores, at intervals: when a rewrite is due, score, choose, rewrite and bind again.
+"""Score-based pruning at intervals: when a rewrite is due, score, choose, rewrite and rebind.
 
-Flow of one interval, after the optimizer's step and with no graph alive:
+Order of operations at an interval, after the optimizer's step and with no autograd graph alive:
 
     release DDP and compiled wrappers → score → choose → rewrite network, optimizer, average → rebind → log
 
-Everything is a function of the network, the calibration split and the flags. So a run that is killed at any point, also
-in the middle of this, and resumed from its last checkpoint does the same rewrites again.
+Everything is a function of the network, the calibration split and the flags. So a run that is killed at any point, even
+during a rewrite, and resumed from its last checkpoint repeats the same rewrites.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from pruning.training.widths_image import widths_image
 
 
 class PruningCallback(ChannelPruning):
-    """Prunes the network that a trainer trains by a criterion; arguments as `ChannelPruning`."""
+    """Prunes the network that a trainer trains by a criterion; arguments as for `ChannelPruning`."""
 
     name = "pruning"
     _pruner: Pruner | None = None
 
     @property
     def pruner(self) -> Pruner:
-        """What does the work; made when training starts."""
+        """The pruner, created when training starts."""
         assert self._pruner is not None, "training has not started"
         return self._pruner
 
     def on_fit_start(self, trainer: TrainLoop) -> None:
-        """Trace the network, lay out the budget's schedule, and log what is going to happen."""
+        """Trace the network, set the budget's schedule, and log the plan."""
         self._pruner = self._make_pruner(trainer)
         self.check_groups(trainer, self.pruner.graph)
         trainer.logger.message(self._announcement(trainer))
@@ -78,7 +78,7 @@ class PruningCallback(ChannelPruning):
         )
 
     def _announcement(self, trainer: TrainLoop) -> str:
-        """What the budget needs, and when."""
+        """Describe what the budget needs, and when."""
         pruner, config = self.pruner, self.config
         shares = pruner.course.budget.shares
         budget = ", ".join(f"{metric}={share:.6g}" for metric, share in shares.items())
@@ -98,7 +98,9 @@ class PruningCallback(ChannelPruning):
         )
 
     def _check_length(self, trainer: TrainLoop) -> None:
-        """Refuse a training that ends before its budget is met; epochs that `--prof` cuts short measure speed only."""
+        """Refuse a training that ends before its budget is met, except if `--prof` cuts epochs short to measure
+        speed.
+        """
         if not self.config.iterative_pruning or trainer.config.prof >= 0:
             return
         per_epoch = trainer.steps_per_epoch
@@ -110,14 +112,16 @@ class PruningCallback(ChannelPruning):
         )
 
     def on_step_end(self, trainer: TrainLoop) -> None:
-        """Rewrite if it is time, and bring the learning rate back after a rewrite."""
+        """Rewrite if due, and ramp the learning rate back up after a rewrite."""
         iteration = trainer.state.iteration
         if self.config.iterative_pruning and self.pruner.due(iteration):
             self._rewrite(trainer)
         trainer.state.lr_factor = self._recovery(iteration)
 
     def _recovery(self, iteration: int) -> float:
-        """Factor on the learning rate: rises linearly to 1 over `--pruning-warmup` iterations after a rewrite."""
+        """Return the learning-rate factor, which rises linearly to 1 over `--pruning-warmup` iterations after a
+        rewrite.
+        """
         if not self.config.pruning_warmup or not self.pruner.history:
             return 1.0
         since = iteration - self.pruner.history[-1].iteration
@@ -148,15 +152,15 @@ class PruningCallback(ChannelPruning):
             logger.scalars("pruning", best, step, iteration)
 
     def _shares(self) -> dict[str, float]:
-        """What is left of each cost that the budget names, as a share of the original."""
+        """Return the remaining share of each cost named by the budget."""
         return {metric: self.pruner.costs.share(metric) for metric in self.pruner.course.budget.shares}
 
     def on_log(self, trainer: TrainLoop, figures: dict[str, float]) -> None:
-        """Show how far the budget is."""
+        """Add the progress towards the budget."""
         figures |= {f"pruning.{metric}_share": share for metric, share in self._shares().items()}
 
     def on_fit_end(self, trainer: TrainLoop) -> None:
-        """Warn where the network has not come down to the budget, which no file of the run then meets."""
+        """Warn if the network did not reach the budget, since then no file of the run meets it."""
         super().on_fit_end(trainer)
         asked = self.pruner.course.budget.shares
         missed = [
@@ -179,12 +183,12 @@ class PruningCallback(ChannelPruning):
         return self.pruner.explanation_moved(self.batches())
 
     def state_dict(self) -> dict[str, Any]:
-        """Progress of the pruner; empty before training starts."""
+        """Return the pruner's progress; empty before training starts."""
         return {} if self._pruner is None else dict(self._pruner.state_dict())
 
 
 def _figures(record: RewriteRecord) -> dict[str, float]:
-    """A rewrite's losses, costs, seconds and distances, by key of the report without the prefix."""
+    """Return a rewrite's losses, costs, seconds and distances, by report key without the prefix."""
     figures = {"loss_before": record.loss[0], "loss_after": record.loss[1]}
     if len(record.loss) > 2:
         figures["loss_repaired"] = record.loss[2]

@@ -1,14 +1,14 @@
 """Iterative magnitude pruning of single weights, in rounds with fine-tuning between them.
 
 Han et al., "Learning both weights and connections for efficient neural networks" (NeurIPS 2015); in rounds, with
-rewinding, Frankle & Carbin (ICLR 2019) and Renda et al. (ICLR 2020); as a compression whose explanations are to be
-kept, Park et al. (NeurIPS 2020): 16 rounds of 20 % of what is left. After round k
+rewinding, Frankle & Carbin (ICLR 2019) and Renda et al. (ICLR 2020); as a compression that should preserve
+explanations, Park et al. (NeurIPS 2020): 16 rounds of 20 % of the remaining weights. After round k
 
     sparsity = 1 − (1 − p)^k          of all weights of convolutions and linear layers (biases and norms stay)
 
 Weights are chosen by `torch.nn.utils.prune.L1Unstructured`. A removed weight is held at zero without any wrapper: its
-gradient is zeroed before every update, and its momentum once, when it is removed, so no optimizer moves it. The network
-stays an ordinary one, zeros included, in every checkpoint; the masks are with the callback's state.
+gradient is zeroed before every update and its momentum once, when it is removed, so no optimizer moves it. In every
+checkpoint the network is an ordinary one, zeros included; the masks are in the callback's state.
 
 Note:
     PyTorch's own masks (`weight_orig`, `weight_mask` and a hook) would change the names in every checkpoint and the
@@ -43,11 +43,11 @@ from pruning.training.unstructured_config import UnstructuredConfig
 
 
 class RepeatedSchedule(Schedule):
-    """A schedule that starts over in every round.
+    """A schedule that restarts in every round.
 
     Args:
-        schedule: Of the whole training; its curve is fitted to one round.
-        rounds: How often it runs; its length must be a multiple.
+        schedule: Schedule of the whole training; its curve is compressed to one round.
+        rounds: Number of rounds; the schedule's length must be a multiple of it.
     """
 
     def __init__(self, schedule: Schedule, rounds: int) -> None:
@@ -66,14 +66,14 @@ class UnstructuredPruning(Callback):
 
     Args:
         config: The flags.
-        calibration: Loader of the calibration split, whose images repair each round; None: there is none.
-        multi_label: The task's targets are multi-hot.
-        repair: How each round is repaired; None: by least squares where there are calibration images, unless weights
-            are rewound.
+        calibration: Loader of the calibration split, whose images are used for repairs; None if there is none.
+        multi_label: Whether the task's targets are multi-hot.
+        repair: How each round is repaired; None for least squares if there are calibration images, unless weights are
+            rewound.
 
     Attributes:
-        masks: Weight's name → bool mask of what is left; empty before the first round.
-        completed: Rounds begun.
+        masks: Weight's name → bool mask of the remaining weights; empty before the first round.
+        completed: Number of rounds begun.
     """
 
     name = "unstructured"
@@ -91,18 +91,18 @@ class UnstructuredPruning(Callback):
         self._repair = "none" if config.rewind is not None else repair
         self.masks: dict[str, Tensor] = {}
         self.completed = 0
-        self._epochs: int | None = None  # of a round
+        self._epochs: int | None = None  # per round
         self._start: dict[str, Tensor] = {}
         self._held: list[tuple[nn.Parameter, Tensor]] = []
 
-    # ------------------------------------------------------------------ when
+    # ------------------------------------------------------------------ schedule
 
     def on_fit_start(self, trainer: TrainLoop) -> None:
-        """Fit the learning rate to the rounds, restore the masks of a resumed run, and log what is going to happen."""
+        """Fit the learning rate to the rounds, restore the masks of a resumed run, and log the plan."""
         config = self.config
         state = trainer.state
         assert config.unstructured_pruning is not None
-        if self._epochs is not None:  # of another length, a round might begin late or not at all
+        if self._epochs is not None:  # with another length, a round might begin late or not at all
             self._check_same("--epochs", trainer.config.epochs, self._epochs * config.rounds)
         self._epochs = trainer.config.epochs // config.rounds
         state.schedule = RepeatedSchedule(state.schedule, config.rounds)
@@ -116,7 +116,7 @@ class UnstructuredPruning(Callback):
         )
 
     def on_epoch_start(self, trainer: TrainLoop) -> None:
-        """Begin a round if it is time; keep the weights to rewind to."""
+        """Begin a round if one is due; keep the weights to rewind to."""
         state = trainer.state
         config = self.config
         at_boundary = state.iteration == state.epoch * trainer.steps_per_epoch
@@ -127,7 +127,7 @@ class UnstructuredPruning(Callback):
             self._begin_round(trainer)
 
     def on_epoch_end(self, trainer: TrainLoop) -> None:
-        """Keep the weights to rewind to, after the epochs that `--rewind` says."""
+        """Keep the weights to rewind to, after the epochs set by `--rewind`."""
         if self.config.rewind is not None and trainer.state.epoch + 1 == self.config.rewind:
             self._keep_start(trainer)
 
@@ -138,7 +138,7 @@ class UnstructuredPruning(Callback):
     # ------------------------------------------------------------------ a round
 
     def _begin_round(self, trainer: TrainLoop) -> None:
-        """Choose by the weights as they are, rewind if asked, zero, forget momenta."""
+        """Choose weights by their current magnitude, rewind if requested, set them to zero, and reset their momenta."""
         config = self.config
         state = trainer.state
         assert config.unstructured_pruning is not None
@@ -161,13 +161,13 @@ class UnstructuredPruning(Callback):
         self._hold(trainer)
         with self._repaired(trainer):
             self._zero(trainer)
-        # A checkpoint of an earlier round has fewer zeros: it is not what the next one competes with.
+        # Earlier checkpoints have fewer zeros, so the next round does not compete with them.
         state.best = state.best_epoch = None
         self._report(trainer)
 
     @contextlib.contextmanager
     def _repaired(self, trainer: TrainLoop) -> Iterator[None]:
-        """Network and average are zeroed inside; afterwards their other weights make up for it."""
+        """Zero the weights of network and average inside the block; afterwards the other weights compensate."""
         state, distributed = trainer.state, trainer.distributed
         calibration = [] if self._calibration is None else calibration_batches(self._calibration)
         batches = list(itertools.islice(calibration, PrunerSettings.max_batches))
@@ -182,14 +182,14 @@ class UnstructuredPruning(Callback):
             trainer.logger.message(report.describe())
 
     def _hold(self, trainer: TrainLoop) -> None:
-        """From now on these weights' gradients are masked."""
+        """Mask these weights' gradients from now on."""
         weights = prunable_weights(trainer.state.model, self.config.unstructured_layers)
         self.masks = {name: mask.to(weights[name].device) for name, mask in self.masks.items()}
         self._held = [(weights[name], mask) for name, mask in self.masks.items()]
 
     @torch.no_grad()
     def _zero(self, trainer: TrainLoop) -> None:
-        """Zero the removed weights, in the average too, and what the optimizer remembers of them."""
+        """Zero the removed weights, also in the average, and their state in the optimizer."""
         for weight, mask in self._held:
             weight.mul_(mask)
             for value in trainer.state.optimizer.state.get(weight, {}).values():
@@ -201,46 +201,47 @@ class UnstructuredPruning(Callback):
                 averaged[name].mul_(mask)
 
     def on_backward_end(self, trainer: TrainLoop) -> None:
-        """Hold: a zero with zero gradient and zero momentum stays zero in every optimizer, weight decay included."""
+        """Hold weights at zero: with zero gradient and momentum they stay zero in every optimizer, weight decay
+        included.
+        """
         for weight, mask in self._held:
             if weight.grad is not None:
                 weight.grad.mul_(mask)
 
     # ------------------------------------------------------------------ report and checkpoints
 
-    def _counts(self) -> tuple[int, int]:
-        """Weights that pruning looks at, and those of them that are left."""
-        total = sum(mask.numel() for mask in self.masks.values())
-        left = sum(int(mask.sum()) for mask in self.masks.values())
-        return total, left
-
-    @property
-    def sparsity(self) -> float:
-        """Share of zeros among the weights that pruning looks at."""
-        total, left = self._counts()
-        return 1 - left / total if total else 0.0
+    def _left(self) -> list[int]:
+        """Count the remaining weights of every layer."""
+        counts = [mask.sum() for mask in self.masks.values()]
+        left: list[int] = torch.stack(counts).tolist() if counts else []
+        return left
 
     def _report(self, trainer: TrainLoop) -> None:
         state = trainer.state
-        total, left = self._counts()
+        left_by_layer = self._left()
+        left, total = sum(left_by_layer), sum(mask.numel() for mask in self.masks.values())
+        sparsity = 1 - left / total
         trainer.logger.message(
-            f"round {self.completed} of {self.config.rounds}: {100 * self.sparsity:.2f} % of {total:,} weights are "
+            f"round {self.completed} of {self.config.rounds}: {100 * sparsity:.2f} % of {total:,} weights are "
             f"zero, {left:,} are left"
         )
-        figures = {"round": float(self.completed), "sparsity": self.sparsity, "weights_left": float(left)}
+        figures = {"round": float(self.completed), "sparsity": sparsity, "weights_left": float(left)}
         step = (state.epoch, 0)
         trainer.logger.scalars("unstructured", figures, step, state.iteration)
-        layers = {name.removesuffix(".weight"): 1 - float(m.float().mean()) for name, m in self.masks.items()}
+        layers = {
+            name.removesuffix(".weight"): 1 - left / mask.numel()
+            for (name, mask), left in zip(self.masks.items(), left_by_layer, strict=True)
+        }
         trainer.logger.scalars("sparsity", layers, step, state.iteration)
 
     def on_log(self, trainer: TrainLoop, figures: dict[str, float]) -> None:
-        """Show the sparsity, counted from the weights themselves."""
+        """Add the sparsity, counted from the weights themselves."""
         zeros = torch.stack([(weight == 0).sum() for weight, _ in self._held]).sum()
         total = sum(weight.numel() for weight, _ in self._held)
         figures["unstructured.sparsity"] = int(zeros) / total
 
     def state_dict(self) -> dict[str, Any]:
-        """Rounds, masks, and the weights to rewind to."""
+        """Return rounds, masks, and the weights to rewind to."""
         return {
             "completed": self.completed,
             "rounds": self.config.rounds,
@@ -254,7 +255,7 @@ class UnstructuredPruning(Callback):
         """Restore a state; masks go to the network's device when training starts.
 
         Raises:
-            ConfigError: The flags of the rounds are not those of the checkpoint.
+            ConfigError: The flags of the rounds differ from the checkpoint's.
         """
         self._check_same("--rounds", self.config.rounds, state["rounds"])
         self._check_same("--unstructured-pruning", self.config.unstructured_pruning, state["share"])

@@ -77,10 +77,10 @@ class UnstructuredConfig:
 def check_combination(
     config: UnstructuredConfig, train: TrainConfig, pruning: PruningConfig, repair: RepairConfig
 ) -> None:
-    """Refuse what pruning of single weights cannot be combined with.
+    """Refuse flags that cannot be combined with pruning of single weights.
 
     Raises:
-        ConfigError: Naming the flags.
+        ConfigError: There is such a combination; the message names the flags.
     """
     repair.check_used(pruning, unstructured=config.active)
     if not config.active:
@@ -109,5 +109,5 @@ def check_combination(
 
 
 def wanted_batches(config: UnstructuredConfig, repair: RepairConfig) -> int:
-    """Calibration batches per process where `--calibration-size` leaves it open."""
+    """Default number of calibration batches per process without `--calibration-size`."""
     return PrunerSettings.max_batches if config.active and repair.wants_images else 0

@@ -1,4 +1,4 @@
-"""Flags that would have no effect are refused rather than ignored."""
+"""Refusal of flags that would otherwise be silently ignored."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 def refuse_unused(config: DataclassInstance, names: Iterable[str], needed: str) -> None:
-    """Make sure that flags keep their defaults.
+    """Check that flags keep their defaults.
 
     Args:
-        config: The section.
-        names: Fields of it that mean nothing as the other flags are.
-        needed: The flag that they would need.
+        config: The configuration section.
+        names: Fields that have no effect given the other flags.
+        needed: The flag they require.
 
     Raises:
-        ConfigError: Naming the first one that was given.
+        ConfigError: Such a flag is given; the message names the first.
     """
     fields = {field.name: field for field in dataclasses.fields(config)}
     for name in names:

@@ -12,10 +12,10 @@ _BAR, _GAP, _HEIGHT = 8, 2, 96
 
 
 def widths_image(groups: Sequence[Group]) -> torch.Tensor:
-    """Widths as bars, one per group in order of execution: dark is what is left, light what has gone.
+    """Draw widths as bars, one per group in order of execution: remaining channels dark, removed ones light.
 
     Args:
-        groups: Groups with their present and original widths.
+        groups: Groups with their current and original widths.
 
     Returns:
         (3, H, W) uint8, cheap enough to be drawn at every rewrite.

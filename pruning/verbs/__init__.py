@@ -1,4 +1,4 @@
-"""Verbs of `python -m pruning` that have a file of their own."""
+"""Verbs of `python -m pruning`, one per file."""
 
 from image_classification.extras import need
 

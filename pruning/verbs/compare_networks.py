@@ -1,4 +1,4 @@
-"""`python -m pruning compare A B [C …] [--data DATA]`: networks side by side: costs, widths, accuracy."""
+"""`python -m pruning compare A B [C …] [--data DATA]`: compares networks side by side: costs, widths, accuracy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.config import check
 from image_classification.device_flag import declare_device, device_named
 from image_classification.figure_writing import check_figure, save_figure
@@ -26,7 +26,7 @@ from pruning.verbs.images import open_validation, size_of
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Declare the verb's arguments."""
     parser.add_argument("first", type=Path, help="checkpoint that the others are compared with")
     parser.add_argument("others", type=Path, nargs="+", help="checkpoints of the same architecture")
     parser.add_argument("--data", default=None, help="data set; accuracy is measured on its validation split")
@@ -46,7 +46,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure all, print tables."""
+    """Measure all networks and print tables."""
     if arguments.plot is not None:
         problem = f"--plot {arguments.plot} shows accuracy: give --data, or leave --plot out"
         check(arguments.data is not None, problem)
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _ahead(costs: Sequence[dict[str, float]], accuracies: Sequence[dict[str, float]]) -> list[int] | None:
-    """Positions of the networks that no other surpasses in both MACs and accuracy; None without accuracy."""
+    """Return the positions of networks on the Pareto front of MACs and accuracy; None without accuracy."""
     if not accuracies:
         return None
     key = headline_of(list(accuracies))
@@ -140,11 +140,11 @@ def _print(plain: Plain) -> None:
 
 
 def plot(plain: Plain, path: Path) -> None:
-    """Accuracy over MACs: a point per network, those that no other surpasses joined by a line.
+    """Plot accuracy over MACs: a point per network, with the Pareto front joined by a line.
 
     Args:
-        plain: What the verb writes as JSON, with accuracy.
-        path: Where the image goes.
+        plain: The verb's JSON output, with accuracy.
+        path: Output file.
     """
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 

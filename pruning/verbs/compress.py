@@ -1,4 +1,4 @@
-"""`python -m pruning compress CHECKPOINT IMAGES`: a trained network becomes smaller in minutes, without training."""
+"""`python -m pruning compress CHECKPOINT IMAGES`: compresses a trained network in minutes, without training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _SECONDS = 10.0
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Declare the verb's arguments."""
     declare_network_and_images(parser)
     parser.add_argument(
         "--budget",
@@ -58,7 +58,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compress, measure, write."""
+    """Compress the network, measure and write the results."""
     _check(arguments)
     budgets = parse_budgets(arguments.budget)
     model, factory = open_network(arguments)
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def parse_budgets(words: list[str]) -> list[dict[str, float]]:
-    """`["macs=0.9,0.75"]` → `[{"macs": 0.9}, {"macs": 0.75}]`; several costs make one budget.
+    """Parse `["macs=0.9,0.75"]` to `[{"macs": 0.9}, {"macs": 0.75}]`; several costs form one budget.
 
     Raises:
         SettingError, ConfigError: A word is not METRIC=SHARE, or several costs have several shares.
@@ -106,19 +106,15 @@ def _check(arguments: argparse.Namespace) -> None:
     """Refuse bad numbers before anything is read.
 
     Raises:
-        ConfigError: Naming the flag.
+        ConfigError: A number is invalid; the message names the flag.
     """
     check_network_and_images(arguments)
     check(arguments.num_judged >= 1, f"--num-judged {arguments.num_judged}: give a whole number ≥ 1")
-    check(
-        arguments.checkpoint.resolve() != arguments.output.resolve(),
-        f"--output {arguments.output}: the checkpoint itself; give another name",
-    )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
 
 
 class _Judge:
-    """Measures networks beside the original, on images that were not used to compress it."""
+    """Compares networks with the original, on images that were not used to compress it."""
 
     def __init__(self, original: nn.Module, judged: PlainImages, device: torch.device, latency: bool) -> None:
         self.original = original
@@ -128,7 +124,7 @@ class _Judge:
         self.expected = outputs_of(original, self.images)
 
     def row(self, name: str, model: nn.Module, point: Point | None) -> Plain:
-        """Everything that is known of a network, as plain data."""
+        """Return everything known about a network, as plain data."""
         logits = outputs_of(model, self.images)
         row: Plain = {
             "name": name,
@@ -157,7 +153,7 @@ class _Judge:
 
 
 def _path(output: Path, point: Point, num_points: int) -> Path:
-    """The file of a point: `small.pth.tar`, or `small-macs0.75.pth.tar` where there are several."""
+    """Return the file of a point: `small.pth.tar`, or `small-macs0.75.pth.tar` if there are several."""
     if num_points == 1:
         return output
     ((metric, share),) = point.budget.items()
@@ -168,7 +164,7 @@ def _path(output: Path, point: Point, num_points: int) -> Path:
 def _write(
     arguments: argparse.Namespace, rows: list[Plain], calibration: PlainImages, judged: PlainImages
 ) -> None:
-    """Print the table; write JSON and page beside the output."""
+    """Print the table; write JSON and page next to the output."""
     stem = arguments.output.name.partition(".")[0]
     plain = {
         "checkpoint": str(arguments.checkpoint),
@@ -187,7 +183,7 @@ def _write(
 
 
 def _table(rows: list[Plain]) -> Table:
-    """The networks, a line each."""
+    """Return a table of the networks, one line each."""
     metrics = list(rows[-1]["costs"])
     labelled = "top1" in rows[0]
     table = Table(title="compressed without training")

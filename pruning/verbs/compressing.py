@@ -1,12 +1,12 @@
-"""Networks made smaller without training: widths by sensitivity, then a repair, for one budget or several.
+"""Compression of networks without training: widths by sensitivity, then a repair, for one budget or several.
 
     for point in compress(model, images, budgets=[{"macs": 0.75}, {"macs": 0.5}]):
         point.model, point.costs, point.repair
 
     graph, curves = sensitivity(model, images)
 
-What is measured of the network as it is (scores, and the loss along every group's widths) serves all budgets. The loss
-is how far the outputs are from the original's: labels are not needed.
+Measurements of the original network (scores, and the loss along every group's widths) serve all budgets. The loss is
+the divergence of the outputs from the original's, so labels are not needed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from pruning.costs.cost_model import CostModel
 from pruning.criteria import Criterion
 from pruning.criteria.reconstruction import Reconstruction
 from pruning.criteria.scoring import score_groups
-from pruning.engine.channel_graph import ChannelGraph, Constraints
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.constraints import Constraints
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
 from pruning.repair.image_chunks import parted
@@ -50,10 +51,10 @@ class Point:
     Attributes:
         model: The network.
         graph: Its channel graph.
-        budget: What was asked for.
-        costs: Metric → (original, now).
-        repair: What the repair did; None without one.
-        seconds: Since the point before (the first includes all measurements).
+        budget: The requested budget.
+        costs: Metric → (original, current).
+        repair: Report of the repair; None without one.
+        seconds: Seconds since the previous point (the first includes all measurements).
     """
 
     model: nn.Module
@@ -66,14 +67,14 @@ class Point:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompressSettings:
-    """How a network is compressed.
+    """Settings of a compression.
 
     Attributes:
-        criterion: Orders the channels of a group.
-        search: Chooses the widths.
+        criterion: Criterion that orders the channels of a group.
+        search: Search that chooses the widths.
         repair: How the network is repaired.
-        constraints: Rounding, least widths, modules to leave alone.
-        announce: Gets a line of text as the work goes on.
+        constraints: Rounding, smallest widths, modules to leave alone.
+        announce: Called with lines of text on the progress.
     """
 
     criterion: Criterion = dataclasses.field(default_factory=Reconstruction)
@@ -89,19 +90,19 @@ def compress(
     budgets: Sequence[Mapping[str, float]],
     settings: CompressSettings | None = None,
 ) -> Iterator[Point]:
-    """Compress a network to one budget after the other, always from the original.
+    """Compress a network to each budget in turn, always starting from the original.
 
     Args:
-        model: The trained network; it is left as it was.
+        model: The trained network; it is not modified.
         images: (N, …) calibration images on its device.
         budgets: Metric → share of the cost that may remain.
-        settings: How.
+        settings: Settings of the compression.
 
     Yields:
         A point per budget, in their order.
 
     Raises:
-        SettingError: A budget that cannot be reached, or images that cannot repair.
+        SettingError: A budget cannot be reached, or the images cannot be used for the repair.
     """
     settings = settings or CompressSettings()
     begin = time.perf_counter()
@@ -121,22 +122,22 @@ def compress(
 def sensitivity(
     model: nn.Module, images: Tensor, settings: CompressSettings | None = None
 ) -> tuple[ChannelGraph, Curves]:
-    """How far the outputs move when each group alone is narrowed; nothing is cut.
+    """Measure how far the outputs move when each group alone is narrowed; nothing is cut.
 
     Args:
-        model: The trained network; it is left as it was.
+        model: The trained network; it is not modified.
         images: (N, …) calibration images on its device.
-        settings: How; the search says to which widths.
+        settings: Settings; the search determines the widths.
 
     Returns:
-        The network's channel groups, and what was measured of each.
+        The network's channel groups, and the measurements of each.
     """
     subject = _Subject(model, images, ("macs",), settings or CompressSettings())
     return subject.graph, subject.curves()
 
 
 class _Subject:
-    """A network on its calibration images, and what is measured of it once for all budgets."""
+    """A network with its calibration images, and the measurements that serve all budgets."""
 
     def __init__(
         self, model: nn.Module, images: Tensor, metrics: Sequence[str], settings: CompressSettings
@@ -157,7 +158,7 @@ class _Subject:
         return self.settings.search.curves(situation)
 
     def situation(self, budget: Mapping[str, float]) -> Situation:
-        """The network as it is, on its way to a budget."""
+        """Return the situation of the original network with a budget as its target."""
         targets = {metric: share * self.costs.baseline(metric) for metric, share in budget.items()}
         return Situation(self.graph, self.costs, self._scores, targets, self._judge)
 
@@ -172,7 +173,7 @@ class _Subject:
 
     @functools.cached_property
     def _judge(self) -> LossChange:
-        """Judges by the images that no repair is fitted to."""
+        """Create the measure on images that no repair is fitted to."""
         repair = self.settings.repair
         parts = parted(self._batches, repair.held_out, self.task)
         fitted = [part.batch for part in parts if not part.held_out]
@@ -183,7 +184,7 @@ class _Subject:
         return LossChange(self.model, self.graph, judging, task=self.task, repair=local)
 
     def point(self, keep: dict[int, np.ndarray], budget: Mapping[str, float], begin: float) -> Point:
-        """Cut a copy and repair it."""
+        """Cut and repair a copy."""
         settings = self.settings
         small, graph = copy.deepcopy(self.model), copy.deepcopy(self.graph)
         costs = CostModel(graph, small, self.images[:1], self.metrics)
@@ -198,10 +199,11 @@ class _Subject:
 
 
 def divergence(outputs: Outputs, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """(N,) how far outputs are from the original's: Kullback-Leibler for logits (N, C), else mean squares.
+    """Return the divergence of outputs from the original's, (N,): Kullback-Leibler for logits (N, C), else mean
+    squares.
 
     Args:
-        outputs: Of the network; of several, the main ones count.
+        outputs: Outputs of the network; of several, the main ones are used.
         batch: (images, outputs of the original network).
 
     Raises:
@@ -216,7 +218,7 @@ def divergence(outputs: Outputs, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def outputs_of(model: nn.Module, images: Tensor) -> Tensor:
-    """The main outputs for all images, a few at a time."""
+    """Return the main outputs for all images, computed a few at a time."""
     with inference(model):
         return torch.cat([logits_of(model(chunk)) for chunk in images.split(_CHUNK)])
 

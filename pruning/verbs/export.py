@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.config import check
 from image_classification.file_writing import output_path
 from image_classification.models import model_for_weights
@@ -28,13 +28,13 @@ from pruning.verbs.images import declare_ema, first_images, noise_images, open_v
 from pruning.verbs.quantised import quantise_and_compare
 
 _ONNX_BLOCK = 8
-"""Channels of a block in the layout that ONNX Runtime computes convolutions in fast, on a CPU."""
+"""Block size in channels of the layout in which ONNX Runtime's fast CPU convolutions work."""
 
-_LEAST_JUDGED = 512  # validation images that INT8 is judged on, where there are as many
+_LEAST_JUDGED = 512  # number of validation images for evaluating INT8, if there are that many
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Declare the verb's arguments."""
     parser.add_argument(
         "checkpoint", type=Path, help="network, pruned or not; or timm/NAME, torchvision/NAME"
     )
@@ -138,10 +138,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_int8(arguments: argparse.Namespace) -> None:
-    """Refuse flags that cannot go together.
+    """Refuse flags that cannot be combined.
 
     Raises:
-        ConfigError: Naming them.
+        ConfigError: There is such a combination; the message names the flags.
     """
     if not arguments.int8:
         check(
@@ -156,13 +156,16 @@ def _check_int8(arguments: argparse.Namespace) -> None:
 
 
 def _num_uneven(model: nn.Module) -> int:
-    """Convolutions whose output is not a whole number of blocks."""
+    """Return the number of convolutions whose output channels are not a multiple of the block."""
     widths = [layer.out_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     return sum(width % _ONNX_BLOCK != 0 for width in widths)
 
 
 def _default(checkpoint: Path, suffix: str) -> Path:
-    """`runs/demo/checkpoint.pth.tar` → `runs/demo/checkpoint.onnx`; `timm/resnet18` → `resnet18.onnx`."""
+    """Return the default path: `runs/demo/checkpoint.pth.tar` → `runs/demo/checkpoint.onnx`.
+
+    For published weights it is in the current directory: `timm/resnet18` → `resnet18.onnx`.
+    """
     if is_published(checkpoint):
         return Path(checkpoint.name.replace(":", "-") + suffix)
     stem = checkpoint.name.removesuffix(".tar").removesuffix(".pth").removesuffix(".pt")

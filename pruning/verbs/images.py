@@ -1,4 +1,4 @@
-"""Finished networks and real images for the verbs that look at them: which weights, and the validation split."""
+"""Networks and images for the verbs that inspect them: choice of weights, and the validation split."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SETTINGS = ("image_size", "resize", "mean", "std", "geometry")
 
 
 def declare_ema(parser: argparse.ArgumentParser) -> None:
-    """`--ema`: which of a checkpoint's weights are taken."""
+    """Declare `--ema`, which selects a checkpoint's weights."""
     parser.add_argument(
         "--ema",
         action=argparse.BooleanOptionalAction,
@@ -37,7 +37,9 @@ def declare_ema(parser: argparse.ArgumentParser) -> None:
 
 
 def size_of(model: nn.Module, image_size: int | None) -> int:
-    """Side of a network's images: what is asked for, else what it was built with, else its architecture's."""
+    """Return the side of a network's images: the requested one, else the one it was built with, else its
+    architecture's.
+    """
     identity = identity_of(model)
     if image_size is not None or identity is None:
         check(
@@ -53,14 +55,14 @@ def size_of(model: nn.Module, image_size: int | None) -> int:
 def open_validation(
     data: str, model: nn.Module, checkpoint: Path, image_size: int | None, device: torch.device
 ) -> EvaluationImages:
-    """The validation split of a data set at the size and with the normalisation that a network wants.
+    """Open a data set's validation split at the size and with the normalisation that a network expects.
 
     Args:
         data: The data set.
         model: The network.
-        checkpoint: Where it was read: the run's configuration in it, if any, says what its images were like.
-        image_size: What is asked for instead.
-        device: Where images go.
+        checkpoint: File that the network was read from; the run's configuration in it, if any, describes its images.
+        image_size: Requested size, if any.
+        device: Device of the images.
 
     Raises:
         ConfigError: The network has another number of classes.
@@ -86,14 +88,14 @@ def open_validation(
 
 
 def _settings_of(checkpoint: Path) -> Plain:
-    """What a run's own checkpoint says of its images; nothing for files of other origin."""
+    """Return the image settings in a run's checkpoint; nothing for files of other origin."""
     content = read_safely(checkpoint)
     config = content.get("config") if isinstance(content, Mapping) else None
     return {key: config.get(key) for key in _SETTINGS} if isinstance(config, Mapping) else {}
 
 
 def first_images(images: EvaluationImages, count: int) -> Tensor:
-    """(count, 3, H, W) normalised images of the split, on the CPU."""
+    """Return the first `count` normalised images of the split, (count, 3, H, W), on the CPU."""
     collected: list[Tensor] = []
     with images.loader(count) as loader:
         for batch in loader:
@@ -102,19 +104,19 @@ def first_images(images: EvaluationImages, count: int) -> Tensor:
 
 
 def noise_images(count: int, size: int) -> Tensor:
-    """(count, 3, size, size) of noise, the same every time."""
+    """Return noise images (count, 3, size, size), the same every time."""
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def example_images(image_size: int) -> torch.Tensor:
-    """Two images of noise, the same every time."""
+    """Return two noise images, the same every time."""
     return torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
 
 
 def network_of(
     arch: str | None, checkpoint: Path | None, num_classes: int | None, image_size: int | None
 ) -> nn.Module:
-    """The network by name, or from a checkpoint with its widths."""
+    """Build a network by name, or load it from a checkpoint with its widths."""
     if checkpoint is None:
         check(arch is not None, "give the architecture's name")
         return create_model(str(arch), num_classes=num_classes or 1000, image_size=image_size)

@@ -1,11 +1,10 @@
-"""`python -m pruning import FILE OUT`: published checkpoints become LucidPrune checkpoints."""
+"""`python -m pruning import FILE OUT`: converts published checkpoints to LucidPrune checkpoints."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from image_classification.config import check
 from image_classification.file_writing import output_path
 from image_classification.verbs import declared
 from pruning.files.importing import FORMATS, import_checkpoint
@@ -13,7 +12,7 @@ from pruning.files.importing.imported import arch_of
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """Declare the verb's arguments."""
     parser.add_argument("file", type=Path, help="a file of one of the published programs")
     parser.add_argument(
         "out",
@@ -39,10 +38,6 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
-    check(
-        arguments.file.resolve() != arguments.out.resolve(),
-        f"{arguments.out}: the published file itself; give another name",
-    )
     imported = import_checkpoint(
         arguments.file,
         arguments.format,

@@ -1,4 +1,4 @@
-"""`python -m pruning groups`: the coupled channel groups of a network, and what cannot be pruned and why."""
+"""`python -m pruning groups`: lists the coupled channel groups of a network, and what cannot be pruned and why."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.file_writing import output_path, write_text
 from image_classification.plain_data import Plain
 from image_classification.verbs import declared
-from pruning.engine.channel_graph import ChannelGraph, Constraints
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.constraints import Constraints
 from pruning.engine.group_rows import module_words, reason_words, width_words
 from pruning.engine.trace_groups import trace_groups
 from pruning.training.pruning_config import parse_limits
@@ -22,7 +23,7 @@ from pruning.verbs.images import example_images, network_of, size_of
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Declare the verb's arguments."""
     parser.add_argument("arch", help="network: one of our own, torchvision/NAME or timm/NAME")
     parser.add_argument(
         "--checkpoint", type=Path, default=None, help="look at this (pruned) network's widths"
@@ -46,7 +47,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trace the network, print its groups."""
+    """Trace the network and print its groups."""
     model = network_of(arguments.arch, arguments.checkpoint, arguments.num_classes, arguments.image_size)
     size = size_of(model, arguments.image_size)
     constraints = Constraints(

@@ -1,4 +1,6 @@
-"""`python -m pruning sensitivity CHECKPOINT IMAGES`: how far the outputs move when one channel group is narrowed."""
+"""`python -m pruning sensitivity CHECKPOINT IMAGES`: measures how far the outputs move when a channel group is
+narrowed.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,11 @@ from pruning.verbs.network_and_images import (
 )
 
 REMOVED = (0.1, 0.25, 0.5, 0.75, 0.9)
-_COLOURED = 1e-4  # of the largest loss: what the plot tells apart
+_COLOURED = 1e-4  # share of the largest loss: the range that colours distinguish
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Declare the verb's arguments."""
     declare_network_and_images(parser)
     parser.add_argument(
         "--removed",
@@ -55,7 +57,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, print, write."""
+    """Measure, print and write the sensitivities."""
     check_network_and_images(arguments)
     shares = sorted(set(arguments.removed))
     problem = f"--removed {' '.join(map(str, arguments.removed))}: give shares between 0 and 1"
@@ -94,16 +96,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def rows_of(graph: ChannelGraph, curves: Curves, removed: list[float]) -> list[Plain]:
-    """A row per group that was measured, the least sensitive one first.
+    """Return a row per measured group, the least sensitive first.
 
     Returns:
-        `group`, `width`, `losses`: for every share the loss at the width nearest to it, as measured; None where the
-        group has no such width.
+        Rows of `group`, `width` and `losses`: for every share, the measured loss at the nearest width; None if the
+            group has no such width.
     """
     measured: dict[str, dict[int, float]] = {}
     for candidate in curves.measured:
         if candidate.measured is not None:
-            # Rounding can make a divergence of nothing a little negative.
+            # Rounding can make a zero divergence slightly negative.
             measured.setdefault(candidate.group, {})[candidate.num_units] = max(candidate.measured, 0.0)
     rows: list[Plain] = []
     for name, losses in measured.items():
@@ -111,7 +113,7 @@ def rows_of(graph: ChannelGraph, curves: Curves, removed: list[float]) -> list[P
         row: list[float | None] = []
         for share in removed:
             nearest = min(losses, key=lambda count: abs(count - share * width))
-            # One step of the group's widths away at most, or half a step of the shares.
+            # The nearest width may be off by at most one step of the group's widths, or half a step of the shares.
             row.append(losses[nearest] if abs(nearest / width - share) <= 0.05 + 1 / width else None)
         rows.append({"group": name, "width": width, "losses": row})
     middle = min(range(len(removed)), key=lambda place: abs(removed[place] - 0.5))
@@ -124,7 +126,7 @@ def rows_of(graph: ChannelGraph, curves: Curves, removed: list[float]) -> list[P
 
 
 def _table(plain: Plain) -> Table:
-    """The groups, a line each."""
+    """Return a table of the groups, one line each."""
     how = "as they are" if plain["repair"] == "none" else f"after a repair by {plain['repair']}"
     table = Table(title=f"loss of the outputs with a group's channels removed, {how}")
     table.add_column("group")
@@ -137,11 +139,11 @@ def _table(plain: Plain) -> Table:
 
 
 def plot(plain: Plain, path: Path) -> None:
-    """The losses as colours: a row per group, a column per share.
+    """Plot the losses as colours: a row per group, a column per share.
 
     Args:
-        plain: What the verb writes as JSON.
-        path: Where the image goes.
+        plain: The verb's JSON output.
+        path: Output file.
     """
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure  # without pyplot: no window, no global state

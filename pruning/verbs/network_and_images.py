@@ -1,4 +1,4 @@
-"""A trained network and a folder of images, for the verbs that need no training: flags, and what they open."""
+"""Network and image folder of the verbs that need no training: their flags, and opening them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import nn
 from image_classification.config import check
 from image_classification.device_flag import declare_device, device_named
 from image_classification.models import arch_info, identity_of, input_of, model_for_weights
-from image_classification.network_input import NetworkInput
+from image_classification.network_input import NetworkInput, check_normalisation
 from pruning.criteria import criterion_names
 from pruning.criteria.by_name import make_criterion
-from pruning.engine.channel_graph import DEFAULT_MIN_WIDTH, Constraints
+from pruning.engine.constraints import DEFAULT_MIN_WIDTH, Constraints
 from pruning.repair.repairing import REPAIR_METHODS, RepairSettings
 from pruning.search.sensitivity import SensitivitySearch
 from pruning.verbs.compressing import CompressSettings
@@ -23,7 +23,7 @@ from pruning.verbs.shrink import Factory, find_factory
 
 
 def declare_network_and_images(parser: argparse.ArgumentParser) -> None:
-    """The arguments that these verbs share."""
+    """Declare the arguments shared by these verbs."""
     parser.add_argument(
         "checkpoint",
         type=Path,
@@ -59,7 +59,11 @@ def declare_network_and_images(parser: argparse.ArgumentParser) -> None:
         "--resize", type=int, default=None, help="short side before the crop; default: the architecture's"
     )
     parser.add_argument(
-        "--mean", type=float, nargs=3, default=None, help="normalisation; default: the architecture's"
+        "--mean",
+        type=float,
+        nargs=3,
+        default=None,
+        help="normalisation, of values in 0 … 1; default: the architecture's",
     )
     parser.add_argument(
         "--std", type=float, nargs=3, default=None, help="standard deviation; default: the architecture's"
@@ -72,13 +76,13 @@ def check_network_and_images(arguments: argparse.Namespace) -> None:
     """Refuse bad numbers before anything is read.
 
     Raises:
-        ConfigError: Naming the flag.
+        ConfigError: A number is invalid; the message names the flag.
     """
     for name in ("num_images", "image_size", "resize", "round_to"):
         value = getattr(arguments, name)
         check(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: give a whole number ≥ 1")
     check(arguments.seed >= 0, f"--seed {arguments.seed} is negative")
-    check(arguments.std is None or min(arguments.std) > 0, f"--std {arguments.std}: must be positive")
+    check_normalisation(arguments.mean, arguments.std)
     device_named(arguments.device)
     check(
         arguments.arch is None or arguments.factory is None,
@@ -87,14 +91,14 @@ def check_network_and_images(arguments: argparse.Namespace) -> None:
 
 
 def open_network(arguments: argparse.Namespace) -> tuple[nn.Module, Factory | None]:
-    """The network on its device in evaluation mode, and what builds it, where the flags say that."""
+    """Return the network, on its device and in evaluation mode, and its builder if the flags name one."""
     factory = None if arguments.factory is None else find_factory(arguments.factory)
     model = model_for_weights(arguments.arch, arguments.checkpoint, factory=factory)
     return model.to(arguments.device).eval(), factory
 
 
 def read_images(arguments: argparse.Namespace, model: nn.Module, count: int) -> PlainImages:
-    """Up to so many images of the folder, as the network wants them."""
+    """Read up to `count` images of the folder, preprocessed for the network."""
     identity = identity_of(model)
     classes = None if identity is None else identity.num_classes
     return read_folder(arguments.images, count, _format(arguments, model), classes, arguments.seed)
@@ -103,7 +107,7 @@ def read_images(arguments: argparse.Namespace, model: nn.Module, count: int) -> 
 def settings_of(
     arguments: argparse.Namespace, *, search: SensitivitySearch | None = None, announce: Callable[[str], None]
 ) -> CompressSettings:
-    """What the flags say of criterion, repair and widths."""
+    """Return the settings given by the flags: criterion, repair and widths."""
     return CompressSettings(
         criterion=make_criterion(arguments.criterion),
         search=search or SensitivitySearch(),
@@ -114,7 +118,7 @@ def settings_of(
 
 
 def _format(arguments: argparse.Namespace, model: nn.Module) -> NetworkInput:
-    """What the flags say of the images, else the checkpoint, else the architecture."""
+    """Return the image format: from the flags, else the checkpoint, else the architecture."""
     identity = identity_of(model)
     known = input_of(model)
     if known is None and identity is not None:

@@ -1,8 +1,8 @@
-"""Images of a folder as tensors, as a network wants them: any folder of image files, or class folders.
+"""Images of a folder as tensors, preprocessed for a network: any folder of image files, or class folders.
 
-folder/a.jpg, folder/b.jpg …                 no labels
-folder/<class>/a.jpg …                       labels, where there are as many class folders as the network has classes
-folder/train/<class>/…                       a data set: its training images
+folder/a.jpg, folder/b.jpg …                 no labels folder/<class>/a.jpg …                       labels, if there are
+as many class folders as the network has classes folder/train/<class>/…                       a data set: its training
+images
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PlainImages:
     Attributes:
         images: (N, 3, S, S) float32, normalised.
         labels: (N,) class indices, or None.
-        num_found: Images in the folder.
+        num_found: Number of images in the folder.
     """
 
     images: Tensor
@@ -39,7 +39,7 @@ class PlainImages:
     num_found: int
 
     def split(self, count: int) -> tuple[PlainImages, PlainImages]:
-        """The first `count` images and the others."""
+        """Split into the first `count` images and the rest."""
         labels = (None, None) if self.labels is None else (self.labels[:count], self.labels[count:])
         parts = [
             PlainImages(images, some, self.num_found)
@@ -51,17 +51,18 @@ class PlainImages:
 def read_folder(
     folder: Path, count: int, wanted: NetworkInput, num_classes: int | None, seed: int
 ) -> PlainImages:
-    """Up to `count` images of a folder, drawn at random; unreadable ones are left out with a warning.
+    """Read up to `count` images of a folder, chosen at random; unreadable ones are skipped with a warning.
 
     Args:
         folder: See above.
-        count: How many.
+        count: Largest number of images.
         wanted: Geometry and normalisation.
-        num_classes: Of the network: labels are given only where the folder has as many class folders.
-        seed: Which images are drawn.
+        num_classes: Number of classes of the network; labels are returned only if the folder has that many class
+            folders.
+        seed: Seed of the choice of images.
 
     Raises:
-        ConfigError: There is no such folder, or no image can be read.
+        ConfigError: The folder does not exist, or no image can be read.
     """
     check(folder.is_dir(), f"IMAGES {folder}: no such folder")
     root = folder / "train" if (folder / "train").is_dir() else folder

@@ -1,4 +1,4 @@
-"""INT8 files of `export --int8`, beside the float ones, and what both do."""
+"""INT8 files of `export --int8`, and their comparison with the float files."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def quantise_and_compare(
     num_calibration: int,
     num_judged: int,
 ) -> Path:
-    """Write the INT8 file, print what it does beside the float file, and write that as JSON.
+    """Write the INT8 file, compare it with the float file, and print and write the comparison as JSON.
 
     Args:
-        networks: Name → network; the first one is that of `path`, others are compared only.
-        path: The float file, which exists.
-        images: Training images set the ranges of activations, validation images judge.
-        num_calibration, num_judged: How many of each.
+        networks: Name → network; the first is that of `path`, the others are only compared.
+        path: The existing float file.
+        images: Training images set the ranges of activations, validation images are used for the comparison.
+        num_calibration, num_judged: Number of each.
 
     Returns:
         The INT8 file.
@@ -63,7 +63,7 @@ def quantise_and_compare(
 
 
 def _read(images: EvaluationImages, count: int, *, training: bool) -> tuple[Tensor, Tensor]:
-    """(N, 3, H, W) normalised images on the CPU, and their targets."""
+    """Return (N, 3, H, W) normalised images on the CPU, and their targets."""
     found: list[tuple[Tensor, Tensor]] = []
     with images.loader(count, training=training) as loader:
         for batch in loader:
@@ -85,7 +85,7 @@ def _rows(figures: Mapping[str, ServedFigures], targets: Tensor) -> list[Plain]:
 
 
 def _spread(seconds: Sequence[float]) -> dict[str, float]:
-    """How many measurements there are, and their percentiles in milliseconds."""
+    """Return the number of measurements and their percentiles in milliseconds."""
     percentiles = {f"p{part}": 1000 * float(np.percentile(seconds, part)) for part in (10, 50, 90)}
     return {"n": len(seconds), **percentiles}
 

@@ -1,4 +1,4 @@
-"""`python -m pruning report RUN`."""
+"""`python -m pruning report RUN`: writes the report of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pruning.report.page import render
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Declare the verb's arguments."""
     parser.add_argument(
         "run",
         type=Path,
@@ -75,7 +75,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Collect, measure, write; prints the path of the page."""
+    """Collect, measure and write the report; print the path of the page."""
     need("jinja2", "scipy", "torchmetrics")  # before anything is measured
     check(arguments.num_images >= 1, f"--num-images {arguments.num_images}: give at least 1")
     check(min(arguments.batch_sizes) >= 1, f"--batch-sizes {arguments.batch_sizes}: each must be at least 1")
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _sound(value: PlainValue) -> PlainValue:
-    """JSON has no NaN: null."""
+    """Replace NaN, which JSON lacks, by null."""
     if isinstance(value, dict):
         return {str(key): _sound(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

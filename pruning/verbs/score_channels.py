@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.config import check
 from image_classification.data.build import build_loaders
 from image_classification.data.data_config import DataConfig
@@ -41,11 +41,11 @@ _BATCH_SIZE = 32
 
 
 def plot_scores(scores: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
-    """One panel per criterion: every channel's score as a point, divided by the mean of its group.
+    """Plot one panel per criterion: every channel's score as a point, divided by the mean of its group.
 
     Args:
         scores: Criterion → group → scores.
-        path: Where the image goes.
+        path: Output file.
     """
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
@@ -72,7 +72,7 @@ def plot_scores(scores: Mapping[str, Mapping[str, Sequence[float]]], path: Path)
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Declare the verb's arguments."""
     parser.add_argument("checkpoint", type=Path, help="network to score")
     parser.add_argument("data", help="data set; its training split is read")
     parser.add_argument("--arch", default=None, help="not needed for a LucidPrune checkpoint")
@@ -109,7 +109,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Score the network by every criterion, print and plot."""
+    """Score the network by every criterion; print and plot the scores."""
     flags = _saliency_flags(arguments)
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
@@ -164,10 +164,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _saliency_flags(arguments: argparse.Namespace) -> PruningConfig:
-    """The flags about explanations, checked with the others as those of a training that prunes by the given criteria.
+    """Build and check the explanation flags, as for a training that prunes by the given criteria.
 
     Raises:
-        ConfigError: No such criterion, or a flag that cannot apply.
+        ConfigError: There is no such criterion, or a flag cannot apply.
     """
     check(
         arguments.batch_size >= 2,

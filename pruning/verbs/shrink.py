@@ -1,4 +1,4 @@
-"""`python -m pruning shrink CHECKPOINT OUT`: a masked network becomes a smaller one with the same outputs."""
+"""`python -m pruning shrink CHECKPOINT OUT`: turns a masked network into a smaller one with the same outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.config import check
 from image_classification.file_writing import copy_file, output_path, write_text
 from image_classification.models import (
@@ -27,8 +27,8 @@ from image_classification.models import (
     load_weights,
     model_for_weights,
 )
+from image_classification.models.meta_device import on_meta
 from image_classification.models.own_code import check_trusted
-from image_classification.models.structure import on_meta
 from image_classification.models.weights import takes_average
 from image_classification.plain_data import Plain
 from image_classification.verbs import declared
@@ -44,7 +44,7 @@ _SECONDS = 20.0
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """Declare the verb's arguments."""
     parser.add_argument(
         "checkpoint", type=Path, help="a LucidPrune checkpoint, a plain state dict, torchvision's"
     )
@@ -84,14 +84,10 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.arch is None or arguments.factory is None,
         "--arch and --factory exclude each other: the factory says what is built",
     )
-    check(
-        arguments.checkpoint.resolve() != arguments.out.resolve(),
-        f"{arguments.out}: the checkpoint itself; give another name",
-    )
     factory = None if arguments.factory is None else find_factory(arguments.factory)
     for path in filter(None, (arguments.out, arguments.json)):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with torch.serialization.safe_globals(harmless()):  # figures that are NumPy scalars
+    with torch.serialization.safe_globals(harmless()):  # figures may be NumPy scalars
         model = load_masked(
             arguments.checkpoint, arguments.arch, arguments.num_classes, factory, ema=arguments.ema
         )
@@ -117,10 +113,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def find_factory(words: str) -> Factory:
-    """The function that `MODULE:FUNCTION` names.
+    """Import the function named by `MODULE:FUNCTION`.
 
     Raises:
-        ConfigError, ValueError: It does not exist or is not a function.
+        ConfigError, ValueError: The name does not exist or is not a function.
     """
     module_name, colon, function = words.partition(":")
     check(bool(module_name and colon and function), f"--factory {words}: write MODULE:FUNCTION")
@@ -135,17 +131,17 @@ def find_factory(words: str) -> Factory:
 def load_masked(
     path: Path, arch: str | None, num_classes: int | None, factory: Factory | None, *, ema: bool | None = None
 ) -> nn.Module:
-    """The network of a file; masks of torch.nn.utils.prune in a state dict are multiplied in.
+    """Load a network from a file; masks of torch.nn.utils.prune in a state dict are multiplied in.
 
     Args:
         path: Any file that `load_weights` reads.
-        arch: Architecture; None takes what the file says.
-        num_classes: None reads it off the classifier.
-        factory: Builds a network of the user's own.
-        ema: Take the averaged weights.
+        arch: Architecture; None to use the file's.
+        num_classes: Number of classes; None to read it off the classifier.
+        factory: Builds a user-defined network.
+        ema: Whether to load the averaged weights.
 
     Raises:
-        FileNotFoundError, WeightsError, ModelError: The file, or what does not fit.
+        FileNotFoundError, WeightsError, ModelError: The file is missing or unusable, or does not fit.
     """
     weights = load_weights(path, ema=ema)
     state = merged_masks(weights.state)
@@ -165,7 +161,7 @@ def load_masked(
 
 
 def merged_masks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with `X_orig` and `X_mask` (torch.nn.utils.prune) replaced by their product `X`."""
+    """Replace `X_orig` and `X_mask` (torch.nn.utils.prune) in a state dict by their product `X`."""
     merged = {}
     for name, tensor in state.items():
         mask = state.get(f"{name.removesuffix('_orig')}_mask")
@@ -177,7 +173,7 @@ def merged_masks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def classes_in(state: Mapping[str, Tensor], arch: str) -> int:
-    """Number of classes of a state dict: the rows of what is the architecture's classifier."""
+    """Return the number of classes of a state dict: the rows of the architecture's classifier."""
     for name in sorted(head_tensors(on_meta(lambda: create_model(arch)))):
         if name in state and state[name].dim():
             return int(state[name].shape[0])
@@ -185,7 +181,7 @@ def classes_in(state: Mapping[str, Tensor], arch: str) -> int:
 
 
 def example_images(count: int, size: int) -> Tensor:
-    """(count, 3, size, size) noise, the same every time, from faint to glaring."""
+    """Return noise images (count, 3, size, size), the same every time, from low to high contrast."""
     noise = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
     return noise * torch.logspace(-1, 1, count).reshape(-1, 1, 1, 1)
 
@@ -198,7 +194,7 @@ def _image_size(model: nn.Module) -> int:
 
 
 def _say_what_is_left_behind(path: Path, out: Path, *, ema: bool | None) -> None:
-    """What the file holds beside the network, and what lies in other files but was made for the widths before."""
+    """Report what the file contains besides the network, and other files that were made for the old widths."""
     content = read_published(path)
     averaged = takes_average(content, ema)
     for key, what in (
@@ -215,7 +211,7 @@ def _say_what_is_left_behind(path: Path, out: Path, *, ema: bool | None) -> None
 
 
 def _timed(before: nn.Module, after: nn.Module, images: Tensor, batch_size: int) -> list[float]:
-    """Median seconds per batch of both networks, taking turns; printed."""
+    """Measure and print median seconds per batch of both networks, taking turns."""
     settings = LatencySettings(batch_size=batch_size)
     seconds = measure_networks([before, after], (images,), settings, _SECONDS)
     shown = " → ".join(f"{value * 1e3:.1f}" for value in seconds)
@@ -228,7 +224,7 @@ def _processors() -> str:
 
 
 def _figures(report: ShrinkReport) -> Plain:
-    """The report as plain data."""
+    """Return the report as plain data."""
     return {
         "removed_channels": report.num_removed,
         "widths": {name: list(widths) for name, widths in report.widths.items()},

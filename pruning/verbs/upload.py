@@ -1,24 +1,24 @@
-"""`python -m pruning upload CHECKPOINT OWNER/NAME`: a network to the Hugging Face Hub, with its card."""
+"""`python -m pruning upload CHECKPOINT OWNER/NAME`: uploads a network to the Hugging Face Hub, with its model card."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
-from image_classification.cli import positive
+from image_classification.command_parser import positive
 from image_classification.config import ConfigError, check
 from image_classification.file_writing import output_path
 from image_classification.models import model_for_weights
 from image_classification.plain_data import Plain
+from image_classification.small_files import problem_of, read_json
 from image_classification.verbs import declared
 from pruning.report.hub import check_repository, prepare, upload
 from pruning.verbs.images import declare_ema, size_of
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Declare the verb's arguments."""
     parser.add_argument("checkpoint", type=Path, help="network, pruned or not; the training in it stays here")
     parser.add_argument("repository", metavar="OWNER/NAME", help="on the Hub; made if it is not there")
     parser.add_argument(
@@ -44,7 +44,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the files, upload them, and print where they are."""
+    """Write the files, upload them, and print their address."""
     check_repository(arguments.repository)
     check(
         not (arguments.private and arguments.folder),
@@ -75,23 +75,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _report(page: Path) -> tuple[Plain, Path]:
-    """Content and page of a report.
+    """Load the content and page of a report.
 
     Raises:
-        ConfigError: There is none, or it is of another kind.
+        ConfigError: There is no report, or it is of another kind.
     """
     path = page.with_suffix(".json")
     for file in (page, path):
+        problem = problem_of(file)
         check(
-            file.is_file(),
-            f"--report {page}: there is no {file.name}; `python -m pruning report RUN` writes both",
+            problem is None,
+            f"--report {page}: {file.name} {problem}; `python -m pruning report RUN` writes both",
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known = {"accuracy", "config", "costs", "budget", "network"} <= content.keys()
-    except (ValueError, AttributeError):
-        known = False
-    if not known:
+    content = read_json(path, f"--report {page}:")
+    wanted = {"accuracy", "config", "costs", "budget", "network"}
+    if not (isinstance(content, dict) and wanted <= content.keys()):
         raise ConfigError(
             f"--report {page}: {path.name} is not a LucidPrune report; `python -m pruning report RUN` writes one"
         )

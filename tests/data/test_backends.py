@@ -493,8 +493,11 @@ def test_flags_reach_the_loaders(manifest):
         ({"cutmix": -1.0}, "--cutmix"),
         ({"calibration_size": -5}, "--calibration-size"),
         ({"image_size": 0}, "--image-size 0"),
-        ({"mean": (0.5,)}, "--mean"),
-        ({"std": (0.5, 0.0, 1.0)}, "--std"),
+        ({"mean": (0.5,)}, "mean='0.5'.*three"),
+        ({"mean": (0.5, float("nan"), 0.5)}, "mean='0.5 nan 0.5'"),
+        ({"mean": (123.7, 116.8, 103.9)}, "mean='123.7 .*divided by 255"),
+        ({"std": (0.5, 0.0, 1.0)}, "std='0.5 0 1'.*positive"),
+        ({"std": (58.4, 57.1, 57.4)}, "std='58.4 .*divided by 255"),
     ],
 )
 def test_impossible_flags(settings, message):

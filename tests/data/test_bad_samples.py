@@ -332,3 +332,25 @@ def test_buffers_are_made_for_usual_images(tmp_path):
     manifest.heights[1], manifest.widths[1] = 65500, 65500  # a header that lies
     loader = loader_of(manifest, "dali-cpu", WholeImage((32, 32)), batch_size=2)
     assert dali_loader.usual_largest(manifest, ~loader.samples.known) == (40, 50)
+
+
+@needs_dali
+def test_what_a_gpu_decodes_with(tmp_path, monkeypatch):
+    """The chroma filter of the CPU's decoders, and buffers of the usual size: asked for, without a GPU to do it."""
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(dali_loader, "build_graph", lambda *of, decoding, **more: asked.append(decoding))
+    monkeypatch.setattr(
+        "nvidia.dali.pipeline_def",
+        lambda **options: lambda graph: lambda: (graph(), BrokenPipeline("CUDA error"))[1],
+    )
+    manifest = manifest_of(tmp_path, write_jpegs(tmp_path, [(40, 50)] * 4))
+    with (
+        loader_of(manifest, "dali-cpu", WholeImage((32, 32)), batch_size=2) as loader,
+        pytest.raises(RuntimeError, match="CUDA error"),
+    ):
+        loader.gpu = True
+        list(loader)
+    (decoding,) = asked
+    assert decoding["device"] == "mixed"
+    assert decoding["jpeg_fancy_upsampling"] is True
+    assert (decoding["preallocate_height_hint"], decoding["preallocate_width_hint"]) == (40, 50)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from explainers.__main__ import main
-from explainers.casm import Casm, save_casm
+from explainers.casm import Casm, eval_casm, save_casm
 from explainers.casm.interface import CasmInterface, checked_answer, load_interface
 from explainers.casm.score import as_mask, baseline_rectangle
 from explainers.measures.localization import Rectangle, box_figures, object_rectangle
@@ -191,6 +192,32 @@ def test_eval_asks_all_classifiers_about_all_images(casms: Path, tmp_path: Path)
         assert figures["random grid", "masked in", classifier]["loss"] != pytest.approx(
             whole["loss"], rel=1e-3
         )
+
+
+def test_images_are_inpainted_while_others_are_judged(
+    casms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host fills the first batch's holes only once the device has been asked about its eleven other kinds."""
+    cv2 = pytest.importorskip("cv2")
+    judged, all_judged, beside = [], threading.Event(), []
+    real_inpaint, real_count = cv2.inpaint, eval_casm.topk_correct
+
+    def inpaint(*arguments: Any) -> Any:
+        beside.append(all_judged.wait(20))
+        return real_inpaint(*arguments)
+
+    def count(*arguments: Any) -> Any:
+        judged.append(arguments)
+        if len(judged) == 2 * 11:  # top-1 and top-5
+            all_judged.set()
+        return real_count(*arguments)
+
+    monkeypatch.setattr(cv2, "inpaint", inpaint)
+    monkeypatch.setattr(eval_casm, "topk_correct", count)
+    words = ["--casms-path", str(casms), "--json", str(tmp_path / "f.json"), *COMMON]
+    assert main(["eval-casm", DATA, *words]) == 0
+    assert len(beside) == 20 * 5
+    assert all(beside)
 
 
 def test_plot_draws_pages_of_seven(casms: Path, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from image_classification.models import create_model
 from pruning.costs.cost_model import CostModel
-from pruning.engine.channel_graph import ChannelGraph, Constraints
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.constraints import Constraints
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
 

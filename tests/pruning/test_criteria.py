@@ -22,10 +22,10 @@ from pruning.criteria import (
     register_criterion,
 )
 from pruning.criteria.fpgm import total_distances
+from pruning.criteria.gate_derivatives import Gate
 from pruning.criteria.hrank import mean_ranks
 from pruning.criteria.magnitude import powered_norms
 from pruning.criteria.sample_losses import sample_losses
-from pruning.criteria.scoring import _Gate
 
 
 def member(
@@ -279,5 +279,5 @@ def test_the_gate_of_a_complex_activation() -> None:
     (values.requires_grad_() * gate[:, :, None]).abs().sum().backward()
     assert gate.grad is not None
     expected, gate.grad = gate.grad, None
-    _Gate.apply(values, gate, 1).abs().sum().backward()
+    Gate.apply(values, gate, 1).abs().sum().backward()
     torch.testing.assert_close(gate.grad, expected)

@@ -276,7 +276,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
-from image_classification.distributed import DistributedConfig, setup_distributed
+from image_classification.joining import DistributedConfig, setup_distributed
 from image_classification.models import create_model
 from explainers.differentiable.matching import AttributionMatcher
 from image_classification.losses import SingleLabelLoss

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from image_classification.models.structure import build_from_structure, capture_structure
+from image_classification.models.structure_build import build_from_structure
+from image_classification.models.structure_capture import capture_structure
 from pruning.engine.gates import Gates
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups

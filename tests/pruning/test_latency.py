@@ -26,7 +26,8 @@ from pruning.costs.latency import Latency, monotone
 from pruning.costs.latency_measure import fit_parts
 from pruning.costs.latency_table import Grid, LatencyError, LatencySettings, LatencyTable
 from pruning.costs.timing import Stopwatch, interleaved_medians
-from pruning.engine.channel_graph import ChannelGraph, Constraints
+from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.constraints import Constraints
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
 from pruning.rewrites.resuming import shared_costs

@@ -14,7 +14,7 @@ from image_classification.config import ConfigError, SettingError, told
 from image_classification.models import create_model
 from pruning.costs.budget import Budget
 from pruning.costs.cost_model import CostModel
-from pruning.engine.channel_graph import Constraints
+from pruning.engine.constraints import Constraints
 from pruning.engine.trace_groups import trace_groups
 from pruning.training.gate_flags import GateFlags
 from pruning.training.learned.gate_settings import GateSettings

@@ -31,7 +31,7 @@ from image_classification.trainer import Trainer
 from pruning.costs.budget import Budget
 from pruning.costs.cost_model import CostModel
 from pruning.criteria.sample_losses import sample_losses
-from pruning.engine.channel_graph import Constraints
+from pruning.engine.constraints import Constraints
 from pruning.engine.gates import Gates
 from pruning.engine.trace_groups import trace_groups
 from pruning.training.learned.learned_pruning import LearnedPruning
@@ -475,7 +475,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
-from image_classification.distributed import DistributedConfig, setup_distributed
+from image_classification.joining import DistributedConfig, setup_distributed
 from image_classification.models import create_model
 from pruning.training.pruning_config import PruningConfig
 from pruning.training.learned.learned_pruning import LearnedPruning

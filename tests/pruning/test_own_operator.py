@@ -15,7 +15,7 @@ from pruning import prune_channels, register_operator, shrink, trace_groups
 from pruning.engine.gates import Gates
 from pruning.engine.labeller import Labeller
 from pruning.engine.labels import Value
-from pruning.engine.tracing import Operation
+from pruning.engine.traces import Operation
 
 
 def soften(x: Tensor) -> Tensor:

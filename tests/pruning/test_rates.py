@@ -12,7 +12,7 @@ from torch import nn
 
 from image_classification.config import ConfigError, told
 from image_classification.models import create_model, read_safely
-from pruning.engine.channel_graph import Constraints
+from pruning.engine.constraints import Constraints
 from pruning.pruner import Pruner
 from pruning.search.rates import RateSearch, parse_rates
 from pruning.training.pruning_config import PruningConfig

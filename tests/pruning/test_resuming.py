@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from image_classification.config import ConfigError
-from pruning.engine.channel_graph import Constraints
+from pruning.engine.constraints import Constraints
 from pruning.engine.trace_groups import trace_groups
 from pruning.rewrites.resuming import graph_of
 

@@ -17,7 +17,8 @@ from image_classification.models import create_model
 from pruning.costs.budget import Budget, BudgetCourse, as_budget
 from pruning.costs.cost_model import CostModel
 from pruning.criteria.sample_losses import multi_label_sample_losses, sample_losses
-from pruning.engine.channel_graph import ChannelGraph, Constraints, Keep
+from pruning.engine.channel_graph import ChannelGraph, Keep
+from pruning.engine.constraints import Constraints
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
 from pruning.search import (

@@ -21,9 +21,9 @@ from image_classification.models import create_model, load_weights, model_for_we
 from pruning import ShrinkReport, load_pruned, save_pruned, shrink, trace_groups
 from pruning.__main__ import main
 from pruning.engine.groups import Place
+from pruning.engine.named_tensors import named_tensors
 from pruning.engine.operators.unknowns import NotFollowedError
 from pruning.engine.proof.rehearsal import condition
-from pruning.engine.tracing import named_tensors
 from pruning.masked.constants import observed_constants
 from pruning.masked.folding import Folding
 from pruning.masked.shrinking import largest_difference
@@ -487,6 +487,10 @@ def test_a_network_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["plain.pth", "out.pth", "--factory", "json"], "MODULE:FUNCTION"),
         (["plain.pth", "out.pth", "--arch", "resnet20", "--example-size", "0"], "--example-size: '0'"),
         (["plain.pth", "out.pth", "--arch", "resnet32"], "resnet32|does not fit"),
+        (
+            ["plain.pth", "out.pth", "--arch", "resnet20", "--num-classes", "5"],
+            "give --num-classes 3 to keep its classifier\n",
+        ),
     ],
 )
 def test_errors_name_what_to_change(
@@ -499,7 +503,7 @@ def test_errors_name_what_to_change(
     monkeypatch.chdir(tmp_path)
     torch.save(create_model("resnet20", num_classes=3).state_dict(), "plain.pth")
     assert status_of(main, ["shrink", *words]) == 2
-    assert re.search(message, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err, re.IGNORECASE)
 
 
 def test_nan_outputs_are_not_equal() -> None:

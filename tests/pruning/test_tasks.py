@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -320,3 +320,15 @@ def test_a_loss_of_another_shape_is_refused() -> None:
 )
 def test_batches_are_cut_where_that_is_known_to_be_right(batch: Any, forward: Any, divides: bool) -> None:
     assert Task(forward).divides(batch) is divides
+
+
+def test_a_single_cut_reads_as_many_batches_as_it_is_told() -> None:
+    read = []
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for number in range(20):
+            read.append(number)
+            yield images(), classes()
+
+    prune(Classifier(), images(2), calibration=batches(), settings=PrunerSettings(max_batches=3))
+    assert read == [0, 1, 2]

@@ -18,7 +18,7 @@ from image_classification.models import Structure, build_from_structure, create_
 from pruning import Pruner
 from pruning.costs.budget import Budget, BudgetCourse
 from pruning.costs.cost_model import CostModel
-from pruning.engine.channel_graph import Constraints
+from pruning.engine.constraints import Constraints
 from pruning.engine.trace_groups import trace_groups
 from pruning.rewrites.intervals import Intervals
 from pruning.search import Decision, GlobalSearch, GreedySearch, Search, Situation, UniformSearch

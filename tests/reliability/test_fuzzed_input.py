@@ -14,8 +14,9 @@ import yaml
 
 from benchmarks import fuzz
 from benchmarks.fuzz import GOOD_RECIPE, LINES, READ_ALONE, RECIPES, WORDS, mutated
-from image_classification.cli import options_of, parse_config
+from image_classification.cli import parse_config
 from image_classification.config import ConfigError
+from image_classification.options import options_of
 from image_classification.verbs import declared
 from image_classification.yaml_reading import parse_yaml
 from main import MainConfig
@@ -102,10 +103,6 @@ def test_recipes_with_anything_in_them(tmp_path: Path, capsys: pytest.CaptureFix
     for text in RECIPES:
         recipe.write_text(text)
         refused(["shapes", "--config", str(recipe)], capsys)
-    recipe.write_bytes(b"\xff\xfe\x00epochs: 3")
-    assert refused(["shapes", "--config", str(recipe)], capsys)
-    recipe.write_text("#" * (2 << 20))
-    assert "larger than a recipe" in str(refused(["shapes", "--config", str(recipe)], capsys))
     assert time.monotonic() - begin < 60, "a bomb went off"
 
 

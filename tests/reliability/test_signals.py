@@ -18,7 +18,7 @@ from support.jobs import (
     main_words,
 )
 
-from image_classification.distributed import EXIT_SAVED
+from image_classification.exit_codes import EXIT_SAVED
 
 REPORT = "experiment_raport.json"
 FLAGS = {

@@ -1,4 +1,4 @@
-"""Environments in which packages are missing, made from a full one by hiding them from the import system."""
+"""Environments with missing packages, made from a full one by hiding them from the import system."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from support.commands import ROOT
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OWN = ("image_classification", "explainers", "pruning", "main", "multiproc")
 
-# Runs first in a child process. The finder of an editable install goes too: it would find our own packages anywhere.
+# Runs first in a child process. The finder of an editable install is removed too, since it would find LucidPrune's
+# packages anywhere.
 HIDE = """
 import json, sys
 _modules, _packages = map(set, json.loads(sys.argv.pop(1)))
@@ -40,16 +41,18 @@ sys.meta_path[:] = [_Hiding(finder) for finder in sys.meta_path if "editable" no
 
 
 class Hidden(NamedTuple):
-    """What looks as if it were not installed: modules with all that is in them, and names of distributions."""
+    """Things to hide as if not installed: modules with everything in them, and names of distributions."""
 
     modules: list[str]
     packages: list[str]
 
 
 def distributions(*requirements: str) -> set[str]:
-    """Normalised names of the installed distributions that requirement lines bring, those they require included.
+    """Return the normalised names of the installed distributions that requirement lines bring, including their
+    requirements.
 
-    Our own extras are read from pyproject.toml: "lucidprune[train]" is what it says now, not what was installed once.
+    LucidPrune's extras are read from pyproject.toml: "lucidprune[train]" is its current content, not what was once
+    installed.
     """
     found: set[str] = set()
     seen: set[tuple[str, str]] = set()
@@ -62,7 +65,7 @@ def distributions(*requirements: str) -> set[str]:
             try:
                 waiting += _required_by(name, extra)
             except importlib.metadata.PackageNotFoundError:
-                continue  # of another platform
+                continue  # for another platform
             found.add(name)
     return found
 
@@ -78,7 +81,7 @@ def _required_by(name: str, extra: str) -> list[Requirement]:
 
 @functools.cache
 def modules_of_distributions() -> dict[str, set[str]]:
-    """Installed top-level module → normalised names of the distributions that bring it."""
+    """Return installed top-level module → normalised names of the distributions that bring it."""
     return {
         module: {canonicalize_name(name) for name in names}
         for module, names in importlib.metadata.packages_distributions().items()
@@ -86,7 +89,7 @@ def modules_of_distributions() -> dict[str, set[str]]:
 
 
 def all_but(*requirements: str) -> Hidden:
-    """Everything that is installed and that requirement lines do not bring, our own packages excepted."""
+    """Return everything installed that requirement lines do not bring, except LucidPrune's packages."""
     kept = distributions(*requirements)
     installed = modules_of_distributions()
     modules = {name for name, packages in installed.items() if not packages & kept} - set(OWN)
@@ -99,12 +102,12 @@ def all_but(*requirements: str) -> Hidden:
 def run_hidden(
     hidden: Hidden, program: str, *arguments: str, folder: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
-    """Run a Python program in a process that does not see some of what is installed.
+    """Run a Python program in a process that does not see some installed packages.
 
     Args:
-        hidden: What it does not see.
+        hidden: Things to hide.
         program: Source text; `arguments` are its sys.argv[1:].
-        folder: Working directory; our packages are found there.
+        folder: Working directory; LucidPrune's packages are found there.
     """
     command = [sys.executable, "-c", HIDE + program, json.dumps(hidden), *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
@@ -112,7 +115,7 @@ def run_hidden(
 
 @functools.cache
 def loaded_by_pruning() -> tuple[list[str], list[str]]:
-    """Modules that the names of `pruning` load after `import torch, numpy`: those of others, and our own."""
+    """Return the modules that the names of `pruning` load after `import torch, numpy`: others' and LucidPrune's own."""
     program = (
         "import json, numpy, sys, torch\nbefore = set(sys.modules)\nfrom pruning import *\n"
         "print(json.dumps(sorted(set(sys.modules) - before)))"

@@ -32,7 +32,7 @@ TRAINING = (["lucidprune", "train"], ["lucidprune", "prune"])
 
 
 def commands_in(text: str, start: str = "python") -> list[str]:
-    """Commands of a document's fenced blocks that begin with a word, continuation lines joined.
+    """Return the commands of a document's fenced blocks that begin with a word, with continuation lines joined.
 
     Args:
         text: Markdown.
@@ -58,7 +58,9 @@ def commands_in(text: str, start: str = "python") -> list[str]:
 
 
 def other_lines(text: str) -> list[str]:
-    """Lines of a document's fenced shell blocks (`bash`, `console`) that `commands_in` leaves out, comments dropped."""
+    """Return lines of a document's fenced shell blocks (`bash`, `console`) that `commands_in` skips, without
+    comments.
+    """
     blocks = re.findall(r"^ *```(?:bash|console)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
     lines = [
         line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()
@@ -68,12 +70,12 @@ def other_lines(text: str) -> list[str]:
 
 
 def shortened(command: str, replaced: Mapping[str, str], workspace: Path) -> list[str]:
-    """The words of a command with paths replaced and the short settings added.
+    """Return the words of a command with paths replaced and the short settings added.
 
     Args:
         command: As documented.
-        replaced: Word (or part of one) → what stands for it here: data folders, checkpoints.
-        workspace: Where the run writes.
+        replaced: Word (or part of one) → its replacement: data folders, checkpoints.
+        workspace: Output folder of the run.
     """
     for old, new in replaced.items():
         command = command.replace(old, new)
@@ -88,7 +90,7 @@ def shortened(command: str, replaced: Mapping[str, str], workspace: Path) -> lis
 def run(
     words: list[str], cache: Path | None = None, timeout: float = 300, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command, from the repository's root unless `cwd` says otherwise, and return what it printed."""
+    """Run a command, from the repository's root unless `cwd` is given, and return the completed process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if cache is not None:
         environment["LUCIDPRUNE_CACHE"] = str(cache)
@@ -98,11 +100,11 @@ def run(
 
 
 def run_here(words: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
-    """As `run`, in this process, by the function that the command line calls: nothing is imported again.
+    """Like `run`, but in this process, by the function that the command line calls, so that nothing is imported again.
 
     Args:
-        words: `PYTHON main.py …`, `PYTHON -m PACKAGE …` or `lucidprune …`, as `shortened` returns them; others are left
-            to `run`.
+        words: `PYTHON main.py …`, `PYTHON -m PACKAGE …` or `lucidprune …`, as `shortened` returns them; others are
+            passed to `run`.
         cache: The cache folder.
     """
     program = [word.removeprefix("./") for word in words[1:3]]
@@ -123,7 +125,7 @@ def run_here(words: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
     ):
         patch.setenv("LUCIDPRUNE_CACHE", str(cache))
         patch.chdir(ROOT)
-        # What a run records of its command.
+        # What a run records as its command.
         file = "main.py" if module == "main" else str(importlib.import_module(module).__file__)
         patch.setattr(sys, "argv", [file, *arguments])
         try:
@@ -134,7 +136,7 @@ def run_here(words: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
 
 
 def status_of(program: Callable[[list[str]], int], words: list[str]) -> int:
-    """Exit status of a command's function, whether it returns it or its parser exits."""
+    """Return the exit status of a command's function, whether it returns or its parser exits."""
     try:
         return program(words)
     except SystemExit as stop:

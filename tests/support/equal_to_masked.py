@@ -1,4 +1,4 @@
-"""Cuts a network several times and compares it with itself, the removed slices at zero."""
+"""Cuts a network several times and compares it with the original with the removed slices at zero."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ from pruning.engine.cutting import RewriteError
 from pruning.engine.examples import output_tensors
 from pruning.engine.groups import Group
 from pruning.engine.kept_statistics import StatisticsOverKept
+from pruning.engine.named_tensors import named_tensors
 from pruning.engine.proof.rehearsal import condition, masked_tensors
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
-from pruning.engine.tracing import named_tensors, set_trace_mode
+from pruning.engine.undisturbed import set_trace_mode
 
 TOLERANCE = 1e-9
 
 
 def tenth(group: Group, generator: np.random.Generator) -> np.ndarray:
-    """A tenth of a group's units stays."""
+    """Keep a tenth of a group's units."""
     return np.sort(generator.choice(group.width, max(1, group.width // 10), replace=False))
 
 
 def some(group: Group, generator: np.random.Generator) -> np.ndarray:
-    """Any number of a group's units stays."""
+    """Keep any number of a group's units."""
     count = int(generator.integers(1, group.width + 1))
     return np.sort(generator.choice(group.width, count, replace=False))
 
 
 def last_ones(group: Group, generator: np.random.Generator) -> np.ndarray:
-    """The last three units stay, in every group: widths come out equal."""
+    """Keep the last three units of every group, so that widths come out equal."""
     return np.arange(group.width)[-3:]
 
 
 def outputs(model: nn.Module, args: tuple[Any, ...], training: bool) -> list[Tensor]:
-    """Every tensor that the network returns, in evaluation or on its training paths; noise draws from seed 0."""
+    """Return every tensor that the network outputs, in evaluation or training mode; noise is seeded with 0."""
     model = copy.deepcopy(model)
     set_trace_mode(model, training)
     torch.manual_seed(0)
@@ -52,10 +53,10 @@ def outputs(model: nn.Module, args: tuple[Any, ...], training: bool) -> list[Ten
 def outputs_without(
     model: nn.Module, graph: ChannelGraph, keep: dict[str, np.ndarray], args: tuple[Any, ...], training: bool
 ) -> list[Tensor]:
-    """Outputs of the whole network with every removed slice at zero.
+    """Return the outputs of the whole network with every removed slice at zero.
 
-    Statistics over channels are taken over those that stay, and weights that are computed from a removed slice keep
-    their values: there the engine's own reference steps in.
+    Statistics over channels must be taken over the kept ones, and weights computed from a removed slice must keep their
+    values: in these cases the engine's own reference is used.
     """
     mask = graph.keep_mask(keep)
     if computes_weights(model):
@@ -72,7 +73,7 @@ def outputs_without(
 
 
 def zeroed(model: nn.Module, graph: ChannelGraph, keep: dict[str, np.ndarray]) -> nn.Module:
-    """A copy in which every removed slice is zero, except vectors that are divided by."""
+    """Return a copy in which every removed slice is zero, except vectors that are used as divisors."""
     divisors = {name for one in graph.passes for name in one.divisors}
     model = copy.deepcopy(model)
     tensors = named_tensors(model)
@@ -86,7 +87,7 @@ def zeroed(model: nn.Module, graph: ChannelGraph, keep: dict[str, np.ndarray]) -
 
 
 def computes_weights(model: nn.Module) -> bool:
-    """Whether a weight depends on slices of its parameter that go, so that zeroing those would change the others."""
+    """Whether a weight depends on removed slices of its parameter, so that zeroing them would change the others."""
     hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
     computed = any(hasattr(module, "parametrizations") for module in model.modules())
     return computed or any(hasattr(hook, "dim") for hook in hooks)
@@ -112,15 +113,15 @@ def cut_equals_zeroed(
     rewrites: Sequence[Callable[..., np.ndarray]] = (some, tenth, last_ones),
     graph: ChannelGraph | None = None,
 ) -> tuple[nn.Module, ChannelGraph, int]:
-    """Cut a network once per way of choosing, one after the other, and compare in both modes.
+    """Cut a network once per selection method, one after the other, and compare in both modes.
 
     Args:
-        model: Float64; left as it is.
+        model: Network in float64; not modified.
         args: The example.
-        others: Further arguments to compare on: other batch sizes, other image sizes.
-        noisy: It draws random numbers in training, so that only shapes can be compared there.
-        rewrites: How the channels that stay are chosen.
-        graph: Of the network; traced here by default.
+        others: Other arguments to compare on: other batch sizes, other image sizes.
+        noisy: Whether it draws random numbers in training, so that only shapes can be compared there.
+        rewrites: Selection methods of the kept channels.
+        graph: Graph of the network; traced here by default.
 
     Returns:
         The cut network, its graph, and how many rewrites were refused.
@@ -154,10 +155,11 @@ def cut_equals_zeroed(
 
 
 def prepared(model: nn.Module, args: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
-    """The network in float64 with channels that can be told apart, and its arguments."""
+    """Return the network in float64 with distinguishable channels, and its arguments."""
     condition(model, args)
     doubled = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
     model = model.double()
     with torch.no_grad():
-        model(*doubled)  # old weight norms keep a weight with a gradient function until then: no copy of that
+        # Until then, old weight norms keep a weight with a gradient function, which cannot be copied.
+        model(*doubled)
     return model, doubled

@@ -11,7 +11,7 @@ from image_classification.models import capture_structure, create_model
 
 
 def make_images(count: int, size: int, seed: int = 0) -> Tensor:
-    """Smooth random images, normalised: noise alone would look the same to every layer."""
+    """Return smooth random images, normalised; pure noise would look the same to every layer."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, max(size // 4, 1), max(size // 4, 1), generator=generator)
     fine = torch.randn(count, 3, size, size, generator=generator)
@@ -20,7 +20,7 @@ def make_images(count: int, size: int, seed: int = 0) -> Tensor:
 
 
 def randomise(model: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
-    """Random scales and shifts in all batch norms, statistics taken from images; in evaluation mode."""
+    """Randomise scales and shifts of all batch norms, with statistics taken from images; in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -35,7 +35,7 @@ def randomise(model: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
 
 
 def save_network(path: Path, arch: str = "resnet20", num_classes: int = 12, **options: object) -> str:
-    """Write a network with random weights as a checkpoint; returns its path."""
+    """Write a network with random weights as a checkpoint and return its path."""
     torch.manual_seed(1)
     model = create_model(arch, num_classes=num_classes, **options)  # type: ignore[arg-type]
     content = {
@@ -52,7 +52,7 @@ def save_network(path: Path, arch: str = "resnet20", num_classes: int = 12, **op
 class Tiny(nn.Module):
     """Three convolutions, a max pool, a batch norm, a residual sum and two linear layers; small enough for matrices.
 
-    Everything that attribution trips over: in-place ReLU, one ReLU module in two places, a functional sum.
+    It has typical pitfalls of attribution: in-place ReLU, one ReLU module in two places, a functional sum.
     """
 
     def __init__(self, *, batch_norm: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""A small explanation for tests: a fixed nonlinear read-out of feature maps, with everything that a selector's has."""
+"""A small explanation for tests: a fixed nonlinear read-out of feature maps, with all features of a selector's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from explainers.differentiable.features import FeatureTaps
 
 @dataclasses.dataclass(frozen=True)
 class ReadOut:
-    """φ_k = Σ_taps tanh(spatially weighted mean of the map) · w_k; depends on where things are, as a centre does.
+    """φ_k = Σ_taps tanh(spatially weighted mean of the map) · w_k; depends on positions, as a centre does.
 
     Attributes:
         taps, widths: Modules, and channels of their outputs.

@@ -27,7 +27,7 @@ NUM_CLASSES = 4
 
 
 def smooth_image(height: int, width: int, seed: int) -> Image.Image:
-    """Colour gradients and a few edges: an image that JPEG keeps well."""
+    """Create colour gradients and a few edges: an image that JPEG preserves well."""
     rng = np.random.default_rng(seed)
     grid = rng.integers(0, 256, (max(2, height // 24), max(2, width // 24), 3), dtype=np.uint8)
     image = np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)).copy()
@@ -36,7 +36,7 @@ def smooth_image(height: int, width: int, seed: int) -> Image.Image:
 
 
 def write_jpegs(root: Path, sizes: Sequence[tuple[int, int]]) -> list[str]:
-    """JPEGs of the given heights and widths; returns their names."""
+    """Write JPEGs of the given heights and widths and return their names."""
     names = []
     for i, (height, width) in enumerate(sizes):
         names.append(f"{i:04d}.jpg")
@@ -62,7 +62,7 @@ def manifest_of(root: Path, names: Sequence[str], labels: np.ndarray | None = No
 
 
 def varied_sizes(num: int, seed: int = 0) -> list[tuple[int, int]]:
-    """Heights and widths between 40 and 200 pixels."""
+    """Return heights and widths between 40 and 200 pixels."""
     rng = np.random.default_rng(seed)
     return [(int(height), int(width)) for height, width in rng.integers(40, 200, (num, 2))]
 
@@ -79,7 +79,7 @@ def loader_of(
     mixup: Mixup | None = None,
     **planner_options: Any,
 ) -> PlannedLoader:
-    """A loader on the CPU; a training loader with random-resized crops of 32 pixels unless told otherwise."""
+    """Create a loader on the CPU; by default a training loader with random-resized crops of 32 pixels."""
     if geometry is None:
         geometry = RandomResizedCrop((32, 32))
         planner_options = {"training": True, **planner_options}
@@ -96,14 +96,14 @@ def loader_of(
 
 
 def to_levels(images: torch.Tensor) -> torch.Tensor:
-    """Undo the normalisation: (N, 3, H, W) float64 in 0 … 255."""
+    """Undo the normalisation: return (N, 3, H, W) float64 in 0 … 255."""
     mean = torch.tensor(MEAN, dtype=torch.float64).view(3, 1, 1)
     std = torch.tensor(STD, dtype=torch.float64).view(3, 1, 1)
     return (images.double() * std + mean) * 255
 
 
 def write_png16(path: Path, values: np.ndarray) -> None:
-    """A PNG with 16 bits per channel: (H, W) grey or (H, W, 3) RGB uint16, which Pillow itself cannot write as RGB."""
+    """Write a 16-bit PNG from (H, W) grey or (H, W, 3) RGB uint16; Pillow cannot write the latter."""
     height, width = values.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     header = struct.pack(">IIBBBBB", width, height, 16, 2 if values.ndim == 3 else 0, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""Real jobs from a small command: start, wait, kill, and compare what they leave behind."""
+"""Real jobs from a small command: start, wait, kill, and compare their results."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ SMALL = {
 
 
 def main_words(data: str, workspace: Path, *switches: str, **flags: object) -> list[str]:
-    """The words after `main.py`: data, the small settings, and flags (underscores for dashes)."""
+    """Return the arguments of `main.py`: data, the small settings, and flags (underscores for dashes)."""
     settings = SMALL | {"--workspace": str(workspace)}
     settings |= {"--" + name.replace("_", "-"): str(value) for name, value in flags.items()}
     return [data, *(word for flag in settings.items() for word in flag), *switches]
 
 
 def launcher_words(logs: Path, *flags: str, ranks: int = 2) -> list[str]:
-    """The words that put several ranks before `main.py`."""
+    """Return the words that start several ranks, to put before `main.py`."""
     return ["multiproc.py", "--nproc_per_node", str(ranks), "--log-dir", str(logs), *flags, "main.py"]
 
 
 class Process:
-    """A job in a session of its own, its output in files, ended at the latest with the test.
+    """A job in its own session, with its output in files, ended no later than the test.
 
     Args:
         words: Script and arguments, run by this Python from the repository's root.
-        folder: For the output.
-        environment: Variables on top of the present ones.
+        folder: Folder for the output.
+        environment: Additional environment variables.
     """
 
     def __init__(self, words: list[str], folder: Path, **environment: str) -> None:
@@ -59,7 +59,7 @@ class Process:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
-                # A shell's background job, as tests may be one, hands on that Ctrl-C is to be ignored.
+                # A shell's background job, as tests may be, inherits that Ctrl-C is ignored.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
             )
@@ -80,11 +80,11 @@ class Process:
         return self.out_path.read_text(errors="replace")
 
     def wait(self, timeout: float = 240) -> int:
-        """The exit code."""
+        """Wait for the job and return its exit code."""
         return self.popen.wait(timeout=timeout)
 
     def until(self, condition: Callable[[], Any], timeout: float = 120) -> None:
-        """Wait for something that the job does; fails when it ends or takes too long before."""
+        """Wait for a condition; fail if the job ends first or takes too long."""
         end = time.monotonic() + timeout
         while not condition():
             assert self.popen.poll() is None, (
@@ -94,7 +94,7 @@ class Process:
             time.sleep(0.01)
 
     def kill(self) -> None:
-        """SIGKILL to the job and all that it started, as a machine does that is switched off."""
+        """Send SIGKILL to the job and everything that it started, like a machine being switched off."""
         os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()
 
@@ -108,12 +108,12 @@ def finished(words: list[str], folder: Path, timeout: float = 240, **environment
 
 
 def iterations(report: Path) -> list[tuple[int, int]]:
-    """(epoch, step) of the logging steps that a report has so far."""
+    """Return (epoch, step) of the logging steps in a report so far."""
     return [step for step, _ in figures(report, "train.loss")] if report.is_file() else []
 
 
 def figures(report: Path, key: str) -> list[tuple[tuple[int, int], float]]:
-    """((epoch, step), value) of a key logged within epochs, in the order of the report."""
+    """Return ((epoch, step), value) of a key logged within epochs, in the order of the report."""
     return [
         (tuple(entry["step"]), entry["data"][key])
         for entry in read_report(report)
@@ -122,7 +122,7 @@ def figures(report: Path, key: str) -> list[tuple[tuple[int, int], float]]:
 
 
 def validation(report: Path, key: str) -> list[float]:
-    """Values of a key at the ends of epochs."""
+    """Return the values of a key at the ends of epochs."""
     return [
         entry["data"][key]
         for entry in read_report(report)
@@ -131,12 +131,12 @@ def validation(report: Path, key: str) -> list[float]:
 
 
 def checkpoint(workspace: Path, name: str = "checkpoint.pth.tar") -> dict[str, Any]:
-    """A run's checkpoint; whole or an error."""
+    """Load a run's checkpoint, which must be intact."""
     return read_safely(workspace / name)
 
 
 def assert_same_training(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """Two checkpoints hold the same network, optimizer, averages and position, bit for bit."""
+    """Assert that two checkpoints hold the same network, optimizer, averages and position, bit for bit."""
     for key in ("epoch", "iteration", "best_prec1", "structure", "lr_factor", "world_size"):
         assert first[key] == second[key], key
     expected, got = flattened(first), flattened(second)
@@ -146,7 +146,7 @@ def assert_same_training(first: dict[str, Any], second: dict[str, Any]) -> None:
 
 
 def flattened(payload: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint that training depends on, by name."""
+    """Return all tensors of a checkpoint that training depends on, by name."""
     tensors = {f"model.{name}": value for name, value in payload["state_dict"].items()}
     tensors |= {f"ema.{name}": value for name, value in (payload["ema"] or {}).items()}
     for index, entry in payload["optimizer"]["state"].items():

@@ -1,8 +1,8 @@
-"""What a user of the library does with torch and NumPy alone. A program: tests/test_library_alone.py runs it.
+"""Typical use of the library with only torch and NumPy, as a program run by tests/test_library_alone.py.
 
     python library_alone.py FOLDER
 
-Writes into FOLDER, fails by an assertion, and prints the files of our own modules that it has loaded, as JSON.
+Writes into FOLDER, fails by an assertion, and prints the files of LucidPrune's modules that it has loaded, as JSON.
 """
 
 import copy
@@ -43,7 +43,7 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def prune_at_once(model: nn.Module) -> None:
-    """By weights, by derivatives and by features; budgets of several costs; every search."""
+    """Prune by weights, by derivatives and by features; with budgets of several costs; with every search."""
     assert len(trace_groups(model, IMAGES).prunable) == 2
     for criterion, search in (("magnitude", "global"), ("taylor", "uniform"), ("discriminant", "greedy")):
         smaller = copy.deepcopy(model)
@@ -56,7 +56,7 @@ def prune_at_once(model: nn.Module) -> None:
 
 
 def prune_at_intervals(model: nn.Module) -> None:
-    """A training loop of the user's own."""
+    """Prune in a user's own training loop."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     pruner = Pruner(model, IMAGES, criterion="magnitude", budget=0.5, delta=0.25, optimizer=optimizer, step=2)
     assert pruner.dry_run(CALIBRATION)
@@ -98,7 +98,7 @@ def shrink_masked(model: nn.Module) -> None:
 
 def main(folder: Path) -> None:
     torch.manual_seed(0)
-    for name in set(criterion_names()) - {"saliency"}:  # which needs an explanation
+    for name in set(criterion_names()) - {"saliency"}:  # saliency needs an explanation
         create_criterion(name)
     prune_at_once(Net())
     pruned = Net()

@@ -1,7 +1,7 @@
-"""Data sets, networks and explainers in miniature: what recipes and documented commands presuppose, made on demand.
+"""Miniature data sets, networks and explainers that recipes and documented commands need, created on demand.
 
-Everything is of the real form, and of the architecture that is asked for: a folder of JPEGs, the binary files of
-CIFAR-10, a VOC devkit, checkpoints. Only the images are few and small, and nobody has learned anything.
+Everything has the real format and the requested architecture: a folder of JPEGs, the binary files of CIFAR-10, a VOC
+devkit, checkpoints. Only the images are few and small, and nothing is trained.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from explainers.casm import Casm, save_casm
 from image_classification.models import create_model, model_for_weights
 from pruning.files.saved_network import save_pruned
 
-#: Side of the images that explainers are made for.
+#: Side of the images that explainers are created for.
 SIZE = 32
 #: Word for `DATA` of each set in miniature → number of classes.
 CLASSES = {"imagenet": 4, "cifar10": 10, "voc": 20, "shapes": 12}
@@ -31,7 +31,7 @@ SHAPES = "shapes:train=160,val=24"
 
 
 def write_imagenet(root: Path, num_train: int = 30, num_val: int = 3) -> Path:
-    """Four classes in `train/` and `val/`, JPEGs of varied size; returns the folder."""
+    """Write four classes in `train/` and `val/`, JPEGs of varied size; return the folder."""
     for split, count in (("train", num_train), ("val", num_val)):
         for number in range(CLASSES["imagenet"]):
             place = root / split / f"n{number:08d}"
@@ -41,7 +41,7 @@ def write_imagenet(root: Path, num_train: int = 30, num_val: int = 3) -> Path:
 
 
 def write_imagenet_boxes(imagenet: Path, folder: Path) -> Path:
-    """A box for every validation image, as ImageNet's localisation task has them; returns the folder."""
+    """Write a box for every validation image, in the format of ImageNet's localisation task; return the folder."""
     for image in (imagenet / "val").glob("*/*.jpg"):
         place = folder / image.parent.name
         place.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def write_imagenet_boxes(imagenet: Path, folder: Path) -> Path:
 
 
 def write_cifar10(root: Path, num_train: int = 80, num_val: int = 20) -> Path:
-    """The binary version of CIFAR-10 with noise for images; returns the folder."""
+    """Write the binary version of CIFAR-10 with noise images; return the folder."""
     root.mkdir()
     generator = np.random.default_rng(0)
     files = {f"data_batch_{number}.bin": num_train // 5 for number in range(1, 6)}
@@ -64,7 +64,7 @@ def write_cifar10(root: Path, num_train: int = 80, num_val: int = 20) -> Path:
 
 
 class Miniatures:
-    """The miniatures in a folder; each is made when it is first asked for."""
+    """The miniatures in a folder; each is created on first use."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -76,7 +76,7 @@ class Miniatures:
         return path
 
     def data(self, kind: str) -> str:
-        """What to give for DATA: `kind` is a key of CLASSES."""
+        """Return the value for DATA; `kind` is a key of CLASSES."""
         if kind == "shapes":
             return SHAPES
         if kind == "voc":
@@ -89,7 +89,7 @@ class Miniatures:
         return self._made("boxes", lambda path: write_imagenet_boxes(imagenet, path))
 
     def classifier(self, arch: str, kind: str) -> Path:
-        """A checkpoint of an architecture for the classes of a set."""
+        """Create a checkpoint of an architecture for the classes of a set."""
 
         def make(path: Path) -> None:
             torch.manual_seed(0)
@@ -98,12 +98,12 @@ class Miniatures:
         return self._made(f"{_plain(arch)}-{kind}.pth.tar", make)
 
     def published_weights(self, arch: str) -> Path:
-        """A plain state dict of torchvision's network of that name, for the 1,000 classes of ImageNet."""
+        """Create a plain state dict of torchvision's network of that name, for the 1,000 classes of ImageNet."""
         name = re.match(r"[a-z]+\d*(_bn)?", arch).group()  # type: ignore[union-attr]
 
         def make(path: Path) -> None:
             state = create_model(f"torchvision/{name}", num_classes=1000).state_dict()
-            # One number each: a VGG's classifier would be half a gigabyte of numbers that nobody reads.
+            # One number each: a VGG's classifier would be half a gigabyte of unused numbers.
             head = {
                 key: torch.zeros(1).expand(value.shape) for key, value in state.items() if "classif" in key
             }
@@ -112,7 +112,7 @@ class Miniatures:
         return self._made(f"torchvision-{name}.pth", make)
 
     def folder_of_classifiers(self, arch: str, kind: str) -> Path:
-        """A folder with one as PyTorch's ImageNet example saves it."""
+        """Create a folder with a checkpoint in the format of PyTorch's ImageNet example."""
 
         def make(path: Path) -> None:
             path.parent.mkdir(exist_ok=True)
@@ -123,7 +123,7 @@ class Miniatures:
         return self._made(f"{_plain(arch)}-{kind}/model_best.pth.tar", make).parent
 
     def predictor(self, arch: str, kind: str) -> Path:
-        """A predictor of `classifier(arch, kind)`."""
+        """Create a predictor of `classifier(arch, kind)`."""
 
         def make(path: Path) -> None:
             black_box = model_for_weights(None, self.classifier(arch, kind)).eval()
@@ -133,7 +133,7 @@ class Miniatures:
         return self._made(f"{_plain(arch)}-{kind}-predictor.pth.tar", make)
 
     def selector(self, arch: str, kind: str) -> Path:
-        """A selector of `classifier(arch, kind)`, with the light decoder."""
+        """Create a selector of `classifier(arch, kind)`, with the light decoder."""
 
         def make(path: Path) -> None:
             black_box = model_for_weights(None, self.classifier(arch, kind)).eval()
@@ -151,7 +151,7 @@ class Miniatures:
         return self._made(f"{_plain(arch)}-{kind}-selector.pth.tar", make)
 
     def casm(self, arch: str, kind: str) -> Path:
-        """A saliency mapping on `classifier(arch, kind)`, in a folder of its own."""
+        """Create a saliency mapping on `classifier(arch, kind)`, in its own folder."""
 
         def make(path: Path) -> None:
             path.parent.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
-"""The networks of the five published systems as their programs spell them: names, shapes and forward passes.
+"""The networks of the five published systems as in their programs: names, shapes and forward passes.
 
-Written for the tests from the description of the files and of the methods; nothing here is used by the package. Batch
-norms get statistics and scales that tell channels apart, so that a swapped tensor shows in the logits.
+Written for the tests from the description of the files and of the methods; the package does not use them. Batch norms
+get distinguishable statistics and scales, so that a swapped tensor shows in the logits.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ PUBLISHED_DIGESTS: dict[str, str] = {
 
 
 def names_digest(state: Mapping[str, Tensor]) -> str:
-    """Digest of the names and shapes of a state dict."""
+    """Return a digest of the names and shapes of a state dict."""
     lines = sorted(f"{name} {list(tensor.shape)}" for name, tensor in state.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:
-    """Weights and statistics that differ from channel to channel; evaluation mode."""
+    """Set weights and statistics that differ from channel to channel; evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -53,7 +53,7 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
 
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """Convolution that keeps the size, without bias."""
+    """Create a convolution that keeps the size, without bias."""
     return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
@@ -95,7 +95,7 @@ class Block(nn.Module):
 
 
 class PhotoResNet(nn.Module):
-    """ResNet for photographs; returns logits, or with `scales` the maps that decoders read as well."""
+    """ResNet for ImageNet; returns logits, or with `scales` also the maps that decoders read."""
 
     def __init__(
         self, depths: tuple[int, ...] = (3, 4, 6, 3), bottleneck: bool = True, num_classes: int | None = 1000
@@ -171,7 +171,7 @@ class Inverted(nn.Module):
 
 
 class IspMobileNet(nn.Module):
-    """MobileNetV2 for photographs in the ISP program's spelling."""
+    """MobileNetV2 for ImageNet with the ISP program's names."""
 
     def __init__(self, num_classes: int | None = 1000):
         super().__init__()
@@ -348,7 +348,7 @@ ENCODER_WIDTHS = {
 
 
 def network(name: str, num_classes: int | None) -> nn.Module:
-    """An ISP program's classifier (or encoder, without classes) by the name of ours."""
+    """Create an ISP program's classifier (or encoder, without classes) by LucidPrune's name."""
     if name == "resnet56":
         return SmallResNet(num_classes=num_classes)
     if name.startswith("mobilenet"):
@@ -357,12 +357,12 @@ def network(name: str, num_classes: int | None) -> nn.Module:
 
 
 def selector(name: str, encoder_name: str, num_classes: int, kernel: int) -> IspSelector:
-    """An ISP program's selector; a kernel of 1 makes it REAL-X."""
+    """Create an ISP program's selector; a kernel of 1 makes it REAL-X."""
     return IspSelector(encoder_name, network(name, None), ENCODER_WIDTHS[name], num_classes, kernel)
 
 
 def prefixed(**parts: nn.Module) -> dict[str, Tensor]:
-    """State dicts side by side; `__` in a keyword stands for a dot."""
+    """Merge state dicts under prefixes; `__` in a keyword stands for a dot."""
     return {
         f"{prefix.replace('__', '.')}.{name}": tensor
         for prefix, module in parts.items()
@@ -371,7 +371,7 @@ def prefixed(**parts: nn.Module) -> dict[str, Tensor]:
 
 
 def published(kind: str) -> dict[str, Tensor]:
-    """The state dict of a published kind, as PUBLISHED_DIGESTS has it."""
+    """Return the state dict of a published kind, matching PUBLISHED_DIGESTS."""
     if kind == "di_resnet50":
         return prefixed(module=PhotoResNet())
     if kind == "casm_resnet50":

@@ -11,7 +11,7 @@ from image_classification.distributed import Distributed
 
 @dataclasses.dataclass(frozen=True)
 class RecordedRank(Distributed):
-    """A rank whose reduction hands its tensors out, and adds those of the other rank if there are any."""
+    """A rank whose reduction exposes its tensors, and adds those of the other rank if there are any."""
 
     sent: list[Tensor] = dataclasses.field(default_factory=list)
     others: tuple[Tensor, ...] = ()

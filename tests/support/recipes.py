@@ -1,4 +1,4 @@
-"""The recipes of `configs/`: their settings, and what their headers say."""
+"""The recipes of `configs/`: their settings and headers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ FIELDS = ("Paper", "Command", "Expected", "Source")
 
 
 def settings(path: Path) -> dict[str, Any]:
-    """The recipe's keys, with dashes, and their values."""
+    """Return the recipe's keys, with dashes, and their values."""
     return {key.replace("_", "-"): value for key, value in yaml.safe_load(path.read_text()).items()}
 
 
 def header(path: Path) -> dict[str, str]:
-    """Field → its text, continuation lines joined; `Title` is the first line.
+    """Return field → its text, with continuation lines joined; `Title` is the first line.
 
     Raises:
         ValueError: The file does not begin with a comment, or a line of it belongs to no field.
@@ -45,15 +45,15 @@ def header(path: Path) -> dict[str, str]:
 
 
 def recipe_of(words: list[str]) -> dict[str, Any]:
-    """Settings of the recipe that a command names; none without `--config`."""
+    """Return the settings of the recipe that a command names; none without `--config`."""
     return settings(ROOT / words[words.index("--config") + 1]) if "--config" in words else {}
 
 
 def main_recipes() -> list[Path]:
-    """Recipes of `main.py`."""
+    """Return the recipes of `main.py`."""
     return sorted(CONFIGS.glob("*.yaml"))
 
 
 def explainer_recipes() -> list[Path]:
-    """Recipes of `python -m explainers`."""
+    """Return the recipes of `python -m explainers`."""
     return sorted((CONFIGS / "explainers").glob("*.yaml"))

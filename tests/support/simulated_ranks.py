@@ -1,12 +1,12 @@
-"""Ranks without processes: threads that meet in collectives, which are written down.
+"""Ranks without processes: threads that meet in collectives, which are recorded.
 
     with simulated_ranks(2) as ranks:
         results = ranks.run(job)          # job(distributed) on every rank
-    ranks.calls                           # per rank what it took part in: kind, shape, dtype
+    ranks.calls                           # collectives per rank: kind, shape, dtype
 
-Everything above `torch.distributed` is real. One thread runs at a time, until it waits for the others, so that what is
-global (random state, switches) stays in order. Where ranks meet in different collectives, or one has ended while others
-wait, all of them fail with the names of both: what hangs under NCCL, or adds up things that do not belong together.
+Everything above `torch.distributed` is real. One thread runs at a time, until it waits for the others, so that global
+state (random state, switches) stays in order. If ranks meet in different collectives, or one has ended while others
+wait, all of them fail with the names of both: cases that would hang under NCCL, or add up unrelated tensors.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class CollectiveMismatchError(AssertionError):
 
 
 class SimulatedRanks:
-    """The meeting place.
+    """The meeting point of the ranks.
 
     Attributes:
-        calls: Per rank its collectives, in order.
-        altered: (rank, result of a reduction) → what that rank gets of it: for ranks that reduce less exactly.
+        calls: Collectives of each rank, in order.
+        altered: (rank, result of a reduction) → the result that this rank gets, to simulate inexact reductions.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -53,7 +53,7 @@ class SimulatedRanks:
         self._failure: str | None = None
 
     def run(self, job: Callable[[Distributed], T]) -> list[T]:
-        """What `job` returns on every rank.
+        """Run a job on every rank and return the results.
 
         Raises:
             Exception: The first error that is not a mismatch; else the mismatch.
@@ -83,7 +83,7 @@ class SimulatedRanks:
         return results
 
     def _meet(self, call: str, value: Any) -> list[Any]:
-        """What all ranks have brought, once all are here."""
+        """Wait for all ranks and return the values of all."""
         rank = self._here.rank
         self.calls[rank].append(call)
         self._waiting[rank] = call, value
@@ -115,7 +115,7 @@ class SimulatedRanks:
     # ------------------------------------------------------------------ in place of torch.distributed
 
     def all_reduce(self, tensor: Tensor, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
-        """Sum, or maximum."""
+        """Reduce by sum or maximum."""
         values = torch.stack(
             self._meet(_name("all_reduce", tensor, op, group and "on hosts"), tensor.clone())
         )
@@ -124,18 +124,18 @@ class SimulatedRanks:
         return mock.Mock(**{"is_completed.return_value": True}) if async_op else None
 
     def broadcast(self, tensor: Tensor, src: int = 0, group: Any = None) -> None:
-        """Rank `src`'s values."""
+        """Broadcast rank `src`'s values."""
         tensor.copy_(self._meet(_name("broadcast", tensor, src, group and "on hosts"), tensor.clone())[src])
 
     def all_gather(self, parts: Sequence[Tensor], tensor: Tensor, group: Any = None) -> None:
-        """All ranks' values."""
+        """Gather all ranks' values."""
         for part, value in zip(
             parts, self._meet(_name("all_gather", tensor, group and "on hosts"), tensor.clone()), strict=True
         ):
             part.copy_(value)
 
     def barrier(self, device_ids: Any = None) -> None:
-        """All are here."""
+        """Wait for all ranks."""
         self._meet("barrier", None)
 
     def _get_store(self) -> Any:
@@ -150,13 +150,13 @@ class SimulatedRanks:
         self._turn.notify_all()
 
     def _next_wait(self) -> int:
-        """Number of this rank's next wait at the store."""
+        """Return the number of this rank's next wait at the store."""
         self._here.waits = getattr(self._here, "waits", -1) + 1
         return int(self._here.waits)
 
 
 class _Waits:
-    """`next` of it is the rank's own count."""
+    """Iterator whose `next` is the rank's own count."""
 
     def __init__(self, ranks: SimulatedRanks) -> None:
         self._ranks = ranks
@@ -178,16 +178,16 @@ def _name(kind: str, tensor: Tensor, *more: object) -> str:
 
 @contextlib.contextmanager
 def simulated_ranks(world_size: int) -> Iterator[SimulatedRanks]:
-    """Collectives of `torch.distributed` meet in threads inside."""
+    """Replace collectives of `torch.distributed` by threads that meet, inside the block."""
     ranks = SimulatedRanks(world_size)
-    ours = "image_classification.distributed"
+    ours = "image_classification.store_waits"
     with contextlib.ExitStack() as stack:
         for name in ("all_reduce", "broadcast", "all_gather", "barrier"):
             stack.enter_context(mock.patch(f"torch.distributed.{name}", getattr(ranks, name)))
-        stack.enter_context(mock.patch(f"{ours}._store", ranks._get_store))
-        stack.enter_context(mock.patch(f"{ours}._wait_until", ranks._wait))
-        stack.enter_context(mock.patch(f"{ours}._num_waits", _Waits(ranks)))
-        # Threads that take turns do not leave such switches in the order in which they came.
+        stack.enter_context(mock.patch(f"{ours}.store", ranks._get_store))
+        stack.enter_context(mock.patch(f"{ours}.wait_until", ranks._wait))
+        stack.enter_context(mock.patch(f"{ours}.num_waits", _Waits(ranks)))
+        # Threads that take turns do not leave such switches in the order in which they entered them.
         stack.callback(_compile_again)
         for product in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
             stack.callback(setattr, product, "fp32_precision", product.fp32_precision)

@@ -1,6 +1,6 @@
-"""A documented command as a run in miniature: the same words, other data and files, and flags that shorten the job.
+"""A documented command as a miniature run: the same words, other data and files, and flags that shorten the job.
 
-Later flags win over those of the command and of its recipe. What decides on the code that runs stays: program, verb,
+Later flags win over those of the command and of its recipe. Everything that selects code is kept: program, verb,
 architecture, recipe, criteria, methods.
 """
 
@@ -22,11 +22,11 @@ from explainers.__main__ import VERBS
 from explainers.__main__ import main as explainers_main
 from image_classification.cli import parse_config
 
-#: Flags of verbs that only look at images.
+#: Flags of verbs that only read images.
 _READING = {"--batch-size": "4", "--image-size": str(SIZE), "--workers": "1", "--device": "cpu"}
 _HELD_OUT = {"--calibration-size": "8"}
 _TRAINING = SHORT | {"--print-freq": "1", "--raport-file": "report.json", "--gpu-affinity": "none"}
-#: Flags whose word is a file that somebody trained.
+#: Flags whose value is a trained file.
 _FILES = ("--pretrained-weights", "--teacher", "--selector", "--predictor", "--checkpoint", "--casm-path")
 
 
@@ -36,9 +36,9 @@ class SmallCommand:
 
     Attributes:
         program: "main.py", or a verb of `python -m explainers`.
-        words: What follows the program.
-        launched: The command begins with `multiproc.py`.
-        workspace: Where it writes.
+        words: Arguments of the program.
+        launched: Whether the command begins with `multiproc.py`.
+        workspace: Output folder.
     """
 
     program: str
@@ -47,20 +47,20 @@ class SmallCommand:
     workspace: Path
 
     def run_here(self) -> int:
-        """Run in this process, by the function that the command line calls; the exit code."""
+        """Run in this process, by the function that the command line calls, and return the exit code."""
         if self.program == "main.py":
             return main_job.main(self.words)
         return explainers_main([self.program, *self.words])
 
     def run_apart(self, cache: Path, processes: int = 1) -> tuple[int, str]:
-        """Run in processes of its own, through `multiproc.py` where the command has it; exit code and output."""
+        """Run in separate processes, through `multiproc.py` if the command does; return exit code and output."""
         launcher = ["multiproc.py", "--nproc_per_node", str(processes)] if self.launched else []
         program = ["main.py"] if self.program == "main.py" else ["-m", "explainers", self.program]
         result = run([sys.executable, *launcher, *program, *self.words], cache=cache, timeout=600)
         return result.returncode, f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
 
     def parse(self) -> Any:
-        """Its configuration, from the parser of the job that would run it."""
+        """Parse the configuration, with the parser of the job that would run it."""
         if self.program == "main.py":
             return parse_config(main_job.MainConfig, self.words)
         return importlib.import_module(VERBS[self.program][0]).VERB.parse(self.words, "", "")
@@ -71,12 +71,12 @@ class SmallCommand:
 
 
 def small(command: str, miniatures: Miniatures, workspace: Path) -> SmallCommand:
-    """A documented command in miniature.
+    """Convert a documented command to a miniature one.
 
     Args:
         command: One line: `python [multiproc.py …] main.py DATA …`, or `… -m explainers VERB DATA …`.
-        miniatures: Where data and files come from.
-        workspace: Where the run writes.
+        miniatures: Source of data and files.
+        workspace: Output folder of the run.
     """
     words = shlex.split(command)
     if "-m" in words:
@@ -93,7 +93,7 @@ def small(command: str, miniatures: Miniatures, workspace: Path) -> SmallCommand
 
 
 def _setting(words: list[str], name: str) -> Any:
-    """A flag's word, or what the recipe says; None where neither does."""
+    """Return a flag's value, else the recipe's; None if neither has one."""
     if f"--{name}" in words:
         place = words.index(f"--{name}") + 1
         return words[place] if place < len(words) and not words[place].startswith("--") else True
@@ -101,7 +101,7 @@ def _setting(words: list[str], name: str) -> Any:
 
 
 def _with_miniatures(program: str, words: list[str], miniatures: Miniatures, workspace: Path) -> list[str]:
-    """Data, files and folders replaced."""
+    """Replace data, files and folders."""
     kind = _kind(program, words)
     arch = _setting(words, "arch") or ("vgg16_bn_voc_x8" if kind == "voc" else "resnet50")
     words = [miniatures.data(kind), *words[1:]]
@@ -129,14 +129,14 @@ def _with_miniatures(program: str, words: list[str], miniatures: Miniatures, wor
 
 
 def _kind(program: str, words: list[str]) -> str:
-    """Which of the data sets in miniature a command is about."""
+    """Return the miniature data set that suits a command."""
     if words[0] == "shapes" or "cifar" in words[0]:
         return words[0].rpartition("/")[2]
     return "voc" if _setting(words, "multi-label") or program == "localize" else "imagenet"
 
 
 def _file(flag: str, words: list[str], arch: str, kind: str, miniatures: Miniatures) -> Path:
-    """What stands for the file of a flag."""
+    """Return the replacement for a flag's file."""
     if flag == "--pretrained-weights" and "--new-head" in words:
         return miniatures.published_weights(arch)
     if flag == "--teacher":
@@ -150,7 +150,7 @@ def _file(flag: str, words: list[str], arch: str, kind: str, miniatures: Miniatu
 
 
 def _short_flags(program: str, words: list[str], workspace: Path) -> dict[str, str]:
-    """What makes the run short, for the program and for what the words turn on."""
+    """Return flags that shorten the run, for the program and for the features that the words enable."""
     backend = str(_setting(words, "data-backend") or "pytorch")
     flags = {"--data-backend": "pytorch" if backend.startswith("dali") else backend}
     if program == "train-casm":

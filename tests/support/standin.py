@@ -1,13 +1,13 @@
-"""A stand-in accelerator: tensors that say `standin:0`, compute on the CPU, and tell when the host reads them.
+"""A stand-in accelerator: tensors on `standin:0` that compute on the CPU and report when the host reads them.
 
     with StandIn() as device:
         model.to(device)                     # as on a GPU: mixing it with CPU tensors raises
-        with device.reads() as reads: …      # places in this repository where the host waited for a value
+        with device.reads() as reads: …      # lines of this repository where the host waited for a value
 
-Every operator goes through a dispatch mode that unwraps, computes, and wraps again. What differs from a GPU: kernels
-are the CPU's, nothing is asynchronous, autocast and compilation are not simulated, the engine cannot trace a network
-there, layers with fused kernels of their own (recurrent ones) do not run, and only reads that PyTorch's operators make
-are seen (`item`, an index that is a scalar tensor, copies to the CPU, results whose size depends on values).
+Every operator goes through a dispatch mode that unwraps, computes, and wraps again. Differences from a GPU: kernels are
+the CPU's, nothing is asynchronous, autocast and compilation are not simulated, the engine cannot trace a network there,
+layers with their own fused kernels (recurrent ones) do not run, and only reads by PyTorch's operators are detected
+(`item`, an index that is a scalar tensor, copies to the CPU, results whose size depends on values).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._decomp.decompositions import gru_impl
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_any, tree_map
@@ -27,7 +28,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 ROOT = Path(__file__).resolve().parents[2]
 aten = torch.ops.aten
-#: Operators whose result's size the host must know.
+#: Operators for whose result size the host must know values.
 SIZED_BY_VALUES = {
     aten.nonzero.default,
     aten.masked_select.default,
@@ -41,7 +42,7 @@ COPIES = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default}
 
 
 class _Module:
-    """What `torch.standin` needs to have."""
+    """Attributes required of `torch.standin`."""
 
     def is_available(self) -> bool:
         return True
@@ -70,7 +71,7 @@ torch.__future__.set_swap_module_params_on_conversion(True)
 
 
 class StandInTensor(torch.Tensor):
-    """A tensor of the stand-in around one of the CPU."""
+    """A tensor of the stand-in that wraps a CPU tensor."""
 
     inner: torch.Tensor
 
@@ -100,11 +101,11 @@ class StandInTensor(torch.Tensor):
         return StandInTensor(inner["inner"])
 
     def tolist(self) -> Any:
-        """As of any tensor; PyTorch refuses it to subclasses."""
+        """Like `Tensor.tolist`, which PyTorch refuses for subclasses."""
         return self.cpu().tolist()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        """Where the elements lie: what shares memory is told by it."""
+        """Return the storage of the elements, which identifies shared memory."""
         return self.inner.untyped_storage()
 
     def __repr__(self) -> str:
@@ -116,7 +117,7 @@ class StandInTensor(torch.Tensor):
 
 
 class _Literals(TorchFunctionMode):
-    """What happens below the dispatcher: `torch.tensor([…], device=…)`, and another tensor in a parameter's place."""
+    """Handles calls below the dispatcher: `torch.tensor([…], device=…)`, and replacing a parameter's tensor."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -128,6 +129,8 @@ class _Literals(TorchFunctionMode):
         ):
             del kwargs["device"]
             return func(*args, **kwargs).to(device)
+        if func is torch._VF.gru:  # other devices than the CPU have kernels of their own for it
+            return gru_impl(*args, **kwargs)
         if func == torch.Tensor.new_tensor and isinstance(args[0], StandInTensor):
             return func(args[0].inner, *args[1:], **kwargs).to(args[0].device)
         if func == torch.Tensor.data.__set__ and isinstance(args[0], StandInTensor):
@@ -136,7 +139,7 @@ class _Literals(TorchFunctionMode):
 
 
 class StandIn:
-    """The accelerator, while it is switched on; as a context it gives itself, which `device` names."""
+    """The accelerator, active inside its context, which yields it; `device` names it."""
 
     device = torch.device("standin:0")
 
@@ -155,7 +158,7 @@ class StandIn:
         self._stack.close()
 
     def _in_thread(self, run: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
-        """`run` of a thread, with the accelerator there too: a mode holds only in the thread that has entered it."""
+        """Wrap a thread's `run` with the accelerator, since a mode holds only in the thread that entered it."""
 
         def with_modes(thread: threading.Thread) -> None:
             with _Literals(), _Operators(self._collected):
@@ -174,7 +177,7 @@ class StandIn:
 
 
 class _Operators(TorchDispatchMode):
-    """Every operator: checked, computed on the CPU, noted where the host reads."""
+    """Checks every operator, computes it on the CPU, and records reads by the host."""
 
     def __init__(self, collected: list[list[str]]) -> None:
         super().__init__()

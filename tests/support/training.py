@@ -85,7 +85,7 @@ def toy_data(num_samples: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class DropoutObjective(TaskObjective):
-    """Draws from torch's generator in every step, so that a resume must restore it to go on alike."""
+    """Draws from torch's generator in every step, so that a resume must restore it to continue identically."""
 
     def __call__(
         self, model: nn.Module, images: torch.Tensor, targets: torch.Tensor
@@ -98,7 +98,7 @@ MakeTrainer = Callable[..., Trainer]
 
 @dataclasses.dataclass
 class Recorder(Callback):
-    """Writes down every event, and stops the run where asked."""
+    """Records every event, and stops the run on request."""
 
     events: list[str] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
@@ -162,7 +162,7 @@ def build_trainer(
     model: nn.Module | None = None,
     **train: Any,
 ) -> Trainer:
-    """A trainer in miniature; `train` overrides the fields of `TrainConfig`."""
+    """Create a miniature trainer; `train` overrides the fields of `TrainConfig`."""
     distributed = distributed or Distributed()
     torch.manual_seed(0)
     model = model or create_model("resnet20", num_classes=10, widths={"layer1.0.conv1": 4})

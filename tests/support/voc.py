@@ -1,4 +1,4 @@
-"""A Pascal VOC devkit in miniature, as it is unpacked."""
+"""A miniature Pascal VOC devkit, as unpacked."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from PIL import Image
 
 from image_classification.data.layouts.voc import CLASS_NAMES
 
-#: Objects of an image: class, box as VOC writes it, difficult.
+#: Objects of an image: (class, box in VOC's convention, difficult).
 Objects = list[tuple[str, tuple[float, ...], int]]
 
 
 def annotation_xml(objects: Objects, width: int = 40, height: int = 30) -> str:
-    """The text of an annotation file."""
+    """Return the text of an annotation file."""
     boxes = "".join(
         f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmax>{x1}</xmax><xmin>{x0}</xmin>"
         f"<ymax>{y1}</ymax><ymin>{y0}</ymin></bndbox><part><name>head</name></part></object>"
@@ -24,7 +24,8 @@ def annotation_xml(objects: Objects, width: int = 40, height: int = 30) -> str:
 
 
 def write_devkit(root: Path, num_train: int = 48, num_val: int = 6) -> Path:
-    """Noise images of 40×30 pixels with one or two objects and boxes; every fourth has a mask and is listed for it.
+    """Write noise images of 40×30 pixels with one or two objects and boxes; every fourth has a mask and is listed for
+    it.
 
     The second object of every sixth image is difficult. Returns the year's folder.
     """

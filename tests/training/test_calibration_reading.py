@@ -16,6 +16,8 @@ from image_classification.callbacks import Callback
 from image_classification.cli import parse_config
 from image_classification.data.backends import dali
 from image_classification.distributed import Distributed
+from image_classification.job_config import JobConfig
+from image_classification.job_outcome import run_job
 from image_classification.trainer import Trainer
 
 needs_dali = pytest.mark.skipif(not dali.is_available(), reason="DALI is not installed")
@@ -60,7 +62,7 @@ def train(words: list[str], callbacks: Callable[[jobs.Job], list[Callback]]) -> 
         jobs.make_trainer(job, jobs.make_model(job), callbacks=taken).fit()
         job.close()
 
-    assert jobs.run_job(parse_config(jobs.JobConfig, words, prog="main.py"), body) == 0
+    assert run_job(parse_config(JobConfig, words, prog="main.py"), body) == 0
     return taken
 
 

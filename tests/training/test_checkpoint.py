@@ -23,8 +23,8 @@ from image_classification.checkpoint import (
 from image_classification.config import ConfigError
 from image_classification.distributed import Distributed
 from image_classification.file_writing import atomic_file
-from image_classification.job import read_resumable
 from image_classification.models import WeightsError, read_safely
+from image_classification.resumable import read_resumable
 
 
 def names(folder: Path) -> set[str]:

@@ -18,8 +18,9 @@ from explainers.casm.model import load_casm
 from image_classification.checkpoint_format import VERSION, digest, sealed
 from image_classification.config import ConfigError
 from image_classification.distributed import Distributed
-from image_classification.job import make_model, read_resumable
+from image_classification.job import make_model
 from image_classification.models import WeightsError, load_weights, model_for_weights, read_safely
+from image_classification.resumable import read_resumable
 from pruning.files.saved_network import load_pruned
 
 Payload = dict[str, Any]

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from image_classification import cli
-from image_classification.cli import parse_config, save_yaml, to_plain
+from image_classification import cli, plugins
+from image_classification.cli import parse_config
 from image_classification.config import ConfigError, SettingError, check, flag, section, told
-from image_classification.job import JobConfig
+from image_classification.job_config import JobConfig
 from image_classification.observe.log_of_commands import log_names_flags
+from image_classification.resolved_config import save_yaml, to_plain
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -142,7 +143,7 @@ def test_a_plugin_is_imported_before_the_flags_are_read(
     name = f"own_backend_{by_recipe}".lower()
     (tmp_path / f"{name}.py").write_text(PLUGIN.format(name=name))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(cli, "imported_plugins", [])
+    monkeypatch.setattr(plugins, "imported_plugins", [])
     words = ["--plugin", name]
     if by_recipe:
         (tmp_path / "recipe.yaml").write_text(f"plugin: {name}\n")

@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from image_classification.distributed import EXIT_SAVED, Distributed, DistributedConfig
+from image_classification.distributed import Distributed
+from image_classification.exit_codes import EXIT_SAVED
 from image_classification.interrupts import StoppedAtOnce, StopSignals, stopping_at_once
-from image_classification.job import JobConfig, run_job
+from image_classification.job_config import JobConfig
+from image_classification.job_outcome import run_job
+from image_classification.joining import DistributedConfig
 
 CONFIGS = JobConfig(distributed=DistributedConfig(device="cpu"))
 

@@ -10,14 +10,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support.commands import ROOT
+from support.training import build_trainer
+
+from image_classification.callbacks import Callback, TrainLoop
+from image_classification.precision import PrecisionConfig
 
 SCRIPT = """
 import functools, gc, json, sys, weakref
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from image_classification.distributed import DistributedConfig, setup_distributed
+from image_classification.joining import DistributedConfig, setup_distributed
 from image_classification.precision import Precision, PrecisionConfig
 from pruning.training.scored import PruningCallback
 from pruning.training.pruning_config import PruningConfig
@@ -85,3 +90,31 @@ def test_compiled_wrappers_are_gone_before_a_rewrite(tmp_path: Path) -> None:
     assert first["rewrites"] >= 1
     assert len(first["losses"]) == 6
     assert "something still refers to ['DistributedDataParallel']" in first["kept"]
+
+
+def test_a_network_that_is_soon_cut_again_is_not_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rewrites after steps 2, 4 and 5 of 12; the last network is compiled when it has trained three steps."""
+    compiled: list[int] = []
+
+    def compile_it(model: torch.nn.Module, **options: object) -> torch.nn.Module:
+        compiled.append(trainer.state.iteration)
+        return model
+
+    class Rewrites(Callback):
+        def on_step_end(self, loop: TrainLoop) -> None:
+            if loop.state.iteration in (2, 4, 5):
+                loop.release()
+                loop.rebind()
+
+    monkeypatch.setattr(torch, "compile", compile_it)
+    trainer = build_trainer(workspace=tmp_path, callbacks=(Rewrites(),), epochs=1, training_only=True)
+    trainer.precision.config = PrecisionConfig(compile=True, compile_after=3)
+    trainer.rebind()
+    trainer.fit()
+    assert trainer.state.iteration == 12
+    assert compiled == [8]
+    trainer.precision.config = PrecisionConfig(compile=True)
+    trainer.rebind()
+    assert compiled == [8, 12], "at once where nothing else is said"

@@ -20,7 +20,8 @@ from image_classification.config import ConfigError
 from image_classification.evaluation import Evaluator
 from image_classification.finite import first_not_finite, learned_tensors, optimizer_tensors
 from image_classification.interrupts import StopRequested
-from image_classification.job import JobConfig, run_job
+from image_classification.job_config import JobConfig
+from image_classification.job_outcome import run_job
 from image_classification.models import read_safely
 from image_classification.nan_guard import NonFiniteLossError
 from image_classification.observe.log import LogConfig, Logger

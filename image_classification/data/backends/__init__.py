@@ -1,6 +1,6 @@
-"""Backends: what decodes and crops the images of a plan. Every file here registers one by `register_backend`.
+"""Backends: what decodes and crops the images of a plan. Every file here registers one with `register_backend`.
 
-A backend of your own is registered the same way, from a module that the program imports (`--plugin MODULE`); see
+Custom backends are registered the same way, from a module that the program imports (`--plugin MODULE`); see
 docs/howto/own-backend.md.
 """
 

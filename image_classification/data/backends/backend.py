@@ -1,4 +1,4 @@
-"""The register of backends: what `--data-backend` may name, what each one needs, and which one `auto` takes."""
+"""Registry of backends: the values of `--data-backend`, their requirements, and the choice of `auto`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Factory = TypeVar("Factory", bound=Callable[..., Loader])
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """One entry of the register.
+    """One entry of the registry.
 
     Attributes:
-        name: What `data_backend` calls it.
-        make: Makes a loader of `(manifest, planner, stage, options)`, as `PlannedLoader` takes them. A backend that
+        name: Its name in `data_backend`.
+        make: Creates a loader from `(manifest, planner, stage, options)`, like `PlannedLoader`. A backend that
             needs no data set is called with the arguments of `SyntheticLoader` instead.
-        problem: Why it cannot work on a device, with the remedy in the same line; None where it can.
-        preference: How much `auto` prefers it on a device; 0 leaves it to those who name it.
+        problem: Returns why it cannot work on a device, with the remedy in the same line, or None.
+        preference: How much `auto` prefers it on a device; 0 means only on request.
         aliases: Other spellings of the name.
-        needs_dataset: Whether it reads images; otherwise it makes them up.
+        needs_dataset: Whether it reads images; otherwise it generates them.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Backend:
     needs_dataset: bool = True
 
 
-#: Its files register their backends when they are imported.
+#: Package whose modules register their backends on import.
 _PACKAGE = __name__.rpartition(".")[0]
 _BACKENDS: dict[str, Backend] = {}
 
@@ -52,16 +52,16 @@ def register_backend(
     aliases: tuple[str, ...] = (),
     needs_dataset: bool = True,
 ) -> Callable[[Factory], Factory]:
-    """Decorator that registers a loader class, or a function that makes a loader.
+    """Decorator that registers a loader class, or a function that creates a loader.
 
-    A function may import what it needs when it is called, so that only the chosen backend is loaded.
+    A function may do its imports when it is called, so that only the chosen backend is loaded.
 
     Args:
         name: Value of `--data-backend`.
-        problem: Why it cannot work on a device; None where it can.
+        problem: Returns why it cannot work on a device, or None.
         preference: How much `auto` prefers it on a device.
         aliases: Other spellings of the name.
-        needs_dataset: Whether it reads images; otherwise it makes them up.
+        needs_dataset: Whether it reads images; otherwise it generates them.
 
     Raises:
         ValueError: The name, or an alias, is taken.
@@ -79,16 +79,16 @@ def register_backend(
 
 
 def backend_names() -> tuple[str, ...]:
-    """All that `data_backend` may be: "auto", names and other spellings."""
+    """Return all values of `data_backend`: "auto", names and aliases."""
     import_files_of(_PACKAGE)
     return (AUTO, *_BACKENDS)
 
 
 def find_backend(name: str) -> Backend:
-    """The backend of a name or of another spelling of it.
+    """Return the backend with a name or alias.
 
     Raises:
-        SettingError: There is none; the nearest name is suggested.
+        SettingError: There is no such backend; the nearest name is suggested.
     """
     import_files_of(_PACKAGE)
     check_choice("data_backend", name, _BACKENDS)
@@ -96,7 +96,7 @@ def find_backend(name: str) -> Backend:
 
 
 def choose_backend(name: str, device: torch.device) -> Backend:
-    """The backend of a name; for "auto" the most preferred one that works on the device.
+    """Return the backend with a name; for "auto" the most preferred one that works on the device.
 
     Raises:
         SettingError: There is no backend of that name.

@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 
 
 class _PlannedImages(Dataset[Decoded]):
-    """A data set whose index is a plan and whose item is a batch."""
+    """A data set indexed by plans, whose items are batches."""
 
     def __init__(self, planner: Planner, samples: BadSamples) -> None:
         self.planner = planner
@@ -28,7 +28,7 @@ class _PlannedImages(Dataset[Decoded]):
 
 
 class _Plans(Sampler[BatchPlan]):
-    """Hands the plans of the current stream to the DataLoader."""
+    """Passes the plans of the current stream to the DataLoader."""
 
     def __init__(self) -> None:
         self.current: Iterator[BatchPlan] = iter(())
@@ -38,13 +38,13 @@ class _Plans(Sampler[BatchPlan]):
 
 
 def _as_it_is(decoded: Item) -> Item:
-    """Nothing to collate: an item is a batch."""
+    """Collate function that does nothing: an item already is a batch."""
     return decoded
 
 
 @register_backend("pytorch", preference=lambda device: 1)
 class PyTorchLoader(PlannedLoader):
-    """See `PlannedLoader`. Workers start with the first batch, live until `close`, and do not end with an epoch."""
+    """See `PlannedLoader`. Workers start with the first batch and live until `close`, across epochs."""
 
     _torch_loader: DataLoader[Decoded] | None = None
     _sampler: _Plans
@@ -73,4 +73,4 @@ class PyTorchLoader(PlannedLoader):
     def close(self) -> None:
         """See `Loader.close`."""
         super().close()
-        self._torch_loader = None  # its iterator ends the workers when it is deleted
+        self._torch_loader = None  # deleting its iterator stops the workers

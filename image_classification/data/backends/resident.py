@@ -1,9 +1,9 @@
-"""The resident backend: a small set decoded once into device memory, cut and resized there.
+"""The resident backend: a small set is decoded once into device memory, then cropped and resized there.
 
-Crop, antialiased resize and flip of an image are two matrix products, W_y · image · W_xᵀ, whose rows hold the
-triangle filter of each output pixel; every image of a batch has its own pair. Rounded to whole numbers after each
-product as Pillow does, the result is Pillow's. A whole epoch is planned and moved at once, and nothing waits for the
-device.
+Crop, antialiased resize and flip of an image are two matrix products, W_y · image · W_xᵀ, whose rows hold the triangle
+filter of each output pixel; every image of a batch has its own pair. With rounding to integers after each product, as
+in Pillow, the result equals Pillow's. A whole epoch is planned and moved to the device at once, without any device
+sync.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CHUNK = 64
 
 @register_backend("resident")
 class ResidentLoader(PlannedLoader):
-    """See `PlannedLoader`. The set is decoded when the first batch is asked for, and stays until `close`.
+    """See `PlannedLoader`. The set is decoded when the first batch is requested, and stays in memory until `close`.
 
     Raises:
         SettingError: The images, each padded to the largest height and width, take more than half of the free memory.
@@ -67,7 +67,7 @@ class ResidentLoader(PlannedLoader):
             yield from self._rest_of_epoch(plan, self._canvas)
 
     def plans(self, epoch: int, step: int) -> Iterator[BatchPlan]:
-        """The rank's plans from a position on: one an epoch, of all its remaining steps."""
+        """Yield the rank's plans from a position on: one per epoch, covering all its remaining steps."""
         planner = self.planner
         for at_epoch, at_step in planner.positions(epoch, step):
             if (at_epoch, at_step) == (epoch, step) or at_step == 0:
@@ -79,14 +79,14 @@ class ResidentLoader(PlannedLoader):
                     yield planner.plan(at_epoch, at_step, ids)
 
     def _rest_of_epoch(self, whole: BatchPlan, canvas: Tensor) -> Generator[Decoded, None, None]:
-        """Cut the batches of a plan that holds all the steps to an epoch's end."""
+        """Slice the plan of an epoch's remaining steps into batches."""
         ids = whole.sample_ids
         raw_sizes = np.stack([self.manifest.heights[ids], self.manifest.widths[ids]], axis=1)
 
         def moved(column: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(column)).to(canvas.device)
 
-        # The columns of the whole epoch are on the device at once; a batch is a slice of each.
+        # The columns of the whole epoch are moved to the device at once; a batch is a slice of each.
         index, flips = moved(ids), moved(whole.flips)
         windows, sizes = moved(whole.windows.astype(np.float32)), moved(raw_sizes.astype(np.float32))
         for start in range(0, len(whole), self.batch_size):
@@ -98,7 +98,7 @@ class ResidentLoader(PlannedLoader):
             yield Decoded(plan, resample(canvas[index[rows]], windows[rows], flips[rows], sizes[rows], plan))
 
     def _decode_all(self) -> Tensor:
-        """Decode every image into the top-left corner of its own place: (num_samples, W, H, 3) uint8."""
+        """Decode every image into the top-left corner of its own canvas: (num_samples, W, H, 3) uint8."""
         height, width = self._canvas_size
         canvas = torch.zeros(
             (len(self.manifest), width, height, 3), dtype=torch.uint8, device=self.stage.device
@@ -133,21 +133,21 @@ class ResidentLoader(PlannedLoader):
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
+    """Return the number of bytes that can still be allocated on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def resample(images: Tensor, windows: Tensor, flips: Tensor, sizes: Tensor, plan: BatchPlan) -> Tensor:
-    """Cut, resize and mirror a batch as Pillow does.
+    """Crop, resize and mirror a batch as Pillow does.
 
     Args:
         images: (N, W, H, 3) uint8, columns before rows, each in the top-left corner of its canvas.
         windows: (N, 4) float32 top, left, height, width.
         flips: (N,) bool.
         sizes: (N, 2) float32 raw height and width.
-        plan: The same windows on the host, to know their bounds without waiting for the device.
+        plan: The same windows on the host, to get their bounds without a device sync.
 
     Returns:
         (N, h, w, 3) uint8.
@@ -158,7 +158,7 @@ def resample(images: Tensor, windows: Tensor, flips: Tensor, sizes: Tensor, plan
     horizontal = torch.where(flips[:, None, None], horizontal.flip(1), horizontal)
     columns = images.to(torch.float32).view(num, width, height * 3)
     with exact_float32():  # pixels must not depend on the TF32 and autocast switches of training
-        # Pillow, too, goes along the rows first and rounds in between
+        # Like Pillow, filter along the rows first and round in between.
         narrowed = _round(torch.bmm(horizontal, columns)).view(num, plan.size[1], height, 3)
         rows = narrowed.transpose(1, 2).reshape(num, height, plan.size[1] * 3)
         result = _round(torch.bmm(vertical, rows))
@@ -166,30 +166,30 @@ def resample(images: Tensor, windows: Tensor, flips: Tensor, sizes: Tensor, plan
 
 
 def _round(values: Tensor) -> Tensor:
-    """To the nearest whole number, halves up, within 0 … 255."""
+    """Round to the nearest integer, halves up, and clip to 0 … 255."""
     return values.add_(0.5).floor_().clamp_(0, 255)
 
 
 def _filter(
     start: Tensor, extent: Tensor, size: Tensor, length: int, plan: BatchPlan, *, axis: int
 ) -> Tensor:
-    """Weights of the antialiased triangle filter along one axis: (N, output, length).
+    """Compute the weights of the antialiased triangle filter along one axis: (N, output, length).
 
-    Each row sums to 1 over the pixels that the filter may see: those of the window if it is cut out first (black
-    where it leaves the image), else those of the image.
+    Each row sums to 1 over the pixels that the filter may see: those of the window if it is cropped first (black
+    outside the image), else those of the image.
     """
     num_outputs = plan.size[axis]
     device = start.device
-    # Pixels low … high − 1 cover the canvas and every window; those outside the canvas are cut off at the end.
+    # Pixels low … high − 1 cover the canvas and every window; pixels outside the canvas are cut off at the end.
     low = min(0, int(np.floor(plan.windows[:, axis].min())))
     high = max(length, int(np.ceil((plan.windows[:, axis] + plan.windows[:, axis + 2]).max())))
     # Raw pixels per output pixel (N,), centres of the output pixels in raw pixels (N, output), and half the filter's
-    # width: one output pixel, at least one raw pixel.
+    # width: one output pixel, but at least one raw pixel.
     scale = extent / num_outputs
     centres = start[:, None] + (torch.arange(num_outputs, device=device) + 0.5) * scale[:, None]
     reach = scale.clamp(min=1.0)[:, None, None]
     pixels = torch.arange(low, high, device=device)
-    # (N, output, pixel): a triangle over each centre, cut off where the filter must not see, normalised.
+    # (N, output, pixel): a triangle over each centre, zero where the filter must not reach, normalised.
     weights = (1.0 - (pixels + 0.5 - centres[:, :, None]).abs() / reach).clamp_(min=0.0)
     first, last = (start, start + extent) if plan.crop_first else (torch.zeros_like(size), size)
     seen = (pixels >= first[:, None]) & (pixels < last[:, None])

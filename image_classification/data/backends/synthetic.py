@@ -1,4 +1,4 @@
-"""The synthetic backend: one random batch, again and again. It measures what the rest of the job can do."""
+"""The synthetic backend: one random batch, repeated. It measures the speed of the rest of the job."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class SyntheticLoader(CursorLoader):
     """Yields the same batch of noise, on the device from the start.
 
     Args:
-        num_samples: Length of an epoch over all ranks.
-        num_classes: Of the random labels.
+        num_samples: Number of samples per epoch over all ranks.
+        num_classes: Number of classes of the random labels.
         size: Height and width of the images.
-        batch_size: Per rank.
-        device, memory_format: Of the images.
-        training: Drop the incomplete last batch, and let epochs follow each other.
+        batch_size: Batch size per rank.
+        device, memory_format: Device and memory format of the images.
+        training: Drop the incomplete last batch, and continue from epoch to epoch.
         multi_label: Multi-hot targets instead of a class index.
         seed, rank, world_size: The batch is a function of seed and rank.
 

@@ -1,4 +1,4 @@
-"""Layouts: how data sets lie on disk, and `open_dataset`, which recognises them.
+"""Layouts of data sets on disk, and `open_dataset`, which recognises them.
 
 | `data` | layout |
 |---|---|
@@ -8,7 +8,7 @@
 | `.tar`, `.tar.gz`, `.tar.xz`, `.tar.bz2`, `.zip` | any of these, unpacked once into the cache |
 | `shapes`, `shapes-multi` | generated images with exact masks and boxes |
 
-Each file here registers its layout by `register_layout`. A layout of your own is registered the same way, from a module
+Each file here registers its layout with `register_layout`. Custom layouts are registered the same way, from a module
 that the program imports (`--plugin MODULE`); see docs/howto/own-layout.md.
 """
 
@@ -40,19 +40,19 @@ def open_dataset(
 
     Args:
         data: See the table above; `shapes` may carry its size, `shapes:train=600,val=100,seed=1`.
-        multi_label: Give class indices as multi-hot rows; for `shapes` the same as `shapes-multi`. Sets that are
-            multi-label by nature (VOC, `shapes-multi`) are so in any case.
-        cache_dir: For unpacked archives, generated images and header scans; `default_cache_dir()` if None.
-        progress: Show bars for what takes long.
+        multi_label: Convert class indices to multi-hot rows; for `shapes` the same as `shapes-multi`. Inherently
+            multi-label sets (VOC, `shapes-multi`) are always multi-label.
+        cache_dir: Directory for unpacked archives, generated images and header scans; `default_cache_dir()` if None.
+        progress: Show progress bars for long operations.
         require_val: Whether a missing validation split is an error; without it (jobs that only read train) the
             split is then empty.
-        rescan: Look at every file for changes. Otherwise directories' times say where to look, which misses a file
-            that was overwritten in place.
-        difficult: Whether objects that VOC marks as difficult count as others do.
+        rescan: Check every file for changes. Otherwise directories' modification times decide where to look, which
+            misses a file overwritten in place.
+        difficult: Whether objects that VOC marks as difficult count like others.
 
     Raises:
-        SettingError: `difficult` for a set that marks no objects so.
-        FileNotFoundError: There is no such file or directory, or a listed file is missing.
+        SettingError: `difficult` is given for a set without such marks.
+        FileNotFoundError: The file or directory does not exist, or a listed file is missing.
         ValueError: The layout is unknown or incomplete; the message says what was found and what is expected.
     """
     cache = default_cache_dir() if cache_dir is None else cache_dir
@@ -86,7 +86,7 @@ def _open_path(root: Path, options: OpenOptions) -> Dataset:
         return _opened(layout, root, options)
     if root.is_file():
         return _open_path(archives.unpack(root, options.cache_dir, progress=options.progress), options)
-    # Archives often hold one directory above everything else.
+    # Archives often contain a single top-level directory.
     inner = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
     if len(inner) == 1:
         layout = _layout_of(inner[0])
@@ -113,7 +113,7 @@ def _layout_of(path: Path) -> Layout | None:
 
 
 def _known() -> str:
-    """The layouts that exist, for messages."""
+    """List the known layouts, for messages."""
     described = ", ".join(layout.description for layout in reversed(layouts()))
     return (
         f"known layouts: {described}, a .tar or .zip archive of one of these, or the generated `shapes` and "

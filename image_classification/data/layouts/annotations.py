@@ -1,11 +1,12 @@
 """Annotation files of Pascal VOC and of ImageNet's localisation task: boxes of objects in one XML file per image.
 
-Both use the same elements but count differently. VOC's pixels start at 1 and the last one belongs to the box, so
-(xmin, xmax) becomes the half-open [xmin − 1, xmax). ImageNet's coordinates are taken as they are, [xmin, xmax).
+Both use the same elements but count differently. VOC's pixels start at 1 and the last one belongs to the box, so (xmin,
+xmax) becomes the half-open [xmin − 1, xmax). ImageNet's coordinates are used unchanged, [xmin, xmax).
 """
 
 from __future__ import annotations
 
+import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +14,20 @@ from pathlib import Path
 
 import numpy as np
 
+from image_classification.small_files import read_text
+
+_LARGEST = 1 << 20
+
 
 @dataclass(frozen=True, eq=False)
 class Annotation:
-    """What one file says.
+    """The content of one annotation file.
 
     Attributes:
         width, height: The image's size in pixels, as annotated.
         names: Class name (VOC) or synset id (ImageNet) of each object.
         boxes: (k, 4) float32 `x0, y0, x1, y1` in raw pixels, ends exclusive.
-        difficult: (k,) bool, VOC's flag for objects that its evaluation passes over.
+        difficult: (k,) bool, VOC's flag for objects that its evaluation ignores.
     """
 
     width: int
@@ -40,17 +45,18 @@ def read_annotation(path: Path, *, one_based: bool) -> Annotation:
         one_based: VOC's convention of pixels (True) or ImageNet's (False).
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ValueError: The file is not an annotation, has no object, or has a box without area.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"the annotation {path} is missing") from None
-    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:  # neither set has them; entities can blow up
+    if not path.exists():
+        raise FileNotFoundError(f"the annotation {path} is missing")
+    # Only UTF-8 is accepted, so that the markup below cannot hide in another encoding.
+    text = read_text(path, "the annotation", _LARGEST)
+    # Neither set uses these, and entity expansion can exhaust memory.
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise ValueError(f"{path} declares a document type, which no annotation does")
     try:
-        root = ElementTree.fromstring(content)
+        root = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
         raise ValueError(f"{path} is not well-formed XML: {error}") from error
     objects = root.findall("object")
@@ -68,7 +74,7 @@ def read_annotation(path: Path, *, one_based: bool) -> Annotation:
 def read_imagenet_boxes(
     annotation_dir: Path, image_paths: Sequence[str], class_names: Sequence[str]
 ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """Boxes of ImageNet images, in the order of `image_paths`, for a `TargetTable`.
+    """Read the boxes of ImageNet images, in the order of `image_paths`, for a `TargetTable`.
 
     The file of `…/n01440764/ILSVRC2012_val_00000293.JPEG` is `ILSVRC2012_val_00000293.xml`, either directly in
     `annotation_dir` (the validation set's archive) or in its folder `n01440764/` (the training set's).
@@ -82,7 +88,7 @@ def read_imagenet_boxes(
         Per image (k, 4) float32 boxes and (k,) int64 class indices.
 
     Raises:
-        FileNotFoundError, ValueError: As `read_annotation`; also for an object of none of the classes.
+        FileNotFoundError, ValueError: As `read_annotation`; also for an object of an unknown class.
     """
     index = {name: number for number, name in enumerate(class_names)}
     boxes, classes = [], []
@@ -97,7 +103,7 @@ def read_imagenet_boxes(
 
 
 def class_indices(names: Sequence[str], index: dict[str, int], path: Path) -> np.ndarray:
-    """Class indices of objects: (k,) int64.
+    """Return the class indices of objects, (k,) int64.
 
     Raises:
         ValueError: A name is not one of the classes.
@@ -120,9 +126,12 @@ def _box(element: ElementTree.Element, path: Path, one_based: bool) -> tuple[flo
 def _number(element: ElementTree.Element, name: str, path: Path) -> float:
     text = _text(element, name, path)
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise ValueError(f"{path}: <{name.split('/')[-1]}> is {text!r}, not a number") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{path}: <{name.split('/')[-1]}> is {text[:60]!r}, not a number")
+    return value
 
 
 def _text(element: ElementTree.Element, name: str, path: Path) -> str:

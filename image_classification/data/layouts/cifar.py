@@ -1,8 +1,8 @@
 """CIFAR-10 and CIFAR-100 as published: the Python and the binary version, from the extracted archives.
 
-Both are unpacked once into class folders of lossless PNG files in the cache, so that every backend reads them like
-any other set. The Python version consists of pickles; they are read by an unpickler that admits NumPy arrays and
-byte strings and nothing else, because a pickle from elsewhere may run code.
+Both are unpacked once into class folders of lossless PNG files in the cache, so that every backend reads them like any
+other set. The Python version consists of pickles; they are read by an unpickler that accepts only NumPy arrays and byte
+strings, because a pickle of unknown origin may run code.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from image_classification.data.layouts.folders import open_folders
 from image_classification.data.layouts.layout import OpenOptions, register_layout
 from image_classification.data.progress import progress_bar
 from image_classification.plain_data import Plain
+from image_classification.small_files import read_bytes, read_text
 
 _PIXELS = 3 * 32 * 32
-#: What unpickling a damaged file raises.
+_LARGEST = 1 << 30
+#: Errors raised when unpickling a damaged file.
 _DAMAGED = (
     *(pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError),
-    *(ImportError, MemoryError, OverflowError, UnicodeError),
+    *(ImportError, MemoryError, OverflowError, UnicodeError, RecursionError),
 )
 
 
@@ -44,7 +46,7 @@ class Format:
     """One of the four published forms.
 
     Attributes:
-        name: Data set's name.
+        name: Name of the data set.
         train, test: Names of the files of each split.
         names: File with the class names.
         labels_key: Key of the labels in the Python version; None for the binary version.
@@ -72,7 +74,7 @@ FORMATS = (
 
 
 def recognise(root: Path) -> Format | None:
-    """Which published form a directory holds, by its file names."""
+    """Return the published form of a directory, judged by its file names, or None."""
     for form in FORMATS:
         if all((root / name).is_file() for name in (*form.train, *form.test, form.names)):
             return form
@@ -89,7 +91,7 @@ def open_cifar(root: Path, options: OpenOptions) -> Dataset:
     """Open a directory in one of the published forms.
 
     Raises:
-        ValueError: A file is damaged, truncated or holds what a CIFAR file does not; the message names it.
+        ValueError: A file is damaged, truncated or has unexpected content; the message names it.
     """
     form = recognise(root)
     assert form is not None
@@ -104,12 +106,18 @@ def read_split(root: Path, form: Format, files: tuple[str, ...]) -> EvaluationIm
     """Decode the files of a split.
 
     Raises:
-        ValueError: As in `open_cifar`.
+        ValueError: As for `open_cifar`.
     """
     parts = [
         _read_python(root / name, form) if form.labels_key else _read_binary(root / name, form)
         for name in files
     ]
+    counts = {name: len(part.labels) for name, part in zip(files, parts, strict=True)}
+    if (
+        len(set(counts.values())) > 1
+    ):  # all batches have the same number; only this reveals one truncated between two images
+        shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        raise ValueError(f"{root}: its files have different numbers of images ({shown}): take another copy")
     images = np.concatenate([part.images for part in parts])
     labels = np.concatenate([part.labels for part in parts])
     if len(labels) and not 0 <= labels.min() <= labels.max() < form.num_classes:
@@ -120,20 +128,22 @@ def read_split(root: Path, form: Format, files: tuple[str, ...]) -> EvaluationIm
 
 
 def read_class_names(root: Path, form: Format) -> list[str]:
-    """Class names in label order, from the set's own list."""
+    """Return the class names in label order, from the set's own list."""
     path = root / form.names
     if form.labels_key is None:
-        names = path.read_text().split()
+        names = read_text(path, "the class names").split()
     else:
         key = form.labels_key.replace("labels", "label_names") if form.num_classes == 100 else "label_names"
         names = [_text(name) for name in _load(path).get(key, [])]
-    if len(names) != form.num_classes or any("/" in name or name.startswith(".") for name in names):
+    if len(names) != form.num_classes or any(
+        "/" in name or "\0" in name or name.startswith(".") for name in names
+    ):
         raise ValueError(f"{path} does not list the {form.num_classes} class names of {form.name}")
     return names
 
 
 def _to_images(rows: np.ndarray) -> np.ndarray:
-    """(N, 3072) channel-major rows as (N, 32, 32, 3)."""
+    """Reshape (N, 3072) channel-major rows to (N, 32, 32, 3)."""
     return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
 
 
@@ -152,7 +162,7 @@ def _read_python(path: Path, form: Format) -> EvaluationImages:
 
 
 def _read_binary(path: Path, form: Format) -> EvaluationImages:
-    content = np.fromfile(path, np.uint8)
+    content = np.frombuffer(read_bytes(path, "the CIFAR file", _LARGEST), np.uint8)
     record = form.label_bytes + _PIXELS
     if not len(content) or len(content) % record:
         raise ValueError(f"{path} is truncated: {len(content):,} bytes are not a multiple of {record:,}")
@@ -163,11 +173,12 @@ def _read_binary(path: Path, form: Format) -> EvaluationImages:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Admits what the published files hold: NumPy's uint8 arrays (and Python 2 strings, which need no class)."""
+    """Accepts what the published files contain: NumPy's uint8 arrays (and Python 2 strings, which need no class)."""
 
     def find_class(self, module: str, name: str) -> object:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return np.empty(0).__reduce__()[0]  # the function of that name, wherever this NumPy keeps it
+            # The function of that name, wherever this NumPy version keeps it.
+            return np.empty(0).__reduce__()[0]
         if (module, name) == ("numpy", "ndarray"):
             return np.ndarray
         if (module, name) == ("numpy", "dtype"):
@@ -184,7 +195,7 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
 
 
 def _load(path: Path) -> Plain:
-    """The dictionary of one file of the Python version, with text keys."""
+    """Load the dictionary of a file of the Python version, with text keys."""
     try:
         with path.open("rb") as stream:
             content = _Unpickler(stream, encoding="bytes").load()

@@ -1,4 +1,4 @@
-"""Class folders: `train/<class>/…` and `val/<class>/…`, as ImageNet and the CIFAR images are kept.
+"""Class folders: `train/<class>/…` and `val/<class>/…`, as used for ImageNet and CIFAR images.
 
 Classes are the folder names in sorted order, as torchvision's `ImageFolder` numbers them, so that published weights
 fit. The validation split may be called `val`, `validation`, `valid` or `test`; the first that exists is taken.
@@ -33,7 +33,7 @@ def recognise(root: Path) -> bool:
     "folders",
     recognise=recognise,
     description="class folders train/<class>/ and val/<class>/ (ImageNet, CIFAR images)",
-    priority=-2,  # a directory of any other layout may have a train/ too
+    priority=-2,  # directories of other layouts may contain a train/ too
 )
 def open_folders(root: Path, options: OpenOptions) -> Dataset:
     """Open a directory with `train/` and a validation folder.
@@ -57,10 +57,10 @@ def open_folders(root: Path, options: OpenOptions) -> Dataset:
 
 
 def _scan_class_folders(root: Path, folder: str, split: str, options: OpenOptions) -> Manifest:
-    """The manifest of one split, `root/folder/<class>/…`.
+    """Build the manifest of one split, `root/folder/<class>/…`.
 
     Raises:
-        ValueError: No class folders, or one without images.
+        ValueError: There are no class folders, or one has no images.
     """
     directory = root / folder
     class_names = class_folders(directory)
@@ -91,7 +91,7 @@ def _scan_class_folders(root: Path, folder: str, split: str, options: OpenOption
 
 
 def class_folders(directory: Path) -> list[str]:
-    """Names of the folders in a directory, sorted; hidden ones do not count."""
+    """Return the names of the folders in a directory, sorted, without hidden ones."""
     return sorted(
         path.name for path in directory.iterdir() if path.is_dir() and not path.name.startswith(".")
     )
@@ -108,7 +108,7 @@ def _no_classes_message(directory: Path) -> str:
 
 
 def _in_classes_of(train: Manifest, val: Manifest, root: Path, folder: str) -> Manifest:
-    """The validation split with the labels of the training split; it may lack some of the classes."""
+    """Return the validation split with the labels of the training split; it may lack some of the classes."""
     if set(val.class_names) < set(train.class_names):
         shown = f"{len(val.class_names)} of the {len(train.class_names)} classes of train/"
         logger.warning("%s has %s: figures are of these alone", root / folder, shown)
@@ -134,7 +134,7 @@ def _check_same_classes(root: Path, folder: str, train: Sequence[str], val: Sequ
 
 
 def hint(root: Path) -> str | None:
-    """What keeps a directory of images from being class folders; None where nothing suggests them."""
+    """Explain why a directory of images is not a class-folder layout; None if nothing suggests one."""
     num_images = sum(is_image(path.name) for path in root.iterdir())
     if num_images:
         return (

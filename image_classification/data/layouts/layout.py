@@ -1,4 +1,4 @@
-"""The register of data set layouts: how each one is recognised and opened."""
+"""Registry of data set layouts: how each one is recognised and opened."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from image_classification.package_files import import_files_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpenOptions:
-    """How a data set is opened, whatever its layout.
+    """Options for opening a data set of any layout.
 
     Attributes:
-        name: The set's name in reports, where the layout has no better one.
-        cache_dir: For what is made once and found again: unpacked images, header scans.
-        progress: Show bars for what takes long.
+        name: The set's name in reports, if the layout has no better one.
+        cache_dir: Directory for results made once and reused: unpacked images, header scans.
+        progress: Show progress bars for long operations.
         require_val: Whether a missing validation split is an error; otherwise that split is empty.
-        rescan: Look at every file, although no directory says that it was changed.
-        difficult: Whether objects that VOC marks as difficult count; other layouts are not opened with it.
+        rescan: Check every file, even if no directory's modification time has changed.
+        difficult: Whether objects that VOC marks as difficult count; not used by other layouts.
     """
 
     name: str
@@ -37,15 +37,15 @@ Open = Callable[[Path, OpenOptions], Dataset]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One entry of the register.
+    """One entry of the registry.
 
     Attributes:
-        name: Unique among layouts.
-        description: What messages call it, as in "known layouts: …".
+        name: Unique name.
+        description: Name in messages, as in "known layouts: …".
         recognise: Whether a directory (or a single file) is of this layout; looks at names only.
         open: Opens what `recognise` accepted.
-        priority: Layouts are asked by falling priority, within one priority the latest first. Those of this package
-            are below 0.
+        priority: Layouts are tried by decreasing priority, within a priority the latest registered first. Those of this
+            package are below 0.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Layout:
     priority: int
 
 
-#: Its files register their layouts when they are imported.
+#: Package whose modules register their layouts on import.
 _PACKAGE = __name__.rpartition(".")[0]
 _LAYOUTS: dict[str, Layout] = {}
 
@@ -82,7 +82,7 @@ def register_layout(
 
 
 def layouts() -> list[Layout]:
-    """All layouts, in the order in which they are asked."""
+    """Return all layouts, in the order in which they are tried."""
     import_files_of(_PACKAGE)
     latest_first = reversed(_LAYOUTS.values())
     return sorted(latest_first, key=lambda layout: -layout.priority)

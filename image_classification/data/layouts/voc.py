@@ -1,10 +1,9 @@
 """Pascal VOC devkit (Everingham et al.): 20 classes, several per image, boxes, and masks for some images.
 
-Train is the image set `ImageSets/Main/train`, validation `Main/val`. An object marked "difficult" gives neither a
-label nor a box, since the official evaluation passes over it, unless it is asked for; an image that shows only such
-objects stays, with all labels 0. Masks come from `SegmentationClass` where an image has one (`ImageSets/Segmentation`
-lists these images): their palette indices are already this package's encoding (class index + 1 in alphabetical order,
-0 background, 255 void).
+Train is the image set `ImageSets/Main/train`, validation `Main/val`. An object marked "difficult" has neither a label
+nor a box unless requested, since the official evaluation ignores it; an image with only such objects is kept, with all
+labels 0. Masks come from `SegmentationClass`, if an image has one (`ImageSets/Segmentation` lists these images): their
+palette indices are already this package's encoding (class index + 1 in alphabetical order, 0 background, 255 void).
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from image_classification.data.manifest import Manifest
 from image_classification.data.progress import progress_bar
 from image_classification.data.scan import Headers, scan_list
 from image_classification.data.targets import TargetTable
+from image_classification.small_files import read_text
 
 CLASS_NAMES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -43,7 +43,7 @@ _SHOW_PROGRESS_FROM = 2_000
 
 
 def find_voc(root: Path) -> Path | None:
-    """The year's directory: `root` itself, or the newest `VOC20xx` below it or below its `VOCdevkit`."""
+    """Find the year's directory: `root` itself, or the newest `VOC20xx` below it or below its `VOCdevkit`."""
     for base in (root, root / "VOCdevkit"):
         for candidate in (base, *sorted(base.glob("VOC20[0-9][0-9]"), reverse=True)):
             if (candidate / "ImageSets" / "Main").is_dir() and (candidate / "JPEGImages").is_dir():
@@ -86,17 +86,17 @@ def open_voc(
 
     Args:
         root: The year's directory.
-        cache_dir: Where the scan of the headers is kept.
+        cache_dir: Directory for the header scan.
         progress: Show a bar.
         train_set, val_set: Lists in `ImageSets/Main`: "train", "val", "trainval" or, for VOC2007, "test".
-        require_val: Without it a missing validation list gives an empty split.
-        rescan: Look at every file, although no directory says that it was changed.
-        difficult: Whether objects marked "difficult" count as others do.
+        require_val: If False, a missing validation list gives an empty split.
+        rescan: Check every file, even if no directory's modification time has changed.
+        difficult: Whether objects marked "difficult" count like others.
 
     Raises:
         FileNotFoundError: A list, image or annotation is missing.
-        ValueError: A list is empty; an annotation without objects or of an unknown class; a mask of another size
-            than its image. The message names the file.
+        ValueError: A list is empty, an annotation has no objects or an unknown class, or a mask's size differs from its
+            image's. The message names the file.
     """
     read = partial(
         _open_split, root, cache_dir=cache_dir, rescan=rescan, progress=progress, difficult=difficult
@@ -155,12 +155,12 @@ def _open_split(
 
 def _read_list(root: Path, image_set: str) -> list[str]:
     path = _list_path(root, image_set)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"the image set {path} is missing: is the devkit unpacked completely?")
-    names = path.read_text().split()
+    names = read_text(path, "the image set").split()
     if not names:
         raise ValueError(f"the image set {path} is empty")
-    if any("/" in name or name.startswith(".") for name in names):
+    if any("/" in name or "\0" in name or name.startswith(".") for name in names):
         raise ValueError(f"the image set {path} is not a plain list of image names")
     return names
 
@@ -185,7 +185,7 @@ def _read_targets(
 
 
 def _mask_path(root: Path, name: str, height: int, width: int) -> str:
-    """Relative path of an image's mask, "" without one; its size must be the image's, where that is known."""
+    """Return the relative path of an image's mask, "" without one; its size must be the image's, if known."""
     path = f"SegmentationClass/{name}.png"
     if not (root / path).is_file():
         return ""

@@ -1,8 +1,8 @@
 """`shapes`, the embedded data set: generated JPEG images of varied size with exact pixel masks and boxes.
 
-It lets every command run on a fresh machine, and it has ground truth for explanations: the object alone determines the
-class, and the background is independent of it (see `render.py`). The set is a pure function of its seed; it is drawn
-once into the cache.
+It allows every command to run on a fresh machine, and it has ground truth for explanations: only the object determines
+the class, and the background is independent of it (see `render.py`). The set is a pure function of its seed; it is
+generated once, into the cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from image_classification.data.shapes.stored import Job, image_path, mask_path, 
 from image_classification.data.targets import TargetTable
 
 GENERATOR_VERSION = 1
-"""Raised whenever the drawing changes, so that no cached set of an older drawing is taken for the new one."""
+"""Raised whenever the drawing changes, so that a cached set of an older version is not reused."""
 
 SHAPES_PRESET = Preset(
     image_size=48,
@@ -36,7 +36,7 @@ SHAPES_PRESET = Preset(
 
 @dataclass(frozen=True)
 class ShapesSpec:
-    """Which set: numbers of images, seed, and whether images show one to three objects instead of one."""
+    """A generated set: number of images, seed, and whether images show one to three objects instead of one."""
 
     num_train: int = 6000
     num_val: int = 1000
@@ -59,15 +59,15 @@ class ShapesSpec:
 
 
 def is_shapes(data: str) -> bool:
-    """Whether a data argument means the generated set (a directory of that name is `./shapes`)."""
+    """Whether a data argument means the generated set (a directory of that name is written `./shapes`)."""
     return data.split(":")[0] in ("shapes", "shapes-multi")
 
 
 def parse_spec(data: str, multi_label: bool = False) -> ShapesSpec:
-    """Read `shapes`, `shapes-multi` or, with a size of one's own, `shapes:train=600,val=100,seed=1`.
+    """Parse `shapes`, `shapes-multi` or, with custom sizes, `shapes:train=600,val=100,seed=1`.
 
     Raises:
-        ValueError: An unknown setting or a value that is not a number.
+        ValueError: A setting is unknown, or a value is not a number.
     """
     name, _, settings = data.partition(":")
     fields = {"train": "num_train", "val": "num_val", "seed": "seed"}
@@ -84,13 +84,13 @@ def parse_spec(data: str, multi_label: bool = False) -> ShapesSpec:
 
 
 def open_shapes(data: str, *, multi_label: bool = False, cache_dir: Path, progress: bool = True) -> Dataset:
-    """Open the generated set, drawing it first if the cache has it not yet.
+    """Open the generated set, generating it first if it is not in the cache.
 
     Args:
         data: `shapes` or `shapes-multi`, as `parse_spec` reads them.
-        multi_label: Take the multi-label variant also for `shapes`.
-        cache_dir: Where it is kept.
-        progress: Show a bar while drawing.
+        multi_label: Use the multi-label variant also for `shapes`.
+        cache_dir: Directory of the cache.
+        progress: Show a progress bar while generating.
     """
     spec = parse_spec(data, multi_label)
     name = f"{spec.name}-v{GENERATOR_VERSION}-{spec.num_train}-{spec.num_val}-seed{spec.seed}"

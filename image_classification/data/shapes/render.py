@@ -1,10 +1,10 @@
 """Drawing the images of `shapes`: one textured object (or several) before a cluttered background.
 
-What decides the class is the pair of outline and texture of the object: each outline and each texture belongs to
-several classes, so neither is enough alone. Colours, size, position and rotation are drawn from the same
-distributions for every class. The background (gradient, noise of several scales, blobs with flat colour or with the
-objects' own textures, lines) is drawn from a random stream of its own, independent of the class. So nothing in the
-image but the object tells the class: the ground truth for explanations.
+The class is determined by the pair of outline and texture of the object: each outline and each texture belongs to
+several classes, so neither is enough alone. Colours, size, position and rotation are drawn from the same distributions
+for every class. The background (gradient, noise of several scales, blobs with flat colour or with the objects' own
+textures, lines) is drawn from a separate random stream, independent of the class. So only the object reveals the class,
+which is the ground truth for explanations.
 
 Object pixels replace background pixels, without blending: the mask is exact before JPEG compression.
 """
@@ -28,20 +28,20 @@ CLASS_NAMES = tuple(f"{texture}_{outline}" for texture, outline in CLASSES)
 TEXTURES = ("checked", "dotted", "mottled", "striped")
 
 _SHORT_SIDE = (72, 200)
-_RADIUS_ALONE = (0.31, 0.48)  # of the image's short side
+_RADIUS_ALONE = (0.31, 0.48)  # relative to the image's short side
 _RADIUS_AMONG_OTHERS = (0.18, 0.29)
-_MAX_TURN = 0.4  # of an outline, in radians; textures turn freely
-_MIN_VISIBLE = 0.75  # of each object, where several overlap
+_MAX_TURN = 0.4  # rotation of an outline, in radians; textures rotate freely
+_MIN_VISIBLE = 0.75  # visible share of each object, if several overlap
 _LUMA = np.array([0.299, 0.587, 0.114])
 
 
 class Layer(NamedTuple):
-    """An object ready to be put into an image.
+    """An object to be put into an image.
 
     Attributes:
         colours: (h, w, 3) uint8.
         inside: (h, w) bool, the pixels that belong to the object.
-        top, left: Where the layer's corner goes.
+        top, left: Position of the layer's corner.
         label: Class index.
     """
 
@@ -72,7 +72,7 @@ class ShapesImage:
 
 
 class Streams(NamedTuple):
-    """Independent random streams of one image: which classes, how the background looks, how the objects look."""
+    """Independent random streams of one image: its classes, its background, its objects."""
 
     classes: np.random.Generator
     background: np.random.Generator
@@ -80,13 +80,15 @@ class Streams(NamedTuple):
 
 
 def streams(seed: int, split: str, index: int) -> Streams:
-    """The streams of image `index` of a split: a pure function of its arguments."""
+    """Create the streams of image `index` of a split: a pure function of its arguments."""
     sequence = np.random.SeedSequence((seed, ("train", "val").index(split), index))
     return Streams(*(np.random.default_rng(child) for child in sequence.spawn(3)))
 
 
 def labels_of(seed: int, split: str, index: int, multi_label: bool) -> tuple[int, ...]:
-    """Classes in an image: one, each in turn; for multi-label sets, one to three different ones at random."""
+    """Return the classes in an image: one, each in turn; for multi-label sets, one to three different ones at
+    random.
+    """
     if not multi_label:
         return (index % len(CLASSES),)
     stream = streams(seed, split, index).classes
@@ -94,7 +96,7 @@ def labels_of(seed: int, split: str, index: int, multi_label: bool) -> tuple[int
 
 
 def render(seed: int, split: str, index: int, labels: tuple[int, ...]) -> ShapesImage:
-    """Draw image `index` of a split with objects of the given classes; later ones lie over earlier ones."""
+    """Draw image `index` of a split with objects of the given classes; later objects cover earlier ones."""
     _, background_stream, object_stream = streams(seed, split, index)
     background = draw_background(background_stream)
     quality = int(background_stream.integers(82, 96))
@@ -105,7 +107,7 @@ def render(seed: int, split: str, index: int, labels: tuple[int, ...]) -> Shapes
 
 
 def compose(background: np.ndarray, layers: list[Layer]) -> tuple[np.ndarray, np.ndarray]:
-    """Put objects before a background: the image and its mask. The background is not changed."""
+    """Put objects in front of a background and return the image and its mask. The background is not modified."""
     image = background.copy()
     mask = np.zeros(image.shape[:2], np.uint8)
     for layer in layers:
@@ -117,13 +119,13 @@ def compose(background: np.ndarray, layers: list[Layer]) -> tuple[np.ndarray, np
 
 
 def bounds(pixels: np.ndarray) -> tuple[int, int, int, int]:
-    """Tight `x0, y0, x1, y1` (ends exclusive) of the true pixels of an (H, W) array."""
+    """Return tight bounds `x0, y0, x1, y1` (ends exclusive) of the true pixels of an (H, W) array."""
     rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def place_objects(stream: np.random.Generator, size: tuple[int, int], labels: tuple[int, ...]) -> list[Layer]:
-    """Draw the objects at random places where each stays visible.
+    """Draw the objects at random positions where each stays visible.
 
     Objects are drawn again, gradually smaller, until none is covered by more than a quarter.
     """
@@ -159,7 +161,7 @@ def draw_object(stream: np.random.Generator, size: tuple[int, int], label: int, 
     u = np.cos(angle) * x + np.sin(angle) * y
     v = (np.cos(angle) * y - np.sin(angle) * x) * squeeze
     inside = OUTLINES[outline](u, v)
-    # the texture turns independently of the outline, and its grain is a share of the object
+    # The texture rotates independently of the outline, and its grain is a share of the object.
     fabric = draw_texture(stream, texture, x, y, stream.uniform(0.36, 0.56))
     colours = _shade(stream, fabric, x, y)
     return Layer(colours, inside, top, left, label)
@@ -172,7 +174,7 @@ def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     turn = np.abs((np.arctan2(v, u) + step) % (2 * step) - step)
     cross = np.array([notch * np.cos(step) - 1.0, notch * np.sin(step)])
     radius = np.hypot(u, v)
-    # the edge from (1, 0) to the notch, as a half-plane in the folded sector
+    # The edge from (1, 0) to the notch, as a half-plane in the folded sector.
     inside: np.ndarray = cross[0] * (radius * np.sin(turn)) - cross[1] * (radius * np.cos(turn) - 1.0) >= 0
     return inside
 
@@ -191,7 +193,7 @@ OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 def draw_texture(
     stream: np.random.Generator, name: str, x: np.ndarray, y: np.ndarray, grain: float
 ) -> np.ndarray:
-    """A two-valued pattern softened at its edges, (h, w) in [0, 1], over coordinates x (1, w) and y (h, 1).
+    """Draw a two-valued pattern softened at its edges, (h, w) in [0, 1], over coordinates x (1, w) and y (h, 1).
 
     Args:
         stream: Random stream for the rotation and phase.
@@ -217,13 +219,13 @@ def draw_texture(
 
 
 def smooth_noise(stream: np.random.Generator, cells: tuple[int, int], size: tuple[int, ...]) -> np.ndarray:
-    """Gaussian values on a coarse grid, enlarged bicubically to `size` (height, width): (h, w) float32."""
+    """Return Gaussian values on a coarse grid, enlarged bicubically to `size` (height, width): (h, w) float32."""
     grid = stream.standard_normal(cells, dtype=np.float32)
     return np.asarray(Image.fromarray(grid).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
 def random_colour(stream: np.random.Generator, luma: float) -> np.ndarray:
-    """A colour of the given brightness in [0, 1], any hue and moderate saturation: (3,) in [0, 255]."""
+    """Return a colour of the given brightness in [0, 1], any hue and moderate saturation: (3,) in [0, 255]."""
     colour = stream.uniform(0.15, 0.85, 3)
     colour += luma - colour @ _LUMA
     return (colour * 255).clip(0, 255)
@@ -245,7 +247,7 @@ def _shade(stream: np.random.Generator, fabric: np.ndarray, x: np.ndarray, y: np
 
 
 def draw_background(stream: np.random.Generator) -> np.ndarray:
-    """A cluttered image without an object: (H, W, 3) uint8 of random size. It does not depend on the class."""
+    """Draw a cluttered image without an object: (H, W, 3) uint8 of random size. It does not depend on the class."""
     short = int(stream.integers(_SHORT_SIDE[0], _SHORT_SIDE[1] + 1))
     long = int(short * stream.uniform(1.0, 1.5))
     size = (short, long) if stream.random() < 0.75 else (long, short)
@@ -260,7 +262,7 @@ def draw_background(stream: np.random.Generator) -> np.ndarray:
 
 
 def _noise_and_gradient(stream: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """A gradient between two colours under noise of five scales: (H, W, 3) float32."""
+    """Draw a gradient between two colours under noise of five scales: (H, W, 3) float32."""
     y = np.linspace(-0.5, 0.5, size[0], dtype=np.float32)[:, None]
     x = np.linspace(-0.5, 0.5, size[1], dtype=np.float32)[None, :]
     angle = stream.uniform(0, 2 * np.pi)

@@ -1,9 +1,9 @@
-"""Writing the images of `shapes` to disk, several processes at a time.
+"""Writing of the images of `shapes` to disk by several processes.
 
-Drawing is many small NumPy calls, which threads cannot share; and a pool of `multiprocessing` would import the
-caller's main module (with torch in it) once per worker. So each worker is this module run as a program,
-`python -m image_classification.data.shapes.stored JOB`, which needs NumPy and Pillow only; it draws every n-th
-image and reports on stdout.
+Drawing consists of many small NumPy calls, which threads cannot parallelise, and a `multiprocessing` pool would import
+the caller's main module (with torch in it) once per worker. So each worker is this module run as a program, `python -m
+image_classification.data.shapes.stored JOB`, which needs only NumPy and Pillow; it draws every n-th image and reports
+on stdout.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from image_classification.data.shapes.render import CLASS_NAMES, labels_of, rend
 from image_classification.data.workers import num_cores
 
 _MAX_WORKERS = 8
-ALONE_BELOW = 400  # images that one process draws before others would have started
+ALONE_BELOW = 400  # number of images below which one process is faster than starting others
 _REPORT_EVERY = 20
 
 
@@ -35,8 +35,8 @@ class Job:
     """The share of one worker.
 
     Attributes:
-        directory: Where everything is written.
-        num_train, num_val: Images per split.
+        directory: Output directory.
+        num_train, num_val: Number of images per split.
         seed: Seed of the whole set.
         multi_label: One to three objects per image instead of one.
         worker, num_workers: This worker draws the images `worker`, `worker + num_workers`, …
@@ -57,34 +57,34 @@ class Job:
                 yield split, index
 
     def part(self, split: str, worker: int) -> Path:
-        """File with what a worker notes about its images of a split."""
+        """Return the file with a worker's notes on its images of a split."""
         return Path(self.directory) / f"part-{split}-{worker}.npz"
 
 
 def image_path(split: str, index: int, labels: tuple[int, ...], multi_label: bool) -> str:
-    """Path of an image relative to the set's directory; single-label images lie in class folders."""
+    """Return the path of an image relative to the set's directory; single-label images are in class folders."""
     folder = split if multi_label else f"{split}/{CLASS_NAMES[labels[0]]}"
     return f"{folder}/{index:06d}.jpg"
 
 
 def mask_path(path: str) -> str:
-    """Path of the mask that belongs to an image."""
+    """Return the path of the mask of an image."""
     return f"masks/{path.removesuffix('.jpg')}.png"
 
 
 def write_all(job: Job, advance: Callable[[int], None]) -> dict[str, dict[str, np.ndarray]]:
-    """Draw and write all images and masks, with as many processes as are worth it.
+    """Draw and write all images and masks, with as many processes as pay off.
 
     Args:
         job: The whole set, as the share of a single worker.
-        advance: Told how many images have been finished.
+        advance: Called with the number of finished images.
 
     Returns:
         For each split, in order of the images' index: `sizes` (N, 2), `digests` (N,), `box_counts` (N,), and the
         rows `boxes` (K, 4) and `box_classes` (K,).
 
     Raises:
-        RuntimeError: A worker failed; with what it said.
+        RuntimeError: A worker failed; the message has its output.
     """
     _make_folders(job)
     num_workers = min(num_cores(), _MAX_WORKERS)

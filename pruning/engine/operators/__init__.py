@@ -1,8 +1,8 @@
-"""What each ATen operator does to channel labels.
+"""Label rules: the effect of each ATen operator on channel labels.
 
-Data movement acts on the label arrays literally; element-wise operators unite what they bring together;
-contractions consume the labels of the contracted dimension and pass the others on; statistics over channels
-and operators that are not listed freeze what they touch, with the reason.
+Data movement acts on the label arrays literally; element-wise operators unite what they bring together; contractions
+consume the labels of the contracted dimension and pass the others on; statistics over channels and operators that are
+not listed freeze what they touch, with the reason.
 """
 
 # Importing a module of rules registers them.

@@ -13,7 +13,7 @@ from pruning.engine.operators.register import (
     pointwise,
     tensor_arguments,
 )
-from pruning.engine.tracing import Operation
+from pruning.engine.traces import Operation
 
 operator("clone alias detach", keeps_offsets=always)(pointwise)
 operator("mul mul_", constants=unknowns.product)(pointwise)

@@ -1,7 +1,7 @@
-"""Operators that read or write positions which another tensor names: table look-ups, gathers, scatters.
+"""Operators that read or write positions given by another tensor: table look-ups, gathers, scatters.
 
-What is named is a fixed number of positions, so labels along those dimensions stay. Labels along the others pass: the
-index of a `gather` may repeat along channels, and then it is as wide as they are.
+The index gives a fixed number of positions, so labels along the indexed dimensions stay. Labels along the others pass
+through: the index of a `gather` may repeat along channels, and is then as wide as they are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from pruning.engine.labeller import Labeller, along
 from pruning.engine.labels import Slot, Value
 from pruning.engine.operators.register import arguments, operator, unknown, within, wrap
-from pruning.engine.tracing import Operation, Ref
+from pruning.engine.traces import Operation, Ref
 
 
 def _reason(run: Labeller, operation: Operation) -> str:
@@ -115,13 +115,13 @@ def put(run: Labeller, operation: Operation) -> Value | list[Value]:
 
 
 class _Layout:
-    """Where the dimensions of a tensor lie after it was indexed.
+    """The positions of a tensor's dimensions after indexing.
 
     Args:
-        rank: Dimensions that all indices together make.
-        consumed: Dimensions of the tensor that they take the place of.
-        front: Where theirs begin.
-        num_dims: Dimensions of the tensor.
+        rank: Number of dimensions that all indices together produce.
+        consumed: Dimensions of the tensor that they replace.
+        front: Position of the first of the new dimensions.
+        num_dims: Number of dimensions of the tensor.
     """
 
     def __init__(self, rank: int, consumed: tuple[int, ...], front: int, num_dims: int) -> None:
@@ -132,7 +132,7 @@ class _Layout:
 
     @classmethod
     def of(cls, run: Labeller, operation: Operation, num_dims: int) -> _Layout | None:
-        """The layout of an `index`; None where an index carries labels itself."""
+        """Return the layout of an `index`; None where an index carries labels itself."""
         dim, rank = 0, 0
         consumed: list[int] = []
         for ref in operation.args[1]:
@@ -150,20 +150,20 @@ class _Layout:
         return cls(rank, tuple(consumed), consumed[0] if together else 0, num_dims)
 
     def after(self, dim: int) -> int:
-        """Where one of the other dimensions lies afterwards."""
+        """Return the position after indexing of a dimension that is not indexed."""
         before = sum(d < dim for d in self.consumed)
         place = dim - before
         return place if place < self.front else place + self.rank
 
     def moved(self, slot: Slot) -> Slot:
-        """A slot that does not vary along what is consumed, as the result carries it."""
+        """Return a slot that does not vary along the indexed dimensions in the layout of the result."""
         sizes = [1] * (self._num_dims - len(self.consumed) + self.rank)
         for dim in self._others():
             sizes[self.after(dim)] = slot.shape[dim]
         return slot.reshape(sizes)
 
     def restored(self, slot: Slot) -> Slot:
-        """The reverse of `moved`."""
+        """Invert `moved`."""
         sizes = [1] * self._num_dims
         for dim in self._others():
             sizes[dim] = slot.shape[self.after(dim)]

@@ -21,7 +21,7 @@ from pruning.engine.operators.register import (
     note_size,
     operator,
 )
-from pruning.engine.tracing import Operation
+from pruning.engine.traces import Operation
 
 
 def normalise_kept(func: OpOverload, args: Args, kwargs: Kwargs, kept: np.ndarray) -> Outputs:

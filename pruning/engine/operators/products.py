@@ -21,7 +21,7 @@ from pruning.engine.operators.register import (
     within,
 )
 from pruning.engine.operators.windows import kept_windows, slide
-from pruning.engine.tracing import Operation, Ref
+from pruning.engine.traces import Operation, Ref
 
 
 @operator("mm addmm bmm baddbmm", constants=unknowns.matrix_product)
@@ -54,7 +54,7 @@ def dotted(run: Labeller, operation: Operation) -> Value:
 
 
 def _origin(run: Labeller, ref: object) -> str | None:
-    """The parameter that a factor is, or was made of (transposed, standardised, normalised)."""
+    """Return the parameter that a factor is, or was computed from (transposed, standardised, normalised)."""
     return next(origins(run.trace, ref.value), None) if isinstance(ref, Ref) else None
 
 
@@ -99,7 +99,7 @@ def contract(
 def _consume(
     run: Labeller, operation: Operation, a: Value, b: Value
 ) -> tuple[tuple[Slot, ...], tuple[Slot, ...]]:
-    """Unite the labels of both factors along the contracted dimension 2; what stays of each."""
+    """Unite the labels of both factors along the contracted dimension 2; return the remaining slots of each."""
     slot_a, slot_b = a.slot_at(2), b.slot_at(2)
     where = run.describe(operation)
     if slot_a is None or slot_b is None:
@@ -179,7 +179,7 @@ def linear(run: Labeller, operation: Operation) -> Value:
 
 
 def _window(named: Mapping[str, Any], dim: int) -> tuple[int, int, int] | None:
-    """The window of a convolution of one channel along a dimension of its input."""
+    """Return the window of a single-channel convolution along a dimension of its input."""
     weight = tuple(named["weight"].shape)
     if dim < 2 or named.get("transposed") or weight[:2] != (1, 1):
         return None
@@ -226,7 +226,7 @@ def convolution(run: Labeller, operation: Operation) -> Value:
 
 
 def _rows_or_columns(run: Labeller, operation: Operation, weight: Value) -> Value:
-    """Labels of a weight, none of them along its kernel. What was made of a flat tensor loses rows or columns."""
+    """Return the labels of a weight, none along its kernel. A weight made from a flat tensor loses rows or columns."""
     kernel = range(2, len(weight.shape))
     reason = f"{run.describe(operation)} has it as the size of its kernel"
     slots = []
@@ -237,7 +237,7 @@ def _rows_or_columns(run: Labeller, operation: Operation, weight: Value) -> Valu
 
 
 def _taken_apart(run: Labeller, operation: Operation, x: Value, weight: Value) -> tuple[Value, list[Slot]]:
-    """What is labelled by channel, image or a dimension that the kernel leaves alone, and what it slides over."""
+    """Return x without the labels that the kernel slides over, and those labels after the slide."""
     named = {**arguments(operation), "weight": weight}
     slots = list(x.slots)
     slid = []
@@ -273,7 +273,7 @@ def _of_any_width(run: Labeller, ref: Ref, dim: int = 1) -> np.ndarray:
 
 
 def by_blocks(run: Labeller, operation: Operation, incoming: np.ndarray, groups: int) -> bool:
-    """Whether whole groups go (finer when there are many) or the same position of every group."""
+    """Whether whole groups are removed (finer if there are many), or the same position of every group."""
     width = incoming.size // groups
     if width == 1:
         return True
@@ -282,7 +282,7 @@ def by_blocks(run: Labeller, operation: Operation, incoming: np.ndarray, groups:
 
 
 def _whole_groups(run: Labeller, operation: Operation, heads: np.ndarray, columns: np.ndarray) -> None:
-    """Whole groups are removed: their width stays, and their number follows."""
+    """Remove whole groups: their width stays, and their number follows."""
     run.table.freeze(columns, f"the width of the groups of {operation.module!r}, which loses whole groups")
     run.group_counts.append((operation.module, "groups", heads))
     note_size(run, operation, heads)

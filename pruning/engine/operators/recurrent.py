@@ -9,7 +9,7 @@ import numpy as np
 from pruning.engine.labeller import Labeller, along, origins
 from pruning.engine.labels import Value
 from pruning.engine.operators.register import arguments, operator
-from pruning.engine.tracing import Operation, Ref
+from pruning.engine.traces import Operation, Ref
 
 
 @operator("mkldnn_rnn_layer")

@@ -21,7 +21,7 @@ from pruning.engine.operators.register import (
     unknown,
     wrap,
 )
-from pruning.engine.tracing import Operation, Trace
+from pruning.engine.traces import Operation, Trace
 
 
 @operator("sum nansum")

@@ -1,13 +1,13 @@
 """The register of operators: one record each, and what the rules share.
 
-An operator is taught in one place:
+An operator is defined in one place:
 
     @operator("mean", statistics=KEPT, keeps_offsets=averages_positions)
     @operator("amax amin var std", statistics=KEPT)
     def statistic(run, operation): ...
 
 The decorated function is its label rule; the rest is optional (see `Operator`). `register_operator` does the same for
-operators of other libraries. What kind an operator is, which attribution needs to know too, stands in
+operators of other libraries. The kinds of operators, which attribution needs too, are in
 `image_classification/models/operators.py`.
 """
 
@@ -27,7 +27,7 @@ from image_classification.models.running import Args, Kwargs, Outputs
 from pruning.engine.labeller import Labeller, Rule, SizeUse, is_pointwise, operation_name
 from pruning.engine.labels import Slot, Value, support
 from pruning.engine.operators.unknowns import ConstantRule, elementwise
-from pruning.engine.tracing import Operation, Ref, Trace
+from pruning.engine.traces import Operation, Ref, Trace
 
 #: (operator, arguments, keyword arguments, bool array that broadcasts to the input: what stays) → result.
 KeptRule = Callable[[OpOverload, Args, Kwargs, np.ndarray], Outputs]
@@ -37,10 +37,10 @@ OffsetRule = Callable[[Trace, Operation, int], bool]
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """How statistics over channels are taken over those that are kept.
+    """The computation of statistics over the kept channels.
 
     Attributes:
-        family: Name of the operators that are counted together in a pass, to find this one again.
+        family: Name of the operators that are counted together in a pass, which identifies a single call.
         over_kept: Computes the operator from the kept elements alone.
     """
 
@@ -50,14 +50,13 @@ class Statistics:
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """What the engine knows of an operator.
+    """The engine's record of an operator.
 
     Attributes:
-        label: What it does to channel labels.
-        statistics: How its statistics over channels follow when channels leave; None: it takes none.
-        constants: What comes of inputs of which some elements are unknown (NaN); None: NaN goes where PyTorch
-            carries it.
-        keeps_offsets: Whether a constant that is added to every channel of its first input is added to its result.
+        label: Its label rule.
+        statistics: The computation of its statistics over the kept channels; None: it takes none.
+        constants: Its result on inputs with unknown elements (NaN); None: NaN propagates as in PyTorch.
+        keeps_offsets: Whether a constant added to every channel of its first input is added to its result.
     """
 
     label: Rule
@@ -122,13 +121,13 @@ def register_operator(
     nonnegative: bool = False,
     bounded: bool = False,
 ) -> None:
-    """Teach an operator of another library to the engine and to the attribution methods.
+    """Register an operator of another library with the engine and the attribution methods.
 
     Args:
         operator: `torch.ops.mylib.scale.default`, or `torch.ops.mylib.scale` for all its overloads.
         label: `(run, operation)` → labels of its outputs: a `Value`, or a list of one for each output. May be left out
             for a pointwise operator that takes no vectors: it unites the labels of all tensors that it takes.
-        kind: What it does to a signal, which is how attribution treats it: "linear" (sums, averages, maxima),
+        kind: Its effect on a signal, which decides how attribution treats it: "linear" (sums, averages, maxima),
             "pointwise", "normalisation", "movement" or "other". Attribution differentiates linear operators and
             movements: give them a backward pass.
         statistics: `(operator, args, kwargs, kept)` → its result from the kept channels alone, for a label rule that
@@ -185,12 +184,12 @@ def _enter(operator: OpOverload | OpOverloadPacket, record: Operator) -> None:
 
 
 def operator_named(name: str) -> Operator | None:
-    """The record of an operator by the name that `operation_name` gives it."""
+    """Return the record of an operator by the name that `operation_name` gives it."""
     return _BY_NAME.get(name)
 
 
 def label_rule(func: OpOverload) -> Rule:
-    """The label rule of an operator: its own, or that of all element-wise ones, or that of unknown ones."""
+    """Return the label rule of an operator: its own, the element-wise one, or the one for unknown operators."""
     if func in OPERATORS:
         return OPERATORS[func].label
     if func._schema.name in _ELSEWHERE:
@@ -199,7 +198,7 @@ def label_rule(func: OpOverload) -> Rule:
 
 
 def keeps_offset(trace: Trace, operation: Operation, value: int) -> bool:
-    """Whether a constant that is added to every channel of a value is added to the operation's first output too."""
+    """Whether a constant added to every channel of a value is added to the operation's first output too."""
     record = OPERATORS.get(operation.func)
     if record is None or record.keeps_offsets is None or operation.args[0] != Ref(value):
         return False
@@ -207,12 +206,12 @@ def keeps_offset(trace: Trace, operation: Operation, value: int) -> bool:
 
 
 def arguments(operation: Operation) -> Kwargs:
-    """All arguments by their schema name, defaults filled in."""
+    """Return all arguments by their schema name, with defaults filled in."""
     return named_arguments(operation.func, operation.args, operation.kwargs)
 
 
 def named_arguments(func: OpOverload, args: Sequence[object], kwargs: Kwargs) -> Kwargs:
-    """Arguments of a call by their schema name, defaults filled in."""
+    """Return the arguments of a call by their schema name, with defaults filled in."""
     schema = func._schema.arguments
     bound = {argument.name: argument.default_value for argument in schema}
     for argument, value in zip(schema, args, strict=False):
@@ -222,19 +221,19 @@ def named_arguments(func: OpOverload, args: Sequence[object], kwargs: Kwargs) ->
 
 
 def wrap(dim: int, rank: int) -> int:
-    """A dimension counted from the front."""
+    """Return a dimension counted from the front."""
     return dim + rank if dim < 0 else dim
 
 
 def dim_list(dims: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
-    """Dimensions counted from the front; all of them for None or an empty list."""
+    """Return dimensions counted from the front; all of them for None or an empty list."""
     if dims is None or (not isinstance(dims, int) and len(dims) == 0):
         return tuple(range(rank))
     return tuple(wrap(dim, rank) for dim in ([dims] if isinstance(dims, int) else dims))
 
 
 def note_size(run: Labeller, operation: Operation, atoms: np.ndarray, dim: int = 0) -> SizeUse:
-    """Remember that `atoms.shape[dim]` stands among the operator's arguments as a number."""
+    """Record that one of the operator's arguments is the number `atoms.shape[dim]`."""
     use = SizeUse(operation.module, operation.stack, operation_name(operation.func), atoms, dim)
     run.size_uses.append(use)
     return use
@@ -254,21 +253,21 @@ def unknown(run: Labeller, operation: Operation) -> list[Value]:
 
 
 def tensor_arguments(operation: Operation) -> list[Ref]:
-    """Every tensor among the arguments, nested ones too."""
+    """Return every tensor among the arguments, nested ones too."""
     leaves = tree_leaves((operation.args, operation.kwargs))
     return [leaf for leaf in leaves if isinstance(leaf, Ref)]
 
 
 def as_channel(vector: Value, rank: int, dim: int = 1) -> Value:
-    """A vector of per-channel parameters, seen as a tensor that varies along `dim`."""
+    """Return a vector of per-channel parameters as a tensor that varies along `dim`."""
     shape = tuple(vector.shape[0] if d == dim else 1 for d in range(rank))
     return Value(shape, tuple(slot.reshape(shape) for slot in vector.slots if slot.size == vector.shape[0]))
 
 
 def within(run: Labeller, x: Value, dims: Sequence[int], reason: str) -> tuple[Slot, ...]:
-    """Labels of a tensor whose positions along `dims` are mixed or told apart by number: those that stay.
+    """Return the slots that remain of a tensor whose positions along `dims` are mixed or addressed by number.
 
-    What is labelled along these dimensions alone is frozen; what is labelled along others too goes as a whole.
+    Labels along these dimensions alone are frozen; labels that also vary along others are removed as a whole.
     """
     slots = []
     for slot in x.slots:
@@ -280,5 +279,5 @@ def within(run: Labeller, x: Value, dims: Sequence[int], reason: str) -> tuple[S
 
 
 def all_dims(shape: tuple[int, ...]) -> frozenset[int]:
-    """The dimensions along which a tensor extends."""
+    """Return the dimensions along which a tensor extends."""
     return frozenset(dim for dim, size in enumerate(shape) if size > 1)

@@ -7,7 +7,7 @@ import numpy as np
 from pruning.engine.labeller import Labeller, aligned, along, operation_name
 from pruning.engine.labels import Slot, Value, matching_dims, reshape_slot
 from pruning.engine.operators.register import arguments, note_size, operator, unknown, wrap
-from pruning.engine.tracing import Operation
+from pruning.engine.traces import Operation
 
 #: See `matching_dims`.
 Runs = list[tuple[list[int], list[int]]]

@@ -9,8 +9,15 @@ import numpy as np
 from pruning.engine.labeller import Labeller, along
 from pruning.engine.labels import Slot, Value, compress, support
 from pruning.engine.operators import unknowns
-from pruning.engine.operators.register import all_dims, arguments, dim_list, note_size, operator, wrap
-from pruning.engine.tracing import Operation
+from pruning.engine.operators.register import (
+    all_dims,
+    arguments,
+    dim_list,
+    note_size,
+    operator,
+    wrap,
+)
+from pruning.engine.traces import Operation
 
 
 @operator("select select_copy")

@@ -13,7 +13,7 @@ from pruning.engine.labels import Slot, Value, support
 from pruning.engine.operators import unknowns
 from pruning.engine.operators.register import always, arguments, dim_list, elsewhere, operator, within
 from pruning.engine.operators.windows import kept_windows, slide
-from pruning.engine.tracing import Operation, Trace
+from pruning.engine.traces import Operation, Trace
 
 
 def pads_nothing(trace: Trace, operation: Operation, value: int) -> bool:

@@ -1,7 +1,7 @@
-"""What comes of inputs that are partly unknown: operators on tensors in which NaN means "depends on the image".
+"""Operators on partly unknown inputs: tensors in which NaN means "depends on the image".
 
-Most operators carry NaN on by themselves. Here are those in which a zero makes its partner irrelevant (0 · unknown is
-0), and those in which NaN would get lost.
+Most operators propagate NaN by themselves. This module holds those in which a zero makes its partner irrelevant (0 ·
+unknown is 0), and those in which NaN would be lost.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class NotFollowedError(ValueError):
 
 
 def carried(func: OpOverload, args: Args, kwargs: Kwargs) -> Outputs:
-    """NaN goes where PyTorch carries it.
+    """Propagate NaN as PyTorch does.
 
     Raises:
-        NotFollowedError: The result cannot show that it came of unknown values: whole numbers, booleans.
+        NotFollowedError: The result cannot represent unknown values: integers, booleans.
     """
     anything = bool(
         _unknown_masks((args, kwargs))
@@ -46,7 +46,7 @@ def carried(func: OpOverload, args: Args, kwargs: Kwargs) -> Outputs:
 
 
 def elementwise(func: OpOverload, args: Args, kwargs: Kwargs) -> Outputs:
-    """Unknown wherever any operand is, whatever PyTorch makes of NaN there."""
+    """Compute element-wise; the result is unknown wherever any operand is, even if PyTorch drops the NaN."""
     masks = _unknown_masks((args, kwargs))
     result = carried(func, args, kwargs)
     if masks and isinstance(result, Tensor):
@@ -58,12 +58,12 @@ def elementwise(func: OpOverload, args: Args, kwargs: Kwargs) -> Outputs:
 
 
 def with_positions(func: OpOverload, args: Args, kwargs: Kwargs) -> Outputs:
-    """As PyTorch has it: the whole-number results are positions that only the operator's own backward pass reads."""
+    """Compute the operator as PyTorch does: its integer results are positions that only its own backward pass reads."""
     return func(*args, **kwargs)
 
 
 def _unknown_masks(arguments: object) -> list[Tensor]:
-    """Where tensors among arguments are unknown: a boolean tensor for each that is so anywhere."""
+    """Return a boolean mask of the unknown elements for each tensor among the arguments that has any."""
     masks = []
     for leaf in tree_leaves(arguments):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
@@ -77,7 +77,7 @@ def _unknown_masks(arguments: object) -> list[Tensor]:
 
 
 def _bilinear(contract: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, spread: Tensor) -> Tensor:
-    """A contraction of a and b; unknown wherever something unknown meets something other than zero.
+    """Contract a and b; the result is unknown wherever an unknown element meets one other than zero.
 
     `spread` marks further entries of a whose product counts as unknown.
     """

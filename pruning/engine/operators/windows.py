@@ -17,7 +17,7 @@ from image_classification.models.running import Args, Kwargs
 from pruning.engine.labeller import Labeller
 from pruning.engine.labels import Slot, Value, support
 from pruning.engine.operators.register import OPERATORS, Statistics, named_arguments
-from pruning.engine.tracing import Operation
+from pruning.engine.traces import Operation
 
 #: (arguments by name, dimension of the input) → (extent of the window, stride, padding before); None: no such window.
 Geometry = Callable[[Kwargs, int], "tuple[int, int, int] | None"]
@@ -26,11 +26,11 @@ Geometry = Callable[[Kwargs, int], "tuple[int, int, int] | None"]
 def slide(
     run: Labeller, operation: Operation, x: Value, slot: Slot, window: tuple[int, int, int] | None
 ) -> Slot | None:
-    """Labels after a window went over channels, one step at a time; None where that cannot be followed.
+    """Return the labels after a window slid over channels with stride 1; None if that cannot be followed.
 
     Args:
         x: Labels of the operator's input.
-        slot: Those of the dimension that the window goes along.
+        slot: Labels of the dimension that the window slides along.
         window: Its extent, stride and the padding before.
     """
     dims = support(slot)

@@ -1,4 +1,4 @@
-"""Writing through views: what a tensor's labels are after a part of it was overwritten."""
+"""Writes through views: the labels of a tensor after a part of it was overwritten."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from pruning.engine.labeller import Labeller, along, operation_name
 from pruning.engine.labels import Value, compress, support
 from pruning.engine.operators.register import note_size
-from pruning.engine.tracing import Operation, ViewStep
+from pruning.engine.traces import Operation, ViewStep
 
 _OTHER_NAMES = frozenset({"detach", "alias", "view_as"})  # the same tensor as another object
 
@@ -51,7 +51,7 @@ def _write(
 
 
 def _positions(whole: Value, chain: tuple[ViewStep, ...]) -> Tensor:
-    """Where in the flattened tensor each number lies that a chain of views shows."""
+    """Return the position in the flattened tensor of each element that a chain of views shows."""
     viewed = torch.arange(math.prod(whole.shape)).reshape(whole.shape)
     for step in chain:
         kwargs = {key: value for key, value in step.kwargs.items() if key != "_position"}
@@ -61,7 +61,7 @@ def _positions(whole: Value, chain: tuple[ViewStep, ...]) -> Tensor:
 
 
 def _dim_along(whole: Value, viewed: Tensor, dim: int) -> int:
-    """The dimension of a view that goes along one of the tensor behind it; -1 where several or none do."""
+    """Return the dimension of a view that follows one of its base tensor; -1 if several or none do."""
     where = np.unravel_index(viewed.numpy(), whole.shape)[dim]
     varying = [d for d in range(where.ndim) if (where != where.take([0], axis=d)).any()]
     return varying[0] if len(varying) == 1 else -1

@@ -1,8 +1,8 @@
-"""Whole numbers that modules hold and that stand for widths: which they are, and what they tie together.
+"""Integer attributes of modules that are widths: how they are found, and which channels they tie together.
 
-A `forward` that views, splits or pads by `self.width` breaks when the width changes, unless the number follows.
-Which number is meant can't be seen: the operators were given its value. So numbers are matched by value, within
-the module that ran the operator, and trials tell whether that was right.
+A `forward` that views, splits or pads by `self.width` breaks when the width changes, unless the number follows. Which
+attribute is used cannot be observed, since operators only receive its value. So attributes are matched by value, within
+the module that ran the operator, and trials show whether the match is right.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def hidden_widths(model: nn.Module, labeller: Labeller, graph: ChannelGraph) -> 
 
 
 def public(attribute: str) -> str:
-    """The name of an attribute that a private copy of it would share."""
+    """Return the public name that a private copy of an attribute shares."""
     return attribute.lstrip("_")
 
 
@@ -76,7 +76,7 @@ def _holds_images(use: SizeUse, units: np.ndarray) -> bool:
 def _split_lists(
     modules: dict[str, nn.Module], labeller: Labeller, graph: ChannelGraph
 ) -> list[AttributeAxis]:
-    """Lists that hold the sizes of all parts of a split, in order."""
+    """Return the lists that hold the sizes of all parts of a split, in order."""
     found: dict[tuple[str, str, int], AttributeAxis] = {}
     for parts in labeller.splits:
         name = parts[0].module

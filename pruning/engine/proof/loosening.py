@@ -1,4 +1,4 @@
-"""Other ways of coupling, before anything is tried: those that free channels which the usual way ties or freezes."""
+"""Alternative couplings, chosen before any trial: those that free channels which the default ties or freezes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ BLOCKWISE = frozenset({"blocks", "positions", "heads", "dims", "longest", "short
 
 
 def loosened(case: Case) -> Policy:
-    """Other couplings for operators that tie or freeze their channels, where that frees some.
+    """Return alternative couplings for operators that tie or freeze their channels, where that frees some.
 
-    Those of a class of modules are tried together, since what is right in one is right in all.
+    The operators of a class of modules are tried together, since a coupling that is right in one is right in all.
     """
 
     def built(policy: Policy) -> tuple[Labeller, ChannelGraph]:
@@ -56,12 +56,12 @@ def loosened(case: Case) -> Policy:
 
 
 def freedom(graph: ChannelGraph) -> int:
-    """How many units could be removed."""
+    """Return the number of units that could be removed."""
     return sum(group.width - 1 for group in graph.prunable)
 
 
 def _attempts(model: nn.Module, stuck: dict[str, Choice]) -> list[Policy]:
-    """Choices to flip: all; those of each class of modules; the first, second, … of each class."""
+    """Return sets of choices to flip: all; those of each class of modules; the first, second, … of each class."""
     together: Policy = {}
     by_class: dict[type, Policy] = {}
     by_place: dict[tuple[type, int], Policy] = {}
@@ -80,7 +80,7 @@ def _attempts(model: nn.Module, stuck: dict[str, Choice]) -> list[Policy]:
 
 
 def _choices_of_the_stuck(labeller: Labeller, graph: ChannelGraph) -> dict[str, Choice]:
-    """Choices that touch groups which cannot be cut though they are not outputs."""
+    """Return the choices that touch groups which cannot be cut though they are not outputs."""
     stuck = {group.index for group in graph.groups if _is_stuck(group)}
     found = {}
     for key, choice in labeller.choices.items():

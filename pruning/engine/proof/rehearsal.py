@@ -1,8 +1,8 @@
-"""The stage on which groups are tried: well-conditioned weights, and the masked network as the reference.
+"""The setting of the trials: well-conditioned weights, and the masked network as the reference.
 
 A fresh network says little about its wiring: vectors that are all zero or all equal hide permutations and dead
-branches, and activations may fade away with depth. A rehearsal therefore runs on copies of the weights that
-tell channels apart; the network's own come back untouched.
+branches, and activations may fade away with depth. A rehearsal therefore runs on substitute weights that tell channels
+apart; the network's own are restored untouched.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from pruning.engine.cutting import tensor_cuts
 from pruning.engine.examples import Example, Pass
 from pruning.engine.kept_state import attributes_kept
 from pruning.engine.kept_statistics import StatisticsOverKept
+from pruning.engine.named_tensors import named_tensors
 from pruning.engine.stand_ins import stand_ins
-from pruning.engine.tracing import named_tensors, set_trace_mode
+from pruning.engine.undisturbed import set_trace_mode
 
 _TABLE_LENGTH = 65_537  # a prime, so that no two rows of a weight repeat each other
 

@@ -1,8 +1,8 @@
-"""What is done about a trial that fails: a list of remedies, tried in order for every kind of module.
+"""Remedies for a failed trial, tried in order for every kind of module.
 
-A failure is seen in a module, but what is right in one module is right in all of its kind, so remedies are for
-kinds. Each takes a *measure*, and the graph is built with all measures taken so far. In the end each measure has
-to show that it is needed (`verification.py`).
+A failure occurs in a module, but a remedy that is right for one module is right for all of its kind, so remedies apply
+to kinds. Each takes a *measure*, and the graph is built with all measures taken so far. In the end measures that turn
+out not to be needed are dropped (`verification.py`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from pruning.engine.coupling import as_units
 from pruning.engine.groups import Member
 from pruning.engine.labeller import Labeller, Policy
 from pruning.engine.native_layers import is_native
+from pruning.engine.proof.agreement_of_runs import Failure
 from pruning.engine.proof.hidden_widths import public, tie_shapes, tie_widths
 from pruning.engine.proof.loosening import BLOCKWISE, FLIPPED
-from pruning.engine.proof.trial import Failure, Trial, random_mask
+from pruning.engine.proof.trial import Trial
+from pruning.engine.proof.trial_masks import random_mask
 
 _MOST_SINGLE = 8
 
@@ -48,13 +50,13 @@ class Verdict:
     assumed: bool
 
     def of(self, atoms: np.ndarray) -> np.ndarray:
-        """Those of a tensor's atoms, (extent,), that must stay."""
+        """Return those of a tensor's atoms, (extent,), that must stay."""
         return atoms[self.positions] if len(atoms) == self.extent else atoms
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """What one remedy has changed.
+    """The changes made by one remedy.
 
     Attributes:
         remedy: Its name.
@@ -136,7 +138,7 @@ class Measures:
         return [verdict for measure in self.taken for verdict in measure.verdicts]
 
     def plus(self, measure: Measure) -> Measures:
-        """With one more."""
+        """Return these measures and one more."""
         return dataclasses.replace(self, taken=(*self.taken, measure))
 
     def is_as(self, other: Measures) -> bool:
@@ -144,12 +146,12 @@ class Measures:
         return list(map(id, self.taken)) == list(map(id, other.taken))
 
     def without(self, measures: Iterable[Measure]) -> Measures:
-        """Without some of them."""
+        """Return these measures without some of them."""
         gone = {id(measure) for measure in measures}
         return dataclasses.replace(self, taken=tuple(m for m in self.taken if id(m) not in gone))
 
     def untied(self, attribute: str) -> Measures:
-        """Without what one attribute, by its name, ties."""
+        """Return the measures without the ties of one attribute, given by name."""
         taken = []
         for measure in self.taken:
             tied = frozenset(number for number in measure.tied if number[1] != attribute)
@@ -158,7 +160,7 @@ class Measures:
         return dataclasses.replace(self, taken=tuple(taken))
 
     def without_assumptions(self) -> Measures:
-        """Without verdicts on modules that did not fail themselves."""
+        """Return the measures without verdicts on modules that did not fail themselves."""
         taken = []
         for measure in self.taken:
             verdicts = tuple(verdict for verdict in measure.verdicts if not verdict.assumed)
@@ -197,12 +199,12 @@ Remedy = Callable[[Trouble, Measures], "Measures | None"]
 
 
 def follow_numbers(trouble: Trouble, measures: Measures) -> Measures | None:
-    """Whole numbers that modules hold follow the widths that they equal, in the whole network."""
+    """Let integer attributes of modules follow the widths that they equal, in the whole network."""
     return None if measures.follows else measures.plus(Measure("follow_numbers", follows=True))
 
 
 def tie_numbers(trouble: Trouble, measures: Measures) -> Measures | None:
-    """Widths of the kind's modules that share a number lose the same, unless that ties all channels of a group."""
+    """Tie the widths of the kind's modules that share an attribute, unless that ties all channels of a group."""
     modules = trouble.following(measures)
     axes = [axis for axis in trouble.graph.attributes if axis.found and axis.module in modules]
     numbers = frozenset((axis.module, public(axis.attribute)) for axis in axes)
@@ -214,17 +216,17 @@ def tie_numbers(trouble: Trouble, measures: Measures) -> Measures | None:
 
 
 def couple_heads_otherwise(trouble: Trouble, measures: Measures) -> Measures | None:
-    """Operators of the kind's modules lose the same positions of all heads or groups instead of whole ones."""
+    """Let operators of the kind's modules lose the same positions of all heads or groups instead of whole ones."""
     return _flipped(trouble, measures, trouble.siblings, BLOCKWISE)
 
 
 def couple_otherwise(trouble: Trouble, measures: Measures) -> Measures | None:
-    """Operators of the kind's modules make the other choice where they have one."""
+    """Flip the coupling choice of operators in the kind's modules, where there is one."""
     return _flipped(trouble, measures, trouble.siblings, frozenset(FLIPPED))
 
 
 def couple_culprit_otherwise(trouble: Trouble, measures: Measures) -> Measures | None:
-    """Where whole groups removed before a module make it compute something else: the same positions of all groups."""
+    """Remove the same positions of all groups where removing whole ones makes a later module compute something else."""
     if trouble.failure.raised:
         return None
     open_choices = {
@@ -247,7 +249,7 @@ def couple_culprit_otherwise(trouble: Trouble, measures: Measures) -> Measures |
 def _flipped(
     trouble: Trouble, measures: Measures, modules: frozenset[str], kinds: frozenset[str]
 ) -> Measures | None:
-    """The other way for all choices of these kinds that modules have, except those already made."""
+    """Flip all choices of these kinds within the modules, except those already made."""
     flipped = {}
     for key, choice in trouble.labeller.choices.items():
         if choice.module in modules and measures.is_open(key) and choice.chosen in kinds:
@@ -258,7 +260,7 @@ def _flipped(
 
 
 def leave_numbers(trouble: Trouble, measures: Measures) -> Measures | None:
-    """Whole numbers of the kind's modules stay as they are."""
+    """Let integer attributes of the kind's modules stay unchanged."""
     modules = trouble.following(measures)
     if not modules:
         return None
@@ -266,7 +268,7 @@ def leave_numbers(trouble: Trouble, measures: Measures) -> Measures | None:
 
 
 def start_over(trouble: Trouble, measures: Measures) -> Measures | None:
-    """Nothing has helped this kind: its modules are coupled as in the beginning, and numbers follow again."""
+    """Reset a kind that nothing has helped: its modules are coupled as at first, and numbers follow again."""
     own = [m for m in measures.taken if m.kind == trouble.kind and not m.follows and not m.verdicts]
     if not any(measure.tied or measure.couplings or measure.shaped[0] for measure in own):
         return None
@@ -274,7 +276,7 @@ def start_over(trouble: Trouble, measures: Measures) -> Measures | None:
 
 
 def _tie_shapes(ties: str) -> Remedy:
-    """The remedy that unites widths which may have been computed from each other; the next replaces the last."""
+    """Return the remedy that ties widths possibly computed from each other; it replaces the previous such one."""
 
     def tie(trouble: Trouble, measures: Measures) -> Measures | None:
         names = trouble.siblings
@@ -292,10 +294,10 @@ def _tie_shapes(ties: str) -> Remedy:
 
 
 def freeze(trouble: Trouble, measures: Measures) -> Measures:
-    """Channels that the failure is put down to must stay: the last resort, as often as it takes.
+    """Freeze the channels that the failure is attributed to: the last resort, as often as needed.
 
-    An exception has its cause in the module that raised. What a module merely computes otherwise may be an
-    operator's doing that ran before it, so groups around it are cut one by one to find the one to blame.
+    An exception has its cause in the module that raised. A module that merely computes something else may be affected
+    by an operator that ran before it, so groups around it are cut one by one to find the culprit.
     """
     local = trouble.failure.raised and trouble.failure.module
     verdicts = () if local else _verdicts_on_the_culprit(trouble)
@@ -324,7 +326,7 @@ REMEDIES: tuple[Remedy, ...] = (
 def remedied(
     case: Case, measures: Measures, labeller: Labeller, graph: ChannelGraph, failure: Failure
 ) -> Measures:
-    """The measures with one more against a failure: the first remedy that was not tried for the kind and applies."""
+    """Return the measures with one more: the first applicable remedy that was not yet tried for the kind."""
     kind, siblings = kind_of(case.model, failure.module)
     trouble = Trouble(case, labeller, graph, failure, kind, siblings)
     if measures.follows:
@@ -340,7 +342,7 @@ def remedied(
 
 
 def kind_of(model: nn.Module, name: str) -> tuple[str, frozenset[str]]:
-    """The kind of a module, and the names of all modules of that kind.
+    """Return the kind of a module, and the names of all modules of that kind.
 
     A kind is a class. A PyTorch layer is of the kind "layer of that name within a parent of that class".
     """
@@ -366,7 +368,7 @@ def _class_path(module: nn.Module) -> str:
 
 
 def _ties_whole_groups(trouble: Trouble) -> bool:
-    """Whether what was united in the labeller since ties all channels of some group."""
+    """Whether the labels united since the graph was built tie all channels of some group."""
     tied = build_graph(trouble.case, trouble.labeller)
     single = [sum(group.width == 1 for group in graph.groups) for graph in (tied, trouble.graph)]
     return single[0] > single[1]
@@ -376,9 +378,9 @@ def _ties_whole_groups(trouble: Trouble) -> bool:
 
 
 def _verdicts_on_suspects(trouble: Trouble, message: str) -> tuple[Verdict, ...]:
-    """The most local suspect of the module that failed, and of the others of its kind.
+    """Return verdicts on the most local suspect of the failed module, and of the others of its kind.
 
-    Without any suspect there, everything that can still be cut is one.
+    Without any suspect there, everything that can still be cut is suspect.
     """
     graph = trouble.graph
     failed = trouble.failure.module
@@ -406,7 +408,7 @@ def _verdicts_on_suspects(trouble: Trouble, message: str) -> tuple[Verdict, ...]
 
 
 def _verdicts_on_the_culprit(trouble: Trouble) -> tuple[Verdict, ...]:
-    """Cut groups around the failed module one by one: the first that fails alone, and those like it."""
+    """Cut groups around the failed module one by one; return verdicts on the first that fails and those like it."""
     graph = trouble.graph
     found = _culprit(trouble)
     if found is None:
@@ -434,7 +436,7 @@ def _verdicts_on_the_culprit(trouble: Trouble) -> tuple[Verdict, ...]:
 
 
 def _holder(graph: ChannelGraph, index: int, name: str) -> tuple[str, Member]:
-    """The innermost module, from this one outwards, that holds a tensor of a group, and what it holds of it."""
+    """Return the innermost module, from this one outwards, with a tensor of the group, and that member."""
     members = graph.members(index)
     for owner in and_around(name):
         inside = [member for member in members if owner and member.tensor.startswith(f"{owner}.")]
@@ -444,7 +446,7 @@ def _holder(graph: ChannelGraph, index: int, name: str) -> tuple[str, Member]:
 
 
 def _culprit(trouble: Trouble) -> tuple[int, str, Failure] | None:
-    """The first group around the failed module that fails alone, the module it was met in, and how it fails."""
+    """Return the first group around the failed module that fails alone, where it was met, and its failure."""
     case, graph = trouble.case, trouble.graph
     for index, owner in _around(graph, trouble.failure.module)[:_MOST_SINGLE]:
         mask = random_mask(graph, [graph.groups[index]])
@@ -455,7 +457,7 @@ def _culprit(trouble: Trouble) -> tuple[int, str, Failure] | None:
 
 
 def _suspects(labeller: Labeller, graph: ChannelGraph, module: str) -> set[int]:
-    """Prunable groups that a module counts, or else reads; then those of the modules around it; then its own."""
+    """Return prunable groups that a module counts, or else reads; then the enclosing modules'; then its own."""
     for name in and_around(module):
         uses = [use.atoms for use in labeller.size_uses if use.module == name]
         counted = [as_units(graph.unit_of_atom, atoms).reshape(-1) for atoms in uses]
@@ -469,7 +471,7 @@ def _suspects(labeller: Labeller, graph: ChannelGraph, module: str) -> set[int]:
 
 
 def _around(graph: ChannelGraph, failed: str) -> list[tuple[int, str]]:
-    """Prunable groups in a module, then in the modules around it, with the module each was met in."""
+    """Return the prunable groups in a module, then in the enclosing modules, each with the module where it was met."""
     found: dict[int, str] = {}
     for owner in and_around(failed):
         inside = [p.units for p in graph.places if not owner or f"{p.module}.".startswith(f"{owner}.")]
@@ -479,7 +481,7 @@ def _around(graph: ChannelGraph, failed: str) -> list[tuple[int, str]]:
 
 
 def and_around(module: str) -> list[str]:
-    """A module and all modules around it, innermost first."""
+    """Return a module and all enclosing modules, innermost first."""
     names = [module]
     while names[-1]:
         names.append(names[-1].rpartition(".")[0])
@@ -492,5 +494,5 @@ def _prunable_in(graph: ChannelGraph, vectors: list[np.ndarray]) -> set[int]:
 
 
 def _by_locality(graph: ChannelGraph, groups: set[int]) -> list[int]:
-    """Groups, those that touch the fewest tensors first."""
+    """Sort groups, those that touch the fewest tensors first."""
     return sorted(groups, key=lambda index: (len(graph.members(index)), index))

@@ -1,8 +1,8 @@
 """One trial: the network with some units cut must compute what the masked network does.
 
 Masked means: all slices that carry removed units are zeroed in the full network, and statistics over channels
-(LayerNorm, some GroupNorms, weight standardisation, means) are taken over the kept channels: what a network does
-that never had the others.
+(LayerNorm, some GroupNorms, weight standardisation, means) are taken over the kept channels: as in a network that never
+had the others.
 """
 
 from __future__ import annotations
@@ -10,43 +10,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from image_classification.models.running import ModuleCall, following
 from pruning.engine.channel_graph import ChannelGraph
-from pruning.engine.code_lines import line_raising
 from pruning.engine.computed_weights import computes_weights
 from pruning.engine.cutting import Changes, plan_network, tensor_cuts
-from pruning.engine.examples import Pass, output_tensors
-from pruning.engine.groups import Group, Place
-from pruning.engine.kept_state import state_kept
-from pruning.engine.own_gradients import differing, gradients
-from pruning.engine.proof.rehearsal import as_float, in_type, masked, rehearsal
-from pruning.engine.stand_ins import stand_ins
-from pruning.engine.steady import Steady
-from pruning.engine.tracing import Requests, is_leaf, is_wrapped, set_trace_mode, undisturbed
+from pruning.engine.examples import Pass
+from pruning.engine.own_gradients import differing
+from pruning.engine.proof.agreement_of_runs import (
+    MODULE_TOLERANCE,
+    Failure,
+    TrialRun,
+    difference,
+    drift,
+    other_steps,
+)
+from pruning.engine.proof.rehearsal import in_type, masked, rehearsal
+from pruning.engine.proof.trial_run import gradients_of, run_through
+from pruning.engine.undisturbed import set_trace_mode, undisturbed
 
-TOLERANCE = 1e-4
-_MODULE_TOLERANCE = 1e-3
-_NOTHING = 1e-9  # share of an output's largest number that counts as zero
-
-
-@dataclasses.dataclass
-class Failure:
-    """Where a trial failed: the innermost module, what happened, and whether it was an exception."""
-
-    module: str
-    message: str
-    raised: bool = False
-
-
-class _DifferenceError(Exception):
-    """Ends a run at the first module that computes something else."""
+_ROUNDING_SHARE = 0.1  # of a difference that is not put down to rounding
 
 
 class Trial:
@@ -66,15 +53,15 @@ class Trial:
         self._model = model
         self._passes = passes
         self._mask = mask
-        self._expected: dict[int, _Run] = {}
+        self._expected: dict[int, TrialRun] = {}
         # (number of the pass, ids of the attributes that followed) of the tries in which all agreed.
         self._agreed: set[tuple[int, frozenset[int]]] = set()
 
     def failure(self, repeats: bool = True) -> Failure | None:
         """Cut the network, compare it with the masked one, and put it back; None if they agree.
 
-        A second try ends at the first module that computes something else, since it is known what each should compute.
-        Passes in which the same graph with the same attributes agreed before are not run again.
+        A second try ends at the first module whose output differs, since the expected outputs are known by then. Passes
+        in which the same graph with the same attributes agreed before are not run again.
 
         Args:
             repeats: Also run the passes that repeat another operator by operator as long as nothing is cut.
@@ -86,8 +73,9 @@ class Trial:
             is_repeat = any(other.trace == one.trace for other in self._passes[:number])
             if (number, following) in self._agreed or (is_repeat and not repeats):
                 continue
-            failure = self._failure_in(one)
-            if failure is not None and not self._agrees_in_double(one, failure):
+            found = self._run_cut(one, self._expected.get(one.trace))
+            failure = self._failure_of(one, found)
+            if failure is not None and not self._agrees_in_double(one, found, failure):
                 return failure
             failure = self._failure_of_gradients(one) if one.own_gradients else None
             if failure is not None:
@@ -95,61 +83,68 @@ class Trial:
             self._agreed.add((number, following))
         return None
 
-    def _failure_in(self, one: Pass) -> Failure | None:
-        found = self._run_cut(one, self._expected.get(one.trace))
+    def _failure_of(self, one: Pass, found: TrialRun) -> Failure | None:
         if found.failure is not None:
             return found.failure
         expected = self._expected_of(one)
-        return _difference(expected, found) or _other_steps(one, expected, found)
+        return difference(expected, found) or other_steps(one, expected, found)
 
     def _failure_of_gradients(self, one: Pass) -> Failure | None:
-        """What the backward pass of the cut network does otherwise than that of the masked one.
+        """Compare the backward passes of the cut and the masked network; None if they agree.
 
-        Of a network with statistics over channels, or weights that are computed, no masked one has the same gradients:
-        then the backward pass must run.
+        A network with statistics over channels or computed weights has no masked version with the same gradients; there
+        the backward pass only has to run.
         """
         with self._cut(one):
-            found = _gradients(self._model, one)
+            found = gradients_of(self._model, one)
         if isinstance(found, Failure):
             return found
         if self.graph.statistics or computes_weights(self._model):
             return None
         with self._masked(one):
-            expected = _gradients(self._model, one)
+            expected = gradients_of(self._model, one)
         if isinstance(expected, Failure):
             return None
         cuts = tensor_cuts(self.graph, self._mask)
-        name = differing(expected, found, cuts, _MODULE_TOLERANCE)
+        name = differing(expected, found, cuts, MODULE_TOLERANCE)
         return None if name is None else Failure("", f"the gradient of {name!r} changes")
 
-    def _agrees_in_double(self, one: Pass, failure: Failure) -> bool:
-        """Whether only rounding made the difference: nearly equal values that decide, a range that wears digits."""
-        if failure.raised:
+    def _agrees_in_double(self, one: Pass, found: TrialRun, failure: Failure) -> bool:
+        """Whether only rounding made the difference: nearly equal values that decide, a range that wears digits.
+
+        Args:
+            one: The pass.
+            found: What the cut network did in it.
+            failure: How that differs from what the masked one does.
+        """
+        if failure.raised or (math.isinf(failure.size) and not one.decides):
             return False
         with in_type(self._model, torch.float64):
-            found = self._run_cut(one)
+            exact = self._run_cut(one)
+            if not one.decides and drift(exact, found) < _ROUNDING_SHARE * failure.size:
+                return False
             expected = self._run_masked(one)
-        if found.failure is not None or expected.failure is not None:  # it does not run in double precision
+        if exact.failure is not None or expected.failure is not None:  # it does not run in double precision
             return False
-        return _difference(expected, found) is None and _other_steps(one, expected, found) is None
+        return difference(expected, exact) is None and other_steps(one, expected, exact) is None
 
     def raises(self) -> bool:
         """Whether the cut network raises an exception, whatever it computes otherwise."""
         return any(self._run_cut(one).failure is not None for one in _distinct(self._passes))
 
-    def _expected_of(self, one: Pass) -> _Run:
+    def _expected_of(self, one: Pass) -> TrialRun:
         """What the masked network computes in a pass; run once for all that repeat it."""
         if one.trace not in self._expected:
             self._expected[one.trace] = self._run_masked(one)
         return self._expected[one.trace]
 
-    def _run_cut(self, one: Pass, expected: _Run | None = None) -> _Run:
+    def _run_cut(self, one: Pass, expected: TrialRun | None = None) -> TrialRun:
         with self._cut(one):
-            return _run(self._model, one, self.graph, None, expected)
+            return run_through(self._model, one, self.graph, None, expected)
 
-    def _run_masked(self, one: Pass) -> _Run:
+    def _run_masked(self, one: Pass) -> TrialRun:
         with self._masked(one):
-            return _run(self._model, one, self.graph, self._mask)
+            return run_through(self._model, one, self.graph, self._mask)
 
     @contextlib.contextmanager
     def _cut(self, one: Pass) -> Iterator[None]:
@@ -170,7 +165,7 @@ class Trial:
 
 
 def _distinct(passes: Sequence[Pass]) -> list[Pass]:
-    """The first pass of each trace."""
+    """Return the first pass of each trace."""
     return list({one.trace: one for one in reversed(passes)}.values())[::-1]
 
 
@@ -204,11 +199,12 @@ class Trials:
 
 
 def failure_of_cut(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> Failure | None:
-    """Try the very cut that is about to be made, in all passes that the graph knows of.
+    """Try the very cut that is about to be made, in all passes of the graph.
 
     Args:
         model: The network, with its own weights.
-        graph: Its channel graph; one that was loaded from a checkpoint knows no passes before it was given examples.
+        graph: Its channel graph; a graph loaded from a checkpoint has no passes until `give_examples` provides
+            examples.
         mask: (num_units,) bool, True for the units that stay.
     """
     if not graph.passes or mask.all():
@@ -220,272 +216,3 @@ def failure_of_cut(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> F
         passes.append(dataclasses.replace(one, example=example))
     with undisturbed(model), rehearsal(model, passes):
         return Trial(model, passes, graph, mask).failure()
-
-
-MaskMaker = Callable[[ChannelGraph], np.ndarray]
-
-
-def random_mask(graph: ChannelGraph, groups: Sequence[Group], seed: int = 7) -> np.ndarray:
-    """Between 30 % and 70 % of each of these groups' units stay, differently for each group."""
-    generator = np.random.Generator(np.random.Philox(seed))
-    mask = np.ones(graph.num_units, dtype=bool)
-    for group in groups:
-        count = int(np.clip(round(group.width * generator.uniform(0.3, 0.7)), 1, group.width - 1))
-        mask[group.units] = False
-        mask[group.units[generator.choice(group.width, count, replace=False)]] = True
-    return mask
-
-
-def random_halves(graph: ChannelGraph) -> np.ndarray:
-    """Random halves of all prunable groups, more or less."""
-    return random_mask(graph, graph.prunable)
-
-
-def one_in_ten(graph: ChannelGraph) -> np.ndarray:
-    """Every prunable group keeps a tenth, at random; two units at least, since one alone has no spread."""
-    generator = np.random.Generator(np.random.Philox(11))
-    mask = np.ones(graph.num_units, dtype=bool)
-    for group in graph.prunable:
-        count = min(max(2, round(group.width / 10)), group.width - 1)
-        mask[group.units] = False
-        mask[group.units[generator.choice(group.width, count, replace=False)]] = True
-    return mask
-
-
-def equal_widths(graph: ChannelGraph) -> np.ndarray:
-    """The last units of all prunable groups stay, as many in each if it is wide enough.
-
-    A forward that compares two widths decides otherwise when they come out equal, and a slice that ends at a fixed
-    number meets other channels when those before it go.
-    """
-    mask = np.ones(graph.num_units, dtype=bool)
-    if graph.prunable:
-        common = max(1, min(group.width for group in graph.prunable) // 2)
-        for group in graph.prunable:
-            mask[group.units[: group.width - common]] = False
-    return mask
-
-
-def all_but_one(graph: ChannelGraph) -> np.ndarray:
-    """The first unit of every prunable group goes. What stays has no divisor in common with the old width."""
-    mask = np.ones(graph.num_units, dtype=bool)
-    for group in graph.prunable:
-        mask[group.units[0]] = False
-    return mask
-
-
-def different_widths(graph: ChannelGraph) -> np.ndarray:
-    """Groups of one width keep different numbers of units, as far as they go round, and two at least.
-
-    Random numbers can come out equal, and then a number that counts two kinds of channels is right for both.
-    """
-    mask = np.ones(graph.num_units, dtype=bool)
-    rank: Counter[int] = Counter()
-    for group in graph.prunable:
-        count = min(2 + rank[group.width] % max(1, group.width - 2), group.width - 1)
-        mask[group.units[count:]] = False
-        rank[group.width] += 1
-    return mask
-
-
-#: The cuts that every graph must stand.
-MASKS: tuple[MaskMaker, ...] = (random_halves, one_in_ten, equal_widths, different_widths)
-
-
-@dataclasses.dataclass
-class _Run:
-    """What a trial run left: one summary per module call, outputs and steps, or where it stopped."""
-
-    calls: list[tuple[str, np.ndarray]]
-    outputs: list[Tensor]
-    steps: set[tuple[str, str]] = dataclasses.field(default_factory=set)
-    failure: Failure | None = None
-
-
-def _run(
-    model: nn.Module,
-    one: Pass,
-    graph: ChannelGraph,
-    mask: np.ndarray | None,
-    expected: _Run | None = None,
-) -> _Run:
-    """Run the network and summarise the output of every leaf module, channel by channel.
-
-    Args:
-        model: Cut or masked.
-        one: What it is given.
-        graph: Tells where the channels are.
-        mask: Which of them stay, in a masked network.
-        expected: A run to agree with: the first difference ends this one as a failure.
-    """
-    run = _Run([], [])
-    places: dict[tuple[str, int], list[Place]] = {}
-    for place in graph.places:
-        if place.kind == "output" and place.is_leaf:
-            places.setdefault((place.module, place.call), []).append(place)
-
-    def leaving(call: ModuleCall, module: nn.Module, output: object) -> None:
-        # Of a module that the recorded pass did not call (an expert that got no token) the channels are not known.
-        known = call.name in one.called and is_leaf(module)
-        if known and isinstance(output, Tensor) and output.is_floating_point() and not is_wrapped(output):
-            # Summarising is not a step of the network, nor one of its statistics.
-            with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-                summary = _summary(output, places.get((call.name, call.number), []), mask)
-                run.calls.append((call.name, summary))
-                if expected is not None:
-                    run.failure = _call_difference(expected, run, len(run.calls) - 1)
-            if run.failure is not None:
-                raise _DifferenceError
-
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    example = as_float(one.example, dtype)
-    torch.manual_seed(0)
-    with (
-        state_kept(model, one.written),
-        following(model, leaving=leaving) as running,
-        Requests(running) as requests,
-        Steady(full_precision=True) if one.unsteady else contextlib.nullcontext(),
-    ):
-        try:
-            run.outputs = output_tensors(example.run(model))
-            run.steps = requests.steps
-        except _DifferenceError:
-            pass
-        except Exception as error:  # whatever a network raises on a cut is what we want to know
-            if _lacks_memory(error):
-                raise
-            where = running.failed or ""
-            kind = type(model.get_submodule(where)).__name__
-            message = f"{kind} {where!r} raises {_in_words(error)}"
-            run.failure = Failure(where, message, raised=True)
-    return run
-
-
-def _gradients(model: nn.Module, one: Pass) -> dict[str, Tensor] | Failure:
-    """Gradients of all that a pass gives, by the names of the parameters; or how the backward pass fails."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    torch.manual_seed(0)
-    with (
-        state_kept(model, one.written),
-        stand_ins(model, lambda parameter: parameter.data),
-        following(model) as running,
-        Requests(running),
-        Steady(full_precision=True) if one.unsteady else contextlib.nullcontext(),
-        torch.enable_grad(),
-    ):
-        try:
-            return gradients(model, output_tensors(as_float(one.example, dtype).run(model)))
-        except Exception as error:  # as in `_run`
-            if _lacks_memory(error):
-                raise
-            return Failure("", f"the backward pass raises {_in_words(error)}", raised=True)
-
-
-def _lacks_memory(error: Exception) -> bool:
-    """Whether the machine is to blame, which says nothing about a cut."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def _in_words(error: BaseException) -> str:
-    """`ValueError (model.py:57): …`, one line."""
-    line = line_raising(error)
-    first = (str(error).strip().splitlines() or [""])[0][:160]
-    return f"{type(error).__name__}{f' ({line})' if line else ''}: {first}"
-
-
-def _summary(output: Tensor, places: list[Place], mask: np.ndarray | None) -> np.ndarray:
-    """(2, C) mean and mean square of every channel that stays; of the whole where no channels are known."""
-    if output.numel() == 0:  # a head that was given no boxes
-        return np.zeros((2, 1), dtype=np.float32)
-    values = output.detach().float()
-    if not places or values.dim() != len(places[0].shape):
-        return _moments(values, list(range(values.dim()))).reshape(2, 1)
-    stays = [
-        slice(None) if mask is None else (place.units < 0) | mask[np.maximum(place.units, 0)]
-        for place in places
-    ]
-    for place, chosen in list(zip(places, stays, strict=True))[1:]:
-        if not isinstance(chosen, slice):
-            index = torch.from_numpy(np.flatnonzero(chosen))
-            values = values.index_select(place.dim, index.to(values.device))
-    # What goes along the first dimension that carries channels is left out of the short result.
-    moments = _moments(values, [dim for dim in range(values.dim()) if dim != places[0].dim])
-    kept: np.ndarray = moments[:, stays[0]]
-    return kept
-
-
-def _moments(values: Tensor, over: list[int]) -> np.ndarray:
-    """(2, …) mean and mean square over some dimensions, without an intermediate of the tensor's size."""
-    if not over:
-        return torch.stack([values, values.square()]).cpu().numpy()
-    count = math.prod(values.shape[dim] for dim in over)
-    lengths = torch.linalg.vector_norm(values, dim=over)
-    return torch.stack([values.mean(over), lengths.square() / count]).cpu().numpy()
-
-
-def _difference(expected: _Run, found: _Run) -> Failure | None:
-    if expected.failure is not None:
-        return expected.failure
-    for number in range(min(len(expected.calls), len(found.calls))):
-        failure = _call_difference(expected, found, number)
-        if failure is not None:
-            return failure
-    if len(expected.outputs) != len(found.outputs):
-        return Failure("", "the number of outputs changes")
-    for left, right in zip(expected.outputs, found.outputs, strict=True):
-        if left.shape != right.shape:
-            return Failure("", "the shape of the output changes")
-        if left.numel() == 0:  # a detector that finds nothing
-            continue
-        error = _error(left, right)
-        if not error <= TOLERANCE:
-            return Failure("", f"the output differs by {error:.1e}")
-    return None
-
-
-def _error(expected: Tensor, found: Tensor) -> float:
-    """The largest difference, measured by the largest value of the same channel.
-
-    Boxes in pixels and scores may share a tensor: by the largest number of all, a wrong score would be none. Which
-    dimension holds the channels is not known, so each is tried, the images' aside.
-    """
-    left, right = (torch.view_as_real(t) if t.is_complex() else t for t in (expected, found))
-    if not left.is_floating_point():
-        left, right = left.float(), right.float()
-    error, size = (left - right).abs(), left.abs()
-    least = float(size.max()) * _NOTHING + 1e-12
-    worst = float(error.max() / size.max().clamp(min=least))
-    for dim in range(1, left.dim()):
-        others = [other for other in range(left.dim()) if other != dim]
-        worst = max(worst, float((error.amax(others) / size.amax(others).clamp(min=least)).max()))
-    return worst if not math.isnan(float(error.sum())) else math.nan
-
-
-def _other_steps(one: Pass, expected: _Run, found: _Run) -> Failure | None:
-    """A function that only the whole network calls, or only the cut one: somewhere a width decides.
-
-    The whole network is the one that was recorded, or the masked one: where values decide, these two may differ.
-    """
-    fewest = min(one.steps ^ found.steps, expected.steps ^ found.steps, key=len)
-    for module, name in sorted(fewest):
-        which = "cut" if (module, name) in found.steps else "whole"
-        where = repr(module) if module else "the network itself"
-        return Failure(module, f"only the {which} network calls {name!r} in {where}: a width decides there")
-    return None
-
-
-def _call_difference(expected: _Run, found: _Run, number: int) -> Failure | None:
-    """What differs in one call of a module; None where the expected run has no such call."""
-    if number >= len(expected.calls):
-        return None
-    name, left = expected.calls[number]
-    other, right = found.calls[number]
-    if name != other or left.shape != right.shape:
-        return Failure(other, f"the path or shape changes at {other!r}")
-    # Rows: mean and mean square. Means near 0 (behind an instance norm) are rounding, so both rows are measured by the
-    # second: the mean by the root of the largest mean square, the mean square by itself.
-    power = max(float(left[1].max()), 1e-12)
-    error = np.abs(left - right).max(axis=1)
-    if not (error[0] <= _MODULE_TOLERANCE * power**0.5 and error[1] <= _MODULE_TOLERANCE * power):
-        return Failure(name, f"{name!r} computes something else on fewer channels")
-    return None

@@ -21,11 +21,13 @@ from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.groups import AttributeAxis
 from pruning.engine.labeller import Labeller
 from pruning.engine.pairs import paired_attributes
+from pruning.engine.proof.agreement_of_runs import Failure
 from pruning.engine.proof.hidden_widths import hidden_widths, public, tie_shapes, tie_widths
 from pruning.engine.proof.loosening import freedom, loosened
 from pruning.engine.proof.rehearsal import rehearsal
 from pruning.engine.proof.remedies import Measures, and_around, kind_of, remedied
-from pruning.engine.proof.trial import MASKS, Failure, Trial, Trials, all_but_one, random_mask
+from pruning.engine.proof.trial import Trial, Trials
+from pruning.engine.proof.trial_masks import MASKS, all_but_one, random_mask
 
 _MOST_ROUNDS = 60
 _OTHER_SEED = 8
@@ -50,7 +52,7 @@ def verified_graph(case: Case, choices: Mapping[str, str] | None = None) -> Chan
 
 
 def _removable(graph: ChannelGraph) -> int:
-    """How many channels could be removed."""
+    """Return the number of channels that could be removed."""
     return sum((group.width - 1) * group.channels_per_unit for group in graph.prunable)
 
 
@@ -63,19 +65,21 @@ def _verified(case: Case, measures: Measures, more_than: int = 0) -> tuple[Chann
         more_than: Give up once no more channels than this could be removed.
 
     Returns:
-        The graph with which nothing fails; the last one if it was given up. And what was done before the first widths
-        were tied that may have been computed from each other, None if no such tie was left in the end.
+        The graph with which nothing fails; the last one if it was given up. Also the measures taken before the first
+        tie of widths that may have been computed from each other; None if no such tie remained.
     """
     before_shapes = None
     for _ in range(_MOST_ROUNDS):
         labeller, graph = _build(case, measures)
         trials = _trials(case, graph)
+        if more_than and _removable(graph) <= more_than:  # before a trial is run to its end
+            freest = _without_needless_measures(case, measures, trials).graph
+            if _removable(freest) <= more_than:
+                return freest, None
         failure = trials.first.failure(repeats=False)
         if failure is None:
             # Where a measure was taken back, all cuts were stood; else there are some left.
             trials = _without_needless_measures(case, measures, trials)
-            if more_than and _removable(trials.graph) <= more_than:
-                return trials.graph, None
             failure = _failure_without_needless_numbers(case, trials)
         if failure is None:
             return trials.graph, before_shapes if measures.shaped else None
@@ -96,12 +100,12 @@ def _verified(case: Case, measures: Measures, more_than: int = 0) -> tuple[Chann
 
 
 def _trials(case: Case, graph: ChannelGraph) -> Trials:
-    """The cuts that every graph must stand."""
+    """Return the trials of the cuts that every graph must stand."""
     return Trials(case.model, case.passes, graph, [mask(graph) for mask in MASKS])
 
 
 def _build(case: Case, measures: Measures) -> tuple[Labeller, ChannelGraph]:
-    """Labels and graph with all measures taken."""
+    """Build labels and graph with all measures taken."""
     labeller = label_case(case, measures.policy)
     for verdict in measures.verdicts:
         atoms = labeller.parameter_atoms.get((verdict.tensor, verdict.dim))
@@ -122,7 +126,7 @@ def _build(case: Case, measures: Measures) -> tuple[Labeller, ChannelGraph]:
 
 
 def _without_needless_measures(case: Case, measures: Measures, trials: Trials) -> Trials:
-    """Take back what the graph does without: first all verdicts that were assumed, then measures one by one.
+    """Drop measures that the graph does not need: first all assumed verdicts, then measures one by one.
 
     That whole numbers follow widths is judged number by number, in `_failure_without_needless_numbers`.
 
@@ -152,7 +156,7 @@ def _without_needless_measures(case: Case, measures: Measures, trials: Trials) -
 
 
 def _takings_back(measures: Measures) -> list[Callable[[Measures], Measures]]:
-    """One measure less each; then the ties of one number less, which can equal other widths by chance."""
+    """Return functions that each drop one measure, or the ties of one number (it may equal a width by chance)."""
     single = [measure for measure in measures.taken if not measure.follows]
     names = sorted({name for _, name in measures.tied})
     return [
@@ -162,7 +166,7 @@ def _takings_back(measures: Measures) -> list[Callable[[Measures], Measures]]:
 
 
 def _holds(case: Case, trials: Trials) -> bool:
-    """Whether nothing fails, under more cuts neither: by chance two widths may lose the same."""
+    """Whether nothing fails, under additional cuts too: by chance two widths may lose the same."""
     if trials.failure(repeats=False) is not None:
         return False
     graph = trials.graph
@@ -171,10 +175,11 @@ def _holds(case: Case, trials: Trials) -> bool:
 
 
 def _failure_without_needless_numbers(case: Case, trials: Trials) -> Failure | None:
-    """What fails under all cuts once whole numbers that nothing counts by, or that equal a width by chance, stay.
+    """Keep integer attributes unchanged that nothing counts by, or that equal a width by chance; return what then
+    fails.
 
-    Each is judged by one cut, and what is left by all. Where those fail, each is judged again by all, unless they fail
-    with all numbers following too: that is the failure.
+    Each number is judged by one cut, and the result by all cuts. If those fail, each number is judged again by all
+    cuts, unless they fail with all numbers following too: that is the failure returned.
     """
     graph = trials.graph
     followed = graph.attributes
@@ -199,7 +204,7 @@ def _failure_without_needless_numbers(case: Case, trials: Trials) -> Failure | N
 
 
 def _drop_needless(case: Case, trials: Trials, stands: Callable[[], bool]) -> None:
-    """Let numbers stay as they are if the graph stands without them following.
+    """Keep numbers unchanged if the graph passes without them following.
 
     At first no number follows. The module in which that fails tells the kind of modules whose numbers are needed, and
     so on until nothing fails; then the numbers of each of these kinds are judged one by one. What belongs to frozen
@@ -229,7 +234,7 @@ def _drop_needless(case: Case, trials: Trials, stands: Callable[[], bool]) -> No
 
 
 def _numbers_by_kind(case: Case, graph: ChannelGraph) -> dict[str, dict[str, list[AttributeAxis]]]:
-    """Kind of modules → name → the numbers that were found to equal a width that may change."""
+    """Return kind of modules → name → the numbers that were found to equal a width that may change."""
     found: dict[str, dict[str, list[AttributeAxis]]] = {}
     for axis in graph.attributes:
         may_change = any(graph.groups[index].prunable for index in graph.groups_in(axis.units))
@@ -240,7 +245,7 @@ def _numbers_by_kind(case: Case, graph: ChannelGraph) -> dict[str, dict[str, lis
 
 
 def _kinds_around(case: Case, module: str) -> list[str]:
-    """Kinds of a module and of those around it, innermost first."""
+    """Return the kinds of a module and of the enclosing modules, innermost first."""
     return [kind_of(case.model, name)[0] for name in and_around(module)]
 
 

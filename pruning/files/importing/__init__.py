@@ -1,9 +1,9 @@
-"""Published checkpoints as networks, selectors and saliency mappings of ours.
+"""Import of published checkpoints as LucidPrune networks, selectors and saliency mappings.
 
     imported = import_checkpoint("resnet50_3GFLOPS.pth.tar")
     imported.save("resnet50.pth.tar")
 
-One file per published format; `FORMATS` lists them in the order in which they are tried.
+There is one file per published format; `FORMATS` lists them in the order in which they are tried.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["FORMATS", "Imported", "import_checkpoint", "read_published"]
 
 
 class PublishedFormat(Protocol):
-    """What the module of a format offers."""
+    """The interface of a format's module."""
 
     NAME: str
 
@@ -31,7 +31,7 @@ class PublishedFormat(Protocol):
         ...
 
     def read(self, content: object, source: Path, classifier: Path | None) -> Imported:
-        """Make networks of it; see `import_checkpoint`."""
+        """Build the networks; see `import_checkpoint`."""
         ...
 
 
@@ -55,12 +55,12 @@ def import_checkpoint(
         classifier: A LucidPrune checkpoint with the classifier of a selector, for files that lack it.
 
     Returns:
-        What it holds; nothing is written yet.
+        The imported contents; nothing is written yet.
 
     Raises:
         FileNotFoundError: There is no such file.
-        WeightsError: It cannot be read, is of no known kind, or is not complete; what is wrong is named.
-        SettingError: There is no such format, or the classifier has no use.
+        WeightsError: The file cannot be read, is of no known kind, or is incomplete; the message says which.
+        SettingError: There is no such format, or the file has no use for `classifier`.
     """
     path = Path(path)
     content = read_published(path, trust_pickle=trust_pickle)

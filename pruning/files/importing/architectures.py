@@ -1,4 +1,4 @@
-"""Which of our networks a published state dict belongs to: architecture, widths and classes, read off its shapes."""
+"""Recognition of the architecture, widths and number of classes of a published state dict from its shapes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import re
 from torch import Tensor, nn
 
 from image_classification.models import ModelError, WeightsError, create_model
+from image_classification.models.meta_device import on_meta
+from image_classification.models.module_tree import tensors_by_all_names
 from image_classification.models.resnet import SPECS
-from image_classification.models.structure import named_tensors, on_meta
 from pruning.files.importing.published_part import Part, load_part
 
-# Positions in a published inverted residual block: convolutions and batch norms of one list, ours in nested lists.
-# With and without a gate behind the expansion's activation.
+# Positions in a published inverted residual block, a flat list of convolutions and batch norms, to those in nested
+# lists; with and without a gate after the expansion's activation.
 _EXPANDED = {"0": "0.0", "1": "0.1", "4": "1.0", "5": "1.1", "7": "2", "8": "3"}
 _EXPANDED_PLAIN = {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1", "6": "2", "7": "3"}
 _FIRST = {"0": "0.0", "1": "0.1", "3": "1", "4": "2"}
@@ -20,7 +21,7 @@ _LAST_BLOCK = 18
 
 
 def classifier_part(part: Part) -> Part:
-    """A classifier's tensors under the names of our networks, whatever program spelled them."""
+    """Rename a classifier's tensors to LucidPrune's names, whichever program wrote them."""
     part = part.unwrapped("model.", "resnet.", "encoder.", "net.", "mobilenet.")
     if part.has(r"features\.0\.0\.") or part.has(r"features\.\d+\.conv\."):
         return _mobilenet_names(part)
@@ -30,7 +31,7 @@ def classifier_part(part: Part) -> Part:
 
 
 def _resnet_names(part: Part) -> Part:
-    """Shortcuts and heads have had other names."""
+    """Rename shortcuts and heads that had other names."""
     shortcut = "shortcut" if part.has(r"layer\d\.\d+\.shortcut\.") else "downsample"
     head = "linear" if part.has(r"linear\.") else "fc"
 
@@ -45,7 +46,7 @@ def _resnet_names(part: Part) -> Part:
 
 
 def _mobilenet_names(part: Part) -> Part:
-    """One list per block, the last convolution and the classifier apart, as the ISP programs have it."""
+    """Rename from the ISP programs' layout: one list per block, with the last convolution and the classifier apart."""
     if part.has(r"features\.\d+\.conv\.0\.0\."):
         return part
     expanded = _EXPANDED if part.has(r"features\.\d+\.conv\.8\.") else _EXPANDED_PLAIN
@@ -72,15 +73,15 @@ def _mobilenet_names(part: Part) -> Part:
 
 
 def recognise(part: Part, small_images: bool, families: tuple[str, ...] = ("resn", "mobilenet")) -> str:
-    """The architecture's name.
+    """Return the architecture's name.
 
     Args:
         part: From `classifier_part`.
-        small_images: The ResNets for 32×32 images.
-        families: What the names of the format's architectures begin with.
+        small_images: Consider the ResNets for 32×32 images.
+        families: Prefixes of the names of the format's architectures.
 
     Raises:
-        WeightsError: No architecture here has such names, or one of another family.
+        WeightsError: No architecture has such names, or it belongs to another family.
     """
     arch = _architecture(part, small_images)
     if not arch.startswith(families):
@@ -112,7 +113,7 @@ def _architecture(part: Part, small_images: bool) -> str:
 
 
 def _depths(part: Part) -> dict[int, int]:
-    """Number of blocks by stage."""
+    """Return the number of blocks by stage."""
     found: dict[int, int] = {}
     for name in part.tensors:
         if match := re.match(r"layer(\d)\.(\d+)\.", name):
@@ -122,7 +123,7 @@ def _depths(part: Part) -> dict[int, int]:
 
 
 def _groups(part: Part) -> int:
-    """Groups of the 3×3 convolutions of the last stage."""
+    """Return the number of groups of the 3×3 convolutions of the last stage."""
     for name, tensor in part.tensors.items():
         if re.fullmatch(r"layer4\.\d+\.conv2\.weight", name) and tensor.dim() == 4:
             reads = part.tensors.get(name.replace("conv2", "conv1"))
@@ -131,7 +132,7 @@ def _groups(part: Part) -> int:
 
 
 def _vgg(part: Part) -> str:
-    """VGG with batch norm on VOC: depth by the last layer's position, width by the widest layer."""
+    """Name a VGG with batch norm on VOC: depth by the last layer's position, width by the widest layer."""
     layers = [name for name in part.tensors if name.startswith("features.")]
     last = max(int(name.split(".")[1]) for name in layers)
     depth = next((depth for end, depth in ((26, 11), (32, 13), (41, 16)) if last <= end), 19)
@@ -141,10 +142,10 @@ def _vgg(part: Part) -> str:
 
 
 def num_classes_of(part: Part) -> int:
-    """Rows of the classifier.
+    """Return the number of rows of the classifier.
 
     Raises:
-        WeightsError: The file has no classifier, or one that contradicts itself.
+        WeightsError: The file has no classifier, or an inconsistent one.
     """
     if part.has(r"layers\.\d+\.conv3\."):
         head = "linear"
@@ -161,14 +162,14 @@ def num_classes_of(part: Part) -> int:
 
 
 def build_network(part: Part, arch: str) -> nn.Module:
-    """The network of a part, with the widths that its tensors have.
+    """Build the network of a part, with the widths of its tensors.
 
     Args:
         part: From `classifier_part`.
         arch: From `recognise`.
 
     Raises:
-        WeightsError: A tensor is missing, too many or of another shape, or widths contradict each other.
+        WeightsError: A tensor is missing, superfluous or of another shape, or widths contradict each other.
     """
     model = empty_network(part, arch, num_classes_of(part))
     load_part(model, part, arch)
@@ -176,9 +177,9 @@ def build_network(part: Part, arch: str) -> nn.Module:
 
 
 def empty_network(part: Part, arch: str, num_classes: int) -> nn.Module:
-    """The network of a part's widths, with fresh weights."""
+    """Build the network with a part's widths and fresh weights."""
     plain = on_meta(lambda: create_model(arch, num_classes=num_classes))
-    widths = _differing_widths(dict(named_tensors(plain)), part)
+    widths = _differing_widths(dict(tensors_by_all_names(plain)), part)
     if not widths:
         return create_model(arch, num_classes=num_classes)
     try:
@@ -192,7 +193,7 @@ def empty_network(part: Part, arch: str, num_classes: int) -> nn.Module:
 
 
 def _differing_widths(fresh: dict[str, Tensor], part: Part) -> dict[str, int]:
-    """Convolution to its number of filters where that is not the architecture's."""
+    """Return convolution → number of filters, where it differs from the architecture's."""
     widths = {}
     for name, expected in fresh.items():
         conv = name.removesuffix(".weight")
@@ -203,7 +204,9 @@ def _differing_widths(fresh: dict[str, Tensor], part: Part) -> dict[str, int]:
 
 
 def _width(part: Part, conv: str) -> int | None:
-    """Number of filters, by a vote of the convolution and its batch norm: an odd one out is then named as an error."""
+    """Return the number of filters by a vote of the convolution and its batch norm; outliers are reported as errors
+    later.
+    """
     owner, _, last = conv.rpartition(".")
     norm = last.replace("conv", "bn") if last.startswith("conv") else str(int(last) + 1)
     prefix = f"{owner}.{norm}" if owner else norm

@@ -22,14 +22,14 @@ NAME = "casm"
 
 
 def matches(content: object) -> bool:
-    """Whether a file's content looks like this kind: its two state dicts go by their names."""
+    """Whether a file's content looks like this format: it has two state dicts of these names."""
     return isinstance(content, Mapping) and bool(
         {"state_dict_classifier", "state_dict_decoder"} & content.keys()
     )
 
 
 def read(content: object, source: Path, classifier: Path | None) -> Imported:
-    """Make a classifier with a saliency mapping of it; see `import_checkpoint`."""
+    """Build a classifier with a saliency mapping; see `import_checkpoint`."""
     part = classifier_part(state_of(content, source, "state_dict_classifier"))
     arch = recognise(part, small_images=False, families=("resn",))
     network = build_network(part, arch)
@@ -48,6 +48,6 @@ def read(content: object, source: Path, classifier: Path | None) -> Imported:
 
 
 def _upsample(content: object) -> Upsample:
-    """How the program's own arguments say that masks are enlarged."""
+    """Return the mode for enlarging masks, from the program's own arguments."""
     arguments = content.get("args") if isinstance(content, Mapping) else None
     return "bilinear" if getattr(arguments, "upsample", "nearest") == "bilinear" else "nearest"

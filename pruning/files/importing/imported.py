@@ -1,4 +1,4 @@
-"""What an import yields, and how it is saved: networks, a selector, a saliency mapping, each in our own format."""
+"""The result of an import, and saving it: networks, a selector, a saliency mapping, each in LucidPrune's format."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ _ENDINGS = (".pth.tar", ".pth", ".pt", ".chk")
 
 @dataclasses.dataclass
 class Imported:
-    """Parts of a published file as objects of ours.
+    """Parts of a published file as LucidPrune objects.
 
     Attributes:
-        format: Which of the published kinds it was.
+        format: Name of the published format.
         networks: Role ("classifier", "predictor", "encoder") to network, in evaluation mode.
         selector: The selector's decoder, if the file has one.
-        selector_of: Role of the network that the selector explains; None if the file does not hold that network whole.
+        selector_of: Role of the network that the selector explains; None if the file does not contain the whole
+            network.
         selector_arch: Architecture of its encoder.
         mask_kind: "rbf" or "real-x", the masks that the predictor judges.
-        geometry: Where these masks lie.
+        geometry: Geometry of these masks.
         casm: Classifier and saliency decoder, if the file has one.
         facts: Epoch, iteration, best figure, as plain data.
         remarks: Notes for the user.
@@ -51,7 +52,8 @@ class Imported:
     remarks: list[str] = dataclasses.field(default_factory=list)
 
     def save(self, out: str | Path) -> dict[str, Path]:
-        """Write every part; the classifier (or the only part) gets the name `out`, the others names beside it.
+        """Write every part; the classifier (or the only part) gets the name `out`, the others get names derived from
+        it.
 
         Returns:
             Part to file.
@@ -109,14 +111,14 @@ def _named(out: Path, roles: list[str]) -> Iterator[tuple[str, Path]]:
 
 
 def arch_of(network: nn.Module) -> str:
-    """The name that a network was built by."""
+    """Return the name that a network was built by."""
     identity = identity_of(network)
     assert identity is not None
     return identity.arch
 
 
 def facts_of(content: object, keys: tuple[str, ...]) -> Plain:
-    """Entries of a published file that are plain numbers or words."""
+    """Return the entries of a published file that are plain numbers or words."""
     found: Plain = {}
     if not isinstance(content, Mapping):
         return found

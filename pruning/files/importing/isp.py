@@ -1,9 +1,9 @@
-"""What the two ISP programs' files have in common (Ganjdanesh et al. 2022): black box, predictor, selector.
+"""Common parts of the two ISP programs' files (Ganjdanesh et al. 2022): black box, predictor, selector.
 
 One state dict under `model` holds them side by side: `bb_model.…`, `predictor.…`, `selector.…` (`s_model.…`), or a
-black box alone (`model.…`, older `resnet.…`). The selector is a decoder with an encoder of its own, which is the black
-box without its last layer. Where the encoder's weights are not the black box's (its batch norms may have gone on
-counting), the encoder is saved as a network too, with the black box's last layer: the selector belongs to it.
+black box alone (`model.…`, older `resnet.…`). The selector is a decoder with its own encoder, which is the black box
+without its last layer. If the encoder's weights differ from the black box's (its batch norms may have kept counting),
+the encoder is also saved as a network, with the black box's last layer, since the selector belongs to it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _KINDS = {3: "rbf", 2: "real-x"}
 
 
 def state_names(content: object) -> list[str]:
-    """Names in the state dict of an ISP file, without wrappers; empty if it is none."""
+    """Return the names in the state dict of an ISP file, without wrappers; empty for other files."""
     state = content.get("model") if isinstance(content, Mapping) else None
     return [str(name).removeprefix("module.") for name in state] if isinstance(state, Mapping) else []
 
@@ -46,13 +46,13 @@ def state_names(content: object) -> list[str]:
 def read_isp(
     content: object, source: Path, classifier: Path | None, *, name: str, small_images: bool
 ) -> Imported:
-    """Make networks and a selector of a file.
+    """Build the networks and the selector of a file.
 
     Args:
         content: From `read_published`.
         source: The file.
         classifier: LucidPrune checkpoint with the black box, for files that lack it.
-        name: Of the format.
+        name: Name of the format.
         small_images: Networks for 32×32 images.
     """
     state = state_of(content, source)
@@ -142,7 +142,7 @@ def _own_head(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _with(encoder: Part, head: Mapping[str, Tensor]) -> Part:
-    """The encoder's tensors with a last layer; one of its own comes first."""
+    """Return the encoder's tensors with a last layer; the encoder's own takes precedence."""
     return Part({**head, **encoder.tensors}, encoder.source, encoder.names, encoder.spell)
 
 
@@ -155,7 +155,7 @@ def _same(a: nn.Module, b: nn.Module) -> bool:
 
 
 def _selector(part: Part, names: set[str], network: nn.Module, small_images: bool) -> Selector:
-    """The decoder, for the size of images that its head tells."""
+    """Build the decoder, for the image size implied by its head."""
     decoder = part.without([name for name in part.tensors if name not in names])
     head = decoder.tensors.get("saliency_chans.weight")
     if head is None or head.dim() != 4 or head.shape[0] not in _KINDS:
@@ -191,13 +191,13 @@ def _design(
     found = design(preset.image_size)
     if (
         kind == "rbf" and kernel != found.sizes[0][0]
-    ):  # its head covers the whole map: trained on another size
+    ):  # the head covers the whole map: trained on another size
         found = design(preset.image_size * kernel // found.sizes[0][0])
     return found
 
 
 def _decoder_names(levels: list[int]) -> tuple[Callable[[str], str], Callable[[str], str]]:
-    """Published names of a decoder to ours, and back."""
+    """Return functions that map a decoder's published names to LucidPrune's, and back."""
 
     def ours(name: str) -> str:
         if match := re.match(r"uplayer(\d+)\.(.*)", name):

@@ -15,12 +15,12 @@ NAME = "isp-cifar"
 
 
 def matches(content: object) -> bool:
-    """Whether a file's content looks like this kind: an ISP file of three stages, or of one list of layers."""
+    """Whether a file's content looks like this format: an ISP file of three stages, or of one list of layers."""
     names = [f".{name}" for name in state_names(content)]
     staged = any(".layer1." in name for name in names) and not any(".layer4." in name for name in names)
     return staged or any(re.search(r"\.layers\.\d+\.conv3\.", name) for name in names)
 
 
 def read(content: object, source: Path, classifier: Path | None) -> Imported:
-    """Make networks and a selector of it; see `import_checkpoint`."""
+    """Build the networks and the selector; see `import_checkpoint`."""
     return read_isp(content, source, classifier, name=NAME, small_images=True)

@@ -15,11 +15,11 @@ NAME = "isp-imagenet"
 
 
 def matches(content: object) -> bool:
-    """Whether a file's content looks like this kind: an ISP file of a network for photographs."""
+    """Whether a file's content looks like this format: an ISP file of an ImageNet network."""
     names = state_names(content)
     return any(".layer4." in f".{name}" or ".features." in f".{name}" for name in names)
 
 
 def read(content: object, source: Path, classifier: Path | None) -> Imported:
-    """Make networks and a selector of it; see `import_checkpoint`."""
+    """Build the networks and the selector; see `import_checkpoint`."""
     return read_isp(content, source, classifier, name=NAME, small_images=False)

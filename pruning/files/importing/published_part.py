@@ -1,7 +1,7 @@
-"""Published tensors under our names: prefixes of wrappers, older spellings, and what a file's name for a tensor is.
+"""Published tensors under LucidPrune's names: wrapper prefixes, older spellings, and the names used in the file.
 
-A `Part` is one network's (or decoder's) share of a file. It remembers what each tensor is called in the file, so
-that errors use the file's own names.
+A `Part` is one network's (or decoder's) share of a file. It remembers each tensor's name in the file, so that error
+messages use the file's own names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from image_classification.models import WeightsError
 
-#: What training programs put around a network.
+#: Prefixes of the wrappers that training programs put around a network.
 WRAPPERS = ("module.", "_orig_mod.")
 _STATE_KEYS = ("state_dict", "model", "model_state_dict", "net")
 Rename = Callable[[str], str]
@@ -27,10 +27,10 @@ class Part:
     """One network's tensors.
 
     Attributes:
-        tensors: By our name.
+        tensors: Tensors by LucidPrune name.
         source: The file.
-        names: Our name to the file's.
-        spell: The file's name for a tensor that it lacks.
+        names: LucidPrune name to the file's name.
+        spell: Returns the file's name for a tensor that it lacks.
     """
 
     tensors: Mapping[str, Tensor]
@@ -39,18 +39,18 @@ class Part:
     spell: Rename
 
     def called(self, name: str) -> str:
-        """What the file calls a tensor, or would."""
+        """Return the file's name for a tensor, present or not."""
         return self.names.get(name) or self.spell(name)
 
     def has(self, pattern: str) -> bool:
-        """Whether some name matches from its beginning."""
+        """Whether some name matches the pattern from its beginning."""
         return any(re.match(pattern, name) for name in self.tensors)
 
     def renamed(self, rename: Rename, back: Rename) -> Part:
-        """The same tensors under other names of ours.
+        """Return the same tensors under other LucidPrune names.
 
         Raises:
-            WeightsError: Two tensors would have one name.
+            WeightsError: Two tensors would get the same name.
         """
         tensors: dict[str, Tensor] = {}
         names: dict[str, str] = {}
@@ -64,7 +64,7 @@ class Part:
         return Part(tensors, self.source, names, lambda name: self.spell(back(name)))
 
     def under(self, prefix: str) -> Part:
-        """The tensors whose names begin with `prefix`, which is taken off."""
+        """Return the tensors whose names begin with `prefix`, with the prefix removed."""
         inside = [name for name in self.tensors if name.startswith(prefix)]
         return Part(
             {name.removeprefix(prefix): self.tensors[name] for name in inside},
@@ -74,18 +74,18 @@ class Part:
         )
 
     def without(self, prefixes: Iterable[str]) -> Part:
-        """The tensors whose names begin with none of the prefixes."""
+        """Return the tensors whose names begin with none of the prefixes."""
         left = [name for name in self.tensors if not name.startswith(tuple(prefixes))]
         tensors, names = {n: self.tensors[n] for n in left}, {n: self.names[n] for n in left}
         return Part(tensors, self.source, names, self.spell)
 
     def unwrapped(self, *wrappers: str) -> Part:
-        """Take off prefixes that (nearly) all names share.
+        """Remove prefixes that (nearly) all names share.
 
-        A single stray name does not hide that the others are wrapped: it is kept, and will be refused by name.
+        A single stray name does not keep the others from being unwrapped: it is kept, and will be refused by name.
 
         Raises:
-            WeightsError: The stray one is there with the prefix as well.
+            WeightsError: The stray name also exists with the prefix.
         """
         part = self
         while True:
@@ -109,16 +109,16 @@ class Part:
 
 
 def state_of(content: object, source: Path, key: str | None = None) -> Part:
-    """The state dict in a file's content, without wrappers' prefixes.
+    """Return the state dict in a file's content, without wrapper prefixes.
 
     Args:
         content: From `read_published`.
         source: The file.
-        key: Where in the content; None looks at the usual places. A content of tensors alone is the state dict itself,
-            as programs that convert checkpoints leave it.
+        key: Its key in the content; None tries the usual ones. Content that consists of tensors only is the state dict
+            itself, as written by programs that convert checkpoints.
 
     Raises:
-        WeightsError: There is none.
+        WeightsError: There is no state dict.
     """
     state = content
     if isinstance(content, Mapping) and not all(isinstance(value, Tensor) for value in content.values()):
@@ -139,17 +139,17 @@ def state_of(content: object, source: Path, key: str | None = None) -> Part:
 
 
 def load_part(module: nn.Module, part: Part, what: str) -> None:
-    """Copy a part into a network or decoder; everything must be there, nothing may be left.
+    """Copy a part into a network or decoder. Tensors must match one to one.
 
     Raises:
-        WeightsError: Naming the tensor that is missing, too many, or of another shape, as the file calls it.
+        WeightsError: A tensor is missing, superfluous or of another shape; the message names it as the file does.
     """
     targets = module.state_dict(keep_vars=True)
     copies = []
     for name, target in targets.items():
         value = part.tensors.get(name)
         if value is None:
-            if name.endswith("num_batches_tracked"):  # files from before PyTorch 0.4.1 have none
+            if name.endswith("num_batches_tracked"):  # missing in files from before PyTorch 0.4.1
                 continue
             raise WeightsError(f"{part.source}: {part.called(name)!r} is missing, which {what} needs")
         if value.shape != target.shape or value.is_floating_point() != target.is_floating_point():

@@ -1,8 +1,8 @@
-"""Opens files of other people's programs without running what is in them.
+"""Reads files written by other programs without running code in them.
 
-`torch.load(weights_only=True)` takes tensors and plain values. Programs of the field also save their argparse
-Namespace and figures that are NumPy scalars; both are let in, the scalars through functions of ours that make
-nothing but numbers. Anything else is refused by name, unless the user says that the file can be trusted.
+`torch.load(weights_only=True)` accepts tensors and plain values. Published programs also save their argparse Namespace
+and NumPy scalars; both are accepted, the scalars through functions in this module that create nothing but numbers.
+Anything else is refused by name, unless the user declares the file trusted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KINDS = "biufc"
 
 
 def _dtype(*arguments: PlainValue) -> np.dtype[np.generic]:
-    """`numpy.dtype` for numbers only."""
+    """Restricted replacement of `numpy.dtype`: numbers only."""
     made: np.dtype[np.generic] = np.dtype(*arguments)
     if made.kind not in _KINDS:
         raise ValueError(f"a NumPy value of type {made} is not a number")
@@ -30,7 +30,7 @@ def _dtype(*arguments: PlainValue) -> np.dtype[np.generic]:
 
 
 def _scalar(dtype: np.dtype[np.generic], data: bytes = b"") -> np.generic:
-    """NumPy's scalar from its bytes, for numbers only."""
+    """Build a NumPy scalar from its bytes: numbers only."""
     if not isinstance(dtype, np.dtype) or dtype.kind not in _KINDS or not isinstance(data, bytes):
         raise ValueError("not a NumPy scalar")
     scalar: np.generic = np.frombuffer(data, dtype=dtype, count=1)[0]
@@ -38,14 +38,14 @@ def _scalar(dtype: np.dtype[np.generic], data: bytes = b"") -> np.generic:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """`_codecs.encode` as pickles of version 2 use it to spell bytes."""
+    """Replacement of `_codecs.encode`, which pickles of protocol 2 use to encode bytes."""
     if encoding != "latin1":
         raise ValueError(f"bytes in the encoding {encoding!r}")
     return text.encode("latin1")
 
 
 def harmless() -> list[Callable[..., object] | tuple[Callable[..., object], str]]:
-    """What the unpickler may call beside PyTorch's own list, under the names that files use."""
+    """Return what the unpickler may call in addition to PyTorch's own list, by the names that files use."""
     types: list[type] = [
         type(np.dtype(name)) for name in ("bool", "int8", "int16", "int32", "int64", "uint8")
     ]
@@ -62,15 +62,15 @@ def harmless() -> list[Callable[..., object] | tuple[Callable[..., object], str]
 
 
 def read_published(path: str | Path, *, trust_pickle: bool = False) -> PlainValue:
-    """What a file holds.
+    """Read a file's content.
 
     Args:
-        path: File of `torch.save`, of the present format or of that before PyTorch 1.6.
-        trust_pickle: Open it even if it holds more than tensors and plain values. This runs whatever code is in it.
+        path: File of `torch.save`, in the current format or that used before PyTorch 1.6.
+        trust_pickle: Open the file even if it holds more than tensors and plain values. This runs any code in it.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        WeightsError: It is damaged, or holds something that is not let in; the message names it and the remedy.
+        FileNotFoundError: The file does not exist.
+        WeightsError: The file is damaged or holds something that is not accepted; the message names it and the remedy.
     """
     path = Path(path)
     try:
@@ -93,7 +93,7 @@ def read_published(path: str | Path, *, trust_pickle: bool = False) -> PlainValu
 
 
 def _foreign(path: Path, error: WeightsError) -> str:
-    """What a file asks for that is not let in."""
+    """Describe the refused content of a file."""
     marker = "it asks for "
     if marker not in str(error):
         return "its pickle is of a kind that only a full unpickler reads"

@@ -1,7 +1,7 @@
 """Files of the attribution-preservation programs (Park et al. 2020): VGG-16-BN on Pascal VOC, full or narrow.
 
-Keys: epoch, opt_dict or arch (an argparse Namespace), state_dict (`module.…`), best_mAP, optimizer, and p_rate of
-pruned ones. Distilled and structurally pruned networks have smaller tensors, the others zeros.
+Keys: epoch, opt_dict or arch (an argparse Namespace), state_dict (`module.…`), best_mAP, optimizer, and p_rate for
+pruned networks. Distilled and structurally pruned networks have smaller tensors, the others zeros.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAME = "swa"
 
 
 def matches(content: object) -> bool:
-    """Whether a file's content looks like this kind: a state dict of a VGG."""
+    """Whether a file's content looks like this format: a state dict of a VGG."""
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
         return False
@@ -28,7 +28,7 @@ def matches(content: object) -> bool:
 
 
 def read(content: object, source: Path, classifier: Path | None) -> Imported:
-    """Make a network of it; see `import_checkpoint`."""
+    """Build the network; see `import_checkpoint`."""
     part = classifier_part(state_of(content, source, "state_dict"))
     network = build_network(part, recognise(part, small_images=False, families=("vgg",)))
     facts = facts_of(content, ("epoch", "best_mAP", "p_rate"))

@@ -1,1 +1,3 @@
-"""Saliency-matching pruning with learned gates (ISP): gates learn, become widths, the network is rewritten."""
+"""Saliency-matching pruning with learned gates (ISP): gates are trained, converted to widths, and the network is
+rewritten.
+"""

@@ -1,4 +1,4 @@
-"""What gates learn by. The defaults are the published constants (Ganjdanesh et al., ECCV 2022)."""
+"""Settings of learned gates. The defaults are the published constants (Ganjdanesh et al., ECCV 2022)."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class GateSettings:
     """Settings of `GateLearner`.
 
     Attributes:
-        gates: Where gates come from: a free number per channel, or a hypernetwork.
-        gate_init: Where free numbers start: at 0, or drawn from a normal distribution, as published. A hypernetwork
+        gates: Parametrisation of the gates: a free number per channel, or a hypernetwork.
+        gate_init: Initial values of free numbers: 0, or drawn from a normal distribution, as published. A hypernetwork
             starts from its own random weights.
         gate_noise: Distribution of the noise of a gate.
-        gate_sampling: What the network sees while gates learn: values in (0, 1), or 0 and 1.
-        gate_temperature, gate_base: T and base, see `parametrisations`.
+        gate_sampling: Values of the gates while they are trained: in (0, 1), or 0 and 1.
+        gate_temperature, gate_base: T and base; see `parametrisations`.
         gate_epochs: Passes over the calibration images.
-        gate_lr, gate_weight_decay: Of AdamW.
-        matching_weight, gate_task_weight, resource_weight: λ_s, w_C and w_R, see `learner`.
+        gate_lr, gate_weight_decay: Learning rate and weight decay of AdamW.
+        matching_weight, gate_task_weight, resource_weight: λ_s, w_C and w_R; see `learner`.
         resource_growth: Factor on w_R after every epoch that leaves the gates above the budget.
 
     Raises:
-        SettingError: A value out of range.
+        SettingError: A value is out of range.
     """
 
     gates: Form = "simple"

@@ -1,12 +1,13 @@
-"""Learned gates as a part of the training job: gates learn, the network is rewritten, and the trainer fine-tunes it.
+"""Learned gates as part of the training job: gates are trained, the network is rewritten, and the trainer fine-tunes
+it.
 
     on_fit_start:  explanation of the original network, once per calibration image
-                   gates learn (`learner.py`), with checkpoints, figures and stop signals as in training
+                   gates are trained (`learner.py`), with checkpoints, figures and stop signals as in training
                    gates → widths that meet the budget (`widths.py`) → rewrite of network, optimizer and average
     then:          the trainer's loop
 
-Killed in any of this and resumed, a run ends with the same network: what gates learn is a function of the network, the
-calibration images, the flags and the seed, and the checkpoint holds how far they are.
+A run that is killed at any point and resumed ends with the same network: the learned gates are a function of the
+network, the calibration images, the flags and the seed, and the checkpoint holds their progress.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ from pruning.training.learned.widths import GateCut, inner_groups, widths_of_gat
 from pruning.training.pruning_config import PruningConfig
 from pruning.training.repair_flags import RepairConfig
 
-_JUDGED_BATCHES = 10  # the loss that is recorded, and the images of the repair
-_FIXED = ("gates", "gate_groups")  # learned numbers of one form cannot go on as another
-#: Values of flags by name of the field, as plain data.
+_JUDGED_BATCHES = 10  # for the recorded loss, and for the images of the repair
+_FIXED = ("gates", "gate_groups")  # learned numbers of one form cannot continue as another
+#: Values of flags by field name, as plain data.
 Settings = dict[str, str | int | float | list[str]]
 _NOT_GATED = "no gate: --gate-groups inner leaves the channels of residual sums alone"
 
@@ -57,11 +58,11 @@ class LearnedState(ResumedState):
     """State of learned pruning.
 
     Attributes:
-        done: The network is rewritten.
-        settings: What the widths depend on beside network and images, by name of the field of `PruningConfig`.
-        record: What the rewrite did, once it is done.
-        learner: Where the gates are while they learn.
-        originals: What the explanation was in the original network.
+        done: Whether the network is rewritten.
+        settings: Everything that the widths depend on except network and images, by field name of `PruningConfig`.
+        record: Record of the rewrite, once it is done.
+        learner: State of the gates during learning.
+        originals: The explanation's values in the original network.
     """
 
     done: bool
@@ -72,14 +73,14 @@ class LearnedState(ResumedState):
 
 
 class LearnedPruning(ChannelPruning):
-    """Learns gates, rewrites the network and leaves the rest to the trainer; arguments as `ChannelPruning`.
+    """Learns gates, rewrites the network and leaves the rest to the trainer; arguments as for `ChannelPruning`.
 
     Attributes:
-        done: The network is rewritten.
-        record: What the rewrite did, once it is done.
-        learner: The gates while they learn.
+        done: Whether the network is rewritten.
+        record: Record of the rewrite, once it is done.
+        learner: The gates during learning.
         originals: The explanation that the gates match.
-        graph, costs, groups: Of the network; the groups that have gates.
+        graph, costs, groups: The network's graph and costs, and the groups that have gates.
     """
 
     name = "learned_pruning"
@@ -104,7 +105,7 @@ class LearnedPruning(ChannelPruning):
     # -- before training -----------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: TrainLoop) -> None:
-        """Check everything, learn, rewrite."""
+        """Check everything, learn the gates, rewrite the network."""
         self.prepare(trainer)
         if self.done:
             trainer.logger.message(
@@ -121,10 +122,10 @@ class LearnedPruning(ChannelPruning):
         trainer.save()
 
     def prepare(self, trainer: TrainLoop) -> None:
-        """First part of `on_fit_start`: trace the network, open the explanation, and refuse what cannot work.
+        """First part of `on_fit_start`: trace the network, open the explanation, and refuse impossible settings.
 
         Raises:
-            ConfigError: A budget out of reach, no channels for gates, or a flag that comes too late.
+            ConfigError: The budget is out of reach, there are no channels for gates, or a flag was changed too late.
         """
         model = trainer.state.model
         state = cast("LearnedState | None", self.restored)
@@ -149,7 +150,7 @@ class LearnedPruning(ChannelPruning):
         self.check_groups(trainer, self.graph)
 
     def settings(self) -> Settings:
-        """What the widths depend on beside network and images, as plain data by name of the field."""
+        """Return everything that the widths depend on except network and images, as plain data by field name."""
         config = self.config
         return {
             **dataclasses.asdict(config.gate_settings()),
@@ -161,13 +162,13 @@ class LearnedPruning(ChannelPruning):
         }
 
     def check_settings(self, before: Settings) -> None:
-        """Refuse flags that come too late: once the gates are learned all, before that what the gates are.
+        """Refuse changed flags: all of them once the gates are learned, before that those that define the gates.
 
         Args:
-            before: `settings()` of the run to resume; settings that are missing in it may have any value.
+            before: `settings()` of the run to resume; settings missing from it may have any value.
 
         Raises:
-            ConfigError: Naming the first such flag.
+            ConfigError: There is such a flag; the message names the first.
         """
         late = "the gates were learned and the network was rewritten" if self.done else "the gates were made"
         for name, value in self.settings().items():
@@ -180,7 +181,7 @@ class LearnedPruning(ChannelPruning):
             )
 
     def _gated(self) -> list[Group]:
-        """The groups that get gates; others are declared not prunable."""
+        """Return the groups that get gates; the others are declared not prunable."""
         if self.config.gate_groups == "inner":
             inner = {group.index for group in inner_groups(self.graph)}
             others = [group for group in self.graph.prunable if group.index not in inner]
@@ -204,10 +205,10 @@ class LearnedPruning(ChannelPruning):
     # -- learning ------------------------------------------------------------------------------------------
 
     def learn(self, trainer: TrainLoop) -> GateCut:
-        """Second part of `on_fit_start`: let the gates learn; no weight changes. Collective.
+        """Second part of `on_fit_start`: learn the gates without changing any weight. Collective.
 
         Raises:
-            StopRequested: A signal ended it.
+            StopRequested: A signal stopped learning.
         """
         self._rng = capture_rng()
         learner = self.learner = GateLearner(
@@ -231,7 +232,7 @@ class LearnedPruning(ChannelPruning):
         with learner, stop:
             for step in learner.learn():
                 self._after_step(trainer, learner, step, stop)
-        if stop.received:  # too late for a step of the gates: the training loop handles it
+        if stop.received:  # too late for a step of the gates; the training loop handles it
             signal.raise_signal(signal.Signals[stop.received])
         logits = self._agreed(trainer, learner.logits())
         cut = widths_of_gates(self.graph, self.groups, self.costs, self.budget(), logits)
@@ -241,7 +242,7 @@ class LearnedPruning(ChannelPruning):
         return cut
 
     def _agreed(self, trainer: TrainLoop, logits: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """Rank 0's logits, for all ranks: a GPU may add up in another order, and a last bit may decide a width."""
+        """Return rank 0's logits on all ranks: GPUs may sum in another order, and a last bit may decide a width."""
         plain = {str(index): values.tolist() for index, values in logits.items()}
         shared = trainer.distributed.broadcast_object(plain)
         return {int(index): np.array(values) for index, values in shared.items()}
@@ -263,7 +264,9 @@ class LearnedPruning(ChannelPruning):
             )
 
     def _save(self, trainer: TrainLoop) -> None:
-        """Save with the random state of before learning: reading images draws numbers, a resumed run reads others."""
+        """Save with the random state from before learning: reading images draws numbers, and a resumed run reads
+        others.
+        """
         inside = capture_rng()
         restore_rng(self._rng)
         trainer.save()
@@ -272,7 +275,7 @@ class LearnedPruning(ChannelPruning):
     def _log_epoch(self, trainer: TrainLoop, learner: GateLearner, step: int) -> None:
         figures = learner.read()
         logits = learner.logits()
-        # Where a loss is NaN its derivatives are too, and they reach the logits with the next step.
+        # A NaN loss has NaN derivatives too, which reach the logits with the next step.
         check(
             all(np.isfinite(values).all() for values in logits.values()),
             "the gates are not numbers any more: lower --gate-lr, or leave --amp-dtype fp16 out",
@@ -362,7 +365,7 @@ class LearnedPruning(ChannelPruning):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the gates are, or that they are done; the graph and the original explanations."""
+        """Return the progress of the gates, or that they are done; the graph and the original explanations."""
         state = LearnedState(
             done=self.done,
             settings=self.settings(),
@@ -376,5 +379,5 @@ class LearnedPruning(ChannelPruning):
 
 
 def _in_words(value: object) -> object:
-    """A setting as it is compared and shown: lists as words."""
+    """Return a setting in the form used for comparison and messages: lists as words."""
     return " ".join(value) if isinstance(value, list) else value

@@ -3,18 +3,17 @@ ECCV 2022): the explanation must not move while the cost goes down to the budget
 
     min_θ   λ_s·E[mean_k (φ_k(x; v) − φ_k(x; 1))²] + w_C·E[CE(f(x; v), y)] + w_R·Σ_cost log(max(cost(v)/cost(1), p)/p)
 
-v are the gates of `parametrisations.py` on the coupled channel groups of the engine. All weights are frozen
-(evaluation mode, no statistics move); φ(x; 1) is computed once. Images are a part of the training set that no weight
-was trained on.
+v are the gates of `parametrisations.py` on the coupled channel groups of the engine. All weights are frozen (evaluation
+mode, statistics fixed); φ(x; 1) is computed once. Images are a part of the training set that no weight was trained on.
 
 One step on several ranks: every rank differentiates the loss of its own images by the gates, these derivatives are
 summed over the ranks, and all ranks take the same step on the same parameters. Noise is a function of seed and step.
 
 Departures from the published code: the cost is the true one of coupled groups for any metric (its resource term for
 ResNets counts one convolution of each block against the whole network and starts at zero); images come in the
-calibration split's fixed, mixed order; nothing is selected on the test set, the last gates count. How w_R compares
-with the matching loss depends on selector and network; where it is too small all gates stay open. `resource_growth`
-raises it epoch by epoch, as a penalty method does, for as long as the gates are above the budget.
+calibration split's fixed, shuffled order; nothing is selected on the test set, the final gates are used. The right size
+of w_R relative to the matching loss depends on selector and network; if it is too small, all gates stay open.
+`resource_growth` raises it epoch by epoch, as in a penalty method, for as long as the gates are above the budget.
 """
 
 from __future__ import annotations
@@ -45,12 +44,14 @@ from pruning.task.explained import Autocast
 from pruning.training.learned.gate_settings import GateSettings
 from pruning.training.learned.parametrisations import build_gates, draw_noise, harden, soft_gates
 
-_FLOAT16_SCALE = 128.0  # derivatives of an image's loss underflow in float16 without
+_FLOAT16_SCALE = 128.0  # otherwise derivatives of an image's loss underflow in float16
 FIGURES = ("matching", "task")
 
 
 class LearnerState(TypedDict):
-    """Where learning is: steps taken, the gates' parameters and optimizer, and sums of losses not read yet."""
+    """State of learning: number of steps taken, the gates' parameters and optimizer, and sums of losses not yet
+    read.
+    """
 
     step: int
     growth: NotRequired[float]
@@ -61,7 +62,7 @@ class LearnerState(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class _Known:
-    """What is known of a batch of calibration images before learning: φ(x; 1) and the class it explains."""
+    """Precomputed values of a batch of calibration images: φ(x; 1) and the class it explains."""
 
     sample_ids: Tensor
     classes: Tensor
@@ -69,25 +70,25 @@ class _Known:
 
 
 class GateLearner:
-    """Gates while they learn; as a context manager it places them and keeps the network in evaluation mode.
+    """Trains gates; as a context manager it attaches them and keeps the network in evaluation mode.
 
     Args:
-        model: The bare network; left as it was.
+        model: The bare network; not modified.
         graph: Its channel graph.
         groups: The groups that get gates.
-        costs, budget: Cost of any gates, and what may remain.
+        costs, budget: Cost of any gates, and the budget to meet.
         originals: φ, with its values for all calibration images.
         calibration: Loader of the calibration images: the same ones in the same order in every epoch.
-        settings: What they learn by.
-        seed: Of noise and initial values.
+        settings: Settings of learning.
+        seed: Seed of noise and initial values.
         loss: Per-sample task loss.
         distributed: The ranks.
-        autocast: Makes the context of forward passes.
-        scaled: Whether these compute in float16.
+        autocast: Creates the context of forward passes.
+        scaled: Whether forward passes compute in float16.
 
     Attributes:
-        step: Steps taken so far.
-        growth: What the weight of the resource loss has been multiplied by so far.
+        step: Number of steps taken so far.
+        growth: Current factor on the weight of the resource loss.
     """
 
     def __init__(
@@ -137,7 +138,9 @@ class GateLearner:
         self._stack = ExitStack()
 
     def _units_at_taps(self) -> dict[str, Tensor]:
-        """Unit of every channel that the explanation reads, by tap; num_units for channels without one."""
+        """Return the unit of every channel that the explanation reads, by tap; num_units for channels without a
+        unit.
+        """
         found = {}
         for tap in self.originals.taps:
             place = output_place(self.graph, tap)
@@ -167,12 +170,12 @@ class GateLearner:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of one pass over the calibration images."""
+        """Number of steps in one pass over the calibration images."""
         return len(self.calibration)
 
     @property
     def num_steps(self) -> int:
-        """Steps of all passes."""
+        """Number of steps in all passes."""
         return self.settings.gate_epochs * self.steps_per_epoch
 
     def learn(self) -> Iterator[int]:
@@ -189,12 +192,12 @@ class GateLearner:
 
     @torch.no_grad()
     def _raise_price(self) -> None:
-        """After an epoch: where the gates are above the budget, what they cost counts for more from now on."""
+        """At the end of an epoch, raise the weight of the resource loss if the gates are above the budget."""
         if self.resource_loss(self._judged()) > 0:
             self.growth *= self.settings.resource_growth
 
     def take_step(self, batch: Batch, index: int) -> None:
-        """One step of the gates on this rank's `index`-th batch of calibration images. Collective."""
+        """Take one step of the gates on this rank's `index`-th batch of calibration images. Collective."""
         noise = draw_noise(self.settings.gate_noise, len(self.units), self.seed, self.step).to(self.device)
         soft = soft_gates(self._logits(), self.settings.gate_temperature, noise)
         hard = harden(soft)
@@ -205,12 +208,12 @@ class GateLearner:
         derivative = (derivative / (self.scale * sums[-1])).to(soft.dtype)
         resource = self._price * self.resource_loss(self._everywhere(hard))
         self.optimizer.zero_grad(set_to_none=True)
-        # Straight-through: derivatives by hard gates are taken for those by soft ones.
+        # Straight-through: derivatives with respect to hard gates are applied to the soft ones.
         torch.autograd.backward([soft, resource], [derivative, torch.ones_like(resource)])
         self.optimizer.step()
 
     def _differentiate(self, seen: Tensor, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
-        """Derivative of this rank's summed losses by the gates, and the sums: matching, task, images."""
+        """Return the derivative of this rank's summed losses by the gates, and the sums: matching, task, images."""
         num_images = len(batch)
         sums = torch.zeros(len(FIGURES) + 1, dtype=torch.float64, device=self.device)
         if not num_images:
@@ -227,12 +230,12 @@ class GateLearner:
         return derivative, sums
 
     def _losses(self, images: Tensor, targets: Tensor, known: _Known) -> tuple[Tensor, Tensor]:
-        """Matching and task loss, each summed over the images; the latter 0 where it has no weight."""
+        """Return matching and task loss, each summed over the images; the task loss is 0 if it has no weight."""
         with self.autocast():
             if not self.settings.matching_weight:
                 logits, _ = main_and_auxiliary_logits(self.model(images))
                 return logits.new_zeros(()).float(), self.loss(logits, targets).sum()
-            logits_seen: list[Any] = []  # the network runs once within `present`; its output is wanted too
+            logits_seen: list[Any] = []  # the network runs once, within `present`; its output is needed too
             handle = self.model.register_forward_hook(lambda module, args, output: logits_seen.append(output))
             try:
                 phi = self.originals.present(self.model, images, known.classes).float()
@@ -245,7 +248,7 @@ class GateLearner:
             return matching, self.loss(logits, targets).sum()
 
     def _knowledge(self, batch: Batch, index: int) -> _Known:
-        """What is known of the `index`-th batch; looked up in the first epoch, remembered afterwards."""
+        """Return the precomputed values of the `index`-th batch, looked up in the first epoch and cached afterwards."""
         while len(self._known) <= index:
             self._known.append(_Known(torch.zeros(0), torch.zeros(0), torch.zeros(0)))
         known = self._known[index]
@@ -255,7 +258,7 @@ class GateLearner:
         return known
 
     def resource_loss(self, values: Tensor) -> Tensor:
-        """Σ log(max(cost/baseline, p)/p) over the budgets; 0 where all are met.
+        """Compute Σ log(max(cost/baseline, p)/p) over the budgets; 0 if all are met.
 
         Args:
             values: (num_units,) gates by unit id; differentiable.
@@ -271,15 +274,15 @@ class GateLearner:
 
     @property
     def _price(self) -> float:
-        """w_R as it is now."""
+        """Return the current w_R."""
         return self.settings.resource_weight * self.growth
 
     def _judged(self) -> Tensor:
-        """The gates as they are judged, over all units: open or closed, without noise."""
+        """Return the gates used for the budget, over all units: open or closed, without noise."""
         return self._everywhere((self._logits() >= 0).float())
 
     def _everywhere(self, gates: Tensor) -> Tensor:
-        """Gates of the gated groups as a vector over all units, 1 elsewhere."""
+        """Expand the gates of the gated groups to a vector over all units, 1 elsewhere."""
         ones = torch.ones(self.graph.num_units, dtype=gates.dtype, device=gates.device)
         return ones.index_copy(0, self.units, gates)
 
@@ -287,17 +290,17 @@ class GateLearner:
         theta: Tensor = self.parametrisation()
         return theta + self.settings.gate_base
 
-    # -- looking at the gates ------------------------------------------------------------------------------
+    # -- reading the gates --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def logits(self) -> dict[int, np.ndarray]:
-        """Group index → (width,) logits θ + base, without noise."""
+        """Return group index → (width,) logits θ + base, without noise."""
         values = self._logits().double().cpu().numpy()
         borders = np.cumsum([group.width for group in self.groups])[:-1]
         return {group.index: part for group, part in zip(self.groups, np.split(values, borders), strict=True)}
 
     def read(self) -> dict[str, float]:
-        """Figures since the last reading: mean losses, and the cost of the gates as they are judged."""
+        """Return figures since the last call: mean losses, and the cost of the open gates without noise."""
         totals, self._sums = self._sums.cpu(), torch.zeros_like(self._sums)
         figures = {name: float(totals[i] / totals[-1]) for i, name in enumerate(FIGURES)}
         if not self.settings.gate_task_weight:
@@ -314,7 +317,7 @@ class GateLearner:
     # -- checkpoints ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> LearnerState:
-        """Parameters, optimizer and place, as plain data and tensors."""
+        """Return parameters, optimizer and progress, as plain data and tensors."""
         return {
             "step": self.step,
             "growth": self.growth,
@@ -324,7 +327,7 @@ class GateLearner:
         }
 
     def load_state_dict(self, state: LearnerState) -> None:
-        """Continue where a state says. Learning rate and decay stay those of this run's settings, not the state's."""
+        """Continue from a state. Learning rate and decay come from this run's settings, not from the state."""
         self.step = state["step"]
         self.growth = state.get("growth", 1.0)
         self.parametrisation.load_state_dict(state["parametrisation"])

@@ -1,9 +1,9 @@
-"""From learned gates to widths: a budget that is met exactly, whatever the gates ended at.
+"""Conversion of learned gates to widths that meet the budget exactly.
 
-The resource loss is soft and hard gates are counted one by one, so at the end of learning the cost lies near the
-budget, not on it; widths have to respect the constraints besides. One threshold τ on all gates' logits
-decides: a group keeps as many of its most probable channels as have a logit ≥ τ (and as an allowed width has room
-for). τ = 0 is the gates' own decision; the τ taken is the lowest at which every budget is met.
+The resource loss is soft and hard gates are discrete, so at the end of learning the cost lies near the budget, not on
+it; widths must also respect the constraints. A single threshold τ on all gates' logits decides: a group keeps its most
+probable channels, as many as have a logit ≥ τ (up to an allowed width). τ = 0 is the gates' own decision; the τ taken
+is the lowest at which every budget is met.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from pruning.engine.groups import Group
 
 @dataclasses.dataclass(frozen=True)
 class GateCut:
-    """What the gates decided, and the cut that follows from it.
+    """The decision of the gates, and the resulting cut.
 
     Attributes:
-        keep: Group index → positions that stay, ascending; groups that stay whole are left out.
+        keep: Group index → positions that stay, ascending; groups that lose nothing are left out.
         threshold: τ.
         gates_share: Metric → share of the original cost that the gates themselves keep (τ = 0, before any width is
             adjusted).
-        share: The same of the cut.
-        num_closed: Channels that the gates would have kept and that go.
-        num_opened: Channels that the gates would have removed and that stay.
+        share: The same for the cut.
+        num_closed: Number of removed channels that the gates would have kept.
+        num_opened: Number of kept channels that the gates would have removed.
     """
 
     keep: dict[int, np.ndarray]
@@ -41,7 +41,7 @@ class GateCut:
     num_opened: int
 
     def describe(self) -> str:
-        """One line of text."""
+        """Return a one-line description."""
         own = ", ".join(f"{metric} {100 * share:.1f} %" for metric, share in self.gates_share.items())
         end = ", ".join(f"{metric} {100 * share:.1f} %" for metric, share in self.share.items())
         if not self.num_closed and not self.num_opened:
@@ -59,10 +59,10 @@ def widths_of_gates(
     budget: Budget,
     logits: Mapping[int, np.ndarray],
 ) -> GateCut:
-    """Choose what stays.
+    """Choose the channels to keep.
 
     Args:
-        graph, costs: Of the network as it is.
+        graph, costs: Graph and costs of the current network.
         groups: The groups that have gates.
         budget: What may remain; it can be reached (`BudgetCourse.check_reachable`).
         logits: Group index → (width,) logits θ + base of its gates.
@@ -75,7 +75,7 @@ def widths_of_gates(
             for metric, share in budget.shares.items()
         )
 
-    # The lowest threshold that meets the budget, by bisection: masks shrink as τ grows, and costs with them.
+    # Find the lowest threshold that meets the budget by bisection: masks shrink as τ grows, and costs with them.
     low, high = 0, len(thresholds) - 1
     while low < high:
         middle = (low + high) // 2
@@ -85,7 +85,7 @@ def widths_of_gates(
             low = middle + 1
     mask = mask_at(graph, groups, logits, thresholds[low])
 
-    # For comparison, what the gates themselves keep: τ = 0, at any width.
+    # For comparison, the cost of the gates' own decision: τ = 0, at any width.
     own = np.ones(graph.num_units, dtype=bool)
     for group in groups:
         own[group.units] = logits[group.index] >= 0
@@ -107,29 +107,30 @@ def _shares(costs: CostModel, budget: Budget, mask: np.ndarray) -> dict[str, flo
 def mask_at(
     graph: ChannelGraph, groups: Sequence[Group], logits: Mapping[int, np.ndarray], threshold: float
 ) -> np.ndarray:
-    """What stays at a threshold, (num_units,) bool; widths are allowed ones."""
+    """Return the units to keep at a threshold, (num_units,) bool; widths are allowed ones."""
     mask = np.ones(graph.num_units, dtype=bool)
     for group in groups:
         values = logits[group.index]
         allowed = np.array(graph.allowed_widths(group))
         fitting = allowed[allowed <= (values >= threshold).sum()]
         width = fitting[-1] if len(fitting) else allowed[0]
-        # A stable order makes ties, and with them the choice, the same on every machine.
+        # A stable sort makes ties, and with them the choice, the same on every machine.
         mask[group.units[np.argsort(values, kind="stable")[: len(values) - width]]] = False
     return mask
 
 
 def inner_groups(graph: ChannelGraph) -> list[Group]:
-    """Prunable groups whose channels one layer alone makes (a depthwise layer that passes them on aside).
+    """Return prunable groups whose channels are produced by a single layer (not counting depthwise layers that pass
+    them on).
 
-    In residual networks these are the channels within blocks, where the published gates sit; those of the residual
-    sums have several makers.
+    In residual networks these are the channels within blocks, where the published gates are; channels of the residual
+    sums are produced by several layers.
     """
     return [group for group in graph.prunable if len(_makers(graph, group)) <= 1]
 
 
 def _makers(graph: ChannelGraph, group: Group) -> set[str]:
-    """Layers that make a group's channels out of others."""
+    """Return the layers that produce a group's channels from others."""
     makers = set()
     for layer in graph.layers_of(group):
         makes = layer.produced is not None and group.index in graph.groups_in(layer.produced)

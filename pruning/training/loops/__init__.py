@@ -1,1 +1,1 @@
-"""Callbacks that prune in the training loops of other libraries. Each file needs its library, and nothing else does."""
+"""Callbacks that prune in the training loops of other libraries. Each file needs its library; nothing else does."""

@@ -3,8 +3,8 @@
     pruning = LightningPruning(images[:2], calibration_loader, budget=0.5, step=200, delta=0.05)
     Trainer(callbacks=[pruning, …]).fit(module, data, ckpt_path="last")
 
-A checkpoint of Lightning's holds the network's structure and the pruner's progress, so `ckpt_path=` of `fit`,
-`validate` and `test` takes those of a pruned network, with the module as its class builds it.
+A Lightning checkpoint then holds the network's structure and the pruner's progress, so `ckpt_path=` of `fit`,
+`validate` and `test` accepts checkpoints of a pruned network, with the module as its class builds it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ with optional_import():
 
 
 class LightningPruning(Callback):
-    """Rewrites a part of a LightningModule, or all of it, at intervals of optimizer steps.
+    """Prunes a LightningModule, or a part of it, at intervals of optimizer steps.
 
     Args:
         example: See `Pruner`; the network's arguments.
-        calibration: Yields batches for every rewrite, from the start each time: training data that is held out from
-            training.
-        network: Which part of the module is pruned: its name, or the module itself by default.
+        calibration: Yields batches for every rewrite, from the start each time: training data held out from training.
+        network: Name of the part of the module to prune; the module itself by default.
         settings: Further arguments of `Pruner`.
     """
 
@@ -51,7 +50,7 @@ class LightningPruning(Callback):
         return part
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stand before the loading of weights, which needs the pruned network."""
+        """Hook into the loading of weights, which needs the pruned network."""
         self._pruning.remember(self._part(pl_module))
         load: Callable[[dict[str, Any]], None] = pl_module.on_load_checkpoint
 
@@ -64,21 +63,21 @@ class LightningPruning(Callback):
         pl_module.on_load_checkpoint = restore_and_load  # type: ignore[method-assign]  # of this module alone
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the module's own hook."""
+        """Restore the module's own hook."""
         del pl_module.on_load_checkpoint
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the pruner: the optimizers are there now."""
+        """Create the pruner, now that the optimizers exist."""
         self._pruning.begin(self._part(pl_module), trainer.optimizers)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Rewrite where an interval ends."""
+        """Rewrite at the end of an interval."""
         if not self._pruning.due(trainer.global_step):
             return
         if isinstance(outputs, dict):
-            outputs.clear()  # the loss, with all that it holds
+            outputs.clear()  # the loss, with everything it references
         strategy = trainer.strategy
         if isinstance(strategy, DDPStrategy):
             strategy.model = pl_module  # drops the wrapper
@@ -87,5 +86,5 @@ class LightningPruning(Callback):
             strategy.configure_ddp()
 
     def state_dict(self) -> dict[str, Any]:
-        """What Lightning writes into a checkpoint."""
+        """Return what Lightning writes into a checkpoint."""
         return {} if self._pruning.pruner is None else dict(self._pruning.state())

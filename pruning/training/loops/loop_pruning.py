@@ -1,4 +1,4 @@
-"""What the callbacks for other libraries' loops share: a pruner that begins, and resumes, with the training."""
+"""Base of the callbacks for other libraries' loops: a pruner that starts, and resumes, with the training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from image_classification.config import SettingError
 from image_classification.models import Structure, StructureError, capture_structure
-from image_classification.models.structure import fit_structure
+from image_classification.models.structure_build import fit_structure
 from pruning.files.skeleton import skeleton_of
 from pruning.pruner import Pruner
 from pruning.rewrites.resuming import PrunerState
@@ -19,11 +19,11 @@ from pruning.task import Example
 
 
 class LoopState(TypedDict):
-    """What a checkpoint of the loop holds of the pruning: plain data.
+    """Pruning state in a checkpoint of the loop: plain data.
 
     Attributes:
-        structure: Of the network.
-        pruner: Its progress.
+        structure: Structure of the network.
+        pruner: Progress of the pruner.
     """
 
     structure: dict[str, Any]
@@ -35,8 +35,7 @@ class LoopPruning:
 
     Args:
         example: See `Pruner`.
-        calibration: Yields batches for every rewrite, from the start each time: training data that is held out from
-            training.
+        calibration: Yields batches for every rewrite, from the start each time: training data held out from training.
         settings: Further arguments of `Pruner`: `budget`, `step`, `delta`, `criterion`, `forward`, `loss`, ….
 
     Attributes:
@@ -52,15 +51,15 @@ class LoopPruning:
         self._state: PrunerState | None = None
 
     def remember(self, network: nn.Module) -> None:
-        """Keep the network as it is before the first rewrite: what a structure is compared with."""
+        """Keep the network as it is before the first rewrite, as the reference for its structure."""
         if self._fresh is None:
             self._fresh = skeleton_of(network)
 
     def restore(self, network: nn.Module, state: LoopState) -> None:
-        """Cut an unpruned network down to what a checkpoint has, before its weights are loaded.
+        """Cut an unpruned network down to a checkpoint's structure, before its weights are loaded.
 
         Raises:
-            SettingError: The network has been cut further already, or is another one; it is unchanged.
+            SettingError: The network is already smaller, or is another network; it is not modified.
         """
         self.remember(network)
         try:
@@ -75,7 +74,7 @@ class LoopPruning:
         self._state = state["pruner"]
 
     def begin(self, network: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Make the pruner, or go on with a restored one, when the optimizers are there."""
+        """Create the pruner, or continue with a restored one, once the optimizers exist."""
         self.remember(network)
         state, self._state = self._state, None
         self.pruner = Pruner(
@@ -83,7 +82,7 @@ class LoopPruning:
         )
 
     def rewrite_if_due(self, iteration: int) -> bool:
-        """Rewrite where this iteration ends an interval. The loss of the iteration must be gone.
+        """Rewrite if this iteration ends an interval. The loss of the iteration must have been freed.
 
         Returns:
             Whether the network has been rewritten.
@@ -95,11 +94,11 @@ class LoopPruning:
         return True
 
     def due(self, iteration: int) -> bool:
-        """Whether a rewrite follows after this iteration."""
+        """Whether a rewrite is due after this iteration."""
         return self.pruner is not None and self.pruner.due(iteration)
 
     def state(self) -> LoopState:
-        """What a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         assert self.pruner is not None
         assert self._fresh is not None
         factory = functools.partial(skeleton_of, self._fresh)

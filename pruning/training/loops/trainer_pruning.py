@@ -4,7 +4,7 @@
     trainer = Trainer(model, arguments, train_dataset=…, callbacks=[pruning])
     trainer.train()
 
-To go on from a checkpoint of a pruned network, cut the network down before the trainer loads it:
+To resume from a checkpoint of a pruned network, cut the network down before the trainer loads it:
 
     pruning.restore(model, "out/checkpoint-400")
     trainer.train(resume_from_checkpoint="out/checkpoint-400")
@@ -39,8 +39,7 @@ class TrainerPruning(TrainerCallback):
 
     Args:
         example: See `Pruner`, such as `{"pixel_values": images}`.
-        calibration: Yields batches for every rewrite, from the start each time: training data that is held out from
-            training.
+        calibration: Yields batches for every rewrite, from the start each time: training data held out from training.
         settings: Further arguments of `Pruner`.
     """
 
@@ -53,14 +52,14 @@ class TrainerPruning(TrainerCallback):
         return self._pruning.pruner
 
     def restore(self, model: nn.Module, checkpoint: str | Path) -> None:
-        """Cut an unpruned network down to what a checkpoint of the trainer has; `train` loads the weights.
+        """Cut an unpruned network down to the structure of a checkpoint of the trainer; `train` loads the weights.
 
         Args:
-            model: As it was before it was pruned.
-            checkpoint: A folder `checkpoint-…` that was written while this callback was there.
+            model: The network as it was before pruning.
+            checkpoint: A folder `checkpoint-…` that was written with this callback present.
 
         Raises:
-            SettingError: It holds nothing of a pruning.
+            SettingError: The checkpoint holds no pruning state.
         """
         path = Path(checkpoint) / _FILE
         if not path.is_file():
@@ -72,10 +71,10 @@ class TrainerPruning(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make the pruner: the optimizer is there now.
+        """Create the pruner, now that the optimizer exists.
 
         Raises:
-            SettingError: Several processes train: the trainer has no place where its wrapped network can be renewed.
+            SettingError: Several processes train: the trainer offers no way to rewrap its network.
         """
         if args.parallel_mode not in (ParallelMode.NOT_PARALLEL, ParallelMode.NOT_DISTRIBUTED):
             raise SettingError(
@@ -89,7 +88,7 @@ class TrainerPruning(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Rewrite where an interval ends."""
+        """Rewrite at the end of an interval."""
         self._pruning.rewrite_if_due(state.global_step)
 
     def on_save(

@@ -10,7 +10,8 @@ import torch
 from support.equal_to_masked import cut_equals_zeroed, prepared
 from torch import Tensor, nn
 
-from image_classification.models.structure import build_from_structure, capture_structure
+from image_classification.models.structure_build import build_from_structure
+from image_classification.models.structure_capture import capture_structure
 from image_classification.models.whole_numbers import is_nested, numbers_in, replaced
 
 TOKENS = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)

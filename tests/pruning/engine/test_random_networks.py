@@ -9,7 +9,8 @@ import pytest
 import torch
 from support.equal_to_masked import close, cut_equals_zeroed, last_ones, outputs, prepared, some, tenth
 
-from image_classification.models.structure import build_from_structure, capture_structure
+from image_classification.models.structure_build import build_from_structure
+from image_classification.models.structure_capture import capture_structure
 from pruning import trace_groups
 
 sys.path.insert(0, str(Path(__file__).parent))

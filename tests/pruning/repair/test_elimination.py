@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning import trace_groups
-from pruning.repair.elimination import elimination
+from pruning.repair.elimination import elimination, loaded_inverse, loaded_inverses
 from pruning.repair.unit_inputs import reading_units, unit_inputs
 
 IMAGES = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -80,3 +80,20 @@ def test_units_of_unlike_numbers_of_columns() -> None:
     order, losses = elimination(inputs, torch.from_numpy(group.units), ridge=1e-9)
     assert order.tolist()[0] in (1, 3)
     assert losses[0] < 1e-3 < losses[1]
+
+
+def test_inverses_of_several_are_those_of_each() -> None:
+    """λ is raised, tenfold each time, only where roundings have swallowed it."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randn(50, width, generator=generator, dtype=torch.float64) for width in (4, 7)]
+    sound = [one.mT @ one for one in rows]
+    negative = torch.diag(torch.tensor([1.0, 1.0, -1e-3], dtype=torch.float64))  # as roundings may leave it
+    grams = [sound[0], negative, sound[1]]
+    found = loaded_inverses(grams, 1e-3)
+    for gram, inverse in zip(grams, found, strict=True):
+        assert torch.equal(inverse, loaded_inverse(gram, 1e-3))
+    load = 1e-3 * negative.diagonal().mean()
+    assert load < 1e-3  # not enough: 10 times as much is
+    torch.testing.assert_close(found[1], torch.linalg.inv(negative + 10 * load * torch.eye(3)))
+    load = 1e-3 * sound[1].diagonal().mean()
+    torch.testing.assert_close(found[2], torch.linalg.inv(sound[1] + load * torch.eye(7)))

@@ -15,7 +15,7 @@ from torch import nn
 from image_classification.models import create_model
 from pruning import load_pruned
 from pruning.__main__ import main
-from pruning.engine.channel_graph import Constraints
+from pruning.engine.constraints import Constraints
 from pruning.files.saved_network import save_pruned
 from pruning.repair.repairing import RepairSettings
 from pruning.search.sensitivity import SensitivitySearch
@@ -151,7 +151,8 @@ def test_class_folders_are_labels(network: Path, folder: Path, tmp_path: Path) -
         (["--criterion", "reconstructoin"], "reconstruction"),
         (["--resize", "8"], "--resize"),
         (["--seed", "-1"], "--seed -1"),
-        (["--std", "1", "0", "1"], "--std"),
+        (["--std", "1", "0", "1"], "--std 1 0 1"),
+        (["--mean", "124", "117", "104"], "--mean 124 117 104"),
         (["--device", "nowhere"], "--device nowhere"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The backends `dali-gpu` and `dali-cpu`: NVIDIA DALI, if it is installed. The loader is imported when it is used."""
+"""The backends `dali-gpu` and `dali-cpu`: NVIDIA DALI, if it is installed. The loader is imported on first use."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _problem_on_gpu(device: torch.device) -> str | None:
 def make_gpu_loader(
     manifest: Manifest, planner: Planner, stage: DeviceStage, options: LoaderOptions
 ) -> DaliLoader:
-    """Decodes with nvJPEG and resizes on the loader's CUDA device."""
+    """Create a loader that decodes with nvJPEG and resizes on the loader's CUDA device."""
     from image_classification.data.backends.dali.dali_loader import DaliLoader
 
     return DaliLoader(manifest, planner, stage, options, gpu=True)
@@ -57,7 +57,7 @@ def make_gpu_loader(
 def make_cpu_loader(
     manifest: Manifest, planner: Planner, stage: DeviceStage, options: LoaderOptions
 ) -> DaliLoader:
-    """Decodes and resizes on the CPU."""
+    """Create a loader that decodes and resizes on the CPU."""
     from image_classification.data.backends.dali.dali_loader import DaliLoader
 
     return DaliLoader(manifest, planner, stage, options)

@@ -1,15 +1,15 @@
 """The DALI backends: plans executed by an NVIDIA DALI pipeline, on the CPU or on the GPU.
 
 The pipeline keeps no state: it is fed paths, windows and flips batch by batch (`external_source`), so that it can be
-thrown away and built again (0.1 s) at any position. JPEGs are decoded only as far as the window reaches
+discarded and rebuilt (0.1 s) at any position. JPEGs are decoded only as far as the window reaches
 (`decoders.image_slice`, bit-identical to cutting the whole image), and resized by the antialiased triangle filter:
-DALI's own, except for training on the CPU, where torch's is five times as fast and the same as Pillow's also at the
+DALI's own, except for training on the CPU, where torch's filter is five times as fast and equals Pillow's even at the
 border (DALI's repeats the last pixel there).
 
-What DALI cannot do is name or skip a damaged file, and a file that is missing or empty kills its pipeline. So each
-file is looked at once before it is first fed, by the scan of the data set where there was one; a suspicious one is
-decoded on the host to be sure, and replaced if the policy says so. Should DALI fail all the same, every file of the
-batch is decoded on the host, and a new pipeline goes on from there.
+DALI cannot name or skip a damaged file, and a missing or empty file kills its pipeline. So each file is checked once
+before it is first fed, or by the scan of the data set if there was one; a suspicious file is decoded on the host to be
+sure, and replaced if the policy says so. If DALI still fails, every file of the batch is decoded on the host, and a new
+pipeline continues from there.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 _Pipeline = Any
 
 
-#: What DALI and CUDA say when memory runs out, and after errors that no pipeline of this process survives.
+#: Messages of DALI and CUDA when memory runs out, and after errors that no pipeline of this process survives.
 _OUT_OF_MEMORY = (
     "out of memory",
     "bad_alloc",
@@ -61,17 +61,18 @@ _FATAL = (
     "illegal memory access",
     "unspecified launch",
 )
-#: Failures of DALI that no file explains, after which the job ends; good batches after which they are forgotten.
+#: Number of DALI failures without a bad file after which the job ends, and of good batches after which they are
+#: forgotten.
 _MAX_UNEXPLAINED, _GOOD_BATCHES = 3, 200
 
 
 class _Ahead(NamedTuple):
-    """A plan that is read ahead.
+    """A prefetched plan.
 
     Attributes:
-        plan: With substitutes.
-        pipeline: The one that was started on it, which may have died since; None if none was.
-        bad: Reasons by id of the samples that were found unreadable.
+        plan: The plan, with substitutes.
+        pipeline: The pipeline started on it, which may have died since; None if there is none.
+        bad: Reasons by id for samples found unreadable.
     """
 
     plan: BatchPlan
@@ -83,7 +84,7 @@ class DaliLoader(PlannedLoader):
     """See `PlannedLoader`.
 
     Args:
-        gpu: Decode (nvJPEG, with the hardware decoder where there is one) and resize on the loader's CUDA device.
+        gpu: Decode (nvJPEG, with the hardware decoder if there is one) and resize on the loader's CUDA device.
     """
 
     def __init__(
@@ -105,13 +106,13 @@ class DaliLoader(PlannedLoader):
 
     def decoded(self, plans: Iterator[BatchPlan]) -> Generator[Decoded, None, None]:
         """See `PlannedLoader.decoded`."""
-        # A batch that is ready need not wait for the plan of another one: a thread has made that before.
+        # A batch that is ready must not wait for the next plan, so a thread makes plans in advance.
         decoded = self._executed(one_ahead(plan for plan in plans))
-        # Resized images are copies; otherwise they lie in DALI's buffers, which the next batch would take back.
+        # Images resized on the host are copies; otherwise they lie in DALI's buffers, which the next batch would reuse.
         return one_ahead(decoded) if self._resizes_on_host else decoded
 
     def _executed(self, plans: Generator[BatchPlan, None, None]) -> Generator[Decoded, None, None]:
-        """Execute plans, reading ahead within DALI."""
+        """Execute plans, prefetching within DALI."""
         ahead: deque[_Ahead] = deque()
         with ThreadPoolExecutor(max(1, self.workers), thread_name_prefix="screen") as pool:
             try:
@@ -140,12 +141,12 @@ class DaliLoader(PlannedLoader):
                 self._drain(sum(entry.pipeline is self._pipeline for entry in ahead))
 
     def _start(self, plan: BatchPlan, pool: ThreadPoolExecutor, *, distrust: bool = False) -> _Ahead:
-        """Look at files that are about to be used for the first time, and start the pipeline on the plan.
+        """Check files about to be used for the first time, and start the pipeline on the plan.
 
         Args:
             plan: Unreadable samples in it are replaced if the policy says so.
-            pool: Threads to look at files with.
-            distrust: Decode all images on the host first, whatever they look like.
+            pool: Threads for checking files.
+            distrust: Decode all images on the host first, even if they look sound.
         """
         bad: dict[int, str] = {}
         while True:
@@ -158,7 +159,7 @@ class DaliLoader(PlannedLoader):
             plan = self.planner.plan(plan.epoch, plan.step, self.samples.resolve(plan.sample_ids))
 
     def _examine(self, ids: NDArray[np.int64], pool: ThreadPoolExecutor, *, distrust: bool) -> dict[int, str]:
-        """The unreadable ones among samples, with reasons: what does not look whole is decoded to be sure."""
+        """Return the unreadable samples, with reasons: files that do not look sound are decoded to be sure."""
         new = ids if distrust else ids[~self._screened[ids]]
         if not new.size:
             return {}
@@ -176,10 +177,10 @@ class DaliLoader(PlannedLoader):
         return bad
 
     def _again(self, entry: _Ahead, pool: ThreadPoolExecutor) -> tuple[_Ahead, Tensor | None]:
-        """A second try with a new pipeline, for a batch that was lost with the old one.
+        """Retry with a new pipeline a batch that was lost with the old one.
 
         Raises:
-            SettingError: DALI fails again and again on files that can be decoded.
+            SettingError: DALI fails repeatedly on files that can be decoded.
         """
         self._pipeline = None
         second = self._start(entry.plan, pool, distrust=True)
@@ -200,7 +201,7 @@ class DaliLoader(PlannedLoader):
         return bool(entry.bad) and self.samples.policy == "stop"
 
     def _without_dali(self, entry: _Ahead) -> Decoded:
-        """A batch that is refused, or that DALI cannot decode although the host can."""
+        """Return a batch that is refused, or that the host can decode but DALI cannot."""
         if self._is_refused(entry):
             return Decoded(entry.plan, torch.empty(0, dtype=torch.uint8), entry.bad)
         decoded = decode_batch(entry.plan, self.planner, self.samples)
@@ -208,11 +209,12 @@ class DaliLoader(PlannedLoader):
         return decoded
 
     def _feed(self, plan: BatchPlan) -> _Pipeline:
-        """Start the pipeline on a plan. Returns the pipeline; None if that failed, which ends the pipeline."""
+        """Start the pipeline on a plan and return the pipeline; None if that failed, which discards the pipeline."""
         try:
             if self._pipeline is None:
                 self._pipeline = self._build()
-                # the first run of a pipeline starts as many at once as its queue is deep: spend it on one image
+                # The first run of a pipeline starts as many iterations at once as its queue is deep: spend it on one
+                # image.
                 for _ in range(self._depth):
                     self._send(plan.rows(0, 1, plan.step))
                 self._pipeline.schedule_run()
@@ -234,13 +236,13 @@ class DaliLoader(PlannedLoader):
                 self._pipeline.feed_input(name, value)
 
     def _wait(self, num_running: int) -> None:
-        """Let the pipeline finish what it works on."""
+        """Let the pipeline finish its running iterations."""
         for _ in range(num_running):
             self._pipeline.share_outputs()
             self._pipeline.release_outputs()
 
     def _take(self, entry: _Ahead, pool: ThreadPoolExecutor) -> Tensor | None:
-        """The pipeline's next output, (N, H, W, 3) uint8; None if the pipeline died or was not started on this."""
+        """Return the pipeline's next output, (N, H, W, 3) uint8; None if it died or was not started on this plan."""
         if entry.pipeline is None or entry.pipeline is not self._pipeline:
             return None
         plan = entry.plan
@@ -263,11 +265,11 @@ class DaliLoader(PlannedLoader):
         return images
 
     def _lost(self, error: RuntimeError) -> None:
-        """Give up the pipeline after a failure; what was read ahead is fed again to the next one.
+        """Discard the pipeline after a failure; prefetched plans are fed again to the next one.
 
         Raises:
-            OutOfMemoryError: Memory has run out: another pipeline would fare no better.
-            RuntimeError: CUDA has failed, for this process once and for all.
+            OutOfMemoryError: Memory ran out: a new pipeline would not help.
+            RuntimeError: CUDA failed irrecoverably for this process.
         """
         self._pipeline = None
         text = str(error)
@@ -279,7 +281,7 @@ class DaliLoader(PlannedLoader):
         logger.warning("DALI failed and is started again: %s", self._reason)
 
     def _drain(self, num_running: int) -> None:
-        """Get rid of what was read ahead, so that the pipeline can be used again."""
+        """Discard prefetched batches, so that the pipeline can be used again."""
         try:
             if self._pipeline is not None:
                 self._wait(num_running)
@@ -288,17 +290,17 @@ class DaliLoader(PlannedLoader):
 
     @property
     def _resizes_on_host(self) -> bool:
-        """Whether the pipeline only decodes. A filter that sees beyond the window is left to DALI."""
+        """Whether the pipeline only decodes. Resizing stays in DALI if the filter reaches beyond the window."""
         return not self.gpu and self.planner.geometry.crop_first
 
     @property
     def _depth(self) -> int:
-        """Batches in the pipeline's queue: those read ahead and the one that the consumer has."""
+        """Number of batches in the pipeline's queue: those prefetched and the consumer's current one."""
         return self.prefetch + 1
 
     @property
     def _fed_names(self) -> tuple[str, ...]:
-        """Inputs that the graph of this geometry has."""
+        """Names of the inputs of the graph for this geometry."""
         geometry = self.planner.geometry
         left_out = set() if geometry.flip and not self._resizes_on_host else {"flips"}
         if geometry.crop_first:
@@ -343,14 +345,14 @@ class DaliLoader(PlannedLoader):
         return pipeline
 
     def _decoding_options(self) -> Plain:
-        """Arguments of the decoder that depend on the device."""
+        """Return the decoder's arguments that depend on the device."""
         if not self.gpu:
             return {"device": "cpu"}
         height, width = usual_largest(self.manifest, ~self.samples.known)
         return {
             "device": "mixed",
             "hw_decoder_load": 0.65,  # DALI's default: the share of images for the hardware decoder
-            # buffers for nearly all images at once, instead of growing through the first epoch
+            # Preallocate buffers that suffice for nearly all images, instead of growing through the first epoch.
             "preallocate_width_hint": width,
             "preallocate_height_hint": height,
             "jpeg_fancy_upsampling": True,  # the chroma filter of the CPU decoders
@@ -363,7 +365,7 @@ class DaliLoader(PlannedLoader):
 
 
 def usual_largest(manifest: Manifest, readable: NDArray[np.bool_]) -> tuple[int, int]:
-    """Height and width that 999 of 1000 readable images do not exceed: one giant must not fill the GPU."""
+    """Return the height and width that 999 of 1000 readable images do not exceed: one giant must not fill the GPU."""
     heights = manifest.heights[readable]
     widths = manifest.widths[readable]
     if not len(heights):
@@ -377,10 +379,10 @@ _END = object()
 
 
 def one_ahead(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
-    """Yield what `items` yields, while a thread already makes the next one.
+    """Yield from `items` while a thread prepares the next one.
 
-    Only that thread advances `items`, so whatever they use needs no lock of its own; an error of theirs reaches the
-    consumer in its turn. An item must stay valid while the next one is made.
+    Only that thread advances `items`, so they need no locks; an error reaches the consumer in order. An item must stay
+    valid while the next one is prepared.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
 
@@ -393,5 +395,5 @@ def one_ahead(items: Generator[Item, None, None]) -> Generator[Item, None, None]
                 following = advance()
                 yield item  # type: ignore[misc]  # not the end, so an Item
         finally:
-            following.exception()  # the thread has released them
+            following.exception()  # wait until the thread has released `items`
             thread.submit(items.close).result()

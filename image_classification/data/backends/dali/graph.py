@@ -1,4 +1,4 @@
-"""What the DALI pipeline computes from a plan: the regions it is fed, and its graph."""
+"""The DALI pipeline's inputs for a plan, and its graph."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
 
 INPUTS = ("paths", "starts", "shapes", "roi_starts", "roi_ends", "flips")
-"""What is fed for every batch, one array or list of N each."""
+"""Inputs fed for every batch, each an array or list of N entries."""
 
 
 class Regions(NamedTuple):
-    """What is decoded of each image, and which part of that is resized."""
+    """The part of each image to decode, and the region of it to resize."""
 
     starts: NDArray[np.int32]
     """(N, 2) top, left of the part to decode, raw pixels."""
@@ -60,15 +60,15 @@ def regions(plan: BatchPlan, heights: NDArray[np.int32], widths: NDArray[np.int3
 
 
 def resize_parts(parts: Sequence[Tensor], plan: BatchPlan, pool: ThreadPoolExecutor) -> Tensor:
-    """Resize and mirror windows that have been cut out.
+    """Resize and mirror cropped windows.
 
     Args:
         parts: (h, w, 3) uint8 of various sizes.
         plan: Output size and flips.
-        pool: Threads to work in; torch releases Python's lock while it resizes.
+        pool: Threads to work in; torch releases the GIL while it resizes.
 
     Returns:
-        (N, H, W, 3) uint8, plane by plane in memory, which is how the filter leaves them.
+        (N, H, W, 3) uint8, stored plane by plane, as the filter leaves them.
     """
     planes = np.empty((len(parts), 3, *plan.size), dtype=np.uint8)
 
@@ -76,7 +76,7 @@ def resize_parts(parts: Sequence[Tensor], plan: BatchPlan, pool: ThreadPoolExecu
         image = parts[row].permute(2, 0, 1)[None]
         if image.shape[2:] != plan.size:
             image = F.interpolate(image, size=plan.size, mode="bilinear", antialias=True)
-        # NumPy's copy: torch's would start a team of compute threads for each thread of the pool
+        # Use NumPy's copy: torch's would start a team of compute threads for each thread of the pool.
         plane = image[0].numpy()
         planes[row] = plane[:, :, ::-1] if plan.flips[row] else plane
 
@@ -88,12 +88,12 @@ def resize_parts(parts: Sequence[Tensor], plan: BatchPlan, pool: ThreadPoolExecu
 def build_graph(
     size: tuple[int, int] | None, *, inside: bool, names: tuple[str, ...], decoding: Plain
 ) -> DataNode:
-    """The pipeline's graph: read, decode, resize, mirror; (H, W, 3) uint8 per sample.
+    """Build the pipeline's graph: read, decode, resize, mirror; (H, W, 3) uint8 per sample.
 
     Args:
-        size: Output height and width; None to only decode.
-        inside: Whether windows never leave the image; else it is decoded whole and padded with black.
-        names: Inputs to have.
+        size: Output height and width; None to decode only.
+        inside: Whether windows never leave the image; otherwise images are decoded whole and padded with black.
+        names: Names of the inputs.
         decoding: Options of the decoder.
     """
     fn = importlib.import_module("nvidia.dali.fn")

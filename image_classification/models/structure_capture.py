@@ -1,0 +1,162 @@
+"""Captures the structure of a network: its differences from a network freshly built by its function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from image_classification.models.attention import CutAttention
+from image_classification.models.factory import ModelIdentity, identity_of, input_of, unwrap
+from image_classification.models.integer_attributes import (
+    IntegerValue,
+    as_list,
+    integer_attributes,
+    is_integer_value,
+    is_within,
+)
+from image_classification.models.lazy_modules import settle
+from image_classification.models.meta_device import Factory, on_meta
+from image_classification.models.module_tree import tensors_by_all_names
+from image_classification.models.structure import Structure, StructureError, called, is_plain
+from image_classification.models.structure_checks import check_fits, check_known_modules
+from image_classification.models.whole_numbers import is_nested, numbers_in
+
+
+def capture_structure(model: nn.Module, *, factory: Factory | None = None) -> Structure:
+    """Capture the structure of a network, pruned or not.
+
+    Args:
+        model: A network of `create_model` in any state, bare or inside DDP, EMA or `torch.compile` wrappers.
+        factory: Builds the fresh network, for a user-defined class.
+
+    Raises:
+        StructureError: The network cannot be rebuilt from such data; the message names the first problematic module.
+    """
+    model = unwrap(model)
+    identity = identity_of(model)
+    if factory is None and identity is None:
+        raise StructureError(
+            f"{type(model).__name__} was not built by create_model: give factory=, a function that builds it "
+            "unpruned"
+        )
+    build = identity.build if factory is None and identity is not None else factory
+    assert build is not None
+    shapes = {name: list(tensor.shape) for name, tensor in tensors_by_all_names(model)}
+    fresh = settle(on_meta(build), shapes)
+    _check_same_modules(model, fresh)
+    head = ModelIdentity("") if factory is not None or identity is None else identity
+    shapes.update(_sized_while_running(model, fresh))
+    structure = Structure(
+        arch=head.arch or None,
+        model_config=head.model_config,
+        num_classes=head.num_classes if head.arch else None,
+        image_size=head.image_size,
+        attributes=_differing_attributes(model, fresh),
+        shapes=shapes,
+        options=_plain_options(head.options),
+        input=input_of(model),
+    )
+    check_fits(structure, fresh)
+    check_known_modules(model)
+    _check_unsaved_buffers(model, fresh, build)
+    return structure
+
+
+def _differing_attributes(model: nn.Module, fresh: nn.Module) -> dict[str, dict[str, IntegerValue]]:
+    modules = dict(model.named_modules())
+    found = {}
+    for name, fresh_module in fresh.named_modules():
+        changed: dict[str, IntegerValue] = {}
+        for attribute, before in integer_attributes(fresh_module).items():
+            value = getattr(modules[name], attribute, None)
+            if is_nested(getattr(fresh_module, attribute)):
+                value = [number for _, number in numbers_in(value)]
+                if not is_within(value, as_list(before)):  # a value remembered from a run
+                    continue
+            if not is_integer_value(value):
+                raise StructureError(
+                    f"module {called(name)}: attribute {attribute!r} is {before} in a fresh network and "
+                    f"{value!r} here"
+                )
+            if as_list(value) != as_list(before):
+                changed[attribute] = value if isinstance(value, int) else as_list(value)
+        if changed:
+            found[name] = changed
+    return found
+
+
+def _check_same_modules(model: nn.Module, fresh: nn.Module) -> None:
+    ours, theirs = dict(model.named_modules()), dict(fresh.named_modules())
+    for name, module in theirs.items():
+        # Parametrisations create a separate class for every module.
+        if name not in ours or _class_of(ours[name]) is not _class_of(module):
+            here = type(ours[name]).__name__ if name in ours else "missing"
+            raise StructureError(
+                f"module {called(name)} is {type(module).__name__} in a fresh network and {here} here: "
+                "only widths may differ"
+            )
+    for name, module in ours.items():
+        if name not in theirs:
+            raise StructureError(f"module {called(name)} ({type(module).__name__}) is not in a fresh network")
+
+
+def _class_of(module: nn.Module) -> type[nn.Module]:
+    return nn.MultiheadAttention if isinstance(module, CutAttention) else type_before_parametrizations(module)
+
+
+def _sized_while_running(model: nn.Module, fresh: nn.Module) -> dict[str, list[int]]:
+    """Return the fresh shapes of non-persistent buffers that have grown: the network enlarges them on demand."""
+    saved = set(model.state_dict())
+    originals = dict(fresh.named_buffers(remove_duplicate=False))
+    return {
+        name: list(originals[name].shape)
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if name not in saved and name in originals and _has_grown(buffer, originals[name])
+    }
+
+
+def _has_grown(buffer: Tensor, original: Tensor) -> bool:
+    return buffer.dim() == original.dim() and any(
+        size > before for size, before in zip(buffer.shape, original.shape, strict=True)
+    )
+
+
+def _check_unsaved_buffers(model: nn.Module, fresh: nn.Module, build: Factory) -> None:
+    """Check that a non-persistent buffer follows from the fresh network, as its leading part."""
+    saved = set(model.state_dict())
+    uncut = dict(fresh.named_buffers(remove_duplicate=False))
+    cut = {
+        name: buffer
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if name not in saved and buffer.shape != uncut[name].shape and not _has_grown(buffer, uncut[name])
+    }
+    if not cut:
+        return
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        originals = dict(build().named_buffers(remove_duplicate=False))
+    for name, buffer in cut.items():
+        leading = originals[name][tuple(slice(size) for size in buffer.shape)]
+        if not torch.equal(leading.to(buffer.dtype), buffer.cpu()):
+            raise StructureError(
+                f"module {called(name.rpartition('.')[0])}: buffer {name!r} was cut, is in no state dict, and is "
+                "not the leading part of a fresh one: it could not be restored"
+            )
+
+
+def _plain_options(options: Mapping[str, object]) -> dict[str, object]:
+    for name, value in options.items():
+        if not is_plain(value):
+            raise StructureError(
+                f"option {name}={value!r} cannot be saved as plain data: use numbers, strings, lists and dicts of "
+                "them, or build the network by a factory"
+            )
+    return {name: _copied(value) for name, value in options.items()}
+
+
+def _copied(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, (list, tuple)) else value

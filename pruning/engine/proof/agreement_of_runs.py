@@ -1,0 +1,157 @@
+"""How two runs of a network are compared: by every call of a module, by outputs, by what they ask of PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pruning.engine.examples import Pass
+from pruning.engine.groups import Place
+
+TOLERANCE = 1e-4
+MODULE_TOLERANCE = 1e-3
+_NOTHING = 1e-9  # share of an output's largest number that counts as zero
+
+
+@dataclasses.dataclass
+class Failure:
+    """Where a trial failed: the innermost module, what happened, whether it was an exception, how much differs."""
+
+    module: str
+    message: str
+    raised: bool = False
+    size: float = math.inf
+
+
+@dataclasses.dataclass
+class TrialRun:
+    """What a trial run left: one summary per module call, outputs and steps, or where it stopped."""
+
+    calls: list[tuple[str, np.ndarray]]
+    outputs: list[Tensor]
+    steps: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+    failure: Failure | None = None
+
+
+def summary(output: Tensor, places: list[Place], mask: np.ndarray | None) -> np.ndarray:
+    """(2, C) mean and mean square of every channel that stays; of the whole where no channels are known."""
+    if output.numel() == 0:  # a head that was given no boxes
+        return np.zeros((2, 1), dtype=np.float32)
+    values = output.detach().float()
+    if not places or values.dim() != len(places[0].shape):
+        return _moments(values, list(range(values.dim()))).reshape(2, 1)
+    stays = [
+        slice(None) if mask is None else (place.units < 0) | mask[np.maximum(place.units, 0)]
+        for place in places
+    ]
+    for place, chosen in list(zip(places, stays, strict=True))[1:]:
+        if not isinstance(chosen, slice):
+            index = torch.from_numpy(np.flatnonzero(chosen))
+            values = values.index_select(place.dim, index.to(values.device))
+    # What goes along the first dimension that carries channels is left out of the short result.
+    moments = _moments(values, [dim for dim in range(values.dim()) if dim != places[0].dim])
+    kept: np.ndarray = moments[:, stays[0]]
+    return kept
+
+
+def _moments(values: Tensor, over: list[int]) -> np.ndarray:
+    """(2, …) mean and mean square over some dimensions, without an intermediate of the tensor's size."""
+    if not over:
+        return torch.stack([values, values.square()]).cpu().numpy()
+    count = math.prod(values.shape[dim] for dim in over)
+    lengths = torch.linalg.vector_norm(values, dim=over)
+    return torch.stack([values.mean(over), lengths.square() / count]).cpu().numpy()
+
+
+def difference(expected: TrialRun, found: TrialRun) -> Failure | None:
+    if expected.failure is not None:
+        return expected.failure
+    for number in range(min(len(expected.calls), len(found.calls))):
+        failure = call_difference(expected, found, number)
+        if failure is not None:
+            return failure
+    if len(expected.outputs) != len(found.outputs):
+        return Failure("", "the number of outputs changes")
+    for left, right in zip(expected.outputs, found.outputs, strict=True):
+        if left.shape != right.shape:
+            return Failure("", "the shape of the output changes")
+        if left.numel() == 0:  # a detector that finds nothing
+            continue
+        error = _error(left, right)
+        if not error <= TOLERANCE:
+            return Failure("", f"the output differs by {error:.1e}", size=error)
+    return None
+
+
+def _error(expected: Tensor, found: Tensor) -> float:
+    """The largest difference, measured by the largest value of the same channel.
+
+    Boxes in pixels and scores may share a tensor: by the largest number of all, a wrong score would be none. Which
+    dimension holds the channels is not known, so each is tried, the images' aside.
+    """
+    left, right = (torch.view_as_real(t) if t.is_complex() else t for t in (expected, found))
+    if not left.is_floating_point():
+        left, right = left.float(), right.float()
+    error, size = (left - right).abs(), left.abs()
+    least = float(size.max()) * _NOTHING + 1e-12
+    worst = float(error.max() / size.max().clamp(min=least))
+    for dim in range(1, left.dim()):
+        others = [other for other in range(left.dim()) if other != dim]
+        worst = max(worst, float((error.amax(others) / size.amax(others).clamp(min=least)).max()))
+    return worst if not math.isnan(float(error.sum())) else math.nan
+
+
+def other_steps(one: Pass, expected: TrialRun, found: TrialRun) -> Failure | None:
+    """A function that only the whole network calls, or only the cut one: somewhere a width decides.
+
+    The whole network is the one that was recorded, or the masked one: where values decide, these two may differ.
+    """
+    fewest = min(one.steps ^ found.steps, expected.steps ^ found.steps, key=len)
+    for module, name in sorted(fewest):
+        which = "cut" if (module, name) in found.steps else "whole"
+        where = repr(module) if module else "the network itself"
+        return Failure(module, f"only the {which} network calls {name!r} in {where}: a width decides there")
+    return None
+
+
+def call_difference(expected: TrialRun, found: TrialRun, number: int) -> Failure | None:
+    """What differs in one call of a module; None where the expected run has no such call."""
+    if number >= len(expected.calls):
+        return None
+    name, left = expected.calls[number]
+    other, right = found.calls[number]
+    if name != other or left.shape != right.shape:
+        return Failure(other, f"the path or shape changes at {other!r}")
+    size = _call_size(left, right)
+    if not size <= MODULE_TOLERANCE:
+        return Failure(name, f"{name!r} computes something else on fewer channels", size=size)
+    return None
+
+
+def _call_size(expected: np.ndarray, found: np.ndarray) -> float:
+    """How much two summaries differ.
+
+    Rows: mean and mean square. Means near 0 (behind an instance norm) are rounding, so both rows are measured by the
+    second: the mean by the root of the largest mean square, the mean square by itself.
+    """
+    power = max(float(expected[1].max()), 1e-12)
+    mean, square = np.abs(expected - found).max(axis=1).tolist()
+    return max(float(mean / power**0.5), float(square / power))
+
+
+def drift(exact: TrialRun, found: TrialRun) -> float:
+    """How much rounding does to a run: by how much it differs from the same one in double precision."""
+    drift = 0.0
+    for (name, left), (other, right) in zip(exact.calls, found.calls, strict=False):
+        if name != other or left.shape != right.shape:
+            return math.inf
+        drift = max(drift, _call_size(left, right))
+    for expected, output in zip(exact.outputs, found.outputs, strict=False):
+        if expected.shape != output.shape:
+            return math.inf
+        drift = max(drift, _error(expected, output) if expected.numel() else 0.0)
+    return drift
