@@ -130,7 +130,7 @@ def run_verb(verbs: Verbs, argv: Sequence[str] | None, *, prog: str, description
     name = words[0]
     if name not in verbs:
         print(f"{prog}: error: unknown verb {name!r}{nearest(name, verbs)}", file=sys.stderr)
-        print(usage(verbs, prog, description), file=sys.stderr)
+        print(f"{prog} --help lists the verbs", file=sys.stderr)
         return 2
     module, description = verbs[name]
     prog = f"{prog} {name}"

@@ -308,6 +308,30 @@ class TestLogger:
         }
         assert "Epoch 0:  train.loss 1.50000  val.top1 50.00 %" in capsys.readouterr().out
 
+    def test_settings_stand_beside_the_last_figures_in_tensorboard(self, logger, tmp_path):
+        from tensorboard.plugins.hparams import plugin_data_pb2
+
+        logger.log_parameters(
+            {"lr": 0.1, "arch": "resnet20", "budget": ["macs=0.5"], "amp": True, "seed": None}
+        )
+        logger.log((0,), {"val.top1": 50.0}, iteration=10)
+        logger.log((1,), {"val.top1": 60.0}, iteration=20)
+        logger.log((), {"pruning.macs_before": 8.0, "pruning.macs_after": 4.0})
+        logger.close()
+        summaries = self.events(tmp_path / "tb").summary_metadata
+        read = {
+            tag: plugin_data_pb2.HParamsPluginData.FromString(value.plugin_data.content)
+            for tag, value in summaries.items()
+            if value.plugin_data.plugin_name == "hparams"
+        }
+        start = read["_hparams_/session_start_info"].session_start_info.hparams
+        assert start["lr"].number_value == 0.1
+        assert start["arch"].string_value == "resnet20"
+        assert start["amp"].string_value == "True"
+        assert start["budget"].string_value == "['macs=0.5']"
+        shown = read["_hparams_/experiment"].experiment.metric_infos
+        assert {each.name.tag for each in shown} == {"val/top1", "pruning/macs_before", "pruning/macs_after"}
+
     def test_images_histograms_and_graph(self, logger, tmp_path):
         from torchvision.io import write_png
 

@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -35,6 +36,8 @@ class TensorBoard:
             problem = f"cannot be written: {error.strerror}"
             raise SettingError("tensorboard", str(directory), problem) from error
         self._iteration = 0
+        self._parameters: dict[str, int | float | str] = {}
+        self._results: dict[str, float] = {}
         self._directory = directory
         self._failed = False
 
@@ -71,9 +74,13 @@ class TensorBoard:
         if isinstance(step, str):
             rows = "\n".join(f"| {key} | {value} |" for key, value in data.items())
             self._writer.add_text(step.lower(), f"| name | value |\n| --- | --- |\n{rows}", self._iteration)
+            self._parameters |= {key: _comparable(value) for key, value in data.items()}
             return
-        for tag, value in curves(step, data).items():
+        figures = curves(step, data)
+        for tag, value in figures.items():
             self._writer.add_scalar(tag, value, self._iteration)
+        if len(step) < 2:
+            self._results |= figures
 
     def image(self, tag: str, pixels: torch.Tensor, iteration: int) -> None:
         """Write an image, (3, H, W) or (1, H, W), uint8 or float in 0…1."""
@@ -105,7 +112,26 @@ class TensorBoard:
                 self._writer.flush()
 
     def close(self) -> None:
-        """Write buffered data and close the file."""
+        """Write buffered data and the run's row in the table of hyperparameters, and close the file."""
         if not self._failed:
             with self._writing():
+                self._compare()
                 self._writer.close()
+
+    def _compare(self) -> None:
+        """The settings beside the last figures of epochs and run, as TensorBoard's HParams page has them.
+
+        SummaryWriter's own `add_hparams` writes them into a folder of their own, as if they were another run.
+        """
+        from torch.utils.tensorboard.summary import hparams
+        from torch.utils.tensorboard.writer import FileWriter
+
+        if self._parameters:
+            events = cast("FileWriter", self._writer.file_writer)
+            for summary in hparams(self._parameters, self._results):
+                events.add_summary(summary)
+
+
+def _comparable(value: object) -> int | float | str:
+    """A setting as the table of hyperparameters takes it: numbers are compared as such, the rest as words."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)

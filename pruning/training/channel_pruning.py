@@ -17,7 +17,8 @@ from image_classification.callbacks import Callback, TrainLoop
 from image_classification.data.loader import Loader
 from image_classification.observe.figures import Figure, register_figures
 from pruning.costs.budget import Budget
-from pruning.costs.cost_registry import cost_names
+from pruning.costs.cost_model import CostModel
+from pruning.costs.cost_registry import cost_named, cost_names
 from pruning.criteria.sample_losses import losses_of
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.groups import Group
@@ -64,6 +65,9 @@ class ChannelPruning(Callback, abc.ABC):
         self.restored: dict[str, Any] | None = None
         shares = {f"{name}_share": Figure(steers=True) for name in cost_names()}
         register_figures(("gates", "pruning"), shares)
+        counted = [name for name in cost_names() if cost_named(name).divisor >= 1]
+        whole = {f"{name}_{when}": Figure(",.0f") for name in counted for when in ("before", "after")}
+        register_figures("pruning", whole)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Keep the state until the network is traced."""
@@ -130,8 +134,16 @@ class ChannelPruning(Callback, abc.ABC):
     def explanation_moved(self, trainer: TrainLoop) -> float | None:
         """Return the mean squared distance of the explanation from the original network's; None if none is followed."""
 
+    @abc.abstractmethod
+    def cost_model(self) -> CostModel:
+        """What the network costs."""
+
     def on_fit_end(self, trainer: TrainLoop) -> None:
-        """Log how far the final network's explanation is from the original's."""
+        """Log the costs before and after, and how far the final network's explanation is from the original's."""
+        costs = self.cost_model()
+        before = {f"pruning.{metric}_before": costs.baseline(metric) for metric in costs.metrics}
+        after = {f"pruning.{metric}_after": costs.current(metric) for metric in costs.metrics}
+        trainer.logger.log((), before | after)
         moved = self.explanation_moved(trainer)
         if moved is None:
             return

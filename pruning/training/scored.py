@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from image_classification.callbacks import TrainLoop
 from image_classification.config import told
+from pruning.costs.cost_model import CostModel
 from pruning.criteria.by_name import make_criterion
 from pruning.pruner import Pruner
 from pruning.rewrites.pruner_settings import PrunerSettings
@@ -172,6 +173,10 @@ class PruningCallback(ChannelPruning):
                 f"the budget was not met: {', '.join(missed)}; train longer, raise --pruning-delta, or lower "
                 "--pruning-step or --min-width"
             )
+
+    def cost_model(self) -> CostModel:
+        """See `ChannelPruning`."""
+        return self.pruner.costs
 
     def explanation_moved(self, trainer: TrainLoop) -> float | None:
         """See `ChannelPruning`."""

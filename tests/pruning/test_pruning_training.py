@@ -13,6 +13,7 @@ from support.training import MemoryLoader, Recorder, build_trainer, toy_data
 
 from image_classification.callbacks import Callback
 from image_classification.models import Structure, build_from_structure, read_safely
+from image_classification.observe.console import Console
 from image_classification.trainer import Trainer
 from pruning.engine.surgery import prune_channels
 from pruning.search import Decision, GreedySearch, Situation
@@ -249,6 +250,24 @@ def test_one_shot_happens_once_before_training(tmp_path: Path) -> None:
     assert len(again.pruner.history) == 1
     assert resumed_trainer.state.epoch == 2
     assert trainer.state.iteration == 12
+
+
+def test_the_run_ends_with_the_costs_before_and_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruning = callback()
+    assert (
+        Console(1, live=False).format("pruning.macs_before", 91238400.0) == "pruning.macs_before 91,238,400"
+    )
+    trainer = build_trainer(workspace=tmp_path, callbacks=(pruning,), epochs=2, ema=0.9)
+    logged: dict[str, object] = {}
+    monkeypatch.setattr(
+        trainer.logger, "log", lambda step, data, iteration=None: logged.update({} if step else data)
+    )
+    trainer.fit()
+    costs = pruning.pruner.costs
+    assert logged["pruning.macs_before"] == costs.baseline("macs")
+    assert logged["pruning.macs_after"] == costs.current("macs") <= 0.7 * costs.baseline("macs") * (1 + 1e-6)
 
 
 def test_learning_rate_recovers_after_a_rewrite(tmp_path: Path) -> None:

@@ -354,6 +354,10 @@ class LearnedPruning(ChannelPruning):
 
     # -- the rest of the run -------------------------------------------------------------------------------
 
+    def cost_model(self) -> CostModel:
+        """See `ChannelPruning`."""
+        return self.costs
+
     def explanation_moved(self, trainer: TrainLoop) -> float:
         """See `ChannelPruning`; over all calibration images."""
         return self.originals.moved(
