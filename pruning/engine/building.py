@@ -195,36 +195,45 @@ def _groups(coupling: Coupling) -> list[Group]:
 
 
 def _statistics(traces: list[Trace], labeller: Labeller, coupling: Coupling) -> list[Statistics]:
-    ordinals = [_ordinals(trace) for trace in traces]
+    counted = [_ordinals(trace) for trace in traces]
     found = []
     for use in labeller.statistics:
         units = compress(as_units(coupling.unit_of_atom, use.slot))
         dims = support(units)
         if len(dims) == 1 and units.max() >= 0:
+            ordinals, times = counted[use.trace]
+            line = traces[use.trace].operations[use.operation].line
             found.append(
                 Statistics(
                     trace=use.trace,
-                    ordinal=ordinals[use.trace][use.operation],
+                    ordinal=ordinals[use.operation],
                     module=use.module,
                     operator=use.operator,
                     dim=dims[0],
                     rank=units.ndim,
                     units=units.reshape(-1),
+                    line=line,
+                    times=times[family_of(use.operator) or "", line] if line else 0,
                 )
             )
     return found
 
 
-def _ordinals(trace: Trace) -> dict[int, int]:
-    """Map the index of every operator that takes statistics to its position within its family."""
-    counts: Counter[str] = Counter()
+def _ordinals(trace: Trace) -> tuple[dict[int, int], Counter[tuple[str, str]]]:
+    """Map the index of every operator that takes statistics to its position within its family at its line of code.
+
+    Operators that no line of the network called are counted within their family in the whole pass. The second result
+    counts the operators of each family at each line, "" for the whole pass.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
     found = {}
     for operation in trace.operations:
         family = family_of(operation_name(operation.func))
         if family is not None:
-            found[operation.index] = counts[family]
-            counts[family] += 1
-    return found
+            found[operation.index] = counts[family, operation.line]
+            for line in {"", operation.line}:
+                counts[family, line] += 1
+    return found, counts
 
 
 def _ungated(labeller: Labeller, coupling: Coupling, places: list[Place]) -> np.ndarray:

@@ -8,16 +8,23 @@ from types import CodeType
 
 import torch
 
-_NOT_ITS_OWN = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
+from image_classification.models import attention
+
+#: PyTorch, the engine, and what stands in for PyTorch's attention while a network is analysed.
+_NOT_ITS_OWN = (
+    os.path.dirname(torch.__file__) + os.sep,
+    os.path.dirname(__file__) + os.sep,
+    attention.__file__,
+)
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 _INSTALLED = os.path.join(_LIBRARY, "site-packages") + os.sep
 
 
-def line_running(outermost: CodeType) -> str:
+def line_running(outermost: CodeType | None = None) -> str:
     """Return the innermost line that is neither PyTorch's nor the engine's, as `model.py:57`; "" if there is none.
 
     Args:
-        outermost: Code of the function that called the network; the frames outside it are not the network's.
+        outermost: Code of the function that called the network, if known; the frames outside it are not the network's.
     """
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not outermost:

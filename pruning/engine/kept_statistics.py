@@ -19,7 +19,11 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from image_classification.models.running import Args, Kwargs, Outputs
+from pruning.engine.code_lines import line_running
 from pruning.engine.operators import OPERATORS, operator_named
+
+#: (family of operators, line of the network's code)
+_Where = tuple[str | None, str]
 
 
 @dataclasses.dataclass
@@ -28,10 +32,12 @@ class Statistics:
 
     Attributes:
         trace: Which recorded pass it belongs to (0: evaluation).
-        ordinal: Its position among the operators of its family (see `family_of`) in the pass.
+        ordinal: Its position among the operators of its family (see `family_of`) that the pass runs at the same line.
         module, operator: Where it was met.
         dim, rank: The input's dimension that carries units, and its number of dimensions.
         units: Unit of every position along `dim`.
+        line: Where in the network's code; "" where there is none, and `ordinal` counts the whole family.
+        times: How many operators of its family the recorded pass ran there; 0 where there is no line.
     """
 
     trace: int
@@ -41,6 +47,8 @@ class Statistics:
     dim: int
     rank: int
     units: np.ndarray
+    line: str = ""
+    times: int = 0
 
 
 def family_of(operator: str) -> str | None:
@@ -52,6 +60,9 @@ def family_of(operator: str) -> str | None:
 class StatisticsOverKept(TorchDispatchMode):
     """Recomputes the given statistics from the units that stay.
 
+    They are found again by line, so that a loop that ends sooner or a branch that is not taken moves no others. What a
+    loop runs more often than when it was recorded is taken as the last time that was.
+
     Args:
         uses: From `ChannelGraph.statistics`.
         mask: Boolean over unit ids: True for what stays.
@@ -60,14 +71,17 @@ class StatisticsOverKept(TorchDispatchMode):
 
     def __init__(self, uses: Iterable[Statistics], mask: np.ndarray, trace: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        self._counts: Counter[str] = Counter()
-        self._kept: dict[tuple[str | None, int], np.ndarray] = {}
+        self._counts: Counter[_Where] = Counter()
+        self._kept: dict[_Where, dict[int, np.ndarray]] = {}
+        self._times: dict[_Where, int] = {}
         for use in uses:
             stays = (use.units < 0) | mask[np.maximum(use.units, 0)]
             if use.trace == trace and not stays.all():
                 kept = stays.reshape([-1 if d == use.dim else 1 for d in range(use.rank)])
-                key = (family_of(use.operator), use.ordinal)
-                self._kept[key] = self._kept.get(key, True) & kept
+                where = (family_of(use.operator), use.line)
+                there = self._kept.setdefault(where, {})
+                there[use.ordinal] = there.get(use.ordinal, True) & kept
+                self._times[where] = use.times
 
     def restart(self) -> None:
         """Reset the counters for another pass."""
@@ -85,14 +99,23 @@ class StatisticsOverKept(TorchDispatchMode):
         known = OPERATORS.get(func)
         if known is None or known.statistics is None:
             return func(*args, **kwargs)
-        family = known.statistics.family
-        kept = self._kept.get((family, self._counts[family]))
-        self._counts[family] += 1
+        kept = self._kept_at(known.statistics.family)
         if kept is not None and isinstance(args[0], Tensor):
-            kept = _for_shape(kept, tuple(args[0].shape))
+            kept = _for_shape(kept, tuple(args[0].shape)) if kept.ndim == args[0].dim() else None
         if kept is None:
             return func(*args, **kwargs)
         return known.statistics.over_kept(func, args, kwargs, kept)
+
+    def _kept_at(self, family: str) -> np.ndarray | None:
+        """What stays of the input of the operator that is running; None where all of it does."""
+        found = None
+        for where in dict.fromkeys(((family, ""), (family, line_running()))):
+            ordinal = self._counts[where]
+            self._counts[where] += 1
+            if self._times.get(where):
+                ordinal = min(ordinal, self._times[where] - 1)
+            found = self._kept.get(where, {}).get(ordinal, found)
+        return found
 
 
 def _for_shape(kept: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:

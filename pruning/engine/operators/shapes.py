@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pruning.engine.labeller import Labeller, aligned, along, operation_name
-from pruning.engine.labels import Slot, Value, matching_dims, reshape_slot
+from pruning.engine.labels import Slot, Value, matching_dims, reshape_slot, support
 from pruning.engine.operators.register import arguments, note_size, operator, unknown, wrap
 from pruning.engine.traces import Operation
 
@@ -123,9 +123,23 @@ def repeated(run: Labeller, operation: Operation) -> Value:
     times = [1] * (len(shape) - len(times)) + list(times)
     slots = []
     for slot in x.slots:
-        slots.append(np.tile(slot, [n if slot.shape[d] > 1 else 1 for d, n in enumerate(times)]))
+        copied = [dim for dim, n in enumerate(times) if n > 1 and slot.shape[dim] > 1]
+        if len(copied) == 1 and support(slot) == tuple(copied):
+            slots.append(copies(run, operation, slot, copied[0], times[copied[0]]))
+        else:
+            slots.append(np.tile(slot, [n if slot.shape[d] > 1 else 1 for d, n in enumerate(times)]))
     free = x.free | {dim for dim, n in enumerate(times) if n > 1 and x.shape[dim] == 1}
     return run.make(operation, shape, slots, frozenset(free))
+
+
+def copies(run: Labeller, operation: Operation, slot: Slot, dim: int, times: int) -> Slot:
+    """Labels of copies side by side: a position goes from all of them, or whole copies go (one filter a channel)."""
+    if run.choice(operation, slot, "tiles") == "tiles":
+        return np.tile(slot, [times if d == dim else 1 for d in range(slot.ndim)])
+    run.table.freeze(slot, f"{run.describe(operation)} copies it as a whole")
+    whole = along(run.table.new(times), dim, slot.ndim)
+    note_size(run, operation, whole, dim)
+    return whole.repeat(slot.shape[dim], axis=dim)
 
 
 @operator("repeat_interleave")

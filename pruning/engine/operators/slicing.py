@@ -17,6 +17,7 @@ from pruning.engine.operators.register import (
     operator,
     wrap,
 )
+from pruning.engine.operators.shapes import copies
 from pruning.engine.traces import Operation
 
 
@@ -152,8 +153,18 @@ def gated(run: Labeller, operation: Operation) -> Value:
 def joined(run: Labeller, operation: Operation) -> Value:
     """Tensors side by side along a dimension."""
     shape = run.out_shape(operation)
-    parts = [run.at(ref) for ref in operation.args[0] if run.at(ref).shape != (0,)]
-    return _join(run, operation, parts, wrap(arguments(operation)["dim"], len(shape)), shape)
+    dim = wrap(arguments(operation)["dim"], len(shape))
+    refs = operation.args[0]
+    x = run.at(refs[0])
+    if len(refs) > 1 and all(ref == refs[0] for ref in refs):
+        slots = [
+            copies(run, operation, slot, dim, len(refs)) if support(slot) == (dim,) else slot
+            for slot in x.slots
+        ]
+        if all(slot.shape[dim] in (1, shape[dim]) for slot in slots):
+            return run.make(operation, shape, slots, x.free)
+    parts = [run.at(ref) for ref in refs if run.at(ref).shape != (0,)]
+    return _join(run, operation, parts, dim, shape)
 
 
 @operator("stack")

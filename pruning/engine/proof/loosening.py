@@ -24,9 +24,11 @@ FLIPPED = {
     "positions": "blocks",
     "longest": "shortest",
     "shortest": "longest",
+    "tiles": "copies",
+    "copies": "tiles",
 }
-#: Choices between whole heads or groups and the same positions of all.
-BLOCKWISE = frozenset({"blocks", "positions", "heads", "dims", "longest", "shortest"})
+#: Choices between whole heads or groups and the same positions of all, or between other sorts of labels.
+BLOCKWISE = frozenset(FLIPPED) - {"even", "free"}
 
 
 def loosened(case: Case) -> Policy:
