@@ -48,6 +48,9 @@ class NetworkInput:
         resize: Short side before the centre crop, in pixels.
         mean, std: Normalisation of RGB in [0, 1].
         geometry: "crop", or "whole" for stretched images.
+
+    Raises:
+        SettingError: A side that no image has.
     """
 
     image_size: int
@@ -55,6 +58,10 @@ class NetworkInput:
     mean: Triple
     std: Triple
     geometry: EvaluationGeometry = "crop"
+
+    def __post_init__(self) -> None:
+        for name, side in (("image_size", self.image_size), ("resize", self.resize)):
+            check_setting(side <= _LARGEST_SIDE, name, side, f"give at most {_LARGEST_SIDE:,} pixels")
 
     def to_plain(self) -> Plain:
         """Return the description as numbers, lists and strings, for JSON or `torch.save`."""

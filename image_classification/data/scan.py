@@ -9,6 +9,7 @@ too, as are all files that could not be read; `rescan` checks every file.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -229,10 +230,10 @@ def _scan(
                 changed = changed or bool((table.rows[ids] != before).any())
                 advance(len(ids))
                 if time.monotonic() - saved > SECONDS_BETWEEN_PARTS:
-                    _save(cached, table)
+                    _keep(cached, table)
                     saved = time.monotonic()
         if changed:
-            _save(cached, table)
+            _keep(cached, table)
     _warn(root, table)
     return table
 
@@ -267,6 +268,18 @@ def _cut(
         pieces[folder] = Files(directories, paths.rows(start, stop), rows[start:stop], left_out)
         start = stop
     return _Table(pieces, paths, rows)
+
+
+def _keep(cached: Path, table: _Table) -> None:
+    """Save a table, unless the record there is another user's: in a shared cache, only its owner may replace it."""
+    try:
+        _save(cached, table)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EACCES) or not cached.is_file():
+            raise
+        logger.warning(
+            "%s is another user's record of these files: what has changed since is not kept there", cached
+        )
 
 
 def _save(cached: Path, table: _Table) -> None:

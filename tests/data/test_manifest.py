@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -257,6 +258,23 @@ class TestScan:
         opened_files.clear()
         assert self.scan(class_folders) == first
         assert len(opened_files) == 9
+
+    def test_a_record_of_another_user_is_read_and_left(self, class_folders, write_image, monkeypatch) -> None:
+        """In a folder of mode 1777, its owner alone may replace a file."""
+        first = self.scan(class_folders)
+        (cached,) = (class_folders.parent / "cache" / "scans").glob("*.npz")
+        before = cached.read_bytes()
+
+        def refuse(source: object, target: object) -> None:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(source), None, str(target))
+
+        monkeypatch.setattr(os, "replace", refuse)
+        write_image(class_folders / "train" / "ant" / "new.jpg")
+        assert len(self.scan(class_folders)) == len(first) + 1
+        assert cached.read_bytes() == before
+        cached.unlink()
+        with pytest.raises(ValueError, match="LUCIDPRUNE_CACHE"):
+            self.scan(class_folders)
 
     def test_lists(self, class_folders, opened_files, write_image) -> None:
         paths = ["train/bee/1.JPEG", "train/ant/0.JPEG", "train/ant/1.JPEG"]

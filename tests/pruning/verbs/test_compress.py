@@ -151,6 +151,7 @@ def test_class_folders_are_labels(network: Path, folder: Path, tmp_path: Path) -
         (["--criterion", "reconstructoin"], "reconstruction"),
         (["--resize", "8"], "--resize"),
         (["--seed", "-1"], "--seed -1"),
+        (["--image-size", "123456789012"], "--image-size 123456789012"),
         (["--std", "1", "0", "1"], "--std 1 0 1"),
         (["--mean", "124", "117", "104"], "--mean 124 117 104"),
         (["--device", "nowhere"], "--device nowhere"),
