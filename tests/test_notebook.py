@@ -14,7 +14,8 @@ from support.commands import ROOT
 from torch import nn
 
 from image_classification.observe.html_table import MAX_ROWS, html_table
-from pruning import Pruner
+from pruning import Pruner, shrink
+from pruning.repair.repairing import RepairedLayer, RepairReport
 
 NOTEBOOK = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))
 
@@ -54,6 +55,26 @@ def test_objects_show_themselves() -> None:
     for shown in (pruner._repr_html_(), record._repr_html_(), pruner.costs._repr_html_()):
         assert "nan" not in shown
         assert "-1" not in shown
+
+
+def test_reports_show_themselves() -> None:
+    repair = RepairReport(
+        (RepairedLayer("conv.weight", 0.25, 0.0625, 1e-3, 36, 64),), False, (0.4, 0.1), True, 0.2
+    )
+    shown = repair._repr_html_()
+    for word in ("conv.weight", "0.25", "0.0625", "36", "64", "0.4 → 0.1"):
+        assert word in shown
+    model = pruner_of_a_small_network().model
+    assert isinstance(model, nn.Sequential)
+    with torch.no_grad():
+        for parameter in model[0].parameters():
+            parameter[:3] = 0
+    report = shrink(model, torch.randn(2, 3, 8, 8))
+    shown = report._repr_html_()
+    name, (before, after) = next(iter(report.widths.items()))
+    assert (before, after) == (16, 13)
+    for word in (name, "3 dead channels", f">{before}<", f">{after}<"):
+        assert word in shown
 
 
 def test_a_plot_shows_costs_and_widths() -> None:

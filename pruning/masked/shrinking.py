@@ -27,6 +27,7 @@ from torch.nn.utils import prune as torch_prune
 from image_classification.models import inference
 from image_classification.models.factory import unwrap
 from image_classification.models.running import Args
+from image_classification.observe.html_table import html_table
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.examples import output_tensors
 from pruning.engine.surgery import prune_channels
@@ -89,6 +90,12 @@ class ShrinkReport:
         for entry in self.kept:
             lines.append(f"{entry.count} masked channels of {entry.masked_layers} stay: {entry.reason}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the widths before and after, and the summary."""
+        rows = [(name, before, after) for name, (before, after) in self.widths.items()]
+        lines = self.describe().splitlines()
+        return html_table("Dead channels", ("group", "before", "after"), rows, lines)
 
 
 def _gain(what: str, before: float, after: float) -> str:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from image_classification.config import SettingError, check_choice, check_setting
 from image_classification.distributed import Distributed
 from image_classification.models.modes import exact_float32
+from image_classification.observe.html_table import html_table
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.examples import tensors_in
 from pruning.engine.named_tensors import named_tensors
@@ -125,6 +126,12 @@ class RepairReport:
                 f"{few[0].num_rows}), where only the ridge decides: more images would help"
             )
         return text
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the layers solved for, and the summary."""
+        columns = ("parameter", "error after the cut", "after the repair", "inputs", "rows")
+        rows = [(one.parameter, one.before, one.after, one.num_inputs, one.num_rows) for one in self.layers]
+        return html_table("Repair", columns, rows, [self.describe()])
 
 
 @dataclasses.dataclass(frozen=True)
