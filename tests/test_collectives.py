@@ -48,7 +48,8 @@ from pruning.search import SearchSettings, build_search, search_names
 from pruning.training.learned.gate_settings import Form, GateSettings
 from pruning.training.learned.learner import GateLearner
 from pruning.training.learned.widths import inner_groups
-from pruning.training.unstructured import Scope, UnstructuredConfig, UnstructuredPruning
+from pruning.training.unstructured import UnstructuredPruning
+from pruning.training.unstructured_config import Scope, UnstructuredConfig
 
 Batches = list[tuple[Tensor, Tensor]]
 CLASSES = 4
