@@ -240,13 +240,13 @@ class Chooser:
             return
         groups = subject.graph.groups
         halved = [
-            f"{groups[index].name} from {groups[index].width} to {len(kept)}"
+            f"{groups[index].name!r} from {groups[index].width} to {len(kept)} channels"
             for index, kept in keep.items()
             if len(kept) < _MOST_AT_ONCE * groups[index].width
         ]
         if halved and len(subject.graph.prunable) > 1:
             log.warning(
-                "this rewrite takes %s channels: a smaller `delta`, or more `instalments`, spread the loss over "
+                "this rewrite takes %s: a smaller `delta`, or more `instalments`, spread the loss over "
                 "several layers",
                 ", ".join(halved),
             )

@@ -61,6 +61,30 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+def test_a_greedy_rewrite_that_halves_a_layer_is_mentioned(caplog: pytest.LogCaptureFixture) -> None:
+    model, batches = chain(64, 16, 16), calibration()
+    pruner = Pruner(model, batches[0][0], search="greedy", budget=0.3, delta=0.7)
+    record = pruner.step(batches)
+    halved = {name: widths for name, widths in record.widths.items() if 2 * widths[1] < widths[0]}
+    assert halved
+    for name, (before, after) in halved.items():
+        assert f"{name!r} from {before} to {after} channels" in caplog.text
+    assert "`delta`" in caplog.text
+
+
+def test_a_smaller_step_on_a_resume_spaces_the_rewrites_to_come() -> None:
+    """They do not all follow at once, though by the new step they are overdue."""
+    model, batches = chain(16, 16), calibration()
+    how: dict[str, Any] = {"criterion": "magnitude", "budget": 0.6, "delta": 0.1}
+    pruner = Pruner(model, batches[0][0], step=10, **how)
+    for iteration in (10, 20):
+        assert pruner.due(iteration)
+        pruner.step(batches, iteration)
+    resumed = Pruner(model, batches[0][0], step=2, state=pruner.state_dict(), **how)
+    assert [iteration for iteration in (20, 21, 22) if resumed.due(iteration)] == [22]
+    assert resumed.iterations_to_come(after=20) == [22, 24]
+
+
 @pytest.mark.parametrize("search", ["uniform", "global", "greedy"])
 def test_every_rewrite_ends_near_its_target(search: str) -> None:
     """Also where the one before went further than it had to."""
