@@ -75,6 +75,7 @@ def build_graph(case: Case, labeller: Labeller | None = None) -> ChannelGraph:
     graph.passes = tuple(case.passes)
     graph.untouched = untouched_parameters(case)
     _annotate(modules, graph)
+    _freeze_single_units(graph, labeller, coupling)
     _apply_names(graph)
     return graph
 
@@ -271,7 +272,7 @@ def _ungated(labeller: Labeller, coupling: Coupling, places: list[Place]) -> np.
 
 
 def _annotate(modules: Mapping[str, nn.Module], graph: ChannelGraph) -> None:
-    """Add kinds of layers, channels per unit and notes on statistics; freeze single units that cannot go."""
+    """Add kinds of layers, channels per unit and notes on statistics."""
     notes: dict[int, set[str]] = {}
     for use in graph.statistics:
         for index in graph.groups_in(use.units):
@@ -290,9 +291,18 @@ def _annotate(modules: Mapping[str, nn.Module], graph: ChannelGraph) -> None:
         group.kinds = tuple(sorted(kinds))
         group.channels_per_unit = max(1, int((first[0].positions >= 0).sum()) // max(1, group.width))
         group.notes = tuple(sorted(notes.get(group.index, ())))
-        if group.prunable and group.width < 2:
-            group.prunable = False
-            group.reason = "all its channels are tied together: they can only go at once"
+
+
+def _freeze_single_units(graph: ChannelGraph, labeller: Labeller, coupling: Coupling) -> None:
+    """Freeze groups of one unit, which cannot go, and say what tied their channels together."""
+    for group in graph.groups:
+        if not group.prunable or group.width > 1:
+            continue
+        group.prunable = False
+        by = labeller.tied_by(np.flatnonzero(coupling.unit_of_atom == group.units[0]))
+        group.reason = (
+            f"all its channels are tied together{f' by {by}' if by else ''}: they can only go at once"
+        )
 
 
 def _apply_names(graph: ChannelGraph) -> None:

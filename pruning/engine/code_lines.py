@@ -7,6 +7,7 @@ import sys
 from types import CodeType
 
 import torch
+from torch import nn
 
 from image_classification.models import attention
 
@@ -34,6 +35,20 @@ def line_running(outermost: CodeType | None = None) -> str:
             break
         frame = frame.f_back
     return ""
+
+
+def line_around(model: nn.Module, name: str) -> str:
+    """Return where the forward pass begins that calls a module, or is its own, in the form of `line_running`.
+
+    It is that of the innermost module, from `name` outwards, whose code is not PyTorch's; "" if there is none.
+    """
+    while True:
+        code = getattr(type(model.get_submodule(name)).forward, "__code__", None)
+        if code is not None and _is_its_own(code.co_filename):
+            return f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
+        if not name:
+            return ""
+        name = name.rpartition(".")[0]
 
 
 def line_raising(error: BaseException) -> str:

@@ -130,6 +130,8 @@ class Labeller:
         self._trace: Trace | None = None
         self._kernels: set[str] = set()
         self._read: set[int] = set()
+        # Number of pairs of atoms united after each operator that united any.
+        self._united: list[tuple[int, Operation]] = []
 
     def copy(self) -> Labeller:
         """Return a copy of the labels that can be tied and frozen independently."""
@@ -150,7 +152,10 @@ class Labeller:
         for value in trace.inputs:
             self.values[-1][value] = self._solid_input(value)
         for operation in trace.operations:
+            before = self.table.num_pairs
             self._run_operation(operation)
+            if self.table.num_pairs > before:
+                self._united.append((self.table.num_pairs, operation))
         for value, module in trace.scaled:
             self._keep_width(value, module)
         for value in trace.outputs:
@@ -253,6 +258,27 @@ class Labeller:
         where = repr(operation.module) if operation.module else "the network itself"
         line = f" ({operation.line})" if operation.line else ""
         return f"{operation_name(operation.func)} in {where}{line}"
+
+    def tied_by(self, atoms: np.ndarray) -> str:
+        """Describe the operator that first united two channels of one parameter.
+
+        Args:
+            atoms: All atoms of one component.
+
+        Returns:
+            As `describe`; "" if no operator did, but a split dimension, or a number that counts the channels.
+        """
+        axes = np.full(self.table.num_atoms, -1, dtype=np.int64)
+        for number, positions in enumerate(self.parameter_atoms.values()):
+            axes[positions] = number
+        # An atom that is no parameter's has a label of its own.
+        axes = np.where(axes < 0, len(self.parameter_atoms) + np.arange(axes.size), axes)
+        labels = np.full(axes.size, -1, dtype=np.int64)
+        labels[atoms] = axes[atoms]
+        pair = self.table.first_union_within(labels)
+        if pair is None:
+            return ""
+        return next((self.describe(operation) for end, operation in self._united if pair < end), "")
 
     def choice(self, operation: Operation, atoms: np.ndarray, preferred: str) -> str:
         """Choose between two ways of coupling for an operator: as the policy says, else the preferred one."""

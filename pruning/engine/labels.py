@@ -25,6 +25,7 @@ class AtomTable:
 
     def __init__(self) -> None:
         self.num_atoms = 0
+        self.num_pairs = 0  # united so far
         self.freezes: list[tuple[np.ndarray, str]] = []
         self._left: list[np.ndarray] = []
         self._right: list[np.ndarray] = []
@@ -33,6 +34,7 @@ class AtomTable:
         """Return a copy of the atoms with all that was recorded about them."""
         other = AtomTable()
         other.num_atoms = self.num_atoms
+        other.num_pairs = self.num_pairs
         other.freezes = list(self.freezes)
         other._left = list(self._left)
         other._right = list(self._right)
@@ -74,6 +76,7 @@ class AtomTable:
         if left.size:
             self._left.append(left)
             self._right.append(right)
+            self.num_pairs += left.size
 
     def unite_along(self, slot: Slot, axes: tuple[int, ...]) -> Slot:
         """Couple all labels of a slot along `axes`; returns the slot reduced to extent 1 there."""
@@ -83,6 +86,37 @@ class AtomTable:
         first = slot.max(axis=axes, keepdims=True)
         self.unite(slot, first, "tied to a channel that cannot be removed")
         return np.where((slot < 0).any(axis=axes, keepdims=True), -1, first)
+
+    def first_union_within(self, labels: np.ndarray) -> int | None:
+        """Find the first pair by which two atoms of one label came together.
+
+        Args:
+            labels: (num_atoms,) label of every atom of one component; negative for all other atoms.
+
+        Returns:
+            Number of the pair, in the order in which they were united; None if all labels stay apart.
+        """
+        left = np.concatenate([np.zeros(0, dtype=np.int64), *self._left])
+        right = np.concatenate([np.zeros(0, dtype=np.int64), *self._right])
+        root: dict[int, int] = {}
+        held = {atom: {label} for atom, label in enumerate(labels.tolist()) if label >= 0}
+
+        def find(atom: int) -> int:
+            while (above := root.get(atom, atom)) != atom:
+                root[atom] = root.get(above, above)
+                atom = above
+            return atom
+
+        within = np.isin(left, np.fromiter(held, dtype=np.int64))
+        for number in np.flatnonzero(within).tolist():
+            one, two = find(int(left[number])), find(int(right[number]))
+            if one == two:
+                continue
+            if held[one] & held.get(two, set()):
+                return number
+            root[two] = one
+            held[one] |= held.pop(two, set())
+        return None
 
     def frozen(self, root: np.ndarray) -> np.ndarray:
         """Whether the component that an atom names can never be removed, as a vector over all atoms."""

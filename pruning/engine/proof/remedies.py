@@ -17,6 +17,7 @@ from image_classification.models.module_tree import named_modules
 from pruning.engine.building import build_graph
 from pruning.engine.case import Case
 from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.code_lines import line_around
 from pruning.engine.coupling import as_units
 from pruning.engine.groups import Member
 from pruning.engine.labeller import Labeller, Policy
@@ -330,7 +331,7 @@ def remedied(
     kind, siblings = kind_of(case.model, failure.module)
     trouble = Trouble(case, labeller, graph, failure, kind, siblings)
     if measures.follows:
-        messages = {kind: failure.message, **measures.messages}
+        messages = {kind: _in_words(case.model, failure), **measures.messages}
         measures = dataclasses.replace(measures, messages=messages)
     for number in range(measures.num_tried.get(kind, 0), len(REMEDIES)):
         changed = REMEDIES[number](trouble, measures)
@@ -428,11 +429,17 @@ def _verdicts_on_the_culprit(trouble: Trouble) -> tuple[Verdict, ...]:
                 member.dim,
                 positions,
                 extent=len(member.positions),
-                reason=f"cannot be cut: {failure.message}",
+                reason=f"cannot be cut: {_in_words(trouble.case.model, failure)}",
                 assumed=like != owner,
             )
         )
     return tuple(verdicts)
+
+
+def _in_words(model: nn.Module, failure: Failure) -> str:
+    """Format a failure with a line of the network's own code; an exception names its line itself."""
+    line = "" if failure.raised else line_around(model, failure.module)
+    return f"{failure.message} ({line})" if line else failure.message
 
 
 def _holder(graph: ChannelGraph, index: int, name: str) -> tuple[str, Member]:

@@ -524,3 +524,27 @@ def test_a_reason_names_operator_and_line(network: type[nn.Module]) -> None:
     reason = trace_groups(network(), IMAGES).frozen["a"]
     assert reason.split()[0] in ("sort", "cumsum", "_fft_r2c", "roll")
     assert "(test_unfamiliar_forwards.py:" in reason
+
+
+class ShuffledThrice(nn.Module):
+    """Channels are shuffled over three groups between two convolutions of three groups: all of them hang together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 12, 3, padding=1)
+        self.b = nn.Conv2d(12, 12, 3, padding=1, groups=3)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        for _ in range(2):
+            y = y.unflatten(1, (3, 4)).transpose(1, 2).flatten(1, 2)
+            y = self.b(y)
+        return self.head(y.mean((2, 3)))
+
+
+def test_what_ties_all_channels_is_named() -> None:
+    graph = trace_groups(ShuffledThrice(), IMAGES)
+    assert graph.group("a").width == 1
+    reason = graph.frozen["a"]
+    assert "tied together by convolution in 'b' (test_unfamiliar_forwards.py:" in reason
