@@ -23,9 +23,9 @@ from pruning.pruner import Pruner
 #: one is drawn of: what happens in every step is killed in one of the next few, so that a resumed run comes to it.
 REGIONS = {
     "TaskObjective.__call__": (2, 1 / 8),
-    "Pruner.score": (1, 1 / 4),
+    "Chooser.score": (1, 1 / 4),
     "Pruner.step": (2, 1 / 2),
-    "Trainer.save": (2, 1 / 4),
+    "ResumableLoop.save": (2, 1 / 4),
     "save_atomically": (2, 1 / 4),  # beside the training
     "Evaluator.__call__": (1, 1 / 2),
 }
