@@ -7,6 +7,8 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -35,7 +37,8 @@ class WriteError(OSError):
 def atomic_path(target: Path, suffix: str | None = None) -> Iterator[Path]:
     """Yield a name to write to instead of `target`; it is moved there on success and removed on failure.
 
-    The folder is created if needed.
+    The folder is created if needed. A link stays one: the file that it leads to is replaced. A device or a pipe
+    (`/dev/null`, `/dev/stdout`) is never replaced: the finished file is written into it.
 
     Args:
         target: The final name.
@@ -45,6 +48,15 @@ def atomic_path(target: Path, suffix: str | None = None) -> Iterator[Path]:
         WriteError: The disk is full or the folder is not writable; any earlier file of that name is untouched.
     """
     ending = target.suffix if suffix is None else suffix
+    if _is_device(target):
+        with tempfile.TemporaryDirectory() as folder:
+            unfinished = Path(folder) / f"output{ending}"
+            yield unfinished
+            with unfinished.open("rb") as file, target.open("wb") as device:
+                shutil.copyfileobj(file, device, length=16 << 20)
+        return
+    if target.is_symlink():
+        target = resolved(target)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}{ending}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +74,15 @@ def atomic_path(target: Path, suffix: str | None = None) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # the first error is the one to report
             unfinished.unlink(missing_ok=True)
+
+
+def _is_device(path: Path) -> bool:
+    """Whether a path leads to something that holds no file: a device, a pipe or a socket."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def output_path(word: str) -> Path:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,33 @@ def test_a_failure_of_another_file_is_told_as_it_is(tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         write_text(tmp_path / "file" / "second", "")
     assert other.value.path == tmp_path / "file" / "second"
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    link, target = tmp_path / "latest.json", tmp_path / "kept" / "figures.json"
+    link.symlink_to(target)
+    for text in ("first", "second"):  # the link dangles at first
+        write_text(link, text)
+        assert link.is_symlink()
+        assert target.read_text() == text
+    assert [path.name for path in target.parent.iterdir()] == ["figures.json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_device_is_written_into_and_never_replaced(tmp_path: Path) -> None:
+    """As root, moving a file to /dev/null would replace the device of the whole machine."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit(pipe.read_text)
+        write_text(pipe, "figures")
+        assert read.result(timeout=60) == "figures"
+    assert pipe.is_fifo()
+    link = tmp_path / "null"
+    link.symlink_to(os.devnull)
+    write_text(link, "figures")
+    assert link.is_symlink()
+    assert Path(os.devnull).is_char_device()
 
 
 def test_folders_are_made(tmp_path: Path) -> None:
