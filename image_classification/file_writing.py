@@ -52,8 +52,7 @@ def atomic_path(target: Path, suffix: str | None = None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             unfinished = Path(folder) / f"output{ending}"
             yield unfinished
-            with unfinished.open("rb") as file, target.open("wb") as device:
-                shutil.copyfileobj(file, device, length=16 << 20)
+            _write_into(target, unfinished)
         return
     if target.is_symlink():
         target = resolved(target)
@@ -83,6 +82,22 @@ def _is_device(path: Path) -> bool:
     except OSError:
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _write_into(device: Path, source: Path) -> None:
+    """Copy a file's content into a device or a pipe.
+
+    Raises:
+        WriteError: It cannot be written, such as a pipe that no process reads.
+    """
+    try:
+        # Without O_NONBLOCK the opening of a pipe would wait for a reader, for ever if there is none.
+        handle = os.open(device, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(handle, "wb") as output, source.open("rb") as content:
+            os.set_blocking(handle, True)
+            shutil.copyfileobj(content, output, length=16 << 20)
+    except OSError as error:
+        raise WriteError(error, device) from error
 
 
 def output_path(word: str) -> Path:
@@ -150,6 +165,8 @@ def way_out(error: OSError) -> str:
     """Return a remedy for a file that could not be written."""
     if error.errno == errno.EROFS:
         return "mount its file system for writing"
+    if error.errno == errno.ENXIO:
+        return "start what reads the pipe"
     if error.errno in (errno.EACCES, errno.EPERM):
         return "let this user write there"
     return "free space"

@@ -388,10 +388,18 @@ READERS: dict[str, Reader] = {
         named="config.yaml|RUN",
     ),
     "report: figures": Reader(
-        "text", in_copy(lambda place: place.run, "experiment_raport.json", find_lineage), ".json", takes=_ALL
+        "text",
+        in_copy(lambda place: place.run, "experiment_raport.json", find_lineage),
+        ".json",
+        takes=_ALL,
+        named="experiment_raport.json",
     ),
     "report: invocations": Reader(
-        "text", in_copy(lambda place: place.run, "invocations.jsonl", find_lineage), ".jsonl", takes=_ALL
+        "text",
+        in_copy(lambda place: place.run, "invocations.jsonl", find_lineage),
+        ".jsonl",
+        takes=_ALL,
+        named="invocations.jsonl",
     ),
     "report: sensitivity": Reader(
         "text", in_copy(lambda place: place.run, "sensitivity.json", _sensitivity), ".json", takes=_ALL
