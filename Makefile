@@ -21,13 +21,13 @@ help:
 	@echo 'make gpu-check   tests and speeds of this machine with its GPU, into benchmarks/results/gpu_check.json'
 	@echo 'make campaign    install, then kill nine kinds of training 207 times, and compare; hostile words for every verb'
 	@echo 'make clean       remove .venv and what tools left behind'
-	@echo 'PYTHON=python3.12 chooses the interpreter (3.11 or newer)'
+	@echo 'PYTHON=python3.12 chooses the interpreter (3.11.4 or newer)'
 
 install: $(STAMP)
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo 'Python 3.11 or newer is needed: make install PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' || \
+		{ echo 'Python 3.11.4 or newer is needed: make install PYTHON=python3.12' >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo 'No venv module; on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
 
