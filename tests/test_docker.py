@@ -395,7 +395,7 @@ class TestMakefile:
             text=True,
         )
         assert result.returncode != 0
-        assert "Python 3.11 or newer is needed: make install PYTHON=python3.12" in result.stderr
+        assert "Python 3.11.4 or newer is needed: make install PYTHON=python3.12" in result.stderr
 
 
 def test_pre_commit_uses_the_tools_of_the_dev_extra():
