@@ -37,8 +37,9 @@ class WriteError(OSError):
 def atomic_path(target: Path, suffix: str | None = None) -> Iterator[Path]:
     """Yield a name to write to instead of `target`; it is moved there on success and removed on failure.
 
-    The folder is created if needed. A link stays one: the file that it leads to is replaced. A device or a pipe
-    (`/dev/null`, `/dev/stdout`) is never replaced: the finished file is written into it.
+    The folder is created if needed. A link stays one: the file that it leads to is replaced; not so a link that another
+    user left in a folder which everyone may write to. A device or a pipe (`/dev/null`, `/dev/stdout`) is never
+    replaced: the finished file is written into it.
 
     Args:
         target: The final name.
@@ -48,13 +49,14 @@ def atomic_path(target: Path, suffix: str | None = None) -> Iterator[Path]:
         WriteError: The disk is full or the folder is not writable; any earlier file of that name is untouched.
     """
     ending = target.suffix if suffix is None else suffix
-    if _is_device(target):
+    followed = not target.is_symlink() or _is_trusted(target)
+    if followed and _is_device(target):
         with tempfile.TemporaryDirectory() as folder:
             unfinished = Path(folder) / f"output{ending}"
             yield unfinished
             _write_into(target, unfinished)
         return
-    if target.is_symlink():
+    if followed and target.is_symlink():
         target = resolved(target)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}{ending}")
     try:
@@ -73,6 +75,15 @@ def atomic_path(target: Path, suffix: str | None = None) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # the first error is the one to report
             unfinished.unlink(missing_ok=True)
+
+
+def _is_trusted(link: Path) -> bool:
+    """Whether a link may be followed: in a folder that everyone may write to, only its owner's and this user's own.
+
+    This is Linux's rule for opening files (`protected_symlinks`): a link could lead to any file of the one who writes.
+    """
+    folder, owner = link.parent.stat(), link.lstat().st_uid
+    return not folder.st_mode & stat.S_IWOTH or owner in (folder.st_uid, os.geteuid())
 
 
 def _is_device(path: Path) -> bool:

@@ -72,6 +72,21 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["figures.json"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link to another user")
+def test_another_users_link_in_a_shared_folder_is_not_followed(tmp_path: Path) -> None:
+    shared, mine = tmp_path / "cache", tmp_path / "mine.txt"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    mine.write_text("precious")
+    link = shared / "scan.json"
+    link.symlink_to(mine)
+    os.lchown(link, 12345, 12345)
+    write_text(link, "figures")
+    assert mine.read_text() == "precious"
+    assert not link.is_symlink()
+    assert link.read_text() == "figures"
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_device_is_written_into_and_never_replaced(tmp_path: Path) -> None:
     """As root, moving a file to /dev/null would replace the device of the whole machine."""
