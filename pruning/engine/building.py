@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from torch import nn
@@ -196,45 +197,74 @@ def _groups(coupling: Coupling) -> list[Group]:
 
 
 def _statistics(traces: list[Trace], labeller: Labeller, coupling: Coupling) -> list[Statistics]:
-    counted = [_ordinals(trace) for trace in traces]
+    places = [_statistics_places(trace) for trace in traces]
     found = []
     for use in labeller.statistics:
         units = compress(as_units(coupling.unit_of_atom, use.slot))
         dims = support(units)
         if len(dims) == 1 and units.max() >= 0:
-            ordinals, times = counted[use.trace]
-            line = traces[use.trace].operations[use.operation].line
+            place = places[use.trace][use.operation]
             found.append(
                 Statistics(
                     trace=use.trace,
-                    ordinal=ordinals[use.operation],
+                    ordinal=place.ordinal,
                     module=use.module,
                     operator=use.operator,
                     dim=dims[0],
                     rank=units.ndim,
                     units=units.reshape(-1),
-                    line=line,
-                    times=times[family_of(use.operator) or "", line] if line else 0,
+                    line=place.line,
+                    times=place.times,
+                    order=place.order,
                 )
             )
     return found
 
 
-def _ordinals(trace: Trace) -> tuple[dict[int, int], Counter[tuple[str, str]]]:
-    """Map the index of every operator that takes statistics to its position within its family at its line of code.
+@dataclasses.dataclass(frozen=True)
+class _StatisticsPlace:
+    """Where a pass runs an operator that takes statistics: the fields of `Statistics` of these names."""
 
-    Operators that no line of the network called are counted within their family in the whole pass. The second result
-    counts the operators of each family at each line, "" for the whole pass.
-    """
-    counts: Counter[tuple[str, str]] = Counter()
-    found = {}
+    family: str
+    line: str
+    ordinal: int
+    times: int
+    order: int
+
+
+def _statistics_places(trace: Trace) -> dict[int, _StatisticsPlace]:
+    """Map the index of every operator that takes statistics to its place in the pass."""
+    counts: Counter[tuple[str, str]] = Counter()  # by family and line; "" counts the whole pass
+    seen: dict[int, tuple[str, str, int, int]] = {}
     for operation in trace.operations:
         family = family_of(operation_name(operation.func))
         if family is not None:
-            found[operation.index] = counts[family, operation.line]
+            ordinal, order = counts[family, operation.line], counts[family, ""]
+            seen[operation.index] = (family, operation.line, ordinal, order)
             for line in {"", operation.line}:
                 counts[family, line] += 1
-    return found, counts
+    return {
+        index: _StatisticsPlace(family, line, ordinal, counts[family, line] if line else 0, order)
+        for index, (family, line, ordinal, order) in seen.items()
+    }
+
+
+def located(statistics: Iterable[Statistics], traces: Sequence[Trace]) -> list[Statistics]:
+    """Find the lines of statistics from a checkpoint in the passes of the network as its code is now."""
+    places = [
+        {(place.family, place.order): place for place in _statistics_places(trace).values()}
+        for trace in traces
+    ]
+    found = []
+    for use in statistics:
+        known = places[use.trace] if use.trace < len(places) else {}
+        place = known.get((family_of(use.operator) or "", use.ordinal))
+        if place is not None and not use.line:
+            use = dataclasses.replace(
+                use, ordinal=place.ordinal, line=place.line, times=place.times, order=place.order
+            )
+        found.append(use)
+    return found
 
 
 def _ungated(labeller: Labeller, coupling: Coupling, places: list[Place]) -> np.ndarray:

@@ -285,6 +285,7 @@ class ChannelGraph:
         }
         for name in PARTS:
             state[name] = [row_of(part) for part in getattr(self, name)]
+        state["statistics"] = [row_of(use.without_line()) for use in self.statistics]
         return state
 
     @classmethod

@@ -29,7 +29,9 @@ def row_of(part: Any) -> dict[str, Any]:
 
 
 def differ(one: Any, other: Any) -> bool:
-    """Whether two parts of graphs differ, ignoring reasons and notes."""
+    """Whether two parts of graphs differ, ignoring reasons, notes and lines of code."""
+    if isinstance(one, Statistics):
+        one, other = one.without_line(), other.without_line()
     for name, mine in vars(one).items():
         its = getattr(other, name)
         if name in ("reason", "notes"):

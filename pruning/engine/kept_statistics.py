@@ -38,6 +38,7 @@ class Statistics:
         units: Unit of every position along `dim`.
         line: Where in the network's code; "" where there is none, and `ordinal` counts the whole family.
         times: How many operators of its family the recorded pass ran there; 0 where there is no line.
+        order: Its position among all operators of its family in the pass; -1 where `ordinal` is that.
     """
 
     trace: int
@@ -49,6 +50,12 @@ class Statistics:
     units: np.ndarray
     line: str = ""
     times: int = 0
+    order: int = -1
+
+    def without_line(self) -> Statistics:
+        """Return the same by its position in the whole pass, for files: another version of the code has other lines."""
+        ordinal = self.ordinal if self.order < 0 else self.order
+        return dataclasses.replace(self, ordinal=ordinal, line="", times=0, order=-1)
 
 
 def family_of(operator: str) -> str | None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from pruning.engine.building import build_graph, label_case
+from pruning.engine.building import build_graph, label_case, located
 from pruning.engine.case import open_case, refuse_unready, warn_of_untouched
 from pruning.engine.channel_graph import ChannelGraph, GroupKey
 from pruning.engine.constraints import UNCONSTRAINED, Constraints
@@ -106,3 +106,4 @@ def give_examples(
     with undisturbed(model):
         case = open_case(model, as_examples(example), for_training, graph.constraints)
     graph.passes = tuple(case.passes)
+    graph.statistics = located(graph.statistics, case.traces)

@@ -6,13 +6,16 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from support.equal_to_masked import cut_equals_zeroed, outputs, prepared
 from torch import Tensor, nn
 
-from pruning import load_pruned, save_pruned, trace_groups
+from pruning import ChannelGraph, load_pruned, save_pruned, trace_groups
+from pruning.engine.gates import Gates
+from pruning.engine.trace_groups import give_examples
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 OTHERS = (
@@ -548,3 +551,42 @@ def test_what_ties_all_channels_is_named() -> None:
     assert graph.group("a").width == 1
     reason = graph.frozen["a"]
     assert "tied together by convolution in 'b' (test_unfamiliar_forwards.py:" in reason
+
+
+class NormalisedTwice(nn.Module):
+    """A layer norm over channels at each of two lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(self.a(x).movedim(1, -1), (self.a.out_channels,)).movedim(-1, 1)
+        y = self.b(y)
+        y = F.layer_norm(y.movedim(1, -1), (self.b.out_channels,)).movedim(-1, 1)
+        return self.head(y.mean((2, 3)))
+
+
+def test_statistics_of_a_checkpoint_are_found_by_the_lines_that_the_code_has_now() -> None:
+    """A resumed run may have another version of the network's library, in which every line is another."""
+    torch.manual_seed(0)
+    model = NormalisedTwice().eval()
+    graph = trace_groups(model, IMAGES)
+    state = graph.state_dict()
+    assert "test_unfamiliar_forwards.py" not in repr(state["statistics"])
+    resumed = ChannelGraph.from_state(state)
+    give_examples(resumed, model, IMAGES)
+    assert [vars(use) | {"units": None} for use in resumed.statistics] == [
+        vars(use) | {"units": None} for use in graph.statistics
+    ]
+    assert all("test_unfamiliar_forwards.py" in use.line for use in resumed.statistics)
+    mask = np.ones(graph.num_units, dtype=bool)
+    mask[graph.group("a").units[:3]] = False
+    outputs_by = []
+    for one in (graph, resumed, ChannelGraph.from_state(state)):  # the last is looked up by position
+        with torch.no_grad(), Gates(model, one) as gates:
+            gates.set_mask(mask)
+            outputs_by.append(model(IMAGES))
+    assert torch.equal(outputs_by[0], outputs_by[1])
+    assert torch.equal(outputs_by[0], outputs_by[2])
