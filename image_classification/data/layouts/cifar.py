@@ -113,9 +113,8 @@ def read_split(root: Path, form: Format, files: tuple[str, ...]) -> EvaluationIm
         for name in files
     ]
     counts = {name: len(part.labels) for name, part in zip(files, parts, strict=True)}
-    if (
-        len(set(counts.values())) > 1
-    ):  # all batches have the same number; only this reveals one truncated between two images
+    # All batches have the same number of images; only this reveals one truncated between two images.
+    if len(set(counts.values())) > 1:
         shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         raise ValueError(f"{root}: its files have different numbers of images ({shown}): take another copy")
     images = np.concatenate([part.images for part in parts])
