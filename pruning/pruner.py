@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from image_classification.config import ConfigError, SettingError, check, check_setting
+from image_classification.config import ConfigError, SettingError, check, check_choice, check_setting
 from image_classification.distributed import Distributed
 from image_classification.models import evaluating
-from image_classification.models.modes import uncompiled
+from image_classification.models.modes import casts_uncached, uncompiled
 from image_classification.models.recognising import recognise
 from image_classification.models.running import Args
 from image_classification.plain_data import Plain
@@ -36,11 +36,12 @@ from pruning.costs.budget import DEFAULT_DELTA, DEFAULT_SHARE, Budget, BudgetCou
 from pruning.costs.cost_model import CostModel
 from pruning.criteria import Criterion
 from pruning.criteria.by_name import make_criterion
+from pruning.engine.case import refuse_unready
 from pruning.engine.constraints import Constraints
 from pruning.engine.groups import Group
 from pruning.files.saved_network import save_pruned
 from pruning.files.skeleton import skeleton_of
-from pruning.repair.repairing import Method, RepairSettings
+from pruning.repair.repairing import REPAIR_METHODS, Method, RepairSettings
 from pruning.repair.rewrite_repair import RewriteRepair
 from pruning.rewrites.averages import Average, averages_in
 from pruning.rewrites.bare_network import check_bare
@@ -110,7 +111,8 @@ class Pruner:
             tensor is passed as the only argument, a mapping as keyword arguments, and of a tuple only the first item is
             passed.
         loss: (outputs, batch) → loss of every sample, (N,), or their mean; candidates are compared by it, and
-            derivative-based criteria differentiate it. By default the loss contained in the outputs, or cross-entropy.
+            derivative-based criteria differentiate it. By default the loss contained in the outputs, or cross-entropy
+            (binary for a single logit and for multi-hot targets).
         settings: Calibration, training mode, ranks and precision.
         state: `state_dict()` of an earlier run, from whose checkpoint `model` was rebuilt; pruning continues from
             there.
@@ -152,7 +154,9 @@ class Pruner:
         self.distributed = self.settings.distributed or Distributed.of_process_group(_device_of(model))
         self._attach(optimizer, ema)
         self.task = Task(forward, loss, self.settings.mode)
-        self._repair = RepairSettings(method=repair).method if isinstance(repair, str) else repair
+        if isinstance(repair, str):
+            check_choice("repair", repair, REPAIR_METHODS)
+        self._repair = repair
         criterion = make_criterion(criterion) if isinstance(criterion, str) else criterion
         search = build_search(search) if isinstance(search, str) else search
         arguments = first_arguments(model, example)  # refuses keywords that the network does not accept
@@ -392,11 +396,12 @@ class Pruner:
         """
         self._check_may_rewrite()
         batches = self._taken(calibration)
-        self._chooser.settle(batches)
-        self._followed.remember(batches)
-        laps = Laps()
-        decided = self._decide(batches, laps)
-        record = self._carry_out(decided, batches, iteration, laps)
+        with casts_uncached():
+            self._chooser.settle(batches)
+            self._followed.remember(batches)
+            laps = Laps()
+            decided = self._decide(batches, laps)
+            record = self._carry_out(decided, batches, iteration, laps)
         self.history.append(record)
         if self.distributed.is_main:
             for metric, left in self.missed.items():
@@ -616,6 +621,7 @@ def _check_arguments(
         ConfigError: An argument is unusable; the message names it.
     """
     check_bare(model)
+    refuse_unready(model)
     if torch.is_inference_mode_enabled():
         raise ConfigError("pruning within torch.inference_mode(): leave that first")
     check_example(example)

@@ -81,6 +81,18 @@ def uncompiled() -> contextlib.AbstractContextManager[object]:
     return stance
 
 
+@contextlib.contextmanager
+def casts_uncached() -> Iterator[None]:
+    """Let an autocast from outside cast weights anew in every pass inside the block, since the weights change there."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
 def random_state_kept(*models: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Restore the random generators of the CPU and of the networks' GPUs after the block."""
     return torch.random.fork_rng(devices=_gpus(*models))

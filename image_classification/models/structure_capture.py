@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -23,6 +24,8 @@ from image_classification.models.module_tree import tensors_by_all_names
 from image_classification.models.structure import Structure, StructureError, called, is_plain
 from image_classification.models.structure_checks import check_fits, check_known_modules
 from image_classification.models.whole_numbers import is_nested, numbers_in
+
+log = logging.getLogger(__name__)
 
 
 def capture_structure(model: nn.Module, *, factory: Factory | None = None) -> Structure:
@@ -67,7 +70,9 @@ def capture_structure(model: nn.Module, *, factory: Factory | None = None) -> St
 
 def _differing_attributes(model: nn.Module, fresh: nn.Module) -> dict[str, dict[str, IntegerValue]]:
     modules = dict(model.named_modules())
+    largest = max((tensor.numel() for _, tensor in tensors_by_all_names(fresh)), default=0)
     found = {}
+    remembered: list[str] = []
     for name, fresh_module in fresh.named_modules():
         changed: dict[str, IntegerValue] = {}
         for attribute, before in integer_attributes(fresh_module).items():
@@ -76,16 +81,41 @@ def _differing_attributes(model: nn.Module, fresh: nn.Module) -> dict[str, dict[
                 value = [number for _, number in numbers_in(value)]
                 if not is_within(value, as_list(before)):  # a value remembered from a run
                     continue
-            if not is_integer_value(value):
+            if _is_remembered(fresh_module, value, as_list(before), largest):
+                remembered.append(f"{name}.{attribute}".lstrip("."))
+            elif not is_integer_value(value):
                 raise StructureError(
                     f"module {called(name)}: attribute {attribute!r} is {before} in a fresh network and "
                     f"{value!r} here"
                 )
-            if as_list(value) != as_list(before):
+            elif as_list(value) != as_list(before):
                 changed[attribute] = value if isinstance(value, int) else as_list(value)
         if changed:
             found[name] = changed
+    if remembered:
+        log.warning(
+            "numbers that grew or are no sizes (counters, for example) are no part of the structure: in a network "
+            "that is built from it, %s are as in a new one",
+            ", ".join(remembered),
+        )
     return found
+
+
+def _is_remembered(fresh: nn.Module, value: object, before: list[int], largest: int) -> bool:
+    """Whether an attribute of a class of one's own is not what it was, and was no size or has grown: sizes shrink.
+
+    Args:
+        fresh: The module in a fresh network.
+        value: The attribute now.
+        before: The attribute there.
+        largest: Number of elements of the network's largest tensor; no size is larger.
+    """
+    if type(fresh).__module__.startswith("torch.nn."):
+        return False
+    if not is_integer_value(value):
+        return True
+    now = as_list(value)
+    return now != before and (max(before) > largest or not is_within(now, before))
 
 
 def _check_same_modules(model: nn.Module, fresh: nn.Module) -> None:

@@ -124,5 +124,10 @@ def as_budget(value: Budget | Mapping[str, float] | float) -> Budget:
     if isinstance(value, (int, float)):
         return Budget({"macs": float(value)})
     if isinstance(value, Mapping):
+        for metric, share in value.items():
+            number = isinstance(share, (int, float))
+            check_setting(
+                number, "budget", f"{metric}={share!r}", "give a share that may remain, such as 0.5"
+            )
         return Budget({str(metric): float(share) for metric, share in value.items()})
     raise TypeError(f"a budget is a mapping such as {{'macs': 0.5}} or a share, not {type(value).__name__}")

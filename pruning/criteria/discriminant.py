@@ -37,7 +37,7 @@ from image_classification.config import SettingError, check_choice, check_settin
 from image_classification.models import exact_float32
 from pruning.criteria.criterion import DEFAULT_FEATURES, FeatureCriterion, Features, register_criterion
 from pruning.criteria.pixel_classes import drawn_positions
-from pruning.task import Targets, class_map, kind_of_shape
+from pruning.task import Targets, class_map, kind_of_targets
 
 PUBLISHED_RIDGE = 0.1
 Layout = Literal["channels_first", "channels_last"]
@@ -335,7 +335,7 @@ class Discriminant(FeatureCriterion):
 
     def check_targets(self, targets: Targets) -> None:
         """Refuse targets that are not classes."""
-        if kind_of_shape(targets) is not None:
+        if kind_of_targets(targets) is not None:
             return
         given = "there are none"
         if isinstance(targets, Tensor):

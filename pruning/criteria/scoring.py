@@ -308,11 +308,10 @@ class _Scorer:
             found = self._averaged(number, criterion)
         unscored = [group.name for group, scores in zip(self.groups, found, strict=True) if scores is None]
         if self.groups and len(unscored) == len(self.groups) and criterion.announces_unscored:
-            raise SettingError(
-                "criterion",
-                criterion.name,
-                "no group of this network has what it looks at; use discriminant, taylor or magnitude",
-            )
+            looked_at = "what it looks at; use discriminant, taylor or magnitude"
+            if isinstance(criterion, GradientCriterion):
+                looked_at = "a gradient of the loss: do not detach the loss, or use discriminant or magnitude"
+            raise SettingError("criterion", criterion.name, f"no group of this network has {looked_at}")
         if unscored and criterion.announces_unscored and self.distributed.is_main:
             warn_once(f"criterion {criterion.name} cannot score {', '.join(unscored)}: left as they are")
         messages = criterion.warnings()  # asking empties them, so every rank asks

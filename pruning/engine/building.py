@@ -77,6 +77,7 @@ def build_graph(case: Case, labeller: Labeller | None = None) -> ChannelGraph:
     graph.untouched = untouched_parameters(case)
     _annotate(modules, graph)
     _freeze_single_units(graph, labeller, coupling)
+    _freeze_unread(graph, labeller, coupling)
     _apply_names(graph)
     return graph
 
@@ -333,6 +334,24 @@ def _freeze_single_units(graph: ChannelGraph, labeller: Labeller, coupling: Coup
         group.reason = (
             f"all its channels are tied together{f' by {by}' if by else ''}: they can only go at once"
         )
+
+
+def _freeze_unread(graph: ChannelGraph, labeller: Labeller, coupling: Coupling) -> None:
+    """Freeze layers of which no pass reads any output: a loss outside of the network does, if it is kept somewhere."""
+    uses = [atoms for _, _, atoms in labeller.consumptions]
+    uses += [use.consumed for use in labeller.layers if use.consumed is not None]
+    uses += [use.slot for use in labeller.statistics]
+    read = np.zeros(int(coupling.unit_of_atom.max(initial=-1)) + 2, dtype=bool)
+    for atoms in uses:
+        read[as_units(coupling.unit_of_atom, atoms).reshape(-1)] = True
+    read[-1] = True  # of channels without a unit nothing is known
+    for axis in graph.axes:
+        if axis.role == "out" and not read[axis.units].any():
+            for index in graph.groups_in(axis.units):
+                group = graph.groups[index]
+                if group.prunable:
+                    group.prunable = False
+                    group.reason = "nothing in `forward` reads it: what does may be outside"
 
 
 def _apply_names(graph: ChannelGraph) -> None:

@@ -8,10 +8,11 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from image_classification.config import SettingError
+from image_classification.models.modes import modes_restored
 from image_classification.models.module_tree import named_modules
 from pruning.engine.constraints import Constraints
 from pruning.engine.examples import Example, OutputError, Pass
@@ -164,14 +165,16 @@ def _same(one: Trace, other: Trace) -> bool:
     for mine, its in zip(one.tensors, other.tensors, strict=True):
         if mine.shape != its.shape or mine.name != its.name:
             return False
-    return all(torch.equal(a, b) for a, b in zip(one.results, other.results, strict=True))
+    with torch._C.DisableTorchFunctionSubclass():  # outputs may be of classes of the network's own
+        return all(torch.equal(a, b) for a, b in zip(one.results, other.results, strict=True))
 
 
 def refuse_unready(model: nn.Module) -> None:
     """Refuse a network that cannot be analysed at all.
 
     Raises:
-        SettingError: It has no parameters, a lazy module that has not run yet, or a TorchScript module.
+        SettingError: It has no parameters, a lazy module that has not run yet, tensors that cannot be changed, a
+            TorchScript module, or no modes.
     """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -181,9 +184,26 @@ def refuse_unready(model: nn.Module) -> None:
     if next(iter(model.parameters()), None) is None:
         raise SettingError("model", type(model).__name__, "the network has no parameters: nothing to prune")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor):
-            problem = f"{name!r} is lazy and has no shape yet: run the network once on a batch first"
-            raise SettingError("model", type(model).__name__, problem)
+        reason = _unready(tensor)
+        if reason is not None:
+            raise SettingError("model", type(model).__name__, f"{name!r} {reason}")
+    try:
+        with modes_restored(model):
+            pass
+    except NotImplementedError as error:
+        problem = f"its mode cannot be set ({error}): prune the network that it was exported from"
+        raise SettingError("model", type(model).__name__, problem) from error
+
+
+def _unready(tensor: Tensor) -> str | None:
+    """Return why a parameter or buffer cannot be run or written to, and what to do; None if it can."""
+    if is_lazy(tensor):
+        return "is lazy and has no shape yet: run the network once on a batch first"
+    if tensor.is_meta:
+        return "is on the device meta and has no values yet: load the weights first"
+    if tensor.is_inference():
+        return "was made under torch.inference_mode() and cannot be changed: build the network outside of it"
+    return None
 
 
 def untouched_parameters(case: Case) -> tuple[str, ...]:

@@ -103,7 +103,7 @@ def spectral_norms(model: nn.Module) -> list[SpectralNorm]:
     found = []
     for name, module in named_modules(model):
         prefix = f"{name}." if name else ""
-        for tensor, chain in _parametrizations(module).items():
+        for tensor, chain in parametrizations(module).items():
             for position, parametrization in enumerate(chain):
                 if type(parametrization).__name__ == "_SpectralNorm" and hasattr(parametrization, "_u"):
                     own = f"{prefix}parametrizations.{tensor}"
@@ -157,7 +157,7 @@ def spectral_quotient(tensors: Mapping[str, Tensor], norm: SpectralNorm) -> Tens
 def parametrised_originals(module: nn.Module) -> dict[str, str]:
     """Map each computed tensor of one module to the parameter of the same shape that it is computed from."""
     found = {}
-    for tensor, chain in _parametrizations(module).items():
+    for tensor, chain in parametrizations(module).items():
         weight_normed = any(type(part).__name__ == "_WeightNorm" for part in chain)
         if weight_normed or hasattr(chain, "original"):
             found[tensor] = f"parametrizations.{tensor}.original" + ("1" if weight_normed else "")
@@ -168,7 +168,7 @@ def parametrised_originals(module: nn.Module) -> dict[str, str]:
     return found
 
 
-def _parametrizations(module: nn.Module) -> Mapping[str, Any]:
+def parametrizations(module: nn.Module) -> Mapping[str, Any]:
     """Map each computed tensor of one module to the chain of parametrizations that computes it."""
     found: Any = module._modules.get("parametrizations")
     return found or {}
@@ -177,7 +177,7 @@ def _parametrizations(module: nn.Module) -> Mapping[str, Any]:
 def _weight_norms(module: nn.Module) -> list[tuple[str, str, Any]]:
     """Return (gain, direction, dimension) of the weight normalisations of one module, old or new API."""
     found: list[tuple[str, str, Any]] = []
-    for tensor, chain in _parametrizations(module).items():
+    for tensor, chain in parametrizations(module).items():
         for parametrization in chain:
             if type(parametrization).__name__ == "_WeightNorm":
                 prefix = f"parametrizations.{tensor}.original"

@@ -6,6 +6,7 @@ format, dtype, device, `requires_grad`, hooks and Python attributes are kept.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from image_classification.models.attention import fit_attention, restore
 from image_classification.models.module_tree import named_modules
 from image_classification.models.whole_numbers import replaced
 from pruning.engine.channel_graph import ChannelGraph
-from pruning.engine.computed_weights import parametrised_originals, renormalised
+from pruning.engine.computed_weights import parametrised_originals, parametrizations, renormalised
 from pruning.engine.named_tensors import named_tensors
 from pruning.engine.native_layers import known_attributes
 from pruning.engine.slices import Cuts, sliced_like
@@ -176,6 +177,7 @@ def _plan_attributes(
         groups = counted.get((name, "groups"), getattr(module, "groups", 1))
         for attribute_name, value in known_attributes(module, shapes, groups).items():
             changes.set_attribute(module, attribute_name, value)
+    _plan_computed_attributes(modules, cuts, changes)
     fitted: list[Any] = []
     changes.add(lambda: fitted.extend(fit_attention(model)), lambda: restore(fitted))
 
@@ -191,6 +193,33 @@ def _computed_shapes(name: str, module: nn.Module, cuts: Mapping[str, Cuts]) -> 
         tensor = module.get_parameter(original)
         shapes[key] = _cut_shape(tensor, cuts.get(f"{name}.{original}" if name else original, {}))
     return shapes
+
+
+def _plan_computed_attributes(
+    modules: Mapping[str, nn.Module], cuts: Mapping[str, Cuts], changes: Changes
+) -> None:
+    """Plan the attributes of layers whose parametrization holds cut tensors besides its original (an orthogonal one).
+
+    The shape of what it computes is not that of the original then; it is known after the cut.
+    """
+    for name, module in modules.items():
+        own = f"{name}.parametrizations." if name else "parametrizations."
+        for key, chain in parametrizations(module).items():
+            beside = any(cut.startswith(f"{own}{key}.") and ".original" not in cut for cut in cuts)
+            if not beside or any(type(part).__name__ in ("_SpectralNorm", "_WeightNorm") for part in chain):
+                continue
+            before = {attribute: value for attribute, value in vars(module).items() if isinstance(value, int)}
+            changes.add(
+                functools.partial(_fit_to_computed, module, key),
+                functools.partial(vars(module).update, before),
+            )
+
+
+def _fit_to_computed(module: nn.Module, key: str) -> None:
+    with torch.no_grad():
+        shapes = {key: tuple(getattr(module, key).shape)}
+    for attribute, value in known_attributes(module, shapes, getattr(module, "groups", 1)).items():
+        setattr(module, attribute, value)
 
 
 def _plan_computed(name: str, module: nn.Module, cuts: Mapping[str, Cuts], changes: Changes) -> None:

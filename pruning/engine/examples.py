@@ -22,6 +22,7 @@ Examples = task.Example
 
 _MOST_IMAGES = 2
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, range, type, enum.Enum, np.generic)
+_CONTAINERS = (Mapping, tuple, list, deque, AbstractSet)
 _PLAIN_OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator)
 
 
@@ -132,30 +133,44 @@ def as_examples(given: Examples, setting: str = "example") -> list[Example]:
     return found
 
 
+#: What an output holds beside tensors.
+Plain = bool | int | float | complex | str | bytes
+
+
 def output_tensors(result: object) -> list[Tensor]:
     """Return every tensor in a network's output, within containers, dataclasses and other objects.
 
     Raises:
         OutputError: Some part is neither a tensor, nor a plain value, nor an object that can be searched.
     """
-    return [tensor for _, tensor in _walk(result, "output", set())]
+    return [leaf for _, leaf in _walk(result, "output", set()) if isinstance(leaf, Tensor)]
+
+
+def output_values(result: object) -> list[tuple[str, Plain]]:
+    """Return every number and text in a network's output, with its path: what it made of tensors by `tolist`, say."""
+    return [(path, leaf) for path, leaf in _walk(result, "output", set()) if isinstance(leaf, Plain)]
 
 
 def tensors_in(tree: object) -> list[Tensor]:
     """Return every tensor in a module's input or output, as `output_tensors`, but skip unsearchable parts."""
-    return [tensor for _, tensor in _walk(tree, "", set(), strict=False)]
+    return [leaf for _, leaf in _walk(tree, "", set(), strict=False) if isinstance(leaf, Tensor)]
 
 
-def _walk(value: object, path: str, seen: set[int], strict: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """Yield (path, tensor) for every tensor within a value, each object once."""
+def _walk(value: object, path: str, seen: set[int], strict: bool = True) -> Iterator[tuple[str, object]]:
+    """Yield (path, leaf) for every tensor and plain value within a value, each object once."""
     if isinstance(value, Tensor):
         if strict and value.layout != torch.strided:
             raise OutputError(
                 f"the network returns a sparse tensor ({path}), in which channels cannot be followed: return it dense"
             )
         yield path, value
+        for name, part in vars(value).items():
+            yield from _walk(part, f"{path}.{name}", seen, strict=False)
         return
-    if isinstance(value, (*_PLAIN, *_PLAIN_OF_TORCH)) or id(value) in seen:
+    if isinstance(value, (*_PLAIN, *_PLAIN_OF_TORCH)):
+        yield path, value.item() if isinstance(value, np.generic) else value
+        return
+    if id(value) in seen:
         return
     seen.add(id(value))
     parts = _parts(value)
@@ -168,6 +183,9 @@ def _walk(value: object, path: str, seen: set[int], strict: bool = True) -> Iter
         return
     for name, part in parts:
         yield from _walk(part, f"{path}{name}", seen, strict)
+    if isinstance(value, _CONTAINERS):  # of a class of one's own may have attributes too
+        for name, part in _attributes(value).items():
+            yield from _walk(part, f"{path}.{name}", seen, strict=False)
 
 
 def _parts(value: object) -> list[tuple[str, object]] | None:
@@ -177,15 +195,21 @@ def _parts(value: object) -> list[tuple[str, object]] | None:
     if type(value) in SUPPORTED_NODES:
         children, _ = SUPPORTED_NODES[type(value)].flatten_fn(value)
         return [(f"[{position}]", part) for position, part in enumerate(children)]
-    if isinstance(value, (tuple, list, deque, AbstractSet)):
+    if isinstance(value, _CONTAINERS):
         return [(f"[{position}]", part) for position, part in enumerate(value)]
     if callable(value) or isinstance(value, (Iterator, np.ndarray)):
         return None
+    attributes = _attributes(value)
+    looked_into = hasattr(value, "__dict__") or attributes
+    return [(f".{name}", part) for name, part in attributes.items()] if looked_into else None
+
+
+def _attributes(value: object) -> dict[str, object]:
+    """Return the attributes that an object holds, in its `__dict__` and its slots."""
     attributes = dict(vars(value)) if hasattr(value, "__dict__") else {}
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())
         for slot in (slots,) if isinstance(slots, str) else slots:
             if slot not in ("__dict__", "__weakref__") and hasattr(value, slot):
                 attributes[slot] = getattr(value, slot)
-    looked_into = hasattr(value, "__dict__") or attributes
-    return [(f".{name}", part) for name, part in attributes.items()] if looked_into else None
+    return attributes

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from image_classification.models.running import Args, Kwargs, Running
-from pruning.engine.steady import as_in_evaluation
+from pruning.engine.steady import as_in_evaluation, rate_of
 from pruning.engine.wrapped_tensors import unwrapped
 
 _OF_GRADIENTS = frozenset({Tensor.register_hook, Tensor.retain_grad})
@@ -29,7 +29,7 @@ class Requests(TorchFunctionMode):
         value_of: Returns the number of a tensor; None if the numbers do not matter.
 
     Attributes:
-        steps: (module, function) of every call that returns tensors.
+        steps: (module, function) of every call that returns tensors; of a dropout with its rate.
         scaled: Queries of scaled dot products whose scale follows from the width of a head, with the module. The
             operators below only show a constant, which would differ for a narrower head.
     """
@@ -54,5 +54,7 @@ class Requests(TorchFunctionMode):
             self.scaled.append((self._value_of(query), module))
         result = func(*args, **kwargs)
         if isinstance(result, (Tensor, tuple, list)) and not isinstance(result, torch.Size):
-            self.steps.add((module, getattr(func, "__name__", str(func))))
+            rate = rate_of(func, args, kwargs)
+            name = getattr(func, "__name__", str(func))
+            self.steps.add((module, name if rate is None else f"{name} of {rate:.6g}"))
         return result

@@ -48,6 +48,15 @@ def as_in_evaluation(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> tu
     return call.args, call.kwargs
 
 
+def rate_of(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> float | None:
+    """Return the rate of a dropout, which trials disable: a width might decide on it; None for other functions."""
+    if func not in _BY_MODE or func is F.batch_norm:
+        return None
+    call = inspect.signature(func).bind(*args, **kwargs)
+    call.apply_defaults()
+    return float(call.arguments["p"])
+
+
 def is_unsteady(func: OpOverload, kwargs: Kwargs) -> bool:
     """Whether an operator draws random numbers or makes tensors of half precision."""
     return torch.Tag.nondeterministic_seeded in func.tags or kwargs.get("dtype") in _LOW

@@ -14,6 +14,7 @@ from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -96,6 +97,7 @@ def prune_channels(
             "Nothing was changed; choose other widths, or leave the module alone (`ignored`)"
         )
     changes.apply()
+    torch.clear_autocast_cache()  # it may hold casts of the old weights
     changes.leave_graphs()
     for network in (model, *(ema for ema in emas if isinstance(ema, nn.Module))):
         forget_cached(network)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from image_classification.config import SettingError
 from image_classification.distributed import Distributed
-from pruning.task import Batch, Task, inputs_of, num_samples
+from pruning.task import Batch, Task, inputs_or_parts, num_samples
 
 _FEW = 2
 
@@ -109,7 +109,8 @@ def check_differ(chunks: Sequence[Chunk], distributed: Distributed) -> None:
     first: list[Tensor] | None = None
     found: list[Tensor] = []
     for chunk in chunks:
-        leaves = [leaf for leaf in tree_leaves(inputs_of(chunk.batch)) if _is_images(leaf, chunk.num_images)]
+        parts = tree_leaves(inputs_or_parts(chunk.batch))
+        leaves = [leaf for leaf in parts if _is_images(leaf, chunk.num_images)]
         first = first or [leaf[:1] for leaf in leaves]
         found += [(leaf != one).any().double() for leaf, one in zip(leaves, first, strict=True)]
     differ = torch.stack(found).sum() if found else torch.ones(())  # other values cannot be compared

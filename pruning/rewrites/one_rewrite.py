@@ -48,10 +48,15 @@ def cut(
 
 
 def borders(subject: Subject, keep: Kept, scores: Scores) -> dict[str, list[float]]:
-    """Return group name → lowest score kept and highest removed, for the groups about to be cut."""
+    """Return group name → lowest score kept and highest removed, for the groups about to be cut.
+
+    A group that keeps all its channels after all (`search.feasible`) is none of them.
+    """
     found = {}
     for index, kept in keep.items():
         values = scores[index].numpy()
         gone = np.setdiff1d(np.arange(len(values)), kept)
+        if gone.size == 0:
+            continue
         found[subject.graph.groups[index].name] = [float(values[kept].min()), float(values[gone].max())]
     return found

@@ -106,7 +106,8 @@ class Chooser:
             return
         subject = self._subject
         evidence = look(subject.task, subject.model, batches, subject.distributed, subject.autocast)
-        if self.judges and evidence.problem is not None:
+        differentiates = self.criterion is not None and needs_loss(self.criterion)
+        if (self.judges or differentiates) and evidence.problem is not None:
             raise evidence.problem
         said = []
         if self.criterion is None:
@@ -116,7 +117,8 @@ class Chooser:
         if self.search is None:
             name = evidence.search(at_once=self._at_once)
             self.search = build_search(name)
-            said.append(f"search {name}")
+            unjudged = "" if evidence.problem is None else f", since {evidence.problem.problem}"
+            said.append(f"search {name}{unjudged}")
         if said and subject.distributed.is_main:
             usual = evidence.targets == "classes" and evidence.judged
             log.log(logging.INFO if usual else logging.WARNING, "pruning by %s", "; ".join(said))

@@ -7,8 +7,9 @@ greedy, sensitivity for a single cut; else global
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,6 +21,12 @@ from image_classification.distributed import Distributed
 from pruning.search.search import DEFAULT_SEARCH, ONE_SHOT_SEARCH
 from pruning.task import TargetKind, Task, kind_of_targets, num_samples, targets_of, to_device
 from pruning.task.explained import Autocast
+
+_HOW_CALLED = {
+    "calibration": "the network does not run on such a batch; give forward=, a function of the batch",
+    "forward": "it is called with (batch), or with (network, batch) if it takes two, and raises",
+    "loss": "it is called with (outputs, batch), the whole batch, and raises",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +102,38 @@ def look(
         problem = SettingError("loss", None, "another rank's outputs cannot be judged: give loss=")
     if any_classes or any_pixels:
         kind = "classes" if any_classes else "pixels"
+    if task.loss is not None and problem is not None:
+        raise problem
     return Evidence(any_batch, kind, problem)
 
 
 def _problem(task: Task, model: nn.Module, batch: Any, autocast: Autocast) -> SettingError | None:
-    """Return why the network's outputs on a batch have no loss; None if they have one."""
+    """Return why the network's outputs on a batch have no loss; None if they have one.
+
+    Raises:
+        SettingError: The network, `forward` or `loss` raises an exception on this batch.
+    """
     with task.running(model), torch.no_grad(), autocast():
-        outputs = task.outputs(model, batch)
+        with _said_of("calibration" if task.forward is None else "forward", batch):
+            outputs = task.outputs(model, batch)
         try:
-            task.losses(outputs, batch)
+            with _said_of("loss", batch):
+                task.check_targets(outputs, batch)
+                task.losses(outputs, batch)
         except SettingError as error:
+            if error.__cause__ is not None:
+                raise
             return error
     return None
+
+
+@contextlib.contextmanager
+def _said_of(setting: str, batch: Any) -> Iterator[None]:
+    """Turn whatever a function of the user's, or a network, raises into an error that names the argument."""
+    try:
+        yield
+    except (SettingError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        raise SettingError(setting, type(batch).__name__, f"{_HOW_CALLED[setting]}: {said}") from error

@@ -4,11 +4,18 @@ from pruning.task.batch_targets import (
     TargetKind,
     Targets,
     class_map,
-    kind_of_shape,
     kind_of_targets,
     targets_of,
 )
-from pruning.task.batches import Batch, check_batches, inputs_of, num_samples, pieces_of, to_device
+from pruning.task.batches import (
+    Batch,
+    check_batches,
+    inputs_of,
+    inputs_or_parts,
+    num_samples,
+    pieces_of,
+    to_device,
+)
 from pruning.task.calibration_task import MODES, Forward, Loss, Mode, SampleLoss, Task, on_targets
 from pruning.task.example_arguments import Example, check_example, first_arguments
 from pruning.task.known_losses import logits_of
@@ -29,7 +36,7 @@ __all__ = [
     "class_map",
     "first_arguments",
     "inputs_of",
-    "kind_of_shape",
+    "inputs_or_parts",
     "kind_of_targets",
     "logits_of",
     "num_samples",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
 
 from image_classification.models.running import Outputs
-from pruning.task.batches import Batch
+from pruning.task.batches import Batch, named_parts
 
 #: The targets in a batch; None if it has none.
 Targets = Any
@@ -21,12 +21,25 @@ def targets_of(batch: Batch) -> Outputs:
     """Return the targets of a batch: the second item, or the entry called labels, targets or similar; None without
     targets.
     """
-    if isinstance(batch, Mapping):
-        return next((batch[name] for name in TARGET_NAMES if name in batch), None)
     if isinstance(batch, Tensor):
         return None
+    if not isinstance(batch, Iterable):
+        batch = named_parts(batch)
+    if isinstance(batch, Mapping):
+        return _one_dimensional(next((batch[name] for name in TARGET_NAMES if name in batch), None))
     items = batch if isinstance(batch, Sequence) else tuple(batch)
-    return items[1] if len(items) > 1 else None
+    return _one_dimensional(items[1]) if len(items) > 1 else None
+
+
+def _one_dimensional(targets: Targets) -> Targets:
+    """Return (N, 1) class numbers as (N,); a second dimension would be taken for shares of classes."""
+    if isinstance(targets, Tensor) and targets.dim() == 2 and targets.shape[1] == 1 and _is_whole(targets):
+        return targets.squeeze(1)
+    return targets
+
+
+def _is_whole(targets: Tensor) -> bool:
+    return not targets.is_floating_point() and not targets.is_complex()
 
 
 def kind_of_targets(targets: Targets) -> TargetKind | None:
@@ -35,7 +48,7 @@ def kind_of_targets(targets: Targets) -> TargetKind | None:
     """
     if not isinstance(targets, Tensor) or targets.dim() == 0:
         return None
-    whole = not targets.is_floating_point() and not targets.is_complex()
+    whole = _is_whole(targets)
     if targets.dim() == 1:
         return "classes" if whole else None
     if targets.dim() == 2:
@@ -62,10 +75,3 @@ def class_map(targets: Tensor) -> Tensor | None:
         )
         return targets.argmax(1) if shares else None
     return targets.long() if bool((targets == targets.round()).all()) else None
-
-
-def kind_of_shape(targets: Targets) -> TargetKind | None:
-    """Like `kind_of_targets`, without looking at the values of (N, L)."""
-    if isinstance(targets, Tensor) and targets.dim() == 2:
-        return "classes"
-    return kind_of_targets(targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -48,7 +49,33 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
     if isinstance(batch, (Tensor, Mapping, tuple, list)) or callable(getattr(batch, "to", None)):
         return tree_map(move, batch)
-    return tree_map(move, tuple(batch)) if isinstance(batch, Iterable) else batch
+    if isinstance(batch, Iterable):
+        return tree_map(move, tuple(batch))
+    return _with_attributes(
+        batch, {name: to_device(value, device) for name, value in named_parts(batch).items()}
+    )
+
+
+def named_parts(batch: Batch) -> dict[str, object]:
+    """Return the attributes of a batch that is an object of the user's own, such as a dataclass."""
+    parts = dict(vars(batch)) if hasattr(batch, "__dict__") else {}
+    for kind in type(batch).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            if not slot.startswith("__") and hasattr(batch, slot):
+                parts[slot] = getattr(batch, slot)
+    return parts
+
+
+def _with_attributes(batch: Batch, attributes: Mapping[str, object]) -> Batch:
+    """Return the batch, or a copy of it if an attribute is another object than before."""
+    changed = {name: value for name, value in attributes.items() if value is not getattr(batch, name)}
+    if not changed:
+        return batch
+    batch = copy.copy(batch)
+    for name, value in changed.items():
+        object.__setattr__(batch, name, value)  # a frozen dataclass refuses assignments
+    return batch
 
 
 def inputs_of(batch: Batch) -> Outputs:
@@ -66,11 +93,16 @@ def inputs_of(batch: Batch) -> Outputs:
     )
 
 
+def inputs_or_parts(batch: Batch) -> Outputs:
+    """Return what `inputs_of` does; of an object that only `forward` understands, all its parts by name."""
+    return inputs_of(batch) if isinstance(batch, (Tensor, Iterable)) else named_parts(batch)
+
+
 def num_samples(batch: Batch) -> int:
     """Return a batch's number of samples: the first dimension of its first tensor, or the length of a list of
     samples.
     """
-    inputs = inputs_of(batch)
+    inputs = inputs_or_parts(batch)
     if isinstance(inputs, Mapping):
         counts = [_count(value) for value in inputs.values()]
         return next((count for count in counts if count is not None), 1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -31,7 +31,7 @@ from image_classification.models.running import Args, Outputs
 from pruning.task.batch_targets import TARGET_NAMES, targets_of
 from pruning.task.batches import Batch, inputs_of, num_samples
 from pruning.task.example_arguments import check_keywords
-from pruning.task.known_losses import held_loss, logits_of, losses_by_default
+from pruning.task.known_losses import check_classes, held_loss, logits_of, losses_by_default
 
 #: (batch) → outputs, or (network, batch) → outputs.
 Forward = Callable[..., Outputs]
@@ -95,7 +95,11 @@ class Task:
             SettingError: There is no `forward`, and the batch is not an input of the network.
         """
         if self.forward is not None:
-            return self.forward(model, batch) if _takes_network(self.forward) else self.forward(batch)
+            try:
+                return self.forward(model, batch) if _takes_network(self.forward) else self.forward(batch)
+            except Exception as error:
+                error.add_note("`forward` is called with (batch), or with (network, batch) if it takes two")
+                raise
         inputs = inputs_of(batch)
         if isinstance(inputs, Mapping):
             check_keywords(model, inputs)
@@ -122,6 +126,15 @@ class Task:
         if held_loss(outputs) is None:
             logits_of(outputs)
 
+    def check_targets(self, outputs: Outputs, batch: Batch) -> None:
+        """Refuse class numbers for which the default loss has no logit.
+
+        Raises:
+            SettingError: There is such a number.
+        """
+        if self.loss is None and held_loss(outputs) is None:
+            check_classes(outputs, batch)
+
     def divides(self, batch: Batch) -> bool:
         """Whether a batch may be split along the first dimension of its tensors.
 
@@ -131,7 +144,7 @@ class Task:
         if isinstance(batch, Mapping):
             leaves = list(batch.values()) if self.forward is None else []
         else:
-            leaves = [batch] if isinstance(batch, Tensor) else list(batch)
+            leaves = [batch] if isinstance(batch, Tensor) else _items(batch)
         count = num_samples(batch)
         sizes = [len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves]
         return bool(sizes) and all(size == count for size in sizes)
@@ -164,6 +177,11 @@ class Task:
                 f"return one loss per sample, of which the batch has {count}, or their mean",
             )
         return found.flatten(1).mean(1) if found.dim() > 1 else found
+
+
+def _items(batch: Batch) -> list[object]:
+    """Return the items of a batch; an object of the user's own has none that could be told apart."""
+    return list(batch) if isinstance(batch, Iterable) else []
 
 
 def on_targets(loss: SampleLoss) -> Loss:

@@ -567,3 +567,45 @@ def test_a_width_at_which_the_network_decides_otherwise_is_not_taken(
     record = Pruner(model, X[:2], criterion="magnitude", search=search, budget=None, delta=1.0).step([])
     assert record.widths == {"first": [16, 8], "second": [16, 8]}
     assert "first keeps 8 instead of 7" in caplog.text
+
+
+class KeepsAVector(nn.Module):
+    """Makes a vector of the first width that it sees, and keeps it: that width stays from then on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 4)
+        self.vector: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        if self.vector is None:
+            self.vector = torch.full((x.shape[1], 1, 1), 2.0)
+        return self.head(torch.relu(self.second(x * self.vector)).mean((2, 3)))
+
+
+def test_a_group_that_cannot_be_cut_any_more_stays_whole(caplog: pytest.LogCaptureFixture) -> None:
+    model = KeepsAVector()
+    search = RateSearch({"first": 0.5, "second": 0.5})
+    pruner = Pruner(model, X[:2], criterion="magnitude", search=search, budget=None, delta=1.0)
+    model(X)
+    record = pruner.step([])
+    assert record.widths == {"second": [16, 8]}
+    assert list(record.scores) == ["second"]
+    assert "first keeps 16 instead of 8" in caplog.text
+
+
+def test_a_rewrite_within_autocast() -> None:
+    """Autocast keeps casts of weights for the length of its block; the network goes on with its new ones there."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten()
+    )
+    model.append(nn.LazyLinear(4))
+    model(X)
+    with torch.autocast("cpu", torch.bfloat16):
+        F.cross_entropy(model(X), Y).backward()
+        record = Pruner(model, X[:2], criterion="taylor", delta=1.0).step([(X, Y)])
+        found = model.eval()(X)
+    assert record.widths
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(X), found)

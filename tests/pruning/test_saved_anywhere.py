@@ -17,7 +17,7 @@ from torch.nn.utils import prune as torch_prune
 
 from image_classification.config import ConfigError
 from image_classification.models import StructureError
-from pruning import Pruner, load_pruned, prune, save_pruned
+from pruning import Pruner, load_pruned, prune, prune_channels, save_pruned, trace_groups
 from pruning.files.skeleton import skeleton_of
 
 torchvision = pytest.importorskip("torchvision")
@@ -171,6 +171,31 @@ def test_weights_of_every_making_survive_two_rewrites_and_a_file(how: str, tmp_p
     assert all(parameter.grad is not None for parameter in loaded.parameters())
 
 
+class Orthogonal(nn.Module):
+    """The rows of a weight are made by a parametrization, and cut in a buffer that it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mixed, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16, 16), nn.Linear(16, 4)
+        parametrizations.orthogonal(self.mixed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.mixed(torch.relu(self.first(x)).mean((2, 3)))))
+
+
+def test_a_layer_knows_the_width_of_what_its_parametrization_computes(tmp_path: Path) -> None:
+    model: Any = Orthogonal()
+    graph = trace_groups(model, X[:2])
+    keep = [0, 3, 4, 9, 11]
+    expected = model.mixed.weight.detach()[keep]
+    prune_channels(model, graph, {"mixed": keep})
+    assert torch.equal(model.mixed.weight, expected)
+    assert (model.mixed.in_features, model.mixed.out_features) == (16, 5)
+    save_pruned(tmp_path / "pruned.pth", model, factory=Orthogonal)
+    loaded = load_pruned(tmp_path / "pruned.pth", factory=Orthogonal)
+    assert torch.equal(loaded.eval()(X), model.eval()(X))
+
+
 class Positions(nn.Module):
     """A buffer that no state dict keeps, as wide as what it is added to, and a list of widths."""
 
@@ -205,6 +230,32 @@ def test_a_network_of_ones_own_is_saved_without_a_factory(
         other.save(tmp_path / "pruned.pth")
     other.save(tmp_path / "pruned.pth", factory=Positions)
     assert torch.equal(load_pruned(tmp_path / "pruned.pth", factory=Positions).eval()(X), resumed.eval()(X))
+
+
+class Counting(Positions):
+    """Numbers that are no sizes: they count, identify, or remember."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes, self.seed, self.latest = 0, torch.seed() % 2**40 + 2**41, 0
+        self.second = torch.compile(self.second, backend="eager")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        self.latest = [*x.shape]
+        return super().forward(x)
+
+
+def test_numbers_that_are_no_sizes_are_not_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = Counting()
+    pruner = Pruner(model, X[:2], criterion="magnitude", search="global", budget=0.5, delta=0.5)
+    model(X)
+    pruner.step([])
+    pruner.save(tmp_path / "half.pth", factory=Counting)
+    assert "passes" in caplog.text
+    loaded: Any = load_pruned(tmp_path / "half.pth", factory=Counting)
+    assert loaded.passes == 0
+    assert torch.equal(loaded.eval()(X), model.eval()(X))
 
 
 def test_a_skeleton_takes_no_memory_and_leaves_its_network_alone() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +18,12 @@ from image_classification.config import ConfigError
 from pruning import Pruner, PrunerSettings, prune
 from pruning.criteria.discriminant import discriminant_scores
 from pruning.task import Task
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlottedBatch:
+    shown: Tensor
+    wanted: Tensor
 
 
 class Body(nn.Module):
@@ -136,11 +144,25 @@ def test_what_is_no_example_is_refused(example: Any, message: str) -> None:
 
 
 def test_a_loss_of_samples_and_their_mean_score_alike() -> None:
-    """And as the plain classifier: the same network and data, said in three ways."""
+    """And as the plain classifier: the same network and data, said in several ways."""
     model, x, y = Classifier(), images(), classes()
     entropy = F.cross_entropy
     ways: list[tuple[Any, dict[str, Any]]] = [
         ((x, y), {}),
+        (
+            SlottedBatch(x, y),
+            {
+                "forward": lambda network, batch: network(batch.shown),
+                "loss": lambda outputs, batch: entropy(outputs, batch.wanted, reduction="none"),
+            },
+        ),
+        (
+            types.SimpleNamespace(shown=x, wanted=y, name="held out"),
+            {
+                "forward": lambda network, batch: network(batch.shown),
+                "loss": lambda outputs, batch: entropy(outputs, batch.wanted),
+            },
+        ),
         (
             {"image": x, "class": y},
             {
@@ -223,6 +245,60 @@ def test_the_criterion_fits_what_is_given(
     assert pruner.criterion is not None
     assert pruner.criterion.name == name
     assert f"criterion {name}" in caplog.text
+
+
+def _one_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return Task().losses(logits, (torch.zeros(len(logits), 1), targets))
+
+
+def test_default_losses_are_those_of_the_targets() -> None:
+    """One logit, (N, 1) class numbers and multi-hot targets have losses of their own; other numbers have none."""
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 2, 1, 1, 0, 2])
+    entropy = F.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(_one_loss(logits, labels[:, None]), entropy)
+    torch.testing.assert_close(_one_loss(logits, F.one_hot(labels, 3)), entropy)
+    several = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1], [0, 1, 0], [1, 1, 1], [0, 0, 1]]).float()
+    by_class = F.binary_cross_entropy_with_logits(logits, several, reduction="none")
+    torch.testing.assert_close(_one_loss(logits, several), by_class.mean(1))
+    yes = labels == 2
+    binary = F.binary_cross_entropy_with_logits(logits[:, 0], yes.float(), reduction="none")
+    for single in (logits[:, 0], logits[:, :1]):
+        for targets in (yes.long(), yes.float(), yes.float()[:, None]):
+            torch.testing.assert_close(_one_loss(single, targets), binary)
+    for targets in (torch.randn(6, 3), torch.rand(6, 3), torch.rand(6)):
+        with pytest.raises(ConfigError, match="no loss is known"):
+            _one_loss(logits, targets)
+    with pytest.raises(ConfigError, match="no loss is known"):
+        _one_loss(torch.randn(6, 1, 4, 4), torch.rand(6, 1, 4, 4))  # a depth, not a class
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"loss": nn.CrossEntropyLoss()}, r"loss='tuple': it is called with \(outputs, batch\)"),
+        ({"loss": lambda outputs, batch: batch["class"]}, "loss='tuple': it is called with.*TypeError"),
+        ({"loss": lambda outputs, batch: None}, "loss='NoneType': return a tensor"),
+        ({"loss": lambda outputs, batch: outputs.mean().item()}, "loss='float': return a tensor"),
+        (
+            {"loss": lambda outputs, batch: outputs.mean().detach(), "criterion": "taylor"},
+            "'taylor': .*do not detach the loss",
+        ),
+        ({"forward": lambda network, batch: network(batch.x)}, "forward='tuple': it is called with.*'x'"),
+        ({"forward": lambda: None}, "forward='tuple': it is called with"),
+        (
+            {"criterion": "taylor", "batch": (images(), classes() + 1)},
+            r"loss=None: .*\(1 … 4\) and outputs.*4\)",
+        ),
+        ({"batch": (images().numpy(), classes())}, "calibration='tuple': the network does not run.*forward="),
+        ({"criterion": "discriminant", "batch": (images(), torch.randn(8, 4))}, "accepts class targets"),
+        ({"repair": "lsq"}, "repair='lsq': choose from"),
+        ({"budget": {"macs": "half"}}, "budget=.*give a share"),
+    ],
+)
+def test_what_cannot_be_used_is_named_with_its_remedy(how: dict[str, Any], message: str) -> None:
+    options = {"batch": (images(), classes()), **how}
+    with pytest.raises(ConfigError, match=message):
+        prune(Classifier(), images(2), calibration=[options.pop("batch")], **options)
 
 
 def test_dense_targets_by_the_discriminant() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import cmath
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pruning.engine.examples import Pass
+from pruning.engine.examples import Pass, Plain
 from pruning.engine.groups import Place
 
 TOLERANCE = 1e-4
@@ -29,12 +31,16 @@ class Failure:
 
 @dataclasses.dataclass
 class TrialRun:
-    """What a trial run left: one summary per module call, outputs and steps, or where it stopped."""
+    """What a trial run left: one summary per module call, outputs and steps, or where it stopped.
+
+    `values` are the numbers and texts in the outputs, by path.
+    """
 
     calls: list[tuple[str, np.ndarray]]
     outputs: list[Tensor]
     steps: set[tuple[str, str]] = dataclasses.field(default_factory=set)
     failure: Failure | None = None
+    values: dict[str, Plain] = dataclasses.field(default_factory=dict)
 
 
 def summary(output: Tensor, places: list[Place], mask: np.ndarray | None) -> np.ndarray:
@@ -116,6 +122,39 @@ def other_steps(one: Pass, expected: TrialRun, found: TrialRun) -> Failure | Non
         where = repr(module) if module else "the network itself"
         return Failure(module, f"only the {which} network calls {name!r} in {where}: a width decides there")
     return None
+
+
+def other_values(expected: TrialRun, found: TrialRun, again: Callable[[], TrialRun]) -> Failure | None:
+    """A number or text in the outputs that is another one or missing: a network may return lists instead of tensors.
+
+    Args:
+        expected: The masked network's run.
+        found: The cut network's run.
+        again: Runs the masked network once more. What differs then too (a time, say) says nothing about the cut.
+    """
+    changed = _changed(expected, found)
+    if changed:
+        changed -= _changed(expected, again())
+    return Failure("", f"{min(changed)} changes") if changed else None
+
+
+def _changed(expected: TrialRun, found: TrialRun) -> set[str]:
+    left, right = expected.values, found.values
+    return {
+        path
+        for path in left.keys() | right.keys()
+        if path not in left or path not in right or not _is_close(left[path], right[path])
+    }
+
+
+def _is_close(left: Plain, right: Plain) -> bool:
+    if isinstance(left, (float, complex)) and isinstance(right, (float, complex)):
+        return (
+            left == right
+            or cmath.isclose(left, right, rel_tol=MODULE_TOLERANCE, abs_tol=1e-5)
+            or left != left
+        )
+    return left == right
 
 
 def call_difference(expected: TrialRun, found: TrialRun, number: int) -> Failure | None:

@@ -57,7 +57,8 @@ def _on_stage(model: nn.Module, passes: Sequence[Pass]) -> Iterator[None]:
     parameters = {name for name, _ in model.named_parameters()}
     originals = {name: tensor.data for name, tensor in tensors.items()}
     gradients = {name: tensors[name].grad for name in parameters}
-    table = torch.rand(_TABLE_LENGTH, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    generator = torch.Generator().manual_seed(0)
+    table = torch.rand(_TABLE_LENGTH, generator=generator, dtype=torch.float32) * 2 - 1
     norms = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
     ]
@@ -182,12 +183,15 @@ def in_type(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     changed = [
         (buffer, buffer.data, values) for buffer in model.buffers() if (values := other(buffer)) is not None
     ]
+    default = torch.get_default_dtype()
     try:
+        torch.set_default_dtype(dtype)  # of what the network makes without saying of which type
         with stand_ins(model, other):
             for buffer, _, values in changed:
                 buffer.data = values
             yield
     finally:
+        torch.set_default_dtype(default)
         for buffer, data, _ in changed:
             buffer.data = data
 

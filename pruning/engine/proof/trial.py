@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -28,6 +29,7 @@ from pruning.engine.proof.agreement_of_runs import (
     difference,
     drift,
     other_steps,
+    other_values,
 )
 from pruning.engine.proof.rehearsal import in_type, masked, rehearsal
 from pruning.engine.proof.trial_run import gradients_of, run_through
@@ -87,7 +89,8 @@ class Trial:
         if found.failure is not None:
             return found.failure
         expected = self._expected_of(one)
-        return difference(expected, found) or other_steps(one, expected, found)
+        failure = difference(expected, found) or other_steps(one, expected, found)
+        return failure or other_values(expected, found, functools.partial(self._run_masked, one))
 
     def _failure_of_gradients(self, one: Pass) -> Failure | None:
         """Compare the backward passes of the cut and the masked network; None if they agree.
@@ -124,9 +127,11 @@ class Trial:
             if not one.decides and drift(exact, found) < _ROUNDING_SHARE * failure.size:
                 return False
             expected = self._run_masked(one)
+            other = other_values(expected, exact, functools.partial(self._run_masked, one))
         if exact.failure is not None or expected.failure is not None:  # it does not run in double precision
             return False
-        return difference(expected, exact) is None and other_steps(one, expected, exact) is None
+        other = other or difference(expected, exact) or other_steps(one, expected, exact)
+        return other is None
 
     def raises(self) -> bool:
         """Whether the cut network raises an exception, whatever it computes otherwise."""

@@ -12,7 +12,7 @@ from image_classification.models.module_tree import is_leaf
 from image_classification.models.running import ModuleCall, following
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.code_lines import line_raising
-from pruning.engine.examples import Pass, output_tensors
+from pruning.engine.examples import Pass, output_tensors, output_values
 from pruning.engine.groups import Place
 from pruning.engine.kept_state import state_kept
 from pruning.engine.own_gradients import gradients
@@ -73,7 +73,9 @@ def run_through(
         Steady(full_precision=True) if one.unsteady else contextlib.nullcontext(),
     ):
         try:
-            run.outputs = output_tensors(example.run(model))
+            result = example.run(model)
+            run.outputs = output_tensors(result)
+            run.values = dict(output_values(result))
             run.steps = requests.steps
         except _DifferenceError:
             pass

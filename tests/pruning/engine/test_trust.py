@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import time
 import types
 from typing import Any
 
@@ -62,8 +63,30 @@ class Returning(nn.Module):
         return self.form(self.h(self.a(x).relu().mean((2, 3))))
 
 
+class NamedOutputs(dict[str, int]):
+    """A mapping that also has attributes."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__(step=1)
+        self.logits = logits
+
+
+class Scores(Tensor):
+    """A tensor that has an attribute."""
+
+
+def _scores(y: Tensor) -> Tensor:
+    scores = y.sum(1).as_subclass(Scores)
+    scores.logits = y
+    return scores
+
+
 FORMS = {
     "object": Out,
+    "mapping with attributes": NamedOutputs,
+    "tensor with attributes": _scores,
+    "plain numbers": lambda y: {"scores": y.tolist()},
+    "plain numbers beside tensors": lambda y: (y.sum(1), [{"width": y.shape[1], "time": time.time()}]),
     "slots": Slotted,
     "list of dataclasses": lambda y: [Record(y)],
     "nested": lambda y: {"o": [Record(y)], "n": 3},
@@ -98,6 +121,29 @@ def test_outputs_that_cannot_be_looked_into_are_refused_by_name(form: Any) -> No
 def test_a_sparse_output_is_refused_by_name() -> None:
     with pytest.raises(SettingError, match=r"sparse tensor \(output\['y'\]\)"):
         trace_groups(Returning(lambda y: {"y": y.to_sparse()}), IMAGES)
+
+
+class KeptAside(nn.Module):
+    """Its auxiliary scores are read from an attribute, by the loss; its features are too, of whatever width."""
+
+    def __init__(self, hooked: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.h, self.aux = conv(3, 12), conv(12, 8), nn.Linear(8, 5), nn.Linear(12, 7)
+        self.features, self.side = None, []
+        if hooked:
+            self.aux.register_forward_hook(lambda module, given, scores: self.side.append(scores))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.features = self.a(x).relu()
+        self.scores = self.aux(self.features.mean((2, 3)))
+        return self.h(self.b(self.features).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_what_nothing_reads_may_be_an_output_kept_aside(hooked: bool) -> None:
+    graph = trace_groups(KeptAside(hooked), IMAGES)
+    assert {group.name for group in graph.prunable} == {"a", "b"}
+    assert "outside" in graph.frozen["aux"]
 
 
 class BoxesAndScore(nn.Module):
@@ -254,6 +300,21 @@ class ScaledNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         return y * self.extra[:, None, None] if self.training else y
+
+
+class RateByWidth(NoiseInTraining):
+    """Drops less of few channels; trials drop nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        a = F.dropout(a, 0.5 if a.shape[1] > 6 else 0.1, self.training)
+        return self.fc(self.b(a.relu()).mean((2, 3)))
+
+
+def test_a_rate_of_dropout_that_a_width_decides_on() -> None:
+    graph = trace_groups(RateByWidth(), IMAGES)
+    assert [group.name for group in graph.prunable] == ["b"]
+    assert "dropout" in graph.frozen["a"]
 
 
 class ExtendedNorm(NoiseInTraining):
@@ -614,6 +675,28 @@ def test_autocast_within_forward() -> None:
         assert model(IMAGES).shape == (2, 5)
 
 
+class MakesTensors(nn.Module):
+    """Makes a tensor without saying of which type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = conv(3, 12), conv(12, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x).relu() * torch.ones(1, 1, 8)
+        return self.fc(self.b(a).mean((2, 3)))
+
+
+def test_another_default_type() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        graph = trace_groups(MakesTensors(), IMAGES.double())
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {group.name for group in graph.prunable} == {"a", "b"}
+
+
 class Reassigning(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -742,6 +825,15 @@ def test_what_cannot_run_is_refused_in_words() -> None:
         trace_groups(BySize(), "images")
     with pytest.raises(SettingError, match="model='ReLU'"):
         trace_groups(nn.ReLU(), IMAGES)
+    with pytest.raises(SettingError, match=r"'weight' is on the device meta"):
+        trace_groups(nn.Conv2d(3, 4, 1, device="meta"), IMAGES)
+    with torch.inference_mode():
+        made_there = nn.Sequential(conv(3, 4), nn.Conv2d(4, 2, 1))
+    with pytest.raises(SettingError, match=r"'0\.weight' was made under torch\.inference_mode"):
+        trace_groups(made_there, IMAGES)
+    exported = torch.export.export(BySize().eval(), (IMAGES,)).module()
+    with pytest.raises(SettingError, match="its mode cannot be set"):
+        trace_groups(exported, IMAGES)
     with pytest.raises(SettingError, match=r"model='Sequential': '1'.*TorchScript"):
         trace_groups(nn.Sequential(conv(3, 4), torch.jit.script(nn.Conv2d(4, 2, 1))), IMAGES)
 

@@ -108,7 +108,7 @@ def test_what_cannot_be_repaired_is_said() -> None:
         prune(
             model, IMAGES[:2], calibration=batches, forward=lambda batch: model(batch[0]), repair="statistics"
         )
-    with pytest.raises(SettingError, match="method"):
+    with pytest.raises(SettingError, match="repair"):
         Pruner(model, IMAGES[:2], repair="lstsq")  # type: ignore[arg-type]
 
 
