@@ -83,6 +83,8 @@ OptimizerGiven = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 AverageGiven = Average | Sequence[Average] | None
 log = logging.getLogger(__name__)
 
+_MOST_REASONS = 3
+
 
 class Pruner:
     """Rewrites a network to a resource budget, step by step.
@@ -261,10 +263,13 @@ class Pruner:
         """Refuse a network without anything to prune; warn about parameters that train unseen by the graph."""
         if self.distributed.is_main:
             warn_of_pairs(self.model, self.graph)
+        reasons = "; ".join(
+            f"{name}: {reason}" for name, reason in [*self.graph.frozen.items()][:_MOST_REASONS]
+        )
         check(
             bool(self.graph.prunable),
-            "this network has no channel group that can be pruned: `trace_groups(…).frozen` says why, and so does "
-            "`python -m pruning groups`",
+            f"this network has no channel group that can be pruned ({reasons}): `trace_groups(…).frozen` says why for "
+            "all, and so does `python -m pruning groups`",
         )
 
     def _take_up(self, state: PrunerState) -> None:

@@ -207,10 +207,18 @@ def _unready(tensor: Tensor) -> str | None:
 
 
 def untouched_parameters(case: Case) -> tuple[str, ...]:
-    """Return the names of the parameters that no pass has touched and that are not cut like others."""
+    """Return the names of the parameters that no pass has touched and that are not cut like others.
+
+    And of such buffers in the shape of a parameter that is in use: an average may be kept in them.
+    """
     used = {name for trace in case.traces for name in trace.used_names}
     followers = tuple(f"{second}." for _, second in case.pairs)
-    names = (name for name, _ in case.model.named_parameters() if not name.startswith(followers))
+    parameters = dict(case.model.named_parameters())
+    shapes = {
+        parameter.shape for name, parameter in parameters.items() if name in used and parameter.dim() > 1
+    }
+    buffers = [name for name, buffer in case.model.named_buffers() if buffer.shape in shapes]
+    names = (name for name in (*parameters, *buffers) if not name.startswith(followers))
     return tuple(name for name in names if name not in used)
 
 
@@ -222,7 +230,7 @@ def warn_of_untouched(names: Sequence[str]) -> None:
     if len(names) > _MOST_NAMES:
         shown += f" and {len(names) - _MOST_NAMES} more"
     logger.warning(
-        "no pass on the example touches these parameters, which stay as they are: %s. If the network uses them on "
+        "no pass on the example touches these tensors, which stay as they are: %s. If the network uses them on "
         "other inputs or through another method, give examples of those too: `example=[a, b]`",
         shown,
     )

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence, Set
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from image_classification.config import SettingError
 from pruning.engine.groups import AttributeAxis
@@ -26,7 +27,7 @@ def all_pairs(model: nn.Module, given: Iterable[tuple[str, str]]) -> list[tuple[
     """The pairs that the user names, and those that are recognised.
 
     A pair is recognised where two parts of one module have parameters of equal names and shapes and the second takes no
-    gradients while the first does, or holds the same values (a copy). Two such parts of a module that both train and
+    gradients while the first does, holds the same values (a copy), or is in PyTorch's `AveragedModel`. Two such parts of a module that both train and
     differ, as in two-stream networks, are cut independently.
 
     Raises:
@@ -40,12 +41,17 @@ def all_pairs(model: nn.Module, given: Iterable[tuple[str, str]]) -> list[tuple[
     for prefix, module in model.named_modules():
         if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             continue
-        children = [(f"{prefix}.{name}".lstrip("."), child) for name, child in module.named_children()]
+        children = [
+            _without_average(f"{prefix}.{name}".lstrip("."), child) for name, child in module.named_children()
+        ]
         for number, (name, child) in enumerate(children):
             for other_name, other in children[number + 1 :]:
                 if taken & {name, other_name} or not _alike(child, other):
                     continue
+                averages = [one for one in (name, other_name) if _is_average(model, one)]
                 pair = _teacher_last(name, child, other_name, other)
+                if len(averages) == 1:
+                    pair = (other_name, name) if averages == [name] else (name, other_name)
                 if pair is not None:
                     pairs.append(pair)
                     taken |= set(pair)
@@ -61,6 +67,15 @@ def _check_pair(model: nn.Module, first: str, second: str) -> None:
         raise SettingError(
             "pairs", (first, second), "the two do not have parameters of equal names and shapes"
         )
+
+
+def _without_average(name: str, module: nn.Module) -> tuple[str, nn.Module]:
+    """Return the network that PyTorch's average holds in place of the average."""
+    return (f"{name}.module", module.module) if isinstance(module, AveragedModel) else (name, module)
+
+
+def _is_average(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), AveragedModel)
 
 
 def _alike(first: nn.Module, second: nn.Module) -> bool:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from support.equal_to_masked import cut_equals_zeroed, prepared, some, tenth
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.optim.swa_utils import AveragedModel
 
 from image_classification.config import SettingError
 from pruning import Constraints, prune_channels, trace_groups
@@ -639,6 +640,28 @@ def test_a_momentum_teacher_is_cut_alike(update: str) -> None:
         assert torch.equal(small[0].weight, whole[0].weight[[0, 3, 5, 8]])
         assert torch.equal(small[2].weight, whole[2].weight[[2, 3]][:, [0, 3, 5, 8]])
         assert small[2].out_channels == 2
+
+
+class Averaged(Teacher):
+    """The teacher is PyTorch's average; another one is in buffers, of which only their shapes tell."""
+
+    def __init__(self) -> None:
+        super().__init__("idle")
+        self.k = AveragedModel(self.q)
+        self.register_buffer("q2weight", self.q[2].weight.detach().clone())
+        with torch.no_grad():
+            self.q[0].weight.add_(1)
+
+
+def test_an_average_within_the_network_is_cut_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    model = Averaged()
+    graph = trace_groups(model, IMAGES)
+    assert graph.untouched == ("q2weight",)
+    assert "q2weight" in caplog.text
+    average = model.k.module[0].weight.clone()
+    prune_channels(model, graph, {"q.0": [0, 3, 5, 8], "q.2": [2, 3]})
+    assert torch.equal(model.k.module[0].weight, average[[0, 3, 5, 8]])
+    model.k.update_parameters(model.q)
 
 
 def test_pairs_are_cut_alike_where_they_are_named() -> None:
