@@ -8,9 +8,10 @@ in the same order, the same steps and learning rates, cuts at the same steps. On
 first training's peak rate. Seeds change order and augmentation.
 
 Every run has its own process and writes a file with top-1 on the test images after the last cut, after every epoch and
-at the end, the share of the MACs (by LucidPrune's count for all methods) and the seconds. Finished runs are not
-repeated, so the script may be stopped at any time. `--results` adds the rows of an earlier results file to those of the
-workspace.
+at the end, the share of the MACs (by LucidPrune's count for all methods), the seconds (processor time on a CPU, without
+the tests in between), a GPU's energy, and how far the explanations of 256 test images are from those before pruning.
+Finished runs are not repeated, so the script may be stopped at any time. Networks stay in the workspace, where
+`peers_speed.py` measures them. `--results` adds the rows of an earlier results file to those of the workspace.
 """
 
 from __future__ import annotations
@@ -18,45 +19,57 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from common.measure import mean_and_deviation, rerun, with_deviation
-from common.peer_methods import FROM_SCRATCH, METHODS, Cuts, Joints, share_of_macs
-from common.report import BenchmarkParser, print_table, write_json
+from common.map_drift import drift
+from common.measure import Clock, rerun
+from common.peer_methods import FROM_SCRATCH, METHODS, Cuts, Joints, installed_methods, share_of_macs
+from common.peer_tables import Row, print_rows, print_waits, run_name, summary, waits
+from common.report import BenchmarkParser, write_json
 from common.short_training import ImagesInMemory, Schedule, ShortTraining, read_images, top1
 from torch import nn
 
 from image_classification.models import create_model
+from image_classification.observe.monitor import Monitor
 
-Row = dict[str, Any]
+_EXPLAINED = 256
 
 
 def trained_network(arguments: argparse.Namespace, images: ImagesInMemory) -> nn.Module:
     """Return the network that all runs begin with, training it if needed."""
     torch.manual_seed(0)
-    model = create_model(arguments.arch, num_classes=images.num_classes)
+    model = create_model(arguments.arch, num_classes=images.num_classes).to(arguments.device)
     path = arguments.workspace / f"{arguments.arch.replace('/', '_')}.pt"
     if not path.is_file():
         schedule = Schedule(arguments.pretrain_epochs, arguments.pretrain_lr)
         ShortTraining(model, images, schedule, seed=0, bf16=arguments.bf16).run()
         torch.save(model.state_dict(), path)
-    model.load_state_dict(torch.load(path, weights_only=True))
+    model.load_state_dict(torch.load(path, weights_only=True, map_location=arguments.device))
     return model
 
 
 class Watched:
-    """A method's hooks, with top-1 after every cut and epoch."""
+    """A method's hooks, with top-1 and the seconds so far after every cut and epoch.
 
-    def __init__(self, joints: Joints, training: ShortTraining) -> None:
-        self._joints, self._training = joints, training
+    Attributes:
+        after_cut: Top-1 after the last cut.
+        epochs: Top-1 after every epoch.
+        epoch_seconds: Seconds until then, without the tests.
+        method_seconds: Seconds of the method's own work after steps.
+    """
+
+    def __init__(self, make: Callable[[], Joints], training: ShortTraining, clock: Clock) -> None:
+        self._training, self._clock = training, clock
+        self._begin = clock.now()
         self._size = _num_weights(training.model)
         self._per_epoch = training.num_steps / training.schedule.epochs
+        self._testing = 0.0
+        self._joints = make()
         self.after_cut: float | None = None
         self.epochs: list[float] = []
+        self.epoch_seconds: list[float] = []
         self.method_seconds = 0.0
 
     def after_backward(self) -> None:
@@ -65,17 +78,25 @@ class Watched:
 
     def after_step(self, step: int) -> None:
         """See `Joints`."""
-        begin = time.process_time()
+        begin = self._clock.now()
         self._joints.after_step(step)
-        self.method_seconds += time.process_time() - begin
+        self.method_seconds += self._clock.now() - begin
         size = _num_weights(self._training.model)
         if size != self._size:
             self._size, self.after_cut = size, self._top1()
         if int(step / self._per_epoch) > len(self.epochs):
+            self.epoch_seconds.append(self.seconds())
             self.epochs.append(self._top1())
 
+    def seconds(self) -> float:
+        """Return the seconds since the run began, without the tests."""
+        return self._clock.now() - self._begin - self._testing
+
     def _top1(self) -> float:
-        return top1(self._training.model, self._training.images.val, bf16=self._training.bf16)
+        begin = self._clock.now()
+        found = top1(self._training.model, self._training.images.val, bf16=self._training.bf16)
+        self._testing += self._clock.now() - begin
+        return found
 
 
 def _num_weights(model: nn.Module) -> int:
@@ -85,16 +106,21 @@ def _num_weights(model: nn.Module) -> int:
 def run_one(
     arguments: argparse.Namespace, images: ImagesInMemory, method: str, budget: float, seed: int
 ) -> Row:
-    """Run one training and return its row."""
+    """Run one training, keep its network, and return its row."""
     original = trained_network(arguments, images)
     peak = arguments.pretrain_lr if method in FROM_SCRATCH else arguments.lr
     torch.manual_seed(seed)
     schedule = Schedule(arguments.epochs, peak)
     training = ShortTraining(copy.deepcopy(original), images, schedule, seed=seed + 100, bf16=arguments.bf16)
-    begin = time.process_time()
-    joints = METHODS[method](training, budget, Cuts(arguments.cuts, arguments.pruning_share))
-    watched = Watched(joints, training)
-    training.run(after_backward=watched.after_backward, after_step=watched.after_step)
+    with Monitor(arguments.device) as monitor:
+        cuts = Cuts(arguments.cuts, arguments.pruning_share)
+        clock = Clock(arguments.device, processor_time=True)
+        watched = Watched(lambda: METHODS[method](training, budget, cuts), training, clock)
+        training.run(after_backward=watched.after_backward, after_step=watched.after_step)
+        seconds, joules = watched.seconds(), monitor.read(1).get("train.joules_per_image")
+    torch.save(training.model, place_of(arguments, method, budget, seed).with_suffix(".pt"))
+    every = max(1, len(images.val[1]) // _EXPLAINED)  # images are sorted by class
+    shown, labels = (part[::every][:_EXPLAINED] for part in images.val)
     return {
         "method": method,
         "arch": arguments.arch,
@@ -106,9 +132,12 @@ def run_one(
         "top1_before": top1(original, images.val, bf16=arguments.bf16),
         "top1_after_cut": watched.after_cut,
         "top1_epochs": watched.epochs,
+        "epoch_seconds": watched.epoch_seconds,
         "top1": top1(training.model, images.val, bf16=arguments.bf16),
         "method_seconds": watched.method_seconds,
-        "seconds": time.process_time() - begin,
+        "seconds": seconds,
+        "joules": joules,
+        "explanations": drift(original.float(), training.model, shown, labels),
     }
 
 
@@ -138,41 +167,28 @@ def collect(arguments: argparse.Namespace) -> list[Row]:
             path.write_text(line + "\n", encoding="utf-8")
             print(line, flush=True)
         rows.append(json.loads(path.read_text(encoding="utf-8")))
-    known = [_name(row) for row in rows]
+    known = [run_name(row) for row in rows]
     if arguments.results is not None:
         earlier = json.loads(arguments.results.read_text(encoding="utf-8"))["runs"]
-        rows += [row for row in earlier if _name(row) not in known]
+        rows += [row for row in earlier if run_name(row) not in known]
     return rows
-
-
-def _name(row: Row) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("method", "arch", "budget", "epochs_trained", "seed"))
-
-
-def summary(rows: list[Row]) -> list[Row]:
-    """Return mean and deviation over the seeds, for every network, budget, length and method."""
-    kinds: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        kinds.setdefault(_name(row)[:-1], []).append(row)
-    keys = ("macs", "top1_before", "top1_after_cut", "top1", "method_seconds", "seconds")
-    return [
-        {"method": kind[0], "arch": kind[1], "budget": kind[2], "epochs_trained": kind[3]}
-        | {"bf16": runs[0].get("bf16", False), "n": len(runs)}
-        | {key: mean_and_deviation([run[key] for run in runs if run[key] is not None]) for key in keys}
-        for kind, runs in kinds.items()
-    ]
 
 
 def main() -> None:
     """Run what is missing, print the table and write the results."""
-    parser = BenchmarkParser(__doc__, seeds=[0, 1, 2], threads=1, cpu_only=True)
+    parser = BenchmarkParser(__doc__, seeds=[0, 1, 2], threads=1)
     parser.add_argument(
         "images", type=Path, nargs="?", help="folder with train/ and test/ class folders; not for a quick run"
     )
     parser.add_argument("--arch", default="resnet20_b")
     parser.add_argument("--workspace", type=Path, default=Path("runs/peers"))
     parser.add_argument(
-        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD"
+        "--methods",
+        nargs="+",
+        choices=installed_methods(),
+        default=installed_methods(),
+        metavar="METHOD",
+        help="default: all whose libraries are installed",
     )
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.35, 0.25])
     parser.add_argument("--epochs", type=float, default=5)
@@ -189,7 +205,7 @@ def main() -> None:
     if arguments.images is None and not arguments.quick:
         parser.error("IMAGES is missing: a folder with train/ and test/ class folders")
     cache = arguments.workspace / "images.pt"
-    images = read_images(arguments.images, cache, arguments.num_calibration)
+    images = read_images(arguments.images, cache, arguments.num_calibration).to(arguments.device)
     if arguments.one is not None:
         method, budget, seed = arguments.one
         print(json.dumps(run_one(arguments, images, method, float(budget), int(seed))))
@@ -198,21 +214,10 @@ def main() -> None:
     del images
     runs = collect(arguments)
     rows = summary(runs)
-    cells = [
-        [
-            row["method"],
-            f"{row['budget']:g}",
-            f"{row['epochs_trained']:g}",
-            str(row["n"]),
-            with_deviation(row["macs"], 3),
-            *(with_deviation(row[key]) for key in ("top1_after_cut", "top1")),
-            *(with_deviation(row[key], 0) for key in ("method_seconds", "seconds")),
-        ]
-        for row in rows
-    ]
-    columns = ["method", "budget", "epochs", "n", "MACs", "top-1 after the cut", "top-1 %", "its s", "all s"]
-    print_table(columns, cells)
-    write_json(arguments, len(arguments.seeds), {"rows": rows, "runs": runs})
+    waited = waits(rows, runs)
+    print_rows(rows)
+    print_waits(waited)
+    write_json(arguments, len(arguments.seeds), {"rows": rows, "waits": waited, "runs": runs})
 
 
 _QUICK: dict[str, object] = {

@@ -28,28 +28,24 @@ import copy
 import dataclasses
 import os
 import statistics
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common.measure import Call, in_turns, ratios
+from common.measure import ratios
 from common.networks import uniform_cut
 from common.report import BenchmarkParser, print_table, write_json
+from common.runtimes import RUNTIMES, seconds_in
 from torch import Tensor, nn
 
 from explainers.attribution.canonize import fuse_batch_norms
-from image_classification.models import create_model, inference
+from image_classification.models import create_model
 from pruning.costs.cost_model import CostModel
 from pruning.costs.latency_table import LatencySettings
-from pruning.costs.timing import Stopwatch
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.constraints import Constraints
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
-from pruning.files.exporting import export_network
 
 TARGET = 0.85
 
@@ -123,44 +119,10 @@ def predictions(
     return found
 
 
-def eager(model: nn.Module, images: Tensor) -> Call:
-    """Prepare the network to run operator by operator."""
-    return lambda: model(images)
-
-
-def compiled(model: nn.Module, images: Tensor) -> Call:
-    """Compile for this shape, with the weights as constants: batch norms merged, weights packed for the device."""
-    run = torch.compile(model, dynamic=False, options={"freezing": True})
-    return lambda: run(images)
-
-
-def in_onnxruntime(model: nn.Module, images: Tensor) -> Call:
-    """Prepare the file of `pruning export --format onnx` in ONNX Runtime, with as many threads as PyTorch."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "network.onnx"
-        export_network(model, file, "onnx", torch.randn(3, *images.shape[1:]))
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    inputs = images.numpy()
-    return lambda: session.run(["logits"], {"images": inputs})
-
-
-RUNTIMES: dict[str, Callable[[nn.Module, Tensor], Call]] = {
-    "eager": eager,
-    "compile": compiled,
-    "onnxruntime": in_onnxruntime,
-}
-
-
 def measure(variants: list[Variant], images: Tensor, repeats: int, runtime: str) -> dict[str, list[float]]:
     """Return seconds per batch of every variant in every round, measured in turns."""
-    torch.compiler.reset()  # otherwise versions for other batch sizes count towards the compiler's limit
-    with inference(*(variant.model for variant in variants)):
-        calls = {variant.name: RUNTIMES[runtime](variant.model, images) for variant in variants}
-        return in_turns(calls, Stopwatch(images.device).read, repeats, warm_up=2)
+    networks = {variant.name: variant.model for variant in variants}
+    return seconds_in(runtime, networks, images, repeats)
 
 
 def rows_of(variants: list[Variant], seconds: dict[str, list[float]], batch_size: int) -> list[Row]:

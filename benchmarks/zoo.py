@@ -232,7 +232,7 @@ def examine_repair(library: str, name: str) -> Row:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     size = image_size_of(library, name)
-    images = smooth_images(24, size)
+    images = smooth_images(48, size)
     fitted, judging = images[:16], images[16:]
     model = conditioned_network(f"{library}/{name}", images[:4])
     original = copy.deepcopy(model)
@@ -242,15 +242,20 @@ def examine_repair(library: str, name: str) -> Row:
     prune_channels(model, graph, keep)
 
     @torch.no_grad()
-    def error() -> float:
-        expected, found = original.eval()(judging), model.eval()(judging)
-        return float((found - expected).square().mean() / expected.var())
+    def errors() -> Tensor:
+        """Return the error of every image's logits."""
+        expected, found = (
+            torch.cat([network.eval()(shown) for shown in judging.split(8)]) for network in (original, model)
+        )
+        return (found - expected).square().mean(1) / expected.var()
 
-    cut = error()
+    cut = errors()
     report = plan.repair(model, list(fitted.split(8)))
+    repaired = errors()
     return {
-        "cut": cut,
-        "repaired": error(),
+        "cut": float(cut.mean()),
+        "repaired": float(repaired.mean()),
+        "images_nearer": float((repaired < cut).double().mean()),
         "held_out": report.distance,
         "layers": len(report.layers),
         "statistics": report.statistics,
@@ -262,10 +267,10 @@ def examine_repair(library: str, name: str) -> Row:
 def print_repairs(rows: Rows) -> None:
     """Print one line per network, and how many came closer."""
     found = {name: row for name, row in rows.items() if "error" not in row}
-    columns = ("cut", "repaired", "layers", "statistics", "seconds")
+    columns = ("cut", "repaired", "images_nearer", "layers", "statistics", "seconds")
     print_table(
         ["network", *columns],
-        [[name, *(cell(row[column]) for column in columns)] for name, row in found.items()],
+        [[name, *(cell(row.get(column)) for column in columns)] for name, row in found.items()],
     )
     for name, row in rows.items():
         if "error" in row or row["problem"]:

@@ -1,5 +1,5 @@
-"""Methods of reaching a budget within a short training: LucidPrune's, Torch-Pruning's, and a smaller network from
-scratch.
+"""Methods of reaching a budget within a short training: LucidPrune's, Torch-Pruning's, fasterai's, and a smaller
+network from scratch.
 
 All get the same network, images, steps and learning rates. Methods that cut several times cut at the same steps;
 methods that prepare a cut by a penalty cut once, at the last of these steps.
@@ -7,8 +7,11 @@ methods that prepare a cut by a penalty cut once, at the last of these steps.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import importlib.util
+import io
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -64,13 +67,14 @@ class Ours(Untouched):
 
     Args:
         training: The run.
-        budget: Share of the MACs.
+        budget: Share of the metric.
         cuts: Schedule of the cuts.
         criterion: Criterion that scores channels.
         search: Search that chooses groups; `sensitivity` cuts once, at the first of the steps.
         instalments: Instalments of each cut of the greedy search; see `GreedySearch`.
         repair: Repair of every rewrite.
         distil: Also distil from the original network.
+        metric: What the budget is a share of.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class Ours(Untouched):
         instalments: int | None = None,
         repair: Method = "least-squares",
         distil: bool = False,
+        metric: str = "macs",
     ) -> None:
         images, labels = training.images.calibration
         self._batches = list(
@@ -97,7 +102,7 @@ class Ours(Untouched):
             images[:2],
             criterion=criterion,
             search=GreedySearch(instalments=instalments) if search == "greedy" else search,
-            budget=budget,
+            budget={metric: budget},
             repair=repair,
             optimizer=training.optimizer,
             step=cuts.steps(training.num_steps)[0],
@@ -117,7 +122,8 @@ class TorchPruning(Untouched):
         training: The run.
         budget: Share of the MACs, as Torch-Pruning counts them.
         cuts: Schedule of the cuts.
-        importance: `l2`, `group`, `bn`, or `taylor`, whose gradients are those of the calibration images.
+        importance: `l2`, `group`, `bn`, or `taylor`, whose gradients are those of the calibration images; or
+            `large_final`, which is fasterai's pruner with its usual criterion, built on Torch-Pruning's.
         layers: Whether layers are cut by the same share (`uniform`), compared with all others (`global`), or with
             layers of the same shape (`isomorphic`).
         penalty: Train towards the cut: `bn` (a penalty on scales), `growing` (a growing penalty on the channels to
@@ -162,6 +168,8 @@ class TorchPruning(Untouched):
 
     def _pruner(self, kind: Any, model: nn.Module, ratio: float, **more: float) -> Any:
         head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+        if self._importance == "large_final":
+            return _fasterai_pruner(model, self._example, ratio, head)
         kinds: Mapping[str, Callable[[], Any]] = {
             "l2": lambda: self._tp.importance.MagnitudeImportance(2),
             "group": lambda: self._tp.importance.GroupMagnitudeImportance(2),
@@ -231,6 +239,18 @@ class TorchPruning(Untouched):
         return best
 
 
+def _fasterai_pruner(model: nn.Module, example: torch.Tensor, ratio: float, head: nn.Module) -> Any:
+    """Return the pruner that fasterai's `Pruner` drives, over all layers together."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports the layers it ignores
+        from fasterai.core.criteria import large_final
+        from fasterai.prune.pruner import Pruner as FasteraiPruner
+
+        pruner = FasteraiPruner(
+            model, ratio, "global", large_final, example_inputs=example, ignored_layers=[head]
+        )
+    return pruner.pruner
+
+
 class FromScratch(Untouched):
     """A network with all widths reduced by the same share to the same MACs, and new weights.
 
@@ -275,6 +295,12 @@ METHODS: dict[str, Maker] = {
     "ours: reconstruction": _ours(criterion="reconstruction"),
     "ours: discriminant+reconstruction": _ours(criterion="discriminant+reconstruction"),
     "ours: sensitivity at once": _ours(criterion="reconstruction", search="sensitivity"),
+    "ours: sensitivity at once, by latency": _ours(
+        criterion="reconstruction", search="sensitivity", metric="latency"
+    ),
+    "ours: sensitivity at once, no repair": _ours(
+        criterion="reconstruction", search="sensitivity", repair="none"
+    ),
     "ours: discriminant, distilled": _ours(distil=True),
     "ours: sensitivity at once, distilled": _ours(
         criterion="reconstruction", search="sensitivity", distil=True
@@ -286,9 +312,17 @@ METHODS: dict[str, Maker] = {
     "Torch-Pruning: Taylor, isomorphic": _theirs(importance="taylor", layers="isomorphic"),
     "Torch-Pruning: BN scale": _theirs(importance="bn", penalty="bn"),
     "Torch-Pruning: growing regularisation": _theirs(importance="group", penalty="growing"),
+    "fasterai: large_final": _theirs(importance="large_final"),
     "from scratch": FromScratch,
 }
 FROM_SCRATCH = ("from scratch",)
+
+
+def installed_methods() -> list[str]:
+    """Return the methods whose libraries are installed."""
+    packages = {"Torch-Pruning": "torch_pruning", "fasterai": "fasterai"}
+    missing = [name for name, package in packages.items() if importlib.util.find_spec(package) is None]
+    return [method for method in METHODS if method.partition(":")[0] not in missing]
 
 
 def share_of_macs(model: nn.Module, small: nn.Module, example: torch.Tensor) -> float:

@@ -38,6 +38,14 @@ class ImagesInMemory:
         """Number of classes."""
         return int(self.train[1].max()) + 1
 
+    def to(self, device: torch.device) -> ImagesInMemory:
+        """Return the images on a device."""
+        train, calibration, val = (
+            (images.to(device), labels.to(device))
+            for images, labels in (self.train, self.calibration, self.val)
+        )
+        return ImagesInMemory(train, calibration, val)
+
 
 def read_images(folder: Path | None, cache: Path, num_calibration: int) -> ImagesInMemory:
     """Decode `train` and `val` (or `test`) class folders of equally large images, once for all runs.
@@ -170,12 +178,14 @@ class ShortTraining:
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the augmented batches of all steps."""
-        random = torch.Generator().manual_seed(self.seed)
+        random = torch.Generator().manual_seed(
+            self.seed
+        )  # on the host, so that all devices see the same order
         pixels, labels = self.images.train
-        mirrored = torch.rand(len(labels), generator=random) < 0.5
+        mirrored = (torch.rand(len(labels), generator=random) < 0.5).to(labels.device)
         size, left = self.schedule.batch_size, self.num_steps
         while left:
-            order = torch.randperm(len(labels), generator=random)
+            order = torch.randperm(len(labels), generator=random).to(labels.device)
             for start in range(0, len(order) - size + 1, size)[:left]:
                 chosen = order[start : start + size]
                 yield augmented(pixels[chosen], mirrored[chosen], random), labels[chosen]
@@ -192,19 +202,19 @@ def augmented(batch: Tensor, mirrored: Tensor, random: torch.Generator) -> Tenso
         random: Draws the translations.
     """
     count, _, height, width = batch.shape
+    device = batch.device
     padded = nn.functional.pad(batch, (_PAD,) * 4, mode="reflect")
-    top, left = torch.randint(0, 2 * _PAD + 1, (2, count, 1), generator=random)
-    rows, columns = top + torch.arange(height), left + torch.arange(width)
+    top, left = torch.randint(0, 2 * _PAD + 1, (2, count, 1), generator=random).to(device)
+    rows, columns = top + torch.arange(height, device=device), left + torch.arange(width, device=device)
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    moved = padded.permute(0, 2, 3, 1)[
-        torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]
-    ]
+    number = torch.arange(count, device=device)[:, None, None]
+    moved = padded.permute(0, 2, 3, 1)[number, rows[:, :, None], columns[:, None, :]]
     return moved.permute(0, 3, 1, 2)
 
 
 def logits_of(model: nn.Module, shown: Tensor, *, bf16: bool) -> Tensor:
     """Run a forward pass and return logits (N, classes) float32."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with torch.autocast(shown.device.type, torch.bfloat16, enabled=bf16):
         logits: Tensor = model(shown)
     return logits.float()
 
