@@ -27,6 +27,9 @@ from image_classification.models.whole_numbers import is_nested, numbers_in
 
 log = logging.getLogger(__name__)
 
+#: Whose layers count nothing in plain attributes: a number that has grown there is an error.
+_WITHOUT_COUNTERS = ("torch.nn.", "torchvision.", "timm.", "image_classification.")
+
 
 def capture_structure(model: nn.Module, *, factory: Factory | None = None) -> Structure:
     """Capture the structure of a network, pruned or not.
@@ -110,7 +113,7 @@ def _is_remembered(fresh: nn.Module, value: object, before: list[int], largest: 
         before: The attribute there.
         largest: Number of elements of the network's largest tensor; no size is larger.
     """
-    if type(fresh).__module__.startswith("torch.nn."):
+    if type(fresh).__module__.startswith(_WITHOUT_COUNTERS):
         return False
     if not is_integer_value(value):
         return True

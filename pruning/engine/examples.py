@@ -164,7 +164,10 @@ def _walk(value: object, path: str, seen: set[int], strict: bool = True) -> Iter
                 f"the network returns a sparse tensor ({path}), in which channels cannot be followed: return it dense"
             )
         yield path, value
-        for name, part in vars(value).items():
+        within_torch = type(value).__module__.startswith(
+            "torch._"
+        )  # a stand-in with a whole machinery behind it
+        for name, part in ({} if within_torch else vars(value)).items():
             yield from _walk(part, f"{path}.{name}", seen, strict=False)
         return
     if isinstance(value, (*_PLAIN, *_PLAIN_OF_TORCH)):

@@ -27,8 +27,8 @@ def all_pairs(model: nn.Module, given: Iterable[tuple[str, str]]) -> list[tuple[
     """The pairs that the user names, and those that are recognised.
 
     A pair is recognised where two parts of one module have parameters of equal names and shapes and the second takes no
-    gradients while the first does, holds the same values (a copy), or is in PyTorch's `AveragedModel`. Two such parts of a module that both train and
-    differ, as in two-stream networks, are cut independently.
+    gradients while the first does, holds the same values (a copy), or is in PyTorch's `AveragedModel`. Two such parts
+    that both train and differ, as in two-stream networks, are cut independently.
 
     Raises:
         SettingError: The two submodules of a given pair do not exist or do not have equal names and shapes.
