@@ -159,7 +159,7 @@ def _pytorchcv(name: str) -> Built:
     from pytorchcv.model_provider import get_model
 
     model = get_model(name)
-    return model, (torch.randn(2, 3, 128, 128),)
+    return model, (torch.randn(2, 3, 224, 224),)  # they end with a pool of 7×7
 
 
 def _entries() -> dict[str, Callable[[], Built]]:
