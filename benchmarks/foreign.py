@@ -20,7 +20,6 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -162,7 +161,7 @@ def exports(model: nn.Module, given: tuple[Any, ...]) -> bool | str:
 
 
 def examine_torch_pruning(name: str) -> Row:
-    """Examine Torch-Pruning in the same way: whether half the MACs are removed and the network still runs, outputs
+    """Examine Torch-Pruning in the same way: whether half the MACs are removed and the network still runs, predictions
     shaped as before.
 
     It is told which layers make the outputs, as its users have to do, and more (`common/peer_attempts.py`);
@@ -174,42 +173,42 @@ def examine_torch_pruning(name: str) -> Row:
     graph = trace_groups(copy.deepcopy(original), given)
     heads = [group.name.partition("#")[0] for group in graph.groups if group.reason == "the network's output"]
     heads = [head for head in dict.fromkeys(heads) if head in dict(original.named_modules())]
-    best: Row = {}
-    for share in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8):
-        for row in torch_pruned(original, given, share, heads, shapes):
-            left = row["macs_left"] = round(count_macs(row.pop("model"), given) / before, 3)
-            if not best or left < best["macs_left"]:
-                best = row
+    rows = []
+    told: list[str] = []
+    for attempt in attempts(original, heads, output_tensors):
+        for share in (0.3, 0.4, 0.5, 0.6, 0.7):
+            start = time.process_time()
+            try:
+                model = attempt.cut(original, given, share)
+                seconds = time.process_time() - start
+                same = has_shapes(model, given, shapes)
+            except RuntimeError as error:
+                told.append(str(error))
+                break
+            left = round(count_macs(model, given) / before, 3)
+            rows.append({"cpu_seconds": round(seconds, 2), "macs_left": left, "same_shapes": same})
             if left <= LARGEST_SHARE:
-                return row
-    return best
+                return rows[-1]
+    if not rows:
+        raise RuntimeError(told[0])
+    return min(rows, key=lambda row: float(row["macs_left"]))
 
 
-def torch_pruned(
-    original: nn.Module, given: tuple[Any, ...], share: float, heads: list[str], shapes: list[torch.Size]
-) -> Iterator[Row]:
-    """Cut with Torch-Pruning; yield the networks that still run and output these shapes.
+def has_shapes(model: nn.Module, given: tuple[Any, ...], shapes: list[torch.Size]) -> bool:
+    """Whether a cut network outputs tensors of these shapes.
 
     Raises:
-        RuntimeError: There is none: what was wrong with the first one.
+        RuntimeError: It does not run, or the first tensor, its predictions, has another shape.
     """
-    wrong = ""
-    passed = False
-    start = time.process_time()
-    for model in attempts(original, given, share, heads, output_tensors):
-        seconds = time.process_time() - start
-        try:
-            found = [tensor.shape for tensor in outputs(model, given)]
-        except Exception as error:  # any failure is a result
-            wrong = wrong or f"after its cut the network raises {type(error).__name__}: {error}"
-        else:
-            if found == shapes:
-                passed = True
-                yield {"cpu_seconds": round(seconds, 2), "same_shapes": True, "model": model}
-            wrong = wrong or f"after its cut the outputs have other shapes: {found} instead of {shapes}"
-        start = time.process_time()
-    if not passed:
-        raise RuntimeError(" ".join(wrong.split()))
+    try:
+        found = [tensor.shape for tensor in outputs(model, given)]
+    except Exception as error:  # any failure is a result
+        problem = f"after its cut the network raises {type(error).__name__}: {error}"
+    else:
+        if found[0] == shapes[0]:
+            return found == shapes
+        problem = f"after its cut the predictions have the shape {found[0]} instead of {shapes[0]}"
+    raise RuntimeError(" ".join(problem.split()))
 
 
 def wanted(only: list[str] | None) -> list[str]:

@@ -8,8 +8,9 @@ afterwards. Several answers to these questions are tried, and the first with whi
 from __future__ import annotations
 
 import copy
+import dataclasses
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +23,38 @@ _NUM_HEADS = ("num_attention_heads", "num_heads", "n_heads", "heads")
 _HEAD_WIDTHS = ("attention_head_size", "head_dim")
 _WIDTHS = ("all_head_size",)
 _PROJECTIONS = frozenset({"query", "key", "value", "q_proj", "k_proj", "v_proj", "q", "k", "v"})
-_MOST_LEVELS = 3
 _MOST_IGNORED = 0.5  # of the parameters: who ignores more does not prune
 
 
-def attempts(
-    original: nn.Module, given: Given, share: float, heads: list[str], tensors: Transform
-) -> Iterator[nn.Module]:
-    """Yield a copy of the network for every way of cutting it that Torch-Pruning comes through.
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One way of calling Torch-Pruning: modules that it leaves alone, and the tensors in an output, if it is told."""
 
-    Args:
-        original: The network.
-        given: Its arguments.
-        share: Share of the channels that go.
-        heads: Names of the layers that make the outputs.
-        tensors: Returns the tensors in an output.
+    ignored: tuple[str, ...]
+    transform: Transform | None
 
-    Raises:
-        RuntimeError: It comes through none: what it raised at first.
+    def cut(self, original: nn.Module, given: Given, share: float) -> nn.Module:
+        """Return a copy of the network that lost this share of its channels.
+
+        Raises:
+            RuntimeError: Torch-Pruning raised, and where.
+        """
+        model = copy.deepcopy(original).requires_grad_(True)
+        try:
+            _cut(model, given, share, self.ignored, self.transform)
+        except Exception as error:  # any failure is a result; its traceback would hold the network
+            told = f"{type(error).__name__} ({_place(error)}): {error}"
+        else:
+            return model
+        raise RuntimeError(" ".join(told.split()))
+
+
+def attempts(original: nn.Module, heads: list[str], tensors: Transform) -> list[Attempt]:
+    """Return the ways to be tried: the layers that make the outputs are ignored, the modules around them, or the last
+    of these (a YOLO also returns what its head reads); outputs as they are, or as tensors.
     """
-    failed = ""
-    passed = False
-    for ignored in _ignored(original, heads):
-        for transform in (None, tensors):
-            model = copy.deepcopy(original).requires_grad_(True)
-            try:
-                _cut(model, given, share, ignored, transform)
-            except Exception as error:  # any failure is a result; its traceback would hold the network
-                failed = failed or f"{type(error).__name__} ({_place(error)}): {error}"
-            else:
-                passed = True
-                yield model
-    if not passed:
-        raise RuntimeError(" ".join(failed.split()))
+    ignored = dict.fromkeys((tuple(heads), _around(original, heads), _around(original, heads[-1:])))
+    return [Attempt(names, transform) for names in ignored for transform in (None, tensors)]
 
 
 def _place(error: Exception) -> str:
@@ -64,25 +64,24 @@ def _place(error: Exception) -> str:
     return f"{folder}/{Path(frame.filename).name}:{frame.lineno}"
 
 
-def _ignored(model: nn.Module, heads: list[str]) -> Iterator[list[str]]:
-    """Yield the layers that make the outputs, then the modules around them, as long as these are a minor part."""
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    names = heads
-    for _ in range(_MOST_LEVELS + 1):
-        yield names
-        around = []
-        for name in names:
-            parent = name.rpartition(".")[0]
-            size = sum(parameter.numel() for parameter in model.get_submodule(parent).parameters())
-            around.append(parent if parent and size < _MOST_IGNORED * num_parameters else name)
-        around = list(dict.fromkeys(around))
-        if around == names:
-            return
-        names = around
+def _around(model: nn.Module, heads: list[str]) -> tuple[str, ...]:
+    """Return the outermost module around each head that holds a minor part of the parameters."""
+    total = _size(model)
+    found = []
+    for name in heads:
+        parent = name.rpartition(".")[0]
+        while parent and _size(model.get_submodule(parent)) < _MOST_IGNORED * total:
+            name, parent = parent, parent.rpartition(".")[0]
+        found.append(name)
+    return tuple(dict.fromkeys(found))
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _cut(
-    model: nn.Module, given: Given, share: float, ignored: list[str], transform: Transform | None
+    model: nn.Module, given: Given, share: float, ignored: Sequence[str], transform: Transform | None
 ) -> None:
     import torch_pruning as tp
 
