@@ -81,7 +81,7 @@ _HUGGING_FACE: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**_SMALL, "image_size": [64, 64], "num_detection_tokens": 8},
     ),
     "swin": ("SwinConfig", "SwinForImageClassification", _SWIN),
-    "segformer": ("SegformerConfig", "SegformerForSemanticSegmentation", {"depths": [1, 1, 1, 1]}),
+    "segformer": ("SegformerConfig", "SegformerForSemanticSegmentation", {}),
     "convnextv2": ("ConvNextV2Config", "ConvNextV2ForImageClassification", _STAGES),
     "resnet": ("ResNetConfig", "ResNetForImageClassification", {**_STAGES, "embedding_size": 16}),
     "mobilevit": ("MobileViTConfig", "MobileViTForImageClassification", {"image_size": 64}),
@@ -128,8 +128,8 @@ def _segmentation(name: str) -> Built:
 def _video(name: str) -> Built:
     from torchvision.models import video
 
-    frames, side = (16, 224) if name.startswith("mvit") else (16, 64)
-    return getattr(video, name)(weights=None), (torch.randn(1, 3, frames, side, side),)
+    side = 224 if name in ("mvit_v1_b", "s3d") else 64  # fixed positions, and a pool of 7×7
+    return getattr(video, name)(weights=None), (torch.randn(1, 3, 16, side, side),)
 
 
 def _raft() -> Built:
@@ -159,7 +159,7 @@ def _pytorchcv(name: str) -> Built:
     from pytorchcv.model_provider import get_model
 
     model = get_model(name)
-    return model, (torch.randn(2, 3, 128, 128),)
+    return model, (torch.randn(2, 3, 224, 224),)  # they end with a pool of 7×7
 
 
 def _entries() -> dict[str, Callable[[], Built]]:

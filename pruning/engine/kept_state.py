@@ -19,8 +19,10 @@ from image_classification.models.module_tree import buffers as buffers_of
 from image_classification.models.module_tree import named_modules, named_parameters
 
 _CONTAINERS = (dict, OrderedDict, list, set)
-# `modes_restored` puts the mode back, by way of the module's own `train()`; hooks are left to their owners.
-_NOT_KEPT = frozenset({"training", *(name for name in vars(nn.Module()) if "_hooks" in name)})
+# Hooks that a forward pass adds once, and notes in an attribute, would be added again if only the attribute went.
+_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
+# `modes_restored` puts the mode back, by way of the module's own `train()`; hooks have a memory of their own.
+_NOT_KEPT = frozenset({"training", *_HOOKS})
 
 
 @contextlib.contextmanager
@@ -53,13 +55,23 @@ def state_kept(model: nn.Module, written: Iterable[str] = ()) -> Iterator[None]:
 
 @contextlib.contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Restore attributes as `state_kept` does, but keep the values written into buffers."""
-    attributes = [(vars(module), _remembered(vars(module))) for _, module in named_modules(model)]
+    """Restore attributes and hooks as `state_kept` does, but keep the values written into buffers."""
+    attributes = [
+        (vars(module), _remembered(vars(module)), _hooks(vars(module))) for _, module in named_modules(model)
+    ]
     try:
         yield
     finally:
-        for table, before in attributes:
+        for table, before, hooks in attributes:
             _put_back(table, *before)
+            for name in hooks.keys() | _hooks(table).keys():
+                if not _same(table[name], hooks.get(name, {})):
+                    _refill(table[name], hooks.get(name, {}))
+
+
+def _hooks(table: dict[str, Any]) -> dict[str, dict[int, Any]]:
+    """Return copies of a module's hooks, by the attribute that holds them; the kinds without any are left out."""
+    return {name: dict(hooks) for name in _HOOKS if (hooks := table.get(name))}
 
 
 def _overlaps(tensor: Tensor) -> bool:

@@ -56,7 +56,8 @@ def policy_key(trace: int, operation: int, kind: str) -> str:
 class SizeUse:
     """A whole number among an operator's arguments that counts channels: it is `len(atoms)`.
 
-    `atoms` is a vector, or a label array of which only the extent along `dim` is counted.
+    `atoms` is a vector, or a label array of which only the extent along `dim` is counted. `where` names the operator
+    and its line.
     """
 
     module: str
@@ -64,6 +65,7 @@ class SizeUse:
     operator: str
     atoms: np.ndarray
     dim: int = 0
+    where: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

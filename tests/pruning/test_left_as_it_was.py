@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-from pruning import Pruner, PrunerSettings
+from pruning import Pruner, PrunerSettings, trace_groups
 
 X, Y = torch.randn(8, 3, 10, 10, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
 
@@ -163,3 +163,36 @@ def test_averages_follow_by_name(model: Net, criterion: str) -> None:
             expected = {name: value.detach() for name, value in model.named_parameters()}
         for name, value in averaged.module.named_parameters():
             torch.testing.assert_close(value, expected[name])
+
+
+class Watched(nn.Module):
+    """Hooks itself when it first runs, as transformers' networks do to collect their hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)])
+        self.norm = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        self._found = found
+        if not hasattr(self, "_hooked"):
+            for block in self.blocks:
+                block.register_forward_hook(lambda _, args, out: self._found.append(out))
+            self._hooked = True
+        for block in self.blocks:
+            x = block(x).relu()
+        self._found = []
+        return self.fc(torch.cat([self.norm(y).mean((2, 3)) for y in found], 1))
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_a_network_that_hooks_itself_is_hooked_once(ran_before: bool) -> None:
+    model = Watched().eval()
+    if ran_before:
+        model(X)
+    graph = trace_groups(model, X)
+    assert set(graph.frozen) == {"fc"}, graph.frozen
+    assert [len(block._forward_hooks) for block in model.blocks] == [ran_before] * 2
+    assert model(X).shape == (8, 4)

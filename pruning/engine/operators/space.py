@@ -43,14 +43,17 @@ def _each(sizes: int | Sequence[int]) -> list[int]:
 @operator("avg_pool2d", constants=unknowns.average_pool, keeps_offsets=pads_nothing)
 @operator("avg_pool3d", constants=unknowns.average_pool, statistics=kept_windows(_window))
 @operator("max_pool2d_with_indices", constants=unknowns.with_positions, keeps_offsets=always)
-@operator("max_pool3d_with_indices adaptive_max_pool2d", constants=unknowns.with_positions)
+@operator(
+    "max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d", constants=unknowns.with_positions
+)
 @operator("_adaptive_avg_pool2d", keeps_offsets=always)
 @operator(
     "avg_pool1d max_pool2d max_pool1d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
     "adaptive_max_pool1d upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d "
-    "upsample_linear1d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact2d "
-    "upsample_nearest3d upsample_trilinear3d reflection_pad1d reflection_pad2d replication_pad1d "
-    "replication_pad2d lp_pool2d mkldnn_max_pool2d _fft_r2c _fft_c2r _fft_c2c"
+    "upsample_linear1d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact1d "
+    "_upsample_nearest_exact2d _upsample_nearest_exact3d upsample_nearest3d upsample_trilinear3d "
+    "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d "
+    "lp_pool2d mkldnn_max_pool2d _fft_r2c _fft_c2r _fft_c2c"
 )
 def in_space(run: Labeller, operation: Operation) -> list[Value]:
     """Operators that work on every channel's map on its own."""

@@ -260,8 +260,9 @@ def masked_tensors(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> d
 
 
 def _zeroed(values: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
+    values = values.clone()
     for dim, index in cuts.items():
         weights = torch.zeros(values.shape[dim], device=values.device, dtype=values.dtype)
         weights[index.to(values.device)] = 1
-        values = values * weights.reshape([-1 if d == dim else 1 for d in range(values.dim())])
+        values *= weights.reshape([-1 if d == dim else 1 for d in range(values.dim())])
     return values

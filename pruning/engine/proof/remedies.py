@@ -394,6 +394,7 @@ def _verdicts_on_suspects(trouble: Trouble, message: str) -> tuple[Verdict, ...]
         if suspects:
             index = _by_locality(graph, suspects)[0]
             member = graph.members(index)[0]
+            split = _split_of(trouble, index)
             positions = np.flatnonzero(member.positions >= 0)
             verdicts.append(
                 Verdict(
@@ -401,11 +402,25 @@ def _verdicts_on_suspects(trouble: Trouble, message: str) -> tuple[Verdict, ...]
                     member.dim,
                     positions,
                     extent=len(member.positions),
-                    reason=f"cannot be cut: {message}",
+                    reason=f"cannot be cut: {message}{split}",
                     assumed=module != failed,
                 )
             )
     return tuple(verdicts)
+
+
+def _split_of(trouble: Trouble, index: int) -> str:
+    """Name the split that hands on a group's channels in parts, if an exception elsewhere tells nothing of it.
+
+    A part's size that no attribute holds is written in the code, and the layer behind is given as many as ever.
+    """
+    graph = trouble.graph
+    for parts in trouble.labeller.splits:
+        units = [as_units(graph.unit_of_atom, part.atoms).reshape(-1) for part in parts]
+        met = index in {number for part in units for number in graph.groups_in(part)}
+        if met and trouble.failure.raised and parts[0].operator not in trouble.failure.message:
+            return f"; {parts[0].where} divides them"
+    return ""
 
 
 def _verdicts_on_the_culprit(trouble: Trouble) -> tuple[Verdict, ...]:

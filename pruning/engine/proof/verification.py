@@ -73,14 +73,12 @@ def _verified(case: Case, measures: Measures, more_than: int = 0) -> tuple[Chann
         labeller, graph = _build(case, measures)
         trials = _trials(case, graph)
         if more_than and _removable(graph) <= more_than:  # before a trial is run to its end
-            freest = _without_needless_measures(case, measures, trials).graph
+            freest = _without_needless_measures(case, measures, trials, _holds).graph
             if _removable(freest) <= more_than:
                 return freest, None
         failure = trials.first.failure(repeats=False)
         if failure is None:
-            # Where a measure was taken back, all cuts were stood; else there are some left.
-            trials = _without_needless_measures(case, measures, trials)
-            failure = _failure_without_needless_numbers(case, trials)
+            trials, failure = _without_needless(case, measures, trials)
         if failure is None:
             return trials.graph, before_shapes if measures.shaped else None
         changed = remedied(case, measures, labeller, graph, failure)
@@ -97,6 +95,20 @@ def _verified(case: Case, measures: Measures, more_than: int = 0) -> tuple[Chann
     if failure is not None:
         graph.freeze(graph.prunable, f"could not be verified: {failure.message}")
     return graph, before_shapes if measures.shaped else None
+
+
+def _without_needless(case: Case, measures: Measures, trials: Trials) -> tuple[Trials, Failure | None]:
+    """Drop measures and numbers that the graph does not need; return its trials, and what fails under all cuts.
+
+    A measure is taken back if two cuts stand without it, which all cuts must stand in the end. If they do not, each
+    measure is judged again, by all cuts.
+    """
+    bold = _without_needless_measures(case, measures, trials, _seems_to_hold)
+    failure = _failure_without_needless_numbers(case, bold)
+    if failure is None or bold is trials:
+        return bold, failure
+    sure = _without_needless_measures(case, measures, trials, _holds)
+    return sure, _failure_without_needless_numbers(case, sure)
 
 
 def _trials(case: Case, graph: ChannelGraph) -> Trials:
@@ -125,7 +137,9 @@ def _build(case: Case, measures: Measures) -> tuple[Labeller, ChannelGraph]:
     return labeller, graph
 
 
-def _without_needless_measures(case: Case, measures: Measures, trials: Trials) -> Trials:
+def _without_needless_measures(
+    case: Case, measures: Measures, trials: Trials, holds: Callable[[Case, Trials], bool]
+) -> Trials:
     """Drop measures that the graph does not need: first all assumed verdicts, then measures one by one.
 
     That whole numbers follow widths is judged number by number, in `_failure_without_needless_numbers`.
@@ -134,9 +148,10 @@ def _without_needless_measures(case: Case, measures: Measures, trials: Trials) -
         case: The network.
         measures: All that were taken.
         trials: Of the graph with all of them; the first passes.
+        holds: Judges the trials of a graph with fewer measures.
 
     Returns:
-        Trials of the graph with the measures that are needed. If any others were taken back all of them pass.
+        Trials of the graph with the measures that are needed.
     """
     if any(verdict.assumed for verdict in measures.verdicts):
         sure = measures.without_assumptions()
@@ -150,7 +165,7 @@ def _without_needless_measures(case: Case, measures: Measures, trials: Trials) -
         bolder = _trials(case, _build(case, fewer)[1])
         if bolder.graph.cuts_like(trials.graph):
             measures = fewer
-        elif freedom(bolder.graph) >= freedom(trials.graph) and _holds(case, bolder):
+        elif freedom(bolder.graph) >= freedom(trials.graph) and holds(case, bolder):
             measures, trials = fewer, bolder
     return trials
 
@@ -165,13 +180,22 @@ def _takings_back(measures: Measures) -> list[Callable[[Measures], Measures]]:
     ]
 
 
-def _holds(case: Case, trials: Trials) -> bool:
-    """Whether nothing fails, under additional cuts too: by chance two widths may lose the same."""
-    if trials.failure(repeats=False) is not None:
-        return False
+def _seems_to_hold(case: Case, trials: Trials) -> bool:
+    """Whether nothing fails in two cuts, and one in which most views by an old width raise: by chance two widths may
+    lose the same.
+    """
     graph = trials.graph
+    if trials.first.failure(repeats=False) is not None:
+        return False
+    if Trial(case.model, case.passes, graph, all_but_one(graph)).raises():
+        return False
     mask = random_mask(graph, graph.prunable, _OTHER_SEED)
-    return Trial(case.model, case.passes, graph, mask).failure() is None and trials.failure() is None
+    return Trial(case.model, case.passes, graph, mask).failure(repeats=False) is None
+
+
+def _holds(case: Case, trials: Trials) -> bool:
+    """Whether nothing fails in all cuts."""
+    return _seems_to_hold(case, trials) and trials.failure() is None
 
 
 def _failure_without_needless_numbers(case: Case, trials: Trials) -> Failure | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pruning import trace_groups
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+VOLUMES = torch.randn(2, 3, 5, 6, 7, generator=torch.Generator().manual_seed(7))
 LARGER = torch.randn(3, 3, 10, 12, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
 
 
@@ -20,6 +21,21 @@ class Stem(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a = nn.Conv2d(3, 12, 3, padding=1)
+
+
+class Volumes(nn.Module):
+    """Borders, pools and enlargements of volumes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv3d(3, 12, 3, padding=1), nn.Conv3d(12, 8, 3)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.pad(self.a(x).relu(), [1] * 6, mode="replicate")
+        y = F.pad(self.b(y).relu(), [2] * 6, mode="reflect")
+        y = F.interpolate(F.adaptive_max_pool3d(y, 3), scale_factor=2, mode="nearest-exact")
+        return self.fc(y.mean((2, 3, 4)))
 
 
 class Residuals(Stem):
@@ -124,6 +140,7 @@ EDGES = (torch.rand(10, 10, generator=torch.Generator().manual_seed(1)) > 0.6).f
         (GroupDeviations, (IMAGES,), [(LARGER,)], {"fc"}),
         (Quantised, (IMAGES,), [(LARGER,)], {"fc"}),
         (Graph, (NODES, EDGES), [], {"b"}),
+        (Volumes, (VOLUMES,), [], {"fc"}),
     ],
 )
 def test_channels_go_exactly(
