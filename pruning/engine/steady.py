@@ -7,9 +7,11 @@ The cut network draws other random numbers than the whole one, since it draws fe
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,6 +48,13 @@ def as_in_evaluation(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> tu
         return args, kwargs
     call.arguments["training"] = False
     return call.args, call.kwargs
+
+
+def seed_generators() -> None:
+    """Let a network's draws from PyTorch, NumPy and Python be the same in every pass (a path taken by chance, say)."""
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002  # the generator that a network may draw from
+    random.seed(0)
 
 
 def rate_of(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> float | None:

@@ -6,7 +6,6 @@ forward pass.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -16,7 +15,7 @@ from pruning.engine.kept_state import state_kept
 from pruning.engine.own_gradients import has_gradient_hooks, own_functions_noted
 from pruning.engine.recorder import Recorder
 from pruning.engine.requests_noted import Requests
-from pruning.engine.steady import Steady
+from pruning.engine.steady import Steady, seed_generators
 from pruning.engine.traces import Trace
 from pruning.engine.undisturbed import set_trace_mode
 
@@ -34,7 +33,7 @@ def record(model: nn.Module, images: Args, kwargs: Kwargs | None = None, *, trai
         OutputError: It returns something in which tensors cannot be looked for.
     """
     set_trace_mode(model, training)
-    torch.manual_seed(0)
+    seed_generators()
     recorder = Recorder(model, record.__code__)
     arguments = (images, kwargs or {})
     inputs = tuple(recorder.adopt_input(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import random
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,6 +32,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(few_objects_to_collect())
         stack.enter_context(walked_once(model))
         stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(_other_generators_kept())
         stack.enter_context(torch.no_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(plain_kernels())
@@ -38,6 +41,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.callback(forget_cached, model)
         with modes_restored(model):
             yield
+
+
+@contextlib.contextmanager
+def _other_generators_kept() -> Iterator[None]:
+    """Restore the generators of NumPy and Python on exit."""
+    numpy_state, state = np.random.get_state(), random.getstate()  # noqa: NPY002  # see `seed_generators`
+    try:
+        yield
+    finally:
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(state)
 
 
 @contextlib.contextmanager

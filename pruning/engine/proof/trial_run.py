@@ -20,7 +20,7 @@ from pruning.engine.proof.agreement_of_runs import Failure, TrialRun, call_diffe
 from pruning.engine.proof.rehearsal import as_float
 from pruning.engine.requests_noted import Requests
 from pruning.engine.stand_ins import stand_ins
-from pruning.engine.steady import Steady
+from pruning.engine.steady import Steady, seed_generators
 from pruning.engine.wrapped_tensors import is_wrapped
 
 
@@ -65,7 +65,7 @@ def run_through(
 
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     example = as_float(one.example, dtype)
-    torch.manual_seed(0)
+    seed_generators()
     with (
         state_kept(model, one.written),
         following(model, leaving=leaving) as running,
@@ -92,7 +92,7 @@ def run_through(
 def gradients_of(model: nn.Module, one: Pass) -> dict[str, Tensor] | Failure:
     """Gradients of all that a pass gives, by the names of the parameters; or how the backward pass fails."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    torch.manual_seed(0)
+    seed_generators()
     with (
         state_kept(model, one.written),
         stand_ins(model, lambda parameter: parameter.data),

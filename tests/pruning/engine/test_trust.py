@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import random
 import time
 import types
 from typing import Any
@@ -316,6 +317,26 @@ def test_a_rate_of_dropout_that_a_width_decides_on() -> None:
     graph = trace_groups(RateByWidth(), IMAGES)
     assert [group.name for group in graph.prunable] == ["b"]
     assert "dropout" in graph.frozen["a"]
+
+
+class DrawsInPython(NoiseInTraining):
+    """Its rates and paths are drawn by Python and NumPy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        if self.training:
+            a = F.dropout(a, random.uniform(0.1, 0.5))
+            a = a * 2 if np.random.rand() < 0.5 else a.relu()  # noqa: NPY002
+        return self.fc(self.b(a.relu()).mean((2, 3)))
+
+
+def test_what_is_drawn_outside_of_pytorch_is_no_decision_by_a_width() -> None:
+    random.seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    states = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    graph = trace_groups(DrawsInPython(), IMAGES)
+    assert {group.name for group in graph.prunable} == {"a", "b"}
+    assert states == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
 
 
 class ExtendedNorm(NoiseInTraining):
