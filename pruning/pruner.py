@@ -30,7 +30,6 @@ from image_classification.distributed import Distributed
 from image_classification.models import evaluating
 from image_classification.models.modes import casts_uncached, uncompiled
 from image_classification.models.recognising import recognise
-from image_classification.models.running import Args
 from image_classification.plain_data import Plain
 from pruning.costs.budget import DEFAULT_DELTA, DEFAULT_SHARE, Budget, BudgetCourse, as_budget
 from pruning.costs.cost_model import CostModel
@@ -38,6 +37,7 @@ from pruning.criteria import Criterion
 from pruning.criteria.by_name import make_criterion
 from pruning.engine.case import refuse_unready
 from pruning.engine.constraints import Constraints
+from pruning.engine.examples import Example as Call
 from pruning.engine.groups import Group
 from pruning.files.saved_network import save_pruned
 from pruning.files.skeleton import skeleton_of
@@ -68,7 +68,7 @@ from pruning.task import (
     Task,
     check_batches,
     check_example,
-    first_arguments,
+    first_call,
     to_device,
 )
 from pruning.task.explained import Explained
@@ -161,7 +161,7 @@ class Pruner:
         self._repair = repair
         criterion = make_criterion(criterion) if isinstance(criterion, str) else criterion
         search = build_search(search) if isinstance(search, str) else search
-        arguments = first_arguments(model, example)  # refuses keywords that the network does not accept
+        args, kwargs = first_call(model, example)  # refuses keywords that the network does not accept
         self._unpruned = self._kept_for_saving(resumed=state is not None)
         with uncompiled():
             self.graph = graph_of(
@@ -172,7 +172,7 @@ class Pruner:
                 training_example=self.settings.training_example,
             )
         self._check_graph()
-        self.course = self._planned(arguments, budget, delta, search, state)
+        self.course = self._planned(Call(args, kwargs), budget, delta, search, state)
         self._subject = Subject(
             model, self.graph, self.course, self.task, self.distributed, self.settings.autocast
         )
@@ -191,7 +191,7 @@ class Pruner:
         if state is not None:
             self._take_up(state)
         if not self.done:
-            self._chooser.check_without_data(arguments)
+            self._chooser.check_without_data(args, kwargs)
 
     def _attach(self, optimizer: OptimizerGiven, ema: AverageGiven) -> None:
         """Find the optimizers and averages that are rewritten together with the network."""
@@ -203,7 +203,7 @@ class Pruner:
 
     def _planned(
         self,
-        arguments: Args,
+        call: Call,
         budget: BudgetGiven | None,
         delta: float,
         search: Search | None,
@@ -212,7 +212,7 @@ class Pruner:
         """Count the network's costs, and set the target of every rewrite.
 
         Args:
-            arguments: The network's positional arguments, for whose size costs are counted.
+            call: The network's arguments, for whose size costs are counted.
             budget: As given; None if the rates of the search decide.
             delta: Share of the baseline's cost that a rewrite removes.
             search: As given.
@@ -225,7 +225,7 @@ class Pruner:
         metrics = ("macs",) if shares is None else tuple(shares.shares)
         with uncompiled():
             costs = shared_costs(
-                self.graph, self.model, arguments, metrics, state, self.distributed, self.settings.autocast
+                self.graph, self.model, call, metrics, state, self.distributed, self.settings.autocast
             )
         if shares is None:
             assert isinstance(search, RateSearch), "only rates replace a budget"

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from image_classification.config import SettingError
 from pruning.engine.building import label
 from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.examples import Example
 from pruning.engine.labeller import Labeller, LayerUse, operation_name
 from pruning.engine.labels import Slot, Value, compress, support
 from pruning.engine.operators import arguments
@@ -76,17 +77,17 @@ class Activations:
     traffic: list[Extent]
 
 
-def trace_activations(model: nn.Module, images: tuple[object, ...], graph: ChannelGraph) -> Activations:
-    """Run the network on the images, in evaluation mode, and describe its activations.
+def trace_activations(model: nn.Module, example: Example, graph: ChannelGraph) -> Activations:
+    """Run the network on an example, in evaluation mode, and describe its activations.
 
     Args:
         model: The network that the graph belongs to; not modified.
-        images: Its positional arguments, one or two images.
+        example: Its arguments, one or two images.
         graph: Its channel graph, at the current widths.
     """
     with undisturbed(model):
-        trace = record(model, images)
-        lives = _observe(model, images)
+        trace = record(model, example.args, example.kwargs)
+        lives = _observe(model, example)
     labeller = label([trace])
     batch = trace.tensors[trace.inputs[0]].shape[0]
     sizes = _Sizes(trace, labeller, graph, batch)
@@ -209,13 +210,13 @@ class _Observer(TorchDispatchMode):
         return result
 
 
-def _observe(model: nn.Module, images: tuple[object, ...]) -> _Lives:
+def _observe(model: nn.Module, example: Example) -> _Lives:
     set_trace_mode(model, False)
     observer = _Observer(model)
-    for position, leaf in enumerate(leaf for leaf in tree_leaves(images) if isinstance(leaf, Tensor)):
-        observer.adopt(leaf, -1, position)
+    for position, tensor in enumerate(example.tensors):
+        observer.adopt(tensor, -1, position)
     with observer:
-        model(*images)
+        example.run(model)
     return observer.lives
 
 

@@ -27,6 +27,7 @@ from pruning.costs.latency_measure import measure_latency
 from pruning.costs.latency_table import LatencyError, LatencySettings, LatencyTable
 from pruning.costs.product_costs import Products
 from pruning.engine.channel_graph import ChannelGraph, GroupKey
+from pruning.engine.examples import Example
 
 #: Relative tolerance in comparisons of costs.
 _TINY = 1e-9
@@ -51,10 +52,10 @@ class CostModel:
 
     Args:
         graph: The network's channel graph; it may shrink as the network is rewritten (`refresh`).
-        model: The bare network. It is run once or twice on the images for "memory" and "latency".
-        example_images: (N, 3, H, W) float, or a tuple of the network's arguments. Costs refer to this size.
+        model: The bare network. It is run once or twice on the example for "memory" and "latency".
+        example: (N, 3, H, W) float, or the network's arguments. Costs refer to this size.
         metrics: Some of `cost_names()`.
-        latency: How to measure; the batch size defaults to that of the images.
+        latency: How to measure; the batch size defaults to that of the example.
         latency_table: A table to use instead of measuring (rank 0's; `LatencyTable.from_plain`).
         state: An earlier `state_dict()`: baseline and table are taken from it, and nothing is measured.
         announce: Called with lines of text on the progress of measuring; by default they are logged.
@@ -67,7 +68,7 @@ class CostModel:
         self,
         graph: ChannelGraph,
         model: nn.Module,
-        example_images: Tensor | tuple[object, ...],
+        example: Tensor | tuple[object, ...] | Example,
         metrics: Sequence[str] = ("macs",),
         *,
         latency: LatencySettings | None = None,
@@ -78,9 +79,10 @@ class CostModel:
         self.graph = graph
         self.metrics = tuple(dict.fromkeys(metrics))
         self._model = model
-        arguments = example_images if isinstance(example_images, tuple) else (example_images,)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self._images: tuple[Any, ...] = tuple(a.to(device) if isinstance(a, Tensor) else a for a in arguments)
+        if not isinstance(example, Example):
+            example = Example(example if isinstance(example, tuple) else (example,))
+        self._example = example.map(lambda tensor: tensor.to(device))
         self._settings = latency or LatencySettings()
         self._announce = announce
         self.latency_table = latency_table
@@ -97,7 +99,7 @@ class CostModel:
     def _build(self) -> None:
         """Build everything that depends on the graph's units."""
         self._table = CountTable()
-        network = CostInputs(self.graph, self._model, self._images, self._table, self._known_latencies)
+        network = CostInputs(self.graph, self._model, self._example, self._table, self._known_latencies)
         costs = [cost_named(name) for name in self.metrics]
         self._metrics = {cost.name: cost.build(network) for cost in costs}
         self._table.settle(self.graph)
@@ -108,7 +110,7 @@ class CostModel:
         """Return the latency table, measuring it if it is unknown."""
         if self.latency_table is None:
             self.latency_table = measure_latency(
-                self._model, self.graph, self._images, activations, self._settings, self._announce
+                self._model, self.graph, self._example, activations, self._settings, self._announce
             )
         return self.latency_table
 

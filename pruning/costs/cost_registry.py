@@ -13,13 +13,14 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import nn
 
 from image_classification.config import SettingError, nearest
 from pruning.costs.activations import Activations, trace_activations
 from pruning.costs.counts import CountTable, Metric
 from pruning.costs.latency_table import LatencyTable
 from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.examples import Example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,22 +30,21 @@ class CostInputs:
     Attributes:
         graph: Its channel graph, at the current widths.
         model: The bare network.
-        images: Its positional arguments, of the size for which costs are counted.
+        example: Its arguments, of the size for which costs are counted.
         table: Table that a cost requests its counts from (`row`, `rows`).
         measure: Maps activations to the latency table of this device, measuring it if it is unknown.
     """
 
     graph: ChannelGraph
     model: nn.Module
-    images: tuple[object, ...]
+    example: Example
     table: CountTable
     measure: Callable[[Activations], LatencyTable]
 
     @functools.cached_property
     def activations(self) -> Activations:
         """Return sizes and lifetimes of the network's activations; two images suffice to find them."""
-        few = tuple(a[:2] if isinstance(a, Tensor) and a.dim() > 1 else a for a in self.images)
-        return trace_activations(self.model, few, self.graph)
+        return trace_activations(self.model, self.example.few(), self.graph)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -41,6 +42,7 @@ from pruning.costs.latency_table import (
 from pruning.costs.product_costs import Products
 from pruning.costs.timing import Stopwatch, interleaved_medians
 from pruning.engine.channel_graph import ChannelGraph
+from pruning.engine.examples import Example
 from pruning.engine.surgery import prune_channels
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ _PRIOR_OF_SCALE = 0.05
 def measure_latency(
     model: nn.Module,
     graph: ChannelGraph,
-    images: tuple[Tensor, ...],
+    example: Example,
     activations: Activations,
     settings: LatencySettings,
     announce: Callable[[str], None] | None = None,
@@ -60,14 +62,14 @@ def measure_latency(
     """Measure the table for a network on this device, reusing cached measurements.
 
     Args:
-        model, graph, images: The network, its graph, and its positional arguments at the size of interest.
+        model, graph, example: The network, its graph, and its arguments at the size of interest.
         activations: Activations of the network at its current widths.
         settings: How to measure.
         announce: Called with lines of text on the progress of measuring; by default they are logged.
     """
     say = announce or logger.info
-    batch_size = settings.batch_size or int(images[0].shape[0])
-    identity = _identity(model, images, batch_size)
+    batch_size = settings.batch_size or _batch_size(example)
+    identity = _identity(model, example, batch_size)
     if settings.autocast is not None:
         identity["autocast"] = settings.autocast
     store = TableCache(settings, identity)
@@ -83,11 +85,11 @@ def measure_latency(
     )
     layers_alone = LatencyTable(identity, grids, layers, fixed=0.0, scale=1.0, per_element=0.0, anchors=())
     if network not in store.networks:
-        store.add_network(network, _fit(model, graph, images, activations, layers_alone, settings, say))
+        store.add_network(network, _fit(model, graph, example, activations, layers_alone, settings, say))
     return dataclasses.replace(layers_alone, **store.networks[network])
 
 
-def _identity(model: nn.Module, images: tuple[Tensor, ...], batch_size: int) -> dict[str, Any]:
+def _identity(model: nn.Module, example: Example, batch_size: int) -> dict[str, Any]:
     parameter = next(iter(model.parameters()))
     device = parameter.device
     cuda = device.type == "cuda"
@@ -100,7 +102,7 @@ def _identity(model: nn.Module, images: tuple[Tensor, ...], batch_size: int) -> 
         "threads": 0 if cuda else torch.get_num_threads(),
         "precision": torch.get_float32_matmul_precision(),
         "batch_size": batch_size,
-        "image_shape": list(images[0].shape[1:]),
+        "image_shape": list(example.tensors[0].shape[1:]),
     }
 
 
@@ -211,7 +213,7 @@ def pruned_copy(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> nn.M
 
 def measure_networks(
     models: Sequence[nn.Module],
-    images: tuple[Tensor, ...],
+    example: Example,
     settings: LatencySettings,
     seconds: float | None = None,
 ) -> list[float]:
@@ -219,19 +221,15 @@ def measure_networks(
 
     Args:
         models: Networks for the same input.
-        images: Positional arguments; the first dimension is repeated or cut to the batch size.
+        example: Their arguments; the first dimension is repeated or cut to the batch size.
         settings: Batch size and repeats.
         seconds: Time to spend; by default half the settings'.
     """
-    batch_size = settings.batch_size or int(images[0].shape[0])
-    arguments = tuple(_batch_of(a, images[0].shape[0], batch_size) for a in images)
-    if _is_channels_last(models[0]):
-        arguments = tuple(
-            a.contiguous(memory_format=torch.channels_last) if isinstance(a, Tensor) and a.dim() == 4 else a
-            for a in arguments
-        )
+    present, last = _batch_size(example), _is_channels_last(models[0])
+    resized = functools.partial(_batch_of, present=present, batch_size=settings.batch_size or present)
+    batch = example.map(lambda tensor: _last(resized(tensor)) if last else resized(tensor))
     device = next(iter(models[0].parameters())).device
-    calls = [lambda model=model: model(*arguments) for model in models]
+    calls = [functools.partial(batch.run, model) for model in models]
     with inference(*models), _autocast(settings, device):
         budget = settings.seconds / 2 if seconds is None else seconds
         return interleaved_medians(calls, Stopwatch(device), max(5, settings.repeats), budget)
@@ -251,17 +249,25 @@ def autocast_type(autocast: Callable[[], AbstractContextManager[object]], device
         return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
 
 
-def _batch_of(argument: Any, present: int, batch_size: int) -> Any:
-    if not isinstance(argument, Tensor) or argument.dim() == 0 or argument.shape[0] != present:
-        return argument
+def _batch_size(example: Example) -> int:
+    return int(example.tensors[0].shape[0])
+
+
+def _batch_of(tensor: Tensor, present: int, batch_size: int) -> Tensor:
+    if tensor.dim() == 0 or tensor.shape[0] != present:
+        return tensor
     times = -(-batch_size // present)
-    return argument.repeat(times, *[1] * (argument.dim() - 1))[:batch_size]
+    return tensor.repeat(times, *[1] * (tensor.dim() - 1))[:batch_size]
+
+
+def _last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 def _fit(
     model: nn.Module,
     graph: ChannelGraph,
-    images: tuple[Tensor, ...],
+    example: Example,
     activations: Activations,
     bare: LatencyTable,
     settings: LatencySettings,
@@ -270,12 +276,12 @@ def _fit(
     """Fit fixed part, scale and time per element to the whole network at a few widths.
 
     Args:
-        model, graph, images, activations, settings, say: As for `measure_latency`.
+        model, graph, example, activations, settings, say: As for `measure_latency`.
         bare: The table of its isolated layers.
     """
     masks = [_first_share(graph, share) for share in _SHARES]
     networks = [model, *(pruned_copy(model, graph, mask) for mask in masks[1:])]
-    measured = measure_networks(networks, images, settings)
+    measured = measure_networks(networks, example, settings)
     rows = CountTable()
     latency = Latency(bare, activations, rows)
     elements = Products((extent.factor, rows.rows(extent.vectors)) for extent in activations.traffic)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from image_classification.config import ConfigError, SettingError, check_setting
 from image_classification.distributed import Distributed
-from image_classification.models.running import Args
 from image_classification.plain_data import Plain
 from pruning.costs.budget import Budget
 from pruning.costs.cost_model import CostModel, CostState
@@ -21,6 +20,7 @@ from pruning.costs.latency_measure import autocast_type
 from pruning.costs.latency_table import LatencySettings
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.constraints import Constraints
+from pruning.engine.examples import Example as Call
 from pruning.engine.examples import Examples
 from pruning.engine.trace_groups import give_examples, trace_groups
 
@@ -93,7 +93,7 @@ def graph_of(
 def shared_costs(
     graph: ChannelGraph,
     model: nn.Module,
-    example_images: Tensor | Args,
+    example: Tensor | Call,
     metrics: tuple[str, ...],
     state: ResumedState | None,
     distributed: Distributed,
@@ -103,7 +103,7 @@ def shared_costs(
     Collective.
 
     Args:
-        graph, model, example_images, metrics: See `CostModel`.
+        graph, model, example, metrics: See `CostModel`.
         state: State of an earlier run, with the costs under "costs".
         distributed: The ranks.
         autocast: Context of the job's forward passes, under which latency is measured.
@@ -113,7 +113,7 @@ def shared_costs(
     settings = LatencySettings(autocast=autocast_type(autocast, device))
 
     def make(state: CostState | None) -> CostModel:
-        return CostModel(graph, model, example_images, metrics, state=state, latency=settings)
+        return CostModel(graph, model, example, metrics, state=state, latency=settings)
 
     if "latency" not in metrics or not distributed.is_distributed:
         return make(known)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from image_classification.models.modes import uncompiled
-from image_classification.models.running import Args
+from image_classification.models.running import Args, Kwargs
 from image_classification.plain_data import Plain
 from pruning.criteria import Criterion
 from pruning.criteria.by_name import make_criterion
@@ -87,7 +87,7 @@ class Chooser:
         """Whether the requested search needs a loss to compare candidates."""
         return isinstance(self.search, (GreedySearch, SensitivitySearch))
 
-    def check_without_data(self, arguments: Args) -> None:
+    def check_without_data(self, args: Args, kwargs: Kwargs) -> None:
         """Refuse early what the first rewrite would refuse, as far as possible without calibration batches.
 
         Raises:
@@ -98,7 +98,7 @@ class Chooser:
         if self.criterion is not None and looks_at_weights_only(self.criterion):
             self._situation({}, self._scored([]), None)
         if self.judges or (self.criterion is not None and needs_loss(self.criterion)):
-            subject.task.check_outputs(subject.model, arguments)
+            subject.task.check_outputs(subject.model, args, kwargs)
 
     def settle(self, batches: Batches) -> None:
         """Choose criterion and search by the content of the batches if they were left open, and log the choice."""

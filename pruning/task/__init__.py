@@ -17,7 +17,7 @@ from pruning.task.batches import (
     to_device,
 )
 from pruning.task.calibration_task import MODES, Forward, Loss, Mode, SampleLoss, Task, on_targets
-from pruning.task.example_arguments import Example, check_example, first_arguments
+from pruning.task.example_arguments import Example, check_example, first_call
 from pruning.task.known_losses import logits_of
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
     "check_batches",
     "check_example",
     "class_map",
-    "first_arguments",
+    "first_call",
     "inputs_of",
     "inputs_or_parts",
     "kind_of_targets",

@@ -27,7 +27,7 @@ from image_classification.models.modes import (
     random_state_kept,
     uncompiled,
 )
-from image_classification.models.running import Args, Outputs
+from image_classification.models.running import Args, Kwargs, Outputs
 from pruning.task.batch_targets import TARGET_NAMES, targets_of
 from pruning.task.batches import Batch, inputs_of, num_samples
 from pruning.task.example_arguments import check_keywords
@@ -106,14 +106,14 @@ class Task:
             return model(**inputs)
         return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
-    def check_outputs(self, model: nn.Module, arguments: Args) -> None:
+    def check_outputs(self, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Refuse a network whose outputs have no loss, whatever the targets are.
 
         This cannot be checked if the user supplies `forward` or `loss`, or if the network itself takes targets.
 
         Args:
             model: The network.
-            arguments: Its positional arguments.
+            args, kwargs: Its arguments.
 
         Raises:
             SettingError: The outputs have no loss; the message says what the network returns.
@@ -122,7 +122,7 @@ class Task:
         if own or _takes_targets(model):
             return
         with self.running(model), torch.no_grad():
-            outputs = model(*arguments)
+            outputs = model(*args, **kwargs)
         if held_loss(outputs) is None:
             logits_of(outputs)
 

@@ -1,4 +1,4 @@
-"""Example inputs of a network, converted to positional arguments."""
+"""Example inputs of a network, and the arguments that they stand for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from image_classification.config import SettingError
-from image_classification.models.running import Args
+from image_classification.models.running import Args, Kwargs
 
 #: A tensor (the only argument), a tuple (positional arguments), a mapping (keyword arguments), or a list of these.
 Example = Tensor | Args | Mapping[str, object] | list[Any]
@@ -41,39 +41,17 @@ def check_example(example: object) -> None:
             raise SettingError("example", 0, "there is no image: give one or two of the final size")
 
 
-def first_arguments(model: nn.Module, example: Example) -> Args:
-    """Return the network's positional arguments for the (first) example, for which costs are counted.
+def first_call(model: nn.Module, example: Example) -> tuple[Args, Kwargs]:
+    """Return the positional and keyword arguments of the (first) example, for which costs are counted.
 
     Raises:
         SettingError: The network does not take such keywords.
     """
     one = example[0] if isinstance(example, list) else example
     if isinstance(one, Mapping):
-        return _by_position(model, one)
-    return one if isinstance(one, tuple) else (one,)
-
-
-def _by_position(model: nn.Module, keywords: Mapping[str, object]) -> Args:
-    """Return keyword arguments in the order of the network's parameters, with defaults in between."""
-    check_keywords(model, keywords, setting="example")
-    bound = inspect.signature(model.forward).bind_partial(**keywords)
-    bound.apply_defaults()
-    arguments: list[object] = []
-    wanted = set(keywords)
-    for name, parameter in bound.signature.parameters.items():
-        if not wanted:
-            break
-        if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD or name not in bound.arguments:
-            break
-        arguments.append(bound.arguments[name])
-        wanted.discard(name)
-    if wanted:
-        raise SettingError(
-            "example",
-            ", ".join(sorted(wanted)),
-            f"{type(model).__name__}.forward does not take this by position: give a tuple, or wrap the network",
-        )
-    return tuple(arguments)
+        check_keywords(model, one, setting="example")
+        return (), dict(one)
+    return (one if isinstance(one, tuple) else (one,)), {}
 
 
 def check_keywords(model: nn.Module, keywords: Mapping[str, object], setting: str = "forward") -> None:

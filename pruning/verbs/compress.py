@@ -21,6 +21,7 @@ from pruning.costs import cost_names
 from pruning.costs.budget import Budget
 from pruning.costs.latency_measure import measure_networks
 from pruning.costs.latency_table import LatencySettings
+from pruning.engine.examples import Example
 from pruning.files.saved_network import save_pruned
 from pruning.report.compressed_page import render
 from pruning.verbs.compressing import Point, compress, divergence, outputs_of
@@ -144,7 +145,7 @@ class _Judge:
                 if group.width < group.original_width
             }
         if self.latency:
-            example = (self.images[:1],)
+            example = Example((self.images[:1],))
             seconds = measure_networks(
                 [self.original, model], example, LatencySettings(batch_size=1), _SECONDS
             )

@@ -34,6 +34,7 @@ from image_classification.plain_data import Plain
 from image_classification.verbs import declared
 from pruning.costs.latency_measure import measure_networks
 from pruning.costs.latency_table import LatencySettings
+from pruning.engine.examples import Example
 from pruning.files.importing.reading import harmless, read_published
 from pruning.files.saved_network import save_pruned
 from pruning.masked.shrinking import ShrinkReport, shrink
@@ -213,7 +214,7 @@ def _say_what_is_left_behind(path: Path, out: Path, *, ema: bool | None) -> None
 def _timed(before: nn.Module, after: nn.Module, images: Tensor, batch_size: int) -> list[float]:
     """Measure and print median seconds per batch of both networks, taking turns."""
     settings = LatencySettings(batch_size=batch_size)
-    seconds = measure_networks([before, after], (images,), settings, _SECONDS)
+    seconds = measure_networks([before, after], Example((images,)), settings, _SECONDS)
     shown = " → ".join(f"{value * 1e3:.1f}" for value in seconds)
     print(f"latency: {shown} ms per batch of {batch_size} (÷ {seconds[0] / seconds[1]:.2f}, {_processors()})")
     return seconds

@@ -28,6 +28,7 @@ from pruning.costs.latency_table import Grid, LatencyError, LatencySettings, Lat
 from pruning.costs.timing import Stopwatch, interleaved_medians
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.constraints import Constraints
+from pruning.engine.examples import Example
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
 from pruning.rewrites.resuming import shared_costs
@@ -68,7 +69,7 @@ def synthetic_table(model: nn.Module, images: Tensor, graph: ChannelGraph, seed:
     """A table with made-up monotone seconds on uneven grids."""
     generator = np.random.default_rng(seed)
     grids, layers = {}, {}
-    for kernel in trace_activations(model, (images,), graph).kernels:
+    for kernel in trace_activations(model, Example((images,)), graph).kernels:
         outs, ins = (
             sorted({max(1, size // 4), max(1, size // 2), size})
             for size in (len(kernel.out_units), max(1, len(kernel.in_units)))
@@ -94,7 +95,7 @@ def slow_latency(
     def count(units: np.ndarray) -> float:
         return float(sum(1 if unit < 0 else mask[unit] for unit in units)) if len(units) else 1.0
 
-    activations = trace_activations(model, (images,), graph)
+    activations = trace_activations(model, Example((images,)), graph)
     alone = sum(
         slow_interpolation(table.grids[table.layers[k.name]], count(k.out_units), count(k.in_units))
         for k in activations.kernels
@@ -188,13 +189,13 @@ def test_kernels_are_called_as_the_network_calls_its_layers(
 
         return hook
 
-    kernels = {k.name: k for k in trace_activations(model, (images,), graph).kernels}
+    kernels = {k.name: k for k in trace_activations(model, Example((images,)), graph).kernels}
     assert set(kernels) == {f"{n}:0" for n in ("stem", "depthwise", "grouped", "up", "hidden", "head")}
     keep = {g.index: np.arange(max(1, g.width // 2)) for g in graph.prunable}
     widths = {g.name: g.width for g in graph.groups}
     prune_channels(model, graph, keep)
     assert any(g.width < widths[g.name] for g in graph.groups)
-    smaller = {k.name: k for k in trace_activations(model, (images,), graph).kernels}
+    smaller = {k.name: k for k in trace_activations(model, Example((images,)), graph).kernels}
     for module in ("stem", "depthwise", "grouped", "up", "hidden", "head"):
         model.get_submodule(module).register_forward_hook(note(module))
     model(images)
@@ -353,7 +354,7 @@ def test_a_table_of_another_network_is_refused(mixed: tuple[Mixed, Tensor, Chann
     table = synthetic_table(model, images, graph)
     other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     other_graph = trace_groups(other, images)
-    activations = trace_activations(other, (images,), other_graph)
+    activations = trace_activations(other, Example((images,)), other_graph)
     with pytest.raises(LatencyError, match="layer '0'"):
         Latency(table, activations, CountTable())
 

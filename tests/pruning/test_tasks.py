@@ -48,6 +48,18 @@ class Classifier(nn.Module):
         return self.head(self.body(x).mean((2, 3)))
 
 
+class ByKeyword(nn.Module):
+    """Its arguments have no positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = Classifier()
+
+    def forward(self, *, pixels: Tensor, flipped: bool = False, **rest: object) -> Tensor:
+        logits: Tensor = self.classifier(pixels.flip(-1) if flipped else pixels)
+        return logits
+
+
 class Named(Classifier):
     """Takes its arguments by name and returns its own loss, as Hugging Face's networks do."""
 
@@ -116,10 +128,12 @@ def seeded() -> None:
         (TwoInputs(), {"weight": torch.ones(2, 4), "x": images(2)}),
         (Named(), {"pixels": images(2)}),
         (Named(), {"pixels": images(2), "labels": classes(2)}),
+        (ByKeyword(), {"pixels": images(2), "flipped": True}),
+        (ByKeyword(), {"pixels": images(2), "anything": 3}),
     ],
 )
 def test_examples_of_every_form(model: nn.Module, example: Any) -> None:
-    record = prune(model, example, budget=0.5)
+    record = prune(model, example, budget={"macs": 0.5, "memory": 0.99})
     assert record.costs["macs"][1] <= 0.5 * record.costs["macs"][2]
     one = example[0] if isinstance(example, list) else example
     if isinstance(one, Mapping):
