@@ -175,7 +175,8 @@ def _check_unsaved_buffers(model: nn.Module, fresh: nn.Module, build: Factory) -
         if not torch.equal(leading.to(buffer.dtype), buffer.cpu()):
             raise StructureError(
                 f"module {called(name.rpartition('.')[0])}: buffer {name!r} was cut, is in no state dict, and is "
-                "not the leading part of a fresh one: it could not be restored"
+                "not the leading part of a fresh one: it could not be restored. Register it with persistent=True, or "
+                "leave the layer alone (`ignored`)"
             )
 
 
