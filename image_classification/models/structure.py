@@ -28,6 +28,8 @@ from image_classification.models.registry import IMAGENET_CLASSES, ModelError
 from image_classification.network_input import NetworkInput
 from image_classification.plain_data import Plain
 
+# Keys that files lack: from before the input was recorded, or of networks that have no such buffers.
+_OPTIONAL = frozenset({"input", "kept"})
 # Limit for integers in a structure's head and options, so that a forged file cannot request absurd networks.
 _LARGEST_INTEGER = 1 << 20
 
@@ -46,6 +48,8 @@ class Structure:
         attributes: Module name to attribute to value, if it differs from the fresh network's.
         shapes: Name to shape of every parameter and buffer.
         input: The images that the network was trained for, if known.
+        kept: Name of a buffer that no state dict holds → what stayed of it along every dimension, as positions in a
+            fresh one (none: the leading part).
     """
 
     arch: str | None
@@ -56,6 +60,7 @@ class Structure:
     shapes: dict[str, list[int]]
     options: Plain = dataclasses.field(default_factory=dict)
     input: NetworkInput | None = None
+    kept: dict[str, list[list[int]]] = dataclasses.field(default_factory=dict)
 
     def to_plain(self) -> Plain:
         """Return the structure as dicts, lists, strings and numbers, for JSON or `torch.save`."""
@@ -64,6 +69,8 @@ class Structure:
             del plain["input"]
         else:
             plain["input"] = self.input.to_plain()
+        if not self.kept:
+            del plain["kept"]
         return plain
 
     @classmethod
@@ -138,8 +145,8 @@ def is_plain(value: object) -> bool:
 def _check_plain(plain: object) -> Plain:
     """Return the argument if it has the form of `to_plain`'s output; else raise `StructureError`."""
     names = {field.name for field in dataclasses.fields(Structure)}
-    names -= {"input"}  # missing in files from before it was recorded
-    if not isinstance(plain, dict) or set(plain) - {"input"} != names:
+    names -= _OPTIONAL
+    if not isinstance(plain, dict) or set(plain) - _OPTIONAL != names:
         raise StructureError(f"not a structure: expected the keys {', '.join(sorted(names))}")
     head_checks: dict[str, Callable[[object], bool]] = {
         "arch": lambda value: value is None or isinstance(value, str),
@@ -164,7 +171,20 @@ def _check_plain(plain: object) -> Plain:
     for tensor, shape in plain["shapes"].items():
         if not isinstance(tensor, str) or not (shape == [] or _is_integer_list(shape)):
             raise StructureError(f"not a structure: the shape of tensor {tensor!r} is {shape!r}")
+    _check_kept(plain.get("kept", {}))
     return plain
+
+
+def _check_kept(kept: object) -> None:
+    entries = kept.items() if isinstance(kept, dict) else [(kept, None)]
+    for tensor, dimensions in entries:
+        lists = isinstance(dimensions, list) and all(
+            positions == [] or _is_integer_list(positions) for positions in dimensions
+        )
+        if not isinstance(tensor, str) or not lists:
+            raise StructureError(
+                f"not a structure: what is kept of {str(tensor)[:80]!r} is no list of positions"
+            )
 
 
 def _is_integer_list(value: object) -> TypeGuard[list[int]]:

@@ -29,8 +29,8 @@ def build_from_structure(
         device: Device to build it on (default: PyTorch's default device).
 
     Returns:
-        The network. Cut tensors keep the leading part of the fresh values, their `Parameter` object with its
-            attributes, and their sharing.
+        The network. Cut tensors keep the leading part of the fresh values (a buffer that no state dict holds: what was
+            left of it), their `Parameter` object with its attributes, and their sharing.
 
     Raises:
         StructureError: The structure does not fit the architecture; the message names the first module that differs.
@@ -66,6 +66,9 @@ def _cut_down(model: nn.Module, structure: Structure) -> None:
             before = getattr(modules[name], attribute)
             setattr(modules[name], attribute, in_form_of(before, value))
     for name, tensor in tensors_by_all_names(model):
+        for dim, positions in enumerate(structure.kept.get(name, ())):
+            if positions and tensor.shape[dim] != len(positions):
+                tensor.data = tensor.data.index_select(dim, torch.tensor(positions, device=tensor.device))
         shape = structure.shapes[name]
         if list(tensor.shape) != shape:
             tensor.data = tensor.data[tuple(slice(size) for size in shape)].clone()

@@ -55,6 +55,7 @@ def capture_structure(model: nn.Module, *, factory: Factory | None = None) -> St
     _check_same_modules(model, fresh)
     head = ModelIdentity("") if factory is not None or identity is None else identity
     shapes.update(_sized_while_running(model, fresh))
+    kept = _kept_of_unsaved_buffers(model, fresh, build)
     structure = Structure(
         arch=head.arch or None,
         model_config=head.model_config,
@@ -64,10 +65,10 @@ def capture_structure(model: nn.Module, *, factory: Factory | None = None) -> St
         shapes=shapes,
         options=_plain_options(head.options),
         input=input_of(model),
+        kept=kept,
     )
     check_fits(structure, fresh)
     check_known_modules(model)
-    _check_unsaved_buffers(model, fresh, build)
     return structure
 
 
@@ -157,27 +158,64 @@ def _has_grown(buffer: Tensor, original: Tensor) -> bool:
     )
 
 
-def _check_unsaved_buffers(model: nn.Module, fresh: nn.Module, build: Factory) -> None:
-    """Check that a non-persistent buffer follows from the fresh network, as its leading part."""
+def _kept_of_unsaved_buffers(
+    model: nn.Module, fresh: nn.Module, build: Factory
+) -> dict[str, list[list[int]]]:
+    """Return what is left of the non-persistent buffers that were cut, unless it is the leading part of fresh ones.
+
+    Raises:
+        StructureError: What is left of a buffer is not a part of a fresh one.
+    """
     saved = set(model.state_dict())
     uncut = dict(fresh.named_buffers(remove_duplicate=False))
     cut = {
-        name: buffer
+        name: buffer.cpu()
         for name, buffer in model.named_buffers(remove_duplicate=False)
-        if name not in saved and buffer.shape != uncut[name].shape and not _has_grown(buffer, uncut[name])
+        if name not in saved and name in uncut and _is_cut(buffer, uncut[name])
     }
     if not cut:
-        return
+        return {}
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         originals = dict(build().named_buffers(remove_duplicate=False))
+    kept = {}
     for name, buffer in cut.items():
-        leading = originals[name][tuple(slice(size) for size in buffer.shape)]
-        if not torch.equal(leading.to(buffer.dtype), buffer.cpu()):
+        original = originals[name].to(buffer.dtype)
+        if torch.equal(original[tuple(slice(size) for size in buffer.shape)], buffer):
+            continue
+        found = _positions_in(original, buffer)
+        if found is None:
             raise StructureError(
                 f"module {called(name.rpartition('.')[0])}: buffer {name!r} was cut, is in no state dict, and is "
-                "not the leading part of a fresh one: it could not be restored. Register it with persistent=True, or "
-                "leave the layer alone (`ignored`)"
+                "not a part of a fresh one: it could not be restored. Register it with persistent=True, or leave the "
+                "layer alone (`ignored`)"
             )
+        kept[name] = found
+    return kept
+
+
+def _is_cut(buffer: Tensor, original: Tensor) -> bool:
+    return (
+        buffer.dim() == original.dim() and buffer.shape != original.shape and not _has_grown(buffer, original)
+    )
+
+
+def _positions_in(original: Tensor, part: Tensor) -> list[list[int]] | None:
+    """Return the positions along the dimension in which a part is smaller; None if it is no such part.
+
+    The first match is taken: of equal slices, any is right.
+    """
+    smaller = [dim for dim in range(part.dim()) if part.shape[dim] < original.shape[dim]]
+    if len(smaller) != 1:
+        return None
+    slices = iter(enumerate(original.unbind(smaller[0])))
+    positions = [
+        next((number for number, whole in slices if torch.equal(whole, wanted)), None)
+        for wanted in part.unbind(smaller[0])
+    ]
+    found = [position for position in positions if position is not None]
+    if len(found) < len(positions):
+        return None
+    return [found if dim == smaller[0] else [] for dim in range(part.dim())]
 
 
 def _plain_options(options: Mapping[str, object]) -> dict[str, object]:

@@ -49,7 +49,27 @@ def check_fits(structure: Structure, fresh: nn.Module) -> None:
                 f"module {called(name.rpartition('.')[0])}: the architecture has no tensor {name!r}, the "
                 "structure has"
             )
+    _check_kept(structure, tensors)
     _check_shared(structure, fresh)
+
+
+def _check_kept(structure: Structure, tensors: Mapping[str, Tensor]) -> None:
+    """Check that kept positions ascend within the fresh tensor and are as many as the shape says."""
+    for name, dimensions in structure.kept.items():
+        sizes = tensors[name].shape if name in tensors else ()
+        fits = len(dimensions) == len(sizes) and all(
+            not positions
+            or (
+                len(positions) == structure.shapes[name][dim]
+                and positions == sorted(set(positions))
+                and 0 <= positions[0] <= positions[-1] < size
+            )
+            for dim, (positions, size) in enumerate(zip(dimensions, sizes, strict=True))
+        )
+        if not fits:
+            raise StructureError(
+                f"module {called(name.rpartition('.')[0])}: what is kept of {name!r} does not fit the architecture"
+            )
 
 
 def _check_attribute(

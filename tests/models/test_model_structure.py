@@ -1,6 +1,7 @@
 """Structure as plain data: round trips of narrowed networks, and refusal of what does not fit."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -120,10 +121,19 @@ def test_a_buffer_outside_the_state_dict_is_restored_or_refused():
 
     model = Blur()
     model.kernel = model.kernel[[1, 3]]
-    rebuilt = build_from_structure(capture_structure(model, factory=Blur), factory=Blur)
-    torch.testing.assert_close(rebuilt.kernel, model.kernel)
     model.ramp = model.ramp[[1, 3]]
-    with pytest.raises(StructureError, match="'ramp'"):
+    structure = capture_structure(model, factory=Blur)
+    rebuilt = build_from_structure(Structure.from_plain(structure.to_plain()), factory=Blur)
+    torch.testing.assert_close(rebuilt.kernel, model.kernel)
+    torch.testing.assert_close(rebuilt.ramp, torch.tensor([1.0, 3.0]))
+    for forged in ([[3, 1]], [[1, 4]], [[1, 2, 3]], [[-1, 3]], [], [[1, 3], [0]]):
+        with pytest.raises(StructureError, match="'ramp' does not fit"):
+            build_from_structure(dataclasses.replace(structure, kept={"ramp": forged}), factory=Blur)
+    for garbage in ([], {"ramp": 3}, {"ramp": [["1"]]}, {3: [[1]]}):
+        with pytest.raises(StructureError, match="kept"):
+            Structure.from_plain(structure.to_plain() | {"kept": garbage})
+    model.ramp = torch.tensor([1.0, 2.5])
+    with pytest.raises(StructureError, match=r"'ramp'.*persistent=True"):
         capture_structure(model, factory=Blur)
 
 

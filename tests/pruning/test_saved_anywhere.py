@@ -203,7 +203,7 @@ class Positions(nn.Module):
         super().__init__()
         self.widths = [16, 16]
         self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
-        self.register_buffer("offset", torch.zeros(16, 1, 1), persistent=False)
+        self.register_buffer("offset", torch.arange(16.0)[:, None, None] / 8, persistent=False)
         self.head = nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
