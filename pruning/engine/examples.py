@@ -164,10 +164,7 @@ def _walk(value: object, path: str, seen: set[int], strict: bool = True) -> Iter
                 f"the network returns a sparse tensor ({path}), in which channels cannot be followed: return it dense"
             )
         yield path, value
-        within_torch = type(value).__module__.startswith(
-            "torch._"
-        )  # a stand-in with a whole machinery behind it
-        for name, part in ({} if within_torch else vars(value)).items():
+        for name, part in ({} if _is_wrapper(value) else vars(value)).items():
             yield from _walk(part, f"{path}.{name}", seen, strict=False)
         return
     if isinstance(value, (*_PLAIN, *_PLAIN_OF_TORCH)):
@@ -189,6 +186,13 @@ def _walk(value: object, path: str, seen: set[int], strict: bool = True) -> Iter
     if isinstance(value, _CONTAINERS):  # of a class of one's own may have attributes too
         for name, part in _attributes(value).items():
             yield from _walk(part, f"{path}.{name}", seen, strict=False)
+
+
+def _is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor's class implements operators itself (a sharded or quantised tensor): what it wraps is no output
+    of its own.
+    """
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def _parts(value: object) -> list[tuple[str, object]] | None:

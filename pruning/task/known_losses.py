@@ -84,9 +84,12 @@ def check_classes(outputs: Outputs, batch: Batch) -> None:
     targets, logits = targets_of(batch), logits_of(outputs)
     if kind_of_targets(targets) != "classes" or targets.dim() != 1 or logits.dim() != 2 or _is_single(logits):
         return
-    numbers = targets[targets != _IGNORED]
-    if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < logits.shape[1]:
-        raise _no_loss(targets, logits, f" ({int(numbers.min())} … {int(numbers.max())})")
+    numbers = torch.where(targets == _IGNORED, torch.zeros_like(targets), targets)
+    if not numbers.numel():
+        return
+    lowest, highest = torch.stack([numbers.min(), numbers.max()]).tolist()
+    if not 0 <= lowest <= highest < logits.shape[1]:
+        raise _no_loss(targets, logits, f" ({lowest} … {highest})")
 
 
 def _of_samples(logits: Tensor, targets: Tensor) -> Tensor:
