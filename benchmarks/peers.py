@@ -26,7 +26,7 @@ import torch
 from common.map_drift import drift
 from common.measure import Clock, rerun
 from common.peer_methods import FROM_SCRATCH, METHODS, Cuts, Joints, installed_methods, share_of_macs
-from common.peer_tables import Row, print_rows, print_waits, run_name, summary, waits
+from common.peer_tables import Row, print_rows, print_waits, run_name, runs_folder, summary, waits
 from common.report import BenchmarkParser, write_json
 from common.short_training import ImagesInMemory, Schedule, ShortTraining, read_images, top1
 from torch import nn
@@ -35,6 +35,7 @@ from image_classification.models import create_model
 from image_classification.observe.monitor import Monitor
 
 _EXPLAINED = 256
+_LR = 0.1
 
 
 def trained_network(arguments: argparse.Namespace, images: ImagesInMemory) -> nn.Module:
@@ -55,6 +56,7 @@ class Watched:
 
     Attributes:
         after_cut: Top-1 after the last cut.
+        last_cut: When that was, in epochs.
         epochs: Top-1 after every epoch.
         epoch_seconds: Seconds until then, without the tests.
         method_seconds: Seconds of the method's own work after steps.
@@ -68,6 +70,7 @@ class Watched:
         self._testing = 0.0
         self._joints = make()
         self.after_cut: float | None = None
+        self.last_cut = 0.0
         self.epochs: list[float] = []
         self.epoch_seconds: list[float] = []
         self.method_seconds = 0.0
@@ -84,6 +87,7 @@ class Watched:
         size = _num_weights(self._training.model)
         if size != self._size:
             self._size, self.after_cut = size, self._top1()
+            self.last_cut = step / self._per_epoch
         if int(step / self._per_epoch) > len(self.epochs):
             self.epoch_seconds.append(self.seconds())
             self.epochs.append(self._top1())
@@ -126,11 +130,13 @@ def run_one(
         "arch": arguments.arch,
         "budget": budget,
         "epochs_trained": arguments.epochs,
+        "lr": arguments.lr,
         "bf16": arguments.bf16,
         "seed": seed,
         "macs": share_of_macs(original, training.model, images.val[0][:2]),
         "top1_before": top1(original, images.val, bf16=arguments.bf16),
         "top1_after_cut": watched.after_cut,
+        "last_cut": watched.last_cut,
         "top1_epochs": watched.epochs,
         "epoch_seconds": watched.epoch_seconds,
         "top1": top1(training.model, images.val, bf16=arguments.bf16),
@@ -152,7 +158,7 @@ def wanted_runs(arguments: argparse.Namespace) -> Iterator[tuple[str, float, int
 def place_of(arguments: argparse.Namespace, method: str, budget: float, seed: int) -> Path:
     """Return the file of a run's row."""
     name = "".join(letter if letter.isalnum() else "_" for letter in method)
-    folder: Path = arguments.workspace / f"{arguments.arch.replace('/', '_')}-{arguments.epochs:g}"
+    folder = runs_folder(arguments.workspace, arguments.arch, arguments.epochs, arguments.lr)
     return folder / f"{name}-{budget:g}-{seed}.json"
 
 
@@ -170,6 +176,7 @@ def collect(arguments: argparse.Namespace) -> list[Row]:
     known = [run_name(row) for row in rows]
     if arguments.results is not None:
         earlier = json.loads(arguments.results.read_text(encoding="utf-8"))["runs"]
+        earlier = [{"lr": _LR} | row for row in earlier]  # older files do not say it
         rows += [row for row in earlier if run_name(row) not in known]
     return rows
 
@@ -192,7 +199,7 @@ def main() -> None:
     )
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.35, 0.25])
     parser.add_argument("--epochs", type=float, default=5)
-    parser.add_argument("--lr", type=float, default=0.1, help="peak of the further training")
+    parser.add_argument("--lr", type=float, default=_LR, help="peak of the further training")
     parser.add_argument("--pretrain-epochs", type=float, default=40)
     parser.add_argument("--pretrain-lr", type=float, default=0.6)
     parser.add_argument("--bf16", action="store_true", help="train and judge under autocast to bfloat16")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from common.measure import mean_and_deviation, ratios, with_deviation
+from common.peer_tables import runs_folder
 from common.report import BenchmarkParser, print_table, write_json
 from common.runtimes import RUNTIMES, seconds_in
 from torch import nn
@@ -29,7 +30,7 @@ Row = dict[str, Any]
 
 def read_runs(arguments: argparse.Namespace) -> list[Row]:
     """Return the workspace's runs of this architecture and length, each with the file of its network."""
-    folder = arguments.workspace / f"{arguments.arch.replace('/', '_')}-{arguments.epochs:g}"
+    folder = runs_folder(arguments.workspace, arguments.arch, arguments.epochs, arguments.lr)
     runs = [
         json.loads(path.read_text(encoding="utf-8")) | {"file": path.with_suffix(".pt")}
         for path in sorted(folder.glob("*.json"))
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--workspace", type=Path, default=Path("runs/peers"))
     parser.add_argument("--arch", default="resnet20_b")
     parser.add_argument("--epochs", type=float, default=5)
+    parser.add_argument("--lr", type=float, default=0.1, help="peak rate of the runs")
     parser.add_argument("--methods", nargs="*", help="default: all")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64])

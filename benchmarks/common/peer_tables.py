@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from common.measure import mean_and_deviation, with_deviation
 from common.report import print_table
 
-_CASE = ("arch", "budget", "epochs_trained")
+_CASE = ("arch", "budget", "epochs_trained", "lr")
 _NOT_PEERS = ("ours", "not pruned")
 _FIGURES = ("macs", "top1_before", "top1_after_cut", "top1", "method_seconds", "seconds")
 
 Row = dict[str, Any]
+
+
+def runs_folder(workspace: Path, arch: str, epochs: float, lr: float) -> Path:
+    """Return the folder of the runs of one network, length and peak rate."""
+    return workspace / f"{arch.replace('/', '_')}-{epochs:g}-{lr:g}"
 
 
 def run_name(row: Row) -> tuple[Any, ...]:
@@ -25,7 +31,7 @@ def summary(rows: list[Row]) -> list[Row]:
     for row in rows:
         kinds.setdefault(run_name(row)[:-1], []).append(row)
     return [
-        {"method": kind[0], "arch": kind[1], "budget": kind[2], "epochs_trained": kind[3]}
+        dict(zip(("method", *_CASE), kind, strict=True))
         | {"bf16": runs[0].get("bf16", False), "n": len(runs)}
         | {key: mean_and_deviation([run[key] for run in runs if run[key] is not None]) for key in _FIGURES}
         | {"explanations": mean_explanations(runs)}
@@ -43,8 +49,8 @@ def mean_explanations(runs: list[Row]) -> dict[str, dict[str, float | None]]:
 def waits(rows: list[Row], runs: list[Row]) -> list[Row]:
     """Return how long every method takes to the accuracy that the best peer ends with.
 
-    A run counts as there after the first epoch whose top-1 reaches the mean final top-1 of the best method that is not
-    ours; `reached` is the share of the runs that get there, `seconds` the mean of their times.
+    A run counts as there after the first epoch since its last cut whose top-1 reaches the mean final top-1 of the best
+    method that is not ours; `reached` is the share of the runs that get there, `seconds` the mean of their times.
     """
     found = []
     for row in rows:
@@ -54,16 +60,9 @@ def waits(rows: list[Row], runs: list[Row]) -> list[Row]:
             continue
         level = max(peers)
         times = [
-            next(
-                (
-                    at
-                    for at, top in zip(run["epoch_seconds"], run["top1_epochs"], strict=True)
-                    if top >= level
-                ),
-                None,
-            )
+            time_to(level, run)
             for run in runs
-            if "epoch_seconds" in run and all(run[key] == row[key] for key in ("method", *_CASE))
+            if "last_cut" in run and all(run[key] == row[key] for key in ("method", *_CASE))
         ]
         if times:
             there = [time for time in times if time is not None]
@@ -71,6 +70,13 @@ def waits(rows: list[Row], runs: list[Row]) -> list[Row]:
             reached = {"level": level, "n": len(times), "reached": len(there) / len(times)}
             found.append(case | reached | {"seconds": mean_and_deviation(there)})
     return found
+
+
+def time_to(level: float, run: Row) -> float | None:
+    """Return the seconds until a run's small network has this top-1; None if it never has."""
+    epochs = zip(run["epoch_seconds"], run["top1_epochs"], strict=True)
+    after = [at for number, (at, top) in enumerate(epochs, 1) if number >= run["last_cut"] and top >= level]
+    return after[0] if after else None
 
 
 def print_rows(rows: list[Row]) -> None:
