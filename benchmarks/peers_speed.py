@@ -131,8 +131,8 @@ def draw(path: Path, rows: list[Row], runs: list[Row], latency: str) -> None:
     for axes in (by_macs, by_latency):
         axes.axhline(whole["top1"]["mean"], color="grey", linestyle=":", label=WHOLE)
     by_macs.set(xlabel="share of the MACs", ylabel="top-1 %")
-    by_latency.set(xlabel=f"ms per batch ({latency}; {whole['timings'][latency]['ms']:.2f} {WHOLE})")
-    by_time.set(xlabel=f"seconds of training, after every epoch, at {budget:g} of the cost")
+    by_latency.set(xlabel=f"ms ({latency}; {whole['timings'][latency]['ms']:.2f} {WHOLE})")
+    by_time.set(xlabel=f"seconds of training (at {budget:g}, every epoch)")
     by_macs.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
