@@ -113,7 +113,8 @@ class Task:
 
         Args:
             model: The network.
-            args, kwargs: Its arguments.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
 
         Raises:
             SettingError: The outputs have no loss; the message says what the network returns.
