@@ -93,6 +93,17 @@ def casts_uncached() -> Iterator[None]:
         torch.set_autocast_cache_enabled(cached)
 
 
+@contextlib.contextmanager
+def attention_in_steps() -> Iterator[None]:
+    """Run PyTorch's attention operator by operator: its fused form hides the layers within, and a cut one has none."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def random_state_kept(*models: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Restore the random generators of the CPU and of the networks' GPUs after the block."""
     return torch.random.fork_rng(devices=_gpus(*models))

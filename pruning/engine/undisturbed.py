@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from image_classification.models.attention import attention_of_any_width
-from image_classification.models.modes import exact_float32, modes_restored, quieten
+from image_classification.models.modes import attention_in_steps, exact_float32, modes_restored, quieten
 from image_classification.models.module_tree import named_modules, set_mode, walked_once
 from pruning.engine.kept_state import state_kept
 
@@ -78,17 +78,14 @@ def plain_kernels() -> Iterator[None]:
 
     An autocast within the network does not cache casts of weights, which the next pass would otherwise reuse.
     """
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     cache = torch.is_autocast_cache_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     torch.set_autocast_cache_enabled(False)
     try:
-        with exact_float32():
+        with exact_float32(), attention_in_steps():
             torch.clear_autocast_cache()
             yield
     finally:
         torch.set_autocast_cache_enabled(cache)
-        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def set_trace_mode(model: nn.Module, training: bool) -> None:

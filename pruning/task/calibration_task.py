@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from image_classification.config import SettingError, check_choice
 from image_classification.models.modes import (
+    attention_in_steps,
     evaluating,
     modes_restored,
     quieten,
@@ -76,7 +77,7 @@ class Task:
     def running(self, model: nn.Module) -> Iterator[None]:
         """Set the mode for running batches; modes, buffers and the random state are restored afterwards."""
         if self.mode == "eval":
-            with uncompiled(), evaluating(model, keep_random_state=True):
+            with uncompiled(), attention_in_steps(), evaluating(model, keep_random_state=True):
                 yield
             return
         buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from image_classification.config import ConfigError, SettingError
 from image_classification.distributed import Distributed
 from image_classification.train_config import TrainConfig
 from pruning import Pruner, prune
-from pruning.repair.repairing import Method
+from pruning.repair.repairing import REPAIR_METHODS, Method
 from pruning.repair.sums import Sums
 from pruning.rewrites.pruner_settings import PrunerSettings
 from pruning.training.pruning_config import PruningConfig
@@ -226,3 +227,27 @@ def test_two_ranks_are_bit_identical_and_equal_one(tmp_path: Path) -> None:
         assert torch.equal(value, two[1][name]), name
         if isinstance(value, Tensor) and value.is_floating_point():
             torch.testing.assert_close(value, one[name], atol=1e-3, rtol=1e-3)
+
+
+def test_pytorchs_fused_attention_is_repaired() -> None:
+    """torchvision's transformers: whole, their encoder's layers are single operators in evaluation mode; cut, not."""
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=5)
+    nn.init.normal_(model.heads.head.weight)
+    batch = (torch.randn(64, 3, 32, 32), torch.randint(0, 5, (64,)))
+    errors = {}
+    for method in REPAIR_METHODS:
+        small = copy.deepcopy(model.eval())
+        prune(
+            small,
+            batch[0][:2],
+            budget=0.6,
+            criterion="magnitude",
+            search="uniform",
+            calibration=[batch],
+            repair=method,
+        )
+        with torch.no_grad():
+            errors[method] = float((small.eval()(batch[0]) - model(batch[0])).square().mean())
+    assert errors["least-squares"] < 0.5 * errors["none"]
+    assert torch.backends.mha.get_fastpath_enabled()
