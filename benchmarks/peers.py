@@ -121,6 +121,7 @@ def run_one(
         clock = Clock(arguments.device, processor_time=True)
         watched = Watched(lambda: METHODS[method](training, budget, cuts), training, clock)
         training.run(after_backward=watched.after_backward, after_step=watched.after_step)
+        # The whole run counts as one image.
         seconds, joules = watched.seconds(), monitor.read(1).get("train.joules_per_image")
     torch.save(training.model, place_of(arguments, method, budget, seed).with_suffix(".pt"))
     every = max(1, len(images.val[1]) // _EXPLAINED)  # images are sorted by class

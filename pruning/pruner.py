@@ -149,18 +149,15 @@ class Pruner:
         state: PrunerState | None = None,
     ) -> None:
         check_setting(step >= 1, "step", step, "must be at least 1 iteration")
-        _check_arguments(model, example, criterion, budget, search)
+        _check_arguments(model, example, criterion, budget, search, repair)
         self.model = model
         self.interval = step
         self.settings = settings or PrunerSettings()
         self.distributed = self.settings.distributed or Distributed.of_process_group(_device_of(model))
         self._attach(optimizer, ema)
         self.task = Task(forward, loss, self.settings.mode)
-        if isinstance(repair, str):
-            check_choice("repair", repair, REPAIR_METHODS)
         self._repair = repair
-        criterion = make_criterion(criterion) if isinstance(criterion, str) else criterion
-        search = build_search(search) if isinstance(search, str) else search
+        criterion, search = _made(criterion, search)
         args, kwargs = first_call(model, example)  # refuses keywords that the network does not accept
         self._unpruned = self._kept_for_saving(resumed=state is not None)
         with uncompiled():
@@ -613,12 +610,21 @@ class _Decided:
     moved: list[float]
 
 
+def _made(
+    criterion: str | Criterion | None, search: str | Search | None
+) -> tuple[Criterion | None, Search | None]:
+    """Return the criterion and the search of these names; objects as they are."""
+    criterion = make_criterion(criterion) if isinstance(criterion, str) else criterion
+    return criterion, build_search(search) if isinstance(search, str) else search
+
+
 def _check_arguments(
     model: nn.Module,
     example: object,
     criterion: object,
     budget: object,
     search: object,
+    repair: object,
 ) -> None:
     """Refuse arguments that would fail later, with a message that says what to pass instead.
 
@@ -636,6 +642,8 @@ def _check_arguments(
         raise SettingError(
             "criterion", criterion, "give a name or an object, such as Taylor() (not the class)"
         )
+    if isinstance(repair, str):
+        check_choice("repair", repair, REPAIR_METHODS)
 
 
 def _warn_of_length(error: SettingError) -> None:

@@ -134,7 +134,7 @@ def as_examples(given: Examples, setting: str = "example") -> list[Example]:
 
 
 #: What an output holds beside tensors.
-Plain = bool | int | float | complex | str | bytes
+PlainValue = bool | int | float | complex | str | bytes
 
 
 def output_tensors(result: object) -> list[Tensor]:
@@ -146,9 +146,9 @@ def output_tensors(result: object) -> list[Tensor]:
     return [leaf for _, leaf in _walk(result, "output", set()) if isinstance(leaf, Tensor)]
 
 
-def output_values(result: object) -> list[tuple[str, Plain]]:
+def output_values(result: object) -> list[tuple[str, PlainValue]]:
     """Return every number and text in a network's output, with its path: what it made of tensors by `tolist`, say."""
-    return [(path, leaf) for path, leaf in _walk(result, "output", set()) if isinstance(leaf, Plain)]
+    return [(path, leaf) for path, leaf in _walk(result, "output", set()) if isinstance(leaf, PlainValue)]
 
 
 def tensors_in(tree: object) -> list[Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruning.engine.examples import Pass, Plain
+from pruning.engine.examples import Pass, PlainValue
 from pruning.engine.groups import Place
 
 TOLERANCE = 1e-4
@@ -41,7 +41,7 @@ class TrialRun:
     outputs: list[Tensor]
     steps: set[tuple[str, str]] = dataclasses.field(default_factory=set)
     failure: Failure | None = None
-    values: dict[str, Plain] = dataclasses.field(default_factory=dict)
+    values: dict[str, PlainValue] = dataclasses.field(default_factory=dict)
 
 
 def summary(output: Tensor, places: list[Place], mask: np.ndarray | None) -> np.ndarray:
@@ -152,7 +152,7 @@ def _changed(expected: TrialRun, found: TrialRun) -> set[str]:
     }
 
 
-def _is_close(left: Plain, right: Plain) -> bool:
+def _is_close(left: PlainValue, right: PlainValue) -> bool:
     if isinstance(left, (float, complex)) and isinstance(right, (float, complex)):
         return (
             left == right
