@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from image_classification.models.process_state import ProcessState
+
 
 @contextlib.contextmanager
 def modes_restored(*models: nn.Module) -> Iterator[None]:
@@ -72,13 +74,15 @@ def quieten(modules: Iterable[nn.Module], also: Collection[str] = (), *, extende
             module.training = False
 
 
-def uncompiled() -> contextlib.AbstractContextManager[object]:
+def uncompiled() -> contextlib.AbstractContextManager[None]:
     """Run everything compiled by `torch.compile`, whole networks or parts, as plain code inside the block.
 
     Otherwise hooks and recordings would be compiled too, again for each of them.
     """
-    stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance
+    return _UNCOMPILED.changed()
+
+
+_UNCOMPILED = ProcessState(lambda: torch.compiler.set_stance("force_eager"))
 
 
 @contextlib.contextmanager
@@ -93,15 +97,22 @@ def casts_uncached() -> Iterator[None]:
         torch.set_autocast_cache_enabled(cached)
 
 
-@contextlib.contextmanager
-def attention_in_steps() -> Iterator[None]:
+def attention_in_steps() -> contextlib.AbstractContextManager[None]:
     """Run PyTorch's attention operator by operator: its fused form hides the layers within, and a cut one has none."""
+    return _ATTENTION_IN_STEPS.changed()
+
+
+@contextlib.contextmanager
+def _without_fused_attention() -> Iterator[None]:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+_ATTENTION_IN_STEPS = ProcessState(_without_fused_attention)
 
 
 def random_state_kept(*models: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -138,16 +149,27 @@ def allow_tf32(allowed: bool) -> None:
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
     """Compute float32 products in full float32 and without autocast inside the block, whatever the job's switches."""
+    with (
+        _EXACT_PRODUCTS.changed(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
     products = _float32_products()
     before = [product.fp32_precision for product in products]
+    allow_tf32(False)
     try:
-        for product in products:
-            product.fp32_precision = "ieee"
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
+        yield
     finally:
         for product, precision in zip(products, before, strict=True):
             product.fp32_precision = precision
+
+
+_EXACT_PRODUCTS = ProcessState(_without_tf32)
 
 
 def _gpus(*models: nn.Module) -> list[torch.device]:

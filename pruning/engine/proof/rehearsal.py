@@ -8,6 +8,7 @@ apart; the network's own are restored untouched.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from image_classification.models.modes import modes_restored
+from image_classification.models.process_state import ProcessState
 from image_classification.models.running import Args
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.computed_weights import (
@@ -173,8 +175,24 @@ def as_float(example: Example, dtype: torch.dtype = torch.float32) -> Example:
 
 
 @contextlib.contextmanager
+def _default_type(dtype: torch.dtype) -> Iterator[None]:
+    """Change the type of tensors that a network makes without saying of which type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+_DEFAULT_TYPES = {
+    dtype: ProcessState(functools.partial(_default_type, dtype)) for dtype in (torch.float32, torch.float64)
+}
+
+
+@contextlib.contextmanager
 def in_type(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Lend the network its floating-point weights and buffers in another type."""
+    """Lend the network its floating-point weights and buffers in another type: float32 or float64."""
 
     def other(tensor: Tensor) -> Tensor | None:
         differs = tensor.is_floating_point() and tensor.dtype != dtype
@@ -183,15 +201,12 @@ def in_type(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     changed = [
         (buffer, buffer.data, values) for buffer in model.buffers() if (values := other(buffer)) is not None
     ]
-    default = torch.get_default_dtype()
     try:
-        torch.set_default_dtype(dtype)  # of what the network makes without saying of which type
-        with stand_ins(model, other):
+        with _DEFAULT_TYPES[dtype].changed(), stand_ins(model, other):
             for buffer, _, values in changed:
                 buffer.data = values
             yield
     finally:
-        torch.set_default_dtype(default)
         for buffer, data, _ in changed:
             buffer.data = data
 
