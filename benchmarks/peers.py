@@ -27,11 +27,11 @@ from common.map_drift import drift
 from common.measure import Clock, rerun
 from common.peer_methods import FROM_SCRATCH, METHODS, Cuts, Joints, installed_methods, share_of_macs
 from common.peer_tables import Row, print_rows, print_waits, run_name, runs_folder, summary, waits
+from common.quick_network import QUICK, make_network
 from common.report import BenchmarkParser, write_json
 from common.short_training import ImagesInMemory, Schedule, ShortTraining, read_images, top1
 from torch import nn
 
-from image_classification.models import create_model
 from image_classification.observe.monitor import Monitor
 
 _EXPLAINED = 256
@@ -41,7 +41,7 @@ _LR = 0.1
 def trained_network(arguments: argparse.Namespace, images: ImagesInMemory) -> nn.Module:
     """Return the network that all runs begin with, training it if needed."""
     torch.manual_seed(0)
-    model = create_model(arguments.arch, num_classes=images.num_classes).to(arguments.device)
+    model = make_network(arguments.arch, images.train[0], images.num_classes).to(arguments.device)
     path = arguments.workspace / f"{arguments.arch.replace('/', '_')}.pt"
     if not path.is_file():
         schedule = Schedule(arguments.pretrain_epochs, arguments.pretrain_lr)
@@ -188,7 +188,9 @@ def main() -> None:
     parser.add_argument(
         "images", type=Path, nargs="?", help="folder with train/ and test/ class folders; not for a quick run"
     )
-    parser.add_argument("--arch", default="resnet20_b")
+    parser.add_argument(
+        "--arch", default="resnet20_b", help=f"{QUICK}: seven wide layers, trained in minutes"
+    )
     parser.add_argument("--workspace", type=Path, default=Path("runs/peers"))
     parser.add_argument(
         "--methods",

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from common.measure import mean_and_deviation, ratios, with_deviation
 from common.peer_tables import runs_folder
+from common.quick_network import make_network
 from common.report import BenchmarkParser, print_table, write_json
 from common.runtimes import RUNTIMES, seconds_in
 from torch import nn
-
-from image_classification.models import create_model
 
 WHOLE = "before pruning"
 Row = dict[str, Any]
@@ -50,7 +49,7 @@ def networks_of(arguments: argparse.Namespace, runs: list[Row]) -> dict[str, nn.
     if not found:
         raise SystemExit(f"the workspace has no network of seed {arguments.seed}")
     classes = [module for module in next(iter(found.values())).modules() if isinstance(module, nn.Linear)]
-    whole = create_model(arguments.arch, num_classes=classes[-1].out_features)
+    whole = make_network(arguments.arch, torch.randn(8, 3, 32, 32), classes[-1].out_features)
     return {WHOLE: whole.to(arguments.device)} | found
 
 

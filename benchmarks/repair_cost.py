@@ -22,6 +22,7 @@ from common.networks import conditioned_network, smooth_images
 from common.report import BenchmarkParser, write_json
 from torch import Tensor, nn
 
+from image_classification.host_memory import keep_freed_memory
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.surgery import prune_channels
 from pruning.engine.trace_groups import trace_groups
@@ -64,6 +65,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group", default="layer3.0.conv1")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="keep freed memory, as the commands do on a CPU (Linux)"
+    )
     small = {"arch": "resnet20", "image_size": 32, "images": 16, "repeats": 1, "group": "layer3.0.conv1"}
     return parser.parse("repair_cost_{arch}.json", quick=small)
 
@@ -71,6 +75,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure, print and write JSON."""
     arguments = parse()
+    if arguments.keep_memory:
+        keep_freed_memory()
     clock, device = Clock(arguments.device, processor_time=True), arguments.device
     images = smooth_images(arguments.images, arguments.image_size)
     model = conditioned_network(arguments.arch, images[:8]).to(device)

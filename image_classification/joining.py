@@ -13,6 +13,7 @@ import torch.distributed as dist
 from image_classification.affinity import Affinity, bind_to_gpu
 from image_classification.config import ConfigError, check, flag
 from image_classification.distributed import Distributed, host_group_of
+from image_classification.host_memory import keep_freed_memory
 
 #: Device to compute on; auto is the GPU if there is one.
 DeviceName = Literal["auto", "cuda", "cpu"]
@@ -66,6 +67,8 @@ def setup_distributed(config: DistributedConfig) -> Distributed:
     device = _choose_device(config, local_rank, local_world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     notes = _bind(config, device, local_rank, local_world_size)
     if world_size == 1:
         return Distributed(device=device, notes=notes)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from image_classification.host_memory import freed_memory_kept
+
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numpy", "pillow")
 
 
@@ -36,6 +38,7 @@ def describe_environment(device: torch.device | None = None) -> dict[str, str | 
         "processor": processor_name(),
         "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "num_threads": torch.get_num_threads(),
+        "freed_memory_kept": freed_memory_kept(),
         "load_average": round(os.getloadavg()[0], 2),
         "gpu": gpu,
         "cuda": torch.version.cuda if gpu else None,

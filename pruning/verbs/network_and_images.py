@@ -6,10 +6,12 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from image_classification.config import check
 from image_classification.device_flag import declare_device, device_named
+from image_classification.host_memory import keep_freed_memory
 from image_classification.models import arch_info, identity_of, input_of, model_for_weights
 from image_classification.network_input import NetworkInput, check_normalisation
 from pruning.criteria import criterion_names
@@ -91,7 +93,12 @@ def check_network_and_images(arguments: argparse.Namespace) -> None:
 
 
 def open_network(arguments: argparse.Namespace) -> tuple[nn.Module, Factory | None]:
-    """Return the network, on its device and in evaluation mode, and its builder if the flags name one."""
+    """Return the network, on its device and in evaluation mode, and its builder if the flags name one.
+
+    On the CPU, freed memory stays in the process from here on, see `keep_freed_memory`.
+    """
+    if torch.device(arguments.device).type == "cpu":
+        keep_freed_memory()
     factory = None if arguments.factory is None else find_factory(arguments.factory)
     model = model_for_weights(arguments.arch, arguments.checkpoint, factory=factory)
     return model.to(arguments.device).eval(), factory
