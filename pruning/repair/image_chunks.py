@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from image_classification.config import SettingError
 from image_classification.distributed import Distributed
@@ -73,6 +74,7 @@ def chunks_of(
         for start in range(0, count, size):
             stop = min(start + size, count)
             chunks.append(Chunk(_part(part.batch, count, start, stop), stop - start, part.held_out))
+    chunks = _held_out_together(chunks, size, task)
     device = next(
         (leaf.device for leaf in tree_leaves(batches) if isinstance(leaf, Tensor)), torch.device("cpu")
     )
@@ -91,6 +93,42 @@ def chunks_of(
     if not judging:
         chunks = [*chunks, *(dataclasses.replace(chunk, held_out=True) for chunk in chunks)]
     return chunks
+
+
+def _held_out_together(chunks: Sequence[Chunk], size: int, task: Task) -> list[Chunk]:
+    """Join the images held out of several batches to chunks of at most `size`: small ones take longer per image."""
+    found: list[Chunk] = []
+    last: int | None = None
+    for chunk in chunks:
+        joined = None
+        if chunk.held_out and task.divides(chunk.batch):
+            if last is not None and found[last].num_images + chunk.num_images <= size:
+                joined = _joined(found[last], chunk)
+            if last is not None and joined is not None:
+                found[last] = joined
+                continue
+            last = len(found)
+        found.append(chunk)
+    return found
+
+
+def _joined(first: Chunk, second: Chunk) -> Chunk | None:
+    """Return both chunks as one, or None if their batches differ in anything but the images."""
+    leaves, form = tree_flatten(first.batch)
+    others, other_form = tree_flatten(second.batch)
+    if form != other_form:
+        return None
+    joined: list[object] = []
+    for one, other in zip(leaves, others, strict=True):
+        if _per_image(one, first.num_images) and _per_image(other, second.num_images):
+            if (one.dtype, one.shape[1:]) != (other.dtype, other.shape[1:]):
+                return None
+            joined.append(torch.cat([one, other]))
+        elif one is other:
+            joined.append(one)
+        else:
+            return None
+    return Chunk(tree_unflatten(joined, form), first.num_images + second.num_images, True)
 
 
 def few_of(chunk: Chunk, task: Task) -> Chunk:
@@ -133,9 +171,8 @@ def _is_images(leaf: object, count: int) -> bool:
 def _part(batch: Batch, count: int, start: int, stop: int) -> Batch:
     """Return some images of a batch by cutting the tensors that have one entry per image."""
 
-    def cut(leaf: object) -> object:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or len(leaf) != count:
-            return leaf
-        return leaf[start:stop]
+    return tree_map(lambda leaf: leaf[start:stop] if _per_image(leaf, count) else leaf, batch)
 
-    return tree_map(cut, batch)
+
+def _per_image(leaf: object, count: int) -> TypeGuard[Tensor]:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == count

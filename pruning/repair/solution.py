@@ -75,8 +75,7 @@ def solve(
     errors = [held_out.error(present, constant), held_out.error(present, fit.best_bias(present))]
     fitted = present
     least = errors[0].new_tensor(float("inf"))
-    for ridge in ridges:
-        trial = fit.ridge(present, ridge, has_bias)
+    for trial in fit.ridge(present, ridges, has_bias):
         errors.append(held_out.error(trial, fit.best_bias(trial) if has_bias else constant))
         fitted = torch.where(errors[-1] < least, trial, fitted)
         least = torch.fmin(errors[-1], least)
@@ -86,7 +85,8 @@ def solve(
     strengths = torch.tensor([1.0, 1.0, *ridges], dtype=present.dtype, device=present.device)
     strength = picked(strengths, choice)
     whole = fit.joined(held_out)
-    solved = _better(whole, whole.ridge(present, strength, has_bias), fitted, has_bias)
+    (solved,) = whole.ridge(present, [strength], has_bias)
+    solved = _better(whole, solved, fitted, has_bias)
     solved = torch.where(choice >= 2, solved, present)
     bias = torch.where((choice >= 1) & has_bias, whole.best_bias(solved), constant)
     scale = variance.clamp(min=torch.finfo(variance.dtype).tiny)

@@ -10,7 +10,7 @@ Products are computed in float32, a block of rows at a time (float64 if the rows
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -21,6 +21,8 @@ from image_classification.models import exact_float32
 
 #: Number of rows multiplied at a time before their products are added in float64.
 _BLOCK = 8192
+#: Width from which a Gram matrix is computed in so many block rows: 5/8 of the products.
+_BLOCKS_FROM, _NUM_BLOCKS = 512, 4
 #: Number of inputs from which on a layer may have fewer rows than inputs.
 WIDE = 2048
 #: Largest number of rows kept for a wide layer; more are thinned out evenly.
@@ -74,8 +76,8 @@ class Evidence(Protocol):
     def best_bias(self, weights: Tensor) -> Tensor:
         """Return the mean of Y − U·W, (G, M)."""
 
-    def ridge(self, present: Tensor, ridge: Tensor | float, has_bias: bool) -> Tensor:
-        """Solve the ridge regression towards the current weights, (G, K, M); not finite if there is no solution."""
+    def ridge(self, present: Tensor, ridges: Iterable[Tensor | float], has_bias: bool) -> Iterator[Tensor]:
+        """Yield the solution of every ridge regression towards the current weights, (G, K, M); NaN if there is none."""
 
     def normal(self, has_bias: bool) -> NormalEquations:
         """Return the equations of the solution without a ridge."""
@@ -142,7 +144,7 @@ class Sums:
         with exact_float32():
             for u, y in zip(inputs.split(_BLOCK, 1), outputs.split(_BLOCK, 1), strict=True):
                 u, y = _wide(u), _wide(y)
-                self.gram += (u.mT @ u).double()
+                self.gram += _gram(u).double()
                 self.cross += (u.mT @ y).double()
                 self.inputs += u.sum(1, dtype=torch.float64)
                 self.outputs += y.sum(1, dtype=torch.float64)
@@ -193,11 +195,13 @@ class Sums:
         """See `Evidence`."""
         return (self.outputs - (weights * self.inputs[:, :, None]).sum(1)) / self.num_rows
 
-    def ridge(self, present: Tensor, ridge: Tensor | float, has_bias: bool) -> Tensor:
+    def ridge(self, present: Tensor, ridges: Iterable[Tensor | float], has_bias: bool) -> Iterator[Tensor]:
         """See `Evidence`: W + (UᵀU + λ·I)⁻¹ Uᵀ(Y − U·W)."""
         gram, cross = self.centred() if has_bias else (self.gram, self.cross)
-        load = ridge * gram.diagonal(dim1=1, dim2=2).mean(1)
-        return present + _solved(gram, load, cross - gram @ present)
+        right = cross - gram @ present
+        unit = gram.diagonal(dim1=1, dim2=2).mean(1)
+        for ridge in ridges:
+            yield present + _solved(gram, ridge * unit, right)
 
     def normal(self, has_bias: bool) -> NormalEquations:
         """See `Evidence`."""
@@ -276,7 +280,7 @@ class Rows:
         """See `Evidence`."""
         return self._residual(weights).mean(1)
 
-    def ridge(self, present: Tensor, ridge: Tensor | float, has_bias: bool) -> Tensor:
+    def ridge(self, present: Tensor, ridges: Iterable[Tensor | float], has_bias: bool) -> Iterator[Tensor]:
         """See `Evidence`. The same solution through the kernel of the rows: W + Uᵀ(UUᵀ + λ·I)⁻¹(Y − U·W)."""
         inputs = self.inputs
         residual = self._residual(present)
@@ -285,9 +289,12 @@ class Rows:
             residual = residual - residual.mean(1, keepdim=True)
         with exact_float32():
             kernel = (inputs @ inputs.mT).double()
-            load = ridge * kernel.diagonal(dim1=1, dim2=2).sum(1) / inputs.shape[2]
-            shares = _solved(kernel, load, residual)
-            return present + (inputs.mT @ shares.to(inputs.dtype)).double()
+        unit = kernel.diagonal(dim1=1, dim2=2).sum(1) / inputs.shape[2]
+        for ridge in ridges:
+            shares = _solved(kernel, ridge * unit, residual).to(inputs.dtype)
+            with exact_float32():
+                change = inputs.mT @ shares
+            yield present + change.double()
 
     def normal(self, has_bias: bool) -> NormalEquations:
         """See `Evidence`."""
@@ -313,6 +320,20 @@ def _solved(matrix: Tensor, load: Tensor, right: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(loaded)
     solved = torch.cholesky_solve(right, factor)
     return torch.where((info == 0)[:, None, None], solved, solved.new_tensor(float("nan")))
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Return UᵀU, (G, K, K), of rows (G, R, K). Of a wide one, blocks below the diagonal are copied from above it."""
+    wide = rows.shape[2]
+    if wide < _BLOCKS_FROM:
+        return rows.mT @ rows
+    gram = rows.new_empty(rows.shape[0], wide, wide)
+    step = -(-wide // _NUM_BLOCKS)
+    for start in range(0, wide, step):
+        stop = min(start + step, wide)
+        gram[:, start:stop, start:] = rows[:, :, start:stop].mT @ rows[:, :, start:]
+        gram[:, stop:, start:stop] = gram[:, start:stop, stop:].mT
+    return gram
 
 
 def _wide(rows: Tensor) -> Tensor:

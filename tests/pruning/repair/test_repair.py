@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from image_classification.config import SettingError
+from image_classification.distributed import Distributed
 from pruning import prune_channels, trace_groups
 from pruning.repair import repairing
+from pruning.repair.image_chunks import chunks_of
 from pruning.repair.norm_statistics import remeasure
 from pruning.repair.pass_memory import PassMemory
 from pruning.repair.repairing import RepairReport, RepairSettings, plan_repair
@@ -219,6 +221,33 @@ def test_the_rounding_of_dependent_inputs_spoils_nothing() -> None:
     torch.testing.assert_close(probe @ solution.weights, probe @ wanted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("inputs", [5, 515])
+def test_sums_of_rows_are_their_products(inputs: int) -> None:
+    """Narrow, and so wide that the Gram matrix is computed in blocks, the last of which is smaller."""
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 40, inputs, generator=random)
+    targets = torch.randn(2, 40, 3, generator=random)
+    sums = Sums.zeros(2, inputs, 3, torch.device("cpu"))
+    sums.add(rows[:, :30], targets[:, :30])
+    sums.add(rows[:, 30:], targets[:, 30:])
+    u, y = rows.double().numpy(), targets.double().numpy()
+    np.testing.assert_allclose(sums.gram, np.einsum("gri,grj->gij", u, u), atol=1e-4)
+    np.testing.assert_allclose(sums.cross, np.einsum("gri,grm->gim", u, y), atol=1e-4)
+
+
+def test_images_held_out_of_several_batches_are_judged_together() -> None:
+    """Up to the size of a chunk, with their own targets; batches that differ in anything else stay apart."""
+    images = torch.arange(24.0).reshape(24, 1, 1, 1)
+    batches = [(images[:8], torch.arange(8)), (images[8:16], torch.arange(8, 16))]
+    chunks = chunks_of(batches, 0.25, 8, Task(), Distributed())
+    assert [(chunk.num_images, chunk.held_out) for chunk in chunks] == [(6, False), (4, True), (6, False)]
+    together, targets = chunks[1].batch
+    assert together.flatten().tolist() == targets.tolist() == [0, 1, 8, 9]
+    other = (torch.zeros(8, 1, 2, 2), torch.arange(8))
+    apart = chunks_of([batches[0], other], 0.25, 8, Task(), Distributed())
+    assert [chunk.num_images for chunk in apart if chunk.held_out] == [2, 2]
+
+
 def test_the_kernel_form_has_the_same_solution() -> None:
     """Few rows and many inputs: the rows themselves, instead of their products."""
     generator = torch.Generator().manual_seed(3)
@@ -231,7 +260,8 @@ def test_the_kernel_form_has_the_same_solution() -> None:
         evidence.add(rows[:, :20], targets[:, :20])
         evidence.add(rows[:, 20:], targets[:, 20:])
     for has_bias in (True, False):
-        torch.testing.assert_close(sums.ridge(weights, 0.1, has_bias), kept.ridge(weights, 0.1, has_bias))
+        solutions = (list(evidence.ridge(weights, [0.1, 2.0], has_bias)) for evidence in (sums, kept))
+        torch.testing.assert_close(*solutions)
     torch.testing.assert_close(sums.error(weights, bias), kept.error(weights, bias))
     torch.testing.assert_close(sums.best_bias(weights), kept.best_bias(weights))
     torch.testing.assert_close(sums.variance(), kept.variance())
