@@ -22,7 +22,7 @@ from image_classification.models.lazy_modules import settle
 from image_classification.models.meta_device import Factory, on_meta
 from image_classification.models.module_tree import tensors_by_all_names
 from image_classification.models.structure import Structure, StructureError, called, is_plain
-from image_classification.models.structure_checks import check_fits, check_known_modules
+from image_classification.models.structure_checks import check_fits, check_known_modules, check_saved_tensors
 from image_classification.models.whole_numbers import is_nested, numbers_in
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ def capture_structure(model: nn.Module, *, factory: Factory | None = None) -> St
     build = identity.build if factory is None and identity is not None else factory
     assert build is not None
     shapes = {name: list(tensor.shape) for name, tensor in tensors_by_all_names(model)}
+    check_saved_tensors(model)
     fresh = settle(on_meta(build), shapes)
     _check_same_modules(model, fresh)
     head = ModelIdentity("") if factory is not None or identity is None else identity

@@ -47,7 +47,7 @@ def state_kept(model: nn.Module, written: Iterable[str] = ()) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for tensor, storage in storages:
-                if tensor.data_ptr() != storage.data_ptr() or tensor.shape != storage.shape:
+                if _has_moved(tensor, storage):
                     tensor.data = storage
             for tensor, old in values:
                 tensor.copy_(old)
@@ -74,8 +74,17 @@ def _hooks(table: dict[str, Any]) -> dict[str, dict[int, Any]]:
     return {name: dict(hooks) for name in _HOOKS if (hooks := table.get(name))}
 
 
+def _has_moved(tensor: Tensor, storage: Tensor) -> bool:
+    """Whether a tensor's data are in another place or of another shape. Sparse tensors have no single place."""
+    if tensor.layout != torch.strided:
+        return tensor.shape != storage.shape
+    return tensor.data_ptr() != storage.data_ptr() or tensor.shape != storage.shape
+
+
 def _overlaps(tensor: Tensor) -> bool:
     """Whether several positions share one element (`expand`), so that nothing can write to the tensor."""
+    if tensor.layout != torch.strided:
+        return False
     return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 

@@ -258,6 +258,60 @@ def test_numbers_that_are_no_sizes_are_not_saved(tmp_path: Path, caplog: pytest.
     assert torch.equal(loaded.eval()(X), model.eval()(X))
 
 
+class WithState(nn.Module):
+    """Two layers, with something else in its state dict."""
+
+    def __init__(self, adjacency: bool = False, persistent: bool = True) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 12), nn.Linear(12, 5)
+        if adjacency:
+            self.register_buffer("adjacency", torch.eye(8).to_sparse(), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu())
+
+
+class WithExtraState(WithState):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+class WithExtraTensor(WithExtraState):
+    def get_extra_state(self) -> Tensor:  # type: ignore[override]
+        return torch.tensor([3])
+
+
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [
+        (WithExtraState, "_extra_state"),
+        (WithExtraTensor, "_extra_state"),
+        (functools.partial(WithState, adjacency=True), "'adjacency' is sparse.*persistent=False"),
+    ],
+)
+def test_what_a_file_cannot_hold_is_refused_when_it_is_written(
+    build: Callable[[], nn.Module], named: str, tmp_path: Path
+) -> None:
+    model = build()
+    prune(model, X[:2, 0, 0, :4], budget=0.5)
+    with pytest.raises(StructureError, match=named):
+        save_pruned(tmp_path / "pruned.pth", model, factory=build)
+    assert not (tmp_path / "pruned.pth").exists()
+
+
+def test_a_sparse_buffer_that_no_file_holds_is_the_factorys(tmp_path: Path) -> None:
+    build = functools.partial(WithState, adjacency=True, persistent=False)
+    model = build()
+    prune(model, X[:2, 0, 0, :4], budget=0.5)
+    save_pruned(tmp_path / "pruned.pth", model, factory=build)
+    loaded = load_pruned(tmp_path / "pruned.pth", factory=build)
+    assert torch.equal(loaded.adjacency.to_dense(), torch.eye(8))
+    assert torch.equal(loaded(X[:2, 0, 0, :4]), model(X[:2, 0, 0, :4]))
+
+
 def test_a_skeleton_takes_no_memory_and_leaves_its_network_alone() -> None:
     model = Normed("tied")
     skeleton: Any = skeleton_of(model)
