@@ -8,12 +8,15 @@ training mode, an attention layer drops a cached table. Setting `module.training
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from image_classification.models.module_tree import buffers, overlaps
 
 
 @contextlib.contextmanager
@@ -93,15 +96,58 @@ def casts_uncached() -> Iterator[None]:
         torch.set_autocast_cache_enabled(cached)
 
 
-@contextlib.contextmanager
-def attention_in_steps() -> Iterator[None]:
+class _FastAttention:
+    """PyTorch's switch of its fused attention, which any number of blocks hold off together.
+
+    The switch is the process's own. Blocks of several threads or generators need not be nested: the last that ends
+    restores it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_blocks = 0
+        self._before = True
+
+    @contextlib.contextmanager
+    def held_off(self) -> Iterator[None]:
+        with self._lock:
+            if self._num_blocks == 0:
+                self._before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._num_blocks += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_blocks -= 1
+                if self._num_blocks == 0:
+                    torch.backends.mha.set_fastpath_enabled(self._before)
+
+
+_fast_attention = _FastAttention()
+
+
+def attention_in_steps() -> contextlib.AbstractContextManager[None]:
     """Run PyTorch's attention operator by operator: its fused form hides the layers within, and a cut one has none."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    return _fast_attention.held_off()
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Restore a network's buffers afterwards, what passes write into them and what they put in their places."""
+    places = [
+        (module._buffers, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    values = [(buffer, buffer.detach().clone()) for buffer in buffers(model) if not overlaps(buffer)]
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        for table, name, buffer in places:
+            table[name] = buffer
+        for tensor, before in values:
+            tensor.data.copy_(before)
 
 
 def random_state_kept(*models: nn.Module) -> contextlib.AbstractContextManager[None]:

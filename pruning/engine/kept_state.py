@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from image_classification.models.module_tree import buffers as buffers_of
-from image_classification.models.module_tree import named_modules, named_parameters
+from image_classification.models.module_tree import named_modules, named_parameters, overlaps
 
 _CONTAINERS = (dict, OrderedDict, list, set)
 # Hooks that a forward pass adds once, and notes in an attribute, would be added again if only the attribute went.
@@ -40,7 +40,7 @@ def state_kept(model: nn.Module, written: Iterable[str] = ()) -> Iterator[None]:
     buffers = buffers_of(model)
     looked_after = [*buffers, *(parameters[name] for name in written if name in parameters)]
     storages = [(tensor, tensor.data) for tensor in (*parameters.values(), *buffers)]
-    values = [(tensor, tensor.detach().clone()) for tensor in looked_after if not _overlaps(tensor)]
+    values = [(tensor, tensor.detach().clone()) for tensor in looked_after if not overlaps(tensor)]
     try:
         with attributes_kept(model):
             yield
@@ -79,13 +79,6 @@ def _has_moved(tensor: Tensor, storage: Tensor) -> bool:
     if tensor.layout != torch.strided:
         return tensor.shape != storage.shape
     return tensor.data_ptr() != storage.data_ptr() or tensor.shape != storage.shape
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether several positions share one element (`expand`), so that nothing can write to the tensor."""
-    if tensor.layout != torch.strided:
-        return False
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _remembered(table: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
