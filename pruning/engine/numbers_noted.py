@@ -1,7 +1,8 @@
 """Records the numbers that a network's code gives to operators: thresholds, factors, bounds.
 
 A threshold that follows from a width (`x.clamp(max=x.shape[1])`) changes with it. The outputs show that only where
-values reach it, and those of a trial may not.
+values reach it, and those of a trial may not. Nor do they show a branch whose factor is zero at present, because it
+fades in during training: in a trial, such a factor is another one.
 """
 
 from __future__ import annotations
@@ -11,38 +12,41 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from image_classification.models.running import Args, Kwargs, Outputs, Running
 
+aten = torch.ops.aten
+
 #: Numbers by the module whose code gave them and the operator that took them, in order.
 Numbers = Mapping[tuple[str, str], list[float | complex]]
 
-_VALUES = (
-    "Tensor",
-    "number",
-    "float",
-)  # what PyTorch calls the types of arguments that are no size, no dimension
+#: Types of arguments, as PyTorch names them, that are neither a size nor a dimension.
+_VALUES = ("Tensor", "number", "float")
 _RANGES = frozenset({"arange", "linspace", "logspace", "range"})  # their ends count positions
 _MADE_OF_NUMBERS = frozenset({"lift_fresh", "lift_fresh_copy"})  # what `torch.tensor` ends in
+_PRODUCTS = frozenset({aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.mul_.Scalar})
+_INSTEAD_OF_ZERO = 0.5
 
 
 class NumbersNoted(TorchDispatchMode):
-    """Records every number that an operator is given as a value.
+    """Records every number that an operator is given as a value, and replaces factors of zero.
 
     Args:
+        model: The network.
         running: The running modules.
 
     Attributes:
         numbers: What was recorded.
     """
 
-    def __init__(self, running: Running) -> None:
+    def __init__(self, model: nn.Module, running: Running) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.numbers: dict[tuple[str, str], list[float | complex]] = {}
         self._running = running
+        self._single_buffers = {id(buffer) for buffer in model.buffers() if buffer.numel() == 1}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -57,7 +61,34 @@ class NumbersNoted(TorchDispatchMode):
         if found:
             where = (self._running.innermost, func.overloadpacket.__name__)
             self.numbers.setdefault(where, []).extend(found)
+        if func in _PRODUCTS:
+            args = self._without_zero(args)
         return func(*args, **kwargs)
+
+    def _without_zero(self, args: Args) -> Args:
+        """Return the arguments of a product of a tensor, where a single number that is zero is another one."""
+        one, other = args
+        if self._is_zero(other) and _is_many(one):
+            return one, _instead_of(other)
+        if self._is_zero(one) and _is_many(other) and not isinstance(one, nn.Parameter):
+            return _instead_of(one), other
+        return args
+
+    def _is_zero(self, value: object) -> bool:
+        """Whether a factor is a number, a tensor without dimensions or a buffer of one element, and zero."""
+        if not isinstance(value, Tensor):
+            return value == 0
+        single = value.dim() == 0 or id(value) in self._single_buffers
+        return single and value.is_floating_point() and not value.is_meta and value.item() == 0
+
+
+def _is_many(value: object) -> bool:
+    """Whether a factor holds several numbers that may be activations."""
+    return isinstance(value, Tensor) and value.numel() > 1 and value.is_floating_point()
+
+
+def _instead_of(zero: object) -> object:
+    return torch.full_like(zero, _INSTEAD_OF_ZERO) if isinstance(zero, Tensor) else _INSTEAD_OF_ZERO
 
 
 def _numbers_in(func: OpOverload, args: Args, kwargs: Kwargs) -> Iterator[float | complex]:

@@ -72,7 +72,7 @@ def run_through(
         following(model, leaving=leaving) as running,
         Requests(running) as requests,
         Steady(full_precision=True) if one.unsteady else contextlib.nullcontext(),
-        NumbersNoted(running) as given,
+        NumbersNoted(model, running) as given,
     ):
         try:
             result = example.run(model)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
-from support.equal_to_masked import cut_equals_zeroed, prepared
+from support.equal_to_masked import close, cut_equals_zeroed, outputs, outputs_without, prepared
 from torch import Tensor, nn
 
 from pruning import RewriteError, prune, prune_channels, trace_groups
@@ -51,7 +53,7 @@ def fading_in(model: nn.Module, y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 8.0])
-@pytest.mark.parametrize("between", [minus_width, cropped_by_width, nothing_above_width, fading_in])
+@pytest.mark.parametrize("between", [minus_width, cropped_by_width, nothing_above_width])
 def test_a_number_from_a_width_keeps_its_channels(between: Between, scale: float) -> None:
     """The values of a trial reach few of these bounds, those of the network may."""
     model, args = prepared(Network(between, scale), (IMAGES,))
@@ -62,6 +64,35 @@ def test_a_number_from_a_width_keeps_its_channels(between: Between, scale: float
     cut, _, refused = cut_equals_zeroed(model, args, graph=graph)
     assert refused == 0
     assert cut.a.out_channels < 16
+
+
+def in_thirds(y: Tensor) -> Tensor:
+    """Count channels so that a cut, unless it is the same in all thirds, moves them to others."""
+    return torch.cat([part * (number + 1) for number, part in enumerate(y.tensor_split(3, 1))], 1)
+
+
+def fading_by_buffer(model: nn.Module, y: Tensor) -> Tensor:
+    return y + model.fade * in_thirds(y)
+
+
+def fading_by_number(model: nn.Module, y: Tensor) -> Tensor:
+    return y + float(model.fade) * in_thirds(y)
+
+
+@pytest.mark.parametrize("between", [fading_in, fading_by_buffer, fading_by_number])
+def test_a_branch_that_fades_in_later_is_looked_at(between: Between) -> None:
+    """What is multiplied by zero shows in no output; the branch has to be right when the factor has risen."""
+    model, args = prepared(Network(between), (IMAGES,))
+    graph = trace_groups(model, args)
+    assert float(model.fade) == 0
+    cut, followed = copy.deepcopy(model), copy.deepcopy(graph)
+    keep = {group.name: np.arange(0, group.width, 2) for group in graph.prunable}
+    prune_channels(cut, followed, keep)
+    for network in (model, cut):
+        network.fade.fill_(1.0)
+    for training in (False, True):
+        assert close(outputs_without(model, graph, keep, args, training), outputs(cut, args, training))
+    assert [group.name for group in graph.prunable] == ["a"]
 
 
 def test_numbers_that_differ_from_run_to_run_are_none_of_a_width() -> None:
