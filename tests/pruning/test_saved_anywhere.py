@@ -176,11 +176,13 @@ class Orthogonal(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.mixed, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.first, self.mixed = nn.Conv2d(3, 16, 3), nn.Linear(16, 16)
+        self.last, self.head = nn.Linear(16, 8), nn.Linear(8, 4)
         parametrizations.orthogonal(self.mixed)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.relu(self.mixed(torch.relu(self.first(x)).mean((2, 3)))))
+        x = torch.relu(self.mixed(torch.relu(self.first(x)).mean((2, 3))))
+        return self.head(torch.relu(self.last(x)))
 
 
 def test_a_layer_knows_the_width_of_what_its_parametrization_computes(tmp_path: Path) -> None:
@@ -190,6 +192,8 @@ def test_a_layer_knows_the_width_of_what_its_parametrization_computes(tmp_path: 
     expected = model.mixed.weight.detach()[keep]
     prune_channels(model, graph, {"mixed": keep})
     assert torch.equal(model.mixed.weight, expected)
+    assert (model.mixed.in_features, model.mixed.out_features) == (16, 5)
+    prune_channels(model, graph, {"last": range(3)})  # which leaves that layer as it is
     assert (model.mixed.in_features, model.mixed.out_features) == (16, 5)
     save_pruned(tmp_path / "pruned.pth", model, factory=Orthogonal)
     loaded = load_pruned(tmp_path / "pruned.pth", factory=Orthogonal)
