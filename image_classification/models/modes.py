@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from image_classification.models.module_tree import buffers, overlaps
 from image_classification.models.process_state import ProcessState
 
 
@@ -113,6 +114,24 @@ def _without_fused_attention() -> Iterator[None]:
 
 
 _ATTENTION_IN_STEPS = ProcessState(_without_fused_attention)
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Restore a network's buffers afterwards, what passes write into them and what they put in their places."""
+    places = [
+        (module._buffers, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    values = [(buffer, buffer.detach().clone()) for buffer in buffers(model) if not overlaps(buffer)]
+    try:
+        yield
+    finally:
+        for table, name, buffer in places:
+            table[name] = buffer
+        for tensor, before in values:
+            tensor.data.copy_(before)
 
 
 def random_state_kept(*models: nn.Module) -> contextlib.AbstractContextManager[None]:

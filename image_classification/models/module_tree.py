@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 NamedModules = tuple[tuple[str, nn.Module], ...]
@@ -47,6 +48,13 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             if parameter is not None:
                 found.setdefault(id(parameter), (f"{prefix}.{name}" if prefix else name, parameter))
     return dict(found.values())
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether several positions share one element (`expand`), so that nothing can write to the tensor."""
+    if tensor.layout != torch.strided:
+        return False
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def buffers(model: nn.Module) -> list[Tensor]:

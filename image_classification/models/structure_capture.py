@@ -22,7 +22,7 @@ from image_classification.models.lazy_modules import settle
 from image_classification.models.meta_device import Factory, on_meta
 from image_classification.models.module_tree import tensors_by_all_names
 from image_classification.models.structure import Structure, StructureError, called, is_plain
-from image_classification.models.structure_checks import check_fits, check_known_modules
+from image_classification.models.structure_checks import check_fits, check_known_modules, check_saved_tensors
 from image_classification.models.whole_numbers import is_nested, numbers_in
 
 log = logging.getLogger(__name__)
@@ -51,11 +51,13 @@ def capture_structure(model: nn.Module, *, factory: Factory | None = None) -> St
     build = identity.build if factory is None and identity is not None else factory
     assert build is not None
     shapes = {name: list(tensor.shape) for name, tensor in tensors_by_all_names(model)}
+    check_saved_tensors(model)
     fresh = settle(on_meta(build), shapes)
     _check_same_modules(model, fresh)
     head = ModelIdentity("") if factory is not None or identity is None else identity
-    shapes.update(_sized_while_running(model, fresh))
-    kept = _kept_of_unsaved_buffers(model, fresh, build)
+    unsaved = _unsaved_buffers(model, fresh)
+    shapes.update({name: list(buffer.shape) for name, buffer in unsaved.items()})
+    kept = _kept_of_unsaved_buffers(unsaved, fresh, build, of_factory=factory is not None)
     structure = Structure(
         arch=head.arch or None,
         model_config=head.model_config,
@@ -141,46 +143,50 @@ def _class_of(module: nn.Module) -> type[nn.Module]:
     return nn.MultiheadAttention if isinstance(module, CutAttention) else type_before_parametrizations(module)
 
 
-def _sized_while_running(model: nn.Module, fresh: nn.Module) -> dict[str, list[int]]:
-    """Return the fresh shapes of non-persistent buffers that have grown: the network enlarges them on demand."""
+def _unsaved_buffers(model: nn.Module, fresh: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that no state dict holds, by all their names, as far as a fresh network's reach.
+
+    Along a dimension that has grown (the network enlarges it on demand), that is the leading part.
+    """
     saved = set(model.state_dict())
     originals = dict(fresh.named_buffers(remove_duplicate=False))
     return {
-        name: list(originals[name].shape)
+        name: buffer[tuple(map(slice, originals[name].shape))]
         for name, buffer in model.named_buffers(remove_duplicate=False)
-        if name not in saved and name in originals and _has_grown(buffer, originals[name])
+        if name not in saved
+        and name in originals
+        and buffer.dim() == originals[name].dim()
+        and buffer.layout == torch.strided
     }
 
 
-def _has_grown(buffer: Tensor, original: Tensor) -> bool:
-    return buffer.dim() == original.dim() and any(
-        size > before for size, before in zip(buffer.shape, original.shape, strict=True)
-    )
-
-
 def _kept_of_unsaved_buffers(
-    model: nn.Module, fresh: nn.Module, build: Factory
+    unsaved: Mapping[str, Tensor], fresh: nn.Module, build: Factory, of_factory: bool
 ) -> dict[str, list[list[int]]]:
     """Return what is left of the non-persistent buffers that were cut, unless it is the leading part of fresh ones.
+
+    Args:
+        unsaved: From `_unsaved_buffers`.
+        fresh: A fresh network on the device meta.
+        build: Builds one.
+        of_factory: It is the user's; those of architectures by name make the same buffers every time.
 
     Raises:
         StructureError: What is left of a buffer is not a part of a fresh one.
     """
-    saved = set(model.state_dict())
     uncut = dict(fresh.named_buffers(remove_duplicate=False))
-    cut = {
-        name: buffer.cpu()
-        for name, buffer in model.named_buffers(remove_duplicate=False)
-        if name not in saved and name in uncut and _is_cut(buffer, uncut[name])
-    }
-    if not cut:
+    if not any(of_factory or buffer.shape != uncut[name].shape for name, buffer in unsaved.items()):
         return {}
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         originals = dict(build().named_buffers(remove_duplicate=False))
     kept = {}
-    for name, buffer in cut.items():
-        original = originals[name].to(buffer.dtype)
-        if torch.equal(original[tuple(slice(size) for size in buffer.shape)], buffer):
+    changed: list[str] = []
+    for name, buffer in unsaved.items():
+        buffer, original = buffer.cpu(), originals[name].to("cpu", buffer.dtype)
+        if _equal(original[tuple(map(slice, buffer.shape))], buffer):
+            continue
+        if buffer.shape == original.shape:
+            changed.append(name)
             continue
         found = _positions_in(original, buffer)
         if found is None:
@@ -190,13 +196,18 @@ def _kept_of_unsaved_buffers(
                 "layer alone (`ignored`)"
             )
         kept[name] = found
+    if changed:
+        log.warning(
+            "buffers that are in no state dict hold other values than the factory gives them: in a network that is "
+            "loaded, %s are the factory's. If they matter, register them with persistent=True",
+            ", ".join(changed),
+        )
     return kept
 
 
-def _is_cut(buffer: Tensor, original: Tensor) -> bool:
-    return (
-        buffer.dim() == original.dim() and buffer.shape != original.shape and not _has_grown(buffer, original)
-    )
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same values; NaN is one."""
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _positions_in(original: Tensor, part: Tensor) -> list[list[int]] | None:
@@ -209,7 +220,7 @@ def _positions_in(original: Tensor, part: Tensor) -> list[list[int]] | None:
         return None
     slices = iter(enumerate(original.unbind(smaller[0])))
     positions = [
-        next((number for number, whole in slices if torch.equal(whole, wanted)), None)
+        next((number for number, whole in slices if _equal(whole, wanted)), None)
         for wanted in part.unbind(smaller[0])
     ]
     found = [position for position in positions if position is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -51,6 +52,26 @@ def check_fits(structure: Structure, fresh: nn.Module) -> None:
             )
     _check_kept(structure, tensors)
     _check_shared(structure, fresh)
+
+
+def check_saved_tensors(model: nn.Module) -> None:
+    """Check that the state dict holds the network's tensors and nothing else, all of them dense, as files do.
+
+    Raises:
+        StructureError: It does not; the message names the entry and what to do.
+    """
+    names = {name for name, _ in tensors_by_all_names(model)}
+    for name, value in model.state_dict().items():
+        if name not in names:
+            raise StructureError(
+                f"module {called(name.rpartition('.')[0])}: its state dict holds {name!r}, which is no parameter or "
+                "buffer (extra state, or what a hook adds), and which files do not hold: keep it in a buffer"
+            )
+        if value.layout != torch.strided:
+            raise StructureError(
+                f"module {called(name.rpartition('.')[0])}: {name!r} is sparse, and files hold dense tensors: register "
+                "it with persistent=False, so that the factory restores it"
+            )
 
 
 def _check_kept(structure: Structure, tensors: Mapping[str, Tensor]) -> None:

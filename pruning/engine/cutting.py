@@ -177,7 +177,7 @@ def _plan_attributes(
         groups = counted.get((name, "groups"), getattr(module, "groups", 1))
         for attribute_name, value in known_attributes(module, shapes, groups).items():
             changes.set_attribute(module, attribute_name, value)
-    _plan_computed_attributes(modules, cuts, changes)
+    _plan_computed_attributes(modules, changes)
     fitted: list[Any] = []
     changes.add(lambda: fitted.extend(fit_attention(model)), lambda: restore(fitted))
 
@@ -195,17 +195,14 @@ def _computed_shapes(name: str, module: nn.Module, cuts: Mapping[str, Cuts]) -> 
     return shapes
 
 
-def _plan_computed_attributes(
-    modules: Mapping[str, nn.Module], cuts: Mapping[str, Cuts], changes: Changes
-) -> None:
-    """Plan the attributes of layers whose parametrization holds cut tensors besides its original (an orthogonal one).
+def _plan_computed_attributes(modules: Mapping[str, nn.Module], changes: Changes) -> None:
+    """Plan the attributes of layers whose parametrization holds tensors besides its original (an orthogonal one).
 
-    The shape of what it computes is not that of the original then; it is known after the cut.
+    The shape of what it computes need not be that of the original then; it is known after the cut.
     """
-    for name, module in modules.items():
-        own = f"{name}.parametrizations." if name else "parametrizations."
+    for module in modules.values():
         for key, chain in parametrizations(module).items():
-            beside = any(cut.startswith(f"{own}{key}.") and ".original" not in cut for cut in cuts)
+            beside = any(True for part in chain for _ in (*part.parameters(), *part.buffers()))
             if not beside or any(type(part).__name__ in ("_SpectralNorm", "_WeightNorm") for part in chain):
                 continue
             before = {attribute: value for attribute, value in vars(module).items() if isinstance(value, int)}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from image_classification.models.module_tree import buffers as buffers_of
-from image_classification.models.module_tree import named_modules, named_parameters
+from image_classification.models.module_tree import named_modules, named_parameters, overlaps
 
 _CONTAINERS = (dict, OrderedDict, list, set)
 # Hooks that a forward pass adds once, and notes in an attribute, would be added again if only the attribute went.
@@ -40,14 +40,14 @@ def state_kept(model: nn.Module, written: Iterable[str] = ()) -> Iterator[None]:
     buffers = buffers_of(model)
     looked_after = [*buffers, *(parameters[name] for name in written if name in parameters)]
     storages = [(tensor, tensor.data) for tensor in (*parameters.values(), *buffers)]
-    values = [(tensor, tensor.detach().clone()) for tensor in looked_after if not _overlaps(tensor)]
+    values = [(tensor, tensor.detach().clone()) for tensor in looked_after if not overlaps(tensor)]
     try:
         with attributes_kept(model):
             yield
     finally:
         with torch.no_grad():
             for tensor, storage in storages:
-                if tensor.data_ptr() != storage.data_ptr() or tensor.shape != storage.shape:
+                if _has_moved(tensor, storage):
                     tensor.data = storage
             for tensor, old in values:
                 tensor.copy_(old)
@@ -74,9 +74,11 @@ def _hooks(table: dict[str, Any]) -> dict[str, dict[int, Any]]:
     return {name: dict(hooks) for name in _HOOKS if (hooks := table.get(name))}
 
 
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether several positions share one element (`expand`), so that nothing can write to the tensor."""
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+def _has_moved(tensor: Tensor, storage: Tensor) -> bool:
+    """Whether a tensor's data are in another place or of another shape. Sparse tensors have no single place."""
+    if tensor.layout != torch.strided:
+        return tensor.shape != storage.shape
+    return tensor.data_ptr() != storage.data_ptr() or tensor.shape != storage.shape
 
 
 def _remembered(table: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:

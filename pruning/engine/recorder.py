@@ -73,7 +73,10 @@ class Recorder(TorchDispatchMode):
         return self._new_value(tensor, derived=False) if known is None else known
 
     def _new_value(self, tensor: Tensor, derived: bool) -> int:
-        repeated = {d for d, size in enumerate(tensor.shape) if size > 1 and tensor.stride(d) == 0}
+        strided = tensor.layout == torch.strided
+        repeated = {
+            d for d, size in enumerate(tensor.shape) if strided and size > 1 and tensor.stride(d) == 0
+        }
         self.tensors.append(
             TensorInfo(
                 shape=tuple(tensor.shape),
@@ -239,4 +242,6 @@ def _counts(tensor: Tensor) -> bool:
 
 def _storage(tensor: Tensor) -> tuple[Any, ...]:
     """Return a key that is equal for tensors with the same elements at the same addresses."""
+    if tensor.layout != torch.strided:  # sparse: their elements have no single address
+        return tensor.device, id(tensor)
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype

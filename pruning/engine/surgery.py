@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from image_classification.observe.html_table import html_table
 from pruning.engine.channel_graph import ChannelGraph, Keep
@@ -155,23 +156,52 @@ def _plan_average(
             changes.set_item(average, name, values)
 
 
+class _OtherFormError(Exception):
+    """Optimizer state that is not of its parameter's form."""
+
+
 def _plan_optimizer(optimizer: Optimizer, changes: Changes) -> None:
-    """Slice every state tensor that has its parameter's shape; a parameter whose state fits no form starts over."""
+    """Slice every state tensor that has its parameter's shape, also within lists and mappings.
+
+    A parameter whose state fits no form starts over.
+    """
     for parameter, state in optimizer.state.items():
         cuts = changes.cuts.get(id(parameter))
         if cuts is None or not state:
             continue
-        sliced: dict[str, Tensor] = {}
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.dim() > 0 and value.numel() > 1:
-                own_cuts = _state_cuts(value, parameter, cuts)
-                if own_cuts is None:
-                    _plan_restart(state, changes.names[id(parameter)], changes)
-                    break
-                sliced[key] = sliced_like(value, own_cuts)
-        else:
-            for key, value in sliced.items():
+        try:
+            sliced = {key: _cut_state(value, parameter, cuts) for key, value in state.items()}
+        except _OtherFormError:
+            _plan_restart(state, changes.names[id(parameter)], changes)
+            continue
+        for key, value in sliced.items():
+            if value is not state[key]:
                 changes.set_item(state, key, value)
+
+
+def _cut_state(value: Any, parameter: Tensor, cuts: Cuts) -> Any:
+    """Return an entry of a parameter's state, cut like the parameter; the same object if it holds nothing to cut.
+
+    Raises:
+        _OtherFormError: A tensor in it has another form, or it is an object that may hold tensors.
+    """
+
+    def cut(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            if hasattr(leaf, "__dict__") and not callable(leaf):
+                raise _OtherFormError
+            return leaf
+        if leaf.dim() == 0 or leaf.numel() <= 1:
+            return leaf
+        own_cuts = _state_cuts(leaf, parameter, cuts)
+        if own_cuts is None:
+            raise _OtherFormError
+        return sliced_like(leaf, own_cuts)
+
+    before, form = tree_flatten(value)
+    after = [cut(leaf) for leaf in before]
+    changed = any(one is not other for one, other in zip(before, after, strict=True))
+    return tree_unflatten(after, form) if changed else value
 
 
 def _state_cuts(value: Tensor, parameter: Tensor, cuts: Cuts) -> Cuts | None:

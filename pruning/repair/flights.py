@@ -10,6 +10,8 @@ Only one thread runs at any time, and always when `advance` waits for it, so not
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import threading
 from collections.abc import Callable, Collection
 from types import TracebackType
@@ -66,6 +68,7 @@ class Flight:
         self._error: BaseException | None = None
         self._abandoned = False
         self._finished = False
+        self._device, self._context = torch.get_default_device(), contextvars.copy_context()
         self._to_pass, self._to_caller = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, daemon=True, name="calibration pass")
         self._thread.start()
@@ -110,8 +113,9 @@ class Flight:
         self._to_pass.acquire()
         try:
             if not self._abandoned:
-                with torch.no_grad(), self._mode:
-                    self._result = self._forward()
+                # A thread begins with PyTorch's own defaults, and without the caller's variables.
+                with torch.no_grad(), self._on_device(), self._mode:
+                    self._result = self._context.run(self._forward)
         except _AbandonedError:
             pass
         except BaseException as error:  # raised again in the waiting thread
@@ -120,6 +124,10 @@ class Flight:
             self._finished = True
             self._stop = None
             self._to_caller.release()
+
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        """Make tensors on the caller's default device, which for a new thread is the CPU."""
+        return contextlib.nullcontext() if self._device.type == "cpu" else self._device
 
     def _visit(self, contraction: Contraction, compute: Callable[[], Tensor]) -> Tensor:
         self._stop = Stop(contraction, compute)

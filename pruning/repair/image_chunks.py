@@ -159,8 +159,8 @@ def check_differ(chunks: Sequence[Chunk], distributed: Distributed) -> None:
         raise SettingError(
             "calibration",
             None,
-            f"all {count:.0f} calibration images are equal, and weights fitted to them would fit nothing else: give "
-            "different images, or repair='none'",
+            f"all {count:.0f} calibration images are equal (a single one is fitted to and held out), and weights "
+            "fitted to them would fit nothing else: give different images, or repair='none'",
         )
 
 

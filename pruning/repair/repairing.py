@@ -38,7 +38,7 @@ from pruning.repair.norm_statistics import norms_of, remeasure
 from pruning.repair.pass_memory import PassMemory
 from pruning.repair.repair_wave import Pair, RepairedLayer, Wave, failing_together
 from pruning.repair.solution import RIDGES
-from pruning.repair.survey import layers_behind, survey
+from pruning.repair.survey import Reader, layers_behind, survey
 from pruning.task import Task, num_samples, to_device
 
 log = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ class RepairReport:
         kept: Whether the repair was kept.
         seconds: Duration.
         problem: Why there is no least-squares solution, if the network cannot be solved for or memory ran out.
+        undone: Why a solution was undone, if one was.
     """
 
     layers: tuple[RepairedLayer, ...]
@@ -106,13 +107,15 @@ class RepairReport:
     kept: bool
     seconds: float
     problem: str = ""
+    undone: str = ""
 
     def describe(self) -> str:
         """Return a one-line summary."""
         before, after = self.distance
         problem = f" ({self.problem})" if self.problem else ""
         if not self.kept:
-            return f"repair: nothing was gained{problem}: outputs are off by {before:.3g} of their variance"
+            because = f"; {self.undone}" if self.undone else ""
+            return f"repair: nothing was gained{problem}: outputs are off by {before:.3g} of their variance{because}"
         parts = []
         if self.layers:
             parts.append(f"{len(self.layers)} layer{'s' if len(self.layers) > 1 else ''} by least squares")
@@ -144,6 +147,15 @@ class _Judgement:
     def better_than(self, other: _Judgement) -> bool:
         """Whether the outputs are closer and the loss is no larger."""
         return self.distance < other.distance and self.loss <= other.loss
+
+    def why_not_better_than(self, other: _Judgement) -> str:
+        """Say which of the two figures speaks against this network, and by how much."""
+        if not self.distance < other.distance:
+            return f"would be off by {self.distance:.3g} instead of {other.distance:.3g} of their variance"
+        return (
+            f"would come closer ({self.distance:.3g}), but the held-out loss would rise from {other.loss:.4g} to "
+            f"{self.loss:.4g}"
+        )
 
 
 class RepairPlan:
@@ -195,7 +207,14 @@ class RepairPlan:
         largest = max(num_samples(batch) for batch in batches)
         repair = _Repair(self, model, chunks, largest, task, judged, distributed)
         with task.running(self.original), task.running(model), torch.no_grad(), exact_float32():
-            return repair.run(begin)
+            report = repair.run(begin)
+            repaired = repair.buffers_written()
+        _restore(model, repaired)  # the task has put back what passes wrote into buffers
+        return report
+
+
+class _NothingToSolveError(Exception):
+    """No layer can be solved for."""
 
 
 class _Repair:
@@ -222,6 +241,7 @@ class _Repair:
         self.judging = [chunk for chunk in chunks if chunk.held_out]
         self.fitting = [chunk for chunk in chunks if not chunk.held_out]
         self.expected: list[Any] = []
+        self._constants: set[str] = set()
 
     def run(self, begin: float) -> RepairReport:
         """Try least squares, then the statistics; each is kept only if it helps."""
@@ -229,12 +249,17 @@ class _Repair:
         before = {name: tensor.detach().clone() for name, tensor in named_tensors(self.model).items()}
         layers: list[RepairedLayer] = []
         results: list[Any] = []
-        problem = ""
+        problem = undone = ""
         if self.settings.method == "least-squares":
             try:
                 layers, results = self._least_squares()
-            except RuntimeError as error:  # such as out of memory; the cut network trains on unrepaired
+            except _NothingToSolveError as error:
+                problem = str(error)
+            except BaseException as error:
                 _restore(self.model, before)
+                if not isinstance(error, RuntimeError):
+                    raise
+                # Such as out of memory: the cut network trains on unrepaired.
                 problem = str(error).splitlines()[0]
                 log.warning("the rewrite is not repaired by least squares: %s", problem)
         if not self.expected:
@@ -249,6 +274,7 @@ class _Repair:
             if solved.better_than(best):
                 best = solved
             else:
+                undone = f"by least squares they {solved.why_not_better_than(best)}"
                 _restore(self.model, before)
                 layers = []
         measured = False
@@ -258,7 +284,18 @@ class _Repair:
         seconds = time.perf_counter() - begin
         kept = bool(layers) or measured
         distances = (cut.distance, best.distance)
-        return RepairReport(tuple(layers), measured, distances, kept, seconds, problem)
+        return RepairReport(tuple(layers), measured, distances, kept, seconds, problem, undone)
+
+    def buffers_written(self) -> dict[str, Tensor]:
+        """Return the buffers that the repair may have changed, with their values: statistics of batch norms."""
+        statistics = {
+            id(tensor) for norm in norms_of(self.model) for tensor in (norm.running_mean, norm.running_var)
+        }
+        return {
+            name: buffer.clone()
+            for name, buffer in self.model.named_buffers()
+            if id(buffer) in statistics or name in self._constants
+        }
 
     def _outputs(self) -> list[Any]:
         return [self.task.outputs(self.model, chunk.batch) for chunk in self.judging]
@@ -312,11 +349,10 @@ class _Repair:
         first = few_of(self.chunks[0], self.task)
         run = functools.partial(self.task.outputs, self.model, first.batch)
         with failing_together(self.distributed), PassMemory() as memory:
-            readers = layers_behind(survey(self.model, run, first.num_images), self.plan.cut)
-        if self.settings.scope == "cut":
-            readers = {name: reader for name, reader in readers.items() if name in self.plan.cut}
+            readers = self._to_solve(survey(self.model, run, first.num_images))
         if not readers:
-            return [], []
+            raise _NothingToSolveError("no layer that reads the removed channels has weights of its own")
+        self._constants = {reader.constant.tensor for reader in readers.values() if reader.constant}
         num_images = self.distributed.sum_on_hosts(sum(chunk.num_images for chunk in self.fitting))
         wave = Wave(
             self.plan.original,
@@ -339,6 +375,21 @@ class _Repair:
         layers, results = wave.run(pairs, self._in_flight(memory))
         self.expected = [before for before, _ in results]
         return layers, [after for _, after in results]
+
+    def _to_solve(self, readers: dict[str, Reader]) -> dict[str, Reader]:
+        """Return the layers to solve for. What the user has frozen, and lost nothing, stays as it is."""
+        cut = self.plan.cut
+        readers = layers_behind(readers, cut, self.plan.elements)
+        if self.settings.scope == "cut":
+            return {name: reader for name, reader in readers.items() if name in cut}
+        tensors = named_tensors(self.model)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            return readers
+        return {
+            name: reader
+            for name, reader in readers.items()
+            if tensors[name].requires_grad or name in self.plan.elements
+        }
 
     def _in_flight(self, memory: PassMemory) -> int:
         """Return how many pairs of passes may be in flight at once."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -77,13 +77,23 @@ def survey(model: nn.Module, forward: Callable[[], Outputs], num_images: int) ->
     return mode.found(result)
 
 
-def layers_behind(readers: dict[str, Reader], cut: set[str]) -> dict[str, Reader]:
-    """Return the readers from the first of `cut` on, in order of execution."""
-    found: dict[str, Reader] = {}
-    for name, reader in readers.items():
-        if found or name in cut:
-            found[name] = reader
-    return found
+def layers_behind(
+    readers: dict[str, Reader], cut: Collection[str], narrowed: Collection[str]
+) -> dict[str, Reader]:
+    """Return the readers from the first that lost inputs on, in order of execution.
+
+    Args:
+        readers: All of them.
+        cut: Parameters that lost inputs. What reads the removed channels may be none that can be solved for (a filter
+            in a buffer, a weight that is computed).
+        narrowed: Parameters that lost elements of any kind: in that case, the readers behind the first of these.
+    """
+    names = list(readers)
+    first = next((number for number, name in enumerate(names) if name in cut), None)
+    if first is None:
+        producers = (number for number, name in enumerate(names) if name in narrowed)
+        first = next(producers, len(names)) + 1
+    return {name: readers[name] for name in names[first:]}
 
 
 class _Survey(ContractionMode):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from image_classification.config import SettingError, check_choice
 from image_classification.models.modes import (
     attention_in_steps,
-    evaluating,
+    buffers_kept,
     modes_restored,
     quieten,
     random_state_kept,
@@ -76,18 +76,17 @@ class Task:
     @contextlib.contextmanager
     def running(self, model: nn.Module) -> Iterator[None]:
         """Set the mode for running batches; modes, buffers and the random state are restored afterwards."""
-        if self.mode == "eval":
-            with uncompiled(), attention_in_steps(), evaluating(model, keep_random_state=True):
-                yield
-            return
-        buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-        try:
-            with uncompiled(), random_state_kept(model), modes_restored(model):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(uncompiled())
+            stack.enter_context(attention_in_steps())
+            stack.enter_context(random_state_kept(model))
+            stack.enter_context(buffers_kept(model))
+            stack.enter_context(modes_restored(model))
+            if self.mode == "eval":
+                model.eval()
+            else:
                 _enter_training(model)
-                yield
-        finally:
-            for buffer, values in buffers:
-                buffer.data.copy_(values)
+            yield
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """Run a network on a batch.

@@ -137,6 +137,53 @@ def test_a_buffer_outside_the_state_dict_is_restored_or_refused():
         capture_structure(model, factory=Blur)
 
 
+def test_a_table_with_nan_is_a_part_of_itself():
+    class Gaps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("ramp", torch.tensor([0.0, torch.nan, 2.0, torch.nan]), persistent=False)
+
+    model = Gaps()
+    model.ramp = model.ramp[[1, 2]]
+    rebuilt = build_from_structure(capture_structure(model, factory=Gaps), factory=Gaps)
+    torch.testing.assert_close(rebuilt.ramp, model.ramp, equal_nan=True)
+
+
+class Positions(nn.Module):
+    """A table of positions and channels, made longer on demand."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", self.made(4), persistent=False)
+
+    def made(self, length):
+        return torch.arange(float(length))[:, None] * torch.tensor([1.0, 10.0, 100.0])
+
+
+def test_a_table_that_has_grown_and_was_cut_is_restored():
+    """It grew along positions, and lost a channel: a network of its own length with its own channels is built."""
+    model = Positions()
+    model.table = model.made(9)[:, [0, 2]]
+    rebuilt = build_from_structure(capture_structure(model, factory=Positions), factory=Positions)
+    torch.testing.assert_close(rebuilt.table, model.table[:4])
+
+
+def test_what_no_file_holds_and_a_factory_makes_otherwise_is_told(caplog):
+    class Random(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("noise", torch.randn(3), persistent=False)
+            self.register_buffer("ramp", torch.arange(3.0), persistent=False)
+            self.register_buffer("saved", torch.randn(3))
+
+    with caplog.at_level("WARNING"):
+        capture_structure(Random(), factory=Random)
+    assert "noise" in caplog.text
+    assert "persistent=True" in caplog.text
+    assert "ramp" not in caplog.text
+    assert "saved" not in caplog.text
+
+
 class Tied(nn.Module):
     """Integers that a forward uses, a shared weight, a frozen and a marked parameter."""
 

@@ -176,11 +176,13 @@ class Orthogonal(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.mixed, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.first, self.mixed = nn.Conv2d(3, 16, 3), nn.Linear(16, 16)
+        self.last, self.head = nn.Linear(16, 8), nn.Linear(8, 4)
         parametrizations.orthogonal(self.mixed)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.relu(self.mixed(torch.relu(self.first(x)).mean((2, 3)))))
+        x = torch.relu(self.mixed(torch.relu(self.first(x)).mean((2, 3))))
+        return self.head(torch.relu(self.last(x)))
 
 
 def test_a_layer_knows_the_width_of_what_its_parametrization_computes(tmp_path: Path) -> None:
@@ -190,6 +192,8 @@ def test_a_layer_knows_the_width_of_what_its_parametrization_computes(tmp_path: 
     expected = model.mixed.weight.detach()[keep]
     prune_channels(model, graph, {"mixed": keep})
     assert torch.equal(model.mixed.weight, expected)
+    assert (model.mixed.in_features, model.mixed.out_features) == (16, 5)
+    prune_channels(model, graph, {"last": range(3)})  # which leaves that layer as it is
     assert (model.mixed.in_features, model.mixed.out_features) == (16, 5)
     save_pruned(tmp_path / "pruned.pth", model, factory=Orthogonal)
     loaded = load_pruned(tmp_path / "pruned.pth", factory=Orthogonal)
@@ -256,6 +260,60 @@ def test_numbers_that_are_no_sizes_are_not_saved(tmp_path: Path, caplog: pytest.
     loaded: Any = load_pruned(tmp_path / "half.pth", factory=Counting)
     assert loaded.passes == 0
     assert torch.equal(loaded.eval()(X), model.eval()(X))
+
+
+class WithState(nn.Module):
+    """Two layers, with something else in its state dict."""
+
+    def __init__(self, adjacency: bool = False, persistent: bool = True) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 12), nn.Linear(12, 5)
+        if adjacency:
+            self.register_buffer("adjacency", torch.eye(8).to_sparse(), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu())
+
+
+class WithExtraState(WithState):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+class WithExtraTensor(WithExtraState):
+    def get_extra_state(self) -> Tensor:  # type: ignore[override]
+        return torch.tensor([3])
+
+
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [
+        (WithExtraState, "_extra_state"),
+        (WithExtraTensor, "_extra_state"),
+        (functools.partial(WithState, adjacency=True), "'adjacency' is sparse.*persistent=False"),
+    ],
+)
+def test_what_a_file_cannot_hold_is_refused_when_it_is_written(
+    build: Callable[[], nn.Module], named: str, tmp_path: Path
+) -> None:
+    model = build()
+    prune(model, X[:2, 0, 0, :4], budget=0.5)
+    with pytest.raises(StructureError, match=named):
+        save_pruned(tmp_path / "pruned.pth", model, factory=build)
+    assert not (tmp_path / "pruned.pth").exists()
+
+
+def test_a_sparse_buffer_that_no_file_holds_is_the_factorys(tmp_path: Path) -> None:
+    build = functools.partial(WithState, adjacency=True, persistent=False)
+    model = build()
+    prune(model, X[:2, 0, 0, :4], budget=0.5)
+    save_pruned(tmp_path / "pruned.pth", model, factory=build)
+    loaded = load_pruned(tmp_path / "pruned.pth", factory=build)
+    assert torch.equal(loaded.adjacency.to_dense(), torch.eye(8))
+    assert torch.equal(loaded(X[:2, 0, 0, :4]), model(X[:2, 0, 0, :4]))
 
 
 def test_a_skeleton_takes_no_memory_and_leaves_its_network_alone() -> None:

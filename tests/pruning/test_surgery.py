@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,36 @@ def test_state_of_unknown_form_starts_anew() -> None:
     report = prune_channels(model, graph, KEEP, optimizers=[optimizer])
     assert report.dropped_states == ("conv2.weight",)
     assert not optimizer.state[model.conv2.weight]
+    step(model, optimizer)
+
+
+def test_state_within_containers_is_cut_too() -> None:
+    model = fresh()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    weight = model.conv2.weight
+    moments = {
+        "first": torch.randn_like(weight),
+        "rows": [torch.randn(12, 1, 1, 1), 3],
+        "step": torch.ones(1),
+    }
+    optimizer.state[weight] = {"moments": moments, "name": "conv2"}
+    optimizer.state[model.fc.weight] = {"seen": [7]}
+    prune_channels(model, trace_groups(model, IMAGES), KEEP, optimizers=[optimizer])
+    found = optimizer.state[weight]["moments"]
+    assert torch.equal(found["first"], moments["first"][KEEP["conv2"]][:, KEEP["conv1"]])
+    assert torch.equal(found["rows"][0], moments["rows"][0][KEEP["conv2"]])
+    assert (found["rows"][1], found["step"].shape, optimizer.state[weight]["name"]) == (3, (1,), "conv2")
+    assert optimizer.state[model.fc.weight] == {"seen": [7]}
+
+
+@pytest.mark.parametrize("state", [[torch.eye(12)], {"rows": torch.zeros(5)}, types.SimpleNamespace(rows=1)])
+def test_containers_of_unknown_form_start_anew(state: Any) -> None:
+    model = fresh()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    step(model, optimizer)
+    optimizer.state[model.conv2.weight]["preconditioner"] = state
+    report = prune_channels(model, trace_groups(model, IMAGES), KEEP, optimizers=[optimizer])
+    assert report.dropped_states == ("conv2.weight",)
     step(model, optimizer)
 
 

@@ -341,6 +341,28 @@ def test_criteria_say_which_targets_they_accept() -> None:
         pruner.step([images()])
 
 
+class Counting(Classifier):
+    """Counts its passes, and remembers the last one, in evaluation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("num_passes", torch.zeros((), dtype=torch.long))
+        self.register_buffer("latest", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_passes += 1
+        self.latest = x.mean()
+        return super().forward(x)
+
+
+def test_calibration_leaves_no_trace_in_buffers() -> None:
+    model = Counting().eval()
+    pruner = Pruner(model, images(2), budget=0.7, delta=0.2)
+    pruner.step([(images(), torch.arange(8) % 4)])
+    assert int(model.num_passes) == 0
+    assert float(model.latest) == 0
+
+
 def test_a_network_that_only_trains_has_a_loss() -> None:
     """Losses of the training path, without dropout's noise; queues, statistics and modes are as before."""
     model = LossesWhileTraining()

@@ -13,11 +13,16 @@ from torch import Tensor
 
 from pruning.engine.examples import Pass, PlainValue
 from pruning.engine.groups import Place
+from pruning.engine.numbers_noted import Numbers, differing
 
 TOLERANCE = 1e-4
 MODULE_TOLERANCE = 1e-3
 _NOTHING = 1e-9  # share of an output's largest number that counts as zero
 _FEW = 8  # numbers in a channel that can all be near zero by chance
+_RARE = (
+    1e-4  # share of its like's size below which a channel is by chance in one of a thousand networks at most
+)
+_AS_MUCH = 4.0  # times what rounding does to its like, it may do to a channel near zero
 
 
 @dataclasses.dataclass
@@ -34,7 +39,7 @@ class Failure:
 class TrialRun:
     """What a trial run left: one summary per module call, outputs and steps, or where it stopped.
 
-    `values` are the numbers and texts in the outputs, by path.
+    `values` are the numbers and texts in the outputs, by path; `numbers` those that its code gave to operators.
     """
 
     calls: list[tuple[str, np.ndarray]]
@@ -42,6 +47,12 @@ class TrialRun:
     steps: set[tuple[str, str]] = dataclasses.field(default_factory=set)
     failure: Failure | None = None
     values: dict[str, PlainValue] = dataclasses.field(default_factory=dict)
+    numbers: Numbers = dataclasses.field(default_factory=dict)
+
+    def is_finite(self) -> bool:
+        """Whether all that modules and network returned is finite."""
+        outputs = all(bool(torch.isfinite(output).all()) for output in self.outputs)
+        return outputs and all(bool(np.isfinite(moments).all()) for _, moments in self.calls)
 
 
 def summary(output: Tensor, places: list[Place], mask: np.ndarray | None) -> np.ndarray:
@@ -88,7 +99,10 @@ def difference(expected: TrialRun, found: TrialRun) -> Failure | None:
             return Failure("", "the shape of the output changes")
         if left.numel() == 0:  # a detector that finds nothing
             continue
-        error = _error(left, right)
+        with (
+            torch._C.DisableTorchFunctionSubclass()
+        ):  # classes of the network's own may have other arithmetic
+            error = _error(left, right)
         if not error <= TOLERANCE:
             return Failure("", f"the output differs by {error:.1e}", size=error)
     return None
@@ -98,8 +112,7 @@ def _error(expected: Tensor, found: Tensor) -> float:
     """The largest difference, measured by the largest value of the same channel.
 
     Boxes in pixels and scores may share a tensor: by the largest number of all, a wrong score would be none. Which
-    dimension holds the channels is not known, so each is tried, the images' aside. A channel of a few numbers (a logit
-    of a single image) can be near zero by chance: it counts as large as the smallest tenth of its like.
+    dimension holds the channels is not known, so each is tried, the images' aside. A vector has only channels.
     """
     left, right = (torch.view_as_real(t) if t.is_complex() else t for t in (expected, found))
     if not left.is_floating_point():
@@ -107,13 +120,26 @@ def _error(expected: Tensor, found: Tensor) -> float:
     error, size = (left - right).abs(), left.abs()
     least = float(size.max()) * _NOTHING + 1e-12
     worst = float(error.max() / size.max().clamp(min=least))
-    for dim in range(1, left.dim()):
+    for dim in range(0 if left.dim() == 1 else 1, left.dim()):
         others = [other for other in range(left.dim()) if other != dim]
-        sizes = size.amax(others)
+        errors, sizes = (part.amax(others) if others else part for part in (error, size))
         if size.numel() <= _FEW * sizes.numel():
-            sizes = sizes.clamp(min=float(sizes.kthvalue(1 + sizes.numel() // 10).values))
-        worst = max(worst, float((error.amax(others) / sizes.clamp(min=least)).max()))
+            sizes = _not_zero_by_chance(errors, sizes)
+        worst = max(worst, float((errors / sizes.clamp(min=least)).max()))
     return worst if not math.isnan(float(error.sum())) else math.nan
+
+
+def _not_zero_by_chance(errors: Tensor, sizes: Tensor) -> Tensor:
+    """(C,) the sizes of channels of a few numbers, where those near zero by chance are as large as their like.
+
+    A logit of a single image can be near zero, and rounding then is a large share of it. Its like are the other nine
+    tenths: what rounding does to them, it does to a small one. A small channel with a larger error is wrong (a score
+    beside boxes in pixels), and one that is much smaller still is measured by itself.
+    """
+    tenth = sizes.kthvalue(1 + sizes.numel() // 10).values
+    like = sizes >= tenth
+    by_chance = ~like & (errors <= _AS_MUCH * (errors * like).max()) & (sizes >= _RARE * tenth)
+    return torch.where(by_chance, tenth, sizes)
 
 
 def other_steps(one: Pass, expected: TrialRun, found: TrialRun) -> Failure | None:
@@ -160,6 +186,30 @@ def _is_close(left: PlainValue, right: PlainValue) -> bool:
             or left != left
         )
     return left == right
+
+
+def other_numbers(expected: TrialRun, found: TrialRun, again: Callable[[], TrialRun]) -> Failure | None:
+    """A threshold, factor or bound that the cut network gives to an operator, and the masked one does not.
+
+    Args:
+        expected, found, again: See `other_values`.
+    """
+    other = differing(expected.numbers, found.numbers, _same_number)
+    if other is None or differing(expected.numbers, again().numbers, _same_number) is not None:
+        return None
+    (module, operator), number = other
+    where = repr(module) if module else "the network itself"
+    return Failure(
+        module, f"{operator!r} is given {number:.4g} in {where}: a number that follows from a width"
+    )
+
+
+def _same_number(left: complex, right: complex) -> bool:
+    return (
+        cmath.isclose(left, right, rel_tol=MODULE_TOLERANCE, abs_tol=_NOTHING)
+        or left == right
+        or left != left
+    )
 
 
 def call_difference(expected: TrialRun, found: TrialRun, number: int) -> Failure | None:

@@ -28,6 +28,7 @@ from pruning.engine.proof.agreement_of_runs import (
     TrialRun,
     difference,
     drift,
+    other_numbers,
     other_steps,
     other_values,
 )
@@ -46,12 +47,20 @@ class Trial:
         passes: The ways in which it is run.
         graph: Its channel graph. Attributes may come and go between two tries; what is masked must stay the same.
         mask: (num_units,) bool, True for the units that stay.
+        rehearsed: The weights are substitutes. With its own, a network may diverge, which says nothing about the cut,
+            and gradients may be too small to compare.
     """
 
     def __init__(
-        self, model: nn.Module, passes: Sequence[Pass], graph: ChannelGraph, mask: np.ndarray
+        self,
+        model: nn.Module,
+        passes: Sequence[Pass],
+        graph: ChannelGraph,
+        mask: np.ndarray,
+        rehearsed: bool = True,
     ) -> None:
         self.graph = graph
+        self._rehearsed = rehearsed
         self._model = model
         self._passes = passes
         self._mask = mask
@@ -81,7 +90,8 @@ class Trial:
             failure = self._failure_of(one, found)
             if failure is not None and not self._agrees_in_double(one, found, failure):
                 return failure
-            failure = self._failure_of_gradients(one) if one.own_gradients else None
+            by_gradients = one.own_gradients and self._rehearsed
+            failure = self._failure_of_gradients(one) if by_gradients else None
             if failure is not None:
                 return failure
             self._agreed.add((number, following))
@@ -91,8 +101,19 @@ class Trial:
         if found.failure is not None:
             return found.failure
         expected = self._expected_of(one)
-        failure = difference(expected, found) or other_steps(one, expected, found)
-        return failure or other_values(expected, found, functools.partial(self._run_masked, one))
+        if not self._rehearsed and not expected.is_finite():
+            return None
+        return self._disagreement(one, expected, found)
+
+    def _disagreement(self, one: Pass, expected: TrialRun, found: TrialRun) -> Failure | None:
+        """How the cut network's run differs from the masked one's; None if they agree."""
+        again = functools.partial(self._run_masked, one)
+        return (
+            difference(expected, found)
+            or other_steps(one, expected, found)
+            or other_values(expected, found, again)
+            or other_numbers(expected, found, again)
+        )
 
     def _failure_of_gradients(self, one: Pass) -> Failure | None:
         """Compare the backward passes of the cut and the masked network; None if they agree.
@@ -131,11 +152,11 @@ class Trial:
             if one.trace not in self._exact:
                 self._exact[one.trace] = self._run_masked(one)
             expected = self._exact[one.trace]
-            other = other_values(expected, exact, functools.partial(self._run_masked, one))
-        if exact.failure is not None or expected.failure is not None:  # it does not run in double precision
-            return False
-        other = other or difference(expected, exact) or other_steps(one, expected, exact)
-        return other is None
+            if (
+                exact.failure is not None or expected.failure is not None
+            ):  # it does not run in double precision
+                return False
+            return self._disagreement(one, expected, exact) is None
 
     def raises(self) -> bool:
         """Whether the cut network raises an exception, whatever it computes otherwise."""
@@ -208,7 +229,7 @@ class Trials:
 
 
 def failure_of_cut(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> Failure | None:
-    """Try the very cut that is about to be made, in all passes of the graph.
+    """Try the very cut that is about to be made, in all passes of the graph: in rehearsal, then with its own weights.
 
     Args:
         model: The network, with its own weights.
@@ -223,5 +244,11 @@ def failure_of_cut(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> F
     for one in graph.passes:
         example = one.example.map(lambda tensor: tensor.to(device))
         passes.append(dataclasses.replace(one, example=example))
-    with undisturbed(model), rehearsal(model, passes):
-        return Trial(model, passes, graph, mask).failure()
+    with undisturbed(model):
+        with rehearsal(model, passes):
+            failure = Trial(model, passes, graph, mask).failure()
+        if failure is not None:
+            return failure
+        # Values of its own may lead it along other paths.
+        with in_type(model, torch.float32):
+            return Trial(model, passes, graph, mask, rehearsed=False).failure()

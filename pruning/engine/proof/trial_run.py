@@ -15,6 +15,7 @@ from pruning.engine.code_lines import line_raising
 from pruning.engine.examples import Pass, output_tensors, output_values
 from pruning.engine.groups import Place
 from pruning.engine.kept_state import state_kept
+from pruning.engine.numbers_noted import NumbersNoted
 from pruning.engine.own_gradients import gradients
 from pruning.engine.proof.agreement_of_runs import Failure, TrialRun, call_difference, summary
 from pruning.engine.proof.rehearsal import as_float
@@ -71,12 +72,14 @@ def run_through(
         following(model, leaving=leaving) as running,
         Requests(running) as requests,
         Steady(full_precision=True) if one.unsteady else contextlib.nullcontext(),
+        NumbersNoted(model, running) as given,
     ):
         try:
             result = example.run(model)
             run.outputs = output_tensors(result)
             run.values = dict(output_values(result))
             run.steps = requests.steps
+            run.numbers = given.numbers
         except _DifferenceError:
             pass
         except Exception as error:  # whatever a network raises on a cut is what we want to know

@@ -34,3 +34,20 @@ def test_a_wrong_score_beside_boxes_in_pixels_differs() -> None:
         wrong = found.clone()
         wrong[:, 4] += 1e-3
         assert differ(found, wrong)
+
+
+def test_a_wrong_score_of_one_image_beside_many_large_numbers_differs() -> None:
+    """The smallest tenth of twelve numbers is one of the large ones, whose rounding the score does not have."""
+    found = torch.cat([torch.rand(2, 11, generator=GENERATOR) * 1e4 + 1e3, torch.full((2, 1), 0.5)], 1)
+    rounded = found * (1 + 1e-7)
+    assert not differ(found, rounded)
+    wrong = rounded.clone()
+    wrong[:, 11] = 0.25
+    assert differ(found, wrong)
+
+
+def test_a_score_near_zero_beside_large_numbers_is_measured_by_itself() -> None:
+    found = torch.cat([torch.rand(2, 11, generator=GENERATOR) * 1e4 + 1e3, torch.full((2, 1), 1e-3)], 1)
+    wrong = found * (1 + 1e-6)
+    wrong[:, 11] = 2e-3
+    assert differ(found, wrong)

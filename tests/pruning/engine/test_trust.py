@@ -87,6 +87,7 @@ FORMS = {
     "object": Out,
     "mapping with attributes": NamedOutputs,
     "tensor with attributes": _scores,
+    "tensor of a class of each pass": lambda y: y.as_subclass(type("Passing", (Tensor,), {})),
     "plain numbers": lambda y: {"scores": y.tolist()},
     "plain numbers beside tensors": lambda y: (y.sum(1), [{"width": y.shape[1], "time": time.time()}]),
     "slots": Slotted,
@@ -858,6 +859,36 @@ class Messages(nn.Module):
 def test_graph_inputs_are_taken_whole() -> None:
     edges = torch.tensor([[0, 1, 2, 6], [1, 2, 6, 0]])
     exact(Messages(), (torch.randn(7, 4), edges))
+
+
+class SparseNeighbours(nn.Module):
+    """A graph network whose edges are a buffer."""
+
+    def __init__(self, adjacency: Tensor) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 12), nn.Linear(12, 5)
+        self.register_buffer("adjacency", adjacency)
+
+    def forward(self, nodes: Tensor) -> Tensor:
+        return self.b((self.adjacency.to(nodes.dtype) @ self.a(nodes)).relu())
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_a_buffer_may_be_sparse(layout: torch.layout) -> None:
+    adjacency = torch.ones(7, 7).tril().to_sparse(layout=layout)
+    model = SparseNeighbours(adjacency)
+    before = model.adjacency
+    graph = trace_groups(model, torch.randn(7, 4))
+    assert model.adjacency is before
+    assert torch.equal(before.to_dense(), adjacency.to_dense())
+    assert [group.name for group in graph.prunable] == ["a"]
+    dense = SparseNeighbours(adjacency.to_dense())
+    dense.load_state_dict({"adjacency": adjacency.to_dense(), **dict(model.named_parameters())})
+    prune_channels(model, graph, {"a": [0, 3, 7]})
+    prune_channels(dense, trace_groups(dense, torch.randn(7, 4)), {"a": [0, 3, 7]})
+    nodes = torch.randn(7, 4)
+    torch.testing.assert_close(model(nodes), dense(nodes))
 
 
 def test_what_cannot_run_is_refused_in_words() -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from image_classification.config import SettingError
 from image_classification.distributed import Distributed
 from pruning import prune_channels, trace_groups
 from pruning.repair import repairing
+from pruning.repair.flights import Flight
 from pruning.repair.image_chunks import chunks_of
 from pruning.repair.norm_statistics import remeasure
 from pruning.repair.pass_memory import PassMemory
-from pruning.repair.repairing import RepairReport, RepairSettings, plan_repair
+from pruning.repair.repairing import Method, RepairReport, RepairSettings, plan_repair
 from pruning.repair.solution import solve
 from pruning.repair.sums import Rows, Sums, evidence_for
 from pruning.task import Task
@@ -330,6 +334,10 @@ def test_a_loss_that_rises_undoes_the_repair() -> None:
 
     report = plan.repair(model, [(IMAGES, targets)], task=Task(loss=loss), judged=True)
     assert not report.kept
+    assert report.undone in report.describe()
+    assert "loss" in report.undone
+    before, after = (float(number) for number in re.findall(r"from (\S+) to (\S+)", report.undone)[0])
+    assert before < 1e-9 < after
     for one, two in zip(cut.state_dict().values(), model.state_dict().values(), strict=True):
         assert torch.equal(one, two)
 
@@ -365,3 +373,113 @@ def test_statistics_are_those_of_training_batches() -> None:
         torch.testing.assert_close(model[index].running_var, trained[index].running_var)
         assert model[index].num_batches_tracked == 0
     assert not model.training
+
+
+@pytest.mark.parametrize("method", ["least-squares", "statistics"])
+def test_the_mode_that_batches_run_in_makes_no_difference(method: Method) -> None:
+    """Constants go into running means, which are buffers; a task puts back what its passes write into those."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3, bias=False), nn.BatchNorm2d(5)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    )
+    for _ in range(30):
+        model(IMAGES + 1)
+    graph = trace_groups(model.eval(), IMAGES[:2])
+    keep = {0: np.arange(3)}
+    found = []
+    for mode in ("eval", "train"):
+        cut, followed = copy.deepcopy(model), copy.deepcopy(graph)
+        plan = plan_repair(cut, followed, followed.keep_mask(keep), RepairSettings(method=method))
+        prune_channels(cut, followed, keep)
+        means = cut[3].running_mean.clone()
+        report = plan.repair(cut, [IMAGES + 1], task=Task(mode=mode))
+        assert report.kept
+        assert not torch.equal(cut[3].running_mean, means)
+        found.append(cut.state_dict())
+    for name, values in found[0].items():
+        torch.testing.assert_close(found[1][name], values)
+
+
+class Fragile(nn.Module):
+    """A network that can fail in its last layer, when those before it have been solved for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Conv2d(6, 4, 3)
+        self.num_passes, self.last = 0, 1000
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_passes += 1
+        number = self.num_passes
+        x = self.b(self.a(x).relu()).relu()
+        if number >= self.last:
+            raise KeyError("an image without a label")
+        return self.c(x)
+
+
+def test_a_network_that_fails_meanwhile_is_left_as_the_cut_left_it() -> None:
+    torch.manual_seed(0)
+    model = Fragile().eval()
+    graph = trace_groups(model, IMAGES[:2])
+    keep = {0: np.arange(5)}
+    plan = plan_repair(model, graph, graph.keep_mask(keep), RepairSettings())
+    prune_channels(model, graph, keep)
+    before = copy.deepcopy(model.state_dict())
+    model.num_passes, model.last = 0, 5
+    with pytest.raises(KeyError):
+        plan.repair(model, IMAGES.split(4))
+    for name, values in model.state_dict().items():
+        assert torch.equal(values, before[name])
+
+
+class FixedFilter(nn.Module):
+    """What reads the channels is a filter in a buffer; behind it are layers that can be solved for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 4, 1)
+        self.register_buffer("mixed", torch.randn(6, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(F.conv2d(self.a(x).relu(), self.mixed)).relu())
+
+
+def test_layers_behind_a_fixed_filter_are_solved_for() -> None:
+    model = FixedFilter().eval()
+    cut, repaired, report = cut_and_repaired(model, 3, RepairSettings())
+    assert [layer.parameter for layer in report.layers] == ["b.weight", "c.weight"]
+    assert torch.equal(cut.mixed, repaired.mixed)
+    with torch.no_grad():
+        before, after = ((net(IMAGES) - model(IMAGES)).square().mean() for net in (cut, repaired))
+    assert after < 0.7 * before
+
+
+def test_nothing_to_solve_for_is_said() -> None:
+    _, _, report = cut_and_repaired(FixedFilter().eval(), 3, RepairSettings(scope="cut"))
+    assert not report.kept
+    assert report.problem in report.describe()
+    assert "weights" in report.problem
+
+
+def test_what_is_frozen_and_lost_nothing_stays() -> None:
+    """A frozen judge of the outputs, say: it must not be bent to what a cut network gives it."""
+    model = FixedFilter().eval()
+    model.c.requires_grad_(False)
+    _, repaired, report = cut_and_repaired(model, 3, RepairSettings())
+    assert [layer.parameter for layer in report.layers] == ["b.weight"]
+    assert torch.equal(repaired.c.weight, model.c.weight)
+    model.requires_grad_(False)  # a network for inference, of which all is frozen
+    _, _, report = cut_and_repaired(model, 3, RepairSettings())
+    assert [layer.parameter for layer in report.layers] == ["b.weight", "c.weight"]
+
+
+def test_passes_in_flight_see_the_callers_defaults() -> None:
+    """PyTorch's default device and context variables are a thread's own."""
+    variable = contextvars.ContextVar("variable", default="none")
+    variable.set("the caller's")
+    with torch.device("meta"):
+        flight = Flight(nn.Linear(2, 2), lambda: (torch.zeros(2).device.type, variable.get()), ())
+    with flight:
+        assert flight.finish() == ("meta", "the caller's")
