@@ -1,8 +1,10 @@
 """Channel pruning that rewrites a network while it trains.
 
-from pruning import Pruner, prune, load_pruned prune(model, example_images, budget={"macs": 0.5})            # once, in
-place pruner = Pruner(model, example_images, optimizer=optimizer)    # at intervals; see `pruner.py` shrink(model,
-example_images)                                  # remove the channels that a masked network does not use
+from pruning import Pruner, load_pruned, prune
+
+prune(model, example_images, budget={"macs": 0.5})            # once, in place
+pruner = Pruner(model, example_images, optimizer=optimizer)   # at intervals; see `pruner.py`
+shrink(model, example_images)                                 # removes channels that a mask has closed
 """
 
 from typing import TYPE_CHECKING

@@ -27,6 +27,8 @@ from image_classification.models.whole_numbers import is_nested, numbers_in
 
 log = logging.getLogger(__name__)
 
+#: Types of attributes that say how a module works at present: a temperature, a flag that it has been initialised.
+_SETTINGS = (type(None), bool, float, str)
 #: Whose layers count nothing in plain attributes: a number that has grown there is an error.
 _WITHOUT_COUNTERS = ("torch.nn.", "torchvision.", "timm.", "image_classification.")
 
@@ -96,15 +98,34 @@ def _differing_attributes(model: nn.Module, fresh: nn.Module) -> dict[str, dict[
                 )
             elif as_list(value) != as_list(before):
                 changed[attribute] = value if isinstance(value, int) else as_list(value)
+        remembered += [
+            f"{name}.{setting}".lstrip(".") for setting in _changed_settings(modules[name], fresh_module)
+        ]
         if changed:
             found[name] = changed
     if remembered:
         log.warning(
-            "numbers that grew or are no sizes (counters, for example) are no part of the structure: in a network "
-            "that is built from it, %s are as in a new one",
+            "counters, schedules and flags are no part of the structure: in a network that is built from it, %s are "
+            "as in a new one. If its outputs depend on them, keep them in buffers, or set them again",
             ", ".join(remembered),
         )
     return found
+
+
+def _changed_settings(module: nn.Module, fresh: nn.Module) -> list[str]:
+    """Return the plain attributes, other than whole numbers, that are not as a class of one's own sets them."""
+    if type(fresh).__module__.startswith(_WITHOUT_COUNTERS):
+        return []
+    now = vars(module)
+    return [
+        name
+        for name, before in vars(fresh).items()
+        if name != "training"
+        and type(before) in _SETTINGS
+        and type(now.get(name)) in _SETTINGS
+        and now.get(name) != before
+        and now.get(name) is not None
+    ]
 
 
 def _is_remembered(fresh: nn.Module, value: object, before: list[int], largest: int) -> bool:

@@ -95,6 +95,14 @@ class _Problem:
     judge: Evidence
 
 
+def _is_same_use(one: Contraction, other: Contraction) -> bool:
+    """Whether two calls use the elements of a parameter in the same places: not as a matrix and its transpose, say."""
+    if one.positions.shape != other.positions.shape:
+        return False
+    rows = torch.equal(one.positions[:, :, 0], other.positions[:, :, 0])
+    return rows and torch.equal(one.positions[:, 0], other.positions[:, 0])
+
+
 class Wave:
     """Solves layer after layer.
 
@@ -132,6 +140,9 @@ class Wave:
         self._tensors = named_tensors(rewritten)
         self._problems: dict[str, _Problem] = {}
         self._figures: dict[str, Tensor] = {}
+        self._unpaired: set[str] = (
+            set()
+        )  # layers left as they are: their rows in the two networks are not the same
         # Caches for the original and the rewritten network, shared by all passes (see `ContractionMode`).
         self._numbers: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
@@ -247,10 +258,19 @@ class Wave:
         problem = self._problems.setdefault(name, self._new_problem(stops[0][1].contraction))
         for (before, after), judges in zip(stops, held_out, strict=True):
             contraction = after.contraction
+            if name in self._unpaired or not _is_same_use(contraction, problem.contraction):
+                self._unpaired.add(name)
+                continue
             group, column = self._columns(before.contraction, contraction)
             targets = before.outputs(problem.step)[group, :, column].transpose(1, 2) - self._bias(contraction)
+            inputs = contraction.rows(problem.step)
+            if (
+                inputs.shape[1] != targets.shape[1]
+            ):  # an expert that is given other tokens than before the cut
+                self._unpaired.add(name)
+                continue
             evidence = problem.judge if judges else problem.fit
-            evidence.add(contraction.rows(problem.step), targets)
+            evidence.add(inputs, targets)
         return name
 
     def _new_problem(self, contraction: Contraction) -> _Problem:
@@ -288,6 +308,8 @@ class Wave:
     def _solve(self, problem: _Problem) -> None:
         contraction = problem.contraction
         name = contraction.parameter
+        if self.distributed.sum_on_hosts(name in self._unpaired):
+            return
         problem.fit.reduce(self.distributed)
         problem.judge.reduce(self.distributed)
         weights = self._tensors[name].detach().flatten()

@@ -243,9 +243,11 @@ class Counting(Positions):
         super().__init__()
         self.passes, self.seed, self.latest = 0, torch.seed() % 2**40 + 2**41, 0
         self.second = torch.compile(self.second, backend="eager")
+        self.temperature, self.rate, self.is_ready, self.scale = 1.0, 0.5, False, None
 
     def forward(self, x: Tensor) -> Tensor:
         self.passes += 1
+        self.temperature, self.is_ready, self.scale = 0.9, True, self.scale or 1 / 16
         self.latest = [*x.shape]
         return super().forward(x)
 
@@ -256,7 +258,9 @@ def test_numbers_that_are_no_sizes_are_not_saved(tmp_path: Path, caplog: pytest.
     model(X)
     pruner.step([])
     pruner.save(tmp_path / "half.pth", factory=Counting)
-    assert "passes" in caplog.text
+    told = caplog.text
+    assert all(name in told for name in ("passes", "temperature", "is_ready", "scale"))
+    assert "rate" not in told.replace("temperature", "")
     loaded: Any = load_pruned(tmp_path / "half.pth", factory=Counting)
     assert loaded.passes == 0
     assert torch.equal(loaded.eval()(X), model.eval()(X))

@@ -483,3 +483,57 @@ def test_passes_in_flight_see_the_callers_defaults() -> None:
         flight = Flight(nn.Linear(2, 2), lambda: (torch.zeros(2).device.type, variable.get()), ())
     with flight:
         assert flight.finish() == ("meta", "the caller's")
+
+
+class Routed(nn.Module):
+    """Some rows go through a layer of their own, and after a cut these are others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.expert, self.head = (
+            nn.Linear(6, 12),
+            nn.Linear(12, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 4),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).relu())
+        chosen = x[:, 0] > 0
+        x = x.clone()
+        x[chosen] = self.expert(x[chosen])
+        return self.head(x)
+
+
+class UsedBothWays(nn.Module):
+    """A square weight, and its transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = nn.Linear(6, 12), nn.Linear(12, 8), nn.Linear(8, 4)
+        self.mixed = nn.Parameter(torch.randn(8, 8) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).relu())
+        return self.head((x @ self.mixed).relu() @ self.mixed.T)
+
+
+@pytest.mark.parametrize(("network", "left"), [(Routed, "expert.weight"), (UsedBothWays, "mixed")])
+def test_layers_whose_rows_do_not_correspond_are_left_and_the_others_solved(
+    network: type[nn.Module], left: str
+) -> None:
+    rows = torch.randn(64, 6, generator=torch.Generator().manual_seed(4))
+    model = network().eval()
+    graph = trace_groups(model, rows[:2])
+    keep = {"a": np.arange(7)}
+    plan = plan_repair(model, graph, graph.keep_mask(keep), RepairSettings())
+    prune_channels(model, graph, keep)
+    before = model.get_parameter(left).clone()
+    report = plan.repair(model, [rows])
+    assert report.kept
+    assert not report.problem
+    assert {"b.weight", "head.weight"} == {layer.parameter for layer in report.layers}
+    assert torch.equal(model.get_parameter(left), before)
+    assert report.distance[1] < 0.7 * report.distance[0]
