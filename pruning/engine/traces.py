@@ -19,7 +19,7 @@ from image_classification.models.running import Args, Kwargs
 
 _NEEDS_NO_ZERO = frozenset({"div", "log", "log2", "log10", "reciprocal", "rsqrt"})
 #: Operators whose result jumps where their argument barely changes, beside those that give whole numbers or booleans.
-_JUMPS = frozenset(
+JUMPS = frozenset(
     {"round", "floor", "ceil", "trunc", "fix", "frac", "sign", "sgn", "heaviside", "remainder", "fmod"}
 )
 
@@ -173,7 +173,7 @@ class Trace:
         name = str(operation.func.overloadpacket).removeprefix("aten.").rstrip("_")
         made = [self.tensors[out] for out in operation.outputs if out is not None and out in read]
         whole = any(not (info.dtype.is_floating_point or info.dtype.is_complex) for info in made)
-        return whole or name in _JUMPS or operation.outputs == (None,)
+        return whole or name in JUMPS or operation.outputs == (None,)
 
     @property
     def used_names(self) -> set[str]:

@@ -14,10 +14,12 @@ from torch import Tensor
 from pruning.engine.examples import Pass, PlainValue
 from pruning.engine.groups import Place
 from pruning.engine.numbers_noted import Numbers, differing
+from pruning.engine.proof.decisions import Decision
 
 TOLERANCE = 1e-4
 MODULE_TOLERANCE = 1e-3
 _NOTHING = 1e-9  # share of an output's largest number that counts as zero
+_ENOUGH = 1 << 12  # positions from which the moments of a channel are taken
 _FEW = 8  # numbers in a channel that can all be near zero by chance
 _RARE = (
     1e-4  # share of its like's size below which a channel is by chance in one of a thousand networks at most
@@ -39,7 +41,8 @@ class Failure:
 class TrialRun:
     """What a trial run left: one summary per module call, outputs and steps, or where it stopped.
 
-    `values` are the numbers and texts in the outputs, by path; `numbers` those that its code gave to operators.
+    `values` are the numbers and texts in the outputs, by path; `numbers` those that its code gave to operators;
+    `decisions` is what values decided, if it was noted.
     """
 
     calls: list[tuple[str, np.ndarray]]
@@ -48,6 +51,7 @@ class TrialRun:
     failure: Failure | None = None
     values: dict[str, PlainValue] = dataclasses.field(default_factory=dict)
     numbers: Numbers = dataclasses.field(default_factory=dict)
+    decisions: list[Decision] = dataclasses.field(default_factory=list)
 
     def is_finite(self) -> bool:
         """Whether all that modules and network returned is finite."""
@@ -77,9 +81,18 @@ def summary(output: Tensor, places: list[Place], mask: np.ndarray | None) -> np.
 
 
 def _moments(values: Tensor, over: list[int]) -> np.ndarray:
-    """(2, …) mean and mean square over some dimensions, without an intermediate of the tensor's size."""
+    """(2, …) mean and mean square over some dimensions, without an intermediate of the tensor's size.
+
+    Where there are many positions, every few count, the same in every run.
+    """
     if not over:
         return torch.stack([values, values.square()]).cpu().numpy()
+    longest = max(over, key=lambda dim: values.shape[dim])
+    step = min(math.prod(values.shape[dim] for dim in over) // _ENOUGH, values.shape[longest])
+    if step > 1:
+        values = values.index_select(
+            longest, torch.arange(0, values.shape[longest], step, device=values.device)
+        )
     count = math.prod(values.shape[dim] for dim in over)
     lengths = torch.linalg.vector_norm(values, dim=over)
     return torch.stack([values.mean(over), lengths.square() / count]).cpu().numpy()

@@ -39,7 +39,7 @@ def hidden_widths(model: nn.Module, labeller: Labeller, graph: ChannelGraph) -> 
     widths: dict[tuple[str, int], dict[tuple[int, ...], np.ndarray]] = {}
     for use in labeller.size_uses:
         units = vector_of(graph.unit_of_atom, use)
-        if units is not None and units.size and units.max() >= 0 and not _holds_images(use, units):
+        if units is not None and units.size and units.max() >= 0 and not _counts_images(use, units):
             same = widths.setdefault((use.module, units.size), {})
             same.setdefault(tuple(np.sort(units).tolist()), units)
     for place in graph.places:  # `assert x.shape[1] == self.channels`
@@ -68,9 +68,14 @@ def public(attribute: str) -> str:
     return attribute.lstrip("_")
 
 
-def _holds_images(use: SizeUse, units: np.ndarray) -> bool:
-    """Whether heads lie in the batch dimension: their number times that of images stands there."""
-    return use.atoms.ndim > 1 and use.dim == 0 and np.unique(units).size < units.size
+def _counts_images(use: SizeUse, counted: np.ndarray) -> bool:
+    """Whether heads lie in the batch dimension: their number times that of images stands there.
+
+    Args:
+        use: What is counted.
+        counted: Labels or units along the counted dimension.
+    """
+    return use.atoms.ndim > 1 and use.dim == 0 and np.unique(counted).size < counted.size
 
 
 def _split_lists(
@@ -117,7 +122,7 @@ def tie_widths(model: nn.Module, labeller: Labeller, numbers: Set[tuple[str, str
         extent = use.atoms.shape[use.dim]
         if use.module in names and extent in sizes[use.module]:
             atoms = _counted(use)
-            if atoms.min() >= 0:
+            if atoms.min() >= 0 and not _counts_images(use, atoms):
                 widths.setdefault((use.module, extent), []).append(atoms)
     tied = False
     for first, *others in widths.values():
@@ -175,7 +180,7 @@ def _tie_shape(labeller: Labeller, width: np.ndarray, use: SizeUse, divisors: bo
         return False
     counted = _counted(use)
     blocks = width.reshape(-1, extent)
-    if counted.min() < 0 or (blocks == counted).all():
+    if counted.min() < 0 or _counts_images(use, counted) or (blocks == counted).all():
         return False
     labeller.table.unite(blocks, counted[None], "counted by the same number")
     return True

@@ -227,9 +227,7 @@ def couple_otherwise(trouble: Trouble, measures: Measures) -> Measures | None:
 
 
 def couple_culprit_otherwise(trouble: Trouble, measures: Measures) -> Measures | None:
-    """Remove the same positions of all groups where removing whole ones makes a later module compute something else."""
-    if trouble.failure.raised:
-        return None
+    """Remove the same positions of all groups where a later module fails without whole ones."""
     open_choices = {
         key: choice
         for key, choice in trouble.labeller.choices.items()

@@ -32,7 +32,9 @@ from pruning.engine.proof.agreement_of_runs import (
     other_steps,
     other_values,
 )
+from pruning.engine.proof.decisions import Decisions
 from pruning.engine.proof.rehearsal import in_type, masked, rehearsal
+from pruning.engine.proof.skipped_zeros import SkippedZeros
 from pruning.engine.proof.trial_run import gradients_of, run_through
 from pruning.engine.undisturbed import set_trace_mode, undisturbed
 
@@ -69,6 +71,8 @@ class Trial:
         self._exact: dict[int, TrialRun] = {}
         # (number of the pass, ids of the attributes that followed) of the tries in which all agreed.
         self._agreed: set[tuple[int, frozenset[int]]] = set()
+        # By the same: what the cut network did in a try for exceptions, which has not been compared yet.
+        self._ahead: dict[tuple[int, frozenset[int]], TrialRun] = {}
 
     def failure(self, repeats: bool = True) -> Failure | None:
         """Cut the network, compare it with the masked one, and put it back; None if they agree.
@@ -81,14 +85,14 @@ class Trial:
         """
         if self._mask.all():
             return None
-        following = frozenset(id(axis) for axis in self.graph.attributes)
+        following = self._following()
         for number, one in enumerate(self._passes):
-            is_repeat = any(other.trace == one.trace for other in self._passes[:number])
-            if (number, following) in self._agreed or (is_repeat and not repeats):
+            if (number, following) in self._agreed or (self._is_repeat(number) and not repeats):
                 continue
-            found = self._run_cut(one, self._expected.get(one.trace))
+            found = self._ahead.pop((number, following), None)
+            found = found or self._run_cut(one, self._expected.get(one.trace))
             failure = self._failure_of(one, found)
-            if failure is not None and not self._agrees_in_double(one, found, failure):
+            if failure is not None and not self._is_rounding(one, found, failure):
                 return failure
             by_gradients = one.own_gradients and self._rehearsed
             failure = self._failure_of_gradients(one) if by_gradients else None
@@ -135,7 +139,7 @@ class Trial:
         name = differing(expected, found, cuts, MODULE_TOLERANCE)
         return None if name is None else Failure("", f"the gradient of {name!r} changes")
 
-    def _agrees_in_double(self, one: Pass, found: TrialRun, failure: Failure) -> bool:
+    def _is_rounding(self, one: Pass, found: TrialRun, failure: Failure) -> bool:
         """Whether only rounding made the difference: nearly equal values that decide, a range that wears digits.
 
         Args:
@@ -145,6 +149,20 @@ class Trial:
         """
         if failure.raised or (math.isinf(failure.size) and not one.decides):
             return False
+        return self._agrees_as_decided(one) or self._agrees_in_double(one, found, failure)
+
+    def _agrees_as_decided(self, one: Pass) -> bool:
+        """Whether the cut network computes what the masked one does if it decides alike, by the same values."""
+        if not one.decides:
+            return False
+        expected = self._expected_of(one)
+        decisions = Decisions(expected.decisions)
+        with self._cut(one):
+            found = run_through(self._model, one, self.graph, None, expected, decisions)
+        return self._failure_of(one, found) is None and decisions.followed
+
+    def _agrees_in_double(self, one: Pass, found: TrialRun, failure: Failure) -> bool:
+        """Whether the difference is gone in double precision; of what no value decides only if rounding explains it."""
         with in_type(self._model, torch.float64):
             exact = self._run_cut(one)
             if not one.decides and drift(exact, found) < _ROUNDING_SHARE * failure.size:
@@ -159,8 +177,28 @@ class Trial:
             return self._disagreement(one, expected, exact) is None
 
     def raises(self) -> bool:
-        """Whether the cut network raises an exception, whatever it computes otherwise."""
-        return any(self._run_cut(one).failure is not None for one in _distinct(self._passes))
+        """Whether the cut network raises an exception, whatever it computes otherwise.
+
+        If not, what it computes is kept for `failure`.
+        """
+        self._ahead.clear()
+        following = self._following()
+        for number, one in enumerate(self._passes):
+            if (number, following) in self._agreed or self._is_repeat(number):
+                continue
+            run = self._run_cut(one)
+            if run.failure is not None:
+                self._ahead.clear()
+                return True
+            self._ahead[number, following] = run
+        return False
+
+    def _following(self) -> frozenset[int]:
+        return frozenset(id(axis) for axis in self.graph.attributes)
+
+    def _is_repeat(self, number: int) -> bool:
+        """Whether a pass repeats another operator by operator as long as nothing is cut."""
+        return any(other.trace == self._passes[number].trace for other in self._passes[:number])
 
     def _expected_of(self, one: Pass) -> TrialRun:
         """What the masked network computes in a pass; run once for all that repeat it."""
@@ -173,8 +211,9 @@ class Trial:
             return run_through(self._model, one, self.graph, None, expected)
 
     def _run_masked(self, one: Pass) -> TrialRun:
+        decisions = Decisions() if one.decides else None
         with self._masked(one):
-            return run_through(self._model, one, self.graph, self._mask)
+            return run_through(self._model, one, self.graph, self._mask, decisions=decisions)
 
     @contextlib.contextmanager
     def _cut(self, one: Pass) -> Iterator[None]:
@@ -190,13 +229,8 @@ class Trial:
     @contextlib.contextmanager
     def _masked(self, one: Pass) -> Iterator[None]:
         set_trace_mode(self._model, one.training)
-        with masked(self._model, self.graph, self._mask, one.trace, one.divisors):
+        with masked(self._model, self.graph, self._mask, one.trace, one.divisors), SkippedZeros():
             yield
-
-
-def _distinct(passes: Sequence[Pass]) -> list[Pass]:
-    """Return the first pass of each trace."""
-    return list({one.trace: one for one in reversed(passes)}.values())[::-1]
 
 
 class Trials:
@@ -204,28 +238,35 @@ class Trials:
 
     Args:
         model, passes, graph: See `Trial`.
-        masks: One per cut.
+        masks: One per cut, and whether also the passes are run in it that repeat others.
 
     Attributes:
-        first: The trial of the first cut.
+        first, second: The trials of the first two cuts.
     """
 
     def __init__(
-        self, model: nn.Module, passes: Sequence[Pass], graph: ChannelGraph, masks: Sequence[np.ndarray]
+        self,
+        model: nn.Module,
+        passes: Sequence[Pass],
+        graph: ChannelGraph,
+        masks: Sequence[tuple[np.ndarray, bool]],
     ) -> None:
         self.graph = graph
-        self._trials = [Trial(model, passes, graph, mask) for mask in masks]
-        self.first = self._trials[0]
+        self._trials = [(Trial(model, passes, graph, mask), repeats) for mask, repeats in masks]
+        self.first, self.second = (trial for trial, _ in self._trials[:2])
 
-    def failure(self, repeats: bool = True) -> Failure | None:
-        """The first failure under any of the cuts; `repeats` as for `Trial.failure`."""
-        for trial in list(self._trials):
+    def failure(self) -> Failure | None:
+        """The first failure under any of the cuts."""
+        for place, (trial, repeats) in enumerate(self._trials):
             failure = trial.failure(repeats)
             if failure is not None:
-                self._trials.remove(trial)
-                self._trials.insert(0, trial)
+                self._trials.insert(0, self._trials.pop(place))
                 return failure
         return None
+
+    def raises(self) -> bool:
+        """Whether the network raises an exception under any of the cuts."""
+        return any(trial.raises() for trial, _ in self._trials)
 
 
 def failure_of_cut(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> Failure | None:

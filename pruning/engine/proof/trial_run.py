@@ -18,6 +18,7 @@ from pruning.engine.kept_state import state_kept
 from pruning.engine.numbers_noted import NumbersNoted
 from pruning.engine.own_gradients import gradients
 from pruning.engine.proof.agreement_of_runs import Failure, TrialRun, call_difference, summary
+from pruning.engine.proof.decisions import Decisions
 from pruning.engine.proof.rehearsal import as_float
 from pruning.engine.requests_noted import Requests
 from pruning.engine.stand_ins import stand_ins
@@ -35,6 +36,7 @@ def run_through(
     graph: ChannelGraph,
     mask: np.ndarray | None,
     expected: TrialRun | None = None,
+    decisions: Decisions | None = None,
 ) -> TrialRun:
     """Run the network and summarise the output of every leaf module, channel by channel.
 
@@ -44,8 +46,9 @@ def run_through(
         graph: Tells where the channels are.
         mask: Which of them stay, in a masked network.
         expected: A run to agree with: the first difference ends this one as a failure.
+        decisions: Notes what values decide, or decides instead.
     """
-    run = TrialRun([], [])
+    run = TrialRun([], [], decisions=[] if decisions is None else decisions.taken)
     places: dict[tuple[str, int], list[Place]] = {}
     for place in graph.places:
         if place.kind == "output" and place.is_leaf:
@@ -73,6 +76,7 @@ def run_through(
         Requests(running) as requests,
         Steady(full_precision=True) if one.unsteady else contextlib.nullcontext(),
         NumbersNoted(model, running) as given,
+        contextlib.nullcontext() if decisions is None else decisions,
     ):
         try:
             result = example.run(model)

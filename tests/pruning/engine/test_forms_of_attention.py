@@ -16,9 +16,10 @@ TOKENS = torch.randn(2, 10, 6, generator=torch.Generator().manual_seed(5))
 class Attending(nn.Module):
     """Everything in one module: no class of its own tells where the attention begins."""
 
-    def __init__(self, attend: Callable[[Attending, Tensor], Tensor]) -> None:
+    def __init__(self, attend: Callable[[Attending, Tensor], Tensor], heads: int = 4) -> None:
         super().__init__()
-        self.attend, self.heads, self.head_dim, self.scale = attend, 4, 6, 6**-0.5
+        width = 24 // heads
+        self.attend, self.heads, self.head_dim, self.scale = attend, heads, width, width**-0.5
         self.embed, self.qkv, self.out, self.head = (
             nn.Linear(6, 24),
             nn.Linear(24, 72),
@@ -94,6 +95,16 @@ def test_attention_in_line(form: Callable[[Attending, Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     model, args = prepared(Attending(form), (TOKENS,))
     _, graph, refused = cut_equals_zeroed(model, args, others=[(TOKENS[:, :7].double(),)])
+    assert set(graph.frozen.values()) == {"the network's output"}
+    assert refused == 0
+
+
+@pytest.mark.parametrize("form", [of_its_width, heads_in_the_batch], ids=lambda form: form.__name__)
+def test_as_many_heads_and_images_as_channels(form: Callable[[Attending, Tensor], Tensor]) -> None:
+    """Twelve heads of two images make 24 rows of a product, which are no 24 channels."""
+    torch.manual_seed(0)
+    model, args = prepared(Attending(form, heads=12), (TOKENS,))
+    _, graph, refused = cut_equals_zeroed(model, args)
     assert set(graph.frozen.values()) == {"the network's output"}
     assert refused == 0
 
