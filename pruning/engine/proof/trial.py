@@ -149,17 +149,8 @@ class Trial:
         """
         if failure.raised or (math.isinf(failure.size) and not one.decides):
             return False
-        return self._agrees_as_decided(one) or self._agrees_in_double(one, found, failure)
-
-    def _agrees_as_decided(self, one: Pass) -> bool:
-        """Whether the cut network computes what the masked one does if it decides alike, by the same values."""
-        if not one.decides:
-            return False
-        expected = self._expected_of(one)
-        decisions = Decisions(expected.decisions)
-        with self._cut(one):
-            found = run_through(self._model, one, self.graph, None, expected, decisions)
-        return self._failure_of(one, found) is None and decisions.followed
+        as_decided = one.decides and self._follows(one, self._expected_of(one))
+        return as_decided or self._agrees_in_double(one, found, failure)
 
     def _agrees_in_double(self, one: Pass, found: TrialRun, failure: Failure) -> bool:
         """Whether the difference is gone in double precision; of what no value decides only if rounding explains it."""
@@ -174,7 +165,17 @@ class Trial:
                 exact.failure is not None or expected.failure is not None
             ):  # it does not run in double precision
                 return False
-            return self._disagreement(one, expected, exact) is None
+            if self._disagreement(one, expected, exact) is None:
+                return True
+            return one.decides and self._follows(one, expected)
+
+    def _follows(self, one: Pass, expected: TrialRun) -> bool:
+        """Whether the cut network does what a run of the masked one does, if it decides alike by the same values."""
+        decisions = Decisions(expected.decisions)
+        with self._cut(one):
+            found = run_through(self._model, one, self.graph, None, decisions=decisions)
+        agrees = found.failure is None and self._disagreement(one, expected, found) is None
+        return agrees and decisions.followed
 
     def raises(self) -> bool:
         """Whether the cut network raises an exception, whatever it computes otherwise.
