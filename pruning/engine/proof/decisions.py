@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from image_classification.models.running import Args, Kwargs, Outputs
@@ -66,18 +66,18 @@ class Decisions(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> Outputs:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = func(*args, **(kwargs or {}))
         if not _decides(func, result):
             return result
-        given = tree_leaves((args, kwargs))
+        given = tree_leaves((args, kwargs or {}))
         real = [leaf for leaf in given if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         if not real or max(leaf.numel() for leaf in real) > _MOST_NUMBERS:
             return result
-        if self._others is None:
+        with _disable_current_modes():  # what follows is no step of the network
+            if self._others is not None:
+                return self._as_others(func, given, result)
             self.taken.append(Decision(func, [_copied(leaf) for leaf in given], tree_map(_copied, result)))
             return result
-        return self._as_others(func, given, result)
 
     def _as_others(self, func: OpOverload, given: list[object], result: Outputs) -> Outputs:
         other = self._others.pop() if self._others else None

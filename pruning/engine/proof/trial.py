@@ -155,19 +155,18 @@ class Trial:
     def _agrees_in_double(self, one: Pass, found: TrialRun, failure: Failure) -> bool:
         """Whether the difference is gone in double precision; of what no value decides only if rounding explains it."""
         with in_type(self._model, torch.float64):
-            exact = self._run_cut(one)
-            if not one.decides and drift(exact, found) < _ROUNDING_SHARE * failure.size:
+            exact = None if one.decides else self._run_cut(one)
+            if exact is not None and drift(exact, found) < _ROUNDING_SHARE * failure.size:
                 return False
             if one.trace not in self._exact:
                 self._exact[one.trace] = self._run_masked(one)
             expected = self._exact[one.trace]
-            if (
-                exact.failure is not None or expected.failure is not None
-            ):  # it does not run in double precision
-                return False
-            if self._disagreement(one, expected, exact) is None:
+            if one.decides and self._follows(one, expected):
                 return True
-            return one.decides and self._follows(one, expected)
+            exact = exact or self._run_cut(one)
+            if exact.failure is not None or expected.failure is not None:
+                return False  # it does not run in double precision
+            return self._disagreement(one, expected, exact) is None
 
     def _follows(self, one: Pass, expected: TrialRun) -> bool:
         """Whether the cut network does what a run of the masked one does, if it decides alike by the same values."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruning.engine.proof.decisions import Decisions
@@ -122,3 +124,28 @@ def test_decisions_on_other_channels_are_not_taken_over() -> None:
     with Decisions(own.taken) as others:
         assert (torch.ones(3) > 0).shape == (3,)
     assert others.followed
+
+
+class Seen(TorchDispatchMode):
+    """Lists the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_noting_and_following_decisions_is_no_step_of_the_network() -> None:
+    """Whoever looks at the operators of a trial sees those of the network alone."""
+    scores, values = torch.tensor([3.0, 1.0, 2.0, -1.0]), torch.arange(4.0)
+    with Seen() as alone:
+        chosen(scores, values)
+    with Seen() as noting, Decisions() as own:
+        chosen(scores, values)
+    with Seen() as following, Decisions(own.taken):
+        chosen(scores + 1e-6, values)
+    assert alone.names == noting.names
+    assert alone.names == [name for name in following.names if name != "aten.add.Tensor"]
