@@ -71,37 +71,35 @@ def solve(
     present = present.double()
     constant = torch.zeros_like(present[:, 0])
 
-    # Candidates: no change, only the bias, and one solution per ridge. The best of these is kept.
+    # Candidates: no change, only the bias, and one solution per ridge. The best of these is kept. A layer may have more
+    # weights than all others together: no more than three solutions of its size exist at any time.
     errors = [held_out.error(present, constant), held_out.error(present, fit.best_bias(present))]
-    fitted = present
-    least = errors[0].new_tensor(float("inf"))
     for trial in fit.ridge(present, ridges, has_bias):
         errors.append(held_out.error(trial, fit.best_bias(trial) if has_bias else constant))
-        fitted = torch.where(errors[-1] < least, trial, fitted)
-        least = torch.fmin(errors[-1], least)
+        del trial
     error = torch.stack(errors)
     variance = held_out.variance()
     choice = chosen(error, held_out.power(), has_bias)
     strengths = torch.tensor([1.0, 1.0, *ridges], dtype=present.dtype, device=present.device)
     strength = picked(strengths, choice)
     whole = fit.joined(held_out)
-    (solved,) = whole.ridge(present, [strength], has_bias)
-    solved = _better(whole, solved, fitted, has_bias)
-    solved = torch.where(choice >= 2, solved, present)
+    (fitted,), (solved,) = (evidence.ridge(present, [strength], has_bias) for evidence in (fit, whole))
+    torch.where(_is_better(whole, solved, fitted, has_bias), solved, fitted, out=solved)
+    torch.where(choice >= 2, solved, present, out=solved)
     bias = torch.where((choice >= 1) & has_bias, whole.best_bias(solved), constant)
     scale = variance.clamp(min=torch.finfo(variance.dtype).tiny)
     figures = [error[0] / scale, picked(error, choice) / scale, strength * (choice >= 2)]
     return Solution(solved, bias, torch.stack(figures))
 
 
-def _better(evidence: Evidence, first: Tensor, second: Tensor, has_bias: bool) -> Tensor:
-    """Return the first weights, or the second if their error is smaller or the first are not finite."""
+def _is_better(evidence: Evidence, first: Tensor, second: Tensor, has_bias: bool) -> Tensor:
+    """Whether the first weights have no larger error than the second, and are finite."""
 
     def error(weights: Tensor) -> Tensor:
         bias = evidence.best_bias(weights) if has_bias else torch.zeros_like(weights[:, 0])
         return evidence.error(weights, bias)
 
-    return torch.where(error(first) <= error(second), first, second)
+    return error(first) <= error(second)
 
 
 def picked(values: Tensor, number: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ class Sums:
         right = cross - gram @ present
         unit = gram.diagonal(dim1=1, dim2=2).mean(1)
         for ridge in ridges:
-            yield present + _solved(gram, ridge * unit, right)
+            yield _solved(gram, ridge * unit, right).add_(present)
 
     def normal(self, has_bias: bool) -> NormalEquations:
         """See `Evidence`."""
@@ -294,7 +294,7 @@ class Rows:
             shares = _solved(kernel, ridge * unit, residual).to(inputs.dtype)
             with exact_float32():
                 change = inputs.mT @ shares
-            yield present + change.double()
+            yield change.double().add_(present)
 
     def normal(self, has_bias: bool) -> NormalEquations:
         """See `Evidence`."""
@@ -319,7 +319,7 @@ def _solved(matrix: Tensor, load: Tensor, right: Tensor) -> Tensor:
     )
     factor, info = torch.linalg.cholesky_ex(loaded)
     solved = torch.cholesky_solve(right, factor)
-    return torch.where((info == 0)[:, None, None], solved, solved.new_tensor(float("nan")))
+    return solved.masked_fill_((info != 0)[:, None, None], float("nan"))
 
 
 def _gram(rows: Tensor) -> Tensor:
