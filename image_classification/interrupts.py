@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 
 import torch
@@ -54,15 +54,22 @@ class StoppedAtOnce(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def stopping_at_once() -> Iterator[None]:
-    """Make SIGTERM, SIGUSR1 and Ctrl-C raise `StoppedAtOnce` inside the block, except within `StopSignals`."""
+def stopping_at_once() -> Iterator[Callable[[], None]]:
+    """Make SIGTERM, SIGUSR1 and Ctrl-C raise `StoppedAtOnce` inside the block, except within `StopSignals`.
+
+    Yields a function to call once it is clear how the job ends: SIGTERM and SIGUSR1 are ignored from then on, since
+    the launcher may send them to a rank that has just told its error.
+    """
+    decided = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield decided.set
         return
     owner = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
         if os.getpid() == owner:
+            if decided.is_set() and number in _SIGNALS:
+                return
             raise StoppedAtOnce(number)
         signal.signal(number, signal.SIG_DFL)  # a forked worker, which inherited this handler
         signal.raise_signal(number)
@@ -71,7 +78,7 @@ def stopping_at_once() -> Iterator[None]:
     numbers = [n for n in (*_SIGNALS, signal.SIGINT) if signal.getsignal(n) not in (signal.SIG_IGN, None)]
     previous = {number: signal.signal(number, stop) for number in numbers}
     try:
-        yield
+        yield decided.set
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -36,14 +36,14 @@ def run_job(configs: D, body: Callable[[D, Distributed], None]) -> int:
             any other error, with a traceback; `EXIT_PEER` if another rank failed; 130 after Ctrl-C.
     """
     try:
-        with stopping_at_once(), log_names_flags():
-            return _run(configs, body)
+        with stopping_at_once() as decided, log_names_flags():
+            return _run(configs, body, decided)
     except StoppedAtOnce as stop:
         print(stop, file=sys.stderr)
         return 130 if stop.number == signal.SIGINT else EXIT_SAVED
 
 
-def _run(configs: D, body: Callable[[D, Distributed], None]) -> int:
+def _run(configs: D, body: Callable[[D, Distributed], None], decided: Callable[[], None]) -> int:
     try:
         with setup_distributed(configs.distributed) as distributed, contextlib.ExitStack() as stack:
             configs = agreed(configs, distributed)
@@ -51,6 +51,7 @@ def _run(configs: D, body: Callable[[D, Distributed], None]) -> int:
                 stack.enter_context(workspace_alone(configs.checkpoint, distributed))
             body(configs, distributed)
     except StopRequested as stop:
+        decided()
         if not stop.saved:
             print(
                 f"{stop}; nothing was saved (--no-checkpoints): the same command starts over", file=sys.stderr
@@ -61,6 +62,7 @@ def _run(configs: D, body: Callable[[D, Distributed], None]) -> int:
     except StoppedAtOnce:
         raise
     except KeyboardInterrupt:
+        decided()
         path = configs.checkpoint.workspace / configs.checkpoint.checkpoint_filename
         if configs.checkpoint.checkpoints and path.is_file():
             said = "the last checkpoint is whole, --resume auto continues from it"
@@ -69,6 +71,7 @@ def _run(configs: D, body: Callable[[D, Distributed], None]) -> int:
         print(f"interrupted; {said}", file=sys.stderr)
         return 130
     except Exception as error:
+        decided()
         lost = peer_loss(error)
         if lost is not None:
             print(f"error: {lost}", file=sys.stderr)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from image_classification.config import ConfigError
 from image_classification.distributed import Distributed
 from image_classification.exit_codes import EXIT_SAVED
 from image_classification.interrupts import StoppedAtOnce, StopSignals, stopping_at_once
@@ -49,6 +50,22 @@ def test_start_up_ends_with_a_word_and_the_codes_of_training(
         f"stopped by {number.name} outside training: nothing is lost, no checkpoint was needed"
     )
     assert "Traceback" not in said
+
+
+class ErrorWithSignalError(ConfigError):
+    """An error that receives a signal while it is told, as a rank does from a launcher that saw another one die."""
+
+    def __str__(self) -> str:
+        signal.raise_signal(signal.SIGTERM)
+        return "--lr -1: give a positive number"
+
+
+def test_a_signal_does_not_change_an_outcome_that_is_decided(capsys: pytest.CaptureFixture[str]) -> None:
+    def body(configs: JobConfig, distributed: Distributed) -> None:
+        raise ErrorWithSignalError
+
+    assert run_job(CONFIGS, body) == 2
+    assert capsys.readouterr().err == "error: --lr -1: give a positive number\n"
 
 
 def test_training_takes_the_signals_over_and_gives_them_back() -> None:
