@@ -74,8 +74,12 @@ def solve(
     # Candidates: no change, only the bias, and one solution per ridge. The best of these is kept. A layer may have more
     # weights than all others together: no more than three solutions of its size exist at any time.
     errors = [held_out.error(present, constant), held_out.error(present, fit.best_bias(present))]
+    fitted = present.clone()
+    least = errors[0].new_tensor(float("inf"))
     for trial in fit.ridge(present, ridges, has_bias):
         errors.append(held_out.error(trial, fit.best_bias(trial) if has_bias else constant))
+        torch.where(errors[-1] < least, trial, fitted, out=fitted)
+        least = torch.fmin(errors[-1], least)
         del trial
     error = torch.stack(errors)
     variance = held_out.variance()
@@ -83,7 +87,7 @@ def solve(
     strengths = torch.tensor([1.0, 1.0, *ridges], dtype=present.dtype, device=present.device)
     strength = picked(strengths, choice)
     whole = fit.joined(held_out)
-    (fitted,), (solved,) = (evidence.ridge(present, [strength], has_bias) for evidence in (fit, whole))
+    (solved,) = whole.ridge(present, [strength], has_bias)
     torch.where(_is_better(whole, solved, fitted, has_bias), solved, fitted, out=solved)
     torch.where(choice >= 2, solved, present, out=solved)
     bias = torch.where((choice >= 1) & has_bias, whole.best_bias(solved), constant)
