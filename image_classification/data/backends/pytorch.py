@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterator
+from types import TracebackType
 from typing import TypeVar
 
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -42,6 +44,17 @@ def _as_it_is(decoded: Item) -> Item:
     return decoded
 
 
+def _quiet_at_the_end(worker: int) -> None:
+    """Show no traceback of the worker's thread that hands tensors over, if the job ends (Ctrl-C) while it takes one."""
+    show = sys.excepthook
+
+    def show_others(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, (EOFError, ConnectionError)):
+            show(kind, error, trace)
+
+    sys.excepthook = show_others
+
+
 @register_backend("pytorch", preference=lambda device: 1)
 class PyTorchLoader(PlannedLoader):
     """See `PlannedLoader`. Workers start with the first batch and live until `close`, across epochs."""
@@ -63,6 +76,7 @@ class PyTorchLoader(PlannedLoader):
                 sampler=self._sampler,
                 num_workers=self.workers,
                 collate_fn=_as_it_is,
+                worker_init_fn=_quiet_at_the_end,
                 pin_memory=self.stage.device.type == "cuda",
                 prefetch_factor=max(1, self.prefetch),
                 persistent_workers=True,
