@@ -127,6 +127,7 @@ def test_the_library_knows_neither_explainers_nor_data_nor_training() -> None:
         "small_files",
         "observe",
         "plain_data",
+        "process_state",
     }
     for path, others in IMPORTED.items():
         if package_of(path) == "pruning" and room_of(path) not in (

@@ -18,6 +18,7 @@ from torch import Tensor
 from image_classification.data.bad_samples import BadSamples
 from image_classification.data.imagefile import DECODING_ERRORS, load_as_stored, stored_size
 from image_classification.data.plan import BatchPlan, Planner
+from image_classification.process_state import ProcessState
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
 """Formats that every backend decodes."""
@@ -46,6 +47,10 @@ class Decoded:
         return Decoded(self.plan, self.images.pin_memory(), self.bad)
 
 
+#: Pillow warns of large images and odd metadata. Threads decode at the same time.
+_WITHOUT_WARNINGS = ProcessState(lambda: warnings.catch_warnings(action="ignore"))
+
+
 def open_image(path: Path, expected_size: tuple[int, int] | None = None) -> Image.Image:
     """Decode a file fully.
 
@@ -59,20 +64,18 @@ def open_image(path: Path, expected_size: tuple[int, int] | None = None) -> Imag
     if not path.is_file() and path.exists():  # opening a named pipe would block
         raise UnreadableError("no regular file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about large images and odd metadata
-            with Image.open(path, formats=FORMATS) as image:
-                if image.mode == "F":
-                    raise UnreadableError(
-                        "its pixels are in floating point, of which every decoder makes other bytes"
-                    )
-                height, width = stored_size(image)
-                if expected_size is not None and (height, width) != expected_size:
-                    raise UnreadableError(
-                        f"it has {height}×{width} pixels, not the {expected_size[0]}×{expected_size[1]} of its header "
-                        "when the data set was scanned"
-                    )
-                return _to_rgb(load_as_stored(image))
+        with _WITHOUT_WARNINGS.changed(), Image.open(path, formats=FORMATS) as image:
+            if image.mode == "F":
+                raise UnreadableError(
+                    "its pixels are in floating point, of which every decoder makes other bytes"
+                )
+            height, width = stored_size(image)
+            if expected_size is not None and (height, width) != expected_size:
+                raise UnreadableError(
+                    f"it has {height}×{width} pixels, not the {expected_size[0]}×{expected_size[1]} of its header "
+                    "when the data set was scanned"
+                )
+            return _to_rgb(load_as_stored(image))
     except Image.DecompressionBombError as error:
         raise UnreadableError(str(error)) from error
     except DECODING_ERRORS as error:

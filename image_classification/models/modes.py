@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from image_classification.models.module_tree import buffers, overlaps
-from image_classification.models.process_state import ProcessState
+from image_classification.process_state import ProcessState
 
 
 @contextlib.contextmanager

@@ -16,10 +16,10 @@ from collections.abc import Iterable
 import numpy as np
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from image_classification.models.running import Args, Kwargs, Outputs
 from pruning.engine.code_lines import line_running
+from pruning.engine.operator_mode import OperatorMode
 from pruning.engine.operators import OPERATORS, operator_named
 
 #: (family of operators, line of the network's code)
@@ -64,7 +64,7 @@ def family_of(operator: str) -> str | None:
     return None if known is None or known.statistics is None else known.statistics.family
 
 
-class StatisticsOverKept(TorchDispatchMode):
+class StatisticsOverKept(OperatorMode):
     """Recomputes the given statistics from the units that stay.
 
     They are found again by line, so that a loop that ends sooner or a branch that is not taken moves no others. What a
@@ -77,7 +77,7 @@ class StatisticsOverKept(TorchDispatchMode):
     """
 
     def __init__(self, uses: Iterable[Statistics], mask: np.ndarray, trace: int = 0) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        super().__init__()
         self._counts: Counter[_Where] = Counter()
         self._kept: dict[_Where, dict[int, np.ndarray]] = {}
         self._times: dict[_Where, int] = {}
@@ -94,15 +94,8 @@ class StatisticsOverKept(TorchDispatchMode):
         """Reset the counters for another pass."""
         self._counts.clear()
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Skip Dynamo: importing it takes seconds, and it would leave this mode uncompiled anyway."""
-        return False
-
-    def __torch_dispatch__(
-        self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
-    ) -> Outputs:
-        kwargs = kwargs or {}
+    def operator(self, func: OpOverload, args: Args, kwargs: Kwargs) -> Outputs:
+        """See `OperatorMode`."""
         known = OPERATORS.get(func)
         if known is None or known.statistics is None:
             return func(*args, **kwargs)

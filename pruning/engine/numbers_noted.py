@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from image_classification.models.running import Args, Kwargs, Outputs, Running
+from pruning.engine.operator_mode import OperatorMode
 
 aten = torch.ops.aten
 
@@ -31,7 +31,7 @@ _PRODUCTS = frozenset({aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.
 _INSTEAD_OF_ZERO = 0.5
 
 
-class NumbersNoted(TorchDispatchMode):
+class NumbersNoted(OperatorMode):
     """Records every number that an operator is given as a value, and replaces factors of zero.
 
     Args:
@@ -43,20 +43,13 @@ class NumbersNoted(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module, running: Running) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        super().__init__()
         self.numbers: dict[tuple[str, str], list[float | complex]] = {}
         self._running = running
         self._single_buffers = {id(buffer) for buffer in model.buffers() if buffer.numel() == 1}
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Skip Dynamo: importing it takes seconds, and it would leave this mode uncompiled anyway."""
-        return False
-
-    def __torch_dispatch__(
-        self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
-    ) -> Outputs:
-        kwargs = kwargs or {}
+    def operator(self, func: OpOverload, args: Args, kwargs: Kwargs) -> Outputs:
+        """See `OperatorMode`."""
         found = list(_numbers_in(func, args, kwargs))
         if found:
             where = (self._running.innermost, func.overloadpacket.__name__)

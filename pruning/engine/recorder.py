@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -22,12 +22,13 @@ from image_classification.models.running import Args, Kwargs, ModuleCall, Runnin
 from pruning.engine.code_lines import line_running
 from pruning.engine.examples import tensors_in
 from pruning.engine.named_tensors import named_tensors
+from pruning.engine.operator_mode import OperatorMode
 from pruning.engine.steady import is_unsteady
 from pruning.engine.traces import Operation, Ref, TensorInfo, TracedCall, ViewStep
 from pruning.engine.wrapped_tensors import is_wrapped
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(OperatorMode):
     """Numbers tensors and records operators. Tensors are freed when the network drops them, which keeps memory low.
 
     Args:
@@ -36,7 +37,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module, caller: CodeType) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        super().__init__()
         self.operations: list[Operation] = []
         self.tensors: list[TensorInfo] = []
         self.calls: list[TracedCall] = []
@@ -52,11 +53,6 @@ class Recorder(TorchDispatchMode):
         self._names = {id(tensor): name for name, tensor in tensors.items()}
         # `parameter.data` is another object with the same storage.
         self._parameters = {_storage(tensor): (name, tensor) for name, tensor in model.named_parameters()}
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Skip Dynamo: importing it takes seconds, and it would leave this mode uncompiled anyway."""
-        return False
 
     def adopt_input(self, tensor: Tensor) -> int:
         """Assign a number to an input image tensor."""
@@ -95,10 +91,8 @@ class Recorder(TorchDispatchMode):
             name, _ = self._parameters.get(_storage(tensor), (None, tensor))
         return name
 
-    def __torch_dispatch__(
-        self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def operator(self, func: OpOverload, args: Args, kwargs: Kwargs) -> Any:
+        """See `OperatorMode`."""
         target = self._mutated_argument(func, args, kwargs)
         if target is not None and _counts(target) and not self._derives(args, kwargs):
             return func(*args, **kwargs)

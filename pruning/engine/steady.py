@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from image_classification.models.running import Args, Kwargs, Outputs
+from pruning.engine.operator_mode import OperatorMode
 
 _NOISE = frozenset(
     "rand randn rand_like randn_like normal normal_ uniform uniform_ exponential exponential_ log_normal_ cauchy_ "
@@ -71,7 +71,7 @@ def is_unsteady(func: OpOverload, kwargs: Kwargs) -> bool:
     return torch.Tag.nondeterministic_seeded in func.tags or kwargs.get("dtype") in _LOW
 
 
-class Steady(TorchDispatchMode):
+class Steady(OperatorMode):
     """Noise is the same number everywhere, dropout drops nothing, and casts to half precision do nothing.
 
     Args:
@@ -79,18 +79,11 @@ class Steady(TorchDispatchMode):
     """
 
     def __init__(self, full_precision: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        super().__init__()
         self._full_precision = full_precision
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Skip Dynamo: importing it takes seconds, and it would leave this mode uncompiled anyway."""
-        return False
-
-    def __torch_dispatch__(
-        self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
-    ) -> Outputs:
-        kwargs = kwargs or {}
+    def operator(self, func: OpOverload, args: Args, kwargs: Kwargs) -> Outputs:
+        """See `OperatorMode`."""
         if self._full_precision and kwargs.get("dtype") in _LOW:
             kwargs = {**kwargs, "dtype": torch.float32}
         if torch.Tag.nondeterministic_seeded not in func.tags:

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from image_classification.models.attention import attention_of_any_width
 from image_classification.models.modes import attention_in_steps, exact_float32, modes_restored, quieten
 from image_classification.models.module_tree import named_modules, set_mode, walked_once
+from image_classification.process_state import ProcessState
 from pruning.engine.kept_state import state_kept
 
 
@@ -34,13 +35,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(_other_generators_kept())
         stack.enter_context(torch.no_grad())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_ATTENTION_BY_OPERATORS.changed())
         stack.enter_context(plain_kernels())
         stack.enter_context(attention_of_any_width(model))
         stack.enter_context(state_kept(model))
         stack.callback(forget_cached, model)
         with modes_restored(model):
             yield
+
+
+_ATTENTION_BY_OPERATORS = ProcessState(lambda: sdpa_kernel(SDPBackend.MATH))
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ from image_classification.models.external import import_library
 from image_classification.models.meta_device import on_meta
 from image_classification.models.module_tree import tensors_by_all_names
 from image_classification.models.registry import ModelError
+from image_classification.process_state import ProcessState
 
 Format = Literal["onnx", "torch-export", "state-dict"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -217,11 +218,17 @@ def _largest_difference(network: nn.Module, run: Callable[[Tensor], Tensor], ima
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Silence exporters' progress output and warnings about their internals."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
+def _silence() -> Iterator[None]:
+    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
         yield
+
+
+_SILENCE = ProcessState(_silence)
+
+
+def _quietly() -> contextlib.AbstractContextManager[None]:
+    """Silence exporters' progress output and warnings about their internals."""
+    return _SILENCE.changed()
 
 
 Written = tuple[Callable[[Tensor], Tensor], str]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from PIL import Image
 
 from image_classification.config import SettingError
+from image_classification.data import decode
 from image_classification.data.backends import dali
 from image_classification.data.backends.dali import dali_loader
 from image_classification.data.bad_samples import BadSampleError, BadSamples
@@ -256,6 +260,32 @@ def test_sixteen_bits_are_scaled(tmp_path):
     write_png16(tmp_path / "a.png", values)
     pixels = np.asarray(open_image(tmp_path / "a.png"))
     assert np.abs(pixels[..., 0] - values / 257.0).max() <= 0.5
+
+
+def test_threads_that_decode_leave_the_warnings_as_they_were(tmp_path, monkeypatch):
+    """Pillow's warnings are ignored while an image is decoded; the second of two that overlap ends last."""
+    inside, going_on = ([threading.Event(), threading.Event()] for _ in range(2))
+    whole = decode.stored_size
+
+    def waiting(image):
+        number = int(Path(image.filename).stem)
+        inside[number].set()
+        going_on[number].wait(60)
+        return whole(image)
+
+    monkeypatch.setattr(decode, "stored_size", waiting)
+    before = list(warnings.filters)
+    threads = []
+    for number in range(2):
+        path = tmp_path / f"{number}.png"
+        smooth_image(20, 20, number).save(path)
+        threads.append(threading.Thread(target=open_image, args=(path,)))
+        threads[-1].start()
+        inside[number].wait(60)
+    for thread, event in zip(threads, going_on, strict=True):
+        event.set()
+        thread.join()
+    assert list(warnings.filters) == before
 
 
 def test_reasons(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import pytest
@@ -42,24 +41,6 @@ def test_blocks_of_two_generators_end_in_any_order() -> None:
     one.close()
     assert not is_fast()
     two.close()
-    assert is_fast()
-
-
-def test_blocks_of_several_threads() -> None:
-    inside, seen = threading.Barrier(4), []
-
-    def work() -> None:
-        for _ in range(20):
-            with attention_in_steps():
-                inside.wait()
-                seen.append(is_fast())
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not any(seen)
     assert is_fast()
 
 

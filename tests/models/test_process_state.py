@@ -12,7 +12,7 @@ from torch import nn
 
 from image_classification.models.modes import attention_in_steps, exact_float32, uncompiled
 from pruning.engine.proof.rehearsal import in_type
-from pruning.engine.undisturbed import plain_kernels
+from pruning.engine.undisturbed import plain_kernels, undisturbed
 
 
 def _compiled_calls() -> int:
@@ -35,6 +35,7 @@ def _compiled_calls() -> int:
         (uncompiled, _compiled_calls),
         (exact_float32, lambda: torch.backends.cuda.matmul.fp32_precision),
         (plain_kernels, torch.backends.mha.get_fastpath_enabled),
+        (lambda: undisturbed(nn.Linear(2, 2)), torch.backends.cuda.flash_sdp_enabled),
         (lambda: in_type(nn.Linear(2, 2), torch.float64), torch.get_default_dtype),
     ],
 )

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from image_classification.models.running import Args, Kwargs, Outputs
+from pruning.engine.operator_mode import OperatorMode
 from pruning.engine.traces import JUMPS
 
 #: Of the arguments of a decision, in which a logarithm or a small difference may magnify rounding. All that modules and
@@ -41,7 +42,7 @@ class Decision:
     result: Outputs
 
 
-class Decisions(TorchDispatchMode):
+class Decisions(OperatorMode):
     """Notes the decisions of a pass, or replaces them by those of another.
 
     Args:
@@ -53,23 +54,17 @@ class Decisions(TorchDispatchMode):
     """
 
     def __init__(self, others: Sequence[Decision] | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        super().__init__()
         self.taken: list[Decision] = []
         self.followed = True
         self._others = None if others is None else list(reversed(others))
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Skip Dynamo: importing it takes seconds, and it would leave this mode uncompiled anyway."""
-        return False
-
-    def __torch_dispatch__(
-        self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
-    ) -> Outputs:
-        result = func(*args, **(kwargs or {}))
+    def operator(self, func: OpOverload, args: Args, kwargs: Kwargs) -> Outputs:
+        """See `OperatorMode`."""
+        result = func(*args, **kwargs)
         if not _decides(func, result):
             return result
-        given = tree_leaves((args, kwargs or {}))
+        given = tree_leaves((args, kwargs))
         real = [leaf for leaf in given if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         if not real or max(leaf.numel() for leaf in real) > _MOST_NUMBERS:
             return result

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from image_classification.models.modes import modes_restored
-from image_classification.models.process_state import ProcessState
 from image_classification.models.running import Args
+from image_classification.process_state import ProcessState
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.computed_weights import (
     singular_vectors,

@@ -11,29 +11,20 @@ import math
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from image_classification.models.running import Args, Kwargs, Outputs
+from pruning.engine.operator_mode import OperatorMode
 
 _ATEN = torch.ops.aten
 _WORTH_IT = 1 << 22  # MACs; of less the search for zeros takes longer than the zeros
 _LEAST_SAVING = 0.25  # share of the MACs
 
 
-class SkippedZeros(TorchDispatchMode):
+class SkippedZeros(OperatorMode):
     """Computes the same from the rows and columns of weights that hold anything other than zero."""
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Skip Dynamo: importing it takes seconds, and it would leave this mode uncompiled anyway."""
-        return False
-
-    def __torch_dispatch__(
-        self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
-    ) -> Outputs:
+    def operator(self, func: OpOverload, args: Args, kwargs: Kwargs) -> Outputs:
+        """See `OperatorMode`."""
         if not kwargs:
             if func is _ATEN.convolution.default:
                 return _convolution(*args)
@@ -41,7 +32,7 @@ class SkippedZeros(TorchDispatchMode):
                 return _product(args[0], args[1], None)
             if func is _ATEN.addmm.default and args[0].dim() == 1:
                 return _product(args[1], args[2], args[0])
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *options: object) -> Tensor:

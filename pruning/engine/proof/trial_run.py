@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -49,24 +50,7 @@ def run_through(
         decisions: Notes what values decide, or decides instead.
     """
     run = TrialRun([], [], decisions=[] if decisions is None else decisions.taken)
-    places: dict[tuple[str, int], list[Place]] = {}
-    for place in graph.places:
-        if place.kind == "output" and place.is_leaf:
-            places.setdefault((place.module, place.call), []).append(place)
-
-    def leaving(call: ModuleCall, module: nn.Module, output: object) -> None:
-        # Of a module that the recorded pass did not call (an expert that got no token) the channels are not known.
-        known = call.name in one.called and is_leaf(module)
-        if known and isinstance(output, Tensor) and output.is_floating_point() and not is_wrapped(output):
-            # Summarising is not a step of the network, nor one of its statistics.
-            with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-                moments = summary(output, places.get((call.name, call.number), []), mask)
-                run.calls.append((call.name, moments))
-                if expected is not None:
-                    run.failure = call_difference(expected, run, len(run.calls) - 1)
-            if run.failure is not None:
-                raise _DifferenceError
-
+    leaving = _summarising(run, one, graph, mask, expected)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     example = as_float(one.example, dtype)
     seed_generators()
@@ -94,6 +78,31 @@ def run_through(
             message = f"{kind} {where!r} raises {_in_words(error)}"
             run.failure = Failure(where, message, raised=True)
     return run
+
+
+def _summarising(
+    run: TrialRun, one: Pass, graph: ChannelGraph, mask: np.ndarray | None, expected: TrialRun | None
+) -> Callable[[ModuleCall, nn.Module, object], None]:
+    """Return what to do when a module returns: summarise its output, and compare it; see `run_through`."""
+    places: dict[tuple[str, int], list[Place]] = {}
+    for place in graph.places:
+        if place.kind == "output" and place.is_leaf:
+            places.setdefault((place.module, place.call), []).append(place)
+
+    def leaving(call: ModuleCall, module: nn.Module, output: object) -> None:
+        # Of a module that the recorded pass did not call (an expert that got no token) the channels are not known.
+        known = call.name in one.called and is_leaf(module)
+        if known and isinstance(output, Tensor) and output.is_floating_point() and not is_wrapped(output):
+            # Summarising is not a step of the network, nor one of its statistics.
+            with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+                moments = summary(output, places.get((call.name, call.number), []), mask)
+                run.calls.append((call.name, moments))
+                if expected is not None:
+                    run.failure = call_difference(expected, run, len(run.calls) - 1)
+            if run.failure is not None:
+                raise _DifferenceError
+
+    return leaving
 
 
 def gradients_of(model: nn.Module, one: Pass) -> dict[str, Tensor] | Failure:
