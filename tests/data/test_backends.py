@@ -6,10 +6,12 @@ import dataclasses
 import json
 import multiprocessing
 import random
+import socket
 import subprocess
 import sys
 import threading
 import time
+from multiprocessing import resource_sharer
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ import torch
 from image_classification.config import ConfigError, SettingError
 from image_classification.data import build
 from image_classification.data.augment import make_policy
-from image_classification.data.backends import choose_backend, dali, register_backend, resident
+from image_classification.data.backends import choose_backend, dali, pytorch, register_backend, resident
 from image_classification.data.backends.synthetic import SyntheticLoader
 from image_classification.data.build import build_loaders
 from image_classification.data.data_config import DataConfig
@@ -529,3 +531,20 @@ def test_a_backend_is_loaded_when_it_is_chosen():
 def test_a_backend_has_its_name_alone():
     with pytest.raises(ValueError, match="'pytorch'"):
         register_backend("pytorch")(resident.ResidentLoader)
+
+
+def test_a_worker_shows_no_traceback_if_a_tensor_is_not_taken(manifest, opened, monkeypatch, capfd):
+    """Ctrl-C may end the job while it takes a batch, which breaks the pipe of the worker that hands it over."""
+    decode = pytorch.decode_batch
+
+    def decoded(*arguments):
+        offered = resource_sharer.DupFd(0)
+        address, _ = offered._id
+        with socket.socket(socket.AF_UNIX) as taker:
+            taker.connect(address)
+        time.sleep(0.3)
+        return decode(*arguments)
+
+    monkeypatch.setattr(pytorch, "decode_batch", decoded)
+    assert read(opened(loader_of(manifest, "pytorch", CentreCrop((24, 24), 24), workers=1)))
+    assert "Traceback" not in capfd.readouterr().err
