@@ -46,10 +46,10 @@ class Structure:
         arch: Name for `create_model`; None for a user-defined class, which a factory builds.
         model_config, num_classes, image_size, options: The other arguments of `create_model`.
         attributes: Module name to attribute to value, if it differs from the fresh network's.
-        shapes: Name to shape of every parameter and buffer.
+        shapes: Name to shape of every parameter and buffer, and of the tensors in plain attributes that were cut.
         input: The images that the network was trained for, if known.
-        kept: Name of a buffer that no state dict holds → what stayed of it along every dimension, as positions in a
-            fresh one (none: the leading part).
+        kept: Name of a buffer or plain tensor that no state dict holds → what stayed of it along every dimension, as
+            positions in a fresh one (none: the leading part).
     """
 
     arch: str | None

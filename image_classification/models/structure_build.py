@@ -14,6 +14,7 @@ from image_classification.models.lazy_modules import settle
 from image_classification.models.meta_device import Factory, building_on, on_meta
 from image_classification.models.modes import drop_graphs
 from image_classification.models.module_tree import tensors_by_all_names
+from image_classification.models.plain_tensors import plain_tensors
 from image_classification.models.structure import Structure
 from image_classification.models.structure_checks import check_fits, check_known_modules
 
@@ -29,7 +30,7 @@ def build_from_structure(
         device: Device to build it on (default: PyTorch's default device).
 
     Returns:
-        The network. Cut tensors keep the leading part of the fresh values (a buffer that no state dict holds: what was
+        The network. Cut tensors keep the leading part of the fresh values (a tensor that no state dict holds: what was
             left of it), their `Parameter` object with its attributes, and their sharing.
 
     Raises:
@@ -65,7 +66,8 @@ def _cut_down(model: nn.Module, structure: Structure) -> None:
         for attribute, value in attributes.items():
             before = getattr(modules[name], attribute)
             setattr(modules[name], attribute, in_form_of(before, value))
-    for name, tensor in tensors_by_all_names(model):
+    held = {name: tensor for name, tensor in plain_tensors(model).items() if name in structure.shapes}
+    for name, tensor in (*tensors_by_all_names(model), *held.items()):
         for dim, positions in enumerate(structure.kept.get(name, ())):
             if positions and tensor.shape[dim] != len(positions):
                 tensor.data = tensor.data.index_select(dim, torch.tensor(positions, device=tensor.device))

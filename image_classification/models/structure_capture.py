@@ -21,6 +21,7 @@ from image_classification.models.integer_attributes import (
 from image_classification.models.lazy_modules import settle
 from image_classification.models.meta_device import Factory, on_meta
 from image_classification.models.module_tree import tensors_by_all_names
+from image_classification.models.plain_tensors import plain_tensors
 from image_classification.models.structure import Structure, StructureError, called, is_plain
 from image_classification.models.structure_checks import check_fits, check_known_modules, check_saved_tensors
 from image_classification.models.whole_numbers import is_nested, numbers_in
@@ -57,9 +58,16 @@ def capture_structure(model: nn.Module, *, factory: Factory | None = None) -> St
     fresh = settle(on_meta(build), shapes)
     _check_same_modules(model, fresh)
     head = ModelIdentity("") if factory is not None or identity is None else identity
-    unsaved = _unsaved_buffers(model, fresh)
-    shapes.update({name: list(buffer.shape) for name, buffer in unsaved.items()})
-    kept = _kept_of_unsaved_buffers(unsaved, fresh, build, of_factory=factory is not None)
+    unsaved = _unsaved_tensors(model, fresh)
+    uncut = _unregistered(fresh)
+    shapes.update(
+        {
+            name: list(tensor.shape)
+            for name, tensor in unsaved.items()
+            if name in shapes or tensor.shape != uncut[name].shape
+        }
+    )
+    kept = _kept_of_unsaved_tensors(unsaved, uncut, build, of_factory=factory is not None)
     structure = Structure(
         arch=head.arch or None,
         model_config=head.model_config,
@@ -164,63 +172,68 @@ def _class_of(module: nn.Module) -> type[nn.Module]:
     return nn.MultiheadAttention if isinstance(module, CutAttention) else type_before_parametrizations(module)
 
 
-def _unsaved_buffers(model: nn.Module, fresh: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that no state dict holds, by all their names, as far as a fresh network's reach.
+def _unregistered(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers, and the tensors in plain attributes, by all their names."""
+    return {**dict(model.named_buffers(remove_duplicate=False)), **plain_tensors(model)}
+
+
+def _unsaved_tensors(model: nn.Module, fresh: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers and plain tensors that no state dict holds, by all their names, as far as a fresh network's
+    reach.
 
     Along a dimension that has grown (the network enlarges it on demand), that is the leading part.
     """
     saved = set(model.state_dict())
-    originals = dict(fresh.named_buffers(remove_duplicate=False))
+    originals = _unregistered(fresh)
     return {
-        name: buffer[tuple(map(slice, originals[name].shape))]
-        for name, buffer in model.named_buffers(remove_duplicate=False)
+        name: tensor.detach()[tuple(map(slice, originals[name].shape))]
+        for name, tensor in _unregistered(model).items()
         if name not in saved
         and name in originals
-        and buffer.dim() == originals[name].dim()
-        and buffer.layout == torch.strided
+        and tensor.dim() == originals[name].dim()
+        and tensor.layout == torch.strided
     }
 
 
-def _kept_of_unsaved_buffers(
-    unsaved: Mapping[str, Tensor], fresh: nn.Module, build: Factory, of_factory: bool
+def _kept_of_unsaved_tensors(
+    unsaved: Mapping[str, Tensor], uncut: Mapping[str, Tensor], build: Factory, of_factory: bool
 ) -> dict[str, list[list[int]]]:
-    """Return what is left of the non-persistent buffers that were cut, unless it is the leading part of fresh ones.
+    """Return what is left of the unsaved tensors that were cut, unless it is the leading part of fresh ones.
 
     Args:
-        unsaved: From `_unsaved_buffers`.
-        fresh: A fresh network on the device meta.
-        build: Builds one.
-        of_factory: It is the user's; those of architectures by name make the same buffers every time.
+        unsaved: From `_unsaved_tensors`.
+        uncut: Those of a fresh network, on any device.
+        build: Builds a fresh network.
+        of_factory: It is the user's; those of architectures by name make the same tensors every time.
 
     Raises:
-        StructureError: What is left of a buffer is not a part of a fresh one.
+        StructureError: What is left of a tensor is not a part of a fresh one.
     """
-    uncut = dict(fresh.named_buffers(remove_duplicate=False))
-    if not any(of_factory or buffer.shape != uncut[name].shape for name, buffer in unsaved.items()):
+    if not any(of_factory or tensor.shape != uncut[name].shape for name, tensor in unsaved.items()):
         return {}
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        originals = dict(build().named_buffers(remove_duplicate=False))
+        originals = _unregistered(build())
     kept = {}
     changed: list[str] = []
-    for name, buffer in unsaved.items():
-        buffer, original = buffer.cpu(), originals[name].to("cpu", buffer.dtype)
-        if _equal(original[tuple(map(slice, buffer.shape))], buffer):
+    for name, tensor in unsaved.items():
+        tensor, original = tensor.cpu(), originals[name].detach().to("cpu", tensor.dtype)
+        if _equal(original[tuple(map(slice, tensor.shape))], tensor):
             continue
-        if buffer.shape == original.shape:
+        if tensor.shape == original.shape:
             changed.append(name)
             continue
-        found = _positions_in(original, buffer)
+        found = _positions_in(original, tensor)
         if found is None:
             raise StructureError(
-                f"module {called(name.rpartition('.')[0])}: buffer {name!r} was cut, is in no state dict, and is "
-                "not a part of a fresh one: it could not be restored. Register it with persistent=True, or leave the "
-                "layer alone (`ignored`)"
+                f"module {called(name.rpartition('.')[0])}: {name!r} was cut, is in no state dict, and is "
+                "not a part of a fresh one: it could not be restored. Register it as a buffer with persistent=True, "
+                "or leave the layer alone (`ignored`)"
             )
         kept[name] = found
     if changed:
         log.warning(
-            "buffers that are in no state dict hold other values than the factory gives them: in a network that is "
-            "loaded, %s are the factory's. If they matter, register them with persistent=True",
+            "tensors that are in no state dict hold other values than the factory gives them: in a network that is "
+            "loaded, %s are the factory's. If they matter, register them as buffers with persistent=True",
             ", ".join(changed),
         )
     return kept

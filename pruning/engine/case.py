@@ -14,13 +14,16 @@ from torch.nn.parameter import is_lazy
 from image_classification.config import SettingError
 from image_classification.models.modes import modes_restored
 from image_classification.models.module_tree import named_modules
+from image_classification.models.plain_tensors import plain_tensors
 from pruning.engine.constraints import Constraints
 from pruning.engine.examples import Example, OutputError, Pass
 from pruning.engine.labeller import Labeller
+from pruning.engine.made_on_demand import made_on_demand
 from pruning.engine.named_tensors import tensor_names
 from pruning.engine.pairs import untouched_twins
 from pruning.engine.traces import Trace
 from pruning.engine.tracing import record
+from pruning.engine.undisturbed import set_trace_mode
 
 logger = logging.getLogger(__name__)
 _MOST_NAMES = 6
@@ -93,8 +96,22 @@ def open_case(
             )
             continue
         _enter(passes, traces, example, trace)
+    _leave_made_on_demand(model, passes[0], traces)
     used = {name for trace in traces for name in trace.used_names}
     return Case(model, passes, traces, constraints, [*pairs, *untouched_twins(model, used)])
+
+
+def _leave_made_on_demand(model: nn.Module, one: Pass, traces: Sequence[Trace]) -> None:
+    """Take the names of the tensors from the traces that a pass makes itself when they are missing: constants."""
+    met = plain_tensors(model).keys() & {name for trace in traces for name in trace.used_names}
+    if not met:
+        return
+    set_trace_mode(model, one.training)
+    made = made_on_demand(model, sorted(met), lambda: one.example.run(model))
+    for trace in traces:
+        trace.tensors[:] = [
+            dataclasses.replace(info, name=None) if info.name in made else info for info in trace.tensors
+        ]
 
 
 def _enter(passes: list[Pass], traces: list[Trace], example: Example, trace: Trace) -> None:

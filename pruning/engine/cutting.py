@@ -19,7 +19,7 @@ from image_classification.models.module_tree import named_modules
 from image_classification.models.whole_numbers import replaced
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.computed_weights import parametrised_originals, parametrizations, renormalised
-from pruning.engine.named_tensors import named_tensors
+from pruning.engine.named_tensors import is_in_attribute, named_tensors
 from pruning.engine.native_layers import known_attributes
 from pruning.engine.slices import Cuts, sliced_like
 
@@ -45,7 +45,7 @@ class Changes:
         self._leaves: list[Tensor] = []
 
     def cut(self, tensor: Tensor, cuts: Cuts, name: str, new: Tensor | None = None) -> None:
-        """Plan smaller data for a parameter (and its gradient) or a buffer."""
+        """Plan smaller data for a parameter (and its gradient), a buffer or a plain tensor."""
         if id(tensor) in self.cuts:
             return
         self.cuts[id(tensor)] = cuts
@@ -119,10 +119,14 @@ class Changes:
 
 
 def plan_network(model: nn.Module, graph: ChannelGraph, mask: np.ndarray, changes: Changes) -> None:
-    """Plan the cuts of all tensors of a network and the attributes that follow."""
+    """Plan the cuts of all tensors of a network and the attributes that follow. What it has dropped needs none."""
     cuts = tensor_cuts(graph, mask)
     tensors = named_tensors(model)
+    dropped = {name for name in cuts if name not in tensors and is_in_attribute(model, name)}
+    cuts = {name: per_dim for name, per_dim in cuts.items() if name not in dropped}
     for axis in graph.axes:
+        if axis.tensor in dropped:
+            continue
         if axis.tensor not in tensors or tensors[axis.tensor].shape[axis.dim] != len(axis.units):
             shape = tuple(tensors[axis.tensor].shape) if axis.tensor in tensors else "missing"
             raise RewriteError(

@@ -18,7 +18,7 @@ FROZEN = -1
 
 @dataclasses.dataclass
 class Axis:
-    """One dimension of a parameter or buffer.
+    """One dimension of a parameter, a buffer, or a tensor in a plain attribute.
 
     Attributes:
         tensor: Its first qualified name.

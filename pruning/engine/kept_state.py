@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from image_classification.models.module_tree import buffers as buffers_of
 from image_classification.models.module_tree import named_modules, named_parameters, overlaps
+from image_classification.models.plain_tensors import plain_tensors
 
 _CONTAINERS = (dict, OrderedDict, list, set)
 # Hooks that a forward pass adds once, and notes in an attribute, would be added again if only the attribute went.
@@ -39,7 +40,9 @@ def state_kept(model: nn.Module, written: Iterable[str] = ()) -> Iterator[None]:
     parameters = named_parameters(model)
     buffers = buffers_of(model)
     looked_after = [*buffers, *(parameters[name] for name in written if name in parameters)]
-    storages = [(tensor, tensor.data) for tensor in (*parameters.values(), *buffers)]
+    plain = list({id(tensor): tensor for tensor in plain_tensors(model).values()}.values())
+    storages = [(tensor, tensor.data) for tensor in (*parameters.values(), *buffers, *plain)]
+    plain_values = [(tensor, tensor.detach().clone()) for tensor in plain if not overlaps(tensor)]
     values = [(tensor, tensor.detach().clone()) for tensor in looked_after if not overlaps(tensor)]
     try:
         with attributes_kept(model):
@@ -51,6 +54,9 @@ def state_kept(model: nn.Module, written: Iterable[str] = ()) -> Iterator[None]:
                     tensor.data = storage
             for tensor, old in values:
                 tensor.copy_(old)
+            for tensor, old in plain_values:
+                if not torch.equal(tensor, old):  # else a graph that is still alive may need it untouched
+                    tensor.data.copy_(old)
 
 
 @contextlib.contextmanager

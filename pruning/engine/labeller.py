@@ -240,7 +240,7 @@ class Labeller:
         return Value(info.shape, tuple(slots))
 
     def atoms_of(self, name: str, dim: int, extent: int) -> np.ndarray:
-        """Return the atoms of one dimension of a parameter or buffer."""
+        """Return the atoms of one dimension of a parameter, buffer or plain tensor."""
         key = (name, dim)
         if key not in self.parameter_atoms:
             self.parameter_atoms[key] = self.table.new(extent)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from image_classification.config import SettingError
+from image_classification.models.plain_tensors import plain_tensors
 from pruning.engine.groups import AttributeAxis
 from pruning.engine.labeller import Labeller
 
@@ -131,7 +132,7 @@ def untouched_twins(model: nn.Module, used: Set[str]) -> list[tuple[str, str]]:
 
 
 def tie_pairs(model: nn.Module, labeller: Labeller, pairs: Sequence[tuple[str, str]]) -> None:
-    """Unite the labels of every two parameters, and buffers, of equal name."""
+    """Unite the labels of every two parameters, buffers and plain tensors of equal name."""
     for first, second in pairs:
         whole, other = _tensors(model, first), _tensors(model, second)
         for name in whole.keys() & other.keys():
@@ -164,4 +165,4 @@ def paired_attributes(
 
 def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     module = model.get_submodule(name)
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {**dict(module.named_parameters()), **dict(module.named_buffers()), **plain_tensors(module)}

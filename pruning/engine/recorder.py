@@ -49,8 +49,8 @@ class Recorder(OperatorMode):
         self.unsteady = False
         self.watched = Running()
         self._caller = caller
-        tensors = named_tensors(model)
-        self._names = {id(tensor): name for name, tensor in tensors.items()}
+        self._tensors = named_tensors(model)  # kept alive: an identity is only theirs as long as they live
+        self._names = {id(tensor): name for name, tensor in self._tensors.items()}
         # `parameter.data` is another object with the same storage.
         self._parameters = {_storage(tensor): (name, tensor) for name, tensor in model.named_parameters()}
 

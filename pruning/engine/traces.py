@@ -38,7 +38,7 @@ class TensorInfo:
     Attributes:
         shape: Shape of the tensor.
         repeated: Dimensions of stride 0, along which it was expanded.
-        name: Qualified name if it is a parameter or buffer of real or complex numbers, or a buffer of booleans.
+        name: Qualified name if it is a parameter, buffer or plain tensor of real or complex numbers or booleans.
         derived: It depends on the input images.
         dtype: Data type of the tensor.
     """

@@ -18,6 +18,8 @@ def kept_elements(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> di
     found = {}
     tensors = named_tensors(model)
     for name, cuts in tensor_cuts(graph, mask).items():
+        if name not in tensors:
+            continue
         positions = torch.arange(tensors[name].numel()).view(tensors[name].shape)
         for dim, index in cuts.items():
             positions = positions.index_select(dim, index)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from image_classification.models.modes import modes_restored
+from image_classification.models.plain_tensors import plain_tensors
 from image_classification.models.running import Args
 from image_classification.process_state import ProcessState
 from pruning.engine.channel_graph import ChannelGraph
@@ -29,7 +30,7 @@ from pruning.engine.cutting import tensor_cuts
 from pruning.engine.examples import Example, Pass
 from pruning.engine.kept_state import attributes_kept
 from pruning.engine.kept_statistics import StatisticsOverKept
-from pruning.engine.named_tensors import named_tensors
+from pruning.engine.named_tensors import is_in_attribute, named_tensors
 from pruning.engine.stand_ins import stand_ins
 from pruning.engine.undisturbed import set_trace_mode
 
@@ -192,23 +193,25 @@ _DEFAULT_TYPES = {
 
 @contextlib.contextmanager
 def in_type(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Lend the network its floating-point weights and buffers in another type: float32 or float64."""
+    """Lend the network its floating-point weights, buffers and plain tensors in another type: float32 or float64."""
 
     def other(tensor: Tensor) -> Tensor | None:
         differs = tensor.is_floating_point() and tensor.dtype != dtype
         return tensor.data.to(dtype) if differs else None
 
     changed = [
-        (buffer, buffer.data, values) for buffer in model.buffers() if (values := other(buffer)) is not None
+        (tensor, tensor.data, values)
+        for tensor in (*model.buffers(), *plain_tensors(model).values())
+        if (values := other(tensor)) is not None
     ]
     try:
         with _DEFAULT_TYPES[dtype].changed(), stand_ins(model, other):
-            for buffer, _, values in changed:
-                buffer.data = values
+            for tensor, _, values in changed:
+                tensor.data = values
             yield
     finally:
-        for buffer, data, _ in changed:
-            buffer.data = data
+        for tensor, data, _ in changed:
+            tensor.data = data
 
 
 @contextlib.contextmanager
@@ -256,6 +259,8 @@ def masked_tensors(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> d
     cuts = tensor_cuts(graph, mask)
     pairs = {v_name: (g_name, dim) for g_name, v_name, dim in weight_norm_pairs(model)}
     for name, per_dim in cuts.items():
+        if name not in tensors and is_in_attribute(model, name):
+            continue
         rows = pairs[name][1] if name in pairs else None
         found[name] = _zeroed(tensors[name].data, {d: i for d, i in per_dim.items() if d != rows})
     for v_name, (g_name, dim) in pairs.items():

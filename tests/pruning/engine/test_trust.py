@@ -356,12 +356,9 @@ class WidthInNorm(nn.BatchNorm2d):
 
 
 class LevelsInDropout(nn.Dropout2d):
-    def __init__(self) -> None:
-        super().__init__()
-        self.levels = torch.rand(12, 1, 1)
-
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.levels.to(x.dtype) if self.training else x
+        levels = torch.linspace(0.5, 1.5, 12, dtype=x.dtype)[:, None, None]
+        return super().forward(x) * levels if self.training else x
 
 
 class Extended(NoiseInTraining):
