@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,7 @@ from pruning.rewrites.one_rewrite import borders, cut
 from pruning.rewrites.optimizers import OptimizerWatch, check_optimizers, check_wrappers, optimizers_in
 from pruning.rewrites.pruner_settings import DEFAULT_STEP, PrunerSettings
 from pruning.rewrites.resuming import PrunerState, check_course, graph_of, known_originals, shared_costs
-from pruning.rewrites.rewrite_record import RewriteRecord, describe_group
+from pruning.rewrites.rewrite_record import RewriteRecord, describe_group, unfinished_is_noted
 from pruning.rewrites.shown import course_html, plot_course
 from pruning.rewrites.subject import Kept, Subject
 from pruning.search import STEPWISE, RateSearch, Search, UniformSearch, build_search
@@ -395,6 +396,9 @@ class Pruner:
             SettingError: The groups that have scores cannot meet the budget, a single rewrite does not meet it, or the
                 last rewrite before this one did not.
             RuntimeError: All rewrites have been done, or the ranks disagree about the result.
+
+        Whatever else is raised, by the network's code or the loss: before the cut it leaves all as it was; after it the
+        rewrite is recorded in `history` as far as it came, with the error (`RewriteRecord.unfinished`).
         """
         self._check_may_rewrite()
         batches = self._taken(calibration)
@@ -404,7 +408,6 @@ class Pruner:
             laps = Laps()
             decided = self._decide(batches, laps)
             record = self._carry_out(decided, batches, iteration, laps)
-        self.history.append(record)
         if self.distributed.is_main:
             for metric, left in self.missed.items():
                 log.warning("%s", missed(metric, left, self.course.budget))
@@ -434,35 +437,49 @@ class Pruner:
         return _Decided(keep, candidates, how, parts, losses, moved)
 
     def _carry_out(self, decided: _Decided, batches: Batches, iteration: int, laps: Laps) -> RewriteRecord:
-        """Rewrite and repair the network."""
-        keep, graph, costs = decided.keep, self.graph, self.costs
+        """Rewrite and repair the network, and record it."""
+        keep, costs = decided.keep, self.costs
         before = {metric: costs.current(metric) for metric in self.course.budget.shares}
         limits = borders(self._subject, keep, self._scores)
-        mask = graph.keep_mask(keep)
+        mask = self.graph.keep_mask(keep)
         lenient = self._repair is None
-        repair = RewriteRepair.of_cut(self.model, self.averages, graph, mask, decided.repair, lenient=lenient)
-        widths = cut(self._subject, keep, self.optimizers, self.averages, self._followed)
-        self.completed += 1
-        laps.end("rewrite")
-        judged = bool(self._chooser.judged)
-        repaired = repair(batches, self.task, judged=judged, distributed=self.distributed)
-        losses = decided.losses
-        if repaired is not None:
-            laps.end("repair")
-            mended = self._chooser.judge(Parts(decided.parts.judging)).measure([{}])
-            losses = [*losses, float(mended[0])]
-        return RewriteRecord(
-            rewrite=self.completed,
-            iteration=iteration,
-            widths=widths,
-            costs={name: [cost, costs.current(name), costs.baseline(name)] for name, cost in before.items()},
-            loss=losses,
-            scores=limits,
-            candidates=decided.candidates,
-            seconds=laps.seconds,
-            explanation=[*decided.moved, *self._followed.moved(batches)],
-            repair="" if repaired is None else repaired.describe(),
+        repair = RewriteRepair.of_cut(
+            self.model, self.averages, self.graph, mask, decided.repair, lenient=lenient
         )
+
+        def note(widths: dict[str, list[int]]) -> None:
+            self.completed += 1
+            counted = {name: [cost, math.nan, costs.baseline(name)] for name, cost in before.items()}
+            self.history.append(
+                RewriteRecord(
+                    rewrite=self.completed,
+                    iteration=iteration,
+                    widths=widths,
+                    costs=counted,
+                    loss=decided.losses,
+                    scores=limits,
+                    candidates=decided.candidates,
+                    seconds=laps.seconds,
+                )
+            )
+
+        with unfinished_is_noted(self.history):
+            cut(self._subject, keep, self.optimizers, self.averages, self._followed, note)
+            left = {name: [cost, costs.current(name), costs.baseline(name)] for name, cost in before.items()}
+            self.history[-1] = dataclasses.replace(self.history[-1], costs=left)
+            laps.end("rewrite")
+            judged = bool(self._chooser.judged)
+            repaired = repair(batches, self.task, judged=judged, distributed=self.distributed)
+            if repaired is not None:
+                laps.end("repair")
+                mended = self._chooser.judge(Parts(decided.parts.judging)).measure([{}])
+                losses = [*decided.losses, float(mended[0])]
+                self.history[-1] = dataclasses.replace(
+                    self.history[-1], loss=losses, repair=repaired.describe()
+                )
+            explained = [*decided.moved, *self._followed.moved(batches)]
+            self.history[-1] = dataclasses.replace(self.history[-1], explanation=explained)
+        return self.history[-1]
 
     def score(self, batches: Sequence[Any]) -> dict[int, Tensor]:
         """Return group index → (width,) scores of the current network by the criterion. Collective."""

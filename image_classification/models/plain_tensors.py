@@ -58,7 +58,7 @@ def _tensors_in(value: object, place: str, depth: int) -> Iterator[tuple[str, Te
         return
     if type(value) not in (list, tuple, dict) or depth == DEEPEST or len(value) > _MOST_ITEMS:  # type: ignore[arg-type]
         return
-    items = value.items() if isinstance(value, dict) else enumerate(value)  # type: ignore[arg-type, var-annotated]
+    items = value.items() if isinstance(value, dict) else enumerate(value)  # type: ignore[arg-type]
     for number, (key, item) in enumerate(items):
         readable = isinstance(key, int) or (isinstance(key, str) and key.isidentifier())
         yield from _tensors_in(item, f"{place}[{key if readable else number}]", depth + 1)

@@ -98,11 +98,15 @@ def prune_channels(
             "Nothing was changed; choose other widths, or leave the module alone (`ignored`)"
         )
     changes.apply()
-    torch.clear_autocast_cache()  # it may hold casts of the old weights
-    changes.leave_graphs()
-    for network in (model, *(ema for ema in emas if isinstance(ema, nn.Module))):
-        forget_cached(network)
-    graph.shrink(mask)
+    try:
+        torch.clear_autocast_cache()  # it may hold casts of the old weights
+        changes.leave_graphs()
+        for network in (model, *(ema for ema in emas if isinstance(ema, nn.Module))):
+            forget_cached(network)  # runs the `train` methods of the network's own classes
+        graph.shrink(mask)
+    except BaseException:
+        changes.revert()
+        raise
     counts.append(_num_parameters(model))
     macs.append(graph.macs)
     return RewriteReport(

@@ -61,6 +61,7 @@ class Folding:
         self._readers = _readers(self._trace)
         self._shared = {name for name, aliases in tensor_names(model).items() if len(aliases) > 1}
         self._sinks: dict[str, tuple[Sink, ...] | str] = {}
+        self._before: dict[str, Tensor] = {}
 
     def sinks(self, layer: str) -> tuple[Sink, ...] | str:
         """Return the sinks for an offset of a layer's outputs, or the reason why there are none."""
@@ -77,8 +78,15 @@ class Folding:
         sinks = self.sinks(layer)
         assert not isinstance(sinks, str)
         for sink in sinks:
+            self._before.setdefault(sink.tensor, tensors[sink.tensor].data.clone())
             target = tensors[sink.tensor].data[sink.start : sink.start + len(offset)]
             target.copy_(target.double() + sink.sign * offset.to(target.device))
+
+    def undo(self) -> None:
+        """Take back what was added."""
+        tensors = named_tensors(self._model)
+        for name, values in self._before.items():
+            tensors[name].data.copy_(values)
 
     def _find(self, layer: str) -> tuple[Sink, ...]:
         module = self._modules[layer]

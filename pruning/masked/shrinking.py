@@ -190,15 +190,20 @@ def _cut_if_equal(
 
 
 def _cut(model: nn.Module, graph: ChannelGraph, images: Args, verdict: Verdict) -> None:
+    """Fold what the dead channels contribute into biases, and cut them away; an error leaves the network as it was."""
     folding = Folding(model, images)
-    for layer, offset in verdict.offsets.items():
-        folding.add(layer, offset)
     keep = {
         group.index: np.flatnonzero(~verdict.dead[group.units])
         for group in graph.groups
         if verdict.dead[group.units].any()
     }
-    prune_channels(model, graph, keep)
+    try:
+        for layer, offset in verdict.offsets.items():
+            folding.add(layer, offset)
+        prune_channels(model, graph, keep)
+    except BaseException:
+        folding.undo()
+        raise
 
 
 def _guilty_groups(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch.optim import Optimizer
@@ -21,13 +21,20 @@ def cut(
     optimizers: Sequence[Optimizer],
     averages: Sequence[Average],
     followed: Followed,
-) -> dict[str, list[int]]:
+    done: Callable[[dict[str, list[int]]], None],
+) -> None:
     """Cut a network down, in place, with its optimizers, averages and explanation. Collective.
 
     The cut was tried when it was chosen (`search.feasible`).
 
-    Returns:
-        Group name → width before and after.
+    Args:
+        subject: The network, its graph and its costs.
+        keep: Channels to keep.
+        optimizers: Optimizers that are cut along.
+        averages: Averages that are cut along.
+        followed: The explanation.
+        done: Is told group name → width before and after as soon as the network is smaller. An error before that
+            leaves all as it was.
 
     Raises:
         RuntimeError: The ranks disagree about the result.
@@ -39,12 +46,12 @@ def cut(
     staying = followed.staying(graph, graph.keep_mask(keep))
     with uncompiled():
         report = prune_channels(model, graph, keep, optimizers=optimizers, emas=averages, check=False)
+        done({name: list(widths) for name, widths in report.widths.items()})
         subject.course.costs.refresh()
     followed.follow(staying)
     subject.distributed.check_agreement(
         "the widths of the network", {group.name: group.width for group in graph.groups}
     )
-    return {name: list(widths) for name, widths in report.widths.items()}
 
 
 def borders(subject: Subject, keep: Kept, scores: Scores) -> dict[str, list[float]]:

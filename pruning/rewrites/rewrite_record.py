@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -31,6 +32,8 @@ class RewriteRecord:
         explanation: Mean squared distance of the explanation from the original network's [before, after], if one is
             followed.
         repair: Description of the repair; empty if there was none.
+        unfinished: The error that ended the rewrite after the cut, in words; empty if none did. Costs that were not
+            counted any more are NaN.
     """
 
     rewrite: int
@@ -43,6 +46,7 @@ class RewriteRecord:
     seconds: dict[str, float]
     explanation: list[float] = dataclasses.field(default_factory=list)
     repair: str = ""
+    unfinished: str = ""
 
     def describe(self) -> str:
         """Return a one-line description."""
@@ -56,6 +60,7 @@ class RewriteRecord:
         known = [loss for loss in self.loss if not math.isnan(loss)]  # NaN without calibration data
         losses = f"; calibration loss {' → '.join(f'{loss:.4f}' for loss in known)}" if known else ""
         repair = f"; {self.repair}" if self.repair else ""
+        repair += f"; ended after the cut by {self.unfinished}" if self.unfinished else ""
         return (
             f"rewrite {self.rewrite}: {widths or 'nothing to remove'}; {costs} of the original{losses}{repair}{moved}; "
             f"{sum(self.seconds.values()):.2f} s"
@@ -68,6 +73,24 @@ class RewriteRecord:
         return html_table(
             f"Rewrite {self.rewrite}{when}", ("group", "before", "after"), rows, [self.describe()]
         )
+
+
+@contextlib.contextmanager
+def unfinished_is_noted(history: list[RewriteRecord]) -> Iterator[None]:
+    """Note an error inside the block in the record that the block has added, if it came to that.
+
+    Args:
+        history: The records; the network is as the last one says from the moment it is added.
+    """
+    before = len(history)
+    try:
+        yield
+    except BaseException as error:
+        if len(history) > before:
+            text = (str(error).strip().splitlines() or [""])[0]
+            said = f"{type(error).__name__}: {text}" if text else type(error).__name__
+            history[-1] = dataclasses.replace(history[-1], unfinished=said)
+        raise
 
 
 def describe_group(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import signal
 from collections.abc import Mapping
 from typing import Any, cast
@@ -314,6 +315,8 @@ class LearnedPruning(ChannelPruning):
             optimizers=[state.optimizer],
             emas=[] if state.ema is None else [state.ema.module],
         )
+        self.done, self.learner = True, None  # whatever fails from here on, the network is smaller
+        self._note(cut, report, losses, math.nan)
         self.costs.refresh()
         self.originals.follow(staying)
         repaired = repair(few, task, judged=True, distributed=distributed)
@@ -321,17 +324,14 @@ class LearnedPruning(ChannelPruning):
             losses += judge.measure([{}]).tolist()
             trainer.logger.message(repaired.describe())
         moved = self.explanation_moved(trainer)
-        self.done = True
-        self.learner = None
+        self._note(cut, report, losses, moved)
         trainer.rebind()
         self._report(trainer, cut, report, losses, moved)
 
-    def _report(
-        self, trainer: TrainLoop, cut: GateCut, report: RewriteReport, losses: list[float], moved: float
-    ) -> None:
-        widths = {name: list(width) for name, width in report.widths.items()}
+    def _note(self, cut: GateCut, report: RewriteReport, losses: list[float], moved: float) -> None:
+        """Record the rewrite, as far as it came."""
         self.record = {
-            "widths": widths,
+            "widths": {name: list(width) for name, width in report.widths.items()},
             "share": cut.share,
             "gates_share": cut.gates_share,
             "threshold": cut.threshold,
@@ -340,7 +340,11 @@ class LearnedPruning(ChannelPruning):
             "loss": losses,
             "explanation": moved,
         }
-        shown = ", ".join(f"{name} {before}→{after}" for name, (before, after) in widths.items())
+
+    def _report(
+        self, trainer: TrainLoop, cut: GateCut, report: RewriteReport, losses: list[float], moved: float
+    ) -> None:
+        shown = ", ".join(f"{name} {before}→{after}" for name, (before, after) in report.widths.items())
         trainer.logger.message(cut.describe())
         trainer.logger.message(
             f"rewritten: {shown or 'nothing to remove'}; calibration loss "
