@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from image_classification.config import check_setting
-from pruning.engine.case import Case, untouched_parameters
+from pruning.engine.case import Case
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.coupling import Coupling, as_layer, as_units, couple
 from pruning.engine.groups import AttributeAxis, Axis, Group, Layer, Place
@@ -74,7 +74,6 @@ def build_graph(case: Case, labeller: Labeller | None = None) -> ChannelGraph:
     )
     graph.attributes += paired_attributes(graph.attributes, case.pairs)
     graph.passes = tuple(case.passes)
-    graph.untouched = untouched_parameters(case)
     _annotate(modules, graph)
     _freeze_single_units(graph, labeller, coupling)
     _freeze_unread(graph, labeller, coupling)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from pruning.engine.constraints import Constraints
 from pruning.engine.examples import Example, OutputError, Pass
 from pruning.engine.labeller import Labeller
 from pruning.engine.made_on_demand import made_on_demand
-from pruning.engine.named_tensors import tensor_names
+from pruning.engine.named_tensors import named_tensors, tensor_names
 from pruning.engine.pairs import untouched_twins
 from pruning.engine.traces import Trace
 from pruning.engine.tracing import record
@@ -39,6 +39,7 @@ class Case:
         traces: The recorded passes that differ from each other; the first is the first example in evaluation.
         constraints: The user's demands.
         pairs: Submodules that are cut alike, by name.
+        constants: Names of plain tensors that the passes use as constants, since they make them on demand.
         labelled: The latest propagated labels, by policy.
     """
 
@@ -47,6 +48,7 @@ class Case:
     traces: list[Trace]
     constraints: Constraints
     pairs: Sequence[tuple[str, str]] = ()
+    constants: frozenset[str] = frozenset()
     labelled: dict[frozenset[tuple[str, str]], Labeller] = dataclasses.field(default_factory=dict, repr=False)
 
     @functools.cached_property
@@ -96,22 +98,23 @@ def open_case(
             )
             continue
         _enter(passes, traces, example, trace)
-    _leave_made_on_demand(model, passes[0], traces)
+    constants = _leave_made_on_demand(model, passes[0], traces)
     used = {name for trace in traces for name in trace.used_names}
-    return Case(model, passes, traces, constraints, [*pairs, *untouched_twins(model, used)])
+    return Case(model, passes, traces, constraints, [*pairs, *untouched_twins(model, used)], constants)
 
 
-def _leave_made_on_demand(model: nn.Module, one: Pass, traces: Sequence[Trace]) -> None:
+def _leave_made_on_demand(model: nn.Module, one: Pass, traces: Sequence[Trace]) -> frozenset[str]:
     """Take the names of the tensors from the traces that a pass makes itself when they are missing: constants."""
     met = plain_tensors(model).keys() & {name for trace in traces for name in trace.used_names}
     if not met:
-        return
+        return frozenset()
     set_trace_mode(model, one.training)
     made = made_on_demand(model, sorted(met), lambda: one.example.run(model))
     for trace in traces:
         trace.tensors[:] = [
             dataclasses.replace(info, name=None) if info.name in made else info for info in trace.tensors
         ]
+    return frozenset(made)
 
 
 def _enter(passes: list[Pass], traces: list[Trace], example: Example, trace: Trace) -> None:
@@ -223,20 +226,37 @@ def _unready(tensor: Tensor) -> str | None:
     return None
 
 
-def untouched_parameters(case: Case) -> tuple[str, ...]:
+def untouched_tensors(case: Case, widths: Collection[int]) -> tuple[str, ...]:
     """Return the names of the parameters that no pass has touched and that are not cut like others.
 
-    And of such buffers in the shape of a parameter that is in use: an average may be kept in them.
+    And of such buffers and plain tensors in the shape of a parameter that is in use, since an average may be kept in
+    them, and of vectors with an entry per channel that may go, since a branch that no pass takes may use them.
+    (Tensors of other shapes may be features that a pass has left behind.)
+
+    Args:
+        case: The network.
+        widths: Numbers of channels that may become fewer.
     """
-    used = {name for trace in case.traces for name in trace.used_names}
+    used = {name for trace in case.traces for name in trace.used_names} | case.constants
     followers = tuple(f"{second}." for _, second in case.pairs)
     parameters = dict(case.model.named_parameters())
     shapes = {
         parameter.shape for name, parameter in parameters.items() if name in used and parameter.dim() > 1
     }
-    buffers = [name for name, buffer in case.model.named_buffers() if buffer.shape in shapes]
-    names = (name for name in (*parameters, *buffers) if not name.startswith(followers))
+    held = {name: tensor for name, tensor in named_tensors(case.model).items() if name not in parameters}
+    others = [
+        name
+        for name, tensor in held.items()
+        if tensor.shape in shapes
+        or (_holds_values(tensor) and tensor.numel() in widths and tensor.numel() == max(tensor.shape) > 1)
+    ]
+    names = (name for name in (*parameters, *others) if not name.startswith(followers))
     return tuple(name for name in names if name not in used)
+
+
+def _holds_values(tensor: Tensor) -> bool:
+    """Whether a tensor is of a kind whose use a trace notes: no counters or positions."""
+    return tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
 
 
 def warn_of_untouched(names: Sequence[str]) -> None:

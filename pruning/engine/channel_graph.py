@@ -40,7 +40,7 @@ class ChannelGraph:
         unit_of_atom: Unit of every atom of the label propagation (before any rewrite).
         passes: The ways in which the network is run when a cut is tried before it is made; a graph from a checkpoint
             has none until `give_examples` gives it some.
-        untouched: Names of the parameters that no pass has touched.
+        untouched: Names of the parameters that no pass has touched, and of other tensors as wide as what may shrink.
         num_units: Number of unit ids.
     """
 

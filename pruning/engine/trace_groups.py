@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 from torch import nn
 
 from pruning.engine.building import build_graph, label_case, located
-from pruning.engine.case import open_case, refuse_unready, warn_of_untouched
+from pruning.engine.case import open_case, refuse_unready, untouched_tensors, warn_of_untouched
 from pruning.engine.channel_graph import ChannelGraph, GroupKey
 from pruning.engine.constraints import UNCONSTRAINED, Constraints
 from pruning.engine.examples import Examples, as_examples
@@ -81,8 +82,15 @@ def trace_groups(
         else:
             graph = build_graph(case, label_case(case, dict(choices or {})))
             graph.passes = ()
+        graph.untouched = untouched_tensors(case, _widths_that_shrink(graph))
     warn_of_untouched(graph.untouched)
     return graph
+
+
+def _widths_that_shrink(graph: ChannelGraph) -> set[int]:
+    """Return how many slices the dimensions have from which some may go."""
+    shrinking = np.array([group.prunable for group in graph.groups])[graph.group_of_unit]
+    return {len(axis.units) for axis in graph.axes if shrinking[axis.units[axis.units >= 0]].any()}
 
 
 def give_examples(

@@ -608,6 +608,45 @@ def test_parameters_that_no_pass_touches_are_named(caplog: pytest.LogCaptureFixt
     assert "large.weight" in caplog.text
 
 
+class Switched(nn.Module):
+    """A branch that is switched off uses a tensor with an entry per channel."""
+
+    def __init__(self, held: str) -> None:
+        super().__init__()
+        self.a, self.b, self.fc, self.held = conv(3, 12), conv(12, 8), nn.Linear(8, 5), held
+        gain = torch.linspace(1, 2, 12)[:, None, None]
+        self.switched = False
+        if held == "parameter":
+            self.gain = nn.Parameter(gain)
+        elif held == "buffer":
+            self.register_buffer("gain", gain)
+        elif held == "table":
+            self.gains = {"it": gain}
+        else:
+            self.gain = gain
+        self.register_buffer("unrelated", torch.ones(7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.switched or x.mean() > 1e6:
+            x = x * (self.gains["it"] if self.held == "table" else self.gain)
+        return self.fc(self.b(x.relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("held", ["parameter", "buffer", "table", "plain"])
+def test_tensors_of_a_branch_that_is_switched_off_are_named_or_follow(
+    held: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Switched(held)
+    graph = trace_groups(model, IMAGES)
+    assert graph.untouched == ("gains[it]" if held == "table" else "gain",)
+    assert "gain" in caplog.text
+    model.switched = True
+    model, args = prepared(model, (IMAGES,))
+    model, graph, _ = cut_equals_zeroed(model, args)
+    assert graph.untouched == ()
+
+
 def test_several_examples_show_every_path() -> None:
     model, (small,) = prepared(BySize(), (IMAGES,))
     large = torch.randn(2, 3, 12, 12, dtype=torch.float64)
