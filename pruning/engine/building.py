@@ -12,7 +12,7 @@ from torch import nn
 from image_classification.config import check_setting
 from pruning.engine.case import Case
 from pruning.engine.channel_graph import ChannelGraph
-from pruning.engine.coupling import Coupling, as_layer, as_units, couple
+from pruning.engine.coupling import Coupling, as_layer, as_units, couple, literal_around
 from pruning.engine.groups import AttributeAxis, Axis, Group, Layer, Place
 from pruning.engine.kept_statistics import Statistics, family_of
 from pruning.engine.labeller import Labeller, Policy, operation_name
@@ -333,6 +333,8 @@ def _freeze_single_units(graph: ChannelGraph, labeller: Labeller, coupling: Coup
         group.reason = (
             f"all its channels are tied together{f' by {by}' if by else ''}: they can only go at once"
         )
+        literal = literal_around(labeller, coupling.unit_of_atom, group.units)
+        group.reason += "" if literal is None else literal.said_after(group.reason)
 
 
 def _freeze_unread(graph: ChannelGraph, labeller: Labeller, coupling: Coupling) -> None:

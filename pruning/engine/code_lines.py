@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import linecache
 import os
+import re
 import sys
 from types import CodeType
+from typing import cast
 
 import torch
 from torch import nn
@@ -17,24 +22,42 @@ _NOT_ITS_OWN = (
     os.path.dirname(__file__) + os.sep,
     attention.__file__,
 )
+_NUMBER = re.compile(rb"(?<![\w.])\d{1,9}(?![\w.])")
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 _INSTALLED = os.path.join(_LIBRARY, "site-packages") + os.sep
 
 
-def line_running(outermost: CodeType | None = None) -> str:
-    """Return the innermost line that is neither PyTorch's nor the engine's, as `model.py:57`; "" if there is none.
+def line_running(outermost: CodeType | None = None) -> tuple[str, frozenset[int]]:
+    """Return the innermost line that is neither PyTorch's nor the engine's, and the whole numbers written in what runs.
 
     Args:
         outermost: Code of the function that called the network, if known; the frames outside it are not the network's.
+
+    Returns:
+        The line as `model.py:57`, and {16} for `x.view(n, 16, -1)`; "" and nothing if there is no such line.
     """
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not outermost:
         if _is_its_own(frame.f_code.co_filename):
-            return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+            line = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+            return line, _numbers_written(frame.f_code, frame.f_lasti)
         if frame.f_back is None:
             break
         frame = frame.f_back
-    return ""
+    return "", frozenset()
+
+
+@functools.lru_cache(maxsize=4096)
+def _numbers_written(code: CodeType, instruction: int) -> frozenset[int]:
+    """Return the whole numbers in the source of the expression that an instruction belongs to; those above 1."""
+    positions = next(itertools.islice(code.co_positions(), instruction // 2, None), None)
+    if positions is None or None in positions:
+        return frozenset()
+    first, last, begin, end = cast("tuple[int, int, int, int]", positions)
+    lines = [linecache.getline(code.co_filename, number).encode() for number in range(first, last + 1)]
+    lines[-1] = lines[-1][:end]  # before the first, which may be the same
+    lines[0] = lines[0][begin:]
+    return frozenset(int(number) for number in _NUMBER.findall(b"".join(lines)) if int(number) > 1)
 
 
 def line_around(model: nn.Module, name: str) -> str:

@@ -177,6 +177,20 @@ def vector_of(unit_of_atom: np.ndarray, use: SizeUse) -> np.ndarray | None:
     return rows[:, 0] if all_alike else None
 
 
+def literal_around(labeller: Labeller, unit_of_atom: np.ndarray, units: np.ndarray) -> SizeUse | None:
+    """Return the first operator that counts some of these units by a number that is written in the code.
+
+    Args:
+        labeller: The labels, with all numbers that count them.
+        unit_of_atom: Unit of every atom.
+        units: The units.
+    """
+    for use in labeller.size_uses:
+        if use.written and np.isin(as_units(unit_of_atom, use.atoms), units).any():
+            return use
+    return None
+
+
 def as_layer(unit_of_atom: np.ndarray, use: LayerUse, batch: int) -> Layer:
     """Return a layer's cost in units, per image."""
 

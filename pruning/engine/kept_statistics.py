@@ -109,7 +109,7 @@ class StatisticsOverKept(OperatorMode):
     def _kept_at(self, family: str) -> np.ndarray | None:
         """What stays of the input of the operator that is running; None where all of it does."""
         found = None
-        for where in dict.fromkeys(((family, ""), (family, line_running()))):
+        for where in dict.fromkeys(((family, ""), (family, line_running()[0]))):
             ordinal = self._counts[where]
             self._counts[where] += 1
             if self._times.get(where):

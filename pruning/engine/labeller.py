@@ -57,7 +57,7 @@ class SizeUse:
     """A whole number among an operator's arguments that counts channels: it is `len(atoms)`.
 
     `atoms` is a vector, or a label array of which only the extent along `dim` is counted. `where` names the operator
-    and its line.
+    and its line; `written` says that the number itself stands in that line.
     """
 
     module: str
@@ -66,6 +66,13 @@ class SizeUse:
     atoms: np.ndarray
     dim: int = 0
     where: str = ""
+    written: bool = False
+
+    def said_after(self, message: str) -> str:
+        """Say that the number is written in the code, after a message; "" if that names operator and line already."""
+        line = self.where.rpartition("(")[2]
+        known = f"({line}" in message and self.operator in message
+        return "" if known else f"; {self.where} has {self.atoms.shape[self.dim]} written in the code"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +269,7 @@ class Labeller:
         return f"{operation_name(operation.func)} in {where}{line}"
 
     def tied_by(self, atoms: np.ndarray) -> str:
-        """Describe the operator that first united two channels of one parameter.
+        """Describe the operator that first united all channels of one parameter, or else two of them.
 
         Args:
             atoms: All atoms of one component.
@@ -277,10 +284,11 @@ class Labeller:
         axes = np.where(axes < 0, len(self.parameter_atoms) + np.arange(axes.size), axes)
         labels = np.full(axes.size, -1, dtype=np.int64)
         labels[atoms] = axes[atoms]
-        pair = self.table.first_union_within(labels)
-        if pair is None:
-            return ""
-        return next((self.describe(operation) for end, operation in self._united if pair < end), "")
+        for pair in self.table.unions_within(labels):
+            for end, operation in self._united:
+                if pair < end:
+                    return self.describe(operation) + _of_groups(operation)
+        return ""
 
     def choice(self, operation: Operation, atoms: np.ndarray, preferred: str) -> str:
         """Choose between two ways of coupling for an operator: as the policy says, else the preferred one."""
@@ -465,6 +473,13 @@ def is_pointwise(func: OpOverload) -> bool:
     plain = getattr(torch.ops.aten, name[:-1], None)
     overload = getattr(plain, func._overloadname, None)
     return overload is not None and torch.Tag.pointwise in overload.tags
+
+
+def _of_groups(operation: Operation) -> str:
+    """Say that a grouped convolution can lose channels only in step, as a shuffle of other sizes does not allow."""
+    if operation_name(operation.func) != "convolution" or operation.args[8] == 1:
+        return ""
+    return f", whose {operation.args[8]} groups must lose the same positions each"
 
 
 def operation_name(func: OpOverload) -> str:

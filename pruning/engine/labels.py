@@ -13,6 +13,7 @@ go together. What is united that way is found by connected components.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 
@@ -87,19 +88,21 @@ class AtomTable:
         self.unite(slot, first, "tied to a channel that cannot be removed")
         return np.where((slot < 0).any(axis=axes, keepdims=True), -1, first)
 
-    def first_union_within(self, labels: np.ndarray) -> int | None:
-        """Find the first pair by which two atoms of one label came together.
+    def unions_within(self, labels: np.ndarray) -> list[int]:
+        """Find the pair by which all atoms of some label first came together, and that by which the first two did.
 
         Args:
             labels: (num_atoms,) label of every atom of one component; negative for all other atoms.
 
         Returns:
-            Number of the pair, in the order in which they were united; None if all labels stay apart.
+            Numbers of these pairs, in the order in which atoms were united; nothing if all labels stay apart.
         """
         left = np.concatenate([np.zeros(0, dtype=np.int64), *self._left])
         right = np.concatenate([np.zeros(0, dtype=np.int64), *self._right])
         root: dict[int, int] = {}
         held = {atom: {label} for atom, label in enumerate(labels.tolist()) if label >= 0}
+        apart = Counter(labels[labels >= 0].tolist())  # label → in how many parts its atoms are still
+        first: list[int] = []
 
         def find(atom: int) -> int:
             while (above := root.get(atom, atom)) != atom:
@@ -112,11 +115,15 @@ class AtomTable:
             one, two = find(int(left[number])), find(int(right[number]))
             if one == two:
                 continue
-            if held[one] & held.get(two, set()):
-                return number
+            others = held.pop(two, set())
+            for label in held[one] & others:
+                first = first or [number]
+                apart[label] -= 1
+                if apart[label] == 1:
+                    return [number, *first]
             root[two] = one
-            held[one] |= held.pop(two, set())
-        return None
+            held[one] |= others
+        return first
 
     def frozen(self, root: np.ndarray) -> np.ndarray:
         """Whether the component that an atom names can never be removed, as a vector over all atoms."""

@@ -156,9 +156,11 @@ class Recorder(OperatorMode):
     ) -> None:
         stack = self.watched.names
         index = len(self.operations)
-        line = line_running(self._caller)
+        line, written = line_running(self._caller)
         self.operations.append(
-            Operation(index, func, args, kwargs, outputs, self.running, stack, writes_to, replayed, line)
+            Operation(
+                index, func, args, kwargs, outputs, self.running, stack, writes_to, replayed, line, written
+            )
         )
 
     @staticmethod

@@ -74,6 +74,7 @@ class Operation:
             of the whole tensor after).
         replayed: A view that is recorded again, since its base was written to; the network did not run it.
         line: Line of the network's code that called it (see `code_lines.py`).
+        written: Whole numbers that stand in that call.
     """
 
     index: int
@@ -86,6 +87,7 @@ class Operation:
     writes_to: tuple[int, tuple[ViewStep, ...], int] | None = None
     replayed: bool = False
     line: str = ""
+    written: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -235,7 +235,8 @@ def dim_list(dims: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
 def note_size(run: Labeller, operation: Operation, atoms: np.ndarray, dim: int = 0) -> SizeUse:
     """Record that one of the operator's arguments is the number `atoms.shape[dim]`."""
     name, where = operation_name(operation.func), run.describe(operation)
-    use = SizeUse(operation.module, operation.stack, name, atoms, dim, where)
+    written = atoms.shape[dim] in operation.written
+    use = SizeUse(operation.module, operation.stack, name, atoms, dim, where, written)
     run.size_uses.append(use)
     return use
 

@@ -18,7 +18,7 @@ from pruning.engine.building import build_graph
 from pruning.engine.case import Case
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.code_lines import line_around
-from pruning.engine.coupling import as_units
+from pruning.engine.coupling import as_units, literal_around
 from pruning.engine.groups import Member
 from pruning.engine.labeller import Labeller, Policy
 from pruning.engine.native_layers import is_native
@@ -392,7 +392,7 @@ def _verdicts_on_suspects(trouble: Trouble, message: str) -> tuple[Verdict, ...]
         if suspects:
             index = _by_locality(graph, suspects)[0]
             member = graph.members(index)[0]
-            split = _split_of(trouble, index)
+            split = _number_behind(trouble, index, message)
             positions = np.flatnonzero(member.positions >= 0)
             verdicts.append(
                 Verdict(
@@ -407,12 +407,16 @@ def _verdicts_on_suspects(trouble: Trouble, message: str) -> tuple[Verdict, ...]
     return tuple(verdicts)
 
 
-def _split_of(trouble: Trouble, index: int) -> str:
-    """Name the split that hands on a group's channels in parts, if an exception elsewhere tells nothing of it.
+def _number_behind(trouble: Trouble, index: int, message: str) -> str:
+    """Name the operator whose number keeps a group's channels, if the failure arose elsewhere and does not tell.
 
-    A part's size that no attribute holds is written in the code, and the layer behind is given as many as ever.
+    It stands in the code; or it is the size of a part in a split, which no attribute holds, and the layer behind is
+    given as many as ever.
     """
     graph = trouble.graph
+    literal = literal_around(trouble.labeller, graph.unit_of_atom, graph.groups[index].units)
+    if literal is not None:
+        return literal.said_after(message)
     for parts in trouble.labeller.splits:
         units = [as_units(graph.unit_of_atom, part.atoms).reshape(-1) for part in parts]
         met = index in {number for part in units for number in graph.groups_in(part)}
@@ -434,6 +438,7 @@ def _verdicts_on_the_culprit(trouble: Trouble) -> tuple[Verdict, ...]:
         likes |= kind_of(trouble.case.model, owner)[1]
     suffix = member.tensor.removeprefix(owner)
     positions = np.flatnonzero(member.positions >= 0)
+    said = _in_words(trouble.case.model, failure)
     verdicts = []
     for like in sorted(likes):
         verdicts.append(
@@ -442,7 +447,7 @@ def _verdicts_on_the_culprit(trouble: Trouble) -> tuple[Verdict, ...]:
                 member.dim,
                 positions,
                 extent=len(member.positions),
-                reason=f"cannot be cut: {_in_words(trouble.case.model, failure)}",
+                reason=f"cannot be cut: {said}{_number_behind(trouble, index, said)}",
                 assumed=like != owner,
             )
         )
