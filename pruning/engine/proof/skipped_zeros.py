@@ -62,18 +62,22 @@ def _product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     """(n, k) × (k, m), the second being a weight."""
     found = None if left.shape[0] * right.numel() < _WORTH_IT else _nonzero(right)
     if found is None:
-        product: Tensor = (
-            _ATEN.mm.default(left, right) if bias is None else _ATEN.addmm.default(bias, left, right)
-        )
-        return product
+        return _plain_product(left, right, bias)
     rows, columns = found
     left, right = left.index_select(1, rows), right.index_select(0, rows)
     if len(rows) < _MANY:
-        return _ATEN.mm.default(left, right) if bias is None else _ATEN.addmm.default(bias, left, right)
+        return _plain_product(left, right, bias)
     few: Tensor = _ATEN.mm.default(left, right.index_select(1, columns))
     shape = (left.shape[0], right.shape[1])
     result = few.new_zeros(shape) if bias is None else bias.expand(shape).clone()
     return result.index_add_(1, columns, few)
+
+
+def _plain_product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = (
+        _ATEN.mm.default(left, right) if bias is None else _ATEN.addmm.default(bias, left, right)
+    )
+    return product
 
 
 def _nonzero(weight: Tensor) -> tuple[Tensor, Tensor] | None:
