@@ -123,11 +123,15 @@ def _partition(kinds: np.ndarray, produced: np.ndarray, fates: list[str]) -> np.
 
 def _reasons(labeller: Labeller, root: np.ndarray) -> dict[int, str]:
     """Return why components are frozen: the first reason recorded for each."""
-    found: dict[int, str] = {}
-    for atoms, reason in labeller.table.freezes:
-        for component in np.unique(root[atoms]).tolist():
-            found.setdefault(component, reason)
-    return found
+    freezes = labeller.table.freezes
+    first = np.full(root.size, -1, dtype=np.int64)
+    for number in reversed(range(len(freezes))):
+        first[root[freezes[number][0]]] = number
+    frozen = np.flatnonzero(first >= 0)
+    return {
+        component: freezes[number][1]
+        for component, number in zip(frozen.tolist(), first[frozen].tolist(), strict=True)
+    }
 
 
 def _first_producers(producers: list[LayerUse], root: np.ndarray) -> np.ndarray:
@@ -148,8 +152,8 @@ def _signatures(labeller: Labeller, root: np.ndarray) -> np.ndarray:
     counted: dict[int, np.ndarray] = {id(use.atoms): use.atoms for use in labeller.size_uses}
     for atoms in (*vectors, *counted.values()):
         atoms = atoms.reshape(-1)
-        components = np.unique(root[atoms[atoms >= 0]])
-        signatures[components] += generator.integers(1, 1 << 63, dtype=np.uint64)
+        # Once per component, however often it occurs: NumPy writes one sum for all occurrences.
+        signatures[root[atoms[atoms >= 0]]] += generator.integers(1, 1 << 63, dtype=np.uint64)
     return signatures
 
 

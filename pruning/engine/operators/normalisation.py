@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 
 from image_classification.models.running import Args, Kwargs, Outputs
 from pruning.engine.labeller import Labeller, along
-from pruning.engine.labels import Value
+from pruning.engine.labels import Value, support
 from pruning.engine.operators import unknowns
 from pruning.engine.operators.products import by_blocks
 from pruning.engine.operators.register import (
@@ -29,8 +29,33 @@ def normalise_kept(func: OpOverload, args: Args, kwargs: Kwargs, kept: np.ndarra
     result = func(*args, **kwargs)
     first = result[0] if isinstance(result, (tuple, list)) else result
     named = named_arguments(func, args, kwargs)
-    first.copy_(_normalise_kept(str(func), named, torch.from_numpy(kept).to(first.device)))  # keeps strides
+    # In place, which keeps the strides.
+    if "layer_norm" in str(func) and _is_vector(kept, first.dim() - len(named["normalized_shape"])):
+        _layer_norm_kept(first, named, kept)
+    else:
+        first.copy_(_normalise_kept(str(func), named, torch.from_numpy(kept).to(first.device)))
     return result
+
+
+def _is_vector(kept: np.ndarray, first: int) -> bool:
+    """Whether what is kept goes along a single dimension, from the given one on."""
+    dims = support(kept)
+    return len(dims) == 1 and dims[0] >= first
+
+
+def _layer_norm_kept(output: Tensor, named: Kwargs, kept: np.ndarray) -> None:
+    """Write a layer norm over the kept positions of one dimension into `output`, and zero for the others."""
+    x: Tensor = named["input"]
+    (dim,) = support(kept)
+    shape = list(named["normalized_shape"])
+    own = dim - x.dim() + len(shape)  # the same dimension among the normalised ones
+    index = torch.from_numpy(np.flatnonzero(kept)).to(x.device)
+    shape[own] = len(index)
+    weight, bias = (
+        None if named.get(key) is None else named[key].index_select(own, index) for key in ("weight", "bias")
+    )
+    few = F.layer_norm(x.index_select(dim, index), shape, weight, bias, named["eps"])
+    output.zero_().index_copy_(dim, index, few)
 
 
 def _normalise_kept(name: str, named: Kwargs, kept: Tensor) -> Tensor:

@@ -280,9 +280,9 @@ def masked_tensors(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> d
 
 
 def _zeroed(values: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
-    values = values.clone()
+    stays = torch.ones([1] * values.dim(), device=values.device, dtype=values.dtype)
     for dim, index in cuts.items():
-        weights = torch.zeros(values.shape[dim], device=values.device, dtype=values.dtype)
-        weights[index.to(values.device)] = 1
-        values *= weights.reshape([-1 if d == dim else 1 for d in range(values.dim())])
-    return values
+        along = torch.zeros(values.shape[dim], device=values.device, dtype=values.dtype)
+        along[index.to(values.device)] = 1
+        stays = stays * along.reshape([-1 if d == dim else 1 for d in range(values.dim())])
+    return values * stays

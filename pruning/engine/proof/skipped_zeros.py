@@ -18,6 +18,9 @@ from pruning.engine.operator_mode import OperatorMode
 _ATEN = torch.ops.aten
 _WORTH_IT = 1 << 22  # MACs; of less the search for zeros takes longer than the zeros
 _LEAST_SAVING = 0.25  # share of the MACs
+_MANY = (
+    256  # terms of a sum from which on computing a column of zeros takes longer than putting it in its place
+)
 
 
 class SkippedZeros(OperatorMode):
@@ -39,7 +42,7 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *options: objec
     """Convolve the channels that matter; `options` are stride, padding, dilation, transposed, …, groups."""
     transposed, groups = options[3], options[5]
     macs = x.shape[0] * math.prod(x.shape[2:]) * weight.numel()
-    found = None if groups != 1 or transposed or macs < _WORTH_IT else _nonzero(weight.flatten(2))
+    found = None if groups != 1 or transposed or macs < _WORTH_IT else _nonzero(weight)
     if found is None:
         convolved: Tensor = _ATEN.convolution.default(x, weight, bias, *options)
         return convolved
@@ -57,29 +60,35 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *options: objec
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     """(n, k) × (k, m), the second being a weight."""
-    found = None if left.shape[0] * right.numel() < _WORTH_IT else _nonzero(right[:, :, None])
+    found = None if left.shape[0] * right.numel() < _WORTH_IT else _nonzero(right)
     if found is None:
-        product: Tensor = (
-            _ATEN.mm.default(left, right) if bias is None else _ATEN.addmm.default(bias, left, right)
-        )
-        return product
+        return _plain_product(left, right, bias)
     rows, columns = found
-    few: Tensor = _ATEN.mm.default(
-        left.index_select(1, rows), right.index_select(0, rows).index_select(1, columns)
-    )
+    left, right = left.index_select(1, rows), right.index_select(0, rows)
+    if len(rows) < _MANY:
+        return _plain_product(left, right, bias)
+    few: Tensor = _ATEN.mm.default(left, right.index_select(1, columns))
     shape = (left.shape[0], right.shape[1])
     result = few.new_zeros(shape) if bias is None else bias.expand(shape).clone()
     return result.index_add_(1, columns, few)
 
 
+def _plain_product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = (
+        _ATEN.mm.default(left, right) if bias is None else _ATEN.addmm.default(bias, left, right)
+    )
+    return product
+
+
 def _nonzero(weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The positions along the first two of three dimensions that hold anything; None if leaving others out saves
-    little.
-    """
-    holds = weight.abs().amax(2) != 0
-    rows, columns = holds.any(1).nonzero().flatten(), holds.any(0).nonzero().flatten()
-    few = len(rows) * len(columns)
-    return (rows, columns) if 0 < few <= (1 - _LEAST_SAVING) * holds.numel() else None
+    """The positions along the first two dimensions that hold anything; None if leaving others out saves little."""
+    count = weight.shape[0] * weight.shape[1]
+    flat = weight.flatten(1)
+    # By extremes, which take no intermediate of the weight's size.
+    rows = (flat.amax(1) != 0) | (flat.amin(1) != 0)
+    columns = ((flat.amax(0) != 0) | (flat.amin(0) != 0)).reshape(weight.shape[1], -1).any(1)
+    rows, columns = rows.nonzero().flatten(), columns.nonzero().flatten()
+    return (rows, columns) if 0 < len(rows) * len(columns) <= (1 - _LEAST_SAVING) * count else None
 
 
 def _format(x: Tensor, weight: Tensor) -> torch.memory_format:

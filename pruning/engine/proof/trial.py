@@ -176,11 +176,13 @@ class Trial:
         agrees = found.failure is None and self._disagreement(one, expected, found) is None
         return agrees and decisions.followed
 
-    def raises(self) -> bool:
-        """Whether the cut network raises an exception, whatever it computes otherwise.
+    def exception(self) -> Failure | None:
+        """The exception that the cut network raises; None if it runs, whatever it computes.
 
-        If not, what it computes is kept for `failure`.
+        What it computes is kept for `failure` then.
         """
+        if self._mask.all():
+            return None
         self._ahead.clear()
         following = self._following()
         for number, one in enumerate(self._passes):
@@ -189,9 +191,9 @@ class Trial:
             run = self._run_cut(one)
             if run.failure is not None:
                 self._ahead.clear()
-                return True
+                return run.failure
             self._ahead[number, following] = run
-        return False
+        return None
 
     def _following(self) -> frozenset[int]:
         return frozenset(id(axis) for axis in self.graph.attributes)
@@ -266,7 +268,7 @@ class Trials:
 
     def raises(self) -> bool:
         """Whether the network raises an exception under any of the cuts."""
-        return any(trial.raises() for trial, _ in self._trials)
+        return any(trial.exception() is not None for trial, _ in self._trials)
 
 
 def failure_of_cut(model: nn.Module, graph: ChannelGraph, mask: np.ndarray) -> Failure | None:

@@ -68,16 +68,18 @@ def _verified(case: Case, measures: Measures, more_than: int = 0) -> tuple[Chann
         tie of widths that may have been computed from each other; None if no such tie remained.
     """
     before_shapes = None
+    has_differed = False
     for _ in range(_MOST_ROUNDS):
         labeller, graph = _build(case, measures)
         trials = _trials(case, graph)
-        if more_than and _removable(graph) <= more_than:  # before a trial is run to its end
-            freest = _without_needless_measures(case, measures, trials, _holds).graph
-            if _removable(freest) <= more_than:
-                return freest, None
-        failure = trials.first.failure(repeats=False)
+        if more_than and not _may_remove(
+            case, measures, trials, more_than
+        ):  # before a trial is run to its end
+            return graph, None
+        failure = trials.first.failure(repeats=False) if has_differed else trials.first.exception()
         if failure is None:
             trials, failure = _without_needless(case, measures, trials)
+            has_differed = failure is not None
         if failure is None:
             return trials.graph, before_shapes if measures.shaped else None
         changed = remedied(case, measures, labeller, graph, failure)
@@ -96,16 +98,36 @@ def _verified(case: Case, measures: Measures, more_than: int = 0) -> tuple[Chann
     return graph, before_shapes if measures.shaped else None
 
 
+def _may_remove(case: Case, measures: Measures, trials: Trials, more_than: int) -> bool:
+    """Whether more channels than these could be removed, now or once needless measures are dropped.
+
+    Most that could not are told by exceptions in a single cut; only the others are judged by all cuts.
+    """
+    if _removable(trials.graph) > more_than:
+        return True
+    return all(
+        _removable(_without_needless_measures(case, measures, trials, judge).graph) > more_than
+        for judge in (_may_hold, _holds)
+    )
+
+
 def _without_needless(case: Case, measures: Measures, trials: Trials) -> tuple[Trials, Failure | None]:
     """Drop measures and numbers that the graph does not need; return its trials, and what fails under all cuts.
 
     A measure is taken back if the first cut stands without it, which all cuts must stand in the end. If they do not,
-    each measure is judged again, by all cuts.
+    each measure is judged again, by all cuts. Only where no measure is needless, the graph with all of them is compared
+    with the masked network; before, it is enough that it runs.
     """
     bold = _without_needless_measures(case, measures, trials, _seems_to_hold)
+    failure = trials.first.failure(repeats=False) if bold is trials else None
+    if failure is not None:
+        return trials, failure
     failure = _failure_without_needless_numbers(case, bold)
     if failure is None or bold is trials:
         return bold, failure
+    failure = trials.first.failure(repeats=False)
+    if failure is not None:
+        return trials, failure
     sure = _without_needless_measures(case, measures, trials, _holds)
     return sure, _failure_without_needless_numbers(case, sure)
 
@@ -146,7 +168,7 @@ def _without_needless_measures(
     Args:
         case: The network.
         measures: All that were taken.
-        trials: Of the graph with all of them; the first passes.
+        trials: Of the graph with all of them.
         holds: Judges the trials of a graph with fewer measures.
 
     Returns:
@@ -155,7 +177,7 @@ def _without_needless_measures(
     if any(verdict.assumed for verdict in measures.verdicts):
         sure = measures.without_assumptions()
         bolder = _trials(case, _build(case, sure)[1])
-        if bolder.failure() is None:
+        if holds(bolder):
             measures, trials = sure, bolder
     for take_back in _takings_back(measures):
         fewer = take_back(measures)
@@ -177,6 +199,11 @@ def _takings_back(measures: Measures) -> list[Callable[[Measures], Measures]]:
         *(functools.partial(Measures.without, measures=[measure]) for measure in single),
         *(functools.partial(Measures.untied, attribute=name) for name in names),
     ]
+
+
+def _may_hold(trials: Trials) -> bool:
+    """Whether nothing raises in the first cut."""
+    return trials.first.exception() is None
 
 
 def _seems_to_hold(trials: Trials) -> bool:
@@ -202,7 +229,7 @@ def _failure_without_needless_numbers(case: Case, trials: Trials) -> Failure | N
 
     def stands_one() -> bool:
         # A view by the old width can succeed by luck, if what stays divides well; in the second cut it does not.
-        return trials.first.failure(repeats=False) is None and not trials.second.raises()
+        return trials.first.failure(repeats=False) is None and trials.second.exception() is None
 
     def stands_all() -> bool:
         return stands_one() and trials.failure() is None
