@@ -18,9 +18,8 @@ from pruning.engine.operator_mode import OperatorMode
 _ATEN = torch.ops.aten
 _WORTH_IT = 1 << 22  # MACs; of less the search for zeros takes longer than the zeros
 _LEAST_SAVING = 0.25  # share of the MACs
-_MANY = (
-    256  # terms of a sum from which on computing a column of zeros takes longer than putting it in its place
-)
+#: Terms of a sum from which on computing a column of zeros takes longer than putting it in its place.
+_MANY = 256
 
 
 class SkippedZeros(OperatorMode):

@@ -72,9 +72,8 @@ def _verified(case: Case, measures: Measures, more_than: int = 0) -> tuple[Chann
     for _ in range(_MOST_ROUNDS):
         labeller, graph = _build(case, measures)
         trials = _trials(case, graph)
-        if more_than and not _may_remove(
-            case, measures, trials, more_than
-        ):  # before a trial is run to its end
+        # Asked before a trial is run to its end.
+        if more_than and not _may_remove(case, measures, trials, more_than):
             return graph, None
         failure = trials.first.failure(repeats=False) if has_differed else trials.first.exception()
         if failure is None:
