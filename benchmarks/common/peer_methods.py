@@ -168,8 +168,9 @@ class TorchPruning(Untouched):
 
     def _pruner(self, kind: Any, model: nn.Module, ratio: float, **more: float) -> Any:
         head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+        ignored = [head, *(module for module in model.modules() if _frozen(module))]  # Taylor needs gradients
         if self._importance == "large_final":
-            return _fasterai_pruner(model, self._example, ratio, head)
+            return _fasterai_pruner(model, self._example, ratio, ignored)
         kinds: Mapping[str, Callable[[], Any]] = {
             "l2": lambda: self._tp.importance.MagnitudeImportance(2),
             "group": lambda: self._tp.importance.GroupMagnitudeImportance(2),
@@ -182,7 +183,7 @@ class TorchPruning(Untouched):
             importance=kinds[self._importance](),
             pruning_ratio=ratio,
             max_pruning_ratio=_MOST,
-            ignored_layers=[head],
+            ignored_layers=ignored,
             **self._where,
             **more,
         )
@@ -239,20 +240,26 @@ class TorchPruning(Untouched):
         return best
 
 
-def _fasterai_pruner(model: nn.Module, example: torch.Tensor, ratio: float, head: nn.Module) -> Any:
+def _frozen(module: nn.Module) -> bool:
+    """Whether a layer's weight is not trained."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and not weight.requires_grad
+
+
+def _fasterai_pruner(model: nn.Module, example: torch.Tensor, ratio: float, ignored: list[nn.Module]) -> Any:
     """Return the pruner that fasterai's `Pruner` drives, over all layers together."""
     with contextlib.redirect_stdout(io.StringIO()):  # it reports the layers it ignores
         from fasterai.core.criteria import large_final
         from fasterai.prune.pruner import Pruner as FasteraiPruner
 
         pruner = FasteraiPruner(
-            model, ratio, "global", large_final, example_inputs=example, ignored_layers=[head]
+            model, ratio, "global", large_final, example_inputs=example, ignored_layers=ignored
         )
     return pruner.pruner
 
 
 class FromScratch(Untouched):
-    """A network with all widths reduced by the same share to the same MACs, and new weights.
+    """A network with all widths reduced by the same share to the same MACs, and new weights, but for frozen ones.
 
     Args:
         training: The run.
@@ -266,7 +273,7 @@ class FromScratch(Untouched):
         example = training.images.calibration[0][:2]
         prune(model, example, budget=budget, criterion="random", search="uniform", repair="none")
         for module in model.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and not _frozen(module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, (nn.BatchNorm2d, nn.Linear)):
                 module.reset_parameters()

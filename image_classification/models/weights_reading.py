@@ -55,7 +55,9 @@ def read_file(path: str | Path) -> PlainValue:
     path = Path(path)
     problem = problem_of(path)
     if problem is not None:
-        raise FileNotFoundError(f"weights file {path} {problem}: check the path")
+        looks_like_a_name = str(path) == path.stem
+        by_name = f"; weights that a library publishes are torchvision/{path}, for instance" if looks_like_a_name else ""
+        raise FileNotFoundError(f"weights file {path} {problem}: check the path{by_name}")
     with path.open("rb") as file:
         start = file.read(len(_ZIP_START))
     if not start:

@@ -18,6 +18,7 @@ when it ends.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 
@@ -31,6 +32,26 @@ from image_classification.models.checkpointing import checkpoints_passed_through
 from image_classification.models.running import Args, Kwargs, ModuleCall, following, with_first_argument
 from pruning.engine.channel_graph import ChannelGraph, GroupKey, Keep
 from pruning.engine.kept_statistics import StatisticsOverKept
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gate:
+    """Gates along one dimension of a tensor.
+
+    Attributes:
+        dim: The dimension.
+        positions: Place in `Gates.values` of the gate of each position, one past the end where there is none.
+        index: The same on the gates' device.
+    """
+
+    dim: int
+    positions: np.ndarray
+    index: Tensor
+
+    def open_under(self, mask: np.ndarray) -> np.ndarray:
+        """Return which positions a mask of all units leaves open, bool."""
+        opened: np.ndarray = np.append(mask, True)[self.positions]
+        return opened
 
 
 class Gates:
@@ -61,9 +82,13 @@ class Gates:
         self._groups = graph.prunable if groups is None else [graph.group(key) for key in groups]
         shape = (graph.num_units,) if per_sample is None else (per_sample, graph.num_units)
         self.values = torch.ones(shape, device=first.device)
+        self._mask: tuple[np.ndarray, Tensor, int] | None = (
+            None  # with the values made of it, and their version
+        )
+        self._constants: dict[bytes, Tensor] = {}
         self._statistics: StatisticsOverKept | None = None
-        self._inputs: dict[ModuleCall, tuple[int, Tensor]] = {}
-        self._weights: dict[str, list[tuple[int, Tensor]]] = {}
+        self._inputs: dict[ModuleCall, _Gate] = {}
+        self._weights: dict[str, list[_Gate]] = {}
         self._hooks = contextlib.ExitStack()
         self._learning = False
 
@@ -81,11 +106,18 @@ class Gates:
         self.set_mask(self._graph.keep_mask(keep))
 
     def set_mask(self, mask: np.ndarray) -> None:
-        """As `set_keep`, from a boolean vector over unit ids."""
+        """As `set_keep`, from a boolean vector over unit ids. Where all units stay, nothing is multiplied."""
         values = torch.from_numpy(mask.astype(np.float32)).to(self.values.device)
         self.values = values.expand_as(self.values).clone()
+        self._mask = (mask, self.values, self.values._version)
         if self._graph.statistics:
             self._statistics = StatisticsOverKept(self._graph.statistics, mask)
+
+    def factors(self, mask: np.ndarray) -> list[Tensor]:
+        """Return the tensors that passes multiply by under a mask; equal factors are one tensor."""
+        places = [*self._inputs.values(), *(gate for gates in self._weights.values() for gate in gates)]
+        found = (self._constant(gate.open_under(mask)) for gate in places)
+        return [factor for factor in found if factor is not None]
 
     def reset(self) -> None:
         """Open all gates."""
@@ -108,36 +140,37 @@ class Gates:
 
     # -- where the gates are -------------------------------------------------------------------------------
 
-    def _gated_inputs(self) -> dict[ModuleCall, tuple[int, Tensor]]:
-        """Call of a consumer → the dimension of its input that is gated, and the gate of every position there."""
+    def _gated_inputs(self) -> dict[ModuleCall, _Gate]:
+        """Call of a consumer → the gates of its input."""
         groups = [group.index for group in self._groups]
         found = {}
         for place in self._graph.places:
             if place.kind == "input" and place.consumer:
-                index = self._gate_indices(place.units, groups)
-                if index is not None:
-                    found[ModuleCall(place.module, place.call)] = (place.dim, index)
+                gate = self._gate_along(place.dim, place.units, groups)
+                if gate is not None:
+                    found[ModuleCall(place.module, place.call)] = gate
         return found
 
-    def _gated_weights(self) -> dict[str, list[tuple[int, Tensor]]]:
-        """Parameter → dimensions, with the gate of every slice, for channels that no layer's input shows."""
+    def _gated_weights(self) -> dict[str, list[_Gate]]:
+        """Parameter → gates of its slices, for channels that no layer's input shows."""
         indices = {group.index for group in self._groups}
         groups = [index for index in self._graph.groups_in(self._graph.ungated) if index in indices]
         parameters = {name for name, _ in self._model.named_parameters()}
-        found: dict[str, list[tuple[int, Tensor]]] = {}
+        found: dict[str, list[_Gate]] = {}
         for axis in self._graph.axes:
-            index = self._gate_indices(axis.units, groups)
-            if index is not None and axis.tensor in parameters:
-                found.setdefault(axis.tensor, []).append((axis.dim, index))
+            gate = self._gate_along(axis.dim, axis.units, groups)
+            if gate is not None and axis.tensor in parameters:
+                found.setdefault(axis.tensor, []).append(gate)
         return found
 
-    def _gate_indices(self, units: np.ndarray, groups: list[int]) -> Tensor | None:
-        """Position in `values` of the gate of each unit, one past the end for units without; None if none has one."""
+    def _gate_along(self, dim: int, units: np.ndarray, groups: list[int]) -> _Gate | None:
+        """Gates of the units along a dimension; None if none of them has one."""
         valid = np.maximum(units, 0)
         inside = (units >= 0) & np.isin(self._graph.group_of_unit[valid], groups)
         if not inside.any():
             return None
-        return torch.from_numpy(np.where(inside, units, self._graph.num_units)).to(self.values.device)
+        positions = np.where(inside, units, self._graph.num_units)
+        return _Gate(dim, positions, torch.from_numpy(positions).to(self.values.device))
 
     # -- what happens in a forward pass --------------------------------------------------------------------
 
@@ -147,11 +180,13 @@ class Gates:
         self._learning = self.values.requires_grad and torch.is_grad_enabled()
         parameters = dict(self._model.named_parameters()) if self._weights else {}
         gated: dict[str, Tensor] = {}
-        for name, dims in self._weights.items():
+        for name, gates in self._weights.items():
             gated[name] = parameters[name]
-            for dim, index in dims:
-                gate = self._gate_of(index).to(gated[name].dtype)
-                gated[name] = gated[name] * along_dim(gate, dim, gated[name].dim())
+            for gate in gates:
+                factor = self._factor(gate, per_sample=False)
+                if factor is not None:
+                    factor = along_dim(factor.to(gated[name].dtype), gate.dim, gated[name].dim())
+                    gated[name] = gated[name] * factor
         with contextlib.ExitStack() as stack:
             stack.enter_context(checkpoints_passed_through())  # a gate must act on a block's only run
             if gated:
@@ -161,9 +196,23 @@ class Gates:
                 stack.enter_context(self._statistics)
             yield
 
-    def _gate_of(self, index: Tensor) -> Tensor:
-        values = self.values if self.values.dim() == 1 else self.values.mean(dim=0)
-        return torch.nn.functional.pad(values, (0, 1), value=1.0)[index]
+    def _factor(self, gate: _Gate, *, per_sample: bool) -> Tensor | None:
+        """Return the gates of all positions, (positions,) or (N, positions); None if a mask leaves all of them open."""
+        if self._mask is not None and not self.values.requires_grad:
+            mask, made, version = self._mask
+            if made is self.values and made._version == version:
+                return self._constant(gate.open_under(mask))
+        values = self.values if self.values.dim() == 1 or per_sample else self.values.mean(dim=0)
+        return torch.nn.functional.pad(values, (0, 1), value=1.0).index_select(-1, gate.index)
+
+    def _constant(self, opened: np.ndarray) -> Tensor | None:
+        """Return gates of 0 and 1, the same tensor for the same gates; None if all are 1."""
+        if opened.all():
+            return None
+        key = opened.tobytes()
+        if key not in self._constants:
+            self._constants[key] = torch.from_numpy(opened.astype(np.float32)).to(self.values.device)
+        return self._constants[key]
 
     def _gate_input(
         self, call: ModuleCall, _module: nn.Module, args: Args, kwargs: Kwargs
@@ -176,17 +225,20 @@ class Gates:
                 "than torch's), so gates of what it reads cannot learn: leave it alone"
             )
             raise SettingError("ignored", call.name, problem)
-        dim, index = self._inputs[call]
-        return with_first_argument(args, kwargs, lambda x: self._gated(x, dim, index))
+        gate = self._inputs[call]
+        return with_first_argument(args, kwargs, lambda x: self._gated(x, gate))
 
-    def _gated(self, x: Tensor, dim: int, index: Tensor) -> Tensor:
-        values = torch.nn.functional.pad(self.values, (0, 1), value=1.0).index_select(-1, index).to(x.dtype)
+    def _gated(self, x: Tensor, gate: _Gate) -> Tensor:
+        values = self._factor(gate, per_sample=True)
+        if values is None:
+            return x
+        values = values.to(x.dtype)
         if values.dim() == 1:
-            return x * along_dim(values, dim, x.dim())
+            return x * along_dim(values, gate.dim, x.dim())
         repeats = x.shape[0] // values.shape[0]  # windows and tokens folded into the batch, batch-major
         values = values.repeat_interleave(repeats, dim=0) if repeats > 1 else values
         shape = [1] * x.dim()
-        shape[0], shape[dim] = x.shape[0], -1
+        shape[0], shape[gate.dim] = x.shape[0], -1
         return x * values.reshape(shape)
 
 

@@ -23,7 +23,7 @@ from image_classification.distributed import Distributed
 from pruning.engine.channel_graph import ChannelGraph
 from pruning.engine.named_tensors import named_tensors
 from pruning.repair.elimination import DEFAULT_RIDGE, loaded_inverses
-from pruning.repair.survey import Reader, survey
+from pruning.repair.survey import Constant, Reader, survey
 from pruning.repair.unit_inputs import UnitInputs, reading_units, unit_inputs
 from pruning.task import Batch, Task, num_samples
 
@@ -100,6 +100,24 @@ class LocalRepair:
                     self.model, lambda: self.task.outputs(self.model, batch), num_samples(batch)
                 )
 
+    def closings(self, mask: np.ndarray) -> dict[str, tuple[bytes, ...]]:
+        """Return, for every parameter or buffer that `applied` may change, what determines its values under a cut.
+
+        Args:
+            mask: (num_units,) bool: units to keep; must have been passed to `prepare`.
+        """
+        found: dict[str, tuple[bytes, ...]] = {}
+        for name, groups in self._inputs.items():
+            closed = tuple(one.closed_by(mask).tobytes() for one in groups)
+            constant = self._constant_of(name)
+            for changed in (name,) if constant is None else (name, constant.tensor):
+                found[changed] = (*found.get(changed, ()), *closed)
+        return found
+
+    def _constant_of(self, name: str) -> Constant | None:
+        reader = None if self._readers is None else self._readers.get(name)
+        return None if reader is None else reader.constant
+
     @contextlib.contextmanager
     def applied(self, mask: np.ndarray) -> Iterator[None]:
         """Use compensating weights for closed units inside the block, and restore the current weights afterwards.
@@ -151,11 +169,11 @@ class LocalRepair:
         flat = parameter.flatten().clone()
         flat[one.positions.to(parameter.device).flatten()] = weights.to(parameter.dtype).flatten()
         parameter.copy_(flat.view_as(parameter))
-        reader = None if self._readers is None else self._readers.get(name)
-        if reader is not None and reader.constant is not None:
-            constant = ((one.weights - weights) * one.mean[:, None]).sum(0) * reader.constant.sign
-            taker = tensors[reader.constant.tensor].data
-            saved.setdefault(reader.constant.tensor, taker.clone())
+        absorbing = self._constant_of(name)
+        if absorbing is not None:
+            constant = ((one.weights - weights) * one.mean[:, None]).sum(0) * absorbing.sign
+            taker = tensors[absorbing.tensor].data
+            saved.setdefault(absorbing.tensor, taker.clone())
             begin = number * len(constant)
             taker[begin : begin + len(constant)] += constant.to(taker.dtype)
 

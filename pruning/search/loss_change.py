@@ -14,7 +14,8 @@ actual loss is measured through gates, without a copy of the network.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,11 +25,13 @@ from torch import Tensor, nn
 
 from image_classification.distributed import Distributed
 from image_classification.models.modes import random_state_kept
+from image_classification.models.running import Outputs
 from pruning.criteria.criterion import GradientCriterion
 from pruning.criteria.scoring import score_groups
 from pruning.engine.channel_graph import ChannelGraph, Keep
 from pruning.engine.gates import Gates
 from pruning.repair.local_repair import LocalRepair
+from pruning.search.shared_passes import SharedPasses
 from pruning.task import Task, num_samples, to_device
 
 #: Calibration batches of this rank.
@@ -70,6 +73,7 @@ class LossChange:
         self._gradients: Tensor | None = None
         self._unknown = graph.ungated
         self._loss: float | None = None
+        self._shares = True
 
     def estimate(self, removed: Sequence[np.ndarray], closed: np.ndarray | None = None) -> np.ndarray:
         """Estimate the change of the mean loss for each set of units.
@@ -126,7 +130,7 @@ class LossChange:
         return self._gradients
 
     @torch.no_grad()
-    def measure(self, candidates: Iterable[Keep], *, repaired: bool = True) -> np.ndarray:
+    def measure(self, candidates: Sequence[Keep], *, repaired: bool = True) -> np.ndarray:
         """Measure the mean calibration loss with each candidate's cut gated away.
 
         Args:
@@ -140,29 +144,51 @@ class LossChange:
         repair = self.repair if repaired else None
         if repair is not None:
             repair.prepare(masks)
-        sums = torch.zeros(len(masks) + 1, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(len(masks) + 2, dtype=torch.float64, device=self.device)
         with self.task.running(self.model), Gates(self.model, self.graph) as gates:
-            for number, mask in enumerate(masks):
-                gates.set_mask(mask)
+            shared = SharedPasses(self.model, gates, self.batches, masks, repair, enabled=self._shares)
+            for number in shared.order:
+                gates.set_mask(masks[number])
                 with contextlib.ExitStack() as stack:
                     # Random sampling in the network is the same for every candidate.
                     stack.enter_context(random_state_kept(self.model))
                     if repair is not None:
-                        stack.enter_context(repair.applied(mask))
-                    sums[number] = self._total()
+                        stack.enter_context(repair.applied(masks[number]))
+                    sums[number] = self._total(shared, masks[number])
+                    if shared.enabled and number == shared.order[-1]:
+                        sums[-2] = self._wrongly_shared(shared, masks[number])
         sums[-1] = sum(num_samples(batch) for batch in self.batches)
         (reduced,) = self.distributed.all_reduce_sum(sums)
         figures = reduced.cpu().numpy()
-        return figures[:-1] / figures[-1] if figures[-1] else np.full(len(masks), np.nan)
+        if figures[-2] and self._shares:
+            self._shares = False
+            return self.measure(candidates, repaired=repaired)
+        return figures[:-2] / figures[-1] if figures[-1] else np.full(len(masks), np.nan)
 
-    def _total(self) -> Tensor:
+    def _total(self, shared: SharedPasses, mask: np.ndarray) -> Tensor:
         """Return the sum of this rank's losses, float64."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in self.batches:
-            with self.autocast():
-                outputs = self.task.outputs(self.model, batch)
+        for number, batch in enumerate(self.batches):
+            outputs = shared.run(number, functools.partial(self._outputs, batch), mask)
             total += self.task.losses(outputs, batch).double().sum()
         return total
+
+    def _wrongly_shared(self, shared: SharedPasses, mask: np.ndarray) -> Tensor | float:
+        """Run the first batch once with the shared beginning and once whole; return how many losses differ."""
+        if not self.batches:
+            return 0.0
+        batch = self.batches[0]
+        losses = []
+        for whole in (False, True):
+            with random_state_kept(self.model):
+                forward = functools.partial(self._outputs, batch)
+                outputs = forward() if whole else shared.run(0, forward, mask)
+            losses.append(self.task.losses(outputs, batch))
+        return (~torch.isclose(*losses, rtol=1e-3, atol=1e-3, equal_nan=True)).sum()
+
+    def _outputs(self, batch: Any) -> Outputs:
+        with self.autocast():
+            return self.task.outputs(self.model, batch)
 
 
 class _GradientMemory(GradientCriterion):
