@@ -56,7 +56,7 @@ def read_file(path: str | Path) -> PlainValue:
     problem = problem_of(path)
     if problem is not None:
         looks_like_a_name = str(path) == path.stem
-        by_name = f"; weights that a library publishes are torchvision/{path}, for instance" if looks_like_a_name else ""
+        by_name = f"; published weights have names such as torchvision/{path}" if looks_like_a_name else ""
         raise FileNotFoundError(f"weights file {path} {problem}: check the path{by_name}")
     with path.open("rb") as file:
         start = file.read(len(_ZIP_START))
