@@ -51,7 +51,7 @@ class _Layout:
     @classmethod
     def of(cls, tensor: Tensor) -> _Layout:
         return cls(
-            tuple(tensor.size()), tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device
+            tuple(tensor.size()), tensor.stride(), int(tensor.storage_offset()), tensor.dtype, tensor.device
         )
 
     def on(self, storage: torch.UntypedStorage) -> Tensor:
@@ -240,8 +240,9 @@ class _Passing(OperatorMode):
         """Describe a tensor; None if its content is not known."""
         if not _plain(tensor):
             return None
-        reference, result = self._results.get(id(tensor), (None, None))
-        if result is not None and reference() is tensor:
+        known = self._results.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            result = known[1]
             if not self._replaying and self._is_placeholder(result):
                 self._depart()
             return result
