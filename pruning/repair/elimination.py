@@ -22,7 +22,7 @@ from torch import Tensor
 from pruning.repair.unit_inputs import UnitInputs
 
 DEFAULT_RIDGE = 1e-2
-#: Number of removals after which the inverse is updated in full.
+#: Number of removals after which inverse and weights are updated in full.
 _BLOCK = 32
 
 
@@ -68,8 +68,9 @@ def elimination(
 class _Reader:
     """One layer's part of an elimination.
 
-    The inverse is downdated in blocks: the effect of the latest removals is kept in two thin matrices, and only
-    requested entries are brought up to date. So nearly all work is matrix products.
+    Inverse and weights are downdated in blocks: the effect of the latest removals is kept in thin matrices, and only
+    requested entries are brought up to date. So nearly all work is matrix products. What a unit's removal costs needs
+    its blocks [H⁻¹]_BB and W_B·W_Bᵀ alone, which always are up to date.
 
     Args:
         inputs: Inputs of the layer.
@@ -82,8 +83,6 @@ class _Reader:
         self._inverse = loaded_inverse(inputs.gram.cpu(), ridge)
         self._weights = inputs.weights.cpu().clone()
         self._scale = float(inputs.variance)
-        # Pairs (share, across), (K, |B|) each: the current inverse is the stored one − Σ share · acrossᵀ.
-        self._pending: list[tuple[Tensor, Tensor]] = []
         # Columns of every unit, as (units, taps). Units with different numbers of columns form classes of their own.
         self._columns = {unit: (position == unit).nonzero().flatten() for unit in range(width)}
         self._classes: list[tuple[Tensor, Tensor]] = []
@@ -92,8 +91,14 @@ class _Reader:
             units = (taps == count).nonzero().flatten()
             if count:
                 self._classes.append((units, torch.stack([self._columns[unit] for unit in units.tolist()])))
-        # The blocks [H⁻¹]_BB of every unit, always up to date.
         self._own = [self._inverse[blocks[:, :, None], blocks[:, None, :]] for _, blocks in self._classes]
+        self._squares = self._squares_of_weights()
+        # With these, the current inverse is the stored one − shares · acrossᵀ, and the current weights are the stored
+        # ones − shares · removed.
+        room = _BLOCK * int(taps.max())
+        self._shares, self._across = self._inverse.new_zeros(2, len(position), room).unbind()
+        self._removed = self._weights.new_zeros(room, self._weights.shape[1])
+        self._pending, self._waiting = 0, 0
 
     @classmethod
     def of(cls, inputs: UnitInputs, place: dict[int, int], ridge: float) -> _Reader | None:
@@ -105,33 +110,46 @@ class _Reader:
 
     def add_damage(self, damage: Tensor) -> None:
         """Add the cost of removing each unit alone now; entries of removed units are meaningless."""
-        for (units, blocks), own in zip(self._classes, self._own, strict=True):
-            weights = self._weights[blocks]
-            if blocks.shape[1] == 1:
-                cost = weights.square().sum((1, 2)) / own[:, 0, 0]
-            else:
-                cost = (weights * torch.linalg.solve(own, weights)).sum((1, 2))
-            damage[units] += cost / self._scale
+        for (units, blocks), own, squares in zip(self._classes, self._own, self._squares, strict=True):
+            single = blocks.shape[1] == 1
+            ratio = squares / own if single else torch.linalg.solve(own, squares)
+            damage[units] += ratio.diagonal(dim1=1, dim2=2).sum(1) / self._scale
 
     def remove(self, unit: int) -> None:
         """Remove a unit, compensating by the others as far as possible."""
         block = self._columns[unit]
         if not len(block):
             return
-        across = self._inverse[:, block]
-        for share, other in self._pending:
-            across = across - share @ other[block].mT
+        shares, removed = self._shares[:, : self._pending], self._removed[: self._pending]
+        across = self._inverse[:, block] - shares @ self._across[block, : self._pending].mT
+        weights = self._weights[block] - shares[block] @ removed
+        products = self._weights @ weights.mT - shares @ (removed @ weights.mT)  # W · W_Bᵀ
         share = torch.linalg.solve(across[block].mT, across.mT).mT  # (K, |B|): H⁻¹_:B [H⁻¹_BB]⁻¹
-        self._weights -= share @ self._weights[block]
-        self._weights[block] = 0
-        for (units, blocks), own in zip(self._classes, self._own, strict=True):
-            own -= share[blocks] @ across[blocks].mT
+        between = products[block]
+        for (units, blocks), own, squares in zip(self._classes, self._own, self._squares, strict=True):
+            part = share[blocks]
+            own -= part @ across[blocks].mT
             own[units == unit] = torch.eye(own.shape[1], dtype=own.dtype)
-        self._pending.append((share, across))
-        if len(self._pending) == _BLOCK:
-            shares, others = (torch.cat(parts, 1) for parts in zip(*self._pending, strict=True))
-            self._inverse -= shares @ others.mT
-            self._pending.clear()
+            mixed = part @ products[blocks].mT
+            squares += part @ between @ part.mT - mixed - mixed.mT
+        end = self._pending + len(block)
+        self._shares[:, self._pending : end], self._across[:, self._pending : end] = share, across
+        self._removed[self._pending : end] = weights
+        self._pending, self._waiting = end, self._waiting + 1
+        if self._waiting == _BLOCK:
+            self._update()
+
+    def _update(self) -> None:
+        """Bring inverse and weights up to date."""
+        shares = self._shares[:, : self._pending]
+        self._inverse -= shares @ self._across[:, : self._pending].mT
+        self._weights -= shares @ self._removed[: self._pending]
+        self._squares = self._squares_of_weights()  # sheds the rounding of the updates
+        self._pending, self._waiting = 0, 0
+
+    def _squares_of_weights(self) -> list[Tensor]:
+        """Return W_B·W_Bᵀ of every unit, by class, (units, taps, taps)."""
+        return [self._weights[blocks] @ self._weights[blocks].mT for _, blocks in self._classes]
 
 
 def loaded_inverse(gram: Tensor, ridge: float) -> Tensor:
