@@ -7,7 +7,7 @@ views of them, are none of these.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from image_classification.models.module_tree import named_modules
 #: Containers within containers are looked into as far as this.
 DEEPEST = 3
 _MOST_ITEMS = 256
+_CONTAINERS = (list, tuple, dict)  # not their subclasses, which may hold more than their items
 _OF_PYTORCH = ("torch.nn.", "torch.ao.", "torch.jit.")
 
 
@@ -38,6 +39,11 @@ def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if _memory(tensor) not in weights}
 
 
+def cut_plain_tensors(model: nn.Module, shapes: Mapping[str, object]) -> dict[str, Tensor]:
+    """Return the plain tensors of a network that a description of its structure gives a shape: those that were cut."""
+    return {name: tensor for name, tensor in plain_tensors(model).items() if name in shapes}
+
+
 def _held_by(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the module's own tensors in plain attributes, with the attribute (and the item) that holds each."""
     for name, value in vars(module).items():
@@ -56,9 +62,11 @@ def _tensors_in(value: object, place: str, depth: int) -> Iterator[tuple[str, Te
         if _is_constant(value):
             yield place, value
         return
-    if type(value) not in (list, tuple, dict) or depth == DEEPEST or len(value) > _MOST_ITEMS:  # type: ignore[arg-type]
+    if not isinstance(value, (list, tuple, dict)) or type(value) not in _CONTAINERS:
         return
-    items = value.items() if isinstance(value, dict) else enumerate(value)  # type: ignore[arg-type]
+    if depth == DEEPEST or len(value) > _MOST_ITEMS:
+        return
+    items = value.items() if isinstance(value, dict) else enumerate(value)
     for number, (key, item) in enumerate(items):
         readable = isinstance(key, int) or (isinstance(key, str) and key.isidentifier())
         yield from _tensors_in(item, f"{place}[{key if readable else number}]", depth + 1)

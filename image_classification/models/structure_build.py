@@ -14,7 +14,7 @@ from image_classification.models.lazy_modules import settle
 from image_classification.models.meta_device import Factory, building_on, on_meta
 from image_classification.models.modes import drop_graphs
 from image_classification.models.module_tree import tensors_by_all_names
-from image_classification.models.plain_tensors import plain_tensors
+from image_classification.models.plain_tensors import cut_plain_tensors
 from image_classification.models.structure import Structure
 from image_classification.models.structure_checks import check_fits, check_known_modules
 
@@ -66,7 +66,7 @@ def _cut_down(model: nn.Module, structure: Structure) -> None:
         for attribute, value in attributes.items():
             before = getattr(modules[name], attribute)
             setattr(modules[name], attribute, in_form_of(before, value))
-    held = {name: tensor for name, tensor in plain_tensors(model).items() if name in structure.shapes}
+    held = cut_plain_tensors(model, structure.shapes)
     for name, tensor in (*tensors_by_all_names(model), *held.items()):
         for dim, positions in enumerate(structure.kept.get(name, ())):
             if positions and tensor.shape[dim] != len(positions):

@@ -16,7 +16,7 @@ from image_classification.models.integer_attributes import (
     is_within,
 )
 from image_classification.models.module_tree import tensors_by_all_names
-from image_classification.models.plain_tensors import plain_tensors
+from image_classification.models.plain_tensors import cut_plain_tensors
 from image_classification.models.structure import Structure, StructureError, called
 
 
@@ -31,7 +31,7 @@ def check_fits(structure: Structure, fresh: nn.Module) -> None:
         for attribute, value in attributes.items():
             _check_attribute(name, attribute, value, integer_attributes(modules[name]))
     tensors: dict[str, Tensor] = dict(tensors_by_all_names(fresh))
-    tensors |= {name: tensor for name, tensor in plain_tensors(fresh).items() if name in structure.shapes}
+    tensors |= cut_plain_tensors(fresh, structure.shapes)
     for name, tensor in tensors.items():
         shape = structure.shapes.get(name)
         if shape is None:
@@ -111,7 +111,7 @@ def _check_attribute(
 def _check_shared(structure: Structure, fresh: nn.Module) -> None:
     """Check that a tensor with several names has one shape."""
     first_name: dict[int, str] = {}
-    held = {name: tensor for name, tensor in plain_tensors(fresh).items() if name in structure.shapes}
+    held = cut_plain_tensors(fresh, structure.shapes)
     for name, tensor in (*tensors_by_all_names(fresh), *held.items()):
         first = first_name.setdefault(id(tensor), name)
         if structure.shapes[name] != structure.shapes[first]:

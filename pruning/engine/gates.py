@@ -82,9 +82,8 @@ class Gates:
         self._groups = graph.prunable if groups is None else [graph.group(key) for key in groups]
         shape = (graph.num_units,) if per_sample is None else (per_sample, graph.num_units)
         self.values = torch.ones(shape, device=first.device)
-        self._mask: tuple[np.ndarray, Tensor, int] | None = (
-            None  # with the values made of it, and their version
-        )
+        # The mask that was set last, with the values made of it and their version.
+        self._mask: tuple[np.ndarray, Tensor, int] | None = None
         self._constants: dict[bytes, Tensor] = {}
         self._statistics: StatisticsOverKept | None = None
         self._inputs: dict[ModuleCall, _Gate] = {}

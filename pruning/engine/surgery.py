@@ -97,16 +97,7 @@ def prune_channels(
             f"at these widths the network would not compute what it does without the channels: {failure.message}. "
             "Nothing was changed; choose other widths, or leave the module alone (`ignored`)"
         )
-    changes.apply()
-    try:
-        torch.clear_autocast_cache()  # it may hold casts of the old weights
-        changes.leave_graphs()
-        for network in (model, *(ema for ema in emas if isinstance(ema, nn.Module))):
-            forget_cached(network)  # runs the `train` methods of the network's own classes
-        graph.shrink(mask)
-    except BaseException:
-        changes.revert()
-        raise
+    _put_in_place(changes, [model, *(ema for ema in emas if isinstance(ema, nn.Module))], graph, mask)
     counts.append(_num_parameters(model))
     macs.append(graph.macs)
     return RewriteReport(
@@ -116,6 +107,22 @@ def prune_channels(
         macs=(macs[0], macs[1]),
         dropped_states=tuple(changes.dropped),
     )
+
+
+def _put_in_place(
+    changes: Changes, networks: Iterable[nn.Module], graph: ChannelGraph, mask: np.ndarray
+) -> None:
+    """Make the planned changes, in the graph too; an error takes them back."""
+    changes.apply()
+    try:
+        torch.clear_autocast_cache()  # it may hold casts of the old weights
+        changes.leave_graphs()
+        for network in networks:
+            forget_cached(network)  # runs the `train` methods of the network's own classes
+        graph.shrink(mask)
+    except BaseException:
+        changes.revert()
+        raise
 
 
 def _num_parameters(model: nn.Module) -> int:

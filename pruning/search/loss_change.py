@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -49,6 +49,10 @@ class LossChange:
         distributed: Sums are reduced over ranks, so all ranks see the same numbers.
         autocast: Context factory of the forward passes.
         repair: Repair to apply to candidates before they are measured.
+
+    Attributes:
+        shares: Whether passes share what candidates have in common. It turns itself off where that changes losses, as
+            in a network that reads memory past PyTorch's operators.
     """
 
     def __init__(
@@ -73,7 +77,7 @@ class LossChange:
         self._gradients: Tensor | None = None
         self._unknown = graph.ungated
         self._loss: float | None = None
-        self._shares = True
+        self.shares = True
 
     def estimate(self, removed: Sequence[np.ndarray], closed: np.ndarray | None = None) -> np.ndarray:
         """Estimate the change of the mean loss for each set of units.
@@ -130,7 +134,7 @@ class LossChange:
         return self._gradients
 
     @torch.no_grad()
-    def measure(self, candidates: Sequence[Keep], *, repaired: bool = True) -> np.ndarray:
+    def measure(self, candidates: Iterable[Keep], *, repaired: bool = True) -> np.ndarray:
         """Measure the mean calibration loss with each candidate's cut gated away.
 
         Args:
@@ -141,12 +145,14 @@ class LossChange:
             (number of candidates,) float64, equal on all ranks.
         """
         masks = [self.graph.keep_mask(keep) for keep in candidates]
-        repair = self.repair if repaired else None
+        return self._measured(masks, self.repair if repaired else None)
+
+    def _measured(self, masks: Sequence[np.ndarray], repair: LocalRepair | None) -> np.ndarray:
         if repair is not None:
             repair.prepare(masks)
         sums = torch.zeros(len(masks) + 2, dtype=torch.float64, device=self.device)
         with self.task.running(self.model), Gates(self.model, self.graph) as gates:
-            shared = SharedPasses(self.model, gates, self.batches, masks, repair, enabled=self._shares)
+            shared = SharedPasses(self.model, gates, self.batches, masks, repair, enabled=self.shares)
             for number in shared.order:
                 gates.set_mask(masks[number])
                 with contextlib.ExitStack() as stack:
@@ -154,33 +160,34 @@ class LossChange:
                     stack.enter_context(random_state_kept(self.model))
                     if repair is not None:
                         stack.enter_context(repair.applied(masks[number]))
-                    sums[number] = self._total(shared, masks[number])
+                    common = shared.common(masks[number])
+                    sums[number] = self._total(shared, common)
                     if shared.enabled and number == shared.order[-1]:
-                        sums[-2] = self._wrongly_shared(shared, masks[number])
+                        sums[-2] = self._wrongly_shared(shared, common)
         sums[-1] = sum(num_samples(batch) for batch in self.batches)
         (reduced,) = self.distributed.all_reduce_sum(sums)
         figures = reduced.cpu().numpy()
-        if figures[-2] and self._shares:
-            self._shares = False
-            return self.measure(candidates, repaired=repaired)
+        if figures[-2] and self.shares:
+            self.shares = False
+            return self._measured(masks, repair)
         return figures[:-2] / figures[-1] if figures[-1] else np.full(len(masks), np.nan)
 
-    def _total(self, shared: SharedPasses, mask: np.ndarray) -> Tensor:
+    def _total(self, shared: SharedPasses, common: Collection[int]) -> Tensor:
         """Return the sum of this rank's losses, float64."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(self.batches):
-            outputs = shared.run(number, functools.partial(self._outputs, batch), mask)
+            outputs = shared.run(number, functools.partial(self._outputs, batch), common)
             total += self.task.losses(outputs, batch).double().sum()
         return total
 
-    def _wrongly_shared(self, shared: SharedPasses, mask: np.ndarray) -> Tensor | float:
+    def _wrongly_shared(self, shared: SharedPasses, common: Collection[int]) -> Tensor | float:
         """Run the first batch once with the shared beginning and once whole; return how many losses differ."""
         if not self.batches:
             return 0.0
         batch = self.batches[0]
         forward = functools.partial(self._outputs, batch)
         with random_state_kept(self.model):
-            found = self.task.losses(shared.run(0, forward, mask), batch)
+            found = self.task.losses(shared.run(0, forward, common), batch)
         with random_state_kept(self.model):
             expected = self.task.losses(forward(), batch)
         return (~torch.isclose(found, expected, rtol=1e-3, atol=1e-3, equal_nan=True)).sum()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -62,18 +62,20 @@ class SharedPasses:
             self._others = {_address(tensor) for tensor in known}
             self._closings = {} if repair is None else repair.closings(stays)
 
-    def run(self, batch: int, forward: Callable[[], Outputs], mask: np.ndarray) -> Outputs:
+    def run(self, batch: int, forward: Callable[[], Outputs], common: Collection[int]) -> Outputs:
         """Run a candidate's pass.
 
         Args:
             batch: Number of the batch.
-            forward: Runs the network on it.
-            mask: The candidate; its gates are set and its repair is applied.
+            forward: Runs the network on it, with the candidate's gates set and its repair applied.
+            common: From `common`.
         """
-        return self._beginnings[batch].run(forward, self._common(mask)) if self.enabled else forward()
+        return self._beginnings[batch].run(forward, common) if self.enabled else forward()
 
-    def _common(self, mask: np.ndarray) -> set[int]:
+    def common(self, mask: np.ndarray) -> Collection[int]:
         """Return the addresses of all tensors that do not depend on what only this candidate removes."""
+        if not self.enabled:
+            return ()
         closings = {} if self._repair is None else self._repair.closings(mask)
         changed = {name for name, closed in closings.items() if closed != self._closings.get(name)}
         unchanged = {address for name, address in self._addresses.items() if name not in changed}
