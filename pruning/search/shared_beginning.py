@@ -74,9 +74,10 @@ class _Result:
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """A tensor that no step returned, by the address of its storage."""
+    """A tensor that no step returned, by the address of its storage; `version` counts what is written into it."""
 
     address: int
+    version: int
     layout: _Layout
 
 
@@ -247,7 +248,9 @@ class _Passing(OperatorMode):
                 self._depart()
             return result
         address = tensor.untyped_storage().data_ptr()
-        return _Leaf(address, _Layout.of(tensor)) if address in self._common else None
+        if address not in self._common or tensor.is_inference():
+            return None
+        return _Leaf(address, tensor._version, _Layout.of(tensor))
 
     def _replayed(self, step: _Step, number: int, flat: Sequence[Any]) -> Outputs:
         values: list[Any] = []

@@ -124,6 +124,25 @@ def test_values_that_the_code_reads_or_draws_stay_right(between: Callable[[Tenso
     assert sharing.shares
 
 
+class _Remembering(_Small):
+    """Adds a mean of its features that every pass moves at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images + self.mean[:, None, None])
+        self.mean += 1e-5
+        return logits
+
+
+def test_buffers_that_passes_write_into_are_read_anew() -> None:
+    torch.manual_seed(0)
+    sharing, whole, cuts = _judges(_Remembering().eval(), 8, repaired=False)
+    assert np.array_equal(sharing.measure(cuts), whole.measure(cuts))
+
+
 def test_a_network_whose_code_changes_from_pass_to_pass_is_run_whole() -> None:
     torch.manual_seed(0)
     calls = []
